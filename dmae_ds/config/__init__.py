@@ -1,0 +1,1 @@
+"""The recipe: what a run is made of, in plain values. Nothing in this room imports torch."""

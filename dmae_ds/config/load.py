@@ -1,0 +1,130 @@
+"""YAML recipe + `key=value` overrides -> a validated RunConfig, or one line a mistake.
+
+`1e-3` and `1.0e-3` both read as numbers (YAML 1.1 takes the first for a string). A key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dmae_ds.config.run import RunConfig
+from dmae_ds.config.shipped import find_file
+from dmae_ds.errors import UserError
+
+
+def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:
+    """Read a recipe (path or shipped name) and apply overrides such as `objective.mask_ratio=0.9`.
+
+    Raises UserError with a line for every key that is unknown, missing or out of range.
+    """
+    path = find_file("recipe", recipe)
+    values = _read_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: found {type(values).__name__}, expected a mapping of sections such as `student:`")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is not an override; write key=value, for example objective.mask_ratio=0.9")
+        _set(values, key, _read_yaml(text, where=f"override {key}"))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with floats as people write them, and without silently doubled keys."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _mapping_without_doubles(loader: _Loader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_doubles)
+
+
+def _read_yaml(text: str, *, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _set(values: dict, dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {dotted}: '{parent}' is {child!r}, not a section")
+        values = child
+    values[last] = value
+
+
+def _explain(item: dict) -> str:
+    # A discriminated union puts the chosen name into the location: objective.dmae.head -> objective.head.
+    location = [str(part) for part in item["loc"]]
+    if location[:1] == ["objective"] and len(location) > 1:
+        del location[1]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        near = get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        prefix = ".".join(location[:-1])
+        hint = f"did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else f"known here: {', '.join(known)}"
+        return f"{key} is unknown; {hint}"
+    if item["type"] == "missing":
+        return f"{key} is missing; set it in the recipe or as {key}=..."
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return f"{key}.name {item['ctx'].get('tag', 'is missing')!r}: choose {item['ctx'].get('expected_tags', 'mae, dmae')}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: found {item['input']!r}; {message[0].lower()}{message[1:]}" if item["type"] != "value_error" else f"{key}: {message}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    """Fields of the section at a location, found by walking the schema's annotations."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in location:
+        children = [child for model in models if part in model.model_fields for child in _models_in(model.model_fields[part].annotation)]
+        # The tag of a discriminated union names one of its members and no field.
+        models = children or [model for model in models if part in get_args(model.model_fields.get("name", _NoField).annotation)]
+    return sorted({field for model in models for field in model.model_fields})
+
+
+class _NoField:
+    annotation = None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def read_saved_config(run_dir: Path) -> RunConfig:
+    """The resolved config of a run folder. Raises UserError where there is none."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"'{run_dir}' is not a run folder: no config.yaml in it; name a folder that `dmae-ds train` wrote")
+    return load_config(str(path))

@@ -1,0 +1,118 @@
+"""The root schema of a recipe. `launch/recipes/*.yaml` hold only what differs from the defaults written here.
+
+Defaults are MAE's pre-training recipe as DMAE runs it (DMAE, Sec. 4.1): AdamW, base lr 1.5e-4, weight decay .05,
+betas .9/.95, batch 4096, 100 epochs with 20 of warm-up, cosine, no clipping.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from dmae_ds.config.objectives import ObjectiveConfig, Section
+
+Unit = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelConfig(Section):
+    """A timm vision transformer by name; the other keys replace timm's own numbers."""
+
+    name: str
+    img_size: PositiveInt | None = None
+    patch_size: PositiveInt | None = None
+    embed_dim: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    mlp_ratio: PositiveFloat | None = None
+
+    def overrides(self) -> dict:
+        """The keys that were set, as `timm.create_model` takes them."""
+        keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+
+
+class TeacherConfig(ModelConfig):
+    """A frozen vision transformer and the file its weights come from."""
+
+    weights: str
+    format: Literal["timm", "mae"] = "timm"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class RunSection(Section):
+    """Where the run lives, and the one seed that everything random is keyed by."""
+
+    dir: str
+    seed: NonNegativeInt = 0
+
+
+class DataConfig(Section):
+    """Shard folders written by `dmae-shards make`, and what happens to a picture."""
+
+    train: str
+    val: str | None = None
+    num_workers: NonNegativeInt = 8
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)
+    flip: bool = True
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: central share of the short side
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self):
+        low, high = self.crop_scale
+        if not low <= high <= 1:
+            raise ValueError(f"crop_scale [{low:g}, {high:g}] is not a range of area shares; give 0 < low <= high <= 1")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: lr = base_lr * global_batch / 256, linear warm-up, half a cosine down to min_lr."""
+
+    global_batch: PositiveInt = 4096
+    micro_batch: PositiveInt | None = None  # images a rank sees at once; null: global_batch / ranks
+    base_lr: PositiveFloat = 1.5e-4
+    min_lr: NonNegativeFloat = 0.0
+    epochs: PositiveFloat = 100.0
+    warmup_epochs: NonNegativeFloat = 20.0
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    clip_grad: NonNegativeFloat = 0.0  # global gradient norm; 0: never clipped, as MAE
+
+    @model_validator(mode="after")
+    def _warmup_ends(self):
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} is not below epochs {self.epochs:g}; shorten the warm-up or train longer")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save, and how many saves to keep. The end of a run is always saved."""
+
+    every_steps: PositiveInt | None = None
+    every_minutes: PositiveFloat | None = 30.0
+    keep: PositiveInt = 3
+
+
+class LogConfig(Section):
+    """How often losses are read off the device, and who else is told."""
+
+    every_steps: PositiveInt = 20
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+
+
+class RunConfig(Section):
+    """One run, whole. Written to `RUN/config.yaml` as it was resolved."""
+
+    run: RunSection
+    student: ModelConfig
+    teacher: TeacherConfig | None = None
+    objective: ObjectiveConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    # fp32; bf16 and fp16: DeepSpeed's engines with fp32 masters; bf16_autocast: fp32 weights, bf16 matrix products.
+    precision: Literal["fp32", "bf16", "bf16_autocast", "fp16"] = "fp32"
+    deepspeed: str = "zero2"  # a file of ds_configs/ by name, or the path of your own JSON
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()

@@ -1,0 +1,42 @@
+"""Where the recipes and DeepSpeed files that come with the project are: beside a checkout, or inside an installed wheel.
+
+setup.cfg installs `launch/recipes` as `dmae_ds/shipped_recipes` and `ds_configs` as `dmae_ds/shipped_ds_configs`, so
+nothing called `launch` or `ds_configs` becomes importable.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from dmae_ds.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# kind -> (folder in a checkout, folder in an installed package, suffix)
+_FOLDERS = {
+    "recipe": (_PACKAGE.parent / "launch" / "recipes", _PACKAGE / "shipped_recipes", ".yaml"),
+    "DeepSpeed file": (_PACKAGE.parent / "ds_configs", _PACKAGE / "shipped_ds_configs", ".json"),
+}
+
+
+def shipped_files(kind: str) -> dict[str, Path]:
+    """Every shipped file of a kind ("recipe" or "DeepSpeed file"): name without suffix -> path."""
+    checkout, installed, suffix = _FOLDERS[kind]
+    folder = installed if installed.is_dir() else checkout
+    return {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
+
+
+def find_file(kind: str, name: str) -> Path:
+    """The file a user named: a path that exists, or the name of a shipped one.
+
+    Raises UserError that lists the shipped names when it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    files = shipped_files(kind)
+    if name in files:
+        return files[name]
+    near = get_close_matches(name, files, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"{kind} '{name}' is neither a file nor a shipped name; {hint}shipped: {', '.join(files)}")

@@ -1,0 +1,12 @@
+"""The two ways a command ends badly on purpose; `cli.py` turns them into one line and an exit code.
+
+Everything else is a bug of ours and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: says what was found, what was expected and what to do. Exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """The run itself broke (a non-finite loss, say): says where, and what is still good. Exit code 1."""

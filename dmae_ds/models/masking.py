@@ -1,0 +1,53 @@
+"""Which patches stay visible (MAE, Sec. 3), and the masked batch that teacher and student share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmae_ds.errors import UserError
+
+
+def num_visible(num_patches: int, mask_ratio: float, patch_count: str) -> int:
+    """How many of the patches stay: K = L * (1 - mask_ratio), rounded (`round`, the paper) or truncated (`int`, the code).
+
+    Raises UserError when nothing would stay visible or nothing masked.
+    """
+    exact = num_patches * (1 - mask_ratio)
+    kept = int(exact) if patch_count == "int" else round(exact)
+    if not 0 < kept < num_patches:
+        raise UserError(
+            f"objective.mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches (patch_count: {patch_count}); "
+            f"between 1 and {num_patches - 1} must stay visible"
+        )
+    return kept
+
+
+def keep_random(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Keep a random subset of patches (MAE, Sec. 3).
+
+    noise: [N, L] float, one draw a patch; the `kept` smallest stay, ties by position
+    Returns ids_keep [N, K] and ids_masked [N, L - K], both in the order of the noise.
+    """
+    shuffled = torch.argsort(noise, dim=1, stable=True)
+    return shuffled[:, :kept], shuffled[:, kept:]
+
+
+def gather_patches(patches: Tensor, ids: Tensor) -> Tensor:
+    """patches [N, L, ...] and ids [N, K] -> the named patches [N, K, ...]."""
+    return patches[torch.arange(len(ids), device=ids.device)[:, None], ids]
+
+
+@dataclass
+class MaskedBatch:
+    """A batch with its mask drawn, on the device; teacher and student see the same `visible`.
+
+    visible [N, K, P, P, C] and masked [N, L - K, P, P, C]: normalised float pixels of the patches ids_keep and ids_masked.
+    """
+
+    visible: Tensor
+    masked: Tensor
+    ids_keep: Tensor
+    ids_masked: Tensor

@@ -1,0 +1,1 @@
+"""Training: preflight (no torch) -> run (wiring) -> loop, on the DeepSpeed engine."""

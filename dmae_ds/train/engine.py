@@ -1,0 +1,95 @@
+"""The student's DeepSpeed engine: ZeRO, precision, accumulation. DeepSpeed is imported here, late (it takes seconds)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+import torch
+from torch import Tensor, nn
+
+from dmae_ds.config.deepspeed import zero_stage
+from dmae_ds.errors import UserError
+
+
+class Engine:
+    """An objective under `deepspeed.initialize`, also when it runs alone on a CPU.
+
+    The process group must exist. `stage` is the ZeRO stage.
+    """
+
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict, device: torch.device):
+        deepspeed = _import_deepspeed(device)
+        if config["fp16"]["enabled"] and device.type == "cpu":
+            raise UserError("precision fp16 needs a GPU; on CPUs use fp32, bf16_autocast or bf16")
+        self.stage = zero_stage(config)
+        self.objective, self.device = objective, device
+        self._fp32_weights = not (config["bf16"]["enabled"] or config["fp16"]["enabled"])
+        self._deepspeed = deepspeed
+        # Buffers are constants here; DeepSpeed casts its own copies to the engine's precision.
+        self._buffers = {name: buffer.detach().cpu().clone() for name, buffer in objective.named_buffers()}
+        # DeepSpeed reads LOCAL_RANK and takes the process group that exists.
+        self._engine, _, _, _ = deepspeed.initialize(model=objective.to(device), optimizer=optimizer, config=config, dist_init_required=False)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the rate of every parameter group for the coming step."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def train_micro_batch(self, batch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Forward and backward; at an accumulation boundary also the optimiser's step. Returns the loss's parts, detached."""
+        parts = self._engine(batch, features)
+        self._engine.backward(parts["loss"])
+        self._engine.step()
+        return {name: value.detach() for name, value in parts.items()}
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The objective's whole state dict in fp32 on the CPU, gathered a tensor at a time; {} on ranks other than 0.
+
+        Collective: every rank must call it.
+        """
+        from torch import distributed
+
+        keep = distributed.get_rank() == 0
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.objective.named_parameters():
+            full = self._full_parameter(parameter)
+            if keep:
+                weights[name] = full
+        if keep:
+            weights |= self._buffers
+        return weights
+
+    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        if not self._fp32_weights:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            master = safe_get_full_fp32_param(parameter)
+            if master is not None:
+                return master.detach().float().cpu().clone()
+        gathered = self._deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
+        with gathered:
+            return parameter.detach().float().cpu().clone()
+
+    def save(self, folder: str, tag: str) -> None:
+        """Write DeepSpeed's files of all ranks under folder/tag. Collective; says nothing of `latest`."""
+        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> None:
+        """Read what `save` wrote, at the same world size and ZeRO stage."""
+        path, _ = self._engine.load_checkpoint(folder, tag=tag)
+        assert path is not None, f"DeepSpeed found nothing to load in {folder}/{tag}"
+
+
+def _import_deepspeed(device: torch.device):
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Its shared-memory op takes 40 s to compile and needs a compiler; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,140 @@
+"""What a run says while it runs: losses read off the device in batches, JSON lines, trackers, a progress bar.
+
+Losses stay on the device until `flush`, so the loop never waits for one. A flush averages over ranks, so every rank
+learns of a non-finite loss at the same moment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dmae_ds import dist
+from dmae_ds.errors import RunFailed
+from dmae_ds.train.checkpoint_folder import write_atomically
+
+
+class Recorder:
+    """Collects each step's scalars; rank 0 writes RUN/metrics.jsonl, one line a step.
+
+    global_batch and num_samples turn steps into epochs and images; accumulation is the micro-batches a step.
+    """
+
+    def __init__(self, run_dir: Path, *, is_main: bool, accumulation: int, global_batch: int, num_samples: int, trackers: list):
+        self.path, self.is_main = run_dir / "metrics.jsonl", is_main
+        self.accumulation, self.global_batch, self.num_samples = accumulation, global_batch, num_samples
+        self.trackers = trackers
+        self._names: list[str] = []
+        self._sums: Tensor | None = None  # of the step under way
+        self._rows: list[tuple[int, float, Tensor, list[Tensor]]] = []
+        self._ids: list[Tensor] = []
+        self._since = time.perf_counter()
+        self._bar: tqdm | None = None
+
+    def start(self, *, step: int, num_steps: int) -> None:
+        """Drop what a killed run wrote after its last checkpoint, and show the bar."""
+        if not self.is_main:
+            return
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(total=num_steps, initial=step, unit="step", mininterval=interval, dynamic_ncols=True)
+
+    def add(self, scalars: dict[str, Tensor], sample_ids: Tensor) -> None:
+        """Take one micro-batch's scalars, still on the device."""
+        self._names = self._names or list(scalars)
+        assert list(scalars) == self._names
+        values = torch.stack([value.detach().float() for value in scalars.values()])
+        self._sums = values if self._sums is None else self._sums + values
+        self._ids.append(sample_ids)
+
+    def end_step(self, step: int, lr: float) -> None:
+        """Close a step: `step` counts the finished ones, `lr` is the rate that it was taken with."""
+        self._rows.append((step, lr, self._sums / self.accumulation, self._ids))
+        self._sums, self._ids = None, []
+        if self._bar is not None:
+            self._bar.update()
+
+    def flush(self) -> None:
+        """Average the collected steps over ranks and write them. Collective.
+
+        Raises RunFailed, on every rank, that names the first step with a non-finite loss and its samples.
+        """
+        if not self._rows:
+            return
+        local = torch.stack([values for _, _, values, _ in self._rows])
+        rows = dist.mean_over_ranks(local).cpu().tolist()
+        now = time.perf_counter()
+        images_per_s = self.global_batch * len(self._rows) / (now - self._since)
+        self._since = now
+        records = []
+        for (step, lr, _, _), values in zip(self._rows, rows, strict=True):
+            epoch = step * self.global_batch / self.num_samples
+            scalars = dict(zip(self._names, values, strict=True))
+            records.append({"step": step, "epoch": epoch, "lr": lr, **scalars, "images_per_s": images_per_s})
+        bad = next((i for i, record in enumerate(records) if not math.isfinite(record["loss"])), None)
+        if self.is_main:
+            self._write(records[: len(records) if bad is None else bad])
+        if bad is not None:
+            self._fail(bad, local.cpu())
+        self._rows.clear()
+
+    def close(self) -> None:
+        """Finish trackers and the bar."""
+        if self._bar is not None:
+            self._bar.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def _write(self, records: list[dict]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        for record in records:
+            for tracker in self.trackers:
+                tracker.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+        if self._bar is not None and records:
+            shown = {name: f"{records[-1][name]:.4f}" for name in self._names if not name.startswith("share/")}
+            self._bar.set_postfix({**shown, "img/s": f"{records[-1]['images_per_s']:.0f}"}, refresh=False)
+
+    def _fail(self, bad: int, local: Tensor) -> None:
+        step, _, _, ids = self._rows[bad]
+        column = self._names.index("loss")
+        mine = torch.cat(ids).tolist() if not math.isfinite(local[bad, column]) else []
+        samples = dist.gather_objects(mine)
+        where = "; ".join(f"rank {rank}: {_short(ids)}" for rank, ids in enumerate(samples) if ids)
+        raise RunFailed(f"the loss of step {step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched")
+
+
+def build_trackers(names: list[str], run_dir: Path) -> list:
+    """accelerate's trackers by name, logging under the run folder. Call on rank 0 alone."""
+    from accelerate.state import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()
+    trackers = []
+    for name in names:
+        tracker_class = LOGGER_TYPE_TO_CLASS[name]
+        directory = {"logging_dir": run_dir / "tensorboard"} if tracker_class.requires_logging_directory else {}
+        tracker = tracker_class(run_dir.name, **directory)
+        tracker.start()
+        trackers.append(tracker)
+    return trackers
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None  # the half line of a killed run
+
+
+def _short(ids: list[int], limit: int = 16) -> str:
+    return ", ".join(map(str, ids[:limit])) + (f", ... ({len(ids)} in all)" if len(ids) > limit else "")

@@ -1,0 +1,77 @@
+"""Everything that can be wrong with a run and be known without building a model: found here, in a second, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmae_ds.config.deepspeed import load_deepspeed
+from dmae_ds.config.run import RunConfig
+from dmae_ds.data.order import num_steps
+from dmae_ds.data.shards import ShardSet
+from dmae_ds.dist import World
+from dmae_ds.errors import UserError
+from dmae_ds.train.checkpoint_folder import CheckpointFolder
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A run that can start: the recipe, what it reads, and how its batch is cut."""
+
+    config: RunConfig
+    world: World
+    shards: ShardSet
+    deepspeed: dict
+    micro_batch: int
+    accumulation: int
+    num_steps: int
+    folder: CheckpointFolder
+    resume_from: Path | None
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.run_dir
+
+
+def prepare(config: RunConfig, world: World, *, resume: str) -> Preflight:
+    """Check a recipe against this world and this machine.
+
+    resume: `auto` continues from the newest checkpoint if there is one, `never` refuses a folder that holds a run
+    Raises UserError.
+    """
+    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
+    deepspeed = load_deepspeed(
+        config.deepspeed, micro_batch=micro_batch, accumulation=accumulation, world_size=world.size,
+        clip_grad=config.optim.clip_grad, precision=config.precision,
+    )  # fmt: skip
+    if config.objective.needs_teacher and config.teacher is None:
+        raise UserError(f"objective {config.objective.name} needs a teacher; give teacher.name and teacher.weights")
+    if config.teacher is not None and not config.objective.needs_teacher:
+        raise UserError(f"objective {config.objective.name} has no use for a teacher; remove the teacher section, or choose another objective.name")
+    shards = ShardSet.open(config.data.train, label="data.train")
+    if config.data.val is not None:
+        ShardSet.open(config.data.val, label="data.val")
+    if config.teacher is not None and not Path(config.teacher.weights).expanduser().is_file():
+        raise UserError(f"teacher.weights '{config.teacher.weights}' is not a file; give the path of a .safetensors or .pth file")
+    run_dir = Path(config.run.dir).expanduser()
+    folder = CheckpointFolder(run_dir)
+    resume_from = folder.latest() if resume == "auto" else None
+    if resume == "never" and (run_dir / "config.yaml").exists():
+        raise UserError(f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir")
+    steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
+    return Preflight(config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, resume_from)
+
+
+def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
+    """(images a rank sees at once, accumulated micro-batches); micro_batch None: all at once.
+
+    Raises UserError unless global_batch = ranks * micro_batch * a whole number.
+    """
+    unit = world_size * (micro_batch or 1)
+    if global_batch % unit:
+        below, above = global_batch // unit * unit, (global_batch // unit + 1) * unit
+        what = f"{world_size} ranks" + (f" x optim.micro_batch {micro_batch}" if micro_batch else "")
+        near = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"optim.global_batch {global_batch} doesn't divide by {what} = {unit}; take {near}, or another optim.micro_batch")
+    micro_batch = micro_batch or global_batch // world_size
+    return micro_batch, global_batch // (world_size * micro_batch)

@@ -1,0 +1,135 @@
+"""One run, wired: recipe -> data, student, objective, teacher, engine -> the loop. Each part gets its own section only."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from dmae_ds import dist
+from dmae_ds.config.load import dump_config
+from dmae_ds.config.run import RunConfig, TeacherConfig
+from dmae_ds.data.loader import train_batches
+from dmae_ds.errors import UserError
+from dmae_ds.models.patches import Normalize
+from dmae_ds.models.vit import MaskedViT, build_student
+from dmae_ds.objectives import OBJECTIVES
+from dmae_ds.objectives.dmae import TeacherShape
+from dmae_ds.teacher.formats import open_weights
+from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, load_teacher, meta_teacher
+from dmae_ds.teacher.grid import check_grids
+from dmae_ds.train.checkpoint import Checkpoints
+from dmae_ds.train.checkpoint_folder import write_atomically
+from dmae_ds.train.engine import Engine
+from dmae_ds.train.loop import masked_batches, train
+from dmae_ds.train.metrics import Recorder, build_trackers
+from dmae_ds.train.optim import build_optimizer, learning_rate, peak_lr
+from dmae_ds.train.preflight import Preflight
+
+
+def run(preflight: Preflight) -> None:
+    """Train a checked recipe to its end, or to the end of what a resumed run has left."""
+    world = preflight.world
+    device = dist.start(world)
+    try:
+        _run(preflight, device)
+    finally:
+        dist.stop()
+
+
+def build_objective(config: RunConfig) -> tuple[torch.nn.Module, TeacherShape | None]:
+    """The objective with its student, initialised by run.seed alone: the same weights on every rank.
+
+    Raises ValueError (one line) for numbers that don't fit together.
+    """
+    generator = torch.Generator().manual_seed(config.run.seed)
+    student = build_student(config.student.name, config.student.overrides(), generator=generator)
+    parts = {"student": student, "generator": generator}
+    shape = None
+    if config.teacher is not None:
+        teacher = meta_teacher(config.teacher.name, config.teacher.overrides())
+        check_grids(
+            student_grid=student.grid, student_patch=student.patch_size, teacher_grid=teacher.grid, teacher_patch=teacher.patch_size,
+        )  # fmt: skip
+        shape = TeacherShape(depth=teacher.depth, embed_dim=teacher.embed_dim)
+        parts["teacher"] = shape
+    return OBJECTIVES[config.objective.name](config.objective, **parts), shape
+
+
+def build_teacher(config: TeacherConfig | None, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device) -> FrozenTeacher | NoTeacher:
+    """The teacher that the taps ask for: cut after the deepest of them."""
+    if config is None:
+        return NoTeacher()
+    weights = open_weights(config.weights, config.format)
+    return load_teacher(
+        config.name, config.overrides(), whole_blocks=shape.depth, weights=weights, taps=taps, dtype=config.dtype, device=device,
+    )  # fmt: skip
+
+
+def _run(preflight: Preflight, device: torch.device) -> None:
+    config, world = preflight.config, preflight.world
+    objective, shape = build_objective(config)
+    teacher = build_teacher(config.teacher, shape, objective.taps, device)
+    student: MaskedViT = objective.student
+    text = summary(preflight, objective, teacher)
+    recorder = Recorder(
+        preflight.run_dir, is_main=world.is_main, accumulation=preflight.accumulation,
+        global_batch=config.optim.global_batch, num_samples=preflight.shards.num_samples, trackers=[],
+    )  # fmt: skip
+    engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
+    checkpoints = Checkpoints(
+        preflight.folder, config.checkpoint,
+        constant={
+            "world_size": world.size, "zero_stage": engine.stage, "seed": config.run.seed, "fingerprint": preflight.shards.fingerprint,
+            "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"), "precision": config.precision,
+        },
+        student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": str(config.student.overrides())},
+    )  # fmt: skip
+    start_step = 0
+    if preflight.resume_from is not None:
+        start_step, position = checkpoints.load(engine, preflight.resume_from)
+        if position != start_step * config.optim.global_batch:
+            raise UserError(f"the checkpoint was trained with another optim.global_batch: {position} samples in {start_step} steps; set it back to {position // start_step}")
+    dist.barrier()  # every rank has checked the run folder: rank 0 may write into it
+    if world.is_main:
+        preflight.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(preflight.run_dir / "config.yaml", dump_config(config).encode())
+        recorder.trackers = build_trackers(config.log.trackers, preflight.run_dir)
+        print(text, file=sys.stderr, flush=True)
+    recorder.start(step=start_step, num_steps=preflight.num_steps)
+    batches = train_batches(
+        preflight.shards, img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches, crop_scale=config.data.crop_scale,
+        flip=config.data.flip, seed=config.run.seed, global_batch=config.optim.global_batch, micro_batch=preflight.micro_batch,
+        accumulation=preflight.accumulation, rank=world.rank, world_size=world.size, start_step=start_step, stop_step=preflight.num_steps,
+        num_workers=config.data.num_workers, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    normalize = Normalize(config.data.mean, config.data.std).to(device)
+    steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
+    try:
+        train(
+            engine, teacher.stream(masked_batches(batches, objective.prepare, normalize, device)), recorder=recorder, checkpoints=checkpoints,
+            lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch), start_step=start_step, num_steps=preflight.num_steps,
+            accumulation=preflight.accumulation, global_batch=config.optim.global_batch, log_every=config.log.every_steps,
+        )  # fmt: skip
+    finally:
+        recorder.close()
+
+
+def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTeacher | NoTeacher) -> str:
+    """What a run is about to do, for a person to read before it costs anything. Call it before ZeRO cuts the parameters up."""
+    config, world, shards = preflight.config, preflight.world, preflight.shards
+    student = sum(parameter.numel() for parameter in objective.student.parameters())
+    rest = sum(parameter.numel() for parameter in objective.parameters()) - student
+    optim, start = config.optim, f"resumes from {preflight.resume_from.name}" if preflight.resume_from else "starts"
+    rows = {
+        "run": f"{preflight.run_dir} {start}, seed {config.run.seed}",
+        "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; every image once an epoch, in an order of its own",
+        "student": f"{config.student.name}, {student / 1e6:.1f} M parameters; decoder and heads {rest / 1e6:.1f} M",
+        "teacher": str(teacher) if config.teacher is None else f"{config.teacher.name}, {teacher}, {config.teacher.dtype}",
+        "objective": f"{config.objective.name}: {objective.describe()}",
+        "batch": f"{optim.global_batch} = {world.size} ranks x {preflight.micro_batch} images x {preflight.accumulation} accumulated",
+        "schedule": f"{preflight.num_steps:,} steps = {optim.epochs:g} epochs ({optim.warmup_epochs:g} warm-up), "
+        f"lr {peak_lr(optim):.3g} = {optim.base_lr:g} x {optim.global_batch} / 256",
+        "engine": f"DeepSpeed {config.deepspeed}, {config.precision}",
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in rows.items())

@@ -1,0 +1,176 @@
+"""dmae_ds/data/loader.py: what a global batch holds depends on the seed alone."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dmae_ds.data import loader
+from dmae_ds.data.loader import Batch, eval_batches, train_batches
+from dmae_ds.data.shards import ShardError
+from dmae_ds.errors import UserError
+
+GLOBAL_BATCH = 8
+NUM_STEPS = 7  # 56 samples: two epochs of 23 and a part of the third
+
+
+def train(
+    shard_set, *, world_size=1, rank=0, accumulation=1, start_step=0, stop_step=NUM_STEPS, num_workers=0, **changes
+):
+    settings = dict(
+        img_size=16,
+        num_patches=4,
+        crop_scale=(0.2, 1.0),
+        flip=True,
+        seed=5,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=GLOBAL_BATCH // world_size // accumulation,
+        accumulation=accumulation,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        stop_step=stop_step,
+        num_workers=num_workers,
+        pin_memory=False,
+    )
+    return train_batches(shard_set, **(settings | changes))
+
+
+def join(batches):
+    return [torch.cat(parts) for parts in zip(*(vars(batch).values() for batch in batches), strict=True)]
+
+
+def global_batches(shard_set, *, world_size, accumulation=1, **settings):
+    """All ranks' micro-batches put together in the order of their positions: one list of fields a step."""
+    ranks = [
+        list(train(shard_set, world_size=world_size, rank=rank, accumulation=accumulation, **settings))
+        for rank in range(world_size)
+    ]
+    steps = len(ranks[0]) // accumulation
+    return [
+        join(batch for rank in ranks for batch in rank[step * accumulation : (step + 1) * accumulation])
+        for step in range(steps)
+    ]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def reference(shard_set):
+    return global_batches(shard_set, world_size=1)
+
+
+def test_batch_has_the_stated_shapes_and_types(shard_set):
+    batch = next(train(shard_set))
+    assert batch.images.shape == (8, 3, 16, 16) and batch.images.dtype == torch.uint8
+    assert batch.noise.shape == (8, 4) and batch.noise.dtype == torch.float32
+    assert 0 <= batch.noise.min() and batch.noise.max() < 1
+    for field in (batch.labels, batch.sample_ids, batch.epochs):
+        assert field.shape == (8,) and field.dtype == torch.int64
+    numbers = [id if id < 5 else id + 1 for id in batch.sample_ids.tolist()]
+    assert batch.labels.tolist() == [number % 3 for number in numbers]
+
+
+@pytest.mark.parametrize(
+    "world_size, accumulation, num_workers", [(2, 1, 0), (4, 2, 0), (1, 4, 0), (1, 1, 2), (2, 2, 2)]
+)
+def test_global_batches_do_not_depend_on_ranks_accumulation_or_workers(
+    shard_set, reference, world_size, accumulation, num_workers
+):
+    ours = global_batches(shard_set, world_size=world_size, accumulation=accumulation, num_workers=num_workers)
+    assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_at_a_step_gives_the_tail(shard_set, reference, num_workers):
+    for start_step in (3, NUM_STEPS):
+        tail = global_batches(shard_set, world_size=2, accumulation=2, start_step=start_step, num_workers=num_workers)
+        assert_same(tail, reference[start_step:])
+
+
+def test_every_sample_comes_once_an_epoch_with_a_new_crop_and_mask(reference):
+    images, noise, _, ids, epochs = (torch.cat(field) for field in zip(*reference, strict=True))
+    for epoch in (0, 1):
+        assert sorted(ids[epochs == epoch].tolist()) == list(range(23))
+    first, second = ((ids == 9).nonzero()[n, 0] for n in (0, 1))
+    assert not torch.equal(images[first], images[second])
+    assert not torch.equal(noise[first], noise[second])
+
+
+def test_seed_changes_order_crops_and_masks(shard_set, reference):
+    other = global_batches(shard_set, world_size=1, seed=6)
+    for field in (0, 1, 3):
+        assert not torch.equal(other[0][field], reference[0][field])
+
+
+def test_global_randomness_is_neither_used_nor_advanced(shard_set):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    list(train(shard_set, num_workers=2, stop_step=1))
+    list(eval_batches(shard_set, img_size=16, crop_pct=1.0, batch_size=30, rank=0, world_size=1, num_workers=0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batch_sizes_that_do_not_multiply_are_refused(shard_set):
+    with pytest.raises(UserError, match="global_batch 8 is not micro_batch 3 x accumulation 1 x world_size 2 = 6"):
+        train(shard_set, world_size=2, micro_batch=3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_corrupt_sample_ends_training_and_evaluation_with_one_line(shard_set, num_workers):
+    offset = int(shard_set.open_index(1)[3]["offset"])
+    with open(shard_set.folder / "shard-000001.tar", "r+b") as file:
+        file.seek(offset + 40)
+        file.write(b"\0\1\2\3\4\5")
+    evaluation = eval_batches(
+        shard_set, img_size=16, crop_pct=1.0, batch_size=4, rank=0, world_size=1, num_workers=num_workers
+    )
+    for batches in (train(shard_set, num_workers=num_workers), evaluation):
+        with pytest.raises(ShardError, match="shard-000001.tar: sample 000000014 is corrupt") as caught:
+            list(batches)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "world_size, batch_size, limit, num_workers",
+    [(1, 5, None, 0), (2, 5, None, 2), (4, 100, 10, 0), (3, 1, 2, 0), (1, 4, 99, 0)],
+)
+def test_evaluation_sees_every_sample_once(shard_set, world_size, batch_size, limit, num_workers):
+    num_samples = min(limit or 23, 23)
+    for rank in range(world_size):
+        batches = list(
+            eval_batches(
+                shard_set,
+                img_size=16,
+                crop_pct=0.875,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                num_workers=num_workers,
+                limit=limit,
+            )
+        )
+        ids = [id for batch in batches for id in batch.sample_ids.tolist()]
+        assert ids == list(range(rank, num_samples, world_size))
+        for batch in batches:
+            assert batch.images.shape == (len(batch.labels), 3, 16, 16) and len(batch.labels) <= batch_size
+            assert batch.noise is None and batch.epochs.tolist() == [0] * len(batch.labels)
+
+
+def test_spawned_workers_read_the_same(shard_set, reference, monkeypatch):
+    """fork is not the default everywhere (macOS; Linux from Python 3.14)."""
+    class SpawningLoader(DataLoader):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, multiprocessing_context="spawn", **kwargs)
+
+    monkeypatch.setattr(loader, "DataLoader", SpawningLoader)
+    assert_same(global_batches(shard_set, world_size=1, num_workers=1, stop_step=1), reference[:1])
+
+
+def test_batch_moves_as_a_whole(shard_set):
+    batch = next(train(shard_set)).to("meta")
+    assert isinstance(batch, Batch)
+    assert all(tensor.device.type == "meta" for tensor in vars(batch).values())

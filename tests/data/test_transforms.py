@@ -1,0 +1,112 @@
+"""dmae_ds/data/transforms.py: held against torchvision on PIL, which is MAE's published recipe."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as tv
+from torchvision.transforms import functional as tvf
+
+from dmae_ds.data.reader import SampleReader
+from dmae_ds.data.shards import ShardError
+from dmae_ds.data.transforms import CROP_RATIO, crop_box, decode, eval_view, sample_rng, train_view
+
+MAE_SCALE = (0.2, 1.0)
+
+
+def picture(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def box_of(rng, image):
+    return crop_box(rng, width=image.width, height=image.height, scale=MAE_SCALE, ratio=CROP_RATIO)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_train_view_equals_torchvision_on_the_same_box(seed):
+    image = picture(97, 61)
+    rng = sample_rng(seed, 0, 0, 0)
+    left, top, right, bottom = box_of(rng, image)
+    theirs = tvf.resized_crop(image, top, left, bottom - top, right - left, [32, 32], tv.InterpolationMode.BICUBIC)
+    if rng.random() < 0.5:
+        theirs = tvf.hflip(theirs)
+    ours = train_view(image, sample_rng(seed, 0, 0, 0), img_size=32, crop_scale=MAE_SCALE, flip=True)
+    assert ours.dtype == np.uint8
+    assert np.array_equal(ours, np.asarray(theirs).transpose(2, 0, 1))
+
+
+def test_flip_is_half_of_the_views_and_can_be_off():
+    image = picture(40, 40)
+    flipped = 0
+    for seed in range(200):
+        views = [
+            train_view(image, sample_rng(seed, 0, 0, 0), img_size=8, crop_scale=MAE_SCALE, flip=flip)
+            for flip in (False, True)
+        ]
+        flipped += not np.array_equal(*views)
+        assert np.array_equal(views[0], views[1]) or np.array_equal(views[0], views[1][:, :, ::-1])
+    assert 70 < flipped < 130
+
+
+def test_crop_boxes_are_distributed_as_torchvisions():
+    image = picture(100, 75)
+    ours = np.array([box_of(sample_rng(0, 0, i, 0), image) for i in range(4000)])
+    torch.manual_seed(0)
+    theirs = np.array([tv.RandomResizedCrop.get_params(image, MAE_SCALE, CROP_RATIO) for _ in range(4000)])
+    top, left, height, width = theirs.T
+    theirs = np.stack([left, top, left + width, top + height], axis=1)
+    assert ours.min() >= 0 and ours[:, 2].max() <= 100 and ours[:, 3].max() <= 75
+    # means and spreads of a few thousand draws: 5 standard errors are about 2 pixels
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 2
+    assert np.abs(ours.std(0) - theirs.std(0)).max() < 2
+    log_ratios = [np.log((box[:, 2] - box[:, 0]) / (box[:, 3] - box[:, 1])) for box in (ours, theirs)]
+    assert abs(log_ratios[0].std() - log_ratios[1].std()) < 0.015  # of about 0.16
+
+
+@pytest.mark.parametrize("width, height", [(100, 10), (10, 100), (50, 50), (101, 100), (1, 1), (7, 1000)])
+def test_fallback_crop_equals_torchvisions(width, height):
+    scale = (4.0, 5.0)  # larger than the picture: no try can fit
+    top, left, h, w = tv.RandomResizedCrop.get_params(picture(width, height), scale, CROP_RATIO)
+    box = crop_box(sample_rng(0, 0, 0, 0), width=width, height=height, scale=scale, ratio=CROP_RATIO)
+    assert box == (left, top, left + w, top + h)
+
+
+@pytest.mark.parametrize("width, height", [(97, 61), (61, 97), (50, 50), (33, 32), (300, 20)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_eval_view_equals_torchvision(width, height, crop_pct):
+    image = picture(width, height)
+    recipe = tv.Compose([tv.Resize(round(32 / crop_pct), tv.InterpolationMode.BICUBIC), tv.CenterCrop(32)])
+    ours = eval_view(image, img_size=32, crop_pct=crop_pct)
+    assert np.array_equal(ours, np.asarray(recipe(image)).transpose(2, 0, 1))
+
+
+def test_generators_differ_in_every_part_of_their_key():
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    draws = [sample_rng(*key).random(4).tolist() for key in keys]
+    assert len({tuple(draw) for draw in draws}) == 5
+    assert draws[0] == sample_rng(0, 0, 0, 0).random(4).tolist()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(shard_set, mode):
+    file = io.BytesIO()
+    picture(20, 20).convert(mode).save(file, "JPEG" if mode == "CMYK" else "PNG")
+    sample = dataclasses.replace(SampleReader(shard_set).read(0), data=file.getvalue())
+    assert decode(sample).mode == "RGB"
+
+
+def test_bytes_that_are_no_picture_name_shard_and_key(shard_set, monkeypatch):
+    message = r"shard-000000.tar: sample 000000006 cannot be decoded \(.*\(line 7 of sources.txt\)"
+    sample = SampleReader(shard_set).read(5)
+    bmp = io.BytesIO()
+    picture(9, 9).save(bmp, "BMP")
+    for data in (b"", b"text", sample.data[:-200], sample.data[:30], bmp.getvalue()):
+        with pytest.raises(ShardError, match=message) as caught:
+            decode(dataclasses.replace(sample, data=data))
+        assert "\n" not in str(caught.value) and " 0x" not in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ShardError, match="000000006 cannot be decoded .DecompressionBombError"):
+        decode(sample)
