@@ -22,7 +22,7 @@ MIX_2 = 0x94D049BB133111EB
 
 def num_steps(epochs: float, num_samples: int, global_batch: int) -> int:
     """Steps that see every sample `epochs` times; the last one may run on into the next epoch."""
-    # str: the decimal number that the user wrote; in floats, ceil(1.1 * 10) is 12
+    # str: the decimal number that the user wrote; in floats, ceil(1.1 * 100) is 111
     return math.ceil(Fraction(str(epochs)) * num_samples / global_batch)
 
 

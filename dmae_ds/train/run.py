@@ -32,7 +32,7 @@ def run(preflight: Preflight) -> None:
     world = preflight.world
     device = dist.start(world)
     try:
-        _run(preflight, device)
+        train_recipe(preflight, device)
     finally:
         dist.stop()
 
@@ -66,7 +66,8 @@ def build_teacher(config: TeacherConfig | None, shape: TeacherShape | None, taps
     )  # fmt: skip
 
 
-def _run(preflight: Preflight, device: torch.device) -> None:
+def train_recipe(preflight: Preflight, device: torch.device) -> None:
+    """Wire a checked recipe and train it. The process group must exist; `run` makes one."""
     config, world = preflight.config, preflight.world
     objective, shape = build_objective(config)
     teacher = build_teacher(config.teacher, shape, objective.taps, device)

@@ -84,5 +84,5 @@ def test_every_sample_comes_once_an_epoch_and_batches_do_not_depend_on_ranks(
 def test_num_steps_rounds_up_in_decimals():
     assert num_steps(1, 100, 10) == 10
     assert num_steps(1, 101, 10) == 11
-    assert num_steps(1.1, 10, 1) == 11  # in floats 1.1 * 10 is 11.000000000000002
+    assert num_steps(1.1, 100, 1) == 110  # in floats 1.1 * 100 is 110.00000000000001
     assert num_steps(800, 1_281_167, 4096) == 250_228

@@ -1,9 +1,11 @@
 """data_prep/make.py: the images of a folder, every one, unchanged, in an order that only the seed decides."""
 
 import json
+import signal
 
 import pytest
 
+from data_prep import make as make_module
 from data_prep.make import find_images, make_shards
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shards import ShardError, ShardSet
@@ -120,3 +122,13 @@ def test_file_names_cannot_leave_the_tar_or_the_line(src, tmp_path):
     make(src, tmp_path / "dst")
     assert "bee/a\nb\udcff.jpg" in sources(tmp_path / "dst")
     assert len(sources(tmp_path / "dst")) == 12
+
+
+def interrupt_handler(job):
+    return signal.getsignal(signal.SIGINT)
+
+
+def test_workers_leave_interrupts_to_the_main_process(monkeypatch):
+    """Else each idle worker prints a traceback at Ctrl-C."""
+    monkeypatch.setattr(make_module, "write_job", interrupt_handler)
+    assert list(make_module._run([None], 1)) == [signal.SIG_IGN]

@@ -1,0 +1,1 @@
+"""What a student is worth: its frozen features, a vote among neighbours, the pictures it paints. On accelerate."""

@@ -1,0 +1,96 @@
+"""A run's student as plain timm, and its frozen features of every picture of a shard folder, in the order of their ids.
+
+Works alone and under `accelerate launch --num_processes 2 -m dmae_ds eval knn RUN`: each process embeds every second
+picture, and the rows are put back in order. `--mixed_precision bf16` of accelerate is obeyed; features are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from dmae_ds.config.load import read_saved_config
+from dmae_ds.data.loader import eval_batches
+from dmae_ds.data.shards import ShardSet
+from dmae_ds.errors import UserError
+from dmae_ds.models.patches import Normalize
+
+# Tokens after the final norm, [N, 1 + L, D] with CLS first -> features [N, D].
+POOLS = {
+    "mean": lambda tokens: tokens[:, 1:].mean(dim=1),
+    "cls": lambda tokens: tokens[:, 0],
+}
+
+
+def load_student(run: Path) -> VisionTransformer:
+    """The student of a run folder in timm's own class, in eval mode: its file must fit strictly.
+
+    Raises UserError where the file is missing, damaged, or of another network than config.yaml names.
+    """
+    config = read_saved_config(run).student
+    path = run / "student.safetensors"
+    if not path.is_file():
+        raise UserError(f"'{path}' is not there; a run writes it with its first checkpoint: wait for one, or set checkpoint.every_steps lower")
+    student = timm.create_model(config.name, num_classes=0, **config.overrides())
+    try:
+        student.load_state_dict(load_file(path), strict=True)
+    except SafetensorError as error:
+        raise UserError(f"'{path}' is not a whole safetensors file ({error}); copy it again") from None
+    except RuntimeError as error:  # torch lists every key that doesn't fit; the first says enough
+        raise UserError(f"'{path}' doesn't fit the student of config.yaml ({' '.join(str(error).split())[:200]}); is it another run's file?") from None
+    return student.eval()
+
+
+@torch.inference_mode()
+def extract_features(
+    student: VisionTransformer,
+    shard_set: ShardSet,
+    *,
+    accelerator: Accelerator,
+    normalize: Normalize,
+    crop_pct: float,
+    pool: str,
+    batch_size: int,
+    num_workers: int,
+    title: str,
+) -> tuple[Tensor, Tensor]:
+    """Embed the central crop of every picture. Collective; `student` and `normalize` are on the accelerator's device.
+
+    pool: `mean` of the patch tokens or `cls`, after the final norm; title: of the progress bar
+    Returns features [n, D] float32 and labels [n] int64, row i for sample id i, on the device of every process.
+    """
+    num_processes = accelerator.num_processes
+    num_rows = math.ceil(shard_set.num_samples / num_processes)  # equal everywhere: the last row may stay a filler
+    features = torch.zeros(num_rows, student.num_features, device=accelerator.device)
+    labels = torch.zeros(num_rows, dtype=torch.int64, device=accelerator.device)
+    batches = eval_batches(
+        shard_set, img_size=student.patch_embed.img_size[0], crop_pct=crop_pct, batch_size=batch_size,
+        rank=accelerator.process_index, world_size=num_processes, num_workers=num_workers,
+    )  # fmt: skip
+    bar = tqdm(total=num_rows * num_processes, desc=title, unit="img", disable=not accelerator.is_main_process)
+    with bar:
+        for batch in batches:
+            batch = batch.to(accelerator.device)
+            rows = batch.sample_ids // num_processes  # this process has ids rank, rank + num_processes, ...
+            with accelerator.autocast():
+                # [N, 3, H, W] -> [N, H, W, 3] to be normalised -> [N, 3, H, W]
+                tokens = student.forward_features(normalize(batch.images.movedim(1, -1)).movedim(-1, 1))
+                features[rows] = POOLS[pool](tokens.float())
+            labels[rows] = batch.labels
+            bar.update(len(rows) * num_processes)
+    return tuple(_in_id_order(accelerator.gather(rows), num_processes)[: shard_set.num_samples] for rows in (features, labels))
+
+
+def _in_id_order(gathered: Tensor, num_processes: int) -> Tensor:
+    """Rows as gathered, one process after the other -> row i of process r at place i * num_processes + r."""
+    # [P * R, ...] -> [P, R, ...] -> [R, P, ...] -> [R * P, ...]
+    return gathered.unflatten(0, (num_processes, -1)).transpose(0, 1).flatten(0, 1)

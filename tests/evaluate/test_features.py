@@ -1,0 +1,137 @@
+"""A student from its file, and its features against one picture at a time, against the trained module, and on two ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from dmae_ds.config.load import read_saved_config
+from dmae_ds.data.reader import SampleReader
+from dmae_ds.data.shards import ShardSet
+from dmae_ds.data.transforms import decode, eval_view
+from dmae_ds.errors import UserError
+from dmae_ds.evaluate.features import extract_features, load_student
+from dmae_ds.models.patches import Normalize, patchify
+from dmae_ds.train.run import build_objective
+
+
+def _extract(run, accelerator, *, pool="mean", batch_size=4):
+    config = read_saved_config(run)
+    return extract_features(
+        load_student(run), ShardSet.open(config.data.val, label="data.val"), accelerator=accelerator, normalize=Normalize(config.data.mean, config.data.std),
+        crop_pct=config.data.crop_pct, pool=pool, batch_size=batch_size, num_workers=0, title="val",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def _pictures(run):
+    """The validation pictures one by one, [1, 3, H, W] uint8, and their labels."""
+    data = read_saved_config(run).data
+    reader = SampleReader(ShardSet.open(data.val, label="data.val"))
+    for sample in map(reader.read, range(reader.shard_set.num_samples)):
+        yield torch.from_numpy(eval_view(decode(sample), img_size=16, crop_pct=data.crop_pct).copy())[None], sample.label
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_equal_one_picture_at_a_time_in_the_order_of_ids(run, accelerator, pool):
+    data, student = read_saved_config(run).data, load_student(run)
+    expected, labels = [], []
+    for image, label in _pictures(run):
+        pixels = (image / 255 - torch.tensor(data.mean)[:, None, None]) / torch.tensor(data.std)[:, None, None]
+        with torch.no_grad():
+            tokens = student.forward_features(pixels)[0]
+        expected.append(tokens[1:].mean(0) if pool == "mean" else tokens[0])
+        labels.append(label)
+    features, found = _extract(run, accelerator, pool=pool)
+    assert features.dtype == torch.float32 and found.tolist() == labels and set(labels) == {0, 1, 2}
+    torch.testing.assert_close(features, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_timm_computes_what_the_trained_module_computed(run, accelerator):
+    config = read_saved_config(run)
+    trained = build_objective(config)[0].student
+    trained.load_state_dict(load_file(run / "student.safetensors"))
+    images = torch.cat([image for image, _ in _pictures(run)])
+    with torch.no_grad():
+        patches = Normalize(config.data.mean, config.data.std)(patchify(images, 4))
+        tokens, _ = trained(patches, torch.arange(16).expand(len(images), -1))
+    torch.testing.assert_close(_extract(run, accelerator)[0], tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
+
+
+_ON_ONE_RANK = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from tests.evaluate.test_features import _extract
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+result = _extract(Path(sys.argv[1]), accelerator)
+torch.save(result, Path(sys.argv[1]) / f"features{accelerator.process_index}.pt")
+accelerator.end_training()
+"""
+
+
+def test_two_processes_gather_what_one_computes(run, accelerator):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    common = {**os.environ, "PYTHONPATH": here, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    ranks = [subprocess.Popen([sys.executable, "-c", _ON_ONE_RANK, str(run)], env={**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    features, labels = _extract(run, accelerator)
+    for rank in "01":
+        found, found_labels = torch.load(run / f"features{rank}.pt")
+        assert torch.equal(found_labels, labels)
+        torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_three_processes_come_back_in_the_order_of_ids(run, accelerator):
+    alone, labels = _extract(run, accelerator)
+    parts = []
+
+    def ranks(gather):
+        return [
+            SimpleNamespace(num_processes=3, process_index=rank, device=torch.device("cpu"), is_main_process=False, autocast=accelerator.autocast, gather=gather)
+            for rank in range(3)
+        ]
+
+    for rank in ranks(lambda rows: parts.append(rows) or torch.cat([rows] * 3)):
+        _extract(run, rank)
+    for which, expected in ((0, alone), (1, labels)):
+        gathered = torch.cat(parts[which::2])
+        found = _extract(run, ranks(lambda rows, gathered=gathered: gathered)[0])[which]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_is_missing_damaged_or_anothers_is_one_line(run):
+    path = run / "student.safetensors"
+    weights = load_file(path)
+    for break_it, message in (
+        (lambda: save_file({key: value for key, value in weights.items() if key != "norm.bias"}, path), "doesn't fit .*norm.bias"),
+        (lambda: save_file({**weights, "head.bias": torch.zeros(3)}, path), "doesn't fit .*head.bias"),
+        (lambda: path.write_bytes(np.random.default_rng(0).bytes(99)), "not a whole safetensors file"),
+        (path.unlink, "not there"),
+    ):
+        break_it()
+        with pytest.raises(UserError, match=message) as error:
+            load_student(run)
+        assert "\n" not in str(error.value)

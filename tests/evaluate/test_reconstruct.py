@@ -1,0 +1,58 @@
+"""What a picture under a mask looks like: visible patches untouched, painted ones where and as the decoder meant them."""
+
+import pytest
+import torch
+
+from dmae_ds.config.load import read_saved_config
+from dmae_ds.data.shards import ShardSet
+from dmae_ds.evaluate.reconstruct import GREY, choose_pictures, reconstruct
+from dmae_ds.models.masking import keep_random
+from dmae_ds.models.patches import Normalize, patchify
+from dmae_ds.objectives.mae import normalize_patches
+from dmae_ds.train.run import build_objective
+from tests.evaluate.conftest import make_run
+
+CHOICE = {"num": 5, "seed": 0, "img_size": 16, "num_patches": 16, "crop_pct": 0.875}
+
+
+@pytest.fixture
+def val(shards):
+    return ShardSet.open(shards[1], label="data.val")
+
+
+def test_the_choice_is_keyed_by_the_seed(val):
+    images, noise = choose_pictures(val, **CHOICE)
+    assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8 and noise.shape == (5, 16)
+    again = choose_pictures(val, **CHOICE)
+    assert torch.equal(images, again[0]) and torch.equal(noise, again[1])
+    other = choose_pictures(val, **{**CHOICE, "seed": 1})
+    assert not torch.equal(images, other[0])
+    assert len(choose_pictures(val, **{**CHOICE, "num": 99})[0]) == 11
+    assert len({tuple(row.flatten().tolist()) for row in images}) == 5
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_perfect_decoder_gives_the_original_back(tmp_path, shards, val, norm_pix, monkeypatch):
+    config = read_saved_config(make_run(tmp_path / "run", train=shards[0], val=shards[1], norm_pix=norm_pix))
+    objective, _ = build_objective(config)
+    images, noise = choose_pictures(val, **CHOICE)
+    normalize = Normalize(config.data.mean, config.data.std)
+    target = objective.prepare(images, noise, normalize).masked
+    monkeypatch.setattr(objective.decoder, "forward", lambda latent, ids_keep, ids_masked: normalize_patches(target) if norm_pix else target)
+    masked, painted = reconstruct(objective, images, noise, normalize)
+    assert torch.equal(painted, images)
+    assert not torch.equal(masked, images)
+
+
+def test_visible_patches_are_the_originals_and_masked_ones_are_not(run, val):
+    config = read_saved_config(run)
+    objective, _ = build_objective(config)
+    images, noise = choose_pictures(val, **CHOICE)
+    masked, painted = reconstruct(objective, images, noise, Normalize(config.data.mean, config.data.std))
+    original, masked, painted = (patchify(pictures, 4) for pictures in (images, masked, painted))
+    ids_keep, ids_masked = keep_random(noise, 4)
+    for picture in range(5):
+        for found in (masked, painted):
+            assert found.dtype == torch.uint8 and torch.equal(found[picture, ids_keep[picture]], original[picture, ids_keep[picture]])
+        assert (masked[picture, ids_masked[picture]] == GREY).all()
+        assert (painted[picture, ids_masked[picture]] != original[picture, ids_masked[picture]]).float().mean() > 0.9

@@ -1,0 +1,85 @@
+"""What is read from a run folder, and the words that are made of it."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from dmae_ds.errors import UserError
+from dmae_ds.evaluate.facts import find_dead_terms, list_facts
+from dmae_ds.evaluate.record import read_record
+from dmae_ds.train.run import build_objective
+from tests.evaluate.conftest import make_run
+
+
+def test_a_half_line_of_a_killed_run_is_left_out(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 31, "lo')
+    record = read_record(run)
+    assert record.column("step") == list(range(1, 31))
+    assert record.losses == ["loss", "pixel", "align/1-3"] and record.shares == ["share/1"] and record.knn is None
+
+
+def test_the_last_tenth_is_of_the_steps_and_finite(run):
+    record = read_record(run)
+    assert record.last_tenth("step") == 29  # of 30: the mean of 28, 29, 30
+    assert replace(record, rows=record.rows[:1]).last_tenth("step") == 1
+    record.rows[-1]["pixel"] = math.nan
+    assert record.last_tenth("pixel") == pytest.approx((1 / 28 + 1 / 29) / 2)
+    assert math.isnan(replace(record, rows=record.rows[-1:]).last_tenth("pixel"))
+
+
+def test_no_run_and_no_metrics_are_one_line(tmp_path, run):
+    with pytest.raises(UserError, match="not a run folder"):
+        read_record(tmp_path)
+    for content in ("", '{"step": 1'):
+        (run / "metrics.jsonl").write_text(content)
+        with pytest.raises(UserError, match="no metrics yet.*= 20 steps"):
+            read_record(run)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="no metrics yet"):
+        read_record(run)
+
+
+@pytest.mark.parametrize("share, dead", [(0.02, True), (0.049, True), (0.051, False), (0.9, False)])
+def test_a_term_below_a_twentieth_of_the_gradient_is_called_dead(tmp_path, shards, share, dead):
+    record = read_record(make_run(tmp_path / "run", train=shards[0], val=shards[1], share=share))
+    sentences = find_dead_terms(record, "mine")
+    assert len(sentences) == dead
+    if dead:
+        assert sentences[0].startswith(f"mine: at student block 1 only {share:.1%} of the gradient")
+    facts = list_facts(record, *build_objective(record.config))
+    assert facts["share of distillation, block 1"] == (f"{share:.1%}", "dead term" if dead else "")
+
+
+def test_a_share_that_was_alive_before_may_die_at_the_end(run):
+    record = read_record(run)
+    for row in record.rows[-3:]:
+        row["share/1"] = 0.01
+    assert len(find_dead_terms(record, "mine")) == 1
+
+
+def test_facts_are_the_runs_own(run, tmp_path, shards):
+    record = read_record(run)
+    facts = list_facts(record, *build_objective(record.config))
+    assert facts["k-NN top-1"] == ("not measured", f"dmae-ds eval knn {run}")
+    assert facts["objective"].text == "dmae" and "block 1 <- 3" in facts["objective"].note
+    assert facts["teacher"].note.startswith("cut after block 3 of 4; fp32")
+    assert facts["steps"] == ("30", "9 of 9 epochs, 6 images a step")
+    assert facts["images/s, median"].text == "101"
+    assert facts["DeepSpeed, precision"].text == "zero2, fp32"
+    assert facts["align/1-3 at the end"].text == "2.0000"
+    assert facts["pixel at the end"].text == f"{(1 / 28 + 1 / 29 + 1 / 30) / 3:.4f}"
+    alone = read_record(make_run(tmp_path / "mae", train=shards[0], val=shards[1], objective="mae"))
+    facts = list_facts(alone, *build_objective(alone.config))
+    assert facts["teacher"] == ("none", "") and not any("distillation" in question for question in facts)
+
+
+@pytest.mark.parametrize("step, words", [(30, "step 30"), (20, "measured at step 20, before the last")])
+def test_a_knn_of_an_older_student_says_so(run, step, words):
+    knn = {"top1": 71.25, "k": 20, "temperature": 0.07, "pool": "mean", "num_train": 1400, "num_val": 397, "step": step}
+    (run / "knn.json").write_text(json.dumps(knn))
+    record = read_record(run)
+    fact = list_facts(record, *build_objective(record.config))["k-NN top-1"]
+    assert fact == ("71.2%", f"k 20, T 0.07, mean pool; 1,400 train, 397 val; {words}")

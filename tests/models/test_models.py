@@ -1,0 +1,110 @@
+"""Patches, masks and the encoder: against a slow loop, the published counts, and timm."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from dmae_ds.errors import UserError
+from dmae_ds.models.masking import gather_patches, keep_random, num_visible
+from dmae_ds.models.patches import Normalize, patchify, unpatchify
+from dmae_ds.models.vit import MaskedViT, build_student, build_timm_vit
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def test_patchify_cuts_as_a_slow_loop_does_and_keeps_the_dtype():
+    images = torch.arange(2 * 3 * 8 * 12, dtype=torch.int16).reshape(2, 3, 8, 12)
+    patches = patchify(images, 4)
+    assert patches.dtype == torch.int16
+    for row in range(2):
+        for column in range(3):
+            expected = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].permute(0, 2, 3, 1)
+            assert torch.equal(patches[:, 3 * row + column], expected)
+    assert torch.equal(unpatchify(patches, (2, 3)), images)
+
+
+def test_normalize_is_the_usual_formula():
+    pixels = torch.randint(0, 256, (5, 4, 4, 3), dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = (pixels.double() / 255 - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(Normalize(mean, std)(pixels).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio, rounded, truncated", [(0.75, 49, 49), (0.90, 20, 19), (0.95, 10, 9), (0.98, 4, 3)])
+def test_visible_patches_of_224_px_are_the_paper_s_and_the_code_s(ratio, rounded, truncated):
+    assert num_visible(196, ratio, "round") == rounded
+    assert num_visible(196, ratio, "int") == truncated
+
+
+@pytest.mark.parametrize("ratio, count", [(0.999, "round"), (0.001, "round"), (0.99, "int")])
+def test_a_mask_that_leaves_nothing_is_refused(ratio, count):
+    with pytest.raises(UserError, match="must stay visible"):
+        num_visible(64, ratio, count)
+
+
+def test_every_patch_is_kept_or_masked_once_and_ties_go_by_position():
+    noise = torch.tensor([[0.5, 0.5, 0.1, 0.5], [0.4, 0.3, 0.2, 0.1]])
+    ids_keep, ids_masked = keep_random(noise, 2)
+    assert ids_keep.tolist() == [[2, 0], [3, 2]]
+    assert ids_masked.tolist() == [[1, 3], [1, 0]]
+
+
+def test_student_with_every_patch_visible_is_timm_s_model():
+    student = build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(0)).eval()
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY).eval()
+    reference.load_state_dict(student.state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    patches, everything = patchify(images, 8), torch.arange(16).expand(2, -1)
+    with torch.no_grad():
+        tokens, tapped = student(patches, everything, taps=[1, 3])
+        expected = reference.forward_features(images)
+        _, intermediates = reference.forward_intermediates(images, indices=[0, 2], return_prefix_tokens=True, output_fmt="NLC")
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    for block, (patch_tokens, cls) in zip((1, 3), intermediates, strict=True):
+        torch.testing.assert_close(tapped[block], torch.cat([cls, patch_tokens], dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_kept_patch_keeps_its_own_position():
+    student = build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(0))
+    patches = torch.randn(1, 16, 8, 8, 3)
+    whole = student.embed(patches, torch.arange(16)[None])
+    some = torch.tensor([[5, 0, 11]])
+    torch.testing.assert_close(student.embed(gather_patches(patches, some), some)[:, 1:], whole[:, 1:][:, some[0]], rtol=1e-5, atol=1e-6)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    def weights(seed):
+        torch.rand(seed + 3)  # whatever happened to the global generator before
+        return build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(seed)).state_dict()
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
+
+
+def test_gradients_are_told_apart_at_a_tap():
+    student = build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(0))
+    tokens, tapped = student(torch.randn(1, 4, 8, 8, 3), torch.arange(4)[None], taps=[2])
+    (tokens.sum() * 0 + 3 * tapped[2].sum()).backward()
+    assert student.gradient_norms[2]["tap"].item() == pytest.approx(3 * tapped[2].numel() ** 0.5)
+    assert student.gradient_norms[2]["trunk"].item() == 0
+
+
+@pytest.mark.parametrize("name, words", [("vit_bse_patch16_224", "unknown to timm"), ("resnet18", "not a plain vision transformer")])
+def test_a_name_that_can_not_be_used_is_refused(name, words):
+    with pytest.raises(UserError, match=words):
+        build_timm_vit(name, {})
+
+
+def test_numbers_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="img_size 33 is not a multiple"):
+        build_timm_vit("vit_tiny_patch16_224", {**TINY, "img_size": 33})
+    with pytest.raises(UserError, match="timm can't build"):
+        build_timm_vit("vit_tiny_patch16_224", {**TINY, "num_heads": 5})
+
+
+def test_a_teacher_without_norm_holds_none():
+    with torch.device("meta"):
+        assert MaskedViT(build_timm_vit("vit_tiny_patch16_224", TINY), keep_norm=False).norm is None

@@ -1,0 +1,121 @@
+"""What `dmae-ds train` refuses: one line, exit code 2, no traceback, nothing lost; quickly where no model need be built."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmae_ds.dist import World
+from dmae_ds.errors import UserError
+from dmae_ds.train.preflight import split_batch
+from tests.train.conftest import command, environment, run
+
+
+def refused(arguments: list[str], cwd) -> str:
+    done = run(command(arguments, ranks=1), cwd=cwd)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("dmae-ds: error: "), done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["objective.maskratio=.9"], "did you mean objective.mask_ratio?"),
+        (["data.train=nowhere"], "data.train 'nowhere' is not a shard folder"),
+        (["objective.mask_ratio=1"], "input should be less than 1"),
+        (["optim.micro_batch=5"], "optim.global_batch 16 doesn't divide by 1 ranks x optim.micro_batch 5 = 5; take 15 or 20"),
+        (["deepspeed=zero4"], "did you mean zero"),
+        (["teacher.weights=none.pth"], "teacher.weights 'none.pth' is not a file"),
+        (["teacher=null"], "objective dmae needs a teacher"),
+        (["objective={name: mae}"], "objective mae has no use for a teacher"),
+    ],
+)
+def test_mistakes_in_a_recipe(tiny_recipe, tmp_path, overrides, words):
+    assert words in refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", *overrides], tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_deepspeed_key(tiny_recipe, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimisation": {"stage": 2}}))
+    assert "did you mean zero_optimization?" in refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "deepspeed=mine.json"], tmp_path)
+
+
+def test_mistakes_in_a_recipe_are_found_without_torch(tiny_recipe, tmp_path):
+    """The reason they take under two seconds: importing torch and timm alone takes longer on a slow disk."""
+    code = """
+import sys
+from dmae_ds.cli import main
+code = main(sys.argv[1:])
+heavy = {"torch", "timm", "deepspeed", "accelerate", "webdataset"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(code)
+"""
+    arguments = ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "optim.micro_batch=5"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "doesn't divide" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda tensors: tensors.pop("blocks.1.mlp.fc1.weight"), "missing 1: blocks.1.mlp.fc1.weight"),
+        (lambda tensors: tensors.update({"cls_token": torch.zeros(1, 1, 47)}), "misshapen 1: cls_token [1, 1, 47] instead of [1, 1, 48]"),
+    ],
+)
+def test_a_teacher_file_that_does_not_fit(tiny_recipe, tmp_path, change, words):
+    weights = next(value for value in tiny_recipe if value.startswith("teacher.weights=")).removeprefix("teacher.weights=")
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, tmp_path / "broken.safetensors")
+    line = refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", f"teacher.weights={tmp_path / 'broken.safetensors'}"], tmp_path)
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_say_it_once_and_the_launcher_passes_the_code_on(tiny_recipe, tmp_path):
+    done = run(command(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "optim.micro_batch=3"], ranks=2), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("dmae-ds: error") == 1
+    assert "doesn't divide by 2 ranks x optim.micro_batch 3 = 6" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_is_not_overwritten(tiny_recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("precious")
+    assert "--resume auto" in refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], tmp_path)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "batch, micro, ranks, expected",
+    [(4096, 64, 8, (64, 8)), (4096, None, 8, (512, 1)), (6, 2, 3, (2, 1)), (1, None, 1, (1, 1))],
+)
+def test_a_batch_is_cut_evenly(batch, micro, ranks, expected):
+    assert split_batch(batch, micro, ranks) == expected
+
+
+@pytest.mark.parametrize("batch, micro, ranks", [(4096, None, 3), (4096, 60, 8), (4, 8, 1), (2, None, 4)])
+def test_a_batch_that_does_not_divide_is_refused(batch, micro, ranks):
+    with pytest.raises(UserError, match="doesn't divide"):
+        split_batch(batch, micro, ranks)
+
+
+def test_a_world_that_contradicts_itself_is_refused(monkeypatch):
+    from dmae_ds.dist import world_from_env
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert world_from_env() == World()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        world_from_env()

@@ -1,0 +1,77 @@
+"""A run killed with SIGKILL and resumed ends with the weights of the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.conftest import LIMIT_S, command, environment, losses, run
+
+STEPS = 30
+# Large enough for a step to last longer than the poll below; saved every 5 steps.
+LARGER = [f"optim.epochs={STEPS * 64 / 1400}", "optim.global_batch=64", "student.embed_dim=128", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.keep=2"]
+
+
+def train(recipe: list[str], run_dir: Path, *, ranks: int, resume: str = "never") -> None:
+    done = run(command(["train", *recipe, *LARGER, f"run.dir={run_dir}", "--resume", resume], ranks=ranks), cwd=run_dir.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def processes_with(text: str) -> list[int]:
+    """Every process whose command line holds a text: launcher, ranks and loader workers of one run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if text.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    return found
+
+
+def kill_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> None:
+    """Start a run and SIGKILL everything of it as soon as it has logged a step."""
+    arguments = command(["train", *recipe, *LARGER, f"run.dir={run_dir}"], ranks=ranks)
+    with open(run_dir.parent / "killed.log", "wb") as log:
+        process = subprocess.Popen(arguments, cwd=run_dir.parent, env=environment(), stdout=log, stderr=log)
+    end = time.monotonic() + LIMIT_S
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= step):
+        assert process.poll() is None, (run_dir.parent / "killed.log").read_text()
+        assert time.monotonic() < end, "the run never came to the step"
+        time.sleep(0.002)
+    while victims := processes_with(str(run_dir)):
+        for victim in victims:
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    process.wait()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(tiny_recipe, whole, ranks=ranks)
+    kill_at_step(tiny_recipe, killed, 17, ranks=ranks)
+    resumed_from = json.loads((killed / "checkpoints" / (killed / "checkpoints" / "latest").read_text() / "state.json").read_text())
+    assert 5 <= resumed_from["step"] < STEPS
+    assert resumed_from["position"] == 64 * resumed_from["step"]
+    train(tiny_recipe, killed, ranks=ranks, resume="auto")
+
+    expected, found = load_file(whole / "student.safetensors"), load_file(killed / "student.safetensors")
+    assert set(expected) == set(found)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()] == list(range(1, STEPS + 1))
+    assert losses(killed) == losses(whole)
+    # Only the newest two saves stay.
+    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-00000025", "step-00000030"]

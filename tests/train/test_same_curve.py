@@ -1,0 +1,104 @@
+"""One process or two, ZeRO 0 to 3, accumulated or not, whoever launches: the same global batches and the same losses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from dmae_ds.config.load import read_saved_config
+from tests.train.conftest import free_port, losses, run
+
+DRIVER = Path(__file__).with_name("driver.py")
+ALONE = {"alone": [], "alone_accumulated": ["optim.micro_batch=4"], "alone_zero0": ["deepspeed=zero0"]}
+TWO_RANKS = {
+    "zero0": ["deepspeed=zero0"],
+    "zero1": ["deepspeed=zero1"],
+    "zero2": ["deepspeed=zero2"],
+    "zero3": ["deepspeed=zero3"],
+    "zero3_offload": ["deepspeed=zero3_offload"],
+    "zero2_accumulated": ["deepspeed=zero2", "optim.micro_batch=2"],
+    "zero3_accumulated": ["deepspeed=zero3", "optim.micro_batch=2"],
+    "zero2_clipped": ["optim.clip_grad=0.5"],
+    "zero2_bf16": ["precision=bf16"],
+    "zero3_bf16": ["precision=bf16", "deepspeed=zero3"],
+    "zero0_autocast": ["precision=bf16_autocast", "deepspeed=zero0"],
+}
+SAME = ["alone_accumulated", "alone_zero0", *[name for name in TWO_RANKS if "bf16" not in name and "clip" not in name and "autocast" not in name]]
+
+
+@pytest.fixture(scope="module")
+def curves(tiny_recipe, tmp_path_factory) -> Path:
+    """A folder with a run for every variant: one start alone, one under `deepspeed --num_gpus 2`."""
+    folder = tmp_path_factory.mktemp("curves")
+    launcher = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port()), DRIVER]
+    for start, variants in (([sys.executable, DRIVER], ALONE), (launcher, TWO_RANKS)):
+        recipes = [[*tiny_recipe, f"run.dir={folder / name}", *extra] for name, extra in variants.items()]
+        done = run([*map(str, start), json.dumps(recipes)], cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_twenty_steps_were_taken_and_learned_something(curves):
+    curve = losses(curves / "alone")
+    assert len(curve) == 20
+    assert curve[-1] < 0.95 * curve[0]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_loss_curve_is_that_of_one_process(curves, name):
+    assert losses(curves / name) == pytest.approx(losses(curves / "alone"), rel=1e-5)
+
+
+def test_clipping_changes_the_curve(curves):
+    assert losses(curves / "zero2_clipped") != pytest.approx(losses(curves / "alone"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero2_bf16", "zero3_bf16", "zero0_autocast"])
+def test_bf16_stays_near_fp32_and_is_not_fp32(curves, name):
+    assert losses(curves / name) == pytest.approx(losses(curves / "alone"), rel=5e-2)
+    assert losses(curves / name) != losses(curves / "alone")
+
+
+@pytest.mark.parametrize("name", [*ALONE, *TWO_RANKS])
+def test_the_student_loads_into_timm_strictly(curves, name):
+    config = read_saved_config(curves / name)
+    state = load_file(curves / name / "student.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    timm.create_model(config.student.name, num_classes=0, **config.student.overrides()).load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_final_weights_are_those_of_one_process(curves, name):
+    # The key third of qkv.bias has no gradient but rounding noise, which AdamW turns into steps of +-lr.
+    expected = load_file(curves / "alone" / "student.safetensors")
+    for key, tensor in load_file(curves / name / "student.safetensors").items():
+        if not key.endswith("qkv.bias"):
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4 * expected[key].abs().max().item() + 1e-6)
+
+
+def test_the_share_of_the_gradient_is_seen_under_every_stage(curves):
+    def shares(name):
+        return [json.loads(line)["share/3"] for line in (curves / name / "metrics.jsonl").read_text().splitlines()]
+
+    for name in ("zero0", "zero2", "zero3"):
+        assert shares(name) == pytest.approx(shares("alone"), rel=0.05)
+        assert 0.01 < min(shares(name)) <= max(shares(name)) < 0.99
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_other_launchers_give_the_same_curve(curves, tiny_recipe, tmp_path, launcher):
+    start = {
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"],
+        "accelerate": ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                       "--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m"],
+    }[launcher]  # fmt: skip
+    done = run([*start, "dmae_ds", "train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks x 8 images" in done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(curves / "alone"), rel=1e-5)
