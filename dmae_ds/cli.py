@@ -16,11 +16,11 @@ from dmae_ds.errors import RunFailed, UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    args, extra = parser.parse_known_args(argv)
+    commands = parser()
+    args, extra = commands.parse_known_args(argv)
     # argparse gives up on positionals behind an option: `train RECIPE --resume auto key=value`.
     if extra and (not hasattr(args, "overrides") or any(word.startswith("-") for word in extra)):
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+        commands.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:
         args.overrides += extra
     try:
@@ -32,11 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _say(error: Exception, *, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    # A mistake in the recipe is every rank's; rank 0 tells it. What only one rank met, it says itself.
-    if rank == "0" or not getattr(error, "same_everywhere", False):
-        print(f"dmae-ds: error: {error}" if rank == "0" else f"dmae-ds: error (rank {rank}): {error}", file=sys.stderr, flush=True)
+def _say(error: UserError | RunFailed, *, code: int) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or not error.on_every_rank:
+        print(f"dmae-ds: error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
     return code
 
 
@@ -48,7 +47,7 @@ def _train(args: argparse.Namespace) -> None:
     try:
         preflight = prepare(load_config(args.recipe, args.overrides), world_from_env(), resume=args.resume)
     except UserError as error:
-        error.same_everywhere = True
+        error.on_every_rank = True
         raise
     from dmae_ds.train.run import run
 
@@ -67,12 +66,13 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report([Path(run) for run in args.runs], Path(args.out) if args.out else None))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dmae-ds", description="Distil large frozen vision transformers into small ones while pre-training.")
-    parser.add_argument("--version", action="version", version=__version__)
+def parser() -> argparse.ArgumentParser:
+    """Every command and option."""
+    root = argparse.ArgumentParser(prog="dmae-ds", description="Distil large frozen vision transformers into small ones while pre-training.")
+    root.add_argument("--version", action="version", version=__version__)
     # DeepSpeed's launcher puts --local_rank=N in front of the arguments; LOCAL_RANK says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(required=True, metavar="train | eval | report")
+    root.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = root.add_subparsers(required=True, metavar="train | eval | report")
 
     train = commands.add_parser("train", help="train a recipe, alone or under deepspeed, torchrun or accelerate launch")
     train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first one's holds the page")
     report.add_argument("--out", help="where to write it (default RUN/report.html)")
     report.set_defaults(command=_report)
-    return parser
+    return root
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from dmae_ds.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 TIMEOUT_S = 1800
 
 
@@ -84,6 +85,13 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
+def is_main() -> bool:
+    """Whether this is rank 0 of the process group."""
+    from torch import distributed
+
+    return distributed.get_rank() == 0
+
+
 def barrier() -> None:
     """Wait for every rank."""
     from torch import distributed
@@ -107,6 +115,26 @@ def main_says(flag: bool) -> bool:
     answer = [flag]
     distributed.broadcast_object_list(answer, src=0)
     return answer[0]
+
+
+def together(step: Callable[[], T]) -> T:
+    """Do something that may meet a user's mistake, perhaps on one rank alone; then every rank raises the same UserError.
+
+    Collective: every rank must call it.
+    """
+    result, message = None, None
+    try:
+        result = step()
+    except UserError as error:
+        message = str(error)
+    messages = gather_objects((socket.gethostname(), message))
+    failed = [rank for rank, (_, found) in enumerate(messages) if found is not None]
+    if not failed:
+        return result
+    host, first = messages[failed[0]]
+    error = UserError(first if len(failed) == len(messages) else f"{first} (met by rank {failed[0]} on {host})")
+    error.on_every_rank = True
+    raise error
 
 
 def gather_objects(value: Any) -> list[Any]:

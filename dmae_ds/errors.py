@@ -1,12 +1,17 @@
 """The two ways a command ends badly on purpose; `cli.py` turns them into one line and an exit code.
 
-Everything else is a bug of ours and keeps its traceback.
+Everything else is a bug of ours and keeps its traceback. `on_every_rank` is set where all ranks raise the same error,
+so that one of them tells it.
 """
 
 
 class UserError(ValueError):
     """A mistake the user can mend: says what was found, what was expected and what to do. Exit code 2."""
 
+    on_every_rank = False
+
 
 class RunFailed(RuntimeError):
     """The run itself broke (a non-finite loss, say): says where, and what is still good. Exit code 1."""
+
+    on_every_rank = False

@@ -127,6 +127,7 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]  # without the XML prolog, which has no place in the middle of a page
+    svg = re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)  # every text once more
     svg = re.sub(r' id="[a-zA-Z0-9.]+_[0-9]+"', "", svg)  # the parts' names, which nothing refers to and every figure repeats
     svg = re.sub(r' (width|height)="[0-9.]+pt"', "", svg, count=2)  # the page says how wide
     for variable, (colour, _) in COLOURS.items():

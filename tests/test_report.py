@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dmae_ds.errors import UserError
 from dmae_ds.figures import COLOURS, Curve, draw_curves, thin_out, to_png, to_svg
@@ -121,6 +122,17 @@ def test_pictures_are_there_and_the_same_for_both_runs(reported, parsed):
     first, second = strips[0], strips[8]
     assert (first[:16] == second[:16]).all() and (first[17:33] == second[17:33]).all() and (first[34:] != second[34:]).any()
     assert (first[:16] != first[17:33]).any() and (first[17:33] != first[34:]).any()
+
+
+def test_pictures_are_painted_by_the_runs_own_weights(tmp_path, shards):
+    run = make_run(tmp_path / "run", train=shards[0], val=shards[1])
+    weights = load_file(run / "decoder.safetensors")
+    save_file({**weights, "decoder.pred.bias": weights["decoder.pred.bias"] + 100}, run / "decoder.safetensors")
+    link = re.search('"data:image/png;base64,(.*?)"', write_report([run]).read_text()).group(1)
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(link))))
+    original, painted = strip[:16, :, :3], strip[34:, :, :3]
+    visible, white = (painted == original).all(axis=2), (painted == 255).all(axis=2)
+    assert white.mean() == 0.75 and (visible | white).all()
 
 
 def test_figures_lie_beside_the_page_and_show_something(reported):

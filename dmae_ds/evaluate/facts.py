@@ -29,7 +29,7 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
     num_parameters = sum(parameter.numel() for parameter in objective.student.parameters())
     return {
         "k-NN top-1": _knn(record),
-        **{f"{name} at the end": Fact(f"{record.last_tenth(name):.4f}") for name in record.losses},
+        **{f"{name} at the end": _loss(record, name) for name in record.losses},
         **{f"share of distillation, block {block_of(name)}": _share(record.last_tenth(name)) for name in record.shares},
         "objective": Fact(config.objective.name, objective.describe()),
         "student": Fact(config.student.name, _joined(f"{num_parameters / 1e6:.3g} M parameters", _overrides(config.student))),
@@ -43,13 +43,16 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
 
 def find_dead_terms(record: RunRecord, name: str) -> list[str]:
     """A sentence for every distilled block whose share of the gradient has died; `name` is what the reader calls the run."""
+    advice = "raise objective.alpha"
+    if getattr(record.config.objective, "normalize", "none") != "none":
+        advice += ", or compare raw features with objective.normalize=none"
     sentences = []
     for column in record.shares:
         share = record.last_tenth(column)
         if share < DEAD_SHARE:
             sentences.append(
-                f"{name}: at student block {block_of(column)} only {share:.1%} of the gradient comes from distillation (mean of the last tenth of the run; "
-                f"below {DEAD_SHARE:.0%} counts as dead). The student hardly hears its teacher: raise objective.alpha, or compare raw features with objective.normalize=none."
+                f"{name}: at student block {block_of(column)} only {share:.1%} of the gradient comes from distillation (mean of the last tenth "
+                f"of the run; below {DEAD_SHARE:.0%} counts as dead). The student hardly hears its teacher: {advice}."
             )
     return sentences
 
@@ -67,6 +70,11 @@ def _knn(record: RunRecord) -> Fact:
     return Fact(
         f"{knn['top1']:.1f}%", f"k {knn['k']}, T {knn['temperature']:g}, {knn['pool']} pool; {knn['num_train']:,} train, {knn['num_val']:,} val; {stale}"
     )
+
+
+def _loss(record: RunRecord, name: str) -> Fact:
+    other_units = name == "pixel" and record.config.objective.norm_pix
+    return Fact(f"{record.last_tenth(name):.4f}", "of normalised patches; not comparable with raw pixels" if other_units else "")
 
 
 def _share(share: float) -> Fact:

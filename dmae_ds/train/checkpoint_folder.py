@@ -18,6 +18,18 @@ from dmae_ds.errors import UserError
 
 STATE_VERSION = 1
 
+# What must be equal for a checkpoint's weights and position to mean the same thing, and the way out where it isn't.
+MUST_AGREE = {
+    "world_size": "start with as many ranks as wrote it",
+    "zero_stage": "use the DeepSpeed file of the same ZeRO stage",
+    "precision": "set precision back",
+    "seed": "set run.seed back",
+    "fingerprint": "point data.train at the shards that it was trained on",
+    "global_batch": "set optim.global_batch back",
+    "student": "set the student section back, or choose another run.dir",
+    "objective": "set the objective section back, or choose another run.dir",
+}
+
 
 class CheckpointFolder:
     """RUN/checkpoints: plain files, no collectives."""
@@ -52,6 +64,13 @@ class CheckpointFolder:
                 raise UserError(f"checkpoint '{folder}': {name} has {found} bytes instead of {size}; write an older one's name into {self.path / 'latest'}")
         return state
 
+    def check_same_run(self, folder: Path, identity: dict) -> None:
+        """Raise UserError unless a checkpoint is of the run with this identity: {key of MUST_AGREE: value}."""
+        state = self.read_state(folder)
+        for key, way_out in MUST_AGREE.items():
+            if state[key] != identity[key]:
+                raise UserError(f"checkpoint '{folder}' has {key} {_short(state[key])}, this run {_short(identity[key])}; {way_out}")
+
     def begin(self, step: int) -> None:
         """Make room for a checkpoint, throwing away what a killed save left under its name."""
         shutil.rmtree(self.path / self.tag(step), ignore_errors=True)
@@ -75,3 +94,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

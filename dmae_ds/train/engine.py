@@ -9,8 +9,15 @@ import os
 import torch
 from torch import Tensor, nn
 
+from dmae_ds import dist
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.errors import UserError
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError where DeepSpeed can't run a precision on this device."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU; on CPUs use fp32, bf16_autocast or bf16")
 
 
 class Engine:
@@ -21,8 +28,6 @@ class Engine:
 
     def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict, device: torch.device):
         deepspeed = _import_deepspeed(device)
-        if config["fp16"]["enabled"] and device.type == "cpu":
-            raise UserError("precision fp16 needs a GPU; on CPUs use fp32, bf16_autocast or bf16")
         self.stage = zero_stage(config)
         self.objective, self.device = objective, device
         self._fp32_weights = not (config["bf16"]["enabled"] or config["fp16"]["enabled"])
@@ -49,9 +54,7 @@ class Engine:
 
         Collective: every rank must call it.
         """
-        from torch import distributed
-
-        keep = distributed.get_rank() == 0
+        keep = dist.is_main()
         weights: dict[str, Tensor] = {}
         for name, parameter in self.objective.named_parameters():
             full = self._full_parameter(parameter)

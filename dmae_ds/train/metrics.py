@@ -110,7 +110,9 @@ class Recorder:
         mine = torch.cat(ids).tolist() if not math.isfinite(local[bad, column]) else []
         samples = dist.gather_objects(mine)
         where = "; ".join(f"rank {rank}: {_short(ids)}" for rank, ids in enumerate(samples) if ids)
-        raise RunFailed(f"the loss of step {step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched")
+        error = RunFailed(f"the loss of step {step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched")
+        error.on_every_rank = True
+        raise error
 
 
 def build_trackers(names: list[str], run_dir: Path) -> list:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmae_ds.config.deepspeed import load_deepspeed
+from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.order import num_steps
 from dmae_ds.data.shards import ShardSet
@@ -26,6 +26,7 @@ class Preflight:
     accumulation: int
     num_steps: int
     folder: CheckpointFolder
+    identity: dict
     resume_from: Path | None
 
     @property
@@ -55,11 +56,18 @@ def prepare(config: RunConfig, world: World, *, resume: str) -> Preflight:
         raise UserError(f"teacher.weights '{config.teacher.weights}' is not a file; give the path of a .safetensors or .pth file")
     run_dir = Path(config.run.dir).expanduser()
     folder = CheckpointFolder(run_dir)
+    identity = {
+        "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
+        "fingerprint": shards.fingerprint, "global_batch": config.optim.global_batch,
+        "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
+    }  # fmt: skip
     resume_from = folder.latest() if resume == "auto" else None
+    if resume_from is not None:
+        folder.check_same_run(resume_from, identity)
     if resume == "never" and (run_dir / "config.yaml").exists():
         raise UserError(f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir")
     steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
-    return Preflight(config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, resume_from)
+    return Preflight(config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, identity, resume_from)
 
 
 def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

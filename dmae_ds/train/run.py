@@ -10,7 +10,6 @@ from dmae_ds import dist
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig, TeacherConfig
 from dmae_ds.data.loader import train_batches
-from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT, build_student
 from dmae_ds.objectives import OBJECTIVES
@@ -20,7 +19,7 @@ from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, load_teacher, meta_
 from dmae_ds.teacher.grid import check_grids
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.checkpoint_folder import write_atomically
-from dmae_ds.train.engine import Engine
+from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.loop import masked_batches, train
 from dmae_ds.train.metrics import Recorder, build_trackers
 from dmae_ds.train.optim import build_optimizer, learning_rate, peak_lr
@@ -69,8 +68,13 @@ def build_teacher(config: TeacherConfig | None, shape: TeacherShape | None, taps
 def train_recipe(preflight: Preflight, device: torch.device) -> None:
     """Wire a checked recipe and train it. The process group must exist; `run` makes one."""
     config, world = preflight.config, preflight.world
-    objective, shape = build_objective(config)
-    teacher = build_teacher(config.teacher, shape, objective.taps, device)
+
+    def build():
+        check_precision(config.precision, device)
+        objective, shape = build_objective(config)
+        return objective, build_teacher(config.teacher, shape, objective.taps, device)
+
+    objective, teacher = dist.together(build)
     student: MaskedViT = objective.student
     text = summary(preflight, objective, teacher)
     recorder = Recorder(
@@ -79,18 +83,12 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     )  # fmt: skip
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
     checkpoints = Checkpoints(
-        preflight.folder, config.checkpoint,
-        constant={
-            "world_size": world.size, "zero_stage": engine.stage, "seed": config.run.seed, "fingerprint": preflight.shards.fingerprint,
-            "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"), "precision": config.precision,
-        },
+        preflight.folder, config.checkpoint, identity=preflight.identity,
         student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": str(config.student.overrides())},
     )  # fmt: skip
     start_step = 0
     if preflight.resume_from is not None:
-        start_step, position = checkpoints.load(engine, preflight.resume_from)
-        if position != start_step * config.optim.global_batch:
-            raise UserError(f"the checkpoint was trained with another optim.global_batch: {position} samples in {start_step} steps; set it back to {position // start_step}")
+        start_step = checkpoints.load(engine, preflight.resume_from)
     dist.barrier()  # every rank has checked the run folder: rank 0 may write into it
     if world.is_main:
         preflight.run_dir.mkdir(parents=True, exist_ok=True)

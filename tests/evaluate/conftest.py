@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -60,6 +61,15 @@ def make_run(run, *, train, val, objective="dmae", share=0.5, num_steps=STEP, **
         lines.append(json.dumps({"step": step, "epoch": step * 6 / 20, "lr": 1e-3, **parts, "images_per_s": 100.0 + step % 3}) + "\n")
     (run / "metrics.jsonl").write_text("".join(lines))
     return run
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """accelerate picks its device once a process and keeps it: the CPU for each test here, none for whoever comes next."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

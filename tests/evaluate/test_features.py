@@ -31,9 +31,9 @@ def _extract(run, accelerator, *, pool="mean", batch_size=4):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
+@pytest.fixture
+def accelerator(on_the_cpu):
+    return Accelerator()
 
 
 def _pictures(run):

@@ -53,6 +53,12 @@ def test_a_term_below_a_twentieth_of_the_gradient_is_called_dead(tmp_path, shard
     assert facts["share of distillation, block 1"] == (f"{share:.1%}", "dead term" if dead else "")
 
 
+@pytest.mark.parametrize("normalize, advised", [("l2", True), ("none", False)])
+def test_raw_features_are_advised_where_they_are_not_used_yet(tmp_path, shards, normalize, advised):
+    record = read_record(make_run(tmp_path / "run", train=shards[0], val=shards[1], share=0.02, normalize=normalize))
+    assert ("objective.normalize=none" in find_dead_terms(record, "mine")[0]) == advised
+
+
 def test_a_share_that_was_alive_before_may_die_at_the_end(run):
     record = read_record(run)
     for row in record.rows[-3:]:
@@ -73,6 +79,9 @@ def test_facts_are_the_runs_own(run, tmp_path, shards):
     assert facts["pixel at the end"].text == f"{(1 / 28 + 1 / 29 + 1 / 30) / 3:.4f}"
     alone = read_record(make_run(tmp_path / "mae", train=shards[0], val=shards[1], objective="mae"))
     facts = list_facts(alone, *build_objective(alone.config))
+    assert facts["pixel at the end"].note == ""
+    other = read_record(make_run(tmp_path / "norm", train=shards[0], val=shards[1], objective="mae", norm_pix=True))
+    assert "not comparable" in list_facts(other, *build_objective(other.config))["pixel at the end"].note
     assert facts["teacher"] == ("none", "") and not any("distillation" in question for question in facts)
 
 
