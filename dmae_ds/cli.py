@@ -47,7 +47,7 @@ def _train(args: argparse.Namespace) -> None:
     try:
         preflight = prepare(load_config(args.recipe, args.overrides), world_from_env(), resume=args.resume)
     except UserError as error:
-        error.on_every_rank = True
+        error.on_every_rank = True  # the recipe is every rank's
         raise
     from dmae_ds.train.run import run
 
@@ -57,7 +57,11 @@ def _train(args: argparse.Namespace) -> None:
 def _eval_knn(args: argparse.Namespace) -> None:
     from dmae_ds.evaluate.knn import evaluate_run
 
-    evaluate_run(Path(args.run), k=args.k, temperature=args.temperature, pool=args.pool, batch_size=args.batch_size)
+    try:
+        evaluate_run(Path(args.run), k=args.k, temperature=args.temperature, pool=args.pool, batch_size=args.batch_size)
+    except UserError as error:
+        error.on_every_rank = True  # so are the run folder and its shards
+        raise
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -23,8 +23,6 @@ from dmae_ds.evaluate.features import POOLS, extract_features, load_student
 from dmae_ds.evaluate.record import KNN_FILE
 from dmae_ds.models.patches import Normalize
 
-FILE_NAME = "knn.json"
-
 
 def evaluate_run(run: Path, *, k: int = 20, temperature: float = 0.07, pool: str = "mean", batch_size: int = 256) -> dict:
     """Classify data.val by data.train; prints one line and writes RUN/knn.json. Collective under `accelerate launch`.

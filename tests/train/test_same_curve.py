@@ -15,7 +15,12 @@ from dmae_ds.config.load import read_saved_config
 from tests.train.conftest import free_port, losses, run
 
 DRIVER = Path(__file__).with_name("driver.py")
-ALONE = {"alone": [], "alone_accumulated": ["optim.micro_batch=4"], "alone_zero0": ["deepspeed=zero0"]}
+ALONE = {
+    "alone": ["log.trackers=[tensorboard]"],
+    "alone_accumulated": ["optim.micro_batch=4"],
+    "alone_zero0": ["deepspeed=zero0"],
+    "alone_saved_by_time": ["checkpoint.every_minutes=1e-6", "checkpoint.keep=9"],
+}
 TWO_RANKS = {
     "zero0": ["deepspeed=zero0"],
     "zero1": ["deepspeed=zero1"],
@@ -53,6 +58,21 @@ def test_twenty_steps_were_taken_and_learned_something(curves):
 @pytest.mark.parametrize("name", SAME)
 def test_the_loss_curve_is_that_of_one_process(curves, name):
     assert losses(curves / name) == pytest.approx(losses(curves / "alone"), rel=1e-5)
+
+
+def test_saves_by_time_come_when_losses_are_read_and_at_the_end(curves):
+    saved = sorted(path.name for path in (curves / "alone_saved_by_time" / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000005", "step-00000010", "step-00000015", "step-00000020"]  # log.every_steps is 5
+    assert sorted(path.name for path in (curves / "alone" / "checkpoints").glob("step-*")) == ["step-00000020"]
+
+
+def test_tensorboard_has_every_step(curves):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((curves / "alone" / "tensorboard").iterdir())))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(curves / "alone"), rel=1e-6)
+    assert not (curves / "zero2" / "tensorboard").exists()  # log.trackers=[]
 
 
 def test_clipping_changes_the_curve(curves):
