@@ -27,7 +27,9 @@ for part in train val; do
 done
 
 # Two ranks on CPUs; on GPUs as many as there are, two at most.
-RANKS=$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+[ "$GPUS" != 0 ] || export DS_ACCELERATOR=cpu
+RANKS=$([ "$GPUS" = 1 ] && echo 1 || echo 2)
 train() { # NAME RECIPE [key=value ...]
     echo "== train $1 ($2)"
     deepspeed -q --num_gpus "$RANKS" --module dmae_ds train "$2" --resume auto "run.dir=$OUT/$1" "run.seed=$SEED" \
@@ -42,4 +44,4 @@ for run in teacher dmae mae; do
     printf '%-26s' "$(case $run in teacher) echo "the teacher" ;; dmae) echo "student, distilled (DMAE)" ;; mae) echo "student, plain MAE" ;; esac)"
     dmae-ds eval knn "$OUT/$run" 2>"$OUT/eval.log" || { cat "$OUT/eval.log" >&2; exit 1; }
 done
-echo "report: $(dmae-ds report "$OUT/dmae" "$OUT/mae")"
+echo "report: $(dmae-ds report "$OUT/dmae" "$OUT/mae" "$OUT/teacher")"

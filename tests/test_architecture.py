@@ -155,7 +155,7 @@ def readme() -> str:
 
 def test_every_path_in_the_readme_exists():
     paths = set(re.findall(r"(?<![\w/.-])((?:dmae_ds|ds_configs|data_prep|launch|tests|\.ci|\.github)/[\w./-]*\w)", readme()))
-    assert len(paths) > 20
+    assert len(paths) > 5
     missing = {path for path in paths if not (REPOSITORY / path).exists()}
     assert not missing
 

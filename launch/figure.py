@@ -1,0 +1,39 @@
+"""Draw the README's figure from quickstart's runs of several seeds: what a student sees, and what a teacher is worth to it.
+
+    python launch/figure.py OUT.png runs/digits-seed0 runs/digits-seed1 runs/digits-seed2
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RUNS = {"plain MAE": "mae", "distilled (DMAE)": "dmae", "the teacher": "teacher"}
+COLOURS = ["#c98500", "#2a78d6", "#8a8a86"]
+
+
+def main() -> None:
+    """Read every seed's knn.json and the first seed's pictures; write one PNG."""
+    out, *seeds = sys.argv[1:]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1.6, 1], layout="constrained")
+    left.imshow(plt.imread(Path(seeds[0]) / "dmae" / "figures" / "pictures-dmae.png"), interpolation="nearest")
+    left.set_axis_off()
+    left.set_title("original, the 25% that the student sees, what it paints", fontsize=10, loc="left")
+    for row, (label, run) in enumerate(RUNS.items()):
+        top1 = [json.loads((Path(seed) / run / "knn.json").read_text())["top1"] for seed in seeds]
+        mean = sum(top1) / len(top1)
+        right.barh(row, mean, color=COLOURS[row], height=0.6)
+        right.plot(top1, [row] * len(top1), "o", color="black", markersize=4)
+        right.text(1, row, f"{label}  {mean:.1f}%", va="center", color="white", fontsize=10, weight="bold")
+    right.set(yticks=[], xlim=(0, 100), xlabel="k-NN top-1, %")
+    right.spines[["top", "right", "left"]].set_visible(False)
+    right.set_title(f"equal steps; dots: {len(seeds)} seeds", fontsize=10, loc="left")
+    figure.savefig(out, dpi=110, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()
