@@ -55,9 +55,11 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval_knn(args: argparse.Namespace) -> None:
+    from dmae_ds.dist import world_from_env
     from dmae_ds.evaluate.knn import evaluate_run
 
     try:
+        world_from_env()  # refuses launchers that start fewer processes than asked for
         evaluate_run(Path(args.run), k=args.k, temperature=args.temperature, pool=args.pool, batch_size=args.batch_size)
     except UserError as error:
         error.on_every_rank = True  # so are the run folder and its shards

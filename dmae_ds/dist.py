@@ -43,6 +43,9 @@ def world_from_env() -> World:
     """Read the launcher's environment. Raises UserError where it contradicts itself."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     found = {name: os.environ[name] for name in names if name in os.environ}
+    if "WORLD_SIZE" not in found and "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        # accelerate 1.15 does so with --cpu and more than one process, and says nothing.
+        raise UserError("`accelerate launch --cpu` started one process though more were asked for; start with deepspeed or torchrun on CPUs")
     if "WORLD_SIZE" not in found or int(found["WORLD_SIZE"]) == 1:
         return World()
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]

@@ -22,7 +22,6 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1.6, 1], layout="constrained")
     left.imshow(plt.imread(Path(seeds[0]) / "dmae" / "figures" / "pictures-dmae.png"), interpolation="nearest")
     left.set_axis_off()
-    left.set_title("original, the 25% that the student sees, what it paints", fontsize=10, loc="left")
     for row, (label, run) in enumerate(RUNS.items()):
         top1 = [json.loads((Path(seed) / run / "knn.json").read_text())["top1"] for seed in seeds]
         mean = sum(top1) / len(top1)
@@ -31,7 +30,7 @@ def main() -> None:
         right.text(1, row, f"{label}  {mean:.1f}%", va="center", color="white", fontsize=10, weight="bold")
     right.set(yticks=[], xlim=(0, 100), xlabel="k-NN top-1, %")
     right.spines[["top", "right", "left"]].set_visible(False)
-    right.set_title(f"equal steps; dots: {len(seeds)} seeds", fontsize=10, loc="left")
+    right.set_title(f"students at equal steps; dots: {len(seeds)} seeds", fontsize=10, loc="left")
     figure.savefig(out, dpi=110, facecolor="white")
 
 

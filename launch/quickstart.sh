@@ -2,7 +2,7 @@
 # From nothing to a distilled student, on any machine with Python 3.10-3.12 and the package index:
 #   bash launch/quickstart.sh            # SEED=1 for another draw, PYTHON=python3.12 for another Python
 # Handwritten digits become an image folder, the folder becomes tar shards, a small MAE becomes the teacher, and one
-# small student is trained twice for the same number of steps: distilled (DMAE), and by plain MAE. About 5 minutes on 2
+# small student is trained twice for the same number of steps: distilled (DMAE), and by plain MAE. About 8 minutes on 2
 # CPU cores after the install. Killed or started again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 """A run's student as plain timm, and its frozen features of every picture of a shard folder, in the order of their ids.
 
-Works alone and under `accelerate launch --num_processes 2 -m dmae_ds eval knn RUN`: each process embeds every second
-picture, and the rows are put back in order. `--mixed_precision bf16` of accelerate is obeyed; features are float32.
+Works alone and under `accelerate launch --multi_gpu -m dmae_ds eval knn RUN` or torchrun: each of P processes embeds every
+P-th picture, and the rows are put back in order. `--mixed_precision bf16` of accelerate is obeyed; features are float32.
 """
 
 from __future__ import annotations

@@ -115,10 +115,19 @@ def test_the_share_of_the_gradient_is_seen_under_every_stage(curves):
 def test_other_launchers_give_the_same_curve(curves, tiny_recipe, tmp_path, launcher):
     start = {
         "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"],
-        "accelerate": ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        # With --cpu it starts one process only, see below; this is its path for GPUs, which the trainer takes on CPUs too.
+        "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
                        "--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m"],
     }[launcher]  # fmt: skip
     done = run([*start, "dmae_ds", "train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks x 8 images" in done.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(curves / "alone"), rel=1e-5)
+
+
+def test_a_launcher_that_starts_fewer_processes_than_asked_for_is_refused(tiny_recipe, tmp_path):
+    start = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    done = run([*start, "dmae_ds", "train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], cwd=tmp_path)
+    assert done.returncode != 0
+    assert "start with deepspeed or torchrun on CPUs" in done.stderr
+    assert not (tmp_path / "run").exists()
