@@ -1,6 +1,6 @@
 """Write scikit-learn's handwritten digits as an ImageNet-style folder of JPEGs: OUT/{train,val}/<class>/<image>.jpg.
 
-1,797 real 8x8 scans, enlarged to 40x40 RGB; the first 1,400 train, the last 397 (other writers) validate.
+1,797 real 8x8 scans, enlarged to 40x40 RGB; the first 1,400 train, the last 397 validate.
 
     python launch/digits.py OUT
 """

@@ -39,7 +39,7 @@ train teacher digits_teacher
 train dmae digits_dmae "teacher.weights=$OUT/teacher/student.safetensors"
 train mae digits_mae
 
-echo "== k-NN on frozen features: 397 digits of writers that nobody was trained on"
+echo "== k-NN on frozen features: 397 digits that nobody was trained on"
 for run in teacher dmae mae; do
     printf '%-26s' "$(case $run in teacher) echo "the teacher" ;; dmae) echo "student, distilled (DMAE)" ;; mae) echo "student, plain MAE" ;; esac)"
     dmae-ds eval knn "$OUT/$run" 2>"$OUT/eval.log" || { cat "$OUT/eval.log" >&2; exit 1; }
