@@ -14,6 +14,7 @@ from dmae_ds.config.run import CheckpointConfig
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
 from dmae_ds.train.engine import Engine
 
+
 class Checkpoints:
     """Saves of one run.
 
