@@ -6,9 +6,11 @@ betas .9/.95, batch 4096, 100 epochs with 20 of warm-up, cosine, no clipping.
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from dmae_ds.config.objectives import ObjectiveConfig, Section
 
@@ -32,12 +34,54 @@ class ModelConfig(Section):
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
 
-class TeacherConfig(ModelConfig):
-    """A frozen vision transformer and the file its weights come from."""
+TEACHER_FORMATS = ("timm", "mae", "hf", "dinov2", "dinov3", "dmae_ds")  # explained in dmae_ds/teacher/formats.py
+IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
-    weights: str
-    format: Literal["timm", "mae"] = "timm"
+
+def looks_like_hub_id(weights: str) -> bool:
+    """`owner/name`, which a path of a weights file never is."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights)) and not weights.endswith((".safetensors", ".pth", ".pt", ".bin", ".json"))
+
+
+class TeacherConfig(ModelConfig):
+    """A frozen vision transformer and where its weights come from: a file of yours, or timm's pretrained ones.
+
+    `name` may also be `module:function` of your own, which returns a timm VisionTransformer or Eva.
+    """
+
+    weights: str | None = None  # a file, an index of parts, a folder, or a hub id such as facebook/vit-mae-large
+    pretrained: bool = False  # the weights that timm knows under a tagged name: vit_large_patch16_224.mae
+    format: str = "timm"  # one of TEACHER_FORMATS; auto, where exactly one fits; or module:function of your own
     dtype: Literal["fp32", "bf16"] = "fp32"
+    # visible: the student's patches, as masked autoencoders were trained; all: the whole picture, for teachers that never
+    # met dropped tokens. The loss takes the student's patches either way.
+    sees: Literal["visible", "all"] = "visible"
+    # Pixel statistics that the teacher was trained with; null: those of the tag in its name, else data.mean and data.std.
+    mean: tuple[float, float, float] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    # What its features are turned into before they are compared: zscore and phi_s need `dmae-ds teacher stats` once.
+    standardize: Literal["none", "layer_norm", "zscore", "phi_s"] = "none"
+    stats: str | None = None  # the file of `dmae-ds teacher stats`; null: beside the weights
+
+    @model_validator(mode="after")
+    def _weights_from_one_place(self):
+        if self.pretrained == (self.weights is not None):
+            raise ValueError("give either teacher.weights, or teacher.pretrained=true with a tagged name such as vit_large_patch16_224.mae")
+        if self.pretrained and ("." not in self.name or self.format != "timm"):
+            raise ValueError(f"teacher.pretrained needs a name with timm's tag, such as vit_large_patch16_224.mae, and format timm; found {self.name}, {self.format}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give both teacher.mean and teacher.std, or neither")
+        if self.stats is not None and self.standardize not in ("zscore", "phi_s"):
+            raise ValueError(f"teacher.stats is of no use to standardize {self.standardize}; set teacher.standardize=zscore or phi_s, or remove it")
+        return self
+
+    @field_validator("format")
+    @classmethod
+    def _format_is_known(cls, value: str) -> str:
+        if value not in (*TEACHER_FORMATS, "auto") and not re.fullmatch(IMPORT_PATH, value):
+            near = get_close_matches(value, TEACHER_FORMATS, n=1)
+            raise ValueError(f"'{value}' is unknown; {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(TEACHER_FORMATS)}, auto, or module:function")
+        return value
 
 
 class RunSection(Section):

@@ -1,15 +1,21 @@
 """A timm vision transformer that embeds and runs only visible patches: the student, and the frozen teacher.
 
 timm builds the network and names its parameters (`patch_embed.proj`, `blocks.N...`, `norm`), so that a student's file
-loads into `timm.create_model(name, num_classes=0)` with strict=True, and a timm file loads into a teacher.
+loads into `timm.create_model(name, num_classes=0)` with strict=True, and a timm file loads into a teacher. A student
+is a plain ViT with a CLS token; a teacher may be any timm VisionTransformer or Eva: MAE, DINOv2 (registers, layer
+scale), CLIP, SigLIP (no CLS), EVA-02 and DINOv3 (rotary positions).
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Iterable
 
 import timm
 import torch
+from accelerate import init_empty_weights
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -17,26 +23,55 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.positions import sincos_positions
 
 
-def build_timm_vit(name: str, overrides: dict, *, depth: int | None = None, where: str = "student") -> VisionTransformer:
-    """`timm.create_model` without a classifier, random weights; `depth` builds only the first blocks.
+def build_timm_vit(name: str, overrides: dict, *, depth: int | None = None, where: str = "student") -> VisionTransformer | Eva:
+    """timm's network without a classifier; `depth` builds only the first blocks.
 
+    name: a timm model, or `module:function`, called with the overrides, that returns a VisionTransformer or Eva
+    Parameters are on the meta device, without a byte; buffers (rotary angles) are real.
     Raises UserError for an unknown name, numbers that don't fit, or a network whose tokens this project can't mask.
     """
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
-        raise UserError(f"{where}.name '{name}' is unknown to timm {timm.__version__}; " + (f"near: {', '.join(near)}" if near else "see timm.list_models('vit*')"))
     if depth is not None:
         overrides = {**overrides, "depth": depth}
     img_size, patch_size = overrides.get("img_size"), overrides.get("patch_size")
     if img_size and patch_size and img_size % patch_size:
         raise UserError(f"{where}.img_size {img_size} is not a multiple of {where}.patch_size {patch_size}")
+    create = _find_builder(name, where)
     try:
-        vit = timm.create_model(name, num_classes=0, **overrides)
+        with init_empty_weights(include_buffers=False):
+            vit = create(num_classes=0, **overrides)
     except (AssertionError, TypeError) as error:
-        raise UserError(f"{where}: timm can't build '{name}' with {overrides}: {error}") from None
-    if not isinstance(vit, VisionTransformer) or vit.num_prefix_tokens != 1 or not vit.has_class_token or vit.pos_embed is None or vit.no_embed_class:
-        raise UserError(f"{where}.name '{name}' is not a plain vision transformer with one CLS token and position codes; use a vit_* such as vit_base_patch16_224")
+        raise UserError(f"{where}: '{name}' can't be built with {overrides}: {error}") from None
+    problem = _why_not(vit)
+    if problem:
+        raise UserError(f"{where}.name '{name}' {problem}; use a vision transformer such as vit_base_patch16_224")
     return vit
+
+
+def _find_builder(name: str, where: str):
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"{where}.name '{name}' can't be imported ({error}); give module:function, or a timm name") from None
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
+        raise UserError(f"{where}.name '{name}' is unknown to timm {timm.__version__}; " + (f"near: {', '.join(near)}" if near else "see timm.list_models('vit*')"))
+    return lambda **keys: timm.create_model(name, **keys)
+
+
+def _why_not(vit: nn.Module) -> str | None:
+    """What keeps this network's tokens from being masked, or None."""
+    for cls in (VisionTransformer, Eva):
+        if isinstance(vit, cls):
+            if type(vit)._pos_embed is not cls._pos_embed:
+                return "embeds its patches in a way of its own"
+            if type(vit.patch_embed) is not PatchEmbed or not isinstance(vit.patch_embed.norm, nn.Identity):
+                return "has no plain patch projection"
+            if getattr(vit, "rope_mixed", False):
+                return "learns its rotary frequencies per block"
+            return None
+    return f"is a {type(vit).__name__}, neither timm's VisionTransformer nor its Eva"
 
 
 class PatchProjection(nn.Conv2d):
@@ -52,18 +87,20 @@ class MaskedViT(nn.Module):
     """The encoder on visible patches: embed, add positions, prepend CLS, run the blocks (MAE, Sec. 3).
 
     Built from a timm network, whose modules it takes over; `keep_norm=False` leaves the final norm out.
-    `pos_embed` is a buffer: fixed, saved, never trained.
+    `pos_embed` is a buffer: fixed, saved, never trained. Tokens stand as timm has them: CLS, registers, patches.
+    R: number of tokens in front of the patches (1 for a plain ViT, 0 for SigLIP, 5 for DINOv2 with registers)
 
     A backward pass leaves in `gradient_norms` what came down into each tapped block: {block: {"tap": from the tap,
     "trunk": from the layers above}}, scalars on the device.
     """
 
-    def __init__(self, vit: VisionTransformer, *, keep_norm: bool = True):
+    def __init__(self, vit: VisionTransformer | Eva, *, keep_norm: bool = True):
         super().__init__()
         self.gradient_norms: dict[int, dict[str, Tensor]] = {}
         self.embed_dim = vit.embed_dim
         self.grid = tuple(vit.patch_embed.grid_size)
         self.patch_size = vit.patch_embed.patch_size[0]
+        self.num_prefix = vit.num_prefix_tokens
         conv = vit.patch_embed.proj
         self.patch_embed = nn.Module()
         self.patch_embed.proj = PatchProjection(
@@ -72,8 +109,11 @@ class MaskedViT(nn.Module):
         )  # fmt: skip
         self.patch_embed.proj.load_state_dict(conv.state_dict(), assign=True)
         self.patch_embed.proj.requires_grad_(True)
-        self.cls_token = vit.cls_token
-        self.register_buffer("pos_embed", vit.pos_embed.detach())
+        self.cls_token, self.reg_token = vit.cls_token, vit.reg_token
+        self.register_buffer("pos_embed", None if vit.pos_embed is None else vit.pos_embed.detach())
+        # Rows of pos_embed that belong to CLS and registers.
+        self.num_prefix_positions = 0 if vit.no_embed_class or vit.pos_embed is None else vit.num_prefix_tokens
+        self.register_buffer("rope", _rotary_angles(vit, self.grid), persistent=False)
         self.norm_pre = vit.norm_pre
         self.blocks = nn.ModuleList(vit.blocks)
         self.norm = vit.norm if keep_norm else None
@@ -86,23 +126,40 @@ class MaskedViT(nn.Module):
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def is_plain(self) -> bool:
+        """One CLS token, position codes for it and for every patch, nothing rotary."""
+        return self.cls_token is not None and self.num_prefix == self.num_prefix_positions == 1 and self.rope is None
+
     def embed(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
-        """Visible pixels [N, K, P, P, C] at the places ids_keep [N, K] -> tokens [N, 1 + K, D], CLS first."""
+        """Visible pixels [N, K, P, P, C] at the places ids_keep [N, K] -> tokens [N, R + K, D]."""
         tokens = self.patch_embed.proj(visible)
-        tokens = tokens + self.pos_embed[0, 1:].to(tokens.dtype)[ids_keep]
-        cls = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype).expand(len(tokens), -1, -1)
-        return self.norm_pre(torch.cat([cls, tokens], dim=1))
+        split = self.num_prefix_positions
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed[0, split:].to(tokens.dtype)[ids_keep]
+        in_front = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if in_front:
+            prefix = torch.cat(in_front, dim=1)
+            prefix = prefix + self.pos_embed[:, :split] if split else prefix
+            tokens = torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        return self.norm_pre(tokens)
+
+    def run_block(self, block: nn.Module, tokens: Tensor, ids_keep: Tensor) -> Tensor:
+        """One block; with rotary positions every kept patch keeps its own angles."""
+        if self.rope is None:
+            return block(tokens)
+        return block(tokens, rope=self.rope[ids_keep].unsqueeze(1))  # [N, 1, K, 2 * D / heads]: alike for all heads
 
     def forward(self, visible: Tensor, ids_keep: Tensor, taps: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all blocks; `taps` are block numbers counted from 1.
 
-        Returns the last tokens [N, 1 + K, D] (after the final norm, where it is kept) and the residual stream right
-        after each tapped block, CLS included, before any final norm: {block: [N, 1 + K, D]}.
+        Returns the last tokens [N, R + K, D] (after the final norm, where it is kept) and the residual stream right
+        after each tapped block, before any final norm: {block: [N, R + K, D]}.
         """
         tokens = self.embed(visible, ids_keep)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens)
+            tokens = self.run_block(block, tokens, ids_keep)
             if number in taps:
                 tapped[number], tokens = self._fork(number, tokens)
         return (tokens if self.norm is None else self.norm(tokens)), tapped
@@ -117,10 +174,19 @@ class MaskedViT(nn.Module):
         return tap, trunk
 
 
+def _rotary_angles(vit: VisionTransformer | Eva, grid: tuple[int, int]) -> Tensor | None:
+    """[L, 2 * D / heads]: sine and cosine of every patch's place, or None for a network without rotary positions."""
+    rope = getattr(vit, "rope", None)
+    if rope is None:
+        return None
+    return rope.get_embed() if getattr(rope, "feat_shape", None) is not None else rope.get_embed(shape=list(grid))
+
+
 def build_student(name: str, overrides: dict, *, generator: torch.Generator) -> MaskedViT:
     """A student with MAE's initialisation and fixed sin-cos positions (MAE, Sec. 3 and A.1)."""
-    with torch.device("meta"):
-        student = MaskedViT(build_timm_vit(name, overrides))
+    student = MaskedViT(build_timm_vit(name, overrides))
+    if not student.is_plain:
+        raise UserError(f"student.name '{name}' is not a plain vision transformer with one CLS token and position codes; use a vit_* such as vit_base_patch16_224")
     student.to_empty(device="cpu")
     student.pos_embed = sincos_positions(student.embed_dim, student.grid)
     initialize_as_mae(student, generator)

@@ -53,14 +53,18 @@ class Dmae(Mae):
         return f"{super().describe()}; block {pairs}, {self.head} head, {self.distance} distance, normalize {self.normalize}, alpha {self.alpha:g}"
 
     def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """features {"block/18": [N, 1 + K, D_t], ...}. Returns {"loss", "pixel", "align/9-18", ...}, scalars."""
+        """features {"block/18": [N, 1 + K, D_t], ...}, or [N, K, D_t] of a teacher without CLS, which has no target for the student's.
+
+        Returns {"loss", "pixel", "align/9-18", ...}, scalars.
+        """
         latent, tapped = self.student(batch.visible, batch.ids_keep, taps=[block for block, _ in self.pairs])
         pixel = self.pixel_loss(latent, batch)
         parts = {"pixel": pixel.detach()}
         loss = pixel
         for (student_block, teacher_block), head in zip(self.pairs, self.heads, strict=True):
             name = f"align/{student_block}-{teacher_block}"
-            align = distance(self.distance, head(tapped[student_block]), features[f"block/{teacher_block}"], normalize=self.normalize)
+            target = features[f"block/{teacher_block}"]
+            align = distance(self.distance, head(tapped[student_block][:, -target.shape[1] :]), target, normalize=self.normalize)
             loss = loss + self.alpha * align  # Eq. 3: L = L_MAE + alpha * L_Dist
             parts[name] = align.detach()
         return {"loss": loss, **parts}

@@ -1,16 +1,14 @@
 """A frozen teacher of which only the needed blocks exist (DMAE, Sec. 3.2: "only partially executed").
 
-Built on the meta device with timm's own constructor at the depth of the deepest tap, so the blocks above it are never
-made; then filled tensor by tensor from a lazily opened file. A key that is needed and missing, misshapen, or in the
-file without a known reason is an error; what is knowingly dropped is counted.
+Built without a byte of weights by timm's own constructor at the depth of the deepest tap, so the blocks above it are
+never made; then filled tensor by tensor from a lazily opened file (fit.py says which and refuses what doesn't fit).
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from math import prod
-from typing import Iterable, Iterator
+import json
+from dataclasses import dataclass, replace
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,39 +16,58 @@ from torch import Tensor
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
-from dmae_ds.teacher.formats import LazyTensors
+from dmae_ds.teacher.fit import Dropped, block_of, check_fit, positions_differ, read_needed
+from dmae_ds.teacher.formats import Weights
+from dmae_ds.teacher.grid import PatchView, fit_positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# Parts of a checkpoint that a truncated encoder has no use for: whatever stands above the blocks.
-_DROPPED = re.compile(r"(norm|fc_norm|head|head_dist|decoder_\w+|mask_token)(\.|$)")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class TeacherParts:
-    """What was built of a teacher and what was left in the file, in parameters."""
+    """What was built of a teacher and what was left in the file, in parameters and bytes."""
 
     blocks: int
     whole_blocks: int
     kept: int
-    dropped: int
+    kept_bytes: int
+    block_parameters: int  # of the blocks that were built
+    dropped: Dropped
+    notes: tuple[str, ...] = ()
+
+    def saved_compute(self, *, tokens: int, num_patches: int) -> float:
+        """The share of the whole teacher's matrix products that is never done, for `tokens` tokens in the encoder and all
+        patches in the decoder, where the file has one. Attention's own products are left out (a few percent)."""
+        above = tokens * sum(self.dropped.blocks.values()) + (1 + num_patches) * sum(self.dropped.decoder.values())
+        return above / (above + tokens * self.block_parameters)
 
     def __str__(self) -> str:
-        return (
-            f"{self.blocks} of {self.whole_blocks} blocks, {self.kept / 1e6:.1f} M parameters instantiated, "
-            f"{self.dropped / 1e6:.1f} M left in the file"
-        )
+        return f"{self.blocks} of {self.whole_blocks} blocks, {self.kept / 1e6:.1f} M parameters ({self.kept_bytes / 2**30:.2f} GiB) instantiated"
+
+    def describe_dropped(self) -> str:
+        """What stays in the file, part by part; empty where nothing does."""
+        parts = []
+        if self.dropped.blocks:
+            parts.append(f"blocks {self.blocks + 1}-{self.whole_blocks}")
+        if self.dropped.decoder:
+            parts.append("decoder")
+        parts += sorted({name.split(".")[0] for name in self.dropped.rest})
+        return f"{', '.join(parts)}: {self.dropped.parameters / 1e6:.1f} M parameters, {self.dropped.num_bytes / 2**30:.2f} GiB" if parts else ""
 
 
 class FrozenTeacher:
     """The replicated teacher: every rank holds the needed blocks and runs them on its own visible patches.
 
     Deliberately no nn.Module: nothing that owns a student can register it, shard it or save it.
+    view: the student's patches -> the teacher's; sees: `visible` or `all`; target: features -> what is imitated
     """
 
-    def __init__(self, vit: MaskedViT, taps: tuple[str, ...], parts: TeacherParts):
-        self.vit, self.taps, self.parts = vit, taps, parts
+    def __init__(
+        self, vit: MaskedViT, taps: tuple[str, ...], parts: TeacherParts, *, view: Callable[[Tensor], Tensor] | None = None,
+        sees: str = "visible", target: Callable[[str, Tensor], Tensor] | None = None,
+    ):  # fmt: skip
+        self.vit, self.taps, self.parts, self.sees, self.target = vit, taps, parts, sees, target
+        self.view = view or (lambda patches: patches)
         self._blocks = [block_number(tap) for tap in taps]
 
     def __str__(self) -> str:
@@ -58,9 +75,22 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def features(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        """{tap: [N, 1 + K, D_t]}: the residual stream right after each tapped block, CLS included."""
-        _, tapped = self.vit(batch.visible, batch.ids_keep, taps=self._blocks)
-        return {tap: tapped[block] for tap, block in zip(self.taps, self._blocks, strict=True)}
+        """{tap: [N, 1 + K, D_t]}: the residual stream right after each tapped block, CLS first; registers are left out.
+
+        [N, K, D_t] for a teacher without CLS. K are the student's visible patches, also where the teacher sees all.
+        """
+        patches, ids = batch.visible, batch.ids_keep
+        if self.sees == "all":
+            patches, ids = torch.cat([patches, batch.masked], dim=1), torch.cat([ids, batch.ids_masked], dim=1)
+        _, tapped = self.vit(self.view(patches), ids, taps=self._blocks)
+        num_visible = batch.ids_keep.shape[1]
+        found = {tap: self._tokens(tapped[block], num_visible) for tap, block in zip(self.taps, self._blocks, strict=True)}
+        return found if self.target is None else {tap: self.target(tap, tokens) for tap, tokens in found.items()}
+
+    def _tokens(self, tokens: Tensor, num_visible: int) -> Tensor:
+        prefix = self.vit.num_prefix
+        visible = tokens[:, prefix : prefix + num_visible]
+        return visible if self.vit.cls_token is None else torch.cat([tokens[:, :1], visible], dim=1)
 
     def stream(self, batches: Iterable) -> Iterator[tuple]:
         """(micro-batch, masked batch) in, the same with its features out, in order. A pipelined teacher looks ahead here."""
@@ -88,51 +118,78 @@ def block_number(tap: str) -> int:
 
 def meta_teacher(name: str, overrides: dict, depth: int | None = None) -> MaskedViT:
     """A teacher's geometry without a byte of weights: on the meta device, its first `depth` blocks, no final norm."""
-    with torch.device("meta"):
-        return MaskedViT(build_timm_vit(name, overrides, depth=depth, where="teacher"), keep_norm=False)
+    return MaskedViT(build_timm_vit(name, overrides, depth=depth, where="teacher"), keep_norm=False)
 
 
 def load_teacher(
-    name: str, overrides: dict, *, whole_blocks: int, weights: LazyTensors, taps: tuple[str, ...], dtype: str, device: torch.device
+    name: str, overrides: dict, *, whole_blocks: int, weights: Weights, taps: tuple[str, ...], dtype: str, device: torch.device
 ) -> FrozenTeacher:
     """Build the blocks up to the deepest tap and read exactly their tensors.
 
     whole_blocks: the depth of the uncut teacher, for the account of what was left out
-    Raises UserError that lists the first missing, misshapen or unexpected keys.
+    Raises UserError that lists the first missing, misshapen or unexpected names.
     """
     depth = max(block_number(tap) for tap in taps)
     vit = meta_teacher(name, overrides, depth)
-    needed = vit.state_dict()
-    dropped = _check_keys(needed, weights, depth)
-    # `assign` puts the read tensors in the place of the meta ones: nothing is allocated twice.
-    vit.load_state_dict({key: weights[key].to(device=device, dtype=DTYPES[dtype]) for key in needed}, strict=True, assign=True)
-    vit.eval().requires_grad_(False)
-    parts = TeacherParts(
-        blocks=depth, whole_blocks=whole_blocks, kept=sum(tensor.numel() for tensor in needed.values()),
-        dropped=sum(prod(weights.shape(key)) for key in dropped),
-    )  # fmt: skip
+    parts = fill(vit, weights, whole_blocks=whole_blocks, may_resize="img_size" in overrides, dtype=DTYPES[dtype], device=device, said=(name, overrides))
     return FrozenTeacher(vit, taps, parts)
 
 
-def _check_keys(needed: dict[str, Tensor], weights: LazyTensors, depth: int) -> list[str]:
-    """The keys that are knowingly dropped; raises UserError unless needed and loaded agree exactly."""
-    missing = [key for key in needed if key not in weights]
-    misshapen = [
-        f"{key} {list(weights.shape(key))} instead of {list(tensor.shape)}"
-        for key, tensor in needed.items()
-        if key in weights and weights.shape(key) != tuple(tensor.shape)
-    ]
-    dropped, unexpected = [], []
-    for key in weights:
-        if key not in needed:
-            block = _BLOCK.match(key)
-            known = int(block[1]) >= depth if block else _DROPPED.match(key)
-            (dropped if known else unexpected).append(key)
-    problems = [f"{label} {len(keys)}: {_first(keys)}" for label, keys in (("missing", missing), ("misshapen", misshapen), ("unexpected", unexpected)) if keys]
-    if problems:
-        raise UserError(f"teacher.weights '{weights.path}' does not fit the teacher: {'; '.join(problems)}; check teacher.name, teacher.format and the file")
-    return dropped
+def fill(
+    vit: MaskedViT, weights: Weights, *, whole_blocks: int, may_resize: bool, dtype: torch.dtype, device: torch.device,
+    said: tuple[str, dict] | None = None, blocks: range | None = None,
+) -> TeacherParts:  # fmt: skip
+    """Give a teacher on the meta device its tensors; `blocks`, counted from 0, reads a stage: the embedding and these alone.
+
+    said: (name, overrides) of the recipe, held against what a file of ours says of itself
+    """
+    check_own_metadata(weights, said)
+    whole = vit.state_dict()
+    needed = {name: tensor for name, tensor in whole.items() if blocks is None or block_of(name) is None or block_of(name) in blocks}
+    dropped = check_fit(whole if not weights.container.absent else needed, weights, depth=vit.depth, may_resize=may_resize)
+    tensors = read_needed(list(needed), weights, dtype=dtype, device=device)
+    notes = ()
+    if "pos_embed" in needed and positions_differ(weights, needed["pos_embed"]):
+        positions, note = fit_positions(weights["pos_embed"], num_prefix=vit.num_prefix_positions, grid=vit.grid)
+        tensors["pos_embed"], notes = positions.to(device=device, dtype=dtype), (note,)
+    # `assign` puts the read tensors in the place of the meta ones: nothing is allocated twice.
+    vit.load_state_dict(tensors, strict=blocks is None, assign=True)
+    _move_buffers(vit, dtype, device)
+    vit.eval().requires_grad_(False)
+    return TeacherParts(
+        blocks=vit.depth, whole_blocks=whole_blocks, kept=sum(tensor.numel() for tensor in tensors.values()),
+        kept_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        block_parameters=sum(tensor.numel() for name, tensor in whole.items() if block_of(name) is not None), dropped=dropped, notes=notes,
+    )  # fmt: skip
 
 
-def _first(keys: list[str], limit: int = 3) -> str:
-    return ", ".join(keys[:limit]) + (", ..." if len(keys) > limit else "")
+def _move_buffers(vit: MaskedViT, dtype: torch.dtype, device: torch.device) -> None:
+    """Buffers that no file holds (rotary angles, EVA's zero key bias); angles stay in float32."""
+    for module in vit.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(device=device, dtype=buffer.dtype if name == "rope" else dtype)
+
+
+def check_own_metadata(weights: Weights, said: tuple[str, dict] | None) -> None:
+    """A file of ours names the network that it holds: raise UserError where the recipe names another."""
+    metadata = weights.container.metadata
+    if weights.format != "dmae_ds":
+        return
+    if "timm_name" not in metadata:
+        raise UserError(f"teacher.weights '{weights.path}' was not written by this project (it names no network); set teacher.format to timm or to what it is")
+    if said is None:
+        return
+    name, overrides = said
+    # The picture's size is the recipe's to choose: the position codes follow it.
+    found, expected = ({k: v for k, v in keys.items() if k != "img_size"} for keys in (json.loads(metadata["timm_overrides"]), overrides))
+    if (metadata["timm_name"], found) != (name, expected):
+        raise UserError(
+            f"teacher.weights '{weights.path}' holds {metadata['timm_name']} {found or ''}, the recipe's teacher is {name} {expected or ''}; "
+            "make teacher.name and its numbers agree with the file"
+        )
+
+
+def with_notes(parts: TeacherParts, *notes: str) -> TeacherParts:
+    """The same account with more to say, once, at the start."""
+    return replace(parts, notes=(*parts.notes, *(note for note in notes if note)))

@@ -1,16 +1,90 @@
-"""Where a teacher's patches and a student's must be the same places of the picture."""
+"""Where a teacher's patches and a student's are the same places of the picture, whatever their pixels.
+
+One mask serves both, so both cut the picture into the same rows and columns. A /14 teacher beside a /16 student at
+224 px has 16x16 patches instead of 14x14; the recipe chooses one of two ways out:
+
+    teacher.img_size=196    the teacher sees 14x14 patches: its position codes are fitted to that grid
+    student.img_size=256    the student has 16x16 patches of a larger crop
+
+Either way every patch is resized by itself from the student's pixels to the teacher's: nothing of a masked neighbour
+leaks into a visible token, and only patches that are looked at are touched.
+"""
 
 from __future__ import annotations
 
+from math import isqrt
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
 from dmae_ds.errors import UserError
+from dmae_ds.models.positions import sincos_positions
 
 
 def check_grids(*, student_grid: tuple[int, int], student_patch: int, teacher_grid: tuple[int, int], teacher_patch: int) -> None:
-    """Raise UserError unless teacher and student cut the same picture into the same patches."""
-    if student_grid == teacher_grid and student_patch == teacher_patch:
+    """Raise UserError unless teacher and student cut the picture into the same rows and columns."""
+    if student_grid == teacher_grid:
         return
     raise UserError(
         f"the teacher cuts a picture into {teacher_grid[0]}x{teacher_grid[1]} patches of {teacher_patch} px, the student into "
-        f"{student_grid[0]}x{student_grid[1]} of {student_patch} px, so their masks can't agree; "
-        f"set student.patch_size={teacher_patch} student.img_size={teacher_grid[0] * teacher_patch}, or take a teacher with {student_patch} px patches"
+        f"{student_grid[0]}x{student_grid[1]} of {student_patch} px, so one mask can't serve both; "
+        f"set teacher.img_size={student_grid[0] * teacher_patch} (the teacher sees the same crop resized), "
+        f"or student.img_size={teacher_grid[0] * student_patch} (a larger crop for the student)"
     )
+
+
+def explain_grids(*, grid: tuple[int, int], student_patch: int, teacher_patch: int) -> str:
+    """One line for the start of a run; empty where the patches are alike."""
+    if student_patch == teacher_patch:
+        return ""
+    return (
+        f"{grid[0]}x{grid[1]} patches for both: {student_patch} px for the student ({grid[0] * student_patch} px crop), "
+        f"each resized by itself to {teacher_patch} px for the teacher ({grid[0] * teacher_patch} px)"
+    )
+
+
+class PatchView(nn.Module):
+    """The student's normalised patches as the teacher wants them: other pixels a patch, other pixel statistics.
+
+    patch_size: the teacher's; mean, std, teacher_mean, teacher_std: three channels each
+    """
+
+    def __init__(self, patch_size: int, *, mean: tuple, std: tuple, teacher_mean: tuple, teacher_std: tuple):
+        super().__init__()
+        self.patch_size = patch_size
+        self.same_pixels = tuple(mean) == tuple(teacher_mean) and tuple(std) == tuple(teacher_std)
+        mean, std, teacher_mean, teacher_std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std, teacher_mean, teacher_std))
+        self.register_buffer("scale", (std / teacher_std).float(), persistent=False)
+        self.register_buffer("shift", ((mean - teacher_mean) / teacher_std).float(), persistent=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[N, K, P, P, 3] -> [N, K, P_t, P_t, 3]."""
+        if patches.shape[2] != self.patch_size:
+            # [N, K, P, P, 3] -> [N * K, 3, P, P] -> [N * K, 3, P_t, P_t] -> [N, K, P_t, P_t, 3]
+            pictures = patches.flatten(0, 1).permute(0, 3, 1, 2)
+            resized = nn.functional.interpolate(pictures, size=(self.patch_size, self.patch_size), mode="bicubic", antialias=True)
+            patches = resized.permute(0, 2, 3, 1).unflatten(0, patches.shape[:2])
+        return patches if self.same_pixels else torch.addcmul(self.shift, patches, self.scale)
+
+
+def fit_positions(positions: Tensor, *, num_prefix: int, grid: tuple[int, int]) -> tuple[Tensor, str]:
+    """Position codes [1, num_prefix + L', D] of a square grid, for another grid: [1, num_prefix + L, D], and how it was done.
+
+    Sin-cos codes (MAE) are computed anew, exactly; learned ones are interpolated by timm (bicubic, antialiased).
+    Raises UserError where L' is no square.
+    """
+    side = square_side(positions.shape[1] - num_prefix)
+    if side is None:
+        raise UserError(f"teacher.weights has {positions.shape[1]} position codes, which are no square of patches after {num_prefix} for CLS; check teacher.name")
+    source, dim = (side, side), positions.shape[2]
+    if num_prefix == 1 and dim % 4 == 0 and torch.allclose(positions.float(), sincos_positions(dim, source), rtol=0, atol=1e-4):
+        return sincos_positions(dim, grid).to(positions.dtype), f"sin-cos positions computed anew: {side}x{side} -> {grid[0]}x{grid[1]}"
+    resized = resample_abs_pos_embed(positions.float(), new_size=list(grid), old_size=list(source), num_prefix_tokens=num_prefix)
+    return resized.to(positions.dtype), f"learned positions interpolated: {side}x{side} -> {grid[0]}x{grid[1]} (bicubic)"
+
+
+def square_side(num_patches: int) -> int | None:
+    """196 -> 14; None where it is no square."""
+    side = isqrt(max(num_patches, 0))
+    return side if side and side * side == num_patches else None

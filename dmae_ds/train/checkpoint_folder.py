@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dmae_ds.errors import UserError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 # What must be equal for a checkpoint's weights and position to mean the same thing, and the way out where it isn't.
 MUST_AGREE = {
@@ -27,6 +27,7 @@ MUST_AGREE = {
     "fingerprint": "point data.train at the shards that it was trained on",
     "global_batch": "set optim.global_batch back",
     "student": "set the student section back, or choose another run.dir",
+    "teacher": "set the teacher section back, or choose another run.dir",
     "objective": "set the objective section back, or choose another run.dir",
 }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
-from dmae_ds.config.run import RunConfig
+from dmae_ds.config.run import RunConfig, looks_like_hub_id
 from dmae_ds.data.order import num_steps
 from dmae_ds.data.shards import ShardSet
 from dmae_ds.dist import World
@@ -52,13 +52,16 @@ def prepare(config: RunConfig, world: World, *, resume: str) -> Preflight:
     shards = ShardSet.open(config.data.train, label="data.train")
     if config.data.val is not None:
         ShardSet.open(config.data.val, label="data.val")
-    if config.teacher is not None and not Path(config.teacher.weights).expanduser().is_file():
-        raise UserError(f"teacher.weights '{config.teacher.weights}' is not a file; give the path of a .safetensors or .pth file")
+    if config.teacher is not None and config.teacher.weights is not None:
+        weights = config.teacher.weights
+        if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
+            raise UserError(f"teacher.weights '{weights}' is not a file; give the path of a .safetensors or .pth file, of a folder, or a hub id such as facebook/vit-mae-large")
     run_dir = Path(config.run.dir).expanduser()
     folder = CheckpointFolder(run_dir)
     identity = {
         "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
         "fingerprint": shards.fingerprint, "global_batch": config.optim.global_batch,
+        "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats"}),
         "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
     }  # fmt: skip
     resume_from = folder.latest() if resume == "auto" else None

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import torch
 
 from dmae_ds import dist
 from dmae_ds.config.load import dump_config
-from dmae_ds.config.run import RunConfig, TeacherConfig
+from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT, build_student
 from dmae_ds.objectives import OBJECTIVES
 from dmae_ds.objectives.dmae import TeacherShape
-from dmae_ds.teacher.formats import open_weights
-from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, load_teacher, meta_teacher
-from dmae_ds.teacher.grid import check_grids
+from dmae_ds.teacher.build import build_frozen_teacher
+from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, meta_teacher
+from dmae_ds.teacher.grid import check_grids, explain_grids
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.checkpoint_folder import write_atomically
 from dmae_ds.train.engine import Engine, check_precision
@@ -55,13 +56,12 @@ def build_objective(config: RunConfig) -> tuple[torch.nn.Module, TeacherShape | 
     return OBJECTIVES[config.objective.name](config.objective, **parts), shape
 
 
-def build_teacher(config: TeacherConfig | None, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device) -> FrozenTeacher | NoTeacher:
+def build_teacher(config: RunConfig, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device) -> FrozenTeacher | NoTeacher:
     """The teacher that the taps ask for: cut after the deepest of them."""
-    if config is None:
+    if config.teacher is None:
         return NoTeacher()
-    weights = open_weights(config.weights, config.format)
-    return load_teacher(
-        config.name, config.overrides(), whole_blocks=shape.depth, weights=weights, taps=taps, dtype=config.dtype, device=device,
+    return build_frozen_teacher(
+        config.teacher, taps=taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device,
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     def build():
         check_precision(config.precision, device)
         objective, shape = build_objective(config)
-        return objective, build_teacher(config.teacher, shape, objective.taps, device)
+        return objective, build_teacher(config, shape, objective.taps, device)
 
     objective, teacher = dist.together(build)
     student: MaskedViT = objective.student
@@ -84,7 +84,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
     checkpoints = Checkpoints(
         preflight.folder, config.checkpoint, identity=preflight.identity,
-        student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": str(config.student.overrides())},
+        student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": json.dumps(config.student.overrides())},
     )  # fmt: skip
     start_step = 0
     if preflight.resume_from is not None:
@@ -124,7 +124,7 @@ def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTea
         "run": f"{preflight.run_dir} {start}, seed {config.run.seed}",
         "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; every image once an epoch, in an order of its own",
         "student": f"{config.student.name}, {student / 1e6:.1f} M parameters; decoder and heads {rest / 1e6:.1f} M",
-        "teacher": str(teacher) if config.teacher is None else f"{config.teacher.name}, {teacher}, {config.teacher.dtype}",
+        **describe_teacher(config, objective, teacher),
         "objective": f"{config.objective.name}: {objective.describe()}",
         "batch": f"{optim.global_batch} = {world.size} ranks x {preflight.micro_batch} images x {preflight.accumulation} accumulated",
         "schedule": f"{preflight.num_steps:,} steps = {optim.epochs:g} epochs ({optim.warmup_epochs:g} warm-up), "
@@ -132,3 +132,20 @@ def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTea
         "engine": f"DeepSpeed {config.deepspeed}, {config.precision}",
     }
     return "\n".join(f"{name:<10}{text}" for name, text in rows.items())
+
+
+def describe_teacher(config: RunConfig, objective: torch.nn.Module, teacher: FrozenTeacher | NoTeacher) -> dict[str, str]:
+    """Rows of the summary: what was built, what stays in the file and saves, how the grids meet, what was noticed."""
+    if config.teacher is None:
+        return {"teacher": str(teacher)}
+    student, sees = objective.student, config.teacher.sees
+    rows = {"teacher": f"{config.teacher.name}, {teacher}, {config.teacher.dtype}, sees {sees} patches"}
+    left = teacher.parts.describe_dropped()
+    if left:
+        tokens = 1 + (student.num_patches if sees == "all" else objective.num_visible)
+        rows["left out"] = f"{left}; {teacher.parts.saved_compute(tokens=tokens, num_patches=student.num_patches):.0%} of the whole teacher's compute"
+    rows["grids"] = explain_grids(grid=student.grid, student_patch=student.patch_size, teacher_patch=teacher.vit.patch_size)
+    rows["targets"] = "" if config.teacher.standardize == "none" else f"features standardised: {config.teacher.standardize}"
+    rows["teacher's"] = "; ".join(note for note in teacher.parts.notes if not note.startswith("WARNING"))
+    rows["WARNING"] = "; ".join(note.removeprefix("WARNING: ") for note in teacher.parts.notes if note.startswith("WARNING"))
+    return {name: text for name, text in rows.items() if text}

@@ -122,7 +122,7 @@ def teacher(base, teacher_file):
     """The real teacher with taps at every block the cases use."""
     config = dmae_config("multi.fc-1layer.L1.raw", teacher_file)
     objective, shape = build_objective(config)
-    return build_teacher(config.teacher, shape, tuple(f"block/{block}" for block in range(1, 9)), torch.device("cpu"))
+    return build_teacher(config, shape, tuple(f"block/{block}" for block in range(1, 9)), torch.device("cpu"))
 
 
 def test_mask_keeps_the_published_patches(base, teacher_file):

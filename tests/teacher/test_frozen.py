@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -14,9 +15,8 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.objectives.dmae import resolve_pairs
-from dmae_ds.teacher.formats import FORMATS, open_weights
+from dmae_ds.teacher.formats import open_weights
 from dmae_ds.teacher.frozen import load_teacher, meta_teacher
-from dmae_ds.teacher.grid import check_grids
 
 NAME = "vit_tiny_patch16_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2}
@@ -25,7 +25,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads
 @pytest.fixture(scope="module")
 def tensors():
     torch.manual_seed(0)
-    state = {name: tensor.detach() + 0.1 * torch.randn_like(tensor) for name, tensor in build_timm_vit(NAME, TINY).state_dict().items()}
+    state = {name: tensor.detach() + 0.1 * torch.randn_like(tensor) for name, tensor in timm.create_model(NAME, num_classes=0, **TINY).state_dict().items()}
     return state | {"decoder_embed.weight": torch.zeros(3, 3), "mask_token": torch.zeros(1, 1, 3)}
 
 
@@ -70,7 +70,7 @@ def test_blocks_above_the_cut_the_norm_and_the_decoder_do_not_exist(tmp_path, te
     assert not any(parameter.requires_grad for parameter in teacher.vit.parameters())
     assert not teacher.vit.training
     assert teacher.parts.kept == sum(tensors[name].numel() for name in names)
-    assert teacher.parts.kept + teacher.parts.dropped == sum(tensor.numel() for tensor in tensors.values())
+    assert teacher.parts.kept + teacher.parts.dropped.parameters == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_bf16_features_are_close_to_fp32_s(tmp_path, tensors):
@@ -98,29 +98,6 @@ def test_a_file_that_does_not_fit_is_one_line_that_names_the_keys(tmp_path, tens
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_and_foreign_files_are_one_line(tmp_path, tensors):
-    path = save(tmp_path, tensors)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
-        open_weights(path, "timm")
-    pickled = tmp_path / "code.pth"
-    torch.save({"model": print}, pickled)
-    with pytest.raises(UserError, match="can't be read as tensors only"):
-        open_weights(pickled, "mae")
-    with pytest.raises(UserError, match="no entry 'model'"):
-        open_weights(save(tmp_path, tensors, "timm"), "mae")
-    with pytest.raises(UserError, match="is not a file"):
-        open_weights(tmp_path / "none.pth", "mae")
-
-
-def test_the_formats_are_the_schema_s():
-    from typing import get_args
-
-    from dmae_ds.config.run import TeacherConfig
-
-    assert set(FORMATS) == set(get_args(TeacherConfig.model_fields["format"].annotation))
-
-
 def test_the_huge_recipe_instantiates_24_of_32_blocks():
     config = load_config("dmae_vit_huge_to_base").teacher
     whole = meta_teacher(config.name, config.overrides())
@@ -136,6 +113,7 @@ def test_the_huge_recipe_instantiates_24_of_32_blocks():
 
 MEASURE = """
 import os, sys, torch
+from pathlib import Path
 from dmae_ds.teacher.formats import open_weights
 from dmae_ds.teacher.frozen import load_teacher, meta_teacher, block_number
 name, depth, cut, path, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
@@ -144,7 +122,7 @@ def rss(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 meta_teacher(name, {})
 before = rss("VmRSS:")
-teacher = load_teacher(name, {}, whole_blocks=depth, weights=open_weights(path, "timm"), taps=(cut,), dtype=dtype, device=torch.device("cpu"))
+teacher = load_teacher(name, {}, whole_blocks=depth, weights=open_weights(Path(path), "timm"), taps=(cut,), dtype=dtype, device=torch.device("cpu"))
 needed = teacher.parts.kept * (4 if dtype == "fp32" else 2)
 sum(float(parameter.sum()) for parameter in teacher.vit.parameters())  # touch every byte
 print(needed, rss("VmRSS:") - before, rss("VmHWM:") - before)
@@ -155,7 +133,7 @@ def measure_memory(tmp_path, name, depth, cut, dtype="fp32") -> tuple[int, int, 
     """Bytes needed, kept and at the peak by a fresh process that loads this teacher from a whole file."""
     path = tmp_path / f"{name}.safetensors"
     if not path.exists():
-        save_file({key: torch.zeros_like(tensor) for key, tensor in build_timm_vit(name, {}).state_dict().items()}, path)
+        save_file({key: torch.zeros(tensor.shape) for key, tensor in build_timm_vit(name, {}).state_dict().items()}, path)
     output = subprocess.run(
         [sys.executable, "-c", MEASURE, name, str(depth), cut, str(path), dtype], check=True, capture_output=True, text=True
     )
@@ -178,8 +156,3 @@ def test_a_huge_teacher_takes_the_memory_of_its_cut_and_no_more(tmp_path):
     needed, kept, peak = measure_memory(tmp_path, "vit_huge_patch14_224", 32, "block/24")
     print(f"\nViT-H cut at 24: needed {needed / 2**30:.3f} GiB, kept {kept / 2**30:.3f}, peak {peak / 2**30:.3f}")
     assert max(kept, peak) <= 1.05 * needed + CONSTANT
-
-
-def test_grids_that_differ_are_refused_with_two_ways_out():
-    with pytest.raises(UserError, match="student.patch_size=14 student.img_size=224, or take a teacher with 16 px"):
-        check_grids(student_grid=(14, 14), student_patch=16, teacher_grid=(16, 16), teacher_patch=14)

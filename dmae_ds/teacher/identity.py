@@ -1,0 +1,151 @@
+"""Is this surely that teacher? A fixed input's features, as sixteen numbers a block, and whether they look trained at all.
+
+The input has no positions (so that a teacher fitted to another grid keeps its fingerprint): fixed patches are projected,
+CLS and registers stand in front, rotary angles are zero. `dmae-ds teacher slice` and `inspect --write` store the numbers
+beside the weights; every run that finds them compares.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from math import sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dmae_ds.errors import UserError
+from dmae_ds.models.vit import MaskedViT
+
+NUM_PATCHES = 16  # of each of two fixed pictures
+NUM_FIGURES = 16
+# Largest difference, in units of the figures' root mean square: other weights differ by about 1.4, rounding by far less.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2}
+
+Fingerprint = dict[str, list[float]]
+
+
+@torch.no_grad()
+def probe(vit: MaskedViT) -> dict[int, Tensor]:
+    """{block: features [2, R + 16, D] float32} of the fixed input, for every block."""
+    weight = vit.patch_embed.proj.weight
+    size = (2, NUM_PATCHES, vit.patch_size, vit.patch_size, 3)
+    # Golden-ratio steps: spread like noise, the same on every machine and in every version.
+    noise = (torch.arange(torch.Size(size).numel(), dtype=torch.float64) * 0.6180339887498949) % 1
+    slow = torch.sin(torch.arange(torch.Size(size).numel(), dtype=torch.float64) / 97)
+    pixels = (2 * noise - 1 + slow).reshape(size).to(device=weight.device, dtype=torch.float32)
+    tokens = vit.patch_embed.proj(pixels)
+    in_front = [token.to(tokens.dtype).expand(2, -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    tokens = vit.norm_pre(torch.cat([*in_front, tokens], dim=1))
+    rope = None
+    if vit.rope is not None:  # sine 0, cosine 1: no rotation
+        half = vit.rope.shape[-1] // 2
+        rope = torch.cat([torch.zeros(half), torch.ones(half)]).to(vit.rope).expand(NUM_PATCHES, -1)
+    features = {0: tokens.float()}
+    for number, block in enumerate(vit.blocks, start=1):
+        tokens = block(tokens) if rope is None else block(tokens, rope=rope)
+        features[number] = tokens.float()
+    return features
+
+
+def fingerprint(features: dict[int, Tensor]) -> Fingerprint:
+    """{"block/18": 16 figures}: sums over tokens and interleaved channels with alternating signs, by the features' size."""
+    found = {}
+    for number, tokens in features.items():
+        if number == 0:
+            continue
+        mean = tokens.double().mean(dim=(0, 1)).cpu()  # [D]
+        signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(len(mean) // 2 + 1)[: len(mean)]
+        groups = torch.arange(len(mean)) * 7919 % NUM_FIGURES
+        figures = torch.zeros(NUM_FIGURES, dtype=torch.float64).index_add_(0, groups, mean * signs)
+        found[f"block/{number}"] = [float(f"{value:.9g}") for value in figures / sqrt(len(mean) / NUM_FIGURES)]
+    return found
+
+
+def check_fingerprint(found: Fingerprint, stored: Fingerprint, *, dtype: torch.dtype, where: str) -> None:
+    """Raise UserError where a block's figures differ from the stored ones by more than rounding."""
+    for tap, figures in found.items():
+        if tap in stored:
+            expected = torch.tensor(stored[tap], dtype=torch.float64)
+            difference = (torch.tensor(figures, dtype=torch.float64) - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-12)
+            if not difference <= TOLERANCE[dtype]:
+                raise UserError(
+                    f"the teacher's features at {tap} differ from the fingerprint in {where} by {difference:.2g} of its size; "
+                    "the weights are not those it was made of: give the right file, or make the fingerprint anew with dmae-ds teacher inspect --write"
+                )
+
+
+def check_alive(features: dict[int, Tensor], taps: list[int]) -> None:
+    """Raise UserError unless tapped features are finite and tell the two pictures and the tokens apart."""
+    for block in taps:
+        tokens = features[block]
+        if not torch.isfinite(tokens).all():
+            raise UserError(f"the teacher's features after block {block} are not finite on a fixed input; the weights are damaged, or teacher.dtype is too narrow for them")
+        spread, size = tokens.std(dim=(0, 1)).mean(), tokens.square().mean().sqrt()
+        if not spread > 1e-5 * size:
+            raise UserError(f"the teacher's features after block {block} are the same for every patch of a fixed input; the weights are damaged or empty")
+
+
+def find_untrained(vit: MaskedViT, features: dict[int, Tensor]) -> str:
+    """A sentence where this network looks freshly initialised, else empty.
+
+    Two signs: every norm's gain is one and every bias zero; or the features grow from block to block as those of a
+    freshly initialised twin of the same shape do. Measured on the quickstart's networks: trained ones grew 3.7 to 13
+    times over three quarters of the depth, their twins 1.0 to 2.8 times.
+    """
+    gains = [p for name, p in vit.blocks.named_parameters() if "norm" in name and name.endswith("weight")]
+    biases = [p for name, p in vit.blocks.named_parameters() if name.endswith("bias")]
+    if all(bool((gain == 1).all()) for gain in gains) and not any(bool(bias.any()) for bias in biases):
+        return "every norm's gain is 1 and every bias 0, as before any training"
+    grown = _growth(features)
+    for init, spread in (("timm's", lambda fan_in, fan_out: 0.02), ("MAE's", lambda fan_in, fan_out: sqrt(2 / (fan_in + fan_out)))):
+        twin = _growth(_probe_twin(vit, features[0], spread))
+        if (grown - twin).abs().max() < 0.25:
+            return f"features grow from block to block as with {init} initial weights ({grown.exp()[-1]:.2f} times; a fresh twin {twin.exp()[-1]:.2f})"
+    return ""
+
+
+def _growth(features: dict[int, Tensor]) -> Tensor:
+    """[blocks]: log of the features' size after each block over that of the embedded tokens."""
+    sizes = torch.stack([features[number].square().mean().sqrt().cpu() for number in sorted(features)])
+    return (sizes[1:] / sizes[0].clamp(min=1e-12)).log()
+
+
+@torch.no_grad()
+def _probe_twin(vit: MaskedViT, tokens: Tensor, spread) -> dict[int, Tensor]:
+    """Features of freshly initialised blocks on the same embedded tokens; one block exists at a time.
+
+    spread: (inputs, outputs of a matrix) -> standard deviation of its entries
+    """
+    generator = torch.Generator(device=tokens.device).manual_seed(0)
+    features = {0: tokens}
+    for number, block in enumerate(vit.blocks, start=1):
+        twin = copy.deepcopy(block).float()
+        for name, parameter in twin.named_parameters():
+            if parameter.ndim >= 2:
+                bound = sqrt(3) * spread(parameter.flatten(1).shape[1], parameter.shape[0])
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            else:
+                # Layer scale begins at 1e-5 (DINOv2, DINOv3, EVA), norms at one, biases at zero.
+                nn.init.constant_(parameter, 1e-5 if "gamma" in name else float("norm" in name and name.endswith("weight")))
+        tokens = twin(tokens)
+        features[number] = tokens
+    return features
+
+
+def sidecar(path: Path) -> Path:
+    """Where what is known of a weights file is kept: beside it, or in the folder of slices."""
+    return path / "teacher.json" if path.is_dir() else path.with_name(path.name + ".teacher.json")
+
+
+def read_sidecar(path: Path) -> dict | None:
+    """What `inspect --write` or `slice` wrote about these weights, or None. Raises UserError for a broken file."""
+    file = sidecar(path)
+    if not file.is_file():
+        return None
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return {**known, "fingerprint": dict(known["fingerprint"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{file}' is not readable ({type(error).__name__}: {error}); write it again with dmae-ds teacher inspect --write, or delete it") from None
