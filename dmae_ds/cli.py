@@ -1,4 +1,4 @@
-"""`dmae-ds train | eval | report`: parse, check, hand over. Rooms that need torch are imported when they are entered.
+"""`dmae-ds train | eval | report | teacher | bench`: parse, check, hand over. Rooms that need torch are imported when they are entered.
 
 A user's mistake is one line and exit code 2; a run that broke is one line and exit code 1.
 """
@@ -72,13 +72,43 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report([Path(run) for run in args.runs], Path(args.out) if args.out else None))
 
 
+def _teacher_inspect(args: argparse.Namespace) -> None:
+    from dmae_ds.teacher_tools.inspect import inspect
+
+    print(inspect(Path(args.file), name=args.name, overrides=args.overrides, format=args.format, write=args.write))
+
+
+def _teacher_slice(args: argparse.Namespace) -> None:
+    from dmae_ds.teacher_tools.slice import slice_teacher
+
+    print(
+        slice_teacher(
+            Path(args.file), Path(args.out), num_stages=args.stages, name=args.name, overrides=args.overrides, format=args.format, dtype=args.dtype,
+            last_block=args.last_block,
+        )
+    )  # fmt: skip
+
+
+def _teacher_stats(args: argparse.Namespace) -> None:
+    from dmae_ds.config.load import load_config
+    from dmae_ds.teacher_tools.stats import write_stats
+
+    print(write_stats(load_config(args.recipe, args.overrides), num_images=args.images, out=Path(args.out) if args.out else None))
+
+
+def _bench_teacher_load(args: argparse.Namespace) -> None:
+    from dmae_ds.bench import bench_teacher_load
+
+    print(bench_teacher_load(args.name, last_block=args.last_block, stages=args.stages, folder=Path(args.folder) if args.folder else None))
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command and option."""
     root = argparse.ArgumentParser(prog="dmae-ds", description="Distil large frozen vision transformers into small ones while pre-training.")
     root.add_argument("--version", action="version", version=__version__)
     # DeepSpeed's launcher puts --local_rank=N in front of the arguments; LOCAL_RANK says the same.
     root.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = root.add_subparsers(required=True, metavar="train | eval | report")
+    commands = root.add_subparsers(required=True, metavar="train | eval | report | teacher | bench")
 
     train = commands.add_parser("train", help="train a recipe, alone or under deepspeed, torchrun or accelerate launch")
     train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
@@ -99,6 +129,37 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first one's holds the page")
     report.add_argument("--out", help="where to write it (default RUN/report.html)")
     report.set_defaults(command=_report)
+
+    teacher = commands.add_parser("teacher", help="look at, cut or measure a teacher").add_subparsers(required=True, metavar="inspect | slice | stats")
+    inspect = teacher.add_parser("inspect", help="what a weights file is, and which recipes it can serve")
+    inspect.add_argument("--write", action="store_true", help="store the fingerprint beside the file; every run compares its teacher with it")
+    inspect.set_defaults(command=_teacher_inspect)
+    cut = teacher.add_parser("slice", help="cut a teacher once: one safetensors file a pipeline stage, with the needed blocks only")
+    for command in (inspect, cut):
+        command.add_argument("file", help="a weights file, an index of parts, or a folder")
+        if command is cut:
+            command.add_argument("out", help="the folder to write")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="numbers that differ from the name's, for example img_size=196")
+        command.add_argument("--name", help="the teacher's timm name (default: the one known network that fits)")
+        command.add_argument("--format", default="auto", help="the file's key map (default auto: the one that fits)")
+    cut.add_argument("--stages", type=int, default=1, metavar="P", help="how many files (default 1)")
+    cut.add_argument("--last-block", type=int, metavar="K", help="the deepest block that is tapped (default: three quarters of the depth)")
+    cut.add_argument("--dtype", choices=("fp32", "bf16"), help="store as (default: as in the file)")
+    cut.set_defaults(command=_teacher_slice)
+    stats = teacher.add_parser("stats", help="one pass over the data for teacher.standardize: mean and covariance of the recipe's targets")
+    stats.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    stats.add_argument("overrides", nargs="*", metavar="key=value")
+    stats.add_argument("--images", type=int, default=10_000, help="how many (default 10,000, or all if there are fewer)")
+    stats.add_argument("--out", help="where to write (default: beside the weights)")
+    stats.set_defaults(command=_teacher_stats)
+
+    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="teacher-load")
+    load = bench.add_parser("teacher-load", help="bytes read and memory of a cut teacher, against the bytes needed")
+    load.add_argument("--name", default="vit_huge_patch14_224", help="timm name of the whole teacher (default vit_huge_patch14_224)")
+    load.add_argument("--last-block", type=int, metavar="K", help="the deepest block that is tapped (default: three quarters of the depth)")
+    load.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="pipeline lengths (default 1 2 4)")
+    load.add_argument("--folder", help="where the random weights files are made and left (default: a temporary folder)")
+    load.set_defaults(command=_bench_teacher_load)
     return root
 
 
