@@ -25,7 +25,7 @@ FLOORS = [
     {"objectives"},
     {"train", "evaluate"},
     {"figures"},
-    {"report"},
+    {"report", "bench", "teacher_tools"},
     {"cli"},
     {"__main__"},
 ]
@@ -169,10 +169,10 @@ def test_every_file_is_in_the_readme_s_tree():
 def test_every_command_in_the_readme_exists():
     from dmae_ds.cli import parser
 
-    commands = re.findall(r"dmae-ds ((?:train|eval \w+|report|[a-z]+))", readme())
+    commands = re.findall(r"dmae-ds ((?:train|(?:eval|teacher|bench) [\w-]+|report|[a-z]+))", readme())
     assert {"train", "report", "eval knn"} <= set(commands)
     for line in set(commands):
-        words = line.split()
-        assert parser().parse_args([*words, "x"]).command
+        positionals = {"teacher slice": ["x", "y"], "bench teacher-load": []}.get(line, ["x"])
+        assert parser().parse_args([*line.split(), *positionals]).command
     for recipe in re.findall(r"(?:dmae-ds|dmae_ds) train (\w+)", readme()):
         assert (REPOSITORY / "launch" / "recipes" / f"{recipe}.yaml").exists()

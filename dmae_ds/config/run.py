@@ -59,6 +59,7 @@ class TeacherConfig(ModelConfig):
     # Pixel statistics that the teacher was trained with; null: those of the tag in its name, else data.mean and data.std.
     mean: tuple[float, float, float] | None = None
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    decoder_num_heads: PositiveInt = 16  # of a masked autoencoder's decoder, where the objective taps it; no file says
     # What its features are turned into before they are compared: zscore and phi_s need `dmae-ds teacher stats` once.
     standardize: Literal["none", "layer_norm", "zscore", "phi_s"] = "none"
     stats: str | None = None  # the file of `dmae-ds teacher stats`; null: beside the weights

@@ -11,7 +11,7 @@ from torch import nn
 from dmae_ds.config.run import ModelConfig
 from dmae_ds.evaluate.record import RunRecord
 from dmae_ds.objectives.dmae import TeacherShape
-from dmae_ds.teacher.frozen import block_number
+from dmae_ds.teacher.frozen import needed_depths
 
 DEAD_SHARE = 0.05  # of the gradient; below it a term is all but absent: the published code's has about 2%
 
@@ -85,7 +85,7 @@ def _teacher(record: RunRecord, objective: nn.Module, shape: TeacherShape | None
     teacher = record.config.teacher
     if teacher is None:
         return Fact("none")
-    blocks = max(block_number(tap) for tap in objective.taps)
+    blocks, _ = needed_depths(objective.taps, shape.depth)
     return Fact(teacher.name, _joined(f"cut after block {blocks} of {shape.depth}", teacher.dtype, _overrides(teacher)))
 
 

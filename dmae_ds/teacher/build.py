@@ -10,9 +10,10 @@ from dmae_ds.config.run import TeacherConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher import identity, targets
+from dmae_ds.teacher.decoder import TeacherDecoder, meta_decoder
 from dmae_ds.teacher.fit import fits
 from dmae_ds.teacher.formats import Weights, choose_format, open_weights
-from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, TeacherParts, block_number, fill, meta_teacher, with_notes
+from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, TeacherParts, fill, meta_teacher, needed_depths, with_notes
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.hub import locate, pixel_statistics
 
@@ -26,8 +27,8 @@ def build_frozen_teacher(
     standardize: False leaves the features raw, to take their statistics
     Raises UserError.
     """
-    vit, parts, path = load_vit(config, depth=max(block_number(tap) for tap in taps), whole_blocks=whole_blocks, device=device)
-    found, parts = check_identity(vit, parts, path, taps=taps, dtype=DTYPES[config.dtype])
+    vit, decoder, parts, path = _load(config, taps=taps, whole_blocks=whole_blocks, device=device)
+    found, parts = check_identity(vit, parts, path, taps=taps, dtype=DTYPES[config.dtype], decoder=decoder)
     teacher_mean, teacher_std = pixel_statistics(config, mean, std)
     view = PatchView(vit.patch_size, mean=mean, std=std, teacher_mean=teacher_mean, teacher_std=teacher_std).to(device)
     stats = None
@@ -40,19 +41,27 @@ def build_frozen_teacher(
     target = targets.build_target(config.standardize if standardize else "none", taps, stats, device)
     if not view.same_pixels:
         parts = with_notes(parts, f"pixels normalised for the teacher: mean {list(teacher_mean)}, std {list(teacher_std)}")
-    return FrozenTeacher(vit, taps, parts, view=view, sees=config.sees, target=target)
+    return FrozenTeacher(vit, taps, parts, view=view, sees=config.sees, target=target, decoder=decoder)
 
 
-def load_vit(config: TeacherConfig, *, depth: int, whole_blocks: int, device: torch.device) -> tuple[MaskedViT, TeacherParts, Path]:
+def _load(
+    config: TeacherConfig, *, taps: tuple[str, ...], whole_blocks: int, device: torch.device
+) -> tuple[MaskedViT, TeacherDecoder | None, TeacherParts, Path]:
     """The network with its weights, the account of what was left out, and where they came from."""
-    vit = meta_teacher(config.name, config.overrides(), depth)
+    depth, decoder_depth = needed_depths(taps, whole_blocks)
+    if decoder_depth and config.sees == "all":
+        raise UserError("teacher.sees=all leaves the teacher's decoder no masked patch to fill in; the objective taps it: set teacher.sees=visible")
+    vit = meta_teacher(config.name, config.overrides(), depth, keep_norm=decoder_depth > 0)
     path = locate(config)
     weights = open_teacher(config, path, vit)
+    decoder = None
+    if decoder_depth:
+        decoder = meta_decoder(weights, encoder_dim=vit.embed_dim, depth=decoder_depth, num_heads=config.decoder_num_heads, num_patches=vit.num_patches)
     parts = fill(
         vit, weights, whole_blocks=whole_blocks, may_resize=config.img_size is not None, dtype=DTYPES[config.dtype], device=device,
-        said=(config.name, config.overrides()),
+        said=(config.name, config.overrides()), decoder=decoder,
     )  # fmt: skip
-    return vit, with_notes(parts, f"format {weights.format} (chosen by auto)" if config.format == "auto" else ""), path
+    return vit, decoder, with_notes(parts, f"format {weights.format} (chosen by auto)" if config.format == "auto" else ""), path
 
 
 def open_teacher(config: TeacherConfig, path: Path, vit: MaskedViT) -> Weights:
@@ -63,20 +72,23 @@ def open_teacher(config: TeacherConfig, path: Path, vit: MaskedViT) -> Weights:
 
 
 def check_identity(
-    vit: MaskedViT, parts: TeacherParts, path: Path, *, taps: tuple[str, ...], dtype: torch.dtype
+    vit: MaskedViT, parts: TeacherParts, path: Path, *, taps: tuple[str, ...], dtype: torch.dtype, decoder: TeacherDecoder | None = None
 ) -> tuple[identity.Fingerprint, TeacherParts]:
     """The teacher's fingerprint, held against the one beside the weights where there is one.
 
     Raises UserError where features are dead or not those of the fingerprint; a teacher that looks untrained is noted.
     """
-    features = identity.probe(vit)
-    identity.check_alive(features, [block_number(tap) for tap in taps])
-    found = identity.fingerprint(features)
+    probed = identity.probe(vit)
+    features = {f"block/{number}": tokens for number, tokens in probed.features.items()}
+    if decoder is not None:
+        features |= identity.probe_decoder(decoder, vit.norm, probed.features[vit.depth])
+    identity.check_alive({tap: features[tap] for tap in taps})
+    found = identity.fingerprint(probed.features)
     known = identity.read_sidecar(path)
     if known is not None:
         identity.check_fingerprint(found, known["fingerprint"], dtype=dtype, where=str(identity.sidecar(path)))
-        return found, with_notes(parts, "features match the fingerprint beside the weights")
-    untrained = identity.find_untrained(vit, features)
+        return found, with_notes(parts, f"features match the fingerprint in {identity.sidecar(path).name}")
+    untrained = identity.find_untrained(vit, probed)
     if untrained:
         parts = with_notes(parts, f"WARNING: THIS TEACHER LOOKS UNTRAINED: {untrained}")
     return found, parts

@@ -35,6 +35,8 @@ IN_A_FOLDER = (
     "pytorch_model.bin.index.json", "pytorch_model.bin",
 )  # fmt: skip
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+# What a damaged pickle or zip directory was seen to raise.
+_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, EOFError, OSError)  # fmt: skip
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
@@ -131,7 +133,7 @@ def open_container(path: Path, entries: tuple[str, ...] = ()) -> Container:
     if not path.is_file():
         raise UserError(f"teacher.weights '{path}' is not a file; give the path of a {', '.join(SUFFIXES)} file, an index, or a folder")
     if path.name.endswith(".index.json"):
-        names = _parts_of_index(path)
+        names = parts_of_index(path)
         here = [name for name in names if (path.parent / name).is_file()]
         joined = join_containers(path, [open_container(path.parent / name, entries) for name in here])
         joined.absent = [name for name in names if name not in here]
@@ -152,37 +154,40 @@ def join_containers(path: Path, parts: list[Container]) -> Container:
     return joined
 
 
-def _parts_of_index(path: Path) -> list[str]:
+def parts_of_index(path: Path) -> list[str]:
+    """The file names of an index's parts, all in its folder. Raises UserError."""
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"teacher.weights '{path}' is not an index of parts ({type(error).__name__}: {error}); copy it again") from None
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"teacher.weights '{path}' names the part {name!r}, which is not a plain file name; the index can't be trusted")
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in SUFFIXES:
+            raise UserError(f"teacher.weights '{path}' names the part {name!r}, which is not the plain name of a weights file; the index can't be trusted")
     return names
 
 
 def _open_safetensors(path: Path) -> Container:
     """Read the header and nothing else (safetensors' own `safe_open` maps the file, whose first fault read 8 MB of it)."""
     size = path.stat().st_size
-    places, end = {}, 0
+    places, end = {}, 0  # tensors follow each other without a gap, by the format
     try:
         with open(path, "rb", buffering=0) as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, _MAX_HEADER)))
-        metadata = header.pop("__metadata__", {})
-        for name, entry in header.items():
+        metadata = dict(header.pop("__metadata__", {}))
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+            if entry["dtype"] not in _SAFETENSORS_DTYPES:
+                raise ValueError(f"{name} is {entry['dtype']}, known are {', '.join(_SAFETENSORS_DTYPES)}")
             dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-            places[name] = Place(path, dtype, shape, torch.empty(shape, device="meta").stride(), 8 + length + first)
-            end = max(end, last)
-            if first < 0 or places[name].num_bytes != last - first:
-                raise ValueError(f"{name} has {last - first} bytes instead of {places[name].num_bytes}")
+            places[name] = Place(path, dtype, shape, torch.empty(shape, device="meta").stride(), 8 + length + end)
+            if (first, last) != (end, end + places[name].num_bytes):
+                raise ValueError(f"{name} is at {first}-{last} instead of {end}-{end + places[name].num_bytes}")
+            end = last
         if size != 8 + length + end:
             raise ValueError(f"{size} bytes instead of {8 + length + end}")
     except (OSError, struct.error, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise UserError(f"teacher.weights '{path}' is not a whole safetensors file ({type(error).__name__}: {error}); copy it again") from None
+        raise UserError(f"teacher.weights '{path}' is not a whole safetensors file ({type(error).__name__}: {error}); copy it again, or save it anew") from None
     return Container(path, places, metadata)
 
 
@@ -195,54 +200,65 @@ def _open_torch(path: Path, entries: tuple[str, ...]) -> Container:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        records = _records(path)
+    except _DAMAGED as error:
         raise UserError(
-            f"teacher.weights '{path}' can't be read as plain tensors, and nothing in it was run ({_reason(error)}); where you trust it, "
+            f"teacher.weights '{path}' can't be read as plain tensors, and nothing in it was run ({_reason(error)}); copy it again, or where you trust it "
             "save its state dict as .safetensors with safetensors.torch.save_file"
         ) from None
     tensors = next((content[entry] for entry in entries if isinstance(content, dict) and isinstance(content.get(entry), dict)), content)
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) and isinstance(name, str) for name, value in tensors.items()):
         found = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
         wanted = " or ".join([*(f"an entry '{entry}'" for entry in entries), "a plain dict of tensors"])
-        raise UserError(f"teacher.weights '{path}' holds {found}, expected {wanted}; is teacher.format right?")
-    offsets = _record_offsets(path)
+        raise UserError(f"teacher.weights '{path}' holds {found or 'nothing'}, expected {wanted}; is teacher.format right?")
     # torch maps the file as a whole: a storage's address says which record it is.
-    base = min(_address(value) for value in _tensors_in(content)) - min(offsets)
+    base = min((_address(value) for value in _tensors_in(content)), default=0) - min(records, default=0)
     places = {}
     for name, value in tensors.items():
-        offset = _address(value) - base
-        assert offset in offsets, f"{path}: {name} is in no record of the zip file"
-        places[name] = Place(path, value.dtype, tuple(value.shape), value.stride(), offset + value.storage_offset() * value.dtype.itemsize)
+        start = 0
+        if not _is_plain(value) or value.numel() and (base % mmap.PAGESIZE or records.get(start := _address(value) - base) != value.untyped_storage().nbytes()):
+            raise UserError(
+                f"teacher.weights '{path}' holds '{name}' in a way that can't be read by places in the file (sparse, quantised or compressed, say); "
+                "save its plain tensors as .safetensors with safetensors.torch.save_file"
+            )
+        places[name] = Place(path, value.dtype, tuple(value.shape), value.stride(), start + value.storage_offset() * value.dtype.itemsize)
     return Container(path, places)
 
 
 def _reason(error: Exception) -> str:
     """The telling line of torch's long message."""
     lines = str(error).splitlines()
-    return next((line.strip() for line in lines if "Unsupported" in line or "Trying" in line), lines[0] if lines else type(error).__name__)[:200]
+    telling = next((line.strip() for line in lines if "Unsupported" in line or "Trying" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {telling[:200]}"
 
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Entries in the file are the tensor's values: no sparse, quantised or conjugated one."""
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+
+
 def _tensors_in(content: object) -> Iterator[Tensor]:
-    """Every non-empty tensor of a nested checkpoint."""
+    """Every tensor of a nested checkpoint that has bytes in the file."""
     if isinstance(content, Tensor):
-        if content.untyped_storage().nbytes():
+        if content.layout is torch.strided and content.untyped_storage().nbytes() and content.device.type == "cpu":
             yield content
-    elif isinstance(content, (dict, list, tuple)):
-        for value in content.values() if isinstance(content, dict) else content:
+    elif isinstance(content, (dict, list, tuple, set, argparse.Namespace)):
+        items = vars(content) if isinstance(content, argparse.Namespace) else content
+        for value in items.values() if isinstance(items, dict) else items:
             yield from _tensors_in(value)
 
 
-def _record_offsets(path: Path) -> set[int]:
-    """Where the payload of every tensor record begins; torch.save stores them uncompressed."""
-    offsets = set()
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+def _records(path: Path) -> dict[int, int]:
+    """{where the payload of a tensor's record begins: its bytes}, without empty ones; -1 where it is compressed (torch.save never does)."""
+    records = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb", buffering=0) as file:
         for record in archive.infolist():
-            if "/data/" in record.filename:
+            if "/data/" in record.filename and record.file_size:
                 file.seek(record.header_offset + 26)  # a local header ends with the lengths of name and extra field
                 name, extra = struct.unpack("<HH", file.read(4))
-                offsets.add(record.header_offset + 30 + name + extra)
-    return offsets
+                records[record.header_offset + 30 + name + extra] = record.file_size if record.compress_type == zipfile.ZIP_STORED else -1
+    return records

@@ -35,6 +35,11 @@ class Dropped:
         return sum(sum(part.values()) for part in (self.blocks, self.decoder, self.rest))
 
 
+def size_text(num_bytes: int) -> str:
+    """1.76 GiB, 3.1 MiB."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
 def block_of(name: str) -> int | None:
     """The block that a tensor belongs to, counted from 0: "blocks.3.mlp.fc1.weight" -> 3."""
     match = _BLOCK.match(name)
@@ -86,10 +91,6 @@ def fits(needed: dict[str, Tensor], *, depth: int, may_resize: bool) -> Callable
     return ask
 
 
-def positions_differ(weights: Weights, tensor: Tensor) -> bool:
-    return weights.like("pos_embed").shape != tensor.shape
-
-
 def _same_shape(name: str, weights: Weights, tensor: Tensor, may_resize: bool) -> bool:
     try:
         found = weights.like(name)
@@ -97,7 +98,7 @@ def _same_shape(name: str, weights: Weights, tensor: Tensor, may_resize: bool) -
         return False  # parts of it don't go together
     if found.shape == tensor.shape:
         return True
-    if not (name == "pos_embed" and may_resize and found.ndim == 3 and found.shape[2] == tensor.shape[2]):
+    if not (name in ("pos_embed", "decoder_pos_embed") and may_resize and found.ndim == 3 and found.shape[2] == tensor.shape[2]):
         return False
     return any(square_side(found.shape[1] - prefix) for prefix in (0, 1))
 

@@ -99,6 +99,8 @@ def _split_masked_bias(sources: Sources) -> Sources:
 
 # transformers' ViT, ViTMAE, DINOv2 (with registers or without) and DINOv3, as published and as saved by version 5.
 _rename_hf = _rules(
+    (r"^decoder\.mask_token$", "mask_token"),
+    (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder_blocks."),
     (r"^decoder\.(decoder_)?", "decoder_"),
     (r"^(vit|dinov2|dinov2_with_registers|dinov3_vit|model)\.", ""),
     (r"^pooler\.", None),

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
-from dmae_ds.teacher.fit import Dropped, block_of, check_fit, positions_differ, read_needed
+from dmae_ds.teacher.decoder import TeacherDecoder
+from dmae_ds.teacher.fit import Dropped, block_of, check_fit, read_needed, size_text
+from dmae_ds.teacher.containers import Container
 from dmae_ds.teacher.formats import Weights
-from dmae_ds.teacher.grid import PatchView, fit_positions
+from dmae_ds.teacher.grid import fit_positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,7 +33,8 @@ class TeacherParts:
     whole_blocks: int
     kept: int
     kept_bytes: int
-    block_parameters: int  # of the blocks that were built
+    block_parameters: int  # of the encoder's blocks that were built
+    decoder_parameters: int  # of the decoder's
     dropped: Dropped
     notes: tuple[str, ...] = ()
 
@@ -39,10 +42,11 @@ class TeacherParts:
         """The share of the whole teacher's matrix products that is never done, for `tokens` tokens in the encoder and all
         patches in the decoder, where the file has one. Attention's own products are left out (a few percent)."""
         above = tokens * sum(self.dropped.blocks.values()) + (1 + num_patches) * sum(self.dropped.decoder.values())
-        return above / (above + tokens * self.block_parameters)
+        done = tokens * self.block_parameters + (1 + num_patches) * self.decoder_parameters
+        return above / (above + done)
 
     def __str__(self) -> str:
-        return f"{self.blocks} of {self.whole_blocks} blocks, {self.kept / 1e6:.1f} M parameters ({self.kept_bytes / 2**30:.2f} GiB) instantiated"
+        return f"{self.blocks} of {self.whole_blocks} blocks, {self.kept / 1e6:.1f} M parameters ({size_text(self.kept_bytes)}) instantiated"
 
     def describe_dropped(self) -> str:
         """What stays in the file, part by part; empty where nothing does."""
@@ -50,9 +54,9 @@ class TeacherParts:
         if self.dropped.blocks:
             parts.append(f"blocks {self.blocks + 1}-{self.whole_blocks}")
         if self.dropped.decoder:
-            parts.append("decoder")
+            parts.append("upper decoder blocks" if self.decoder_parameters else "decoder")
         parts += sorted({name.split(".")[0] for name in self.dropped.rest})
-        return f"{', '.join(parts)}: {self.dropped.parameters / 1e6:.1f} M parameters, {self.dropped.num_bytes / 2**30:.2f} GiB" if parts else ""
+        return f"{', '.join(parts)}: {self.dropped.parameters / 1e6:.1f} M parameters, {size_text(self.dropped.num_bytes)}" if parts else ""
 
 
 class FrozenTeacher:
@@ -60,15 +64,16 @@ class FrozenTeacher:
 
     Deliberately no nn.Module: nothing that owns a student can register it, shard it or save it.
     view: the student's patches -> the teacher's; sees: `visible` or `all`; target: features -> what is imitated
+    decoder: where a tap is of the teacher's decoder; the encoder is then whole, with its norm
     """
 
     def __init__(
         self, vit: MaskedViT, taps: tuple[str, ...], parts: TeacherParts, *, view: Callable[[Tensor], Tensor] | None = None,
-        sees: str = "visible", target: Callable[[str, Tensor], Tensor] | None = None,
+        sees: str = "visible", target: Callable[[str, Tensor], Tensor] | None = None, decoder: TeacherDecoder | None = None,
     ):  # fmt: skip
-        self.vit, self.taps, self.parts, self.sees, self.target = vit, taps, parts, sees, target
+        self.vit, self.taps, self.parts, self.sees, self.target, self.decoder = vit, taps, parts, sees, target, decoder
         self.view = view or (lambda patches: patches)
-        self._blocks = [block_number(tap) for tap in taps]
+        self._blocks = {number for kind, number in map(split_tap, taps) if kind == "block"}
 
     def __str__(self) -> str:
         return str(self.parts)
@@ -78,13 +83,18 @@ class FrozenTeacher:
         """{tap: [N, 1 + K, D_t]}: the residual stream right after each tapped block, CLS first; registers are left out.
 
         [N, K, D_t] for a teacher without CLS. K are the student's visible patches, also where the teacher sees all.
+        A tap of the decoder: [N, 1 + L, D_d], tokens as CLS, visible patches, masked patches.
         """
         patches, ids = batch.visible, batch.ids_keep
         if self.sees == "all":
             patches, ids = torch.cat([patches, batch.masked], dim=1), torch.cat([ids, batch.ids_masked], dim=1)
-        _, tapped = self.vit(self.view(patches), ids, taps=self._blocks)
+        latent, tapped = self.vit(self.view(patches), ids, taps=self._blocks)
+        decoded = {} if self.decoder is None else self.decoder(latent, batch.ids_keep, batch.ids_masked)
         num_visible = batch.ids_keep.shape[1]
-        found = {tap: self._tokens(tapped[block], num_visible) for tap, block in zip(self.taps, self._blocks, strict=True)}
+        found = {}
+        for tap in self.taps:
+            kind, number = split_tap(tap)
+            found[tap] = self._tokens(tapped[number], num_visible) if kind == "block" else decoded[number]
         return found if self.target is None else {tap: self.target(tap, tokens) for tap, tokens in found.items()}
 
     def _tokens(self, tokens: Tensor, num_visible: int) -> Tensor:
@@ -109,16 +119,24 @@ class NoTeacher:
             yield source, masked, {}
 
 
-def block_number(tap: str) -> int:
-    """ "block/18" -> 18."""
+def split_tap(tap: str) -> tuple[str, int]:
+    """ "block/18" -> ("block", 18), "decoder/4" -> ("decoder", 4); counted from 1."""
     kind, _, number = tap.partition("/")
-    assert kind == "block" and number.isdigit(), f"unknown tap {tap}"
-    return int(number)
+    assert kind in ("block", "decoder") and number.isdigit(), f"unknown tap {tap}"
+    return kind, int(number)
 
 
-def meta_teacher(name: str, overrides: dict, depth: int | None = None) -> MaskedViT:
+def needed_depths(taps: Iterable[str], whole_blocks: int) -> tuple[int, int]:
+    """How many encoder and decoder blocks these taps need; a tapped decoder needs the whole encoder."""
+    depths = {"block": 0, "decoder": 0}
+    for kind, number in map(split_tap, taps):
+        depths[kind] = max(depths[kind], number)
+    return (whole_blocks if depths["decoder"] else depths["block"]), depths["decoder"]
+
+
+def meta_teacher(name: str, overrides: dict, depth: int | None = None, *, keep_norm: bool = False) -> MaskedViT:
     """A teacher's geometry without a byte of weights: on the meta device, its first `depth` blocks, no final norm."""
-    return MaskedViT(build_timm_vit(name, overrides, depth=depth, where="teacher"), keep_norm=False)
+    return MaskedViT(build_timm_vit(name, overrides, depth=depth, where="teacher"), keep_norm=keep_norm)
 
 
 def load_teacher(
@@ -129,7 +147,7 @@ def load_teacher(
     whole_blocks: the depth of the uncut teacher, for the account of what was left out
     Raises UserError that lists the first missing, misshapen or unexpected names.
     """
-    depth = max(block_number(tap) for tap in taps)
+    depth, _ = needed_depths(taps, whole_blocks)
     vit = meta_teacher(name, overrides, depth)
     parts = fill(vit, weights, whole_blocks=whole_blocks, may_resize="img_size" in overrides, dtype=DTYPES[dtype], device=device, said=(name, overrides))
     return FrozenTeacher(vit, taps, parts)
@@ -137,55 +155,70 @@ def load_teacher(
 
 def fill(
     vit: MaskedViT, weights: Weights, *, whole_blocks: int, may_resize: bool, dtype: torch.dtype, device: torch.device,
-    said: tuple[str, dict] | None = None, blocks: range | None = None,
+    said: tuple[str, dict] | None = None, blocks: range | None = None, decoder: TeacherDecoder | None = None,
 ) -> TeacherParts:  # fmt: skip
     """Give a teacher on the meta device its tensors; `blocks`, counted from 0, reads a stage: the embedding and these alone.
 
     said: (name, overrides) of the recipe, held against what a file of ours says of itself
     """
     check_own_metadata(weights, said)
-    whole = vit.state_dict()
+    whole = vit.state_dict() | ({} if decoder is None else decoder.state_dict())
     needed = {name: tensor for name, tensor in whole.items() if blocks is None or block_of(name) is None or block_of(name) in blocks}
     dropped = check_fit(whole if not weights.container.absent else needed, weights, depth=vit.depth, may_resize=may_resize)
     tensors = read_needed(list(needed), weights, dtype=dtype, device=device)
-    notes = ()
-    if "pos_embed" in needed and positions_differ(weights, needed["pos_embed"]):
-        positions, note = fit_positions(weights["pos_embed"], num_prefix=vit.num_prefix_positions, grid=vit.grid)
-        tensors["pos_embed"], notes = positions.to(device=device, dtype=dtype), (note,)
+    notes = []
+    for name, num_prefix in (("pos_embed", vit.num_prefix_positions), ("decoder_pos_embed", 1)):
+        if name in needed and weights.like(name).shape != needed[name].shape:
+            positions, note = fit_positions(weights[name], num_prefix=num_prefix, grid=vit.grid)
+            tensors[name] = positions.to(device=device, dtype=dtype)
+            notes += [] if note in notes else [note]
     # `assign` puts the read tensors in the place of the meta ones: nothing is allocated twice.
-    vit.load_state_dict(tensors, strict=blocks is None, assign=True)
-    _move_buffers(vit, dtype, device)
-    vit.eval().requires_grad_(False)
+    for module in (vit,) if decoder is None else (vit, decoder):
+        own = {name: tensors[name] for name in module.state_dict() if name in tensors}
+        module.load_state_dict(own, strict=blocks is None, assign=True)
+        _move_buffers(module, dtype, device)
+        module.eval().requires_grad_(False)
     return TeacherParts(
         blocks=vit.depth, whole_blocks=whole_blocks, kept=sum(tensor.numel() for tensor in tensors.values()),
         kept_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        block_parameters=sum(tensor.numel() for name, tensor in whole.items() if block_of(name) is not None), dropped=dropped, notes=notes,
+        block_parameters=sum(tensor.numel() for name, tensor in whole.items() if block_of(name) is not None),
+        decoder_parameters=0 if decoder is None else sum(tensor.numel() for tensor in decoder.decoder_blocks.state_dict().values()),
+        dropped=dropped, notes=tuple(notes),
     )  # fmt: skip
 
 
-def _move_buffers(vit: MaskedViT, dtype: torch.dtype, device: torch.device) -> None:
+def _move_buffers(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Buffers that no file holds (rotary angles, EVA's zero key bias); angles stay in float32."""
-    for module in vit.modules():
+    for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(device=device, dtype=buffer.dtype if name == "rope" else dtype)
 
 
+def own_network(container: Container) -> tuple[str, dict] | None:
+    """(timm name, overrides) that a file of ours says it holds, or None. Raises UserError where that is unreadable."""
+    if "timm_name" not in container.metadata:
+        return None
+    try:
+        return container.metadata["timm_name"], dict(json.loads(container.metadata["timm_overrides"]))
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"teacher.weights '{container.path}' was written by an early version of this project; set teacher.format to timm") from None
+
+
 def check_own_metadata(weights: Weights, said: tuple[str, dict] | None) -> None:
     """A file of ours names the network that it holds: raise UserError where the recipe names another."""
-    metadata = weights.container.metadata
     if weights.format != "dmae_ds":
         return
-    if "timm_name" not in metadata:
+    own = own_network(weights.container)
+    if own is None:
         raise UserError(f"teacher.weights '{weights.path}' was not written by this project (it names no network); set teacher.format to timm or to what it is")
     if said is None:
         return
-    name, overrides = said
-    # The picture's size is the recipe's to choose: the position codes follow it.
-    found, expected = ({k: v for k, v in keys.items() if k != "img_size"} for keys in (json.loads(metadata["timm_overrides"]), overrides))
-    if (metadata["timm_name"], found) != (name, expected):
+    # The picture's size is the recipe's to choose: the position codes follow it. A tag names weights, not a network.
+    (found_name, found), (name, expected) = ((name.split(".")[0], {k: v for k, v in keys.items() if k != "img_size"}) for name, keys in (own, said))
+    if (found_name, found) != (name, expected):
         raise UserError(
-            f"teacher.weights '{weights.path}' holds {metadata['timm_name']} {found or ''}, the recipe's teacher is {name} {expected or ''}; "
+            f"teacher.weights '{weights.path}' holds {found_name} {found or ''}, the recipe's teacher is {name} {expected or ''}; "
             "make teacher.name and its numbers agree with the file"
         )
 

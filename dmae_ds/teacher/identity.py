@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
+from dmae_ds.teacher.decoder import TeacherDecoder
 
 NUM_PATCHES = 16  # of each of two fixed pictures
 NUM_FIGURES = 16
@@ -26,9 +29,18 @@ TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 Fingerprint = dict[str, list[float]]
 
 
+@dataclass(frozen=True)
+class Probe:
+    """features: {block: [2, R + 16, D] float32} of the fixed input, 0 being the embedded tokens;
+    pristine: every norm's gain is one and every bias zero, as before any training."""
+
+    features: dict[int, Tensor]
+    pristine: bool
+
+
 @torch.no_grad()
-def probe(vit: MaskedViT) -> dict[int, Tensor]:
-    """{block: features [2, R + 16, D] float32} of the fixed input, for every block."""
+def probe(vit: MaskedViT, blocks: Iterable[nn.Module] | None = None) -> Probe:
+    """Run the fixed input through the embedding and the blocks; `blocks` may come one by one, where not all fit into memory."""
     weight = vit.patch_embed.proj.weight
     size = (2, NUM_PATCHES, vit.patch_size, vit.patch_size, 3)
     # Golden-ratio steps: spread like noise, the same on every machine and in every version.
@@ -42,11 +54,29 @@ def probe(vit: MaskedViT) -> dict[int, Tensor]:
     if vit.rope is not None:  # sine 0, cosine 1: no rotation
         half = vit.rope.shape[-1] // 2
         rope = torch.cat([torch.zeros(half), torch.ones(half)]).to(vit.rope).expand(NUM_PATCHES, -1)
-    features = {0: tokens.float()}
-    for number, block in enumerate(vit.blocks, start=1):
+    features, pristine = {0: tokens.float()}, True
+    for number, block in enumerate(vit.blocks if blocks is None else blocks, start=1):
         tokens = block(tokens) if rope is None else block(tokens, rope=rope)
         features[number] = tokens.float()
-    return features
+        pristine = pristine and _is_pristine(block)
+    return Probe(features, pristine)
+
+
+@torch.no_grad()
+def probe_decoder(decoder: TeacherDecoder, norm: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """{"decoder/4": [2, 1 + L, D_d] float32}: the same input, with every patch but the fixed ones masked. tokens: after the last block."""
+    num_patches = decoder.decoder_pos_embed.shape[1] - 1
+    kept = min(NUM_PATCHES, num_patches)
+    ids = torch.arange(num_patches, device=tokens.device).expand(2, -1)
+    dtype = decoder.decoder_embed.weight.dtype
+    features = decoder(norm(tokens[:, : 1 + kept].to(dtype)), ids[:, :kept], ids[:, kept:])
+    return {f"decoder/{number}": found.float() for number, found in features.items()}
+
+
+def _is_pristine(block: nn.Module) -> bool:
+    gains = [p for name, p in block.named_parameters() if "norm" in name and name.endswith("weight")]
+    biases = [p for name, p in block.named_parameters() if name.endswith("bias")]
+    return all(bool((gain == 1).all()) for gain in gains) and not any(bool(bias.any()) for bias in biases)
 
 
 def fingerprint(features: dict[int, Tensor]) -> Fingerprint:
@@ -76,31 +106,28 @@ def check_fingerprint(found: Fingerprint, stored: Fingerprint, *, dtype: torch.d
                 )
 
 
-def check_alive(features: dict[int, Tensor], taps: list[int]) -> None:
-    """Raise UserError unless tapped features are finite and tell the two pictures and the tokens apart."""
-    for block in taps:
-        tokens = features[block]
+def check_alive(features: dict[str, Tensor]) -> None:
+    """features: {tap: [2, T, D]} of the fixed input. Raise UserError unless they are finite and tell tokens and pictures apart."""
+    for tap, tokens in features.items():
         if not torch.isfinite(tokens).all():
-            raise UserError(f"the teacher's features after block {block} are not finite on a fixed input; the weights are damaged, or teacher.dtype is too narrow for them")
+            raise UserError(f"the teacher's features at {tap} are not finite on a fixed input; the weights are damaged, or teacher.dtype is too narrow for them")
         spread, size = tokens.std(dim=(0, 1)).mean(), tokens.square().mean().sqrt()
         if not spread > 1e-5 * size:
-            raise UserError(f"the teacher's features after block {block} are the same for every patch of a fixed input; the weights are damaged or empty")
+            raise UserError(f"the teacher's features at {tap} are the same for every patch of a fixed input; the weights are damaged or empty")
 
 
-def find_untrained(vit: MaskedViT, features: dict[int, Tensor]) -> str:
-    """A sentence where this network looks freshly initialised, else empty.
+def find_untrained(vit: MaskedViT, found: Probe) -> str:
+    """A sentence where this network looks freshly initialised, else empty; `vit` may be on the meta device.
 
     Two signs: every norm's gain is one and every bias zero; or the features grow from block to block as those of a
     freshly initialised twin of the same shape do. Measured on the quickstart's networks: trained ones grew 3.7 to 13
     times over three quarters of the depth, their twins 1.0 to 2.8 times.
     """
-    gains = [p for name, p in vit.blocks.named_parameters() if "norm" in name and name.endswith("weight")]
-    biases = [p for name, p in vit.blocks.named_parameters() if name.endswith("bias")]
-    if all(bool((gain == 1).all()) for gain in gains) and not any(bool(bias.any()) for bias in biases):
+    if found.pristine:
         return "every norm's gain is 1 and every bias 0, as before any training"
-    grown = _growth(features)
+    grown = _growth(found.features)
     for init, spread in (("timm's", lambda fan_in, fan_out: 0.02), ("MAE's", lambda fan_in, fan_out: sqrt(2 / (fan_in + fan_out)))):
-        twin = _growth(_probe_twin(vit, features[0], spread))
+        twin = _growth(_probe_twin(vit, found.features[0], spread))
         if (grown - twin).abs().max() < 0.25:
             return f"features grow from block to block as with {init} initial weights ({grown.exp()[-1]:.2f} times; a fresh twin {twin.exp()[-1]:.2f})"
     return ""
@@ -113,7 +140,7 @@ def _growth(features: dict[int, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _probe_twin(vit: MaskedViT, tokens: Tensor, spread) -> dict[int, Tensor]:
+def _probe_twin(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], float]) -> dict[int, Tensor]:
     """Features of freshly initialised blocks on the same embedded tokens; one block exists at a time.
 
     spread: (inputs, outputs of a matrix) -> standard deviation of its entries
@@ -121,7 +148,9 @@ def _probe_twin(vit: MaskedViT, tokens: Tensor, spread) -> dict[int, Tensor]:
     generator = torch.Generator(device=tokens.device).manual_seed(0)
     features = {0: tokens}
     for number, block in enumerate(vit.blocks, start=1):
-        twin = copy.deepcopy(block).float()
+        twin = copy.deepcopy(block).to_empty(device=tokens.device).float()
+        for buffer in twin.buffers():
+            buffer.zero_()
         for name, parameter in twin.named_parameters():
             if parameter.ndim >= 2:
                 bound = sqrt(3) * spread(parameter.flatten(1).shape[1], parameter.shape[0])

@@ -115,7 +115,7 @@ MEASURE = """
 import os, sys, torch
 from pathlib import Path
 from dmae_ds.teacher.formats import open_weights
-from dmae_ds.teacher.frozen import load_teacher, meta_teacher, block_number
+from dmae_ds.teacher.frozen import load_teacher, meta_teacher
 name, depth, cut, path, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 def rss(field):
     with open("/proc/self/status") as file:

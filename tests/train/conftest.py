@@ -26,7 +26,7 @@ def tiny_recipe(digits, tmp_path_factory) -> list[str]:
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
     save_file(build_student("vit_tiny_patch16_224", shape, generator=torch.Generator().manual_seed(7)).state_dict(), weights)
     return [
-        "digits_dmae", f"data.train={digits / 'train'}", f"data.val={digits / 'val'}", f"teacher.weights={weights}",
+        "digits_dmae", f"data.train={digits / 'train'}", f"data.val={digits / 'val'}", f"teacher.weights={weights}", "teacher.format=timm",
         "teacher.embed_dim=48", "teacher.depth=4", "teacher.num_heads=3", "student.embed_dim=32", "student.num_heads=2",
         "optim.global_batch=16", f"optim.epochs={20 * 16 / 1400}", "optim.warmup_epochs=0.05", "optim.base_lr=1e-2",
         "log.every_steps=5", "log.trackers=[]",
