@@ -40,7 +40,9 @@ def build_timm_vit(name: str, overrides: dict, *, depth: int | None = None, wher
         with init_empty_weights(include_buffers=False):
             vit = create(num_classes=0, **overrides)
     except (AssertionError, TypeError) as error:
-        raise UserError(f"{where}: '{name}' can't be built with {overrides}: {error}") from None
+        raise UserError(f"{where}: '{name}' can't be built with {overrides}: {error}; check its numbers, or use a vision transformer such as vit_base_patch16_224") from None
+    except RuntimeError as error:  # it computes with its weights: rotary frequencies that are learned, a convolutional stem
+        raise UserError(f"{where}.name '{name}' can't be built without its weights ({error}); use a vision transformer such as vit_base_patch16_224") from None
     problem = _why_not(vit)
     if problem:
         raise UserError(f"{where}.name '{name}' {problem}; use a vision transformer such as vit_base_patch16_224")
@@ -57,6 +59,10 @@ def _find_builder(name: str, where: str):
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
         raise UserError(f"{where}.name '{name}' is unknown to timm {timm.__version__}; " + (f"near: {', '.join(near)}" if near else "see timm.list_models('vit*')"))
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"{where}.name '{name}': {error} See timm.list_pretrained('{name.split('.')[0]}*')") from None
     return lambda **keys: timm.create_model(name, **keys)
 
 
@@ -179,6 +185,7 @@ def _rotary_angles(vit: VisionTransformer | Eva, grid: tuple[int, int]) -> Tenso
     rope = getattr(vit, "rope", None)
     if rope is None:
         return None
+    rope.eval()  # some move the places at random while they train
     return rope.get_embed() if getattr(rope, "feat_shape", None) is not None else rope.get_embed(shape=list(grid))
 
 

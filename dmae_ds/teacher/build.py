@@ -68,7 +68,8 @@ def open_teacher(config: TeacherConfig, path: Path, vit: MaskedViT) -> Weights:
     """The weights file in its format; `auto` takes the one format under which it fits `vit`."""
     if config.format != "auto":
         return open_weights(path, config.format)
-    return choose_format(path, fits(vit.state_dict(), depth=vit.depth, may_resize=config.img_size is not None))
+    needed = vit.state_dict()
+    return choose_format(path, fits(needed, depth=vit.depth, may_resize=config.img_size is not None), needed.keys())
 
 
 def check_identity(

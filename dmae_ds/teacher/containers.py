@@ -119,10 +119,11 @@ def _read_into(place: Place, buffer: memoryview) -> int:
         os.close(descriptor)
 
 
-def open_container(path: Path, entries: tuple[str, ...] = ()) -> Container:
+def open_container(path: Path, entries: tuple[str, ...] = (), formats: dict[str, list[str]] | None = None) -> Container:
     """Open a weights file, an index of parts, or a folder that holds one of IN_A_FOLDER.
 
     entries: names under which a .pth may hold its weights; the first that is there wins, else the top level itself
+    formats: {entry: the formats that read it}, to suggest where another entry is found
     Raises UserError where the file is missing, damaged, of an unknown kind, or wants to run code.
     """
     if path.is_dir():
@@ -135,13 +136,13 @@ def open_container(path: Path, entries: tuple[str, ...] = ()) -> Container:
     if path.name.endswith(".index.json"):
         names = parts_of_index(path)
         here = [name for name in names if (path.parent / name).is_file()]
-        joined = join_containers(path, [open_container(path.parent / name, entries) for name in here])
+        joined = join_containers(path, [open_container(path.parent / name, entries, formats) for name in here])
         joined.absent = [name for name in names if name not in here]
         return joined
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in SUFFIXES:
-        return _open_torch(path, entries)
+        return _open_torch(path, entries, formats or {})
     raise UserError(f"teacher.weights '{path}' ends in '{path.suffix}'; known are {', '.join(SUFFIXES)} and .index.json")
 
 
@@ -187,12 +188,12 @@ def _open_safetensors(path: Path) -> Container:
         if size != 8 + length + end:
             raise ValueError(f"{size} bytes instead of {8 + length + end}")
     except (OSError, struct.error, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise UserError(f"teacher.weights '{path}' is not a whole safetensors file ({type(error).__name__}: {error}); copy it again, or save it anew") from None
+        raise UserError(f"teacher.weights '{path}' is not a whole safetensors file ({_reason(error)}); copy it again, or save it anew") from None
     return Container(path, places, metadata)
 
 
-def _open_torch(path: Path, entries: tuple[str, ...]) -> Container:
-    if not zipfile.is_zipfile(path):
+def _open_torch(path: Path, entries: tuple[str, ...], formats: dict[str, list[str]]) -> Container:
+    if not _is_zip(path):
         raise UserError(
             f"teacher.weights '{path}' is not a whole file of torch.save's zip format (cut off, or older than torch 1.6); copy it again, "
             f"or rewrite an old one: torch.save(torch.load('{path.name}', weights_only=True), 'new.pth')"
@@ -210,7 +211,8 @@ def _open_torch(path: Path, entries: tuple[str, ...]) -> Container:
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) and isinstance(name, str) for name, value in tensors.items()):
         found = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
         wanted = " or ".join([*(f"an entry '{entry}'" for entry in entries), "a plain dict of tensors"])
-        raise UserError(f"teacher.weights '{path}' holds {found or 'nothing'}, expected {wanted}; is teacher.format right?")
+        better = next((formats[entry] for entry in formats if isinstance(content, dict) and isinstance(content.get(entry), dict)), None)
+        raise UserError(f"teacher.weights '{path}' holds {found or 'nothing'}, expected {wanted}; " + (f"try teacher.format={' or '.join(better)}" if better else "is teacher.format right?"))
     # torch maps the file as a whole: a storage's address says which record it is.
     base = min((_address(value) for value in _tensors_in(content)), default=0) - min(records, default=0)
     places = {}
@@ -225,8 +227,15 @@ def _open_torch(path: Path, entries: tuple[str, ...]) -> Container:
     return Container(path, places)
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
 def _reason(error: Exception) -> str:
-    """The telling line of torch's long message."""
+    """The kind of error and the telling line of what may be a long message of torch's."""
     lines = str(error).splitlines()
     telling = next((line.strip() for line in lines if "Unsupported" in line or "Trying" in line), lines[0] if lines else "")
     return f"{type(error).__name__}: {telling[:200]}"

@@ -53,6 +53,21 @@ def check_fit(needed: dict[str, Tensor], weights: Weights, *, depth: int, may_re
     Returns what is knowingly left in the file. Raises UserError that lists the first missing, misshapen and unexpected
     names and says what the file looks like.
     """
+    problems, parts = _compare(needed, weights, depth, may_resize)
+    if any(problems.values()):
+        raise UserError(_explain(weights, needed, problems, depth, may_resize))
+    left = {key for part in parts.values() for name in part for key in weights.sources[name].names} | set(weights.ignored)
+    num_bytes = sum(weights.container.places[key].num_bytes for key in left)
+    return Dropped(**parts, num_bytes=num_bytes)
+
+
+def fits(needed: dict[str, Tensor], *, depth: int, may_resize: bool) -> Callable[[Weights], bool]:
+    """The same as a question."""
+    return lambda weights: not any(_compare(needed, weights, depth, may_resize)[0].values())
+
+
+def _compare(needed: dict[str, Tensor], weights: Weights, depth: int, may_resize: bool) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
+    """What is wrong: {"missing" | "misshapen" | "unexpected": names}; and what is left out: {part: {name: entries}}."""
     missing = [name for name in needed if name not in weights]
     misshapen = [
         f"{name} {_shape_of(name, weights)} instead of {list(tensor.shape)}"
@@ -61,34 +76,19 @@ def check_fit(needed: dict[str, Tensor], weights: Weights, *, depth: int, may_re
     ]
     parts: dict[str, dict[str, int]] = {"blocks": {}, "decoder": {}, "rest": {}}
     unexpected = []
+    # DINOv2 and DINOv3 have a mask token and no decoder.
+    of_decoder = ("decoder_", "mask_token") if any(name.startswith("decoder_") for name in weights) else ("decoder_",)
     for name in weights:
         if name in needed:
             continue
         block = block_of(name)
         if block is not None and block >= depth:
-            parts["blocks"][name] = weights.like(name).numel()
+            parts["blocks"][name] = _num_entries(name, weights)
         elif _DROPPED.match(name):
-            parts["decoder" if name.startswith(("decoder_", "mask_token")) else "rest"][name] = weights.like(name).numel()
+            parts["decoder" if name.startswith(of_decoder) else "rest"][name] = _num_entries(name, weights)
         elif not (_MAY_BE_ZERO.match(name) and not weights[name].any()):
             unexpected.append(name)
-    if missing or misshapen or unexpected:
-        raise UserError(_explain(weights, needed, {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}, may_resize))
-    left = {key for part in parts.values() for name in part for key in weights.sources[name].names} | set(weights.ignored)
-    num_bytes = sum(weights.container.places[key].num_bytes for key in left)
-    return Dropped(**parts, num_bytes=num_bytes)
-
-
-def fits(needed: dict[str, Tensor], *, depth: int, may_resize: bool) -> Callable[[Weights], bool]:
-    """The same as a question."""
-
-    def ask(weights: Weights) -> bool:
-        try:
-            check_fit(needed, weights, depth=depth, may_resize=may_resize)
-        except UserError:
-            return False
-        return True
-
-    return ask
+    return {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}, parts
 
 
 def _same_shape(name: str, weights: Weights, tensor: Tensor, may_resize: bool) -> bool:
@@ -110,40 +110,59 @@ def _shape_of(name: str, weights: Weights) -> str:
         return " + ".join(str(list(weights.container.places[key].shape)) for key in weights.sources[name].names)
 
 
-def _explain(weights: Weights, needed: dict[str, Tensor], problems: dict[str, list[str]], may_resize: bool) -> str:
+def _num_entries(name: str, weights: Weights) -> int:
+    try:
+        return weights.like(name).numel()
+    except (RuntimeError, IndexError):
+        return sum(weights.container.like(key).numel() for key in weights.sources[name].names)
+
+
+def _explain(weights: Weights, needed: dict[str, Tensor], problems: dict[str, list[str]], depth: int, may_resize: bool) -> str:
     lists = "; ".join(f"{label} {len(names)}: {_first(names)}" for label, names in problems.items() if names)
     hint = ""
     if weights.container.absent:
         hint = f"; {len(weights.container.absent)} parts are not here: {_first(weights.container.absent)}"
+    elif weights.container.metadata.get("last_block", "").isdigit():
+        hint = f"; this slice holds blocks 1-{weights.container.metadata['last_block']}: for a deeper tap, slice again with --last-block"
     else:
         kind = describe_kind(weights.container)
-        better = _formats_that_name(weights.container, needed, besides=weights.format)
+        better = _better_format(weights, needed, bool(problems["missing"]), depth, may_resize)
+        hint = f"; the file looks like {kind}" if kind else ""
         if better:
-            hint = f"; the file looks like {kind}: try teacher.format={better[0]}"
-        elif kind:
-            hint = f"; the file looks like {kind}"
+            hint += f"{':' if kind else ';'} try teacher.format={better}"
         if any(name.startswith("pos_embed ") for name in problems["misshapen"]) and not may_resize:
             hint += "; for another picture size set teacher.img_size"
     return f"teacher.weights '{weights.path}' does not fit the teacher as format {weights.format}: {lists}{hint}; check teacher.name, teacher.format and the file"
 
 
-def _formats_that_name(container: Container, needed: dict[str, Tensor], *, besides: str) -> list[str]:
-    """Formats under which the file has every needed name, whatever the shapes."""
-    return [name for name in FORMATS if name != besides and needed.keys() <= map_names(container, name).keys()]
+def _better_format(weights: Weights, needed: dict[str, Tensor], names_are_missing: bool, depth: int, may_resize: bool) -> str | None:
+    """Another format under which the file fits; else, where names are missing, one that has them all, whatever the shapes."""
+    others = []
+    for format in FORMATS:
+        try:
+            others.append(map_names(weights.container, format))
+        except UserError:
+            continue
+    ask = fits(needed, depth=depth, may_resize=may_resize)
+    fitting = [other.format for other in others if ask(other)]
+    naming = [other.format for other in others if names_are_missing and needed.keys() <= other.keys()]
+    # Where several will do, the one that the file's own names speak for.
+    said = describe_kind(weights.container)
+    return next(iter(sorted(fitting, key=lambda format: f"(format {format})" not in said) + naming), None)
 
 
 # What published files are called by their names; the first that matches says it. (pattern that some name has, what it is)
 _KINDS = (
     (r"^decoder\.decoder_(embed|pred)", "transformers' ViT-MAE with its decoder (format hf)"),
-    (r"^(vit\.)?encoder\.layer\.\d+\.attention\.attention\.query", "transformers' ViT or DINOv2 encoder (format hf)"),
-    (r"^layer\.\d+\.attention\.q_proj", "transformers' DINOv3 (format hf)"),
+    (r"^(\w+\.)?encoder\.layer\.\d+\.attention\.attention\.query", "transformers' ViT or DINOv2 encoder (format hf)"),
+    (r"^(model\.)?layer\.\d+\.attention\.q_proj", "transformers' DINOv3 (format hf)"),
     (r"^storage_tokens$", "a published DINOv3 (format dinov3)"),
     (r"^register_tokens$|^backbone\.", "a published DINOv2 (format dinov2)"),
     (r"^(visual\.)?transformer\.resblocks\.|^visual\.", "an OpenAI or OpenCLIP checkpoint; save its image tower under timm's names"),
     (r"^student\.|^decoder\.blocks\.", "a file of ours that holds no teacher; use student.safetensors"),
     (r"^module\.", "a DataParallel state dict; strip `module.` from its names"),
     (r"^decoder_embed\.", "a whole MAE, encoder and decoder (format mae)"),
-    (r"^(fc_norm|head)\.", "a classifier (timm or mae_finetuned): encoder and head, no decoder"),
+    (r"^(fc_norm|head)\.", "a classifier (format timm or mae): encoder and head, no decoder"),
     (r"^blocks\.0\.", "an encoder only: has no decoder"),
 )
 

@@ -14,7 +14,7 @@ import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Mapping
+from typing import Callable, Iterator, KeysView, Mapping
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def _rules(*rules: tuple[str, str | None]) -> Callable[[str], str | None]:
 
 def _registers_stand_apart(sources: Sources) -> Sources:
     """DINOv2 adds CLS's position code and then slips the registers in; timm's `*_reg4_dinov2` adds it to CLS for good."""
-    if "reg_token" not in sources or "pos_embed" not in sources:
+    if not {"cls_token", "reg_token", "pos_embed"} <= sources.keys():
         return sources
     (cls,), (pos,) = sources["cls_token"].names, sources["pos_embed"].names
     return {
@@ -99,11 +99,13 @@ def _split_masked_bias(sources: Sources) -> Sources:
 
 # transformers' ViT, ViTMAE, DINOv2 (with registers or without) and DINOv3, as published and as saved by version 5.
 _rename_hf = _rules(
+    (r"^(?=(blocks|patch_embed)\.|(pos_embed|cls_token|reg_token)$)", "not_transformers."),  # timm's names are another format
     (r"^decoder\.mask_token$", "mask_token"),
     (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder_blocks."),
     (r"^decoder\.(decoder_)?", "decoder_"),
     (r"^(vit|dinov2|dinov2_with_registers|dinov3_vit|model)\.", ""),
     (r"^pooler\.", None),
+    (r"^classifier\.", "head."),
     (r"^embeddings\.mask_token$", "mask_token"),
     (r"^embeddings\.", ""),
     (r"^register_tokens$", "reg_token"),
@@ -159,6 +161,7 @@ FORMATS: dict[str, Format] = {
     "dinov3": Format(
         "the published dinov3_*_pretrain*.pth",
         _rules(
+            (r"^(dino_head|ibot_head)\.", None), (r"^backbone\.", ""),
             (r"^(rope_embed\.periods|local_cls_norm\..*)$|\.bias_mask$", None), (r"^storage_tokens$", "reg_token"), (r"ls(\d)\.gamma", r"gamma_\1"),
             (r"mlp\.w12\.", "mlp.fc1."), (r"mlp\.w1\.", "mlp.fc1_g."), (r"mlp\.w2\.", "mlp.fc1_x."), (r"mlp\.w3\.", "mlp.fc2."),
         ),
@@ -219,7 +222,7 @@ def find_format(name: str) -> Format:
 
 
 def map_names(container: Container, format: str) -> Weights:
-    """The container under timm's names."""
+    """The container under timm's names. Raises UserError where two names of the file mean the same tensor."""
     chosen = find_format(format)
     parts: dict[str, dict[int, str]] = {}
     ignored = []
@@ -229,7 +232,9 @@ def map_names(container: Container, format: str) -> Weights:
             ignored.append(key)
         else:
             stem, _, part = name.partition("#")
-            parts.setdefault(stem, {})[int(part or 0)] = key
+            other = parts.setdefault(stem, {}).setdefault(int(part or 0), key)
+            if other != key:
+                raise UserError(f"teacher.weights '{container.path}' holds {name} twice as format {format}: '{other}' and '{key}'; keep the one that is meant")
     sources = {
         name: Source(tuple(keys[part] for part in sorted(keys)), _only if len(keys) == 1 else _stack_parts) for name, keys in parts.items()
     }
@@ -241,15 +246,21 @@ def open_weights(path: Path, format: str) -> Weights:
 
     Raises UserError where it is missing, damaged, not of this format, or wants to run code.
     """
-    return map_names(open_container(path, find_format(format).entries), format)
+    formats: dict[str, list[str]] = {}
+    for name, known in FORMATS.items():
+        for entry in known.entries:
+            formats.setdefault(entry, []).append(name)
+    return map_names(open_container(path, find_format(format).entries, formats), format)
 
 
-def choose_format(path: Path, fits: Callable[[Weights], bool]) -> Weights:
+def choose_format(path: Path, fits: Callable[[Weights], bool], needed: KeysView[str] | frozenset = frozenset()) -> Weights:
     """`format: auto`: the one map under which the file fits; several that name the same tensors are one.
 
+    needed: the names that are looked for, to say which format came nearest
     Raises UserError where none or more than one does.
     """
     found: list[Weights] = []
+    opened: list[Weights] = []
     errors = []
     for format in FORMATS:
         try:
@@ -257,6 +268,7 @@ def choose_format(path: Path, fits: Callable[[Weights], bool]) -> Weights:
         except UserError as error:
             errors.append(error)
             continue
+        opened.append(weights)
         same = any({name: source.names for name, source in weights.sources.items()} == {name: source.names for name, source in other.sources.items()} for other in found)
         if fits(weights) and not same:
             found.append(weights)
@@ -266,4 +278,7 @@ def choose_format(path: Path, fits: Callable[[Weights], bool]) -> Weights:
         raise errors[0]
     if found:
         raise UserError(f"teacher.weights '{path}' fits the formats {', '.join(w.format for w in found)}, with different tensors; set teacher.format to the right one")
-    raise UserError(f"teacher.weights '{path}' fits the teacher under no known format; set teacher.format, and the error will name the keys")
+    nearest = min(opened, key=lambda weights: len(needed - weights.keys()))
+    missing = [name for name in needed if name not in nearest]
+    said = f"missing {len(missing)}: {', '.join(missing[:3])}" if missing else "with other shapes, or names left over"
+    raise UserError(f"teacher.weights '{path}' fits the teacher under no known format; nearest is {nearest.format}, {said}; set teacher.name and teacher.format")

@@ -5,13 +5,14 @@ Only plain file names of a hub's repository are fetched, never code; HF_HUB_OFFL
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import timm
+from timm.models import PretrainedCfg
 
 from dmae_ds.config.run import TeacherConfig, looks_like_hub_id
 from dmae_ds.errors import UserError
+from dmae_ds.teacher.containers import parts_of_index
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -30,15 +31,23 @@ def pixel_statistics(config: TeacherConfig, mean: tuple, std: tuple) -> tuple[tu
     """The mean and std that the teacher's pixels are normalised with: its own, its timm tag's, or the data's."""
     if config.mean is not None:
         return config.mean, config.std
-    tagged = timm.get_pretrained_cfg(config.name) if "." in config.name and ":" not in config.name else None
+    tagged = _timm_tag(config.name) if "." in config.name and ":" not in config.name else None
     return (tuple(tagged.mean), tuple(tagged.std)) if tagged is not None else (mean, std)
 
 
 def _timm_repository(name: str) -> str:
-    known = timm.get_pretrained_cfg(name)
+    known = _timm_tag(name)
     if known is None or not known.hf_hub_id:
         raise UserError(f"teacher.name '{name}' has no weights on the hub that timm knows; give teacher.weights, or a tag of timm.list_pretrained()")
     return known.hf_hub_id
+
+
+def _timm_tag(name: str) -> PretrainedCfg | None:
+    """What timm knows of a tagged name's weights."""
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError:  # a network that it knows, without this tag
+        return None
 
 
 def _fetch(repository: str, who: str) -> Path:
@@ -50,7 +59,7 @@ def _fetch(repository: str, who: str) -> Path:
         try:
             path = Path(hf_hub_download(repository, name))
             if name.endswith(".index.json"):
-                for part in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
+                for part in parts_of_index(path):
                     hf_hub_download(repository, part)
             return path
         except LocalEntryNotFoundError as error:  # unreachable, or offline and not in the cache
@@ -60,5 +69,6 @@ def _fetch(repository: str, who: str) -> Path:
         except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
             reason = error
             break
-    said = str(reason).splitlines()[0][:160] if reason else f"it holds none of {', '.join(FILES)}"
+    reason = (reason.__cause__ or reason) if reason else None
+    said = (str(reason).splitlines() or [type(reason).__name__])[0][:160] if reason else f"it holds none of {', '.join(FILES)}"
     raise UserError(f"{who} is no file here, and {repository} could not be fetched from the hub ({said}); give the path of a file or folder")

@@ -111,7 +111,8 @@ def check_alive(features: dict[str, Tensor]) -> None:
     for tap, tokens in features.items():
         if not torch.isfinite(tokens).all():
             raise UserError(f"the teacher's features at {tap} are not finite on a fixed input; the weights are damaged, or teacher.dtype is too narrow for them")
-        spread, size = tokens.std(dim=(0, 1)).mean(), tokens.square().mean().sqrt()
+        patches = tokens[:, -NUM_PATCHES:]  # CLS and registers stand in front, and always differ
+        spread, size = patches.std(dim=(0, 1)).mean(), patches.square().mean().sqrt()
         if not spread > 1e-5 * size:
             raise UserError(f"the teacher's features at {tap} are the same for every patch of a fixed input; the weights are damaged or empty")
 

@@ -82,12 +82,12 @@ def serving_recipes(path: Path, network: Network) -> list[str]:
     names = []
     for file in sorted(shipped_files("recipe").values()):
         config = load_config(str(file))
-        if config.teacher is None:
+        if config.teacher is None or network.name.split(".")[0] != config.teacher.name:
             continue
         vit = meta_teacher(config.teacher.name, config.teacher.overrides())
         cut = max(teacher for _, teacher in resolve_pairs(getattr(config.objective, "pairs", None), student_depth=10**6, teacher_depth=vit.depth))
         needed = meta_teacher(config.teacher.name, config.teacher.overrides(), cut).state_dict()
-        if network.name.split(".")[0] == config.teacher.name and fits(needed, depth=cut, may_resize=config.teacher.img_size is not None)(network.weights):
+        if fits(needed, depth=cut, may_resize=config.teacher.img_size is not None)(network.weights):
             names.append(f"{file.stem} (teacher.format={network.weights.format})")
     return names
 

@@ -88,7 +88,7 @@ def _named(path: Path, name: str, keys: dict, format: str, last_block: str | Non
     vit = meta_teacher(name, keys, int(last_block) if last_block else None)
     resize = "img_size" in keys
     if format == "auto":
-        weights = choose_format(path, fits(vit.state_dict(), depth=vit.depth, may_resize=resize))
+        weights = choose_format(path, fits(vit.state_dict(), depth=vit.depth, may_resize=resize), vit.state_dict().keys())
     else:
         weights = open_weights(path, format)
     check_fit(vit.state_dict(), weights, depth=vit.depth, may_resize=resize)

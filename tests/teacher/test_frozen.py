@@ -103,7 +103,7 @@ def test_the_huge_recipe_instantiates_24_of_32_blocks():
     whole = meta_teacher(config.name, config.overrides())
     ((_, cut),) = resolve_pairs(None, student_depth=12, teacher_depth=whole.depth)
     vit = meta_teacher(config.name, config.overrides(), cut)
-    width, patch, places = 1280, 14, 16 * 16 + 1
+    width, patch, places = 1280, 14, 14 * 14 + 1
     # A block: qkv, projection, two MLP matrices = 12 D^2; their biases 9 D; two norms 4 D.
     expected = 24 * (12 * width**2 + 13 * width) + (3 * patch**2 + 1) * width + width + places * width
     assert (whole.depth, vit.depth) == (32, 24)

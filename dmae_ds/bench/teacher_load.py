@@ -1,0 +1,126 @@
+"""What the load of a cut teacher costs on this machine, as ratios to what it can't do without.
+
+    dmae-ds bench teacher-load [--name vit_huge_patch14_224] [--stages 1 2 4] [--folder DIR]
+
+A whole MAE file is made once as .pth and once as .safetensors; then every stage of every pipeline length is loaded by
+a process of its own. Seconds belong to one machine and one minute; the ratios are what to look at. Takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Iterator
+
+from dmae_ds.bench.measure import Load, measure
+from dmae_ds.bench.random_files import make_files, mae_shapes, num_bytes
+from dmae_ds.errors import RunFailed, UserError
+from dmae_ds.teacher.frozen import meta_teacher
+from dmae_ds.teacher.stages import split_blocks
+
+MIB = 1 << 20
+MAX_READ = 1.02  # of the bytes needed: what the file says of itself (names, shapes, places) is read too
+MAX_PEAK = 1.10  # of the bytes kept, once PEAK_CONSTANT is taken off
+PEAK_CONSTANT = 64 * MIB  # allocator and thread pools, whatever the teacher's size
+
+Loads = dict[tuple[str, int, int, str], Load]  # (container, P, stage, its blocks), both counted from 1
+
+
+def bench_teacher_load(name: str, *, last_block: int | None, stages: list[int], folder: Path | None) -> str:
+    """Measure every stage of every length in `stages`; returns the table and the two verdicts, to print.
+
+    last_block: the deepest tapped block, counted from 1 (default: three quarters of the depth, as in a recipe)
+    folder: where the two files are made and left, or found from an earlier time; None: made and removed again
+    Raises UserError for a network or a cut that there isn't, a folder that can't be written, and off Linux.
+    """
+    if sys.platform != "linux" or not os.access("/proc/self/io", os.R_OK):
+        raise UserError("bench teacher-load reads Linux's /proc/self/io, which is not to be read here; run it on Linux")
+    shapes, depth = mae_shapes(name), meta_teacher(name, {}).depth
+    last_block = max(1, depth * 3 // 4) if last_block is None else last_block
+    if not 1 <= last_block <= depth:
+        raise UserError(f"--last-block {last_block} is not a block of {name}, which has 1 to {depth}")
+    cuts = {num_stages: split_blocks(last_block, num_stages) for num_stages in stages}
+    loads = {}
+    with _open_folder(folder) as place:
+        for path in make_files(place, name, shapes):
+            for num_stages, cut in cuts.items():
+                for stage, blocks in enumerate(cut, start=1):
+                    loads[path.suffix, num_stages, stage, f"{blocks.start + 1}-{blocks.stop}"] = _measure_apart(path, name, last_block, blocks)
+    about = f"{name}: blocks 1-{last_block} of {depth} in fp32, from a whole MAE file of {num_bytes(shapes) / MIB:.0f} MiB"
+    return "\n\n".join([about, _table(loads), _verdicts(loads)])
+
+
+@contextmanager
+def _open_folder(folder: Path | None) -> Iterator[Path]:
+    """Where the files lie. Whatever the system refuses there is the user's to mend."""
+    try:
+        if folder is None:
+            with TemporaryDirectory(prefix="dmae-ds-bench-") as temporary:
+                yield Path(temporary)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+    except OSError as error:
+        raise UserError(f"the weights files can't be made: {error}; choose a --folder that can be written and has the room") from None
+
+
+def _measure_apart(path: Path, name: str, last_block: int, blocks: range) -> Load:
+    """`measure` in a fresh process, whose memory has not been higher before."""
+    words = json.dumps([str(path), name, last_block, blocks.start, blocks.stop])
+    command = [sys.executable, "-c", "from dmae_ds.bench.teacher_load import measure_here; measure_here()", words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RunFailed(f"measuring blocks {blocks.start + 1}-{blocks.stop} of {path} ended with exit code {done.returncode}; its own words stand above")
+    return Load(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_here() -> None:
+    """The fresh process's side of `_measure_apart`."""
+    path, name, last_block, first, stop = json.loads(sys.argv[1])
+    print(json.dumps(asdict(measure(Path(path), name=name, last_block=last_block, blocks=range(first, stop)))))
+
+
+def _ratios(load: Load) -> tuple[float, ...]:
+    return load.read / load.needed, load.disk / load.needed, load.peak / load.kept, load.load_s / load.floor_s
+
+
+def _table(loads: Loads) -> str:
+    """One row a stage, then the worst of each ratio for every container and length, in aligned columns."""
+    rows = [("file", "P", "stage", "blocks", "needed", "read", "disk", "kept", "peak", "load", "floor", "read/needed", "disk/needed", "peak/kept", "load/floor")]
+    rows += [("", "", "", "", *["MiB"] * 5, "s", "s", *[""] * 4)]
+    worst: dict[tuple[str, int], tuple[float, ...]] = {}
+    for (container, num_stages, stage, blocks), load in loads.items():
+        sizes = [f"{size / MIB:.1f}" for size in (load.needed, load.read, load.disk, load.kept, load.peak)]
+        seconds = [f"{load.load_s:.2f}", f"{load.floor_s:.2f}"]
+        rows.append((container, f"{num_stages}", f"{stage}", blocks, *sizes, *seconds, *(f"{ratio:.3f}" for ratio in _ratios(load))))
+        worst[container, num_stages] = tuple(map(max, _ratios(load), worst.get((container, num_stages), _ratios(load))))
+    for (container, num_stages), ratios in worst.items():
+        rows.append((container, f"{num_stages}", "worst", *[""] * 8, *(f"{ratio:.3f}" for ratio in ratios)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows)
+
+
+def _verdicts(loads: Loads) -> str:
+    """The two promises, kept or not; and a warning where the disk's columns mean nothing."""
+    reads = {row: load.read / load.needed for row, load in loads.items()}
+    peaks = {row: (load.peak - PEAK_CONSTANT) / load.kept for row, load in loads.items()}
+    most, highest = max(reads, key=reads.get), max(peaks, key=peaks.get)
+    lines = [
+        f"bytes read within 2% of needed: {'yes' if reads[most] <= MAX_READ else 'NO'}, {reads[most]:.4f} at most ({_name(most)})",
+        f"peak within 10% of kept plus 64 MiB: {'yes' if peaks[highest] <= MAX_PEAK else 'NO'}, "
+        f"{loads[highest].peak / MIB:.0f} MiB for {loads[highest].kept / MIB:.0f} kept where it is closest ({_name(highest)})",
+    ]
+    if not all(load.was_cold for load in loads.values()):
+        lines.append("the page cache did not let go of the files: the columns disk, load and floor mean nothing here (a file system in memory?)")
+    return "\n".join(lines)
+
+
+def _name(row: tuple[str, int, int, str]) -> str:
+    container, num_stages, stage, _ = row
+    return f"{container}, P {num_stages}, stage {stage}"

@@ -1,0 +1,102 @@
+"""Taps of a frozen MAE's decoder: only its first blocks exist, and they compute what transformers' ViT-MAE does."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from dmae_ds.config.run import TeacherConfig
+from dmae_ds.errors import UserError
+from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.teacher.build import build_frozen_teacher
+
+SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+NAME = "vit_tiny_patch16_224"
+
+
+def build(weights, *, taps, format="hf", **more):
+    config = TeacherConfig(name=NAME, weights=str(weights), format=format, decoder_num_heads=2, **{**SHAPE, **more})
+    return build_frozen_teacher(config, taps=taps, whole_blocks=2, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTMAEConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8, layer_norm_eps=1e-6,
+        decoder_hidden_size=24, decoder_num_hidden_layers=3, decoder_num_attention_heads=2, decoder_intermediate_size=96, mask_ratio=0.75,
+    )  # fmt: skip
+    model = transformers.ViTMAEForPreTraining(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
+    reference.save_pretrained(tmp_path)
+    teacher = build(tmp_path, taps=("decoder/2", "decoder/1", "block/2"))
+    assert len(teacher.decoder.decoder_blocks) == 2 and teacher.vit.depth == 2
+    images, noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        encoded = reference.vit(images, noise=noise)
+        blocks = []
+        # transformers puts tokens back on the grid before its first decoder block; a hook sees each block's output.
+        layers = next(module for name, module in reference.decoder.named_modules() if isinstance(module, torch.nn.ModuleList))
+        hooks = [layer.register_forward_hook(lambda _, __, output: blocks.append(output[0] if isinstance(output, tuple) else output)) for layer in layers]
+        reference.decoder(encoded.last_hidden_state, encoded.ids_restore)
+    for hook in hooks:
+        hook.remove()
+    order = noise.argsort(dim=1, stable=True)
+    keep, masked = order[:, :4], order[:, 4:]
+    patches = images.reshape(2, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 8, 8, 3)
+    take = lambda ids: patches[torch.arange(2)[:, None], ids]  # noqa: E731
+    found = teacher.features(MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked))
+    places = torch.cat([torch.zeros(2, 1, dtype=torch.long), 1 + order], dim=1)
+    for tap, expected in (("decoder/1", blocks[0]), ("decoder/2", blocks[1])):
+        expected = expected[torch.arange(2)[:, None], places]
+        assert found[tap].shape == (2, 17, 24)
+        torch.testing.assert_close(found[tap], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def full_mae(tmp_path, *, decoder: bool):
+    torch.manual_seed(3)
+    state = timm.create_model(NAME, num_classes=0, **SHAPE).state_dict()
+    state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}
+    if decoder:
+        blocks = timm.create_model(NAME, num_classes=0, **{**SHAPE, "embed_dim": 24, "mlp_ratio": 4}).blocks.state_dict()
+        state |= {"decoder_embed.weight": torch.randn(24, 32), "decoder_embed.bias": torch.randn(24), "mask_token": torch.randn(1, 1, 24)}
+        state |= {"decoder_pos_embed": torch.randn(1, 17, 24), **{f"decoder_blocks.{name}": tensor for name, tensor in blocks.items()}}
+    path = tmp_path / "mae.pth"
+    torch.save({"model": state}, path)
+    return path
+
+
+def test_upper_decoder_blocks_stay_in_the_file(tmp_path):
+    teacher = build(full_mae(tmp_path, decoder=True), taps=("decoder/1",), format="mae")
+    assert len(teacher.decoder.decoder_blocks) == 1
+    assert "upper decoder blocks" in teacher.parts.describe_dropped()
+
+
+def test_a_file_without_a_decoder_is_one_line_that_says_so(tmp_path):
+    with pytest.raises(UserError, match="is an encoder only: has no decoder; the objective taps decoder block 4: give a whole MAE") as caught:
+        build(full_mae(tmp_path, decoder=False), taps=("decoder/4",), format="mae")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_that_is_too_short_or_of_other_heads_is_one_line(tmp_path):
+    path = full_mae(tmp_path, decoder=True)
+    with pytest.raises(UserError, match="missing 12: decoder_blocks.2"):
+        build(path, taps=("decoder/3",), format="mae")
+    config = TeacherConfig(name=NAME, weights=str(path), format="mae", **SHAPE)
+    with pytest.raises(UserError, match="decoder_num_heads 16 does not divide the decoder's width 24"):
+        build_frozen_teacher(config, taps=("decoder/1",), whole_blocks=2, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="teacher.sees=visible"):
+        build(path, taps=("decoder/1",), format="mae", sees="all")
+
+
+def test_a_file_read_whole_for_blocks_alone_leaves_the_decoder(tmp_path):
+    teacher = build(full_mae(tmp_path, decoder=True), taps=("block/1",), format="mae")
+    assert teacher.decoder is None and "decoder" in teacher.parts.describe_dropped()

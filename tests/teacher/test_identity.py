@@ -1,0 +1,116 @@
+"""A teacher is the one that was inspected, it is alive, and it has been trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmae_ds.config.run import TeacherConfig
+from dmae_ds.errors import UserError
+from dmae_ds.models.vit import build_student
+from dmae_ds.teacher import identity
+from dmae_ds.teacher.build import build_frozen_teacher
+from dmae_ds.teacher_tools.inspect import inspect
+
+NAME = "vit_tiny_patch16_224"
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def trained_like(seed=0):
+    """Random, but with gains and biases of their own and features that grow, as training leaves them."""
+    torch.manual_seed(seed)
+    state = timm.create_model(NAME, num_classes=0, **TINY).state_dict()
+    return {name: tensor * (6 if tensor.ndim == 2 else 1) + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}
+
+
+def build(path, *, taps=("block/3",), dtype="fp32", **more):
+    config = TeacherConfig(name=NAME, weights=str(path), dtype=dtype, **{**TINY, **more})
+    return build_frozen_teacher(config, taps=taps, whole_blocks=4, mean=MEAN, std=STD, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(trained_like(), tmp_path / "teacher.safetensors")
+    return tmp_path / "teacher.safetensors"
+
+
+def write_fingerprint(file):
+    return inspect(file, name=NAME, overrides=[f"{key}={value}" for key, value in TINY.items()], write=True)
+
+
+def test_a_fingerprint_written_by_inspect_is_found_and_matches(file):
+    assert "written to" in write_fingerprint(file)
+    assert set(json.loads(identity.sidecar(file).read_text())["fingerprint"]) == {f"block/{number}" for number in (1, 2, 3, 4)}
+    for more in ({}, {"dtype": "bf16"}, {"taps": ("block/1", "block/4")}, {"img_size": 48}):
+        assert any("match the fingerprint" in note for note in build(file, **more).parts.notes), more
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(trained_like(seed=1)),
+        lambda t: t.update({"blocks.2.attn.proj.weight": t["blocks.2.attn.proj.weight"].T.contiguous()}),  # square: no shape tells
+        lambda t: t.update({"patch_embed.proj.weight": t["patch_embed.proj.weight"].flip(1)}),  # BGR
+    ],
+    ids=["other weights", "one matrix transposed", "channels reversed"],
+)
+def test_weights_that_are_not_the_fingerprint_s_are_refused(file, change, dtype):
+    write_fingerprint(file)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="differ from the fingerprint in .*teacher.safetensors.teacher.json") as caught:
+        build(file, dtype=dtype)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_fingerprint_file_is_one_line(file):
+    identity.sidecar(file).write_text("{")
+    with pytest.raises(UserError, match="not readable .*inspect --write"):
+        build(file)
+
+
+def test_features_that_are_not_finite_are_refused(file):
+    tensors = load_file(file)
+    tensors["blocks.1.mlp.fc2.bias"][3] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="not finite"):
+        build(file)
+
+
+def test_features_that_are_the_same_everywhere_are_refused(file):
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()} | {"cls_token": torch.ones(1, 1, 32)}, file)
+    with pytest.raises(UserError, match="the same for every patch"):
+        build(file)
+
+
+def warned(teacher):
+    return any("LOOKS UNTRAINED" in note for note in teacher.parts.notes)
+
+
+def test_a_fresh_network_is_told_and_a_trained_one_is_not(file, tmp_path):
+    assert not warned(build(file))
+    save_file(timm.create_model(NAME, num_classes=0, **TINY).state_dict(), tmp_path / "timm.safetensors")
+    assert warned(build(tmp_path / "timm.safetensors"))
+    save_file(build_student(NAME, TINY, generator=torch.Generator().manual_seed(5)).state_dict(), tmp_path / "mae.safetensors")
+    assert warned(build(tmp_path / "mae.safetensors"))
+
+
+@pytest.mark.parametrize("fresh", ["timm", "mae"])
+def test_a_fresh_network_is_told_by_its_features_alone(tmp_path, fresh):
+    """Its gains and biases are not those of any initialisation."""
+    torch.manual_seed(2)
+    if fresh == "timm":
+        state = timm.create_model(NAME, num_classes=0, **TINY).state_dict()
+    else:
+        state = build_student(NAME, TINY, generator=torch.Generator().manual_seed(5)).state_dict()
+    state = {name: tensor + 1e-3 * torch.randn_like(tensor) for name, tensor in state.items()}
+    save_file(state, tmp_path / "t.safetensors")
+    teacher = build(tmp_path / "t.safetensors")
+    assert warned(teacher) and any("features grow from block to block" in note for note in teacher.parts.notes)

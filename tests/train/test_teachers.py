@@ -1,0 +1,161 @@
+"""Teachers through `dmae-ds train`: what it refuses, one line and exit code 2 each, and what it makes of /14, all and z-score."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmae_ds.config.load import load_config
+from dmae_ds.config.run import RunConfig
+from dmae_ds.errors import UserError
+from dmae_ds.models.patches import Normalize
+from dmae_ds.teacher_tools.stats import write_stats
+from dmae_ds.train.run import build_objective, build_teacher
+from tests.train.conftest import command, environment, losses, run
+
+# Several recipes in one process, because imports take longer than the refusals do.
+TRY_ALL = """
+import contextlib, io, json, sys
+from dmae_ds.cli import main
+from dmae_ds.objectives import dmae
+wanted = json.loads(sys.stdin.read())
+init = dmae.Dmae.__init__
+results = {}
+for name, (arguments, taps) in wanted.items():
+    def with_taps(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.taps = tuple(taps) or self.taps  # an objective that asks for something else
+    dmae.Dmae.__init__ = with_taps
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(arguments)
+    results[name] = (code, said.getvalue())
+print("RESULTS" + json.dumps(results))
+"""
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture(scope="module")
+def refusals(tiny_recipe, tmp_path_factory):
+    """{name: (exit code, what was said)} for every way in which a teacher's file can be wrong."""
+    folder = tmp_path_factory.mktemp("broken")
+    tensors = load_file(next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2])
+    wanted = {}
+
+    def case(name, content, *, suffix=".safetensors", taps=(), format="timm", **more):
+        path = folder / f"{name}{suffix}"
+        if suffix == ".safetensors":
+            save_file(content, path)
+        elif content is not None:
+            torch.save(content, path)
+        wanted[name] = (["train", *tiny_recipe, f"run.dir={folder / 'run'}", f"teacher.weights={path}", f"teacher.format={format}", *more.get("extra", [])], taps)
+        return path
+
+    without = {name: tensor for name, tensor in tensors.items() if name != "blocks.1.mlp.fc1.weight"}
+    case("removed", without)
+    case("transposed", {**tensors, "blocks.1.mlp.fc1.weight": tensors["blocks.1.mlp.fc1.weight"].T.contiguous()})
+    case("renamed", {**without, "blocks.1.mlp.fc.weight": tensors["blocks.1.mlp.fc1.weight"]})
+    case("encoder_only", tensors, taps=["decoder/4"])
+    whole = case("truncated", tensors)
+    whole.write_bytes(whole.read_bytes()[:-1000])
+    path = case("truncated_pth", tensors, suffix=".pth")
+    path.write_bytes(path.read_bytes()[:-1000])
+    case("code", {"model": tensors, "extra": Evil(folder / "marker")}, suffix=".pth", format="mae")
+    case("other_format", tensors, format="hf")
+    case("auto", without, format="auto")
+    done = subprocess.run([sys.executable, "-c", TRY_ALL], input=json.dumps(wanted), cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
+    found = json.loads(line.removeprefix("RESULTS"))
+    assert not (folder / "run").exists(), f"a refused run left something behind: {found}"
+    assert not (folder / "marker").exists(), "code in a pickle was run"
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("removed", "missing 1: blocks.1.mlp.fc1.weight"),
+        ("transposed", "misshapen 1: blocks.1.mlp.fc1.weight [48, 192] instead of [192, 48]"),
+        ("renamed", "missing 1: blocks.1.mlp.fc1.weight; unexpected 1: blocks.1.mlp.fc.weight"),
+        ("encoder_only", "is an encoder only: has no decoder; the objective taps decoder block 4"),
+        ("truncated", "is not a whole safetensors file"),
+        ("truncated_pth", "is not a whole file"),
+        ("code", "nothing in it was run"),
+        ("other_format", "try teacher.format=timm"),
+        ("auto", "nearest is timm, missing 1: blocks.1.mlp.fc1.weight"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_exit_code_2(refusals, name, words):
+    code, said = refusals[name]
+    assert code == 2
+    lines = [line for line in said.strip().splitlines() if "WARNING" not in line]
+    assert len(lines) == 1 and lines[0].startswith("dmae-ds: error: "), said
+    assert words in lines[0]
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_recipe, tmp_path_factory):
+    """A recipe with patches of 5 px for the student and 4 px for the teacher, which sees the whole picture; and its statistics."""
+    stats = tmp_path_factory.mktemp("stats") / "stats.safetensors"
+    recipe = [*tiny_recipe, "student.img_size=40", "student.patch_size=5", "teacher.sees=all", f"teacher.stats={stats}", "teacher.standardize=zscore"]
+    said = write_stats(load_config(recipe[0], [*recipe[1:], "run.dir=unused"]), num_images=100, out=stats)
+    assert "over 100 images" in said
+    return recipe
+
+
+def test_features_are_standardised_by_what_was_measured(measured):
+    config = load_config(measured[0], [*measured[1:], "run.dir=unused"])
+    objective, shape = build_objective(config)
+    teachers = {kind: build_teacher(with_kind(config, kind), shape, objective.taps, torch.device("cpu")) for kind in ("none", "zscore", "phi_s")}
+    images = torch.randint(0, 256, (64, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = objective.prepare(images, torch.rand(64, 64, generator=torch.Generator().manual_seed(1)), Normalize(config.data.mean, config.data.std))
+    features = {kind: teacher.features(batch)["block/3"] for kind, teacher in teachers.items()}
+    stats = load_file(config.teacher.stats)
+    expected = (features["none"] - stats["block/3.mean"]) / stats["block/3.covariance"].diagonal().sqrt()
+    torch.testing.assert_close(features["zscore"], expected, rtol=1e-4, atol=1e-4)
+    # A rotation and one scale: squared lengths from the mean keep their ratio to the raw ones.
+    ratio = features["phi_s"].square().sum(-1) / (features["none"] - stats["block/3.mean"]).square().sum(-1)
+    assert ratio.std() < 1e-3 * ratio.mean()
+    torch.testing.assert_close(ratio.mean(), 1 / stats["block/3.covariance"].diagonal().mean(), rtol=1e-3, atol=0)
+
+
+def with_kind(config, kind):
+    teacher = config.teacher.model_dump() | {"standardize": kind} | ({"stats": None} if kind == "none" else {})
+    return RunConfig.model_validate({**config.model_dump(), "teacher": teacher})
+
+
+def test_a_larger_crop_all_patches_and_z_scores_train(measured, tmp_path):
+    recipe = [*measured, f"run.dir={tmp_path / 'run'}", f"optim.epochs={5 * 16 / 1400}", "optim.warmup_epochs=0.01"]
+    done = run(command(["train", *recipe], ranks=2), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8x8 patches for both: 5 px for the student (40 px crop)" in done.stderr
+    assert "sees all patches" in done.stderr and "features standardised: zscore" in done.stderr
+    assert "blocks 4-4, norm" in done.stderr and "% of the whole teacher's compute" in done.stderr
+    assert "THIS TEACHER LOOKS UNTRAINED" in done.stderr  # it is: random weights
+    assert len(losses(tmp_path / "run")) == 5
+
+
+def test_statistics_of_other_weights_are_refused(measured, tiny_recipe, tmp_path):
+    own = next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2]
+    save_file({name: tensor * 1.5 for name, tensor in load_file(own).items()}, tmp_path / "other.safetensors")
+    config = load_config(measured[0], [*measured[1:], "run.dir=unused", f"teacher.weights={tmp_path / 'other.safetensors'}"])
+    objective, shape = build_objective(config)
+    with pytest.raises(UserError, match="differ from the fingerprint in .*stats.safetensors"):
+        build_teacher(config, shape, objective.taps, torch.device("cpu"))
+    visible = load_config(measured[0], [*measured[1:], "run.dir=unused", "teacher.sees=visible"])
+    with pytest.raises(UserError, match="made with teacher.sees=all, the recipe says visible"):
+        build_teacher(visible, shape, objective.taps, torch.device("cpu"))
