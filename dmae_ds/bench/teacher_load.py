@@ -53,7 +53,7 @@ def bench_teacher_load(name: str, *, last_block: int | None, stages: list[int], 
                 for stage, blocks in enumerate(cut, start=1):
                     loads[path.suffix, num_stages, stage, f"{blocks.start + 1}-{blocks.stop}"] = _measure_apart(path, name, last_block, blocks)
     about = f"{name}: blocks 1-{last_block} of {depth} in fp32, from a whole MAE file of {num_bytes(shapes) / MIB:.0f} MiB"
-    return "\n\n".join([about, _table(loads), _verdicts(loads)])
+    return "\n\n".join([about, table(loads), verdicts(loads)])
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def _ratios(load: Load) -> tuple[float, ...]:
     return load.read / load.needed, load.disk / load.needed, load.peak / load.kept, load.load_s / load.floor_s
 
 
-def _table(loads: Loads) -> str:
+def table(loads: Loads) -> str:
     """One row a stage, then the worst of each ratio for every container and length, in aligned columns."""
     rows = [("file", "P", "stage", "blocks", "needed", "read", "disk", "kept", "peak", "load", "floor", "read/needed", "disk/needed", "peak/kept", "load/floor")]
     rows += [("", "", "", "", *["MiB"] * 5, "s", "s", *[""] * 4)]
@@ -106,7 +106,7 @@ def _table(loads: Loads) -> str:
     return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows)
 
 
-def _verdicts(loads: Loads) -> str:
+def verdicts(loads: Loads) -> str:
     """The two promises, kept or not; and a warning where the disk's columns mean nothing."""
     reads = {row: load.read / load.needed for row, load in loads.items()}
     peaks = {row: (load.peak - PEAK_CONSTANT) / load.kept for row, load in loads.items()}

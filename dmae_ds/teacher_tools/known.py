@@ -14,7 +14,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.containers import Container, open_container
 from dmae_ds.teacher.fit import block_of, check_fit, describe_kind, fits
-from dmae_ds.teacher.formats import FORMATS, Weights, choose_format, find_format, map_names, open_weights
+from dmae_ds.teacher.formats import FORMATS, Weights, choose_format, open_weights
 from dmae_ds.teacher.frozen import meta_teacher, own_network
 from dmae_ds.teacher.grid import square_side
 
@@ -54,13 +54,10 @@ def identify(path: Path, *, name: str | None, overrides: list[str], format: str)
         keys, format = {**numbers, **keys}, "dmae_ds" if format == "auto" else format
     if name is not None:
         return _named(path, name, keys, format, None if own is None else own.metadata.get("last_block"))
-    found = []
-    for candidate in NETWORKS:
-        fit = _try(path, candidate, keys, format)
-        if fit is not None:
-            found.append(fit)
+    opened = _open_all(path, format)
+    found = [fit for candidate in NETWORKS for fit in [_try(candidate, keys, opened)] if fit is not None]
     if not found:
-        raise UserError(f"'{path}' holds {_geometry(path, format)}; none of the {len(NETWORKS)} known networks fits: give --name NAME and numbers such as embed_dim=128 depth=8")
+        raise UserError(f"'{path}' holds {_geometry(opened)}; none of the {len(NETWORKS)} known networks fits: give --name NAME and numbers such as embed_dim=128 depth=8")
     first = found[0]
     return Network(first.name, first.overrides, first.vit, first.weights, tuple(other.name for other in found[1:]))
 
@@ -95,32 +92,39 @@ def _named(path: Path, name: str, keys: dict, format: str, last_block: str | Non
     return Network(name, keys, vit, weights)
 
 
-def _try(path: Path, name: str, keys: dict, format: str) -> Network | None:
-    """The network of this name if the file holds it, strictly; the picture's size may be the file's own."""
-    formats = list(FORMATS) if format == "auto" else [format]
-    for chosen in formats:
-        if chosen == "dmae_ds":
-            continue  # such a file names its network
+def _open_all(path: Path, format: str) -> list[Weights]:
+    """The file under every key map, or the one that was named. Raises UserError where none can open it."""
+    opened, first_error = [], None
+    for chosen in FORMATS if format == "auto" else [format]:
         try:
-            weights = open_weights(path, chosen)
-        except UserError:
-            continue
-        if not _may_be(name, keys, weights):
-            continue
-        vit = meta_teacher(name, keys)
+            opened.append(open_weights(path, chosen))
+        except UserError as error:
+            first_error = first_error or error
+    if not opened:
+        raise first_error
+    return [weights for weights in opened if weights.format != "dmae_ds"]  # a file of ours names its network
+
+
+def _try(name: str, keys: dict, opened: list[Weights]) -> Network | None:
+    """The network of this name if the file holds it, strictly; the picture's size may be the file's own."""
+    opened = [weights for weights in opened if _may_be(name, keys, weights)]
+    if not opened:
+        return None
+    vit = meta_teacher(name, keys)
+    for weights in opened:
         size = {} if "img_size" in keys or vit.pos_embed is None or "pos_embed" not in weights else _own_size(vit, weights)
-        vit = meta_teacher(name, {**keys, **size}) if size else vit
-        if fits(vit.state_dict(), depth=vit.depth, may_resize="img_size" in keys)(weights):
-            return Network(name, {**keys, **size}, vit, weights)
+        sized = meta_teacher(name, {**keys, **size}) if size else vit
+        if fits(sized.state_dict(), depth=sized.depth, may_resize="img_size" in keys)(weights):
+            return Network(name, {**keys, **size}, sized, weights)
     return None
 
 
 def _may_be(name: str, keys: dict, weights: Weights) -> bool:
-    """A cheap look before a network is built: patch size in the name, width, number of blocks."""
+    """A cheap look before a network is built: patch size in the name, then width."""
     if "patch_embed.proj.weight" not in weights:
         return False
-    width, _, patch, _ = (*weights.like("patch_embed.proj.weight").shape, 0, 0, 0)[:4]
-    if f"patch{keys.get('patch_size', patch)}" not in name and "patch_size" not in keys:
+    width, _, _, patch = (*weights.like("patch_embed.proj.weight").shape, 0, 0, 0)[:4]
+    if "patch_size" not in keys and f"patch{patch}_" not in name:
         return False
     one = meta_teacher(name, keys, 1)
     return one.embed_dim == width and one.patch_size == patch
@@ -132,26 +136,15 @@ def _own_size(vit: MaskedViT, weights: Weights) -> dict:
     return {"img_size": side * vit.patch_size} if side and (side, side) != vit.grid else {}
 
 
-def _geometry(path: Path, format: str) -> str:
+def _geometry(opened: list[Weights]) -> str:
     """Width, blocks and patch size as the keys tell them, under the format that names the most."""
-    best = None
-    for chosen in FORMATS if format == "auto" else [format]:
-        try:
-            container = open_container(path, find_format(chosen).entries)
-        except UserError as error:
-            last = error
-            continue
-        weights = map_names(container, chosen)
-        blocks = {block_of(key) for key in weights} - {None}
-        if best is None or len(blocks) > len(best[1]):
-            best = (weights, blocks)
-    if best is None:
-        raise last
-    weights, blocks = best
+    if not opened:
+        return "a network of ours that its name does not fit"
+    weights = max(opened, key=lambda weights: len({block_of(name) for name in weights}))
     kind = describe_kind(weights.container) or f"{len(weights)} tensors such as {next(iter(weights), 'none')}"
     if "patch_embed.proj.weight" in weights:
         shape = weights.like("patch_embed.proj.weight").shape
-        kind += f", width {shape[0]}, {len(blocks)} blocks, patches of {shape[-1]} px"
+        kind += f", width {shape[0]}, {len({block_of(name) for name in weights} - {None})} blocks, patches of {shape[-1]} px"
     return kind
 
 
