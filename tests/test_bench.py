@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -122,6 +123,19 @@ def test_files_are_made_once_and_again_where_they_are_not_whole(tmp_path):
     assert all(torch.equal(load_file(safetensors)[name], torch.load(pth, weights_only=True)["model"][name]) for name in shapes)
     make_files(tmp_path, "module:vit/x", {"cls_token": (1, 1, 9)})
     assert load_file(safetensors)["cls_token"].shape == torch.load(pth, weights_only=True)["model"]["cls_token"].shape == (1, 1, 9)
+
+
+@pytest.mark.parametrize("room, left", [(-1000, []), (300, ["random-mae-vit.safetensors"])])  # bytes beside the tensors; a .pth wants more
+def test_a_full_disk_is_an_os_error_and_leaves_no_half_file(tmp_path, room, left):
+    shapes = {"cls_token": (1, 1, 50_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes(shapes) + room, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            make_files(tmp_path, "vit", shapes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == left
 
 
 def test_a_random_file_has_the_published_mae_s_names_and_size():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Iterator
 
 import torch
 from timm.models.vision_transformer import Block
@@ -29,7 +31,7 @@ def make_files(folder: Path, name: str, shapes: Shapes) -> list[Path]:
     if not is_whole(safetensors, shapes):
         _write_safetensors(safetensors, shapes)
     if not is_whole(pth, shapes):
-        with replacing(pth) as file:
+        with _writing(pth) as file:
             torch.save({"model": dict(open_container(safetensors))}, file)  # the one moment that all of it is in memory
     return [pth, safetensors]
 
@@ -61,6 +63,18 @@ def is_whole(path: Path, shapes: Shapes) -> bool:
         return False
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[BinaryIO]:
+    """As `replacing`; where it fails, gigabytes of half a file don't stay."""
+    try:
+        with replacing(path) as file:
+            yield file
+    except RuntimeError:  # how torch.save tells of a full disk
+        raise OSError(f"'{path}' could not be written to its end") from None
+    finally:
+        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+
+
 def _write_safetensors(path: Path, shapes: Shapes) -> None:
     """With one tensor in memory at a time (safetensors' own writer wants them all)."""
     header, end = {}, 0
@@ -69,7 +83,7 @@ def _write_safetensors(path: Path, shapes: Shapes) -> None:
         header[key] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     generator = torch.Generator().manual_seed(0)
-    with replacing(path) as file:
+    with _writing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shapes.values():
             file.write(torch.empty(shape).normal_(std=0.02, generator=generator).numpy())

@@ -1,8 +1,8 @@
 """Weights files as tables of tensors, of which only those that are asked for are read (and never a pickle's code run).
 
 A container knows, from its header alone, every tensor's name, shape, dtype and place in the file. `read` fetches one by
-positional reads into memory of its own: exactly its bytes. (Mapping the file instead was measured: 4-6% more bytes read
-for half of an 800 MB file, by the kernel's read-ahead, and every byte resident twice while it is converted.)
+positional reads into memory of its own: exactly its bytes. (Mapping the file instead was measured, in BENCHMARKS.md: more
+bytes from the disk, by the kernel's read-ahead, and every byte resident twice while it is copied.)
 
     .safetensors               a JSON header with every tensor's place
     .pth .pt .bin              torch's zip files, opened with weights_only=True and mmap; argparse.Namespace is let in
@@ -21,7 +21,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping
+from typing import BinaryIO, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -80,6 +80,9 @@ class Container(Mapping):
     def __len__(self) -> int:
         return len(self.places)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.places  # Mapping's own would read the tensor
+
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor: a copy of its own, contiguous, in the file's dtype."""
         place = self.places[name]
@@ -104,19 +107,23 @@ def _allocate(place: Place) -> Tensor:
 
 
 def _read_into(place: Place, buffer: memoryview) -> int:
-    descriptor = os.open(place.path, os.O_RDONLY)
-    try:
-        if hasattr(os, "posix_fadvise"):  # whole tensors at random places: no read-ahead into the ones that stay
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        done = 0
+    done = 0
+    with _open_for_places(place.path) as file:
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done : done + (1 << 26)]], place.offset + done)
+            count = os.preadv(file.fileno(), [buffer[done : done + (1 << 26)]], place.offset + done)
             if count == 0:
                 raise UserError(f"teacher.weights '{place.path}' ends at byte {place.offset + done}, inside a tensor; copy it again")
             done += count
-        return done
-    finally:
-        os.close(descriptor)
+    return done
+
+
+def _open_for_places(path: Path) -> BinaryIO:
+    """Unbuffered, and without the kernel's read-ahead: it would fetch what is not needed, and leave marks beside a header
+    at which every later read, by whatever descriptor, reads ahead once more (8 MB each, on one disk)."""
+    file = open(path, "rb", buffering=0)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return file
 
 
 def open_container(path: Path, entries: tuple[str, ...] = (), formats: dict[str, list[str]] | None = None) -> Container:
@@ -172,7 +179,7 @@ def _open_safetensors(path: Path) -> Container:
     size = path.stat().st_size
     places, end = {}, 0  # tensors follow each other without a gap, by the format
     try:
-        with open(path, "rb", buffering=0) as file:
+        with _open_for_places(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, _MAX_HEADER)))
         metadata = dict(header.pop("__metadata__", {}))
@@ -264,10 +271,10 @@ def _tensors_in(content: object) -> Iterator[Tensor]:
 def _records(path: Path) -> dict[int, int]:
     """{where the payload of a tensor's record begins: its bytes}, without empty ones; -1 where it is compressed (torch.save never does)."""
     records = {}
-    with zipfile.ZipFile(path) as archive, open(path, "rb", buffering=0) as file:
+    with _open_for_places(path) as file, zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
             if "/data/" in record.filename and record.file_size:
-                file.seek(record.header_offset + 26)  # a local header ends with the lengths of name and extra field
-                name, extra = struct.unpack("<HH", file.read(4))
+                # A local header ends with the lengths of name and extra field.
+                name, extra = struct.unpack("<HH", os.pread(file.fileno(), 4, record.header_offset + 26))
                 records[record.header_offset + 30 + name + extra] = record.file_size if record.compress_type == zipfile.ZIP_STORED else -1
     return records

@@ -146,9 +146,7 @@ def _better_format(weights: Weights, needed: dict[str, Tensor], names_are_missin
     ask = fits(needed, depth=depth, may_resize=may_resize)
     fitting = [other.format for other in others if ask(other)]
     naming = [other.format for other in others if names_are_missing and needed.keys() <= other.keys()]
-    # Where several will do, the one that the file's own names speak for.
-    said = describe_kind(weights.container)
-    return next(iter(sorted(fitting, key=lambda format: f"(format {format})" not in said) + naming), None)
+    return next(iter(fitting + naming), None)
 
 
 # What published files are called by their names; the first that matches says it. (pattern that some name has, what it is)

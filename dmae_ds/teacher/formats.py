@@ -194,6 +194,9 @@ class Weights(Mapping):
     def __len__(self) -> int:
         return len(self.sources)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.sources  # Mapping's own would read the tensor
+
     def like(self, name: str) -> Tensor:
         """A tensor on the meta device: its shape and dtype, without reading it."""
         source = self.sources[name]

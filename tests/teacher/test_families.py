@@ -141,7 +141,7 @@ def test_dmae_compares_the_tokens_that_the_teacher_has(tmp_path, name):
         ("vit_srelpos_small_patch16_224", "is a VisionTransformerRelPos"),
         ("aimv2_large_patch14_224", "has no plain patch projection"),
         ("swin_tiny_patch4_window7_224", "can't be built with"),
-        ("vit_base_patch16_224.absent", "Invalid pretrained tag"),
+        ("vit_base_patch16_224.absent", r"Invalid pretrained tag \(absent\).* See timm.list_pretrained\('vit_base_patch16_224\*'\)"),
     ],
 )
 def test_a_network_that_can_not_be_masked_is_one_line(name, words):
@@ -152,13 +152,17 @@ def test_a_network_that_can_not_be_masked_is_one_line(name, words):
 
 @pytest.fixture
 def my_lab(tmp_path, monkeypatch):
-    """A module of the user's: a network with registers and rotary places that jump while it trains, and three that are of no use."""
+    """A module of the user's: a network with registers and rotary places that jump while it trains, and some that are of no use."""
     (tmp_path / "my_lab_nets.py").write_text(
         "import timm, torch\n"
         "def net(**keys):\n"
         "    vit = timm.create_model('vit_small_patch16_dinov3', **keys)\n"
         "    vit.rope.rescale_coords, vit.rope.aug_active = 2.0, True\n"
         "    return vit\n"
+        "class Stem(timm.layers.PatchEmbed):\n"
+        "    pass\n"
+        "def stem(**keys):\n"
+        "    return timm.create_model('vit_tiny_patch16_224', embed_layer=Stem, **keys)\n"
         "def other(**keys):\n"
         "    return torch.nn.Linear(1, 1)\n"
         "def stiff(depth):\n"
@@ -182,7 +186,7 @@ def test_a_network_of_the_user_s_own_is_built_by_import(tmp_path, my_lab):
     "name, words",
     [
         ("my_lab_nets:other", "is a Linear, neither timm's VisionTransformer nor its Eva"), ("my_lab_nets:stiff", "unexpected keyword argument"),
-        ("my_lab_nets:absent", "can't be imported"), ("my_lab_nets:number", "can't be built"),
+        ("my_lab_nets:stem", "has no plain patch projection"), ("my_lab_nets:absent", "can't be imported"), ("my_lab_nets:number", "can't be built"),
     ],
 )  # fmt: skip
 def test_a_network_of_the_user_s_own_that_is_of_no_use_is_one_line(my_lab, name, words):
