@@ -146,6 +146,6 @@ def describe_teacher(config: RunConfig, objective: torch.nn.Module, teacher: Fro
         rows["left out"] = f"{left}; {teacher.parts.saved_compute(tokens=tokens, num_patches=student.num_patches):.0%} of the whole teacher's compute"
     rows["grids"] = explain_grids(grid=student.grid, student_patch=student.patch_size, teacher_patch=teacher.vit.patch_size)
     rows["targets"] = "" if config.teacher.standardize == "none" else f"features standardised: {config.teacher.standardize}"
-    rows["teacher's"] = "; ".join(note for note in teacher.parts.notes if not note.startswith("WARNING"))
+    rows["checked"] = "; ".join(note for note in teacher.parts.notes if not note.startswith("WARNING"))
     rows["WARNING"] = "; ".join(note.removeprefix("WARNING: ") for note in teacher.parts.notes if note.startswith("WARNING"))
     return {name: text for name, text in rows.items() if text}

@@ -19,7 +19,7 @@ from dmae_ds.models.vit import build_student, build_timm_vit
 from dmae_ds.objectives.align import distance
 from dmae_ds.objectives.dmae import Dmae, TeacherShape
 from dmae_ds.teacher.frozen import FrozenTeacher
-from tests.teacher.test_formats import IDS, PICTURES, SHAPE, TAP, Reference, assert_close, features, load, timm_reference
+from tests.teacher.references import IDS, PICTURES, SHAPE, TAP, Reference, assert_close, features, load, timm_reference
 
 # {a timm name: what is in front of its patches}; the first of each family that is alike in every way this project cares for
 FAMILIES = {
