@@ -59,6 +59,9 @@ class TeacherConfig(ModelConfig):
     # Pixel statistics that the teacher was trained with; null: those of the tag in its name, else data.mean and data.std.
     mean: tuple[float, float, float] | None = None
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    # replicated: every rank holds the needed blocks; pipeline: `stages` consecutive ranks hold them between them.
+    placement: Literal["replicated", "pipeline"] = "replicated"
+    stages: PositiveInt | None = None
     decoder_num_heads: PositiveInt = 16  # of a masked autoencoder's decoder, where the objective taps it; no file says
     # What its features are turned into before they are compared: zscore and phi_s need `dmae-ds teacher stats` once.
     standardize: Literal["none", "layer_norm", "zscore", "phi_s"] = "none"
@@ -72,6 +75,8 @@ class TeacherConfig(ModelConfig):
             raise ValueError(f"teacher.pretrained needs a name with timm's tag, such as vit_large_patch16_224.mae, and format timm; found {self.name}, {self.format}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("give both teacher.mean and teacher.std, or neither")
+        if (self.placement == "pipeline") != (self.stages is not None):
+            raise ValueError(f"teacher.placement {self.placement} with teacher.stages {self.stages}; a pipeline needs a number of stages, and nothing else has one")
         if self.stats is not None and self.standardize not in ("zscore", "phi_s"):
             raise ValueError(f"teacher.stats is of no use to standardize {self.standardize}; set teacher.standardize=zscore or phi_s, or remove it")
         return self

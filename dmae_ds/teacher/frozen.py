@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
@@ -21,6 +22,7 @@ from dmae_ds.teacher.fit import Dropped, block_of, check_fit, read_needed, size_
 from dmae_ds.teacher.containers import Container
 from dmae_ds.teacher.formats import Weights
 from dmae_ds.teacher.grid import fit_positions
+from dmae_ds.teacher.identity import Probe, probe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -65,13 +67,14 @@ class FrozenTeacher:
     Deliberately no nn.Module: nothing that owns a student can register it, shard it or save it.
     view: the student's patches -> the teacher's; sees: `visible` or `all`; target: features -> what is imitated
     decoder: where a tap is of the teacher's decoder; the encoder is then whole, with its norm
+    path: where its weights came from
     """
 
     def __init__(
         self, vit: MaskedViT, taps: tuple[str, ...], parts: TeacherParts, *, view: Callable[[Tensor], Tensor] | None = None,
-        sees: str = "visible", target: Callable[[str, Tensor], Tensor] | None = None, decoder: TeacherDecoder | None = None,
+        sees: str = "visible", target: Callable[[str, Tensor], Tensor] | None = None, decoder: TeacherDecoder | None = None, path: Path | None = None,
     ):  # fmt: skip
-        self.vit, self.taps, self.parts, self.sees, self.target, self.decoder = vit, taps, parts, sees, target, decoder
+        self.vit, self.taps, self.parts, self.sees, self.target, self.decoder, self.path = vit, taps, parts, sees, target, decoder, path
         self.view = view or (lambda patches: patches)
         self._blocks = {number for kind, number in map(split_tap, taps) if kind == "block"}
 
@@ -85,22 +88,37 @@ class FrozenTeacher:
         [N, K, D_t] for a teacher without CLS. K are the student's visible patches, also where the teacher sees all.
         A tap of the decoder: [N, 1 + L, D_d], tokens as CLS, visible patches, masked patches.
         """
-        patches, ids = batch.visible, batch.ids_keep
-        if self.sees == "all":
-            patches, ids = torch.cat([patches, batch.masked], dim=1), torch.cat([ids, batch.ids_masked], dim=1)
+        patches, ids = self.inputs(batch)
         latent, tapped = self.vit(self.view(patches), ids, taps=self._blocks)
         decoded = {} if self.decoder is None else self.decoder(latent, batch.ids_keep, batch.ids_masked)
         num_visible = batch.ids_keep.shape[1]
         found = {}
         for tap in self.taps:
             kind, number = split_tap(tap)
-            found[tap] = self._tokens(tapped[number], num_visible) if kind == "block" else decoded[number]
-        return found if self.target is None else {tap: self.target(tap, tokens) for tap, tokens in found.items()}
+            found[tap] = self.select(tapped[number], num_visible) if kind == "block" else decoded[number]
+        return self.standardized(found)
 
-    def _tokens(self, tokens: Tensor, num_visible: int) -> Tensor:
-        prefix = self.vit.num_prefix
+    def inputs(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """Patches that the teacher looks at and their places, the student's visible ones first."""
+        if self.sees == "visible":
+            return batch.visible, batch.ids_keep
+        return torch.cat([batch.visible, batch.masked], dim=1), torch.cat([batch.ids_keep, batch.ids_masked], dim=1)
+
+    def standardized(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the student is to imitate."""
+        return features if self.target is None else {tap: self.target(tap, tokens) for tap, tokens in features.items()}
+
+    def select(self, tokens: Tensor, num_visible: int) -> Tensor:
+        """CLS, where there is one, and the student's visible patches, out of everything that the teacher ran on."""
+        prefix, has_cls = self.vit.num_prefix, self.vit.cls_token is not None
+        if prefix == has_cls and tokens.shape[1] == prefix + num_visible:
+            return tokens
         visible = tokens[:, prefix : prefix + num_visible]
-        return visible if self.vit.cls_token is None else torch.cat([tokens[:, :1], visible], dim=1)
+        return torch.cat([tokens[:, :1], visible], dim=1) if has_cls else visible
+
+    def probe(self) -> Probe:
+        """Features of the fixed input, at every block."""
+        return probe(self.vit)
 
     def stream(self, batches: Iterable) -> Iterator[tuple]:
         """(micro-batch, masked batch) in, the same with its features out, in order. A pipelined teacher looks ahead here."""

@@ -56,12 +56,15 @@ def prepare(config: RunConfig, world: World, *, resume: str) -> Preflight:
         weights = config.teacher.weights
         if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
             raise UserError(f"teacher.weights '{weights}' is not a file; give the path of a .safetensors or .pth file, of a folder, or a hub id such as facebook/vit-mae-large")
+    if config.teacher is not None and config.teacher.stages is not None and world.size % config.teacher.stages:
+        fitting = ", ".join(str(number) for number in range(1, world.size + 1) if world.size % number == 0)
+        raise UserError(f"teacher.stages {config.teacher.stages} does not divide the {world.size} ranks into groups; take one of {fitting}")
     run_dir = Path(config.run.dir).expanduser()
     folder = CheckpointFolder(run_dir)
     identity = {
         "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
         "fingerprint": shards.fingerprint, "global_batch": config.optim.global_batch,
-        "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats"}),
+        "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "placement", "stages"}),
         "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
     }  # fmt: skip
     resume_from = folder.latest() if resume == "auto" else None

@@ -15,9 +15,10 @@ from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT, build_student
 from dmae_ds.objectives import OBJECTIVES
 from dmae_ds.objectives.dmae import TeacherShape
-from dmae_ds.teacher.build import build_frozen_teacher
+from dmae_ds.teacher.build import load_frozen_teacher, verify
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, meta_teacher
 from dmae_ds.teacher.grid import check_grids, explain_grids
+from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.checkpoint_folder import write_atomically
 from dmae_ds.train.engine import Engine, check_precision
@@ -56,12 +57,14 @@ def build_objective(config: RunConfig) -> tuple[torch.nn.Module, TeacherShape | 
     return OBJECTIVES[config.objective.name](config.objective, **parts), shape
 
 
-def build_teacher(config: RunConfig, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device) -> FrozenTeacher | NoTeacher:
-    """The teacher that the taps ask for: cut after the deepest of them."""
+def build_teacher(
+    config: RunConfig, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device, group: StageGroup | None = None
+) -> FrozenTeacher | NoTeacher:
+    """The teacher that the taps ask for, cut after the deepest of them; of a pipeline, this rank's stage. No collective."""
     if config.teacher is None:
         return NoTeacher()
-    return build_frozen_teacher(
-        config.teacher, taps=taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device,
+    return load_frozen_teacher(
+        config.teacher, taps=taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device, group=group,
     )  # fmt: skip
 
 
@@ -69,12 +72,17 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     """Wire a checked recipe and train it. The process group must exist; `run` makes one."""
     config, world = preflight.config, preflight.world
 
+    # Groups are made before anything that one rank alone may stumble over.
+    group = join_group(config.teacher.stages) if config.teacher is not None and config.teacher.placement == "pipeline" else None
+
     def build():
         check_precision(config.precision, device)
         objective, shape = build_objective(config)
-        return objective, build_teacher(config, shape, objective.taps, device)
+        return objective, build_teacher(config, shape, objective.taps, device, group)
 
     objective, teacher = dist.together(build)
+    if config.teacher is not None:
+        dist.together(lambda: verify(teacher, config.teacher))
     student: MaskedViT = objective.student
     text = summary(preflight, objective, teacher)
     recorder = Recorder(

@@ -58,8 +58,12 @@ def kill_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> 
     process.wait()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks):
+STREAM = ["teacher.placement=pipeline", "teacher.stages=2"]
+
+
+@pytest.mark.parametrize("ranks, more", [(1, []), (2, []), (2, STREAM)], ids=["alone", "2 ranks", "2 ranks, streamed teacher"])
+def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks, more):
+    tiny_recipe = [*tiny_recipe, *more]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(tiny_recipe, whole, ranks=ranks)
     kill_at_step(tiny_recipe, killed, 17, ranks=ranks)

@@ -15,6 +15,7 @@ from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
+from dmae_ds.teacher.build import verify
 from dmae_ds.teacher_tools.stats import write_stats
 from dmae_ds.train.run import build_objective, build_teacher
 from tests.train.conftest import command, environment, losses, run
@@ -120,7 +121,7 @@ def measured(tiny_recipe, tmp_path_factory):
 def test_features_are_standardised_by_what_was_measured(measured):
     config = load_config(measured[0], [*measured[1:], "run.dir=unused"])
     objective, shape = build_objective(config)
-    teachers = {kind: build_teacher(with_kind(config, kind), shape, objective.taps, torch.device("cpu")) for kind in ("none", "zscore", "phi_s")}
+    teachers = {kind: verified(with_kind(config, kind), shape, objective.taps) for kind in ("none", "zscore", "phi_s")}
     images = torch.randint(0, 256, (64, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = objective.prepare(images, torch.rand(64, 64, generator=torch.Generator().manual_seed(1)), Normalize(config.data.mean, config.data.std))
     features = {kind: teacher.features(batch)["block/3"] for kind, teacher in teachers.items()}
@@ -131,6 +132,12 @@ def test_features_are_standardised_by_what_was_measured(measured):
     ratio = features["phi_s"].square().sum(-1) / (features["none"] - stats["block/3.mean"]).square().sum(-1)
     assert ratio.std() < 1e-3 * ratio.mean()
     torch.testing.assert_close(ratio.mean(), 1 / stats["block/3.covariance"].diagonal().mean(), rtol=1e-3, atol=0)
+
+
+def verified(config, shape, taps):
+    teacher = build_teacher(config, shape, taps, torch.device("cpu"))
+    verify(teacher, config.teacher)
+    return teacher
 
 
 def with_kind(config, kind):
@@ -155,7 +162,7 @@ def test_statistics_of_other_weights_are_refused(measured, tiny_recipe, tmp_path
     config = load_config(measured[0], [*measured[1:], "run.dir=unused", f"teacher.weights={tmp_path / 'other.safetensors'}"])
     objective, shape = build_objective(config)
     with pytest.raises(UserError, match="differ from the fingerprint in .*stats.safetensors"):
-        build_teacher(config, shape, objective.taps, torch.device("cpu"))
+        verified(config, shape, objective.taps)
     visible = load_config(measured[0], [*measured[1:], "run.dir=unused", "teacher.sees=visible"])
     with pytest.raises(UserError, match="made with teacher.sees=all, the recipe says visible"):
-        build_teacher(visible, shape, objective.taps, torch.device("cpu"))
+        verified(visible, shape, objective.taps)
