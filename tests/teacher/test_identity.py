@@ -102,6 +102,14 @@ def test_a_fresh_network_is_told_and_a_trained_one_is_not(file, tmp_path):
     assert warned(build(tmp_path / "mae.safetensors"))
 
 
+def test_a_fresh_network_of_an_unknown_initialisation_is_told_by_its_gains_and_biases(tmp_path):
+    """Its matrices are large, so its features grow like a trained network's."""
+    state = timm.create_model(NAME, num_classes=0, **TINY).state_dict()
+    state = {name: tensor * (6 if tensor.ndim == 2 else 1) for name, tensor in state.items()}
+    save_file(state, tmp_path / "t.safetensors")
+    assert any("every norm's gain is 1 and every bias 0" in note for note in build(tmp_path / "t.safetensors").parts.notes)
+
+
 @pytest.mark.parametrize("fresh", ["timm", "mae"])
 def test_a_fresh_network_is_told_by_its_features_alone(tmp_path, fresh):
     """Its gains and biases are not those of any initialisation."""
