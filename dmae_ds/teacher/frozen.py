@@ -157,20 +157,6 @@ def meta_teacher(name: str, overrides: dict, depth: int | None = None, *, keep_n
     return MaskedViT(build_timm_vit(name, overrides, depth=depth, where="teacher"), keep_norm=keep_norm)
 
 
-def load_teacher(
-    name: str, overrides: dict, *, whole_blocks: int, weights: Weights, taps: tuple[str, ...], dtype: str, device: torch.device
-) -> FrozenTeacher:
-    """Build the blocks up to the deepest tap and read exactly their tensors.
-
-    whole_blocks: the depth of the uncut teacher, for the account of what was left out
-    Raises UserError that lists the first missing, misshapen or unexpected names.
-    """
-    depth, _ = needed_depths(taps, whole_blocks)
-    vit = meta_teacher(name, overrides, depth)
-    parts = fill(vit, weights, whole_blocks=whole_blocks, may_resize="img_size" in overrides, dtype=DTYPES[dtype], device=device, said=(name, overrides))
-    return FrozenTeacher(vit, taps, parts)
-
-
 def fill(
     vit: MaskedViT, weights: Weights, *, whole_blocks: int, may_resize: bool, dtype: torch.dtype, device: torch.device,
     said: tuple[str, dict] | None = None, blocks: range | None = None, decoder: TeacherDecoder | None = None,

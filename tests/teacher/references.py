@@ -20,8 +20,8 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch, gather_patches
 from dmae_ds.models.patches import patchify
 from dmae_ds.teacher.fit import check_fit
-from dmae_ds.teacher.formats import open_weights
-from dmae_ds.teacher.frozen import FrozenTeacher, load_teacher, meta_teacher
+from dmae_ds.teacher.formats import open_weights, Weights
+from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TAP, TAPS = 2, ("block/2",)
@@ -295,6 +295,14 @@ def build_reference(what: str) -> Reference:
 
 
 PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def load_teacher(name: str, overrides: dict, *, whole_blocks: int, weights: Weights, taps: tuple[str, ...], dtype: str, device: torch.device) -> FrozenTeacher:
+    """The blocks up to the deepest tap, filled from an opened file: what a run's teacher is before it is verified."""
+    vit = meta_teacher(name, overrides, needed_depths(taps, whole_blocks)[0])
+    may_resize = "img_size" in overrides
+    parts = fill(vit, weights, whole_blocks=whole_blocks, may_resize=may_resize, dtype=DTYPES[dtype], device=device, said=(name, overrides))
+    return FrozenTeacher(vit, taps, parts)
 
 
 def load(reference: Reference, path: Path, format: str | None = None, *, taps: tuple[str, ...] = TAPS, dtype: str = "fp32") -> FrozenTeacher:

@@ -11,8 +11,8 @@ import torch
 from dmae_ds.errors import UserError
 from dmae_ds.teacher.fit import check_fit, fits
 from dmae_ds.teacher.formats import FORMATS, Format, choose_format, open_weights
-from dmae_ds.teacher.frozen import load_teacher, meta_teacher
-from tests.teacher.references import changed, HF, IDS, ONE_OF_EACH, OTHERS, PICTURES, Reference, SHAPE, TAP, TAPS, as_pth, as_safetensors, assert_close, build_reference, features, load, needed_by, refusal
+from dmae_ds.teacher.frozen import meta_teacher
+from tests.teacher.references import changed, HF, IDS, ONE_OF_EACH, OTHERS, PICTURES, Reference, SHAPE, TAP, TAPS, as_pth, as_safetensors, assert_close, build_reference, features, load, needed_by, refusal, load_teacher
 
 
 @pytest.fixture(scope="module", params=[*OTHERS, *HF])

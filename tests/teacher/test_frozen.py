@@ -16,7 +16,9 @@ from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.objectives.dmae import resolve_pairs
 from dmae_ds.teacher.formats import open_weights
-from dmae_ds.teacher.frozen import load_teacher, meta_teacher
+from dmae_ds.teacher.frozen import meta_teacher
+from tests.teacher.references import load_teacher
+from tests.train.conftest import environment
 
 NAME = "vit_tiny_patch16_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2}
@@ -115,7 +117,8 @@ MEASURE = """
 import os, sys, torch
 from pathlib import Path
 from dmae_ds.teacher.formats import open_weights
-from dmae_ds.teacher.frozen import load_teacher, meta_teacher
+from dmae_ds.teacher.frozen import meta_teacher
+from tests.teacher.references import load_teacher
 name, depth, cut, path, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 def rss(field):
     with open("/proc/self/status") as file:
@@ -135,7 +138,7 @@ def measure_memory(tmp_path, name, depth, cut, dtype="fp32") -> tuple[int, int, 
     if not path.exists():
         save_file({key: torch.zeros(tensor.shape) for key, tensor in build_timm_vit(name, {}).state_dict().items()}, path)
     output = subprocess.run(
-        [sys.executable, "-c", MEASURE, name, str(depth), cut, str(path), dtype], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURE, name, str(depth), cut, str(path), dtype], check=True, capture_output=True, text=True, env=environment()
     )
     needed, kept, peak = map(int, output.stdout.split())
     return needed, kept, peak
