@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep.make import make_shards
-from dmae_ds.data.shards import ShardError, ShardSet
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import ShardError
 
 PROG = "dmae-shards"
 

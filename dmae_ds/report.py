@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dmae_ds import __version__
-from dmae_ds.data.shards import ShardSet, replacing
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.facts import Fact, block_of, find_dead_terms, list_facts
 from dmae_ds.evaluate.reconstruct import choose_pictures, reconstruct

@@ -59,8 +59,9 @@ class TeacherConfig(ModelConfig):
     # Pixel statistics that the teacher was trained with; null: those of the tag in its name, else data.mean and data.std.
     mean: tuple[float, float, float] | None = None
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    # replicated: every rank holds the needed blocks; pipeline: `stages` consecutive ranks hold them between them.
-    placement: Literal["replicated", "pipeline"] = "replicated"
+    # replicated: every rank holds the needed blocks; pipeline: `stages` consecutive ranks hold them between them;
+    # zero3: every rank holds a share of every block and fetches it when it is run; auto: what `dmae-ds plan` finds fastest.
+    placement: Literal["replicated", "pipeline", "zero3", "auto"] = "replicated"
     stages: PositiveInt | None = None
     decoder_num_heads: PositiveInt = 16  # of a masked autoencoder's decoder, where the objective taps it; no file says
     # What its features are turned into before they are compared: zscore and phi_s need `dmae-ds teacher stats` once.

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dmae_ds.data.order import batch_positions, sample_ids
 from dmae_ds.data.reader import SampleReader
-from dmae_ds.data.shards import ShardError, ShardSet
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import ShardError
 from dmae_ds.data.transforms import CROP_STREAM, MASK_STREAM, decode, eval_view, sample_rng, train_view
 from dmae_ds.errors import UserError
 

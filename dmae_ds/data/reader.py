@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dmae_ds.data.shards import SOURCES, ShardError, ShardSet
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import SOURCES, ShardError
 
 # Two descriptors a shard (tar and index), and the usual limit of a process is 1,024.
 MAX_OPEN_SHARDS = 256

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.data.loader import eval_batches
-from dmae_ds.data.shards import ShardSet
+from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dmae_ds.config.load import read_saved_config
-from dmae_ds.data.shards import ShardSet, replacing
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import POOLS, extract_features, load_student
 from dmae_ds.evaluate.record import KNN_FILE

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.data.reader import SampleReader
-from dmae_ds.data.shards import ShardSet
+from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.transforms import MASK_STREAM, decode, eval_view, sample_rng
 from dmae_ds.models.masking import gather_patches
 from dmae_ds.models.patches import Normalize, patchify, unpatchify

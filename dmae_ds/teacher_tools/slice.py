@@ -22,7 +22,7 @@ from dmae_ds.teacher import identity
 from dmae_ds.teacher.fit import block_of, size_text
 from dmae_ds.teacher.formats import open_weights
 from dmae_ds.teacher.frozen import DTYPES, meta_teacher
-from dmae_ds.teacher.stages import split_blocks
+from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.teacher_tools.inspect import probe_by_block, write_sidecar
 from dmae_ds.teacher_tools.known import Network, identify
 
@@ -47,7 +47,7 @@ def slice_teacher(
     if not 1 <= last_block <= network.vit.depth:
         raise UserError(f"--last-block {last_block} is not one of the {network.vit.depth} blocks that '{path}' holds; blocks count from 1")
     cut = Network(network.name, network.overrides, meta_teacher(network.name, network.overrides, last_block), network.weights)
-    stages = split_blocks(last_block, num_stages)
+    stages = held_blocks(last_block, num_stages)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
-from dmae_ds.data.shards import ShardSet
+from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.teacher import identity, targets

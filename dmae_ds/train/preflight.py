@@ -8,7 +8,7 @@ from pathlib import Path
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig, looks_like_hub_id
 from dmae_ds.data.order import num_steps
-from dmae_ds.data.shards import ShardSet
+from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.dist import World
 from dmae_ds.errors import UserError
 from dmae_ds.train.checkpoint_folder import CheckpointFolder

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmae_ds.data.shards import NewSample, ShardSet, write_manifest, write_shard
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import NewSample, write_manifest, write_shard
 
 NUM_SAMPLES = 23
 

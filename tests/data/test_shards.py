@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 
 from dmae_ds.data.reader import SampleReader
-from dmae_ds.data.shards import (
-    RECORD,
-    ShardError,
-    ShardSet,
-    compute_fingerprint,
-    list_files,
-    write_manifest,
-    write_shard,
-)
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import RECORD, ShardError, compute_fingerprint, list_files, write_manifest, write_shard
 
 
 def change_manifest(folder, **changes):

@@ -8,7 +8,8 @@ import pytest
 from data_prep import make as make_module
 from data_prep.make import find_images, make_shards
 from dmae_ds.data.reader import SampleReader
-from dmae_ds.data.shards import ShardError, ShardSet
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import ShardError
 
 
 def make(src, dst, **changes):

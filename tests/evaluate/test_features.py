@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.data.reader import SampleReader
-from dmae_ds.data.shards import ShardSet
+from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.transforms import decode, eval_view
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import extract_features, load_student

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmae_ds.config.load import read_saved_config
-from dmae_ds.data.shards import ShardSet
+from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.evaluate.reconstruct import GREY, choose_pictures, reconstruct
 from dmae_ds.models.masking import keep_random
 from dmae_ds.models.patches import Normalize, patchify
