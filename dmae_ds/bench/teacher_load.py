@@ -22,7 +22,7 @@ from dmae_ds.bench.measure import Load, measure
 from dmae_ds.bench.random_files import make_files, mae_shapes, num_bytes
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.teacher.frozen import meta_teacher
-from dmae_ds.teacher.stages import split_blocks
+from dmae_ds.teacher.stages import held_blocks
 
 MIB = 1 << 20
 MAX_READ = 1.02  # of the bytes needed: what the file says of itself (names, shapes, places) is read too
@@ -45,7 +45,7 @@ def bench_teacher_load(name: str, *, last_block: int | None, stages: list[int], 
     last_block = max(1, depth * 3 // 4) if last_block is None else last_block
     if not 1 <= last_block <= depth:
         raise UserError(f"--last-block {last_block} is not a block of {name}, which has 1 to {depth}")
-    cuts = {num_stages: split_blocks(last_block, num_stages) for num_stages in stages}
+    cuts = {num_stages: held_blocks(last_block, num_stages) for num_stages in stages}
     loads = {}
     with _open_folder(folder) as place:
         for path in make_files(place, name, shapes):

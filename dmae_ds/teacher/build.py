@@ -17,7 +17,7 @@ from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, ne
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.hub import locate, pixel_statistics
 from dmae_ds.teacher.pipeline import StageGroup, StreamedTeacher
-from dmae_ds.teacher.stages import split_blocks
+from dmae_ds.teacher.stages import held_blocks
 
 
 def build_frozen_teacher(
@@ -43,7 +43,7 @@ def load_frozen_teacher(
         raise UserError("teacher.sees=all leaves the teacher's decoder no masked patch to fill in; the objective taps it: set teacher.sees=visible")
     if decoder_depth and group is not None:
         raise UserError("the objective taps the teacher's decoder, which teacher.placement=pipeline can't cut; set teacher.placement=replicated")
-    stages = None if group is None else split_blocks(depth, group.num_stages)
+    stage = None if group is None else held_blocks(depth, group.num_stages)[group.stage]
     vit = meta_teacher(config.name, config.overrides(), depth, keep_norm=decoder_depth > 0)
     path = locate(config)
     weights = open_teacher(config, path, vit)
@@ -52,7 +52,7 @@ def load_frozen_teacher(
         decoder = meta_decoder(weights, encoder_dim=vit.embed_dim, depth=decoder_depth, num_heads=config.decoder_num_heads, num_patches=vit.num_patches)
     parts = fill(
         vit, weights, whole_blocks=whole_blocks, may_resize=config.img_size is not None, dtype=DTYPES[config.dtype], device=device,
-        said=(config.name, config.overrides()), decoder=decoder, blocks=None if group is None else stages[group.stage],
+        said=(config.name, config.overrides()), decoder=decoder, blocks=stage,
     )  # fmt: skip
     teacher_mean, teacher_std = pixel_statistics(config, mean, std)
     view = PatchView(vit.patch_size, mean=mean, std=std, teacher_mean=teacher_mean, teacher_std=teacher_std).to(device)
@@ -62,7 +62,7 @@ def load_frozen_teacher(
     parts = with_notes(parts, *notes)
     if group is None:
         return FrozenTeacher(vit, taps, parts, **keys)
-    return StreamedTeacher(vit, taps, parts, **keys, group=group, stages=stages)
+    return StreamedTeacher(vit, taps, parts, **keys, group=group)
 
 
 def verify(teacher: FrozenTeacher, config: TeacherConfig) -> None:

@@ -3,14 +3,17 @@
 A frozen teacher needs nothing from the student, so it runs ahead. Every rank embeds its own visible tokens (the embedding
 is small and replicated). At each clock a group does ONE all_to_all that carries everything at once: my embedded
 micro-batch to stage 0, my stage's outputs of the last clock to the next stage, finished features home to their owners.
-Then my stage runs on the P micro-batches that arrived. In steady state nobody waits for a bubble, a rank holds a P-th of
-the blocks, and features of batch k are home at clock k + P.
+While it is under way my stage runs on what the exchange before it brought. In steady state nobody waits for a bubble, a
+rank holds a P-th of the blocks, runs as many as a replicated teacher would (stages.py), and features of batch k are
+home at clock k + 2P. (Waiting for the exchange first halves the look-ahead and was slower; BENCHMARKS.md has both.)
 
 The ordering rule, for whoever adds to it: from one host thread, every rank issues the exchange, its stage's work and the
 student's collectives in this order, and the exchange is waited for before the student's first collective. Two
 communicators with operations in flight on both (the group's and ZeRO's) may otherwise wait for each other's turn on the
 device; NCCL promises no order across communicators. One collective of fixed sizes a clock leaves nothing else to order,
-and so nothing to deadlock. Never exchange from a hook or from another thread.
+and so nothing to deadlock. Never exchange from a hook or from another thread. On NCCL the exchange runs on the group's own
+communicator and stream, `wait` is an event on the compute stream, and the host reads of a message no more than a header
+of the clock before, copied behind another event.
 
 Each owner's micro-batch is run by itself, at its own size: bit-identical to the replicated teacher, and a smaller last
 batch is no special case. Nothing of the stream is ever saved: a resumed run fills it again from the data's order.
@@ -18,7 +21,9 @@ batch is no special case. Nothing of the stream is ever saved: a resumed run fil
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Iterable, Iterator
@@ -30,8 +35,8 @@ from dmae_ds.dist import TIMEOUT_S
 from dmae_ds.errors import RunFailed
 from dmae_ds.teacher.frozen import FrozenTeacher, split_tap
 from dmae_ds.teacher.identity import Probe, probe
-
-_ALIGN = 16  # bytes: a part of a message begins where any dtype may
+from dmae_ds.teacher.messages import Layout, Travelling
+from dmae_ds.teacher.stages import held_blocks, route
 
 
 @dataclass(frozen=True)
@@ -56,56 +61,50 @@ def join_group(num_stages: int) -> StageGroup:
     return StageGroup(num_stages, rank % num_stages, rank, own)
 
 
-@dataclass
-class _Owned:
-    """A micro-batch of this rank that is on its way through the stages."""
-
-    source: object
-    batch: object
-    features: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class _Travelling:
-    """Somebody's micro-batch at this stage: tokens [n, R + T, D], and the patches' places [n, T] for rotary positions."""
-
-    tokens: Tensor
-    ids: Tensor
-
-
 class StreamedTeacher(FrozenTeacher):
-    """This rank's stage of a teacher, with the interface of the replicated one. `stages`: blocks of each stage, from 0."""
+    """This rank's stage of a teacher, with the interface of the replicated one.
 
-    def __init__(self, *args, group: StageGroup, stages: list[range], **keys):
+    overlap: False waits for each exchange before the stage runs, with half the look-ahead; for the benchmark
+    waited_s: seconds this rank has stood waiting for exchanges (on a GPU: its host has)
+    """
+
+    def __init__(self, *args, group: StageGroup, overlap: bool = True, **keys):
         super().__init__(*args, **keys)
-        self.group, self.stages = group, stages
-        # Taps of each stage, in the order in which it sends them home.
-        self._taps_of = [[tap for tap in self.taps if split_tap(tap)[1] - 1 in blocks] for blocks in stages]
+        self.group, self.overlap, self.waited_s, self.clock = group, overlap, 0.0, -1
+        # [owner][stage]
+        self.routes = [route(self.vit.depth, group.num_stages, owner) for owner in range(group.num_stages)]
+        self.taps_of = tuple(
+            tuple(tuple(tap for tap in self.taps if split_tap(tap)[1] - 1 in blocks) for blocks in stages) for stages in self.routes
+        )  # fmt: skip
 
     def __str__(self) -> str:
-        blocks = self.stages[self.group.stage]
-        return f"{super().__str__()}, in {len(self.stages)} stages; this rank has stage {self.group.stage + 1}, blocks {blocks.start + 1}-{blocks.stop}"
+        blocks = held_blocks(self.vit.depth, self.group.num_stages)[self.group.stage]
+        return f"{super().__str__()}, in {self.group.num_stages} stages; this rank has stage {self.group.stage + 1}, blocks {blocks.start + 1}-{blocks.stop}"
+
+    def where(self) -> str:
+        """ "teacher stage 2 of 4, clock 17", for messages."""
+        return f"teacher stage {self.group.stage + 1} of {self.group.num_stages}, clock {self.clock}"
 
     def probe(self) -> Probe:
         """Features of the fixed input at every block of every stage. Collective in the group."""
         first = self.group.rank - self.group.stage
         blocks = [
             _SharedBlock(block, mine=stage == self.group.stage, source=first + stage, group=self.group.handle)
-            for stage, numbers in enumerate(self.stages) for block in [self.vit.blocks[number] for number in numbers]
+            for stage, numbers in enumerate(self.routes[0]) for block in [self.vit.blocks[number] for number in numbers]
         ]  # fmt: skip
         return probe(self.vit, blocks)
 
     def stream(self, batches: Iterable) -> Iterator[tuple]:
-        """(micro-batch, masked batch) in, the same with its features out, in order, P later. Collective in the group.
+        """(micro-batch, masked batch) in, the same with its features out, in order, 2P later. Collective in the group.
 
         Every rank of a group must bring equally many batches, as the data's order sees to.
         Raises RunFailed where the group is lost.
         """
-        clock = _Clock(self)
+        run = _Stream(self)
         for source, batch in batches:
-            yield from clock.tick(_Owned(source, batch))
-        while clock.owned:
-            yield from clock.tick(None)
+            yield from run.tick(_Owned(source, batch))
+        while run.owned:
+            yield from run.tick(None)
 
 
 class _SharedBlock(nn.Module):
@@ -121,184 +120,136 @@ class _SharedBlock(nn.Module):
         return tokens
 
 
-class _Clock:
+@dataclass
+class _Owned:
+    """A micro-batch of this rank that is on its way through the stages."""
+
+    source: object
+    batch: object
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Stream:
     """One run through the data: what is under way between the stages."""
 
     def __init__(self, teacher: StreamedTeacher):
         self.teacher, self.group = teacher, teacher.group
+        self.lag = 2 if teacher.overlap else 1  # clocks from one stage to the next
         self.now = -1
         self.owned: deque[_Owned] = deque()  # the oldest first; the oldest is of batch `first`
         self.first = 0
         # What my stage computed in the last clock, by owner: to be sent on, and home.
-        self.outputs: dict[int, _Travelling] = {}
+        self.outputs: dict[int, Travelling] = {}
         self.finished: dict[int, dict[str, Tensor]] = {}
-        self.layout: _Layout | None = None
+        self.arrived: _Arrived | None = None
+        self.layout: Layout | None = None
 
     def tick(self, owned: _Owned | None) -> Iterator[tuple]:
-        """Send, receive, run my stage; then give out my oldest batch if its features are home."""
+        """Exchange, run my stage; then give out my oldest batch if its features are home."""
         self.now += 1
+        self.teacher.clock = self.now
         mine = None
         if owned is not None:
             self.owned.append(owned)
             mine = self._embed(owned)
-        arrived = self._exchange(mine)
-        self._run(arrived)
-        if self.now >= self.first + self.group.num_stages and self.owned:
+        exchange = self._start(mine)
+        if self.teacher.overlap:
+            self._run(self.arrived)
+            self.arrived = self._finish(exchange)
+        else:
+            self._run(self._finish(exchange))
+        if self.now >= self.first + self.lag * self.group.num_stages:
             done = self.owned.popleft()
             self.first += 1
             yield done.source, done.batch, self.teacher.standardized({tap: done.features[tap] for tap in self.teacher.taps})
 
     @torch.no_grad()
-    def _embed(self, owned: _Owned) -> _Travelling:
-        patches, ids = self.teacher.inputs(owned.batch)
-        tokens = self.teacher.vit.embed(self.teacher.view(patches), ids)
+    def _embed(self, owned: _Owned) -> Travelling:
+        teacher = self.teacher
+        patches, ids = teacher.inputs(owned.batch)
+        tokens = teacher.vit.embed(teacher.view(patches), ids)
         if self.layout is None:
-            self.layout = _Layout.of(self.teacher, tokens, ids, num_visible=owned.batch.ids_keep.shape[1])
-        return _Travelling(tokens, ids)
+            self._prepare(tokens, ids, num_visible=owned.batch.ids_keep.shape[1])
+        return Travelling(tokens, ids)
+
+    def _prepare(self, tokens: Tensor, ids: Tensor, *, num_visible: int) -> None:
+        """Sizes, and buffers that every clock uses again: what arrived is read while the next exchange fills the other one."""
+        self.num_visible = num_visible
+        home = self.teacher.select(tokens[:1], num_visible).shape[1:]
+        self.layout = Layout(self.teacher.taps_of, len(tokens), tuple(tokens.shape[1:]), ids.shape[1], tuple(home), tokens.dtype)
+        stage, stages = self.group.stage, range(self.group.num_stages)
+        self.send_sizes = [self.layout.size(stage, target) for target in stages]
+        self.receive_sizes = [self.layout.size(source, stage) for source in stages]
+        self.send = torch.empty(sum(self.send_sizes), dtype=torch.uint8, device=tokens.device)
+        self.receive = [torch.empty(sum(self.receive_sizes), dtype=torch.uint8, device=tokens.device) for _ in range(2)]
 
     @torch.no_grad()
-    def _run(self, arrived: dict[int, _Travelling]) -> None:
+    def _run(self, arrived: _Arrived | None) -> None:
         teacher, stage = self.teacher, self.group.stage
         self.outputs, self.finished = {}, {}
-        for owner, travelling in arrived.items():
+        if arrived is None:
+            return
+        work = self.layout.read_work(arrived.received, arrived.headers(), target=stage, clock=arrived.clock)
+        for owner, travelling in work.items():
             tokens, ids, tapped = travelling.tokens, travelling.ids, {}
-            for number in teacher.stages[stage]:
+            for number in teacher.routes[owner][stage]:
                 tokens = teacher.vit.run_block(teacher.vit.blocks[number], tokens, ids)
                 tapped[f"block/{number + 1}"] = tokens
-            self.outputs[owner] = _Travelling(tokens, ids)
-            self.finished[owner] = {tap: teacher.select(tapped[tap], self.layout.num_visible) for tap in teacher._taps_of[stage]}
+            self.outputs[owner] = Travelling(tokens, ids)
+            self.finished[owner] = {tap: teacher.select(tapped[tap], self.num_visible) for tap in teacher.taps_of[owner][stage]}
 
-    def _exchange(self, mine: _Travelling | None) -> dict[int, _Travelling]:
-        """Returns the micro-batches that my stage is to run on, by owner; features of mine that arrived are put by."""
-        layout, group = self.layout, self.group
-        sent = [self._pack(target, mine) for target in range(group.num_stages)]
-        send = torch.cat(sent)
-        sizes = [layout.size(source, group.stage) for source in range(group.num_stages)]
-        received = torch.empty(sum(sizes), dtype=torch.uint8, device=send.device)
-        try:
-            distributed.all_to_all_single(received, send, sizes, [len(message) for message in sent], group=group.handle)
-        except RuntimeError as error:
-            where = f"rank {group.rank}, teacher stage {group.stage + 1} of {group.num_stages}, clock {self.now}"
-            raise RunFailed(f"the teacher's stream broke at {where}: {str(error).splitlines()[0]}; a rank of its group is gone or stuck") from None
-        arrived: dict[int, _Travelling] = {}
-        for source, message in enumerate(received.split(sizes)):
-            arrived |= self._unpack(source, message)
-        return arrived
+    def _start(self, mine: Travelling | None):
+        """Pack what I have for everybody, and send it off."""
+        for target, message in enumerate(self.send.split(self.send_sizes)):
+            self.layout.write(
+                message, source=self.group.stage, target=target, clock=self.now, mine=mine, outputs=self.outputs, home=self.finished.get(target, {})
+            )
+        received = self.receive[self.now % 2]
+        with _named(self.teacher):
+            work = distributed.all_to_all_single(received, self.send, self.receive_sizes, self.send_sizes, group=self.group.handle, async_op=True)
+        return work, received
 
-    def _pack(self, target: int, mine: _Travelling | None) -> Tensor:
-        """My message to one stage of the group."""
-        layout, stage = self.layout, self.group.stage
-        message = torch.zeros(layout.size(stage, target), dtype=torch.uint8, device=layout.device)
-        writer = _Cursor(message)
-        forward = self.outputs if target == stage + 1 else {}
-        counts = [0 if mine is None else len(mine.tokens), *(len(forward[owner].tokens) if owner in forward else 0 for owner in range(self.group.num_stages))]
-        writer.write(torch.tensor([self.now, *counts], device=layout.device), layout.header)
-        if target == 0:
-            layout.write_travelling(writer, mine)
-        if target == stage + 1:
-            for owner in range(self.group.num_stages):
-                layout.write_travelling(writer, forward.get(owner))
-        for tap in self.teacher._taps_of[stage]:
-            found = self.finished.get(target)
-            writer.write(None if found is None else found[tap], layout.home)
-        return message
-
-    def _unpack(self, source: int, message: Tensor) -> dict[int, _Travelling]:
-        """What stage `source` sent: work for my stage, and features of a batch of mine."""
-        layout, stage, num_stages = self.layout, self.group.stage, self.group.num_stages
-        reader = _Cursor(message)
-        clock, mine, *counts = reader.read(torch.int64, (2 + num_stages,), layout.header).tolist()
-        if clock != self.now:
-            raise RunFailed(f"the teacher's stream is out of step: rank {self.group.rank} is at clock {self.now}, stage {source + 1} of its group at {clock}")
-        work = {}
-        if stage == 0:
-            work[source] = layout.read_travelling(reader, mine)
-        if stage == source + 1:
-            work |= {owner: layout.read_travelling(reader, counts[owner]) for owner in range(num_stages)}
-        # Batch k passed stage s at clock k + s, and came home with the next exchange.
-        index = self.now - source - 1 - self.first
-        for tap in self.teacher._taps_of[source]:
+    def _finish(self, exchange) -> _Arrived:
+        """Wait for what the others sent; put features of my own batches by."""
+        work, received = exchange
+        since = time.perf_counter()
+        with _named(self.teacher):
+            work.wait()
+        self.teacher.waited_s += time.perf_counter() - since
+        for source in range(self.group.num_stages):
+            # Batch k left stage s, and came home, with exchange k + lag * (s + 1).
+            index = self.now - self.lag * (source + 1) - self.first
             if 0 <= index < len(self.owned):
                 owned = self.owned[index]
-                owned.features[tap] = reader.read(layout.dtype, (len(owned.batch.ids_keep), *layout.home_shape), layout.home).clone()
-            else:
-                reader.skip(layout.home)
-        return {owner: travelling for owner, travelling in work.items() if travelling is not None}
+                home = self.layout.read_home(received, source=source, owner=self.group.stage, count=len(owned.batch.ids_keep))
+                owned.features |= {tap: tokens.clone() for tap, tokens in home.items()}
+        return _Arrived(received, self.layout.headers(received, self.group.stage), self.now)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How long each message between two stages is, in bytes: the same at every clock of a run.
+class _Arrived:
+    """What an exchange brought, and its headers on their way to the host: nothing waits until they are asked for."""
 
-    micro_batch: images of the first batch; no later one may have more
-    """
+    def __init__(self, received: Tensor, headers: Tensor, clock: int):
+        self.received, self.clock, self._copied = received, clock, None
+        if headers.is_cuda:
+            self._headers = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
+            self._headers.copy_(headers, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._headers = headers
 
-    taps_of: tuple[int, ...]
-    micro_batch: int
-    tokens_shape: tuple[int, int]
-    num_ids: int
-    num_visible: int
-    home_shape: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, teacher: StreamedTeacher, tokens: Tensor, ids: Tensor, *, num_visible: int) -> _Layout:
-        home = teacher.select(tokens[:1], num_visible).shape[1:]
-        return cls(tuple(map(len, teacher._taps_of)), len(tokens), tuple(tokens.shape[1:]), ids.shape[1], num_visible, tuple(home), tokens.dtype, tokens.device)
-
-    @property
-    def header(self) -> int:
-        return _aligned(8 * (2 + len(self.taps_of)))
-
-    @property
-    def tokens(self) -> int:
-        return _aligned(self.micro_batch * self.tokens_shape[0] * self.tokens_shape[1] * self.dtype.itemsize)
-
-    @property
-    def ids(self) -> int:
-        return _aligned(self.micro_batch * self.num_ids * 8)
-
-    @property
-    def home(self) -> int:
-        return _aligned(self.micro_batch * self.home_shape[0] * self.home_shape[1] * self.dtype.itemsize)
-
-    def size(self, source: int, target: int) -> int:
-        travelling = (target == 0) + len(self.taps_of) * (target == source + 1)
-        return self.header + travelling * (self.tokens + self.ids) + self.taps_of[source] * self.home
-
-    def write_travelling(self, writer: _Cursor, travelling: _Travelling | None) -> None:
-        writer.write(None if travelling is None else travelling.tokens, self.tokens)
-        writer.write(None if travelling is None else travelling.ids, self.ids)
-
-    def read_travelling(self, reader: _Cursor, count: int) -> _Travelling | None:
-        tokens = reader.read(self.dtype, (count, *self.tokens_shape), self.tokens)
-        ids = reader.read(torch.int64, (count, self.num_ids), self.ids)
-        return _Travelling(tokens, ids) if count else None
+    def headers(self) -> list[list[int]]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._headers.tolist()
 
 
-class _Cursor:
-    """Tensors one after the other in a message of bytes, each in a part of fixed size."""
-
-    def __init__(self, message: Tensor):
-        self.message, self.place = message, 0
-
-    def write(self, tensor: Tensor | None, size: int) -> None:
-        if tensor is not None:
-            flat = tensor.contiguous().view(-1).view(torch.uint8)
-            assert len(flat) <= size, "a later micro-batch is larger than the first"
-            self.message[self.place : self.place + len(flat)] = flat
-        self.place += size
-
-    def read(self, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> Tensor:
-        count = torch.Size(shape).numel() * dtype.itemsize
-        part = self.message[self.place : self.place + count]
-        self.place += size
-        return part.view(dtype).view(shape)
-
-    def skip(self, size: int) -> None:
-        self.place += size
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
+@contextmanager
+def _named(teacher: StreamedTeacher) -> Iterator[None]:
+    """An exchange that breaks says where: rank, stage and clock."""
+    try:
+        yield
+    except RuntimeError as error:
+        where = f"rank {teacher.group.rank}, {teacher.where()}"
+        raise RunFailed(f"the teacher's stream broke at {where}: {str(error).splitlines()[0]}; a rank of its group is gone or stuck") from None

@@ -14,7 +14,7 @@ from dmae_ds.teacher import identity
 from dmae_ds.teacher.formats import open_weights
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
-from dmae_ds.teacher.stages import split_blocks
+from dmae_ds.teacher.stages import held_blocks
 
 
 def batches(rank: int, sizes: list[int]):
@@ -28,21 +28,21 @@ def batches(rank: int, sizes: list[int]):
 
 def load(path: Path, case: dict, device: torch.device, group=None):
     depth, _ = needed_depths(case["taps"], case["depth"])
-    vit, stages = meta_teacher(case["name"], case["shape"], depth), group and split_blocks(depth, group.num_stages)
+    vit, stage = meta_teacher(case["name"], case["shape"], depth), group and held_blocks(depth, group.num_stages)[group.stage]
     parts = fill(
         vit, open_weights(path / f"{case['file']}.safetensors", "timm"), whole_blocks=case["depth"], may_resize=False, dtype=DTYPES[case["dtype"]],
-        device=device, blocks=stages and stages[group.stage],
+        device=device, blocks=stage,
     )  # fmt: skip
     if group is None:
         return FrozenTeacher(vit, tuple(case["taps"]), parts, sees=case["sees"])
-    return StreamedTeacher(vit, tuple(case["taps"]), parts, sees=case["sees"], group=group, stages=stages)
+    return StreamedTeacher(vit, tuple(case["taps"]), parts, sees=case["sees"], group=group)
 
 
 def compare(path: Path, case: dict, world: dist.World, device: torch.device) -> None:
     """Raise AssertionError unless both teachers give the same batches with the same features, to the last bit."""
     replicated, streamed = load(path, case, device), load(path, case, device, join_group(case["stages"]))
     own = [block for block in streamed.vit.blocks if not next(block.parameters()).is_meta]
-    assert len(own) == len(streamed.stages[streamed.group.stage])
+    assert len(own) == len(held_blocks(streamed.vit.depth, case["stages"])[streamed.group.stage])
     figures = [identity.fingerprint(teacher.probe().features) for teacher in (replicated, streamed)]
     assert figures[0] == figures[1]
     count = 0

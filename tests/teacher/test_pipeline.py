@@ -24,7 +24,8 @@ CASES = [
     {**PLAIN, **BASE, "stages": 2, "sizes": [4, 4, 4, 4, 3]},  # groups of 2 in a world of 4, a smaller last batch
     {**PLAIN, **BASE, "stages": 4, "sizes": [4, 4, 4, 4, 4, 4, 1]},
     {**PLAIN, **BASE, "stages": 4, "taps": ["block/3", "block/6"]},  # two taps, one of them on an inner stage; shorter than the pipeline
-    {**PLAIN, **BASE, "stages": 4, "taps": ["block/5"], "sizes": [2]},  # stages of 2, 1, 1, 1
+    {**PLAIN, **BASE, "stages": 4, "taps": ["block/5"], "sizes": [2]},  # owners' borders differ; a single batch
+    {**PLAIN, **BASE, "stages": 2, "taps": ["block/4", "block/7"], "sizes": [2] * 6},  # the tapped block 4 is on either stage, by owner
     {**PLAIN, **BASE, "stages": 2, "taps": ["block/1", "block/7"], "dtype": "bf16", "sees": "all"},
     {**ROTARY, **BASE, "stages": 4, "taps": ["block/4", "block/2"], "sizes": [3, 3, 2]},  # registers, angles that travel
 ]
