@@ -1,4 +1,4 @@
-"""`dmae-ds train | eval | report | teacher | bench`: parse, check, hand over. Rooms that need torch are imported when they are entered.
+"""`dmae-ds train | plan | eval | report | teacher | bench`: parse, check, hand over. Rooms that need torch are imported when they are entered.
 
 A user's mistake is one line and exit code 2; a run that broke is one line and exit code 1.
 """
@@ -45,7 +45,7 @@ def _train(args: argparse.Namespace) -> None:
     from dmae_ds.train.preflight import prepare
 
     try:
-        preflight = prepare(load_config(args.recipe, args.overrides), world_from_env(), resume=args.resume)
+        preflight = prepare(load_config(args.recipe, args.overrides), world_from_env(), resume=args.resume, allow_pipe=args.allow_pipe)
     except UserError as error:
         error.on_every_rank = True  # the recipe is every rank's
         raise
@@ -70,6 +70,18 @@ def _report(args: argparse.Namespace) -> None:
     from dmae_ds.report import write_report
 
     print(write_report([Path(run) for run in args.runs], Path(args.out) if args.out else None))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from dmae_ds.config.load import load_config
+    from dmae_ds.plan.cost import Machine
+    from dmae_ds.plan.table import plan
+
+    machine = Machine(
+        gpus=args.gpus, gpus_per_node=args.gpus_per_node or args.gpus, memory_gib=args.gpu_memory_gib, tflops=args.tflops, link_gbps=args.link_gbps,
+        node_link_gbps=args.node_link_gbps,
+    )  # fmt: skip
+    print(plan(load_config(args.recipe, args.overrides), machine, recipe=args.recipe, overrides=args.overrides, images=args.images))
 
 
 def _teacher_inspect(args: argparse.Namespace) -> None:
@@ -102,6 +114,23 @@ def _bench_teacher_load(args: argparse.Namespace) -> None:
     print(bench_teacher_load(args.name, last_block=args.last_block, stages=args.stages, folder=Path(args.folder) if args.folder else None))
 
 
+def _bench_stream(args: argparse.Namespace) -> None:
+    from dmae_ds.config.load import load_config
+    from dmae_ds.dist import world_from_env
+
+    world = world_from_env()
+    try:
+        config = load_config(args.recipe, args.overrides)
+        from dmae_ds.bench.stream import bench_stream
+
+        text = bench_stream(config, world, stages=args.stages, sleep_ms=args.sleep_ms, clocks=args.clocks, rounds=args.rounds)
+    except UserError as error:
+        error.on_every_rank = True
+        raise
+    if world.is_main:
+        print(text, flush=True)
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command and option."""
     root = argparse.ArgumentParser(prog="dmae-ds", description="Distil large frozen vision transformers into small ones while pre-training.")
@@ -114,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example objective.mask_ratio=0.9")
     train.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue from the newest checkpoint if there is one")
+    train.add_argument("--allow-pipe", action="store_true", help="let data.train be a pipe: URL, which runs its command in a shell")
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("eval", help="what a student is worth").add_subparsers(required=True, metavar="knn")
@@ -129,6 +159,18 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first one's holds the page")
     report.add_argument("--out", help="where to write it (default RUN/report.html)")
     report.set_defaults(command=_report)
+
+    plan = commands.add_parser("plan", help="memory, traffic and time of a recipe on GPUs that needn't be here, and where its teacher should live")
+    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="in all (default 8)")
+    plan.add_argument("--gpus-per-node", type=int, metavar="N", help="default: all of them")
+    plan.add_argument("--gpu-memory-gib", type=float, default=80.0, metavar="GIB", help="of a GPU (default 80)")
+    plan.add_argument("--tflops", type=float, default=300.0, help="a GPU's peak in the recipe's precision (default 300)")
+    plan.add_argument("--link-gbps", type=float, default=400.0, metavar="GBPS", help="Gbit/s out of a node (default 400)")
+    plan.add_argument("--node-link-gbps", type=float, default=2400.0, metavar="GBPS", help="Gbit/s of a GPU inside a node (default 2400)")
+    plan.add_argument("--images", type=int, metavar="N", help="of an epoch (default: data.train's, or ImageNet-1k's 1,281,167)")
+    plan.set_defaults(command=_plan)
 
     teacher = commands.add_parser("teacher", help="look at, cut or measure a teacher").add_subparsers(required=True, metavar="inspect | slice | stats")
     inspect = teacher.add_parser("inspect", help="what a weights file is, and which recipes it can serve")
@@ -153,13 +195,21 @@ def parser() -> argparse.ArgumentParser:
     stats.add_argument("--out", help="where to write (default: beside the weights)")
     stats.set_defaults(command=_teacher_stats)
 
-    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="teacher-load")
+    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="teacher-load | stream")
     load = bench.add_parser("teacher-load", help="bytes read and memory of a cut teacher, against the bytes needed")
     load.add_argument("--name", default="vit_huge_patch14_224", help="timm name of the whole teacher (default vit_huge_patch14_224)")
     load.add_argument("--last-block", type=int, metavar="K", help="the deepest block that is tapped (default: three quarters of the depth)")
     load.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="pipeline lengths (default 1 2 4)")
     load.add_argument("--folder", help="where the random weights files are made and left (default: a temporary folder)")
     load.set_defaults(command=_bench_teacher_load)
+    stream = bench.add_parser("stream", help="a teacher in stages against a replicated one and DeepSpeed's eval_batch; start it with a launcher")
+    stream.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; it gives the teacher's geometry and the micro-batch")
+    stream.add_argument("overrides", nargs="*", metavar="key=value")
+    stream.add_argument("--stages", type=int, nargs="+", metavar="P", help="pipeline lengths (default: all that the ranks allow)")
+    stream.add_argument("--sleep-ms", type=float, metavar="MS", help="let every block sleep so long instead of computing: the schedule alone")
+    stream.add_argument("--clocks", type=int, default=16, help="micro-batches a rank in a round (default 16)")
+    stream.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts (default 7)")
+    stream.set_defaults(command=_bench_stream)
     return root
 
 

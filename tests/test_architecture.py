@@ -23,14 +23,15 @@ FLOORS = [
     {"models", "data"},
     {"teacher"},
     {"objectives"},
+    {"plan"},
     {"train", "evaluate"},
     {"figures"},
     {"report", "bench", "teacher_tools"},
     {"cli"},
     {"__main__"},
 ]
-KNOWS_DEEPSPEED = {"dmae_ds/train/engine.py", "dmae_ds/train/checkpoint.py"}
-COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/teacher/pipeline.py"}
+KNOWS_DEEPSPEED = {"dmae_ds/train/engine.py", "dmae_ds/train/checkpoint.py", "dmae_ds/bench/pipeline_engine.py"}
+COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/teacher/pipeline.py", "dmae_ds/bench/pipeline_engine.py"}
 TORCH_FREE = ["dmae_ds/config", "dmae_ds/data/shards.py", "dmae_ds/data/shard_set.py", "dmae_ds/data/order.py", "dmae_ds/train/preflight.py", "dmae_ds/train/checkpoint_folder.py",
               "dmae_ds/errors.py", "dmae_ds/cli.py", "data_prep"]  # fmt: skip
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
