@@ -1,164 +1,284 @@
-"""`dmae-shards make SRC DST`: class folders of JPEG and PNG files -> a shard folder (see dmae_ds/data/shards.py).
+"""`dmae-shards make SRC DST`: a folder of JPEG and PNG files -> a shard folder (see dmae_ds/data/shards.py).
 
-The files' bytes are kept as they are; only headers are looked at. The images are shuffled once, so that a shard holds
-all classes, and dealt into shards by position: the result depends on SRC, --seed and --samples-per-shard, not on the
-number of workers. A file that is no image keeps its number, which no sample then has.
+The images are shuffled once, by --seed, so that a shard is a random sample of the set, and dealt into shards by
+position: the result depends on SRC and the options, not on the number of workers or of interruptions. Killed at any
+moment, the same command continues. Bytes are kept as they are unless --resize is given. What happens to odd files:
+
+    any JPEG or PNG that PIL opens        kept as it is: grey, CMYK, progressive, EXIF, bytes after its end
+    a PNG named .JPEG, or the reverse     kept, under the extension that its content has
+    equal base names, odd, long names     kept: a key is a number, and sources.txt has the name
+    a link to a file; to a folder         kept; followed, but not into a folder that it lies in
+    hidden; another suffix                not looked at; counted by suffix
+    empty, truncated, no JPEG or PNG      skipped (truncated: no end marker; --verify full decodes each image)
+    more than 178,956,970 pixels, 256 MiB skipped, by header and size alone
+    unreadable, dangling, a pipe, a loop  skipped
+    in no class folder, without a label   skipped
+
+With --resize N a picture is turned upright as its EXIF says and shrunk to a short side of N; one that needs neither
+keeps its bytes, and so do all sizes below. Skipped files are in skipped.jsonl with their reasons, and keep their number,
+which no sample then has.
 """
 
-import io
+import hashlib
 import json
 import os
 import random
-import signal
+import re
+from array import array
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
-
+from data_prep.convert import Job, Settings, work
+from data_prep.find import Listing, find_images
+from data_prep.journal import Journal
+from data_prep.workers import Workers
 from dmae_ds.data.shards import (
+    JOURNAL,
     MANIFEST,
+    SHARD_NAME,
     SKIPPED,
     SOURCES,
-    NewSample,
-    Shard,
     ShardError,
     list_files,
     replacing,
     write_manifest,
-    write_shard,
 )
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # MPO: what PIL calls a JPEG with more pictures appended
 MAX_SHARDS = 10**6  # the six digits of a shard's name
+PLAIN_PATH = re.compile(rb'[ !#-\[\]-~]*')  # what JSON leaves as it is
 
 
 @dataclass(frozen=True)
-class Job:
-    """One shard to write."""
+class MakeOptions:
+    """What decides the result, besides SRC."""
 
-    src: Path
-    dst: Path
-    name: str
-    first_number: int
-    images: list[tuple[str, int]]  # (path below src, label)
+    samples_per_shard: int = 1000
+    seed: int = 0
+    classes: Path | None = None
+    labels: Path | None = None
+    unlabelled: bool = False
+    resize: int | None = None
+    quality: int | None = None  # of what --resize stores; None: 95
+    verify: str = "header"  # or full
+    json: bool = False
+
+
+@dataclass
+class Sources:
+    """sources.txt."""
+
+    order: array  # the images' places in the listing
+    samples_per_shard: int
+    offsets: array = field(default_factory=lambda: array("Q"))  # of each shard's first line
+    sha256: str = ""
 
 
 def make_shards(
-    src: Path, dst: Path, *, samples_per_shard: int, num_workers: int, seed: int, max_skip: int, overwrite: bool
+    src: Path, dst: Path, options: MakeOptions = MakeOptions(), *, num_workers: int = 1, max_skip: int = 0, overwrite: bool = False
+) -> None:  # fmt: skip
+    """Write the images of SRC into DST, or go on with it. Raises ShardError, without a manifest in DST, if that cannot be."""
+    if options.quality is not None and options.resize is None:
+        raise ShardError("--quality is of what --resize stores; add --resize N, or leave it out")
+    _check_folders(src, dst)
+    is_new = not dst.exists()
+    dst.mkdir(parents=True, exist_ok=True)
+    try:
+        with ExitStack() as stack:
+            journal = Journal(dst, forget=overwrite)
+            stack.callback(journal.close)
+            stack.callback(_remove_temporary, dst)
+            workers = stack.enter_context(Workers(work, num_workers))  # before the listing fills the memory
+            _make(src, dst, options, journal, workers, max_skip=max_skip, overwrite=overwrite)
+    except OSError as error:
+        raise ShardError(
+            f"{error.filename or dst} cannot be written: {error.strerror}; mend that, and the same command continues"
+        ) from None
+    finally:
+        if is_new and not any(dst.iterdir()):
+            dst.rmdir()
+
+
+def _make(
+    src: Path, dst: Path, options: MakeOptions, journal: Journal, workers: Workers, *, max_skip: int, overwrite: bool
 ) -> None:
-    """Write the images of SRC/<class>/ into DST. Raises ShardError, without a manifest in DST, if that cannot be."""
-    classes, images, num_ignored = find_images(src)
-    print(f"{len(images):,} images in {len(classes):,} classes; {num_ignored:,} other files ignored")
-    if len(images) > samples_per_shard * MAX_SHARDS:
-        raise ShardError(f"{len(images):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard")
-    prepare_folder(src, dst, overwrite=overwrite)
-    random.Random(seed).shuffle(images)
-    with replacing(dst / SOURCES) as file:
-        file.writelines(json.dumps(path).encode() + b"\n" for path, _ in images)
-    jobs = [
-        Job(src, dst, f"shard-{number:06d}.tar", first, images[first : first + samples_per_shard])
-        for number, first in enumerate(range(0, len(images), samples_per_shard))
-    ]
-    shards, skipped = [], []
-    with tqdm(total=len(images), unit=" images", disable=None) as progress:  # None: only on a terminal
-        for job, (shard, job_skipped) in zip(jobs, _run(jobs, num_workers), strict=True):
-            shards.append(shard)
-            skipped += job_skipped
-            progress.update(len(job.images))
+    listing = find_images(src, classes_file=options.classes, labels_file=options.labels, unlabelled=options.unlabelled)
+    ignored = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(listing.ignored.items()))
+    print(
+        f"{len(listing):,} images in {len(listing.classes):,} classes; {listing.ignored.total():,} other files ignored"
+        + (f" ({ignored})" if ignored else "")
+    )
+    if len(listing) > options.samples_per_shard * MAX_SHARDS:
+        raise ShardError(f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard")
+    plan = _make_plan(listing, options)
+    if _is_complete(dst, plan, journal, overwrite=overwrite):
+        journal.remove()
+        print(f"{dst} is already complete; --overwrite makes it anew")
+        return
+    if journal.plan is None:
+        journal.begin(plan)
+    num_done = len(journal.done)
+    if num_done:
+        print(f"continuing: {num_done:,} shards were done before")
+    settings = Settings(
+        src=os.fsencode(src),
+        dst=dst,
+        classes=listing.classes,
+        decode=options.verify == "full",
+        resize=options.resize,
+        quality=options.quality or 95,
+        json=options.json,
+    )
+    sources = _write_sources(dst, listing, options)
+    skipped = _convert(listing, sources, settings, journal, workers, max_skip=max_skip)
+    shards = [journal.done[number]["shard"] for number in sorted(journal.done)]
+    _sync_folder(dst)
+    write_manifest(
+        dst,
+        classes=listing.classes,
+        seed=options.seed,
+        shards=shards,
+        images="original" if options.resize is None else f"short side {options.resize}, JPEG quality {options.quality or 95}",
+        made=plan | {"num_skipped": len(skipped), "sources_sha256": sources.sha256},
+    )
+    journal.remove()
+    _sync_folder(dst)
+    total = sum(shard.num_samples for shard in shards)
+    print(f"{total:,} images in {len(shards):,} shards in {dst}; {len(skipped):,} skipped")
+
+
+def _convert(
+    listing: Listing, sources: Sources, settings: Settings, journal: Journal, workers: Workers, *, max_skip: int
+) -> list[dict]:
+    """Make every shard that is not done. Returns what was skipped, after writing it to skipped.jsonl."""
+    dst, before, done = settings.dst, dict(journal.done), {}
+    skipped = list(listing.skipped)
+    entries = workers.run(_jobs(listing, sources, settings, before) if len(skipped) <= max_skip else ())
+    from tqdm import tqdm  # 50 ms, while the workers work
+
+    with tqdm(total=len(listing), unit=" images", disable=None, smoothing=0.05) as progress:  # None: only on a terminal
+        source_bytes = 0
+        for entry in entries:
+            if entry["number"] not in before or entry != before[entry["number"]]:
+                journal.append(entry)
+            done[entry["number"]] = entry
+            skipped += entry["skipped"]
+            source_bytes += entry["source_bytes"]
+            progress.update(entry["shard"].num_samples + len(entry["skipped"]))
+            progress.set_postfix_str(f"{source_bytes / 1e6 / (progress.format_dict['elapsed'] + 1e-9):,.0f} MB/s")
             if len(skipped) > max_skip:
                 break
+    skipped.sort(key=lambda item: (item["number"] is None, item["number"], item["source"]))
     if skipped:
         with replacing(dst / SKIPPED) as file:
-            file.writelines(json.dumps(entry).encode() + b"\n" for entry in skipped)
-    if len(skipped) > max_skip or len(skipped) == len(images):
+            file.writelines(json.dumps(item).encode() + b"\n" for item in skipped)
+    else:
+        (dst / SKIPPED).unlink(missing_ok=True)
+    if len(skipped) > max_skip or not any(entry["shard"].num_samples for entry in done.values()):
         raise ShardError(
-            f"{len(skipped)} unreadable images so far, first {skipped[0]['source']!r} ({skipped[0]['reason']}), all in "
-            f"{dst / SKIPPED}; mend them or allow more with --max-skip (now {max_skip}), then run with --overwrite"
+            f"{len(skipped):,} files had to be skipped so far, first {skipped[0]['source']!r} ({skipped[0]['reason']}), all "
+            f"in {dst / SKIPPED}; mend them, or allow more with --max-skip (now {max_skip}): the same command continues"
         )
-    write_manifest(dst, classes=classes, seed=seed, shards=shards)
-    print(f"{len(images) - len(skipped):,} images in {len(shards):,} shards in {dst}; {len(skipped):,} skipped")
+    return skipped
 
 
-def find_images(src: Path) -> tuple[list[str], list[tuple[str, int]], int]:
-    """Returns (classes, (path below src, label) of every image, number of other entries), all sorted by name."""
+def _write_sources(dst: Path, listing: Listing, options: MakeOptions) -> Sources:
+    """Shuffle, and write sources.txt: the images' names in the order of their numbers."""
+    order = array("I" if len(listing) < 2**32 else "Q", range(len(listing)))
+    random.Random(options.seed).shuffle(order)
+    sources = Sources(order, options.samples_per_shard)
+    digest = hashlib.sha256()
+    with replacing(dst / SOURCES) as file:
+        for first in range(0, len(order), options.samples_per_shard):
+            paths = [listing.path(image) for image in order[first : first + options.samples_per_shard]]
+            lines = [path if PLAIN_PATH.fullmatch(path) else json.dumps(os.fsdecode(path)).encode()[1:-1] for path in paths]
+            text = b'"' + b'"\n"'.join(lines) + b'"\n'
+            sources.offsets.append(file.tell())
+            digest.update(text)
+            file.write(text)
+    sources.sha256 = digest.hexdigest()
+    return sources
+
+
+def _jobs(listing: Listing, sources: Sources, settings: Settings, before: dict[int, dict]) -> Iterator[Job]:
+    for number, offset in enumerate(sources.offsets):
+        first = number * sources.samples_per_shard
+        labels = array("i", (listing.labels[image] for image in sources.order[first : first + sources.samples_per_shard]))
+        yield Job(settings, number, f"shard-{number:06d}.tar", first, offset, labels, before.get(number))
+
+
+def _make_plan(listing: Listing, options: MakeOptions) -> dict:
+    """Options and listing, as journal and manifest hold them: equal plans give equal sets."""
+    plan = {
+        "by": "dmae-shards make",
+        "samples_per_shard": options.samples_per_shard,
+        "seed": options.seed,
+        "resize": options.resize,
+        "quality": None if options.resize is None else options.quality or 95,
+        "verify": options.verify,
+        "json": options.json,
+        "num_sources": len(listing),
+        "listing_sha256": listing.sha256(),
+    }
+    if options.resize is not None:
+        import PIL
+
+        plan["pillow"] = PIL.__version__  # its encoder's bytes
+    return plan
+
+
+def _is_complete(dst: Path, plan: dict, journal: Journal, *, overwrite: bool) -> bool:
+    """Whether DST holds what `plan` gives. Removes an old set, if told to. Raises ShardError if DST holds something else."""
+    old = [path for path in list_files(dst) if path.name != JOURNAL]
+    if overwrite:
+        for path in old:  # the manifest first: no half-removed set looks finished
+            path.unlink()
+        return False
+    if (dst / MANIFEST).exists():
+        state, found = "a finished shard set", _read_made(dst)
+    elif journal.plan is not None:
+        state, found = "an unfinished shard set", journal.plan
+    elif any(SHARD_NAME.fullmatch(path.name) for path in old):
+        raise ShardError(f"DST '{dst}' holds files of a shard set ({old[0].name}) and no {JOURNAL}; add --overwrite to replace it")
+    else:
+        return False
+    for key in plan:
+        if found.get(key) != plan[key]:
+            now = f"{found.get(key)!r} there, {plan[key]!r} asked for"
+            differs = "the files of SRC or their labels changed" if key in ("num_sources", "listing_sha256") else f"{key}: {now}"
+            raise ShardError(
+                f"DST '{dst}' holds {state} made otherwise ({differs}); ask for the same, or add --overwrite to replace it"
+            )
+    return (dst / MANIFEST).exists()
+
+
+def _read_made(dst: Path) -> dict:
+    try:
+        return dict(json.loads((dst / MANIFEST).read_bytes())["made"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _check_folders(src: Path, dst: Path) -> None:
     if not src.is_dir():
         raise ShardError(f"SRC '{src}' is not a folder")
-    entries = sorted(os.listdir(src))
-    classes = [name for name in entries if not name.startswith(".") and (src / name).is_dir()]
-    if not classes:
-        raise ShardError(f"SRC '{src}' has no class folders; expected SRC/<class>/<image>")
-    images, num_ignored = [], len(entries) - len(classes)
-    for label, name in enumerate(classes):
-        for entry in sorted(os.scandir(src / name), key=lambda entry: entry.name):
-            hidden = entry.name.startswith(".")
-            if not hidden and entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                images.append((f"{name}/{entry.name}", label))
-            else:
-                num_ignored += 1
-    if not images:
-        raise ShardError(f"SRC '{src}' has no {', '.join(SUFFIXES)} files in its {len(classes)} class folders")
-    return classes, images, num_ignored
-
-
-def prepare_folder(src: Path, dst: Path, *, overwrite: bool) -> None:
-    """Make DST, and with `overwrite` remove the files of the set it holds, nothing else."""
     if dst.resolve().is_relative_to(src.resolve()):
         raise ShardError(f"DST '{dst}' lies inside SRC '{src}'; choose a folder elsewhere")
     if dst.exists() and not dst.is_dir():
         raise ShardError(f"DST '{dst}' is not a folder")
-    dst.mkdir(parents=True, exist_ok=True)
-    old = list_files(dst)
-    if old and not overwrite:
-        state = "a finished shard set" if old[0].name == MANIFEST else "files of an unfinished shard set"
-        raise ShardError(f"DST '{dst}' holds {state} ({old[0].name}); add --overwrite to replace it")
-    for path in old:  # the manifest first: no half-removed set looks finished
-        path.unlink()
 
 
-def write_job(job: Job) -> tuple[Shard, list[dict]]:
-    """Write one shard (in a worker). Returns it and what was skipped: {number, source, reason}."""
-    skipped = []
-
-    def samples() -> Iterator[NewSample]:
-        for number, (path, label) in enumerate(job.images, start=job.first_number):
-            try:
-                data = (job.src / path).read_bytes()
-                extension, width, height = read_header(data)
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                skipped.append({"number": number, "source": path, "reason": reason})
-                continue
-            yield NewSample(number, extension, data, width, height, label)
-
-    return write_shard(job.dst, job.name, samples()), skipped
+def _remove_temporary(dst: Path) -> None:
+    for path in list_files(dst):
+        if path.name.endswith(".tmp"):
+            path.unlink()
 
 
-def read_header(data: bytes) -> tuple[str, int, int]:
-    """Returns (extension by content, width, height). Raises ValueError that says why it is no JPEG or PNG."""
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in it are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            return EXTENSIONS[image.format], image.width, image.height
-    except UnidentifiedImageError:  # its own text holds a memory address
-        raise ValueError("not a JPEG or PNG image") from None
-    except Exception as error:  # PIL lets nearly everything escape from a broken header
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-
-
-def _run(jobs: list[Job], num_workers: int) -> Iterator[tuple[Shard, list[dict]]]:
-    """The results of the jobs, in their order. Leaving early drops the jobs that have not begun."""
-    pool = ProcessPoolExecutor(num_workers, initializer=_ignore_interrupt)
-    try:
-        yield from pool.map(write_job, jobs)
-    except BrokenProcessPool:
-        raise ShardError("a worker died (out of memory?); run again with fewer --workers and --overwrite") from None
+        os.fsync(descriptor)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+        os.close(descriptor)

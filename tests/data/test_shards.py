@@ -118,7 +118,7 @@ SHARD = {"name": "shard-000000.tar", "num_samples": 10, "bytes": 1, "index_sha25
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"version": 2}, "found format version 2, expected 1"),
+        ({"version": 1}, "found format version 1, expected 2"),
         ({"classes": "ant"}, "classes is not a list"),
         ({"classes": [1]}, "classes is not a list"),
         ({"seed": True}, "seed is True"),

@@ -30,11 +30,19 @@ def assert_one_line(result, *parts):
 def test_make_and_info(src, tmp_path):
     result = run("make", src, tmp_path / "dst", "--samples-per-shard", 5, "--workers", 2)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "12 images in 3 classes; 5 other files ignored" in result.stdout
+    assert "12 images in 3 classes; 4 other files ignored (2 .txt, 2 hidden)" in result.stdout
     assert "12 images in 3 shards" in result.stdout
     info = run("info", tmp_path / "dst")
     assert info.returncode == 0
-    assert dict(line.split() for line in info.stdout.splitlines()).items() >= {"samples": "12", "shards": "3"}.items()
+    assert dict(line.split(maxsplit=1) for line in info.stdout.splitlines()).items() >= {"samples": "12", "shards": "3"}.items()
+
+
+def test_the_same_command_again_changes_nothing(src, tmp_path):
+    assert run("make", src, tmp_path / "dst").returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()}
+    again = run("make", src, tmp_path / "dst", "--workers", 1)
+    assert (again.returncode, again.stderr) == (0, "") and "already complete" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()} == before
 
 
 def test_finished_set_is_not_overwritten_unasked(src, tmp_path):
@@ -60,7 +68,8 @@ def test_unusable_sources_and_destinations(src, tmp_path):
     dst = tmp_path / "dst"
     assert_one_line(run("make", tmp_path / "none", dst), "SRC", "is not a folder")
     assert_one_line(run("make", tmp_path / "flat", dst), "no class folders", "SRC/<class>/<image>")
-    assert_one_line(run("make", tmp_path / "empty", dst), "no .jpg, .jpeg, .png files")
+    assert_one_line(run("make", tmp_path / "empty", dst), "no .jpg, .jpeg, .jpe, .png files")
+    assert_one_line(run("make", src, dst, "--quality", 90), "--quality", "--resize")
     assert_one_line(run("make", src, src / "dst"), "lies inside SRC")
     assert_one_line(run("make", src, tmp_path / "file"), "DST", "is not a folder")
     assert_one_line(run("info", dst), "is not a shard folder", "dmae-shards make SRC")
@@ -70,11 +79,14 @@ def test_unusable_sources_and_destinations(src, tmp_path):
 @pytest.mark.parametrize(
     "args, part",
     [
-        ([], "command"),
+        ([], "make | verify"),
         (["make", "a"], "DST"),
         (["make", "a", "b", "--workers", "0"], "0 is less than 1"),
         (["make", "a", "b", "--max-skip", "x"], "invalid integer value: 'x'"),
         (["burn"], "invalid choice: 'burn'"),
+        (["make", "a", "b", "--quality", "101"], "101 is more than 100"),
+        (["make", "a", "b", "--labels", "x", "--unlabelled"], "not allowed with"),
+        (["verify", "a", "--sample", "1"], "expected a percentage such as 1%"),
     ],
 )
 def test_wrong_arguments(args, part):

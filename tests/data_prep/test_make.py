@@ -1,20 +1,24 @@
 """data_prep/make.py: the images of a folder, every one, unchanged, in an order that only the seed decides."""
 
+import io
 import json
-import signal
+import os
+import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from data_prep import make as make_module
-from data_prep.make import find_images, make_shards
+from data_prep.find import find_images
+from data_prep.make import MakeOptions, make_shards
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
 
 
-def make(src, dst, **changes):
-    settings = dict(samples_per_shard=5, num_workers=1, seed=0, max_skip=0, overwrite=False)
-    make_shards(src, dst, **(settings | changes))
+def make(src, dst, *, num_workers=1, max_skip=0, overwrite=False, samples_per_shard=5, **options):
+    options = MakeOptions(samples_per_shard=samples_per_shard, **options)
+    make_shards(src, dst, options, num_workers=num_workers, max_skip=max_skip, overwrite=overwrite)
     return ShardSet.open(dst, label="DST")
 
 
@@ -31,17 +35,11 @@ def test_every_image_is_there_unchanged_with_its_class(src, tmp_path):
     assert shard_set.classes == ["ant", "bee", "cat"]
     assert [shard.num_samples for shard in shard_set.shards] == [5, 5, 2]
     reader, names = SampleReader(shard_set), sources(tmp_path / "dst")
-    assert sorted(names) == sorted(path for path, _ in find_images(src)[1])
+    assert len(set(names)) == 12
     for sample_id, name in enumerate(names):
         sample = reader.read(sample_id)
         assert sample.data == (src / name).read_bytes()
         assert shard_set.classes[sample.label] == name.split("/")[0]
-
-
-def test_other_entries_are_counted(src):
-    classes, images, num_ignored = find_images(src)
-    assert (len(classes), len(images), num_ignored) == (3, 12, 5)
-    assert images == sorted(images)
 
 
 def test_extension_and_size_come_from_the_content(src, tmp_path):
@@ -95,9 +93,10 @@ def test_too_many_unreadable_images_leave_no_manifest(src, tmp_path):
 
 
 def test_a_set_of_nothing_but_unreadable_images_is_an_error(src, tmp_path):
-    for path, _ in find_images(src)[1]:
-        (src / path).write_bytes(b"no image")
-    with pytest.raises(ShardError, match="12 unreadable images"):
+    listing = find_images(src)
+    for number in range(len(listing)):
+        (src / listing.path(number).decode()).write_bytes(b"no image")
+    with pytest.raises(ShardError, match="12 files had to be skipped"):
         make(src, tmp_path / "dst", max_skip=100)
 
 
@@ -125,11 +124,86 @@ def test_file_names_cannot_leave_the_tar_or_the_line(src, tmp_path):
     assert len(sources(tmp_path / "dst")) == 12
 
 
-def interrupt_handler(job):
-    return signal.getsignal(signal.SIGINT)
+def test_odd_files_are_kept_or_skipped_by_the_stated_rules(src, tmp_path):
+    good = (src / "bee" / "0.jpg").read_bytes()
+    bee, far = src / "bee", tmp_path / "far.jpg"
+    far.write_bytes(good)
+    (bee / "linked.jpg").symlink_to(far)  # kept, like the next six
+    (bee / "sub").mkdir()
+    (bee / "sub" / "0.jpg").write_bytes(good)
+    (bee / ("ü" * 120 + ".jpg")).write_bytes(good)
+    (bee / "behind.jpg").write_bytes(good + bytes(100))
+    pixels = np.zeros((9, 7, 4), np.uint8)
+    Image.fromarray(pixels, "CMYK").save(bee / "cmyk.jpg", "JPEG")
+    Image.fromarray(pixels[..., 0]).save(bee / "grey.jpg", "JPEG", progressive=True)
+    (bee / "turned.JPE").write_bytes(good)
+    bad = {
+        "empty.jpg": (b"", "empty"),
+        "cut.jpg": (good[:-30], "truncated"),
+        "text.jpg": (b"no image", "not a JPEG or PNG image"),
+        "bomb.jpg": (good[:163] + good[163:].replace(b"\0\x14\0\x1e\x03", b"\x86\xa0\x86\xa0\x03", 1), "34464 x 34464 pixels"),
+        "cut.png": ((src / "ant" / "x.png").read_bytes()[:-20], "truncated"),
+    }
+    for name, (data, _) in bad.items():
+        (bee / name).write_bytes(data)
+    (bee / "dangling.jpg").symlink_to(tmp_path / "none")
+    (bee / "self.jpg").symlink_to(bee / "self.jpg")
+    os.mkfifo(bee / "pipe.jpg")
+    (bee / "loop").symlink_to(bee)
+    (src / "beside.jpg").write_bytes(good)
+    with pytest.raises(ShardError, match="2 files had to be skipped"):
+        make(src, tmp_path / "dst", max_skip=1)
+    shard_set = make(src, tmp_path / "dst", max_skip=10)
+    reasons = {item["source"]: item["reason"] for item in map(json.loads, (tmp_path / "dst" / "skipped.jsonl").open())}
+    expected = {f"bee/{name}": reason for name, (_, reason) in bad.items()}
+    expected |= {"bee/dangling.jpg": "No such file", "bee/self.jpg": "Too many levels", "bee/pipe.jpg": "not a regular file"}
+    expected |= {"bee/loop": "a link to a folder", "beside.jpg": "outside of the class folders"}
+    assert set(reasons) == set(expected)
+    assert all(reasons[name].startswith(reason) for name, reason in expected.items()), reasons
+    assert shard_set.num_samples == 12 + 7
+    assert {"bee/linked.jpg", "bee/sub/0.jpg", "bee/" + "ü" * 120 + ".jpg"} <= set(sources(tmp_path / "dst"))
 
 
-def test_workers_leave_interrupts_to_the_main_process(monkeypatch):
-    """Else each idle worker prints a traceback at Ctrl-C."""
-    monkeypatch.setattr(make_module, "write_job", interrupt_handler)
-    assert list(make_module._run([None], 1)) == [signal.SIG_IGN]
+def test_full_verification_skips_what_cannot_be_decoded(src, tmp_path):
+    path = src / "ant" / "x.png"
+    data = path.read_bytes()
+    path.write_bytes(data[:60] + bytes(8) + data[68:])  # inside the compressed pixels: header and end are whole
+    assert make(src, tmp_path / "header").num_samples == 12
+    assert make(src, tmp_path / "full", verify="full", max_skip=1).num_samples == 11
+    assert "it cannot be decoded" in (tmp_path / "full" / "skipped.jsonl").read_text()
+
+
+def test_resized_pictures_are_small_upright_and_labelled(tmp_path):
+    folder = tmp_path / "src" / "a"
+    folder.mkdir(parents=True)
+    ramp = np.zeros((60, 90, 3), np.uint8)
+    ramp[:, :, 0] = np.arange(90) * 2  # red grows to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(ramp).save(folder / "0.jpg", quality=95, exif=exif)
+    Image.fromarray(ramp[:20, :30]).save(folder / "1.jpg")
+    shard_set = make(tmp_path / "src", tmp_path / "dst", resize=30)
+    assert shard_set.images == "short side 30, JPEG quality 95"
+    names, reader = sources(tmp_path / "dst"), SampleReader(shard_set)
+    data = {name: reader.read(sample_id).data for sample_id, name in enumerate(names)}
+    assert data["a/1.jpg"] == (folder / "1.jpg").read_bytes()
+    turned = Image.open(io.BytesIO(data["a/0.jpg"]))
+    assert turned.size == (30, 45) and 0x0112 not in turned.getexif()
+    red = np.asarray(turned)[..., 0].astype(int)
+    assert (np.diff(red.mean(axis=1)) > 0).mean() > 0.9  # now it grows downwards
+
+
+def test_json_members_say_where_a_sample_comes_from(src, tmp_path):
+    shard_set = make(src, tmp_path / "dst", json=True)
+    with tarfile.open(shard_set.folder / "shard-000000.tar") as tar:
+        members = tar.getmembers()
+        assert [m.name.split(".")[1] for m in members[:3]][1:] == ["cls", "json"]
+        meta = json.load(tar.extractfile(members[2]))
+    assert meta["source"] == sources(shard_set.folder)[0] and meta["class"] == meta["source"].split("/")[0]
+    assert (meta["width"], meta["height"]) == (30, 20)
+
+
+def test_unlabelled_images_have_label_minus_one(src, tmp_path):
+    shard_set = make(src / "ant", tmp_path / "dst", unlabelled=True)
+    assert shard_set.classes == [] and shard_set.num_samples == 6
+    assert shard_set.open_index(0)["label"].tolist() == [-1] * 5

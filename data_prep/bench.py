@@ -1,0 +1,173 @@
+"""`dmae-shards bench SRC`: conversion against GNU tar and webdataset.ShardWriter, with the machine's floor, in one run.
+
+Every way does its work once a round, in turns, so that what else the machine does meets all of them alike; each figure
+is the median of a ratio within its round. CPU time is that of the process and its children, system time included.
+Everything is written below a scratch folder and removed; the files of SRC are read once before, so the cache is warm.
+
+Other benchmarks give rows of their own to the same table: a function that takes (a folder of images, a scratch folder)
+and returns a Section; run_bench lists them. A row is a name and a function without arguments that does the work once.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.find import find_images
+from dmae_ds.data.shards import ShardError
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    run: Callable[[], None]  # the work, once
+    prepare: Callable[[], None] = lambda: None  # before each time, not counted
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that do the same work on `num_items` items; their speeds are given against the first row's."""
+
+    title: str
+    unit: str  # of an item
+    num_items: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Timing:
+    wall_s: float
+    cpu_s: float
+
+
+def time_interleaved(rows: list[Row], rounds: int) -> dict[str, list[Timing]]:
+    """Each row once a round, in turns. Returns name -> one Timing a round."""
+    timings: dict[str, list[Timing]] = {row.name: [] for row in rows}
+    for _ in range(rounds):
+        for row in rows:
+            row.prepare()
+            cpu, wall = sum(os.times()[:4]), time.perf_counter()
+            row.run()
+            timings[row.name].append(Timing(time.perf_counter() - wall, sum(os.times()[:4]) - cpu))
+    return timings
+
+
+def format_table(section: Section, timings: dict[str, list[Timing]]) -> str:
+    """Medians: items a second, CPU microseconds an item, and speed against the first row by wall and by CPU time."""
+    base = timings[section.rows[0].name]
+    width = max(len(row.name) for row in section.rows)
+    lines = [
+        f"{section.title} ({section.num_items:,} {section.unit}, median of {len(base)} rounds)",
+        f"{'':<{width}}  {section.unit + '/s':>10}  {'CPU us':>7}  {'speed':>6}  {'CPU':>6}",
+    ]
+    for row in section.rows:
+        found = timings[row.name]
+        wall, cpu = (statistics.median(values) for values in zip(*((t.wall_s, t.cpu_s) for t in found), strict=True))
+        speed = statistics.median(first.wall_s / own.wall_s for first, own in zip(base, found, strict=True))
+        cheap = statistics.median(first.cpu_s / max(own.cpu_s, 1e-9) for first, own in zip(base, found, strict=True))
+        lines.append(
+            f"{row.name:<{width}}  {section.num_items / wall:>10,.0f}  {cpu / section.num_items * 1e6:>7.1f}  {speed:>6.2f}  {cheap:>6.2f}"
+        )
+    return "\n".join(lines)
+
+
+def load_sections() -> dict[str, Callable[[Path, Path], Section]]:
+    """Name -> section. Imported here: reading and decoding need torch, and this module."""
+    from data_prep.bench_reading import decoding, reading
+
+    return {"conversion": conversion, "reading": reading, "decoding": decoding}
+
+
+def run_bench(src: Path, *, limit: int, rounds: int, scratch: Path | None, only: str | None) -> None:
+    """Print a table for each section, or for the one named `only`."""
+    sections = {"conversion": conversion} if only == "conversion" else load_sections()
+    from data_prep.bench_reading import decoding, reading  # which imports torch, and this module
+
+    with tempfile.TemporaryDirectory(prefix="dmae-shards-", dir=scratch) as folder:
+        images = _choose_images(src, Path(folder, "images"), limit)
+        for make_section in (conversion, reading, decoding):
+            section = make_section(images, Path(folder))
+            print(format_table(section, time_interleaved(section.rows, rounds)), end="\n\n", flush=True)
+
+
+def conversion(images: Path, scratch: Path) -> Section:
+    """Folder -> tars: GNU tar first. tar and webdataset leave what they wrote to the kernel; `+ fsync` waits for the disk as ours does."""
+    listing = find_images(images)
+    dst = scratch / "out"
+
+    def clean() -> None:
+        shutil.rmtree(dst, ignore_errors=True)
+        dst.mkdir()
+        os.sync()  # the row before must not be written at this one's cost
+
+    def tar() -> None:
+        subprocess.run(["tar", "-chf", dst / "all.tar", "-C", images, "."], check=True)
+
+    def ours(workers: int) -> Callable[[], None]:
+        arguments = ["make", images, dst, "--workers", str(workers)]
+        return lambda: _run_python("-m", "data_prep.cli", *arguments)
+
+    def tar_fsync() -> None:
+        tar()
+        _fsync(dst / "all.tar")
+
+    rows = [
+        Row("GNU tar", tar, clean),
+        Row("GNU tar + fsync", tar_fsync, clean),
+        Row("floor: read and write", lambda: _copy(images, listing, dst / "all"), clean),
+        Row("floor + fsync", lambda: (_copy(images, listing, dst / "all"), _fsync(dst / "all")), clean),
+        Row("dmae-shards, 1 worker", ours(1), clean),
+        Row("dmae-shards, 2 workers", ours(2), clean),
+    ]
+    try:
+        import webdataset  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        rows.append(Row("webdataset.ShardWriter", lambda: _run_python("-m", "data_prep.bench_webdataset", images, dst), clean))
+    return Section("conversion", "images", len(listing), rows)
+
+
+def _copy(images: Path, listing, out: Path) -> None:
+    """The bytes and nothing else: no header, no checksum, no order."""
+    buffer, src = bytearray(2**28), os.fsencode(images)
+    view = memoryview(buffer)
+    target = os.open(out, os.O_WRONLY | os.O_CREAT)
+    for number in range(len(listing)):
+        source = os.open(b"%b/%b" % (src, listing.path(number)), os.O_RDONLY)
+        os.write(target, view[: os.readv(source, (view,))])
+        os.close(source)
+    os.close(target)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _run_python(*arguments: object) -> None:
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise ShardError(f"bench: a row failed: {done.stderr.strip()[-500:]}")
+
+
+def _choose_images(src: Path, images: Path, limit: int) -> Path:
+    """SRC itself, or a folder of links to `limit` of its images, evenly over the classes. Reads each image once."""
+    listing = find_images(src)
+    root, folder = os.fsencode(src.resolve()), os.fsencode(images if len(listing) > limit else src)
+    for place in range(min(limit, len(listing))):
+        path = listing.path(place * len(listing) // min(limit, len(listing)))
+        if len(listing) > limit:
+            os.makedirs(os.path.dirname(b"%b/%b" % (folder, path)), exist_ok=True)
+            os.symlink(b"%b/%b" % (root, path), b"%b/%b" % (folder, path))
+        with open(b"%b/%b" % (folder, path), "rb") as file:
+            file.read()
+    return Path(os.fsdecode(folder))
+

@@ -1,0 +1,66 @@
+"""`dmae-shards info DST`: what a shard folder holds, as a table and, with --sheet, as a picture."""
+
+import io
+import json
+import os
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import MANIFEST, ShardError
+
+COLUMNS, ROWS, TILE, CAPTION = 8, 6, 128, 16  # pixels
+
+
+def print_info(dst: Path, *, sheet: Path | None = None) -> None:
+    """Print the table, and write the contact sheet: the same samples each time, drawn at random."""
+    shard_set = ShardSet.open(dst, label="DST")
+    made = json.loads((dst / MANIFEST).read_bytes())["made"] or {}
+    rows = {
+        "samples": f"{shard_set.num_samples:,}",
+        "skipped": f"{made.get('num_skipped', 0):,}",
+        "classes": f"{len(shard_set.classes):,}" if shard_set.classes else "unlabelled",
+        "shards": f"{len(shard_set.shards):,}",
+        "GiB": f"{sum(shard.bytes for shard in shard_set.shards) / 2**30:.3f}",
+        "images": shard_set.images,
+        "tars": shard_set.base or "here",
+        "made by": made.get("by", "unknown"),
+        "seed": "none" if shard_set.seed is None else shard_set.seed,
+        "fingerprint": shard_set.fingerprint,
+    }
+    for name, value in rows.items():
+        print(f"{name:<12} {value}")
+    if sheet is not None:
+        write_sheet(shard_set, sheet)
+        print(f"{'sheet':<12} {sheet}")
+
+
+def write_sheet(shard_set: ShardSet, path: Path) -> None:
+    """A sheet of up to 48 pictures with their classes."""
+    if shard_set.base is not None and not shard_set.base.startswith("/"):
+        raise ShardError(f"--sheet: the tars are remote ({shard_set.base}); copy some to a folder and index that")
+    folder = Path(shard_set.base or shard_set.folder)
+    chosen = random.Random(0).sample(range(shard_set.num_samples), min(COLUMNS * ROWS, shard_set.num_samples))
+    image = Image.new("RGB", (COLUMNS * TILE, ROWS * (TILE + CAPTION)), "white")
+    draw = ImageDraw.Draw(image)
+    for place, sample_id in enumerate(sorted(chosen)):
+        shard, row = shard_set.locate(sample_id)
+        record = shard_set.open_index(shard)[row]
+        with open(folder / shard_set.shards[shard].name, "rb") as file:
+            data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+        left, top = place % COLUMNS * TILE, place // COLUMNS * (TILE + CAPTION)
+        try:
+            tile = Image.open(io.BytesIO(data), formats=("JPEG", "PNG")).convert("RGB")
+            tile.thumbnail((TILE - 2, TILE - 2))
+            image.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+        except Exception as error:  # PIL's decoders let nearly everything escape
+            draw.text((left + 2, top + TILE // 2), type(error).__name__, fill="red")
+        label = int(record["label"])
+        name = shard_set.classes[label] if 0 <= label < len(shard_set.classes) else str(label)
+        draw.text((left + 2, top + TILE + 2), name.encode("ascii", "replace").decode()[:20], fill="black")
+    try:
+        image.save(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that PIL has no format for
+        raise ShardError(f"--sheet '{path}' cannot be written: {error}") from None
