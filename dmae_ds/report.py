@@ -23,6 +23,7 @@ from torch import nn
 
 from dmae_ds import __version__
 from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.storage import Access
 from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.facts import Fact, block_of, find_dead_terms, list_facts
@@ -99,7 +100,7 @@ def _paint(record: RunRecord, objective: nn.Module) -> list[tuple[np.ndarray, ..
     data = record.config.data
     if data.val is None:
         raise UserError("data.val is null in the run's config.yaml, so there are no pictures to show")
-    shard_set = ShardSet.open(data.val, label="data.val")
+    shard_set = ShardSet.open(data.val, label="data.val", access=Access.of(data))
     objective.load_state_dict(_read_weights(record.path), strict=True)
     student = objective.eval().student
     images, noise = choose_pictures(

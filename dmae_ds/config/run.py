@@ -99,11 +99,24 @@ class RunSection(Section):
 
 
 class DataConfig(Section):
-    """Shard folders written by `dmae-shards make`, and what happens to a picture."""
+    """Shard folders written by `dmae-shards make`, here or behind a URL, how they are read, and what happens to a picture."""
 
     train: str
     val: str | None = None
     num_workers: NonNegativeInt = 8
+    # Samples read in one go: 1 is an exact global shuffle; 16 or 64 for URLs and spinning disks (dmae_ds/data/order.py).
+    block: Annotated[int, Field(ge=1, le=4096)] = 1
+    buffer_gib: PositiveFloat = 8.0  # with blocks: what the workers of a rank may hold of them
+    # Corrupt samples that are replaced and written into RUN/corrupt.jsonl before a run stops: a run of days should not end
+    # for one bad picture, and a hundred are a bad disk. 0: the first one stops it.
+    max_corrupt: NonNegativeInt = 100
+    retries: NonNegativeInt = 8  # of a request to a URL, after .1, .2, .4 ... 10 seconds
+    timeout_s: PositiveFloat = 30.0  # of one request
+    cache_dir: str | None = None  # a folder on a local disk that keeps what URLs gave
+    cache_gib: PositiveFloat = 50.0  # its bound, for all processes of a node together
+    # Tars without an index are streamed if this says how long an epoch is; `dmae-shards index` is better.
+    num_samples: PositiveInt | None = None
+    shuffle_buffer: PositiveInt = 5000  # of a worker that streams
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)
     flip: bool = True
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: central share of the short side
@@ -115,6 +128,18 @@ class DataConfig(Section):
         low, high = self.crop_scale
         if not low <= high <= 1:
             raise ValueError(f"crop_scale [{low:g}, {high:g}] is not a range of area shares; give 0 < low <= high <= 1")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self):
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for name, needs, met in (
+            ("buffer_gib", "data.block above 1", self.block > 1),
+            ("cache_gib", "data.cache_dir", self.cache_dir is not None),
+            ("shuffle_buffer", "data.num_samples", self.num_samples is not None),
+        ):
+            if getattr(self, name) != defaults[name] and not met:
+                raise ValueError(f"data.{name} is of no use without {needs}; set that too, or remove it")
         return self
 
 

@@ -4,12 +4,22 @@ Position p of a run is epoch p // N, place p % N, and the sample at a place is a
 Feistel network with cycle walking, O(1) a position at any N. Hence every sample exactly once an epoch, global batches
 that are the same for every number of ranks and workers, and resuming at any step by arithmetic. The state of the
 reader is one integer, the number of samples consumed.
+
+Block 1 is an exact global shuffle. With larger blocks, for storage that is slow to seek, C consecutive samples are read
+in one go: the blocks are permuted, cut into lanes, and a batch takes from all lanes in turn; a lane is shuffled within
+windows of WINDOW_BLOCKS blocks. The lanes' first windows differ in length, so that they open their blocks at different
+times, and the blocks' borders move every epoch. A rank takes the lanes that are its part of the global
+batch, so the blocks it needs next are mostly those that it holds.
 """
 
 import math
 from fractions import Fraction
 
 import numpy as np
+
+ORDER_VERSION = 1  # stands in checkpoints: a change of the order of any block must raise it
+WINDOW_BLOCKS = 4
+MAX_LANES = 1024
 
 NUM_ROUNDS = 6
 MIN_HALF_BITS = 3  # a domain of at least 64: below, six rounds are visibly not uniform
@@ -27,22 +37,90 @@ def num_steps(epochs: float, num_samples: int, global_batch: int) -> int:
 
 
 def batch_positions(
-    step: int, *, global_batch: int, rank: int, world_size: int, micro_batch: int, accumulation_step: int
+    step: int,
+    *,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    accumulation_step: int,
+    num_samples: int | None = None,
+    block: int = 1,
 ) -> np.ndarray:
     """Positions of one micro-batch of one rank, [micro_batch] int64.
 
-    Step s consumes [s * global_batch, (s + 1) * global_batch). A rank takes a contiguous part of it, and its
-    micro-batches are consecutive pieces of that part.
+    Step s consumes [s * global_batch, (s + 1) * global_batch), with a block above 1 sorted by lane (num_samples is
+    needed then). A rank takes a contiguous part of it, and its micro-batches are consecutive pieces of that part.
     """
-    rank_batch = global_batch // world_size
-    first = step * global_batch + rank * rank_batch + accumulation_step * micro_batch
-    return np.arange(first, first + micro_batch, dtype=np.int64)
+    first = rank * (global_batch // world_size) + accumulation_step * micro_batch
+    if block == 1:
+        return np.arange(first, first + micro_batch, dtype=np.int64) + step * global_batch
+    positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+    by_lane = np.argsort(positions % num_samples % num_lanes(num_samples, block), kind="stable")
+    return positions[by_lane[first : first + micro_batch]]
 
 
-def sample_ids(positions: np.ndarray, *, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def num_lanes(num_samples: int, block: int) -> int:
+    """How many lanes an epoch is dealt into: a function of the data and the block alone.
+
+    A power of two, as global batches mostly are: a batch that is a multiple or a fraction takes from each lane equally, so
+    a reader keeps its lanes. Else lanes, and with them blocks, change hands, and are read again (BENCHMARKS.md).
+    """
+    fitting = min(MAX_LANES, num_samples // (WINDOW_BLOCKS * block))
+    return 2 ** (fitting.bit_length() - 1) if fitting else 1
+
+
+def num_held(num_samples: int, block: int) -> int:
+    """Samples that all ranks together hold, read and unused, at most about: half of the windows and the blocks cut by their borders."""
+    return num_lanes(num_samples, block) * block * (WINDOW_BLOCKS + 2) // 2
+
+
+def sample_ids(positions: np.ndarray, *, num_samples: int, seed: int, block: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Returns (epochs, ids) of positions, both int64 in the shape of `positions`, which may straddle epochs."""
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
-    return epochs, permute(places, num_samples, epoch_key(seed, epochs))
+    keys = epoch_key(seed, epochs)
+    if block == 1:
+        return epochs, permute(places, num_samples, keys)
+    shuffled = _shuffle_lanes(places, num_samples, block, keys)
+    number, offset = np.divmod(shuffled, block)
+    full_blocks = num_samples // block  # a shorter block at the end stays where it is
+    is_full = number < full_blocks
+    number[is_full] = permute(number[is_full], full_blocks, _mix(keys[is_full] + np.uint64(1)))
+    return epochs, (_rotation(keys, num_samples) + number * block + offset) % num_samples
+
+
+def block_spans(epochs: np.ndarray, ids: np.ndarray, *, num_samples: int, seed: int, block: int) -> list[tuple[int, int]]:
+    """The block of each (epoch, id): (its first id, how many), to be read in one go. Ids wrap at num_samples."""
+    if block == 1:
+        return [(sample_id, 1) for sample_id in ids.tolist()]
+    rotation = _rotation(epoch_key(seed, epochs), num_samples)
+    start = (ids - rotation) % num_samples // block * block
+    first, length = (rotation + start) % num_samples, np.minimum(block, num_samples - start)
+    return list(zip(first.tolist(), length.tolist(), strict=True))
+
+
+def _shuffle_lanes(places: np.ndarray, num_samples: int, block: int, keys: np.ndarray) -> np.ndarray:
+    """Place -> place before the blocks are permuted: a shuffle within windows of lanes that take turns."""
+    lanes, window = num_lanes(num_samples, block), WINDOW_BLOCKS * block
+    row, lane = np.divmod(places, lanes)
+    length, longer = divmod(num_samples, lanes)  # the first lanes have one sample more
+    start, length = lane * length + np.minimum(lane, longer), length + (lane < longer)
+    first = _first_window(lane, lanes, window)
+    number = np.where(row < first, 0, 1 + (row - first) // window)
+    low, high = np.where(number == 0, 0, first + (number - 1) * window), np.minimum(length, first + number * window)
+    window_key = _mix(_mix(_mix(keys + np.uint64(3)) + lane.astype(np.uint64)) + number.astype(np.uint64))
+    return start + low + permute(row - low, high - low, window_key)
+
+
+def _first_window(lane: np.ndarray, lanes: int, window: int) -> np.ndarray:
+    """The length of a lane's first window, 1 to `window`: spread so that neighbours, which one reader has, differ much."""
+    spread = lane * (GOLDEN_GAMMA >> 32) % lanes  # an odd multiplier: a permutation of the lanes
+    return 1 + spread * window // lanes
+
+
+def _rotation(keys: np.ndarray, num_samples: int) -> np.ndarray:
+    """Where the first block of an epoch begins."""
+    return (_mix(keys + np.uint64(2)) % np.uint64(num_samples)).astype(np.int64)
 
 
 def epoch_key(seed: int, epochs: np.ndarray) -> np.ndarray:
@@ -51,32 +129,35 @@ def epoch_key(seed: int, epochs: np.ndarray) -> np.ndarray:
     return _mix(seed_key + np.asarray(epochs).astype(np.uint64))
 
 
-def permute(x: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+def permute(x: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     """The place of each x in the permutation of 0 to n - 1 that `key` names.
 
-    x: integers in [0, n); key: uint64, one for all or one for each x
+    x: integers in [0, n); n below 2**53 and key uint64: one for all or one for each x
     Returns int64 in the shape of x.
     """
     x = np.asarray(x)
-    half_bits = max(MIN_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
     values = x.astype(np.uint64).ravel()
     keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), x.shape).ravel()
+    sizes = np.broadcast_to(np.asarray(n, dtype=np.int64), x.shape).ravel()
+    num_bits = np.frexp((sizes - 1).astype(np.float64))[1]  # int.bit_length of n - 1
+    half_bits = np.maximum(MIN_HALF_BITS, (num_bits + 1) // 2).astype(np.uint64)
+    sizes = sizes.astype(np.uint64)
     # cycle walking: the domain is a power of four, below 4 n from n = 17 on; step along the cycle until back below n
     outside = np.arange(values.size)
     while outside.size:
-        values[outside] = _feistel(values[outside], keys[outside], half_bits)
-        outside = outside[values[outside] >= n]
+        values[outside] = _feistel(values[outside], keys[outside], half_bits[outside])
+        outside = outside[values[outside] >= sizes[outside]]
     return values.astype(np.int64).reshape(x.shape)
 
 
-def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:
+def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: np.ndarray) -> np.ndarray:
     """A permutation of [0, 4**half_bits): each round xors one half with a keyed hash of the other."""
-    bits, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    left, right = values >> bits, values & mask
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
     for _ in range(NUM_ROUNDS):
         keys = keys + np.uint64(GOLDEN_GAMMA)
         left, right = right, left ^ (_mix(_mix(keys) + right) & mask)
-    return left << bits | right
+    return left << half_bits | right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -1,80 +1,174 @@
-"""Sample id -> bytes of the image and its label, by one `pread` through the index of its shard.
+"""Sample id -> bytes of the image and its label, through the index of its shard: one positional read, here or remote.
 
-Random access at 10 times the speed of streaming the tar (measured, one core), which is what makes an exact global
-shuffle affordable. `pread` moves no file position, so descriptors inherited by a forked worker need no care.
+Random access at ten times the speed of streaming the tar (BENCHMARKS.md, "Reading"), which is what makes an exact
+global shuffle affordable. Blocks of consecutive samples (order.py) are read in one go and kept until they are used up.
 """
 
-import os
-import weakref
-import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib  # zlib's crc32 at the speed of memory
 
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import SOURCES, ShardError
+from dmae_ds.data.storage import NUM_THREADS, LocalFile, RemoteFile
 
-# Two descriptors a shard (tar and index), and the usual limit of a process is 1,024.
-MAX_OPEN_SHARDS = 256
+# Two descriptors a local shard (tar and index), and the usual limit of a process is 1,024. A remote index is in memory.
+MAX_OPEN_SHARDS, MAX_OPEN_REMOTE = 256, 64
+MAX_SAMPLE_BYTES = 2**28  # an index that says more is wrong, or meant to exhaust the memory
 
 
-@dataclass(frozen=True)
-class Sample:
+OpenShard = tuple[LocalFile | RemoteFile, np.ndarray]  # its tar, its index
+
+
+class Sample(NamedTuple):
     """The original file, undecoded."""
 
     data: bytes
     label: int
     key: str  # its name in the tar: 9 digits
     sample_id: int
-    shard: Path
+    shard: str  # the path or URL of its tar
+
+
+class CorruptSample(ShardError):
+    """A sample whose bytes are not those that were written, or no picture."""
+
+    def __init__(self, message: str, *, sample_id: int, key: str, shard: str, reason: str):
+        super().__init__(message)
+        self.sample_id, self.key, self.shard, self.reason = sample_id, key, shard, reason
 
 
 class SampleReader:
-    def __init__(self, shard_set: ShardSet):
-        self.shard_set = shard_set
-        # shard -> (descriptor of the tar, index), the one that was used longest ago first
-        self._open: OrderedDict[int, tuple[int, np.memmap]] = OrderedDict()
-        weakref.finalize(self, _close, self._open)
+    """Reads samples one by one, or out of blocks that `fetch` has read ahead. One a worker."""
+
+    def __init__(self, shard_set: ShardSet, *, block: int = 1, buffer_bytes: int = 2**30):
+        self.shard_set, self.block, self.buffer_bytes = shard_set, block, buffer_bytes
+        # shard -> (its tar, index), the one that was opened longest ago first
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], dict[int, bytes | ShardError]] = OrderedDict()  # span -> id -> bytes
+        self._held = 0  # bytes in self._blocks
 
     def __reduce__(self):
-        return SampleReader, (self.shard_set,)  # a spawned worker opens its own files
+        return _new_reader, (self.shard_set, self.block, self.buffer_bytes)  # a spawned worker opens its own files
 
-    def read(self, sample_id: int) -> Sample:
-        """One sample. Raises ShardError if its bytes are not those that were written."""
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `fetch` is worth its while."""
+        return self.block > 1 or self.shard_set.tars.is_remote
+
+    def fetch(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Read the blocks (first id, how many) that are not here yet; remote ones at once, local ones in turn."""
+        spans = dict.fromkeys(spans)
+        for span in spans:
+            if span in self._blocks:
+                self._blocks.move_to_end(span)
+        pieces = [(span, *piece) for span in spans if span not in self._blocks for piece in self._pieces(*span)]
+        opened = self._open_shards({shard for _, shard, _, _ in pieces})
+        jobs = [(opened[shard], self._first_id(shard) + row, row, end) for _, shard, row, end in pieces]
+        for (span, *_), samples in zip(pieces, _map(_read_rows, jobs, at_once=self.shard_set.tars.is_remote), strict=True):
+            self._blocks.setdefault(span, {}).update(samples)
+            self._held += sum(len(data) for data in samples.values() if isinstance(data, bytes))
+        while self._held > self.buffer_bytes and next(iter(self._blocks)) not in spans:
+            self._drop(next(iter(self._blocks)))
+
+    def read(self, sample_id: int, *, span: tuple[int, int] | None = None) -> Sample:
+        """One sample, out of a block if `span` was fetched. Raises CorruptSample if its bytes are not those that were
+        written, ShardError if they cannot be had."""
         shard, row = self.shard_set.locate(sample_id)
-        path = self.shard_set.folder / self.shard_set.shards[shard].name
-        descriptor, index = self._open_shard(shard, path)
-        record = index[row]
-        key = f"{record['number']:09d}"
-        try:
-            data = os.pread(descriptor, int(record["size"]), int(record["offset"]))
-        except OSError as error:
-            raise ShardError(f"{path}: sample {key} cannot be read: {error.strerror}") from None
-        if len(data) != record["size"] or zlib.crc32(data) != record["crc32"]:
-            raise ShardError(
-                f"{path}: sample {key} is corrupt (its bytes do not have the index's crc32); copy the shard again, "
-                f"or make it again from line {int(key) + 1} of {SOURCES}"
-            )
-        return Sample(data, int(record["label"]), key, sample_id, path)
+        file, index = self._open.get(shard) or self._open_shard(shard)
+        number, offset, size, crc32, _, _, label = index[row].item()  # one call: a field at a time costs as much as the read
+        data = self._take(span, sample_id) if span is not None else None
+        if isinstance(data, ShardError):
+            raise data
+        if data is None:
+            data = b"" if size > MAX_SAMPLE_BYTES else file.read(offset, size)
+        is_whole = len(data) == size and isal_zlib.crc32(data) == crc32
+        if not is_whole and file.forget(offset, size):
+            data = file.read(offset, size)
+            is_whole = len(data) == size and isal_zlib.crc32(data) == crc32
+        key = f"{number:09d}"
+        if not is_whole:
+            raise CorruptSample(
+                f"{file.path}: sample {key} is corrupt (its bytes do not have the index's crc32); copy the shard again, "
+                f"or make it again from line {number + 1} of {SOURCES}",
+                sample_id=sample_id, key=key, shard=file.path, reason="crc32",
+            )  # fmt: skip
+        return Sample(data, label, key, sample_id, file.path)
 
-    def _open_shard(self, shard: int, path: Path) -> tuple[int, np.memmap]:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        index = self.shard_set.open_index(shard)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(f"{path} cannot be opened: {error.strerror}") from None
-        self._open[shard] = descriptor, index
-        if len(self._open) > MAX_OPEN_SHARDS:
-            _, (oldest, _) = self._open.popitem(last=False)
-            os.close(oldest)
-        return descriptor, index
+    def _take(self, span: tuple[int, int] | None, sample_id: int) -> bytes | ShardError | None:
+        """The bytes of a sample in a fetched block, which lets them go: a sample comes once an epoch."""
+        if span not in self._blocks:
+            return None
+        data = self._blocks[span].pop(sample_id, None)
+        self._held -= len(data) if isinstance(data, bytes) else 0
+        if not self._blocks[span]:
+            del self._blocks[span]
+        return data
+
+    def _drop(self, span: tuple[int, int]) -> None:
+        self._held -= sum(len(data) for data in self._blocks.pop(span).values() if isinstance(data, bytes))
+
+    def _pieces(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """A block as (shard, first row, end row): more than one where it runs on into the next shard or round the end."""
+        pieces = []
+        while count:
+            shard, row = self.shard_set.locate(first)
+            end = min(row + count, self.shard_set.shards[shard].num_samples)
+            pieces.append((shard, row, end))
+            count -= end - row
+            first = (first + end - row) % self.shard_set.num_samples
+        return pieces
+
+    def _first_id(self, shard: int) -> int:
+        return self.shard_set.ends[shard] - self.shard_set.shards[shard].num_samples
+
+    def _open_shard(self, shard: int) -> OpenShard:
+        if shard not in self._open:
+            self._open_shards({shard})
+        return self._open[shard]
+
+    def _open_shards(self, shards: set[int]) -> dict[int, OpenShard]:
+        """Tar and index of each; the indexes that come over the network all at once."""
+        missing = sorted(shards - self._open.keys())
+        indexes = _map(self.shard_set.open_index, missing, at_once=self.shard_set.indexes.is_remote)
+        for shard, index in zip(missing, indexes, strict=True):
+            entry = self.shard_set.shards[shard]
+            self._open[shard] = self.shard_set.tars.open(entry.name, size=entry.bytes), index
+        opened = {shard: self._open[shard] for shard in shards}
+        while len(self._open) > (MAX_OPEN_REMOTE if self.shard_set.indexes.is_remote else MAX_OPEN_SHARDS):
+            self._open.popitem(last=False)
+        return opened
 
 
-def _close(open_shards: OrderedDict[int, tuple[int, np.memmap]]) -> None:
-    for descriptor, _ in open_shards.values():
-        os.close(descriptor)
+def _map(function: Callable, items: Sequence, *, at_once: bool) -> list:
+    if not at_once or len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(NUM_THREADS, len(items))) as pool:
+        return list(pool.map(function, items))
+
+
+def _read_rows(job: tuple[OpenShard, int, int, int]) -> dict[int, bytes | ShardError]:
+    """(shard, first id, first row, end row): id -> bytes of consecutive rows, in one read. A failure is each sample's own."""
+    (file, index), first_id, row, end = job
+    offsets, sizes = (index[field][row:end].astype(np.int64) for field in ("offset", "size"))
+    low, high = int(offsets.min()), int((offsets + sizes).max())
+    if high - low > MAX_SAMPLE_BYTES:  # an index in another order than its tar, or huge pictures: one by one
+        return {}
+    try:
+        data = memoryview(file.read(low, high - low))
+    except ShardError as error:
+        return {first_id + number: error for number in range(end - row)}
+    offsets = (offsets - low).tolist()
+    return {
+        first_id + number: bytes(data[offset : offset + size])
+        for number, (offset, size) in enumerate(zip(offsets, sizes.tolist(), strict=True))
+    }
+
+
+def _new_reader(shard_set: ShardSet, block: int, buffer_bytes: int) -> SampleReader:
+    return SampleReader(shard_set, block=block, buffer_bytes=buffer_bytes)
+

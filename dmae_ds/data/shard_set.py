@@ -1,40 +1,52 @@
-"""A finished shard folder, as a reader sees it: manifest and file sizes checked, sample ids -> places. No torch here."""
+"""A finished shard folder, here or behind a URL, as a reader sees it: manifest and file sizes checked, sample ids ->
+places. No torch here."""
 
 import bisect
+import hashlib
+import io
 import itertools
 import json
-import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dmae_ds.data.shards import MANIFEST, RECORD, SHARD_NAME, VERSION, Shard, ShardError, compute_fingerprint, index_name
+from dmae_ds.data.shards import MANIFEST, RECORD, VERSION, Shard, ShardError, compute_fingerprint, index_name, is_shard_name
+from dmae_ds.data.storage import Access, LocalFolder, RemoteFolder, is_url, open_folder
+
+MANIFEST_BYTES = 2**28  # more is none: a million shards need 2**27
+HEADER_BYTES = 4096  # of an index: some hundred in truth
 
 
 @dataclass(frozen=True)
 class ShardSet:
     """A finished shard folder. Sample ids are 0 to num_samples - 1."""
 
-    folder: Path
-    classes: list[str]
-    seed: int
+    folder: Path | str  # of manifest and indexes; a str is a URL
+    classes: list[str]  # empty: every label is -1
+    seed: int | None  # of the shuffle into shards; None: somebody else wrote the tars
+    images: str  # "original", or how the pictures were changed before they were stored
+    base: str | None  # where the tars lie: None: in `folder`; else an absolute path or a URL
     shards: list[Shard]
     fingerprint: str
     ends: list[int]  # ends[s]: the number of samples in shards 0 to s
+    indexes: LocalFolder | RemoteFolder  # `folder`, opened
+    tars: LocalFolder | RemoteFolder  # where the tars lie, opened
+    checked: set[int]  # shards whose index was held against the manifest's sha256 by this process
 
     @classmethod
-    def open(cls, folder: str | Path, *, label: str) -> "ShardSet":
-        """Check manifest and file sizes (one directory listing, no file but the manifest is opened).
+    def open(cls, folder: str | Path, *, label: str, access: Access = Access()) -> "ShardSet":
+        """Check manifest and file sizes (a listing, or over HTTP one question a shard; nothing but the manifest is read).
 
-        label: what the user calls this folder, such as 'data.train'
+        label: what the user calls this folder, such as 'data.train'; access: how URLs are read
         Raises ShardError, one line, for a folder that cannot be used.
         """
-        folder = Path(folder)
+        folder = str(folder).rstrip("/") if is_url(folder) else Path(folder)
         make = f"`dmae-shards make SRC {folder}`"
+        indexes = open_folder(folder, access=access, label=label)
         try:
-            text = (folder / MANIFEST).read_bytes()
-            found = {entry.name: entry for entry in os.scandir(folder)}
+            text = indexes.read_all(MANIFEST, limit=MANIFEST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             raise ShardError(
                 f"{label} '{folder}' is not a shard folder: no {MANIFEST} there; make one with {make}"
@@ -42,23 +54,20 @@ class ShardSet:
         except OSError as error:
             raise ShardError(f"{label} '{folder}' cannot be read: {error.strerror}") from None
         try:
-            classes, seed, shards, fingerprint = _parse_manifest(text)
+            parsed = _parse_manifest(text)
         except (ValueError, RecursionError) as error:
             raise ShardError(
                 f"{label} '{folder}': {MANIFEST} is unusable: {error}; make it again with {make}"
             ) from None
-        for shard in shards:
-            for name in (shard.name, index_name(shard.name)):
-                if name not in found:
-                    raise ShardError(f"{label} '{folder}': {name} is missing; copy it again or run {make}")
-            size = found[shard.name].stat().st_size
-            if size != shard.bytes:
-                raise ShardError(
-                    f"{label} '{folder}': {shard.name} has {size:,} bytes, {MANIFEST} says {shard.bytes:,}; "
-                    f"copy it again or run {make}"
-                )
+        shards, base = parsed["shards"], parsed["base"]
+        tars = indexes if base is None else open_folder(base, access=access, label=f"{label}: base of {MANIFEST}")
+        if tars.is_remote:
+            tars.use_cache(parsed["fingerprint"])
+        _check_files(shards, indexes, tars, where=f"{label} '{folder}'", way_out=f"copy it again or run {make}")
         ends = list(itertools.accumulate(shard.num_samples for shard in shards))
-        return cls(folder, classes, seed, shards, fingerprint, ends)
+        return cls(folder=folder, ends=ends, indexes=indexes, tars=tars, checked=set(), **parsed)
+
+    promise = "every image once an epoch, in an order of its own"
 
     @property
     def num_samples(self) -> int:
@@ -71,24 +80,88 @@ class ShardSet:
         shard = bisect.bisect_right(self.ends, sample_id)
         return shard, sample_id - self.ends[shard] + self.shards[shard].num_samples
 
-    def open_index(self, shard: int) -> np.memmap:
-        """The records of one shard, [num_samples] of RECORD. Holds a descriptor for as long as it lives."""
-        path = self.folder / index_name(self.shards[shard].name)
+    def open_index(self, shard: int) -> np.ndarray:
+        """The records of one shard, [num_samples] of RECORD: mapped, with a descriptor for as long as they live; from a
+        URL in memory. Checked against the manifest the first time."""
+        name, digest = index_name(self.shards[shard].name), self.shards[shard].index_sha256
+        path, count = self.indexes.path(name), self.shards[shard].num_samples
         try:
-            records = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+            if self.indexes.is_remote:
+                data = self.indexes.read_all(name, limit=HEADER_BYTES + count * RECORD.itemsize)
+                _check_digest(data, digest)
+                records = np.frombuffer(data, RECORD, count, _check_header(data, count))
+            else:
+                with open(path, "rb") as file:
+                    if shard not in self.checked:
+                        _check_digest(file, digest)
+                    file.seek(0)
+                    start = _check_header(file.read(HEADER_BYTES), count)
+                records = np.memmap(path, RECORD, mode="r", offset=start, shape=(count,)) if count else np.empty(0, RECORD)
         except (OSError, ValueError) as error:
             raise ShardError(f"{path}: the index cannot be read ({error}); copy it again") from None
-        expected = (self.shards[shard].num_samples,)
-        if records.dtype != RECORD or records.shape != expected:
-            raise ShardError(
-                f"{path}: found {records.shape} records of {records.dtype}, expected {expected} of {RECORD}; "
-                f"copy it again"
-            )
+        if shard not in self.checked:
+            _check_records(records, self.shards[shard].bytes, path)
+            self.checked.add(shard)
         return records
 
 
-def _parse_manifest(text: bytes) -> tuple[list[str], int, list[Shard], str]:
-    """Returns (classes, seed, shards, fingerprint). Raises ValueError that says which part is wrong."""
+def _check_files(
+    shards: list[Shard], indexes: LocalFolder | RemoteFolder, tars: LocalFolder | RemoteFolder, *, where: str, way_out: str
+) -> None:
+    """A shard that is missing or cut is found now, and not in the ninth hour."""
+    names, tar_names = [index_name(shard.name) for shard in shards], [shard.name for shard in shards]
+    try:
+        if tars is indexes:
+            found = tars.sizes([*tar_names, *names])
+        else:
+            found = {**indexes.sizes(names), **tars.sizes(tar_names)}
+    except OSError as error:
+        raise ShardError(f"{where} cannot be read: {error.strerror}") from None
+    for shard in shards:
+        for name in (shard.name, index_name(shard.name)):
+            if name not in found:
+                raise ShardError(f"{where}: {name} is missing; {way_out}")
+        if found[shard.name] != shard.bytes:
+            raise ShardError(
+                f"{where}: {shard.name} has {found[shard.name]:,} bytes, {MANIFEST} says {shard.bytes:,}; {way_out}"
+            )
+
+
+def _check_digest(data: "bytes | io.BufferedReader", expected: str) -> None:
+    """Raises ValueError."""
+    digest = hashlib.sha256(data) if isinstance(data, bytes) else hashlib.sha256()
+    if not isinstance(data, bytes):
+        while piece := data.read(2**20):
+            digest.update(piece)
+    if digest.hexdigest() != expected:
+        raise ValueError("it has not the manifest's sha256")
+
+
+def _check_records(records: np.ndarray, num_bytes: int, path: str) -> None:
+    offset, size = records["offset"], records["size"].astype(np.uint64)
+    inside = (size <= num_bytes) & (offset <= np.uint64(num_bytes) - np.minimum(size, np.uint64(num_bytes)))
+    if not inside.all():
+        raise ShardError(f"{path}: row {int(np.argmin(inside))} lies outside its tar of {num_bytes:,} bytes; index the tars again")
+
+
+def _check_header(data: bytes, count: int) -> int:
+    """Where the records of a .npy file begin. Raises ValueError unless it says that it holds `count` of them.
+
+    np.load would reserve what a header asks for, and map objects.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # numpy parses it with Python's tokenizer, which lets nearly everything escape
+        raise ValueError(f"no .npy file: {type(error).__name__}") from None
+    if version != (1, 0) or shape != (count,) or dtype != RECORD:
+        raise ValueError(f"found {shape} records of {dtype}, expected ({count},) of {RECORD}")
+    return file.tell()
+
+
+def _parse_manifest(text: bytes) -> dict:
+    """Returns what ShardSet takes from a manifest. Raises ValueError that says which part is wrong."""
 
     def check(good: bool, what: str) -> None:
         if not good:
@@ -103,21 +176,32 @@ def _parse_manifest(text: bytes) -> tuple[list[str], int, list[Shard], str]:
     check(version == VERSION, f"found format version {version!r}, expected {VERSION}")
     classes, seed, entries = manifest.get("classes"), manifest.get("seed"), manifest.get("shards")
     check(isinstance(classes, list) and all(isinstance(c, str) for c in classes), "classes is not a list of names")
-    check(type(seed) is int, f"seed is {seed!r}, expected an integer")
+    check(seed is None or type(seed) is int, f"seed is {seed!r}, expected an integer or null")
+    images, base = manifest.get("images"), manifest.get("base")
+    check(isinstance(images, str), f"images is {images!r}, expected a text")
+    good = base is None or isinstance(base, str) and re.match("/|https?://|s3://|gs://|hf://", base) is not None
+    check(good, f"base is {base!r}, expected null, an absolute path or a URL")
     check(isinstance(entries, list), "shards is not a list")
     shards = []
     fields = list(Shard.__dataclass_fields__)
     for number, entry in enumerate(entries):
         check(isinstance(entry, dict) and set(entry) == set(fields), f"shard {number} has not the fields {fields}")
         shard = Shard(**entry)
-        good = isinstance(shard.name, str) and SHARD_NAME.fullmatch(shard.name) is not None
-        check(good, f"shard {number} is named {shard.name!r}, expected shard-NNNNNN.tar")
+        check(is_shard_name(shard.name), f"shard {number} is named {shard.name!r}, expected NAME.tar")
         good = is_count(shard.num_samples) and is_count(shard.bytes)
         check(good, f"num_samples or bytes of {shard.name} is no count")
         shards.append(shard)
+    check(len({shard.name for shard in shards}) == len(shards), "it lists a shard twice")
     found, total = manifest.get("num_samples"), sum(shard.num_samples for shard in shards)
     check(total > 0, "it lists no samples")
     check(found == total, f"num_samples is {found!r}, its shards hold {total}")
     fingerprint = compute_fingerprint(classes, shards)
     check(manifest.get("fingerprint") == fingerprint, "it does not match its own fingerprint (was it edited?)")
-    return classes, seed, shards, fingerprint
+    return {
+        "classes": classes,
+        "seed": seed,
+        "images": images,
+        "base": base,
+        "shards": shards,
+        "fingerprint": fingerprint,
+    }

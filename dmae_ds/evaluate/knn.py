@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from dmae_ds.config.load import read_saved_config
+from dmae_ds.config.run import DataConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import replacing
+from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import POOLS, extract_features, load_student
 from dmae_ds.evaluate.record import KNN_FILE
@@ -34,7 +36,7 @@ def evaluate_run(run: Path, *, k: int = 20, temperature: float = 0.07, pool: str
     if k < 1 or temperature <= 0 or batch_size < 1 or pool not in POOLS:
         raise UserError(f"k {k}, temperature {temperature:g}, batch size {batch_size}, pool {pool}: the numbers must be above 0, the pool one of {', '.join(POOLS)}")
     config = read_saved_config(run)
-    train, val = _open_labelled(config.data.train, config.data.val, k=k)
+    train, val = _open_labelled(config.data, k=k)
     student = load_student(run)
     with safe_open(run / "student.safetensors", framework="pt") as file:
         step = int((file.metadata() or {}).get("step", 0))
@@ -86,10 +88,11 @@ def knn_predict(
     return torch.cat(predictions)
 
 
-def _open_labelled(train: str, val: str | None, *, k: int) -> tuple[ShardSet, ShardSet]:
-    if val is None:
+def _open_labelled(data: DataConfig, *, k: int) -> tuple[ShardSet, ShardSet]:
+    if data.val is None:
         raise UserError("data.val is null in the run's config.yaml: k-NN needs labelled pictures to classify; write data.val: SHARDS into it")
-    sets = ShardSet.open(train, label="data.train"), ShardSet.open(val, label="data.val")
+    access = Access.of(data)
+    sets = ShardSet.open(data.train, label="data.train", access=access), ShardSet.open(data.val, label="data.val", access=access)
     for name, shard_set in zip(("data.train", "data.val"), sets, strict=True):
         if len(shard_set.classes) < 2:
             raise UserError(f"{name} '{shard_set.folder}' has {len(shard_set.classes)} class: unlabelled pictures can't vote; make the shards from one folder a class")

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmae_ds.data.decode import decode
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.transforms import MASK_STREAM, decode, eval_view, sample_rng
+from dmae_ds.data.transforms import MASK_STREAM, eval_view, sample_rng
 from dmae_ds.models.masking import gather_patches
 from dmae_ds.models.patches import Normalize, patchify, unpatchify
 

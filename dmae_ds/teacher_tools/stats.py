@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
 from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.teacher import identity, targets
@@ -59,7 +60,7 @@ def write_stats(config: RunConfig, *, num_images: int, out: Path | None, device:
     if num_images < 1:
         raise UserError(f"--images {num_images} is no number of images; give 1 or more")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shards = ShardSet.open(config.data.train, label="data.train")
+    shards = ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
     objective, shape = build_objective(config)
     teacher = build_frozen_teacher(
         config.teacher, taps=objective.taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device, standardize=False

@@ -1,12 +1,16 @@
 """dmae_ds/data/loader.py: what a global batch holds depends on the seed alone."""
 
+import json
+import os
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from dmae_ds.data import loader
 from dmae_ds.data.loader import Batch, eval_batches, train_batches
-from dmae_ds.data.shards import ShardError
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import ShardError, write_manifest, write_shard
 from dmae_ds.errors import UserError
 
 GLOBAL_BATCH = 8
@@ -158,6 +162,78 @@ def test_evaluation_sees_every_sample_once(shard_set, world_size, batch_size, li
         for batch in batches:
             assert batch.images.shape == (len(batch.labels), 3, 16, 16) and len(batch.labels) <= batch_size
             assert batch.noise is None and batch.epochs.tolist() == [0] * len(batch.labels)
+
+
+@pytest.mark.parametrize("block", [2, 16])
+@pytest.mark.parametrize("world_size, accumulation, num_workers", [(2, 1, 0), (4, 2, 0), (1, 1, 3), (2, 2, 2)])
+def test_global_batches_of_blocks_do_not_depend_on_ranks_accumulation_or_workers(shard_set, block, world_size, accumulation, num_workers):
+    reference = global_batches(shard_set, world_size=1, block=block)
+    ours = global_batches(shard_set, world_size=world_size, accumulation=accumulation, num_workers=num_workers, block=block)
+    assert_same(ours, reference)
+    ids, epochs = (torch.cat([batch[field] for batch in reference]) for field in (3, 4))
+    for epoch in (0, 1):
+        assert sorted(ids[epochs == epoch].tolist()) == list(range(23))
+    tail = global_batches(shard_set, world_size=world_size, accumulation=accumulation, num_workers=num_workers, block=block, start_step=4)
+    assert_same(tail, reference[4:])
+
+
+def test_blocks_that_do_not_fit_the_buffer_are_refused(shard_set):
+    with pytest.raises(UserError, match=r"data.block 4 needs about .* GiB a rank .* data.buffer_gib is 1e-06; take a smaller block"):
+        train(shard_set, block=4, buffer_gib=1e-6)
+
+
+def damage(shard_set, *ids):
+    """One byte of each, somewhere in its picture."""
+    for sample_id in ids:
+        shard, row = shard_set.locate(sample_id)
+        with open(shard_set.folder / shard_set.shards[shard].name, "r+b") as file:
+            file.seek(int(shard_set.open_index(shard)[row]["offset"]) + 40)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 255]))
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_corrupt_samples_are_replaced_alike_on_every_rank_and_written_down_once(shard_set, tmp_path, block, capsys):
+    whole = global_batches(shard_set, world_size=1, block=block)
+    damage(shard_set, 3, 13)
+    log = tmp_path / "run" / "corrupt.jsonl"
+    settings = {"block": block, "max_corrupt": 2, "corrupt_log": log}
+    reference = global_batches(shard_set, world_size=1, **settings)
+    for world_size, num_workers in ((2, 0), (1, 2)):
+        assert_same(global_batches(shard_set, world_size=world_size, num_workers=num_workers, **settings), reference)
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted((entry["sample_id"], entry["key"], entry["reason"]) for entry in entries) == [(3, "000000003", "crc32"), (13, "000000014", "crc32")]
+    assert [entry["shard"].rpartition("/")[2] for entry in sorted(entries, key=lambda entry: entry["sample_id"])] == ["shard-000000.tar", "shard-000001.tar"]
+    assert capsys.readouterr().err.count("WARNING") == 2
+    for step, (before, after) in enumerate(zip(whole, reference, strict=True)):
+        same = before[3] == after[3]  # sample_ids: only the corrupt ones' places show another sample, with its own label
+        assert set(before[3][~same].tolist()) <= {3, 13} and not {3, 13} & set(after[3].tolist()), step
+        assert all(torch.equal(x[same], y[same]) for x, y in zip(before, after, strict=True))
+        assert torch.equal(before[1], after[1])  # noise: the place's own mask
+        numbers = [id if id < 5 else id + 1 for id in after[3].tolist()]
+        assert after[2].tolist() == [number % 3 for number in numbers]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_more_corrupt_samples_than_allowed_end_the_run_in_one_line(shard_set, tmp_path, num_workers):
+    damage(shard_set, 3, 13, 20)
+    log = tmp_path / "corrupt.jsonl"
+    with pytest.raises(ShardError, match=r"data.max_corrupt allows 2 \(3 so far, all in .*corrupt.jsonl\)") as caught:
+        list(train(shard_set, max_corrupt=2, corrupt_log=log, num_workers=num_workers))
+    assert "\n" not in str(caught.value)
+    assert len(log.read_text().splitlines()) == 3
+    with pytest.raises(ShardError, match="data.max_corrupt allows 2"):  # the log outlives a resume: ranks and restarts add up
+        list(train(shard_set, max_corrupt=2, corrupt_log=log))
+
+
+def test_a_picture_that_cannot_be_decoded_is_replaced_too(shard_folder, make_picture):
+    samples = [make_picture(number) for number in range(6)]
+    samples[2] = samples[2]._replace(data=b"\xff\xd8 no picture")
+    shards = [write_shard(shard_folder, "shard-000000.tar", samples)]
+    write_manifest(shard_folder, classes=["ant", "bee", "cat"], seed=0, shards=shards)
+    ids = torch.cat([batch.sample_ids for batch in train(ShardSet.open(shard_folder, label="x"), max_corrupt=1)])
+    assert 2 not in ids and len(ids) == 8 * NUM_STEPS
 
 
 def test_spawned_workers_read_the_same(shard_set, reference, monkeypatch):

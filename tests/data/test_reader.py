@@ -1,13 +1,19 @@
 """dmae_ds/data/reader.py: a sample comes back as it was written, or not at all."""
 
+import hashlib
 import os
 import pickle
+import subprocess
+import sys
+import zlib
 
+import numpy as np
 import pytest
 
 from dmae_ds.data import reader as reader_module
 from dmae_ds.data.reader import SampleReader
-from dmae_ds.data.shards import ShardError
+from dmae_ds.data.shards import RECORD, Shard, ShardError, index_name, write_manifest
+from dmae_ds.data.storage import LocalFile
 
 
 def test_sample_is_what_was_written(shard_set, make_picture):
@@ -64,3 +70,57 @@ def test_reader_works_in_a_forked_child_and_after_pickling(shard_set):
     copy = pickle.loads(pickle.dumps(reader))
     del reader  # and with it its descriptors
     assert copy.read(7) == expected[7]
+
+
+def test_blocks_give_the_same_samples_in_fewer_reads(shard_set, monkeypatch):
+    """Also over the end of a shard and round the end of the set; what was read and not used is bounded."""
+    expected = [SampleReader(shard_set).read(sample_id) for sample_id in range(23)]
+    reads = []
+    read = LocalFile.read
+    monkeypatch.setattr(LocalFile, "read", lambda self, offset, size: reads.append(size) or read(self, offset, size))
+    reader = SampleReader(shard_set, block=8)
+    spans = [(5, 8), (13, 8), (21, 7)]  # 5-12, 13-20, 21-22 and 0-4
+    reader.fetch(spans)
+    assert len(reads) == 2 + 2 + 2
+    for first, length in spans:
+        for sample_id in ((first + number) % 23 for number in range(length)):
+            assert reader.read(sample_id, span=(first, length)) == expected[sample_id]
+    assert len(reads) == 6 and reader._held == 0 and not reader._blocks
+    small = SampleReader(shard_set, block=8, buffer_bytes=1)
+    small.fetch(spans[:1])
+    small.fetch(spans[1:])
+    assert spans[0] not in small._blocks
+    assert small.read(7, span=spans[0]) == expected[7]  # read again, alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_samples, block", [(14_000_000, 1), (14_000_000, 64), (400_000_000, 1), (400_000_000, 64)])
+def test_reading_starts_anywhere_in_10_000_shards_with_little_memory(tmp_path, num_samples, block):
+    """Sparse tars that hold nothing but the first sample's zeros; time and memory are printed, the latter bounded."""
+    per_shard = num_samples // 10_000
+    records = np.zeros(per_shard, RECORD)
+    records["size"], records["offset"], records["crc32"] = 1000, 512 + 2048 * np.arange(per_shard), zlib.crc32(bytes(1000))
+    np.save(tmp_path / "index.npy", records)
+    digest, shards = hashlib.sha256((tmp_path / "index.npy").read_bytes()).hexdigest(), []
+    for number in range(10_000):
+        name, size = f"shard-{number:06d}.tar", 2048 * (per_shard + 1)
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size)
+        os.link(tmp_path / "index.npy", tmp_path / index_name(name))
+        shards.append(Shard(name, per_shard, size, digest))
+    write_manifest(tmp_path, classes=["a", "b"], seed=0, shards=shards)
+    code = f"""
+import resource, time
+from dmae_ds.data.order import batch_positions, sample_ids
+from dmae_ds.data.reader import SampleReader
+from dmae_ds.data.shard_set import ShardSet
+wall, cpu = time.perf_counter(), time.process_time()
+shard_set = ShardSet.open({str(tmp_path)!r}, label="data.train")
+positions = batch_positions(777_777, global_batch=4096, rank=3, world_size=8, micro_batch=512, accumulation_step=0, num_samples={num_samples}, block={block})
+epochs, ids = sample_ids(positions, num_samples={num_samples}, seed=1, block={block})
+assert len(SampleReader(shard_set, block={block}).read(int(ids[0])).data) == 1000
+print(f"{{time.perf_counter() - wall:.2f}} s, CPU {{time.process_time() - cpu:.2f}} s,", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "MiB")
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    print(num_samples, block, said)
+    assert int(said.split()[-2]) < 1024

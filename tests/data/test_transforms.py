@@ -1,8 +1,5 @@
 """dmae_ds/data/transforms.py: held against torchvision on PIL, which is MAE's published recipe."""
 
-import dataclasses
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -10,15 +7,21 @@ from PIL import Image
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
-from dmae_ds.data.reader import SampleReader
-from dmae_ds.data.shards import ShardError
-from dmae_ds.data.transforms import CROP_RATIO, crop_box, decode, eval_view, sample_rng, train_view
+from dmae_ds.data.transforms import CROP_RATIO, crop_box, eval_view, sample_rng, train_view
 
 MAE_SCALE = (0.2, 1.0)
 
 
 def picture(width, height):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def assert_close(ours, theirs):
+    """Torch and PIL round and clip differently between the two directions; noise is the worst case (test_decode.py has
+    photographs)."""
+    difference = np.abs(ours.astype(int) - np.asarray(theirs).transpose(2, 0, 1).astype(int))
+    assert ours.dtype == np.uint8 and ours.shape == difference.shape
+    assert difference.max() <= 16 and difference.mean() < 0.5
 
 
 def box_of(rng, image):
@@ -33,13 +36,11 @@ def test_train_view_equals_torchvision_on_the_same_box(seed):
     theirs = tvf.resized_crop(image, top, left, bottom - top, right - left, [32, 32], tv.InterpolationMode.BICUBIC)
     if rng.random() < 0.5:
         theirs = tvf.hflip(theirs)
-    ours = train_view(image, sample_rng(seed, 0, 0, 0), img_size=32, crop_scale=MAE_SCALE, flip=True)
-    assert ours.dtype == np.uint8
-    assert np.array_equal(ours, np.asarray(theirs).transpose(2, 0, 1))
+    assert_close(train_view(np.array(image), sample_rng(seed, 0, 0, 0), img_size=32, crop_scale=MAE_SCALE, flip=True), theirs)
 
 
 def test_flip_is_half_of_the_views_and_can_be_off():
-    image = picture(40, 40)
+    image = np.array(picture(40, 40))
     flipped = 0
     for seed in range(200):
         views = [
@@ -79,8 +80,7 @@ def test_fallback_crop_equals_torchvisions(width, height):
 def test_eval_view_equals_torchvision(width, height, crop_pct):
     image = picture(width, height)
     recipe = tv.Compose([tv.Resize(round(32 / crop_pct), tv.InterpolationMode.BICUBIC), tv.CenterCrop(32)])
-    ours = eval_view(image, img_size=32, crop_pct=crop_pct)
-    assert np.array_equal(ours, np.asarray(recipe(image)).transpose(2, 0, 1))
+    assert_close(eval_view(np.array(image), img_size=32, crop_pct=crop_pct), recipe(image))
 
 
 def test_generators_differ_in_every_part_of_their_key():
@@ -88,25 +88,3 @@ def test_generators_differ_in_every_part_of_their_key():
     draws = [sample_rng(*key).random(4).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == 5
     assert draws[0] == sample_rng(0, 0, 0, 0).random(4).tolist()
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_every_mode_becomes_rgb(shard_set, mode):
-    file = io.BytesIO()
-    picture(20, 20).convert(mode).save(file, "JPEG" if mode == "CMYK" else "PNG")
-    sample = dataclasses.replace(SampleReader(shard_set).read(0), data=file.getvalue())
-    assert decode(sample).mode == "RGB"
-
-
-def test_bytes_that_are_no_picture_name_shard_and_key(shard_set, monkeypatch):
-    message = r"shard-000000.tar: sample 000000006 cannot be decoded \(.*\(line 7 of sources.txt\)"
-    sample = SampleReader(shard_set).read(5)
-    bmp = io.BytesIO()
-    picture(9, 9).save(bmp, "BMP")
-    for data in (b"", b"text", sample.data[:-200], sample.data[:30], bmp.getvalue()):
-        with pytest.raises(ShardError, match=message) as caught:
-            decode(dataclasses.replace(sample, data=data))
-        assert "\n" not in str(caught.value) and " 0x" not in str(caught.value)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ShardError, match="000000006 cannot be decoded .DecompressionBombError"):
-        decode(sample)

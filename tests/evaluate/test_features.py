@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.load import read_saved_config
+from dmae_ds.data.decode import decode
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.transforms import decode, eval_view
+from dmae_ds.data.transforms import eval_view
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import extract_features, load_student
 from dmae_ds.models.patches import Normalize, patchify

@@ -1,0 +1,122 @@
+"""dmae_ds/data/decode.py: what the official recipe's PIL gives, for every kind of file, and one line for what is none."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision import transforms as tv
+from torchvision.transforms import functional as tvf
+
+from dmae_ds.data import decode as decode_module
+from dmae_ds.data.decode import MAX_PIXELS, decode, decode_bytes
+from dmae_ds.data.reader import CorruptSample, SampleReader
+from dmae_ds.data.transforms import CROP_RATIO, crop_box, sample_rng, train_view
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Two real photographs, 640 x 427."""
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def encode(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def with_pil(data):
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("quality, subsampling", [(75, 2), (92, 2), (92, 1), (95, 0)])
+@pytest.mark.parametrize("stored_at", [427, 256])
+def test_views_of_photographs_are_the_official_recipe_s(photos, quality, subsampling, stored_at):
+    """JPEG bytes -> PIL's RandomResizedCrop, bicubic, on the same box: below .1 of 255 in the mean."""
+    differences = []
+    for number, photo in enumerate(photos * 4):
+        photo = tvf.resize(photo, stored_at, tv.InterpolationMode.BICUBIC) if stored_at != 427 else photo
+        data = encode(photo, quality=quality, subsampling=subsampling)
+        official = Image.open(io.BytesIO(data)).convert("RGB")
+        left, top, right, bottom = crop_box(sample_rng(0, 0, number, 0), width=photo.width, height=photo.height, scale=(0.2, 1.0), ratio=CROP_RATIO)
+        official = tvf.resized_crop(official, top, left, bottom - top, right - left, [224, 224], tv.InterpolationMode.BICUBIC)
+        ours = train_view(decode_bytes(data), sample_rng(0, 0, number, 0), img_size=224, crop_scale=(0.2, 1.0), flip=False)
+        differences.append(np.abs(ours.astype(int) - np.asarray(official).transpose(2, 0, 1)))
+    assert np.mean(differences) < 0.1
+    assert np.max(differences) <= 16
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda photo: encode(photo, progressive=True),
+        lambda photo: encode(photo.convert("L")),
+        lambda photo: encode(photo, keep_rgb=True),
+        lambda photo: encode(photo.convert("CMYK")),
+        lambda photo: encode(photo, comment=b"c" * 999, icc_profile=b"p" * 70_000),
+        lambda photo: encode(photo) + b"behind the end",
+        *(lambda photo, mode=mode: encode(photo.convert(mode), "PNG") for mode in ("RGB", "L", "P", "RGBA", "1", "LA")),
+    ],
+)
+def test_every_kind_of_file_becomes_what_pil_says(photos, make):
+    data = make(photos[0].crop((0, 0, 123, 77)))
+    ours, theirs = decode_bytes(data), with_pil(data)
+    assert ours.dtype == np.uint8 and ours.shape == theirs.shape == (77, 123, 3)
+    assert np.abs(ours.astype(int) - theirs).mean() < 0.1
+
+
+def test_cmyk_is_not_left_to_a_decoder_that_inverts_it(photos):
+    data = encode(photos[0].convert("CMYK"))
+    assert np.array_equal(decode_bytes(data), with_pil(data))
+
+
+def test_pictures_are_not_turned_by_their_exif_orientation(photos):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    data = encode(photos[0], exif=exif)
+    assert decode_bytes(data).shape == (427, 640, 3)
+    assert np.abs(decode_bytes(data).astype(int) - with_pil(data)).max() <= 1
+
+
+def test_bytes_that_are_no_whole_picture_name_shard_and_key(shard_set, photos):
+    sample = SampleReader(shard_set).read(5)
+    jpeg, png = encode(photos[0]), encode(photos[0], "PNG")
+    for data in (b"", b"text", b"\xff\xd8", jpeg[:-2000], jpeg[:30], png[:-2000], png[:20], encode(photos[0], "BMP"), encode(photos[0], "GIF")):
+        with pytest.raises(CorruptSample, match=r"shard-000000.tar: sample 000000006 cannot be decoded \(.*\(line 7 of sources.txt\)") as caught:
+            decode(sample._replace(data=data))
+        assert "\n" not in str(caught.value) and " 0x" not in str(caught.value)
+        assert (caught.value.sample_id, caught.value.key) == (5, "000000006")
+
+
+def bomb_png(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+
+
+def bomb_jpeg(width, height):
+    data = encode(Image.new("RGB", (8, 8)))
+    start = data.index(b"\xff\xc0") + 5
+    return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
+
+
+@pytest.mark.parametrize("bomb", [bomb_png(100_000, 100_000), bomb_jpeg(65_500, 65_500), bomb_png(2**31 - 1, 1), bomb_jpeg(65_500, MAX_PIXELS // 65_500 + 1)])
+def test_bombs_are_refused_by_their_header(bomb):
+    with pytest.raises(ValueError, match="pixels"):
+        decode_bytes(bomb)
+
+
+def test_thousands_of_scans_are_refused(photos, monkeypatch):
+    data = encode(photos[0].resize((64, 64)), progressive=True)
+    decode_bytes(data)
+    monkeypatch.setattr(decode_module, "COUNT_FROM", 0)
+    monkeypatch.setattr(decode_module, "MAX_SCANNED_PIXELS", 64 * 64 * 9)  # it has ten scans
+    with pytest.raises(ValueError, match="64x64 pixels in 10 scans"):
+        decode_bytes(data)

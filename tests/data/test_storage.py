@@ -1,0 +1,186 @@
+"""dmae_ds/data/storage.py and cache.py: the same samples from a URL as from a folder, whatever the network does."""
+
+import os
+import resource
+
+import pytest
+import torch
+
+from dmae_ds.data import storage as storage_module
+from dmae_ds.data.cache import CHUNK_BYTES, FOLDER, make_cache
+from dmae_ds.data.loader import train_batches
+from dmae_ds.data.reader import SampleReader
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import ShardError
+from dmae_ds.data.storage import Access
+from tests.data.flaky_server import serve
+
+pytest.importorskip("aiohttp", reason="http:// is read with aiohttp: dmae-ds[remote]")
+
+QUICK = Access(retries=12, timeout_s=2.0)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(storage_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(storage_module, "LONGEST_WAIT_S", 0.05)
+
+
+def batches(shard_set, *, num_steps, block=1, num_workers=0, world_size=1, rank=0, **settings):
+    return list(
+        train_batches(
+            shard_set, img_size=16, num_patches=4, crop_scale=(0.2, 1.0), flip=True, seed=5, global_batch=8, micro_batch=8 // world_size,
+            accumulation=1, rank=rank, world_size=world_size, start_step=0, stop_step=num_steps, num_workers=num_workers, pin_memory=False, block=block,
+            **settings,
+        )
+    )  # fmt: skip
+
+
+def cached_bytes(folder):
+    return sum(path.stat().st_size for path in (folder / FOLDER).rglob("*") if path.is_file() and path.name != "usage")
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_from_a_url_are_those_of_the_folder(shard_folder, shard_set, block, num_workers):
+    with serve(shard_folder) as server:
+        remote = ShardSet.open(server.url, label="data.train", access=QUICK)
+        assert remote.fingerprint == shard_set.fingerprint
+        ours, theirs = (batches(each, num_steps=3, block=block, num_workers=num_workers) for each in (remote, shard_set))
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+@pytest.mark.parametrize("block, cached", [(1, False), (16, True)])
+def test_three_epochs_over_a_bad_network(shard_folder, tmp_path, block, cached):
+    """A quarter of the requests go wrong; every sample comes exactly once an epoch, and memory and cache stay bounded."""
+    limit = 60_000  # about half of the tars
+    access = Access(retries=12, timeout_s=0.5, cache_dir=tmp_path / "cache" if cached else None, cache_gib=limit / 2**30)
+    with serve(shard_folder, seed=1, trouble=0.25, stall_s=1.0) as server:
+        shard_set = ShardSet.open(server.url, label="data.train", access=access)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = batches(shard_set, num_steps=9, block=block)  # 72 places: three epochs of 23, and 3 of the fourth
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
+        assert sum(server.count[kind] for kind in ("503", "drop", "cut", "stall")) > 3
+    seen = sorted((epoch, sample_id) for batch in found for epoch, sample_id in zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True))
+    assert [pair for pair in seen if pair[0] < 3] == [(epoch, sample_id) for epoch in range(3) for sample_id in range(23)]
+    if cached:
+        assert 0 < cached_bytes(tmp_path / "cache") <= limit
+        assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("block", [1, 16])
+def test_three_epochs_over_a_worse_network_with_workers_and_ranks(shard_folder, tmp_path, seed, block):
+    access = Access(retries=20, timeout_s=0.5, cache_dir=tmp_path / "cache", cache_gib=60_000 / 2**30)
+    seen = []
+    with serve(shard_folder, seed=seed, trouble=0.3, stall_s=1.0) as server:
+        shard_set = ShardSet.open(server.url, label="data.train", access=access)
+        for rank in range(2):
+            for batch in batches(shard_set, num_steps=9, block=block, num_workers=2, world_size=2, rank=rank):
+                seen += zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)
+    assert sorted(pair for pair in seen if pair[0] < 3) == [(epoch, sample_id) for epoch in range(3) for sample_id in range(23)]
+    assert cached_bytes(tmp_path / "cache") <= 60_000
+
+
+def test_a_second_epoch_comes_from_the_cache(shard_folder, tmp_path):
+    access = Access(retries=0, timeout_s=5, cache_dir=tmp_path, cache_gib=1)
+    with serve(shard_folder) as server:
+        first = batches(ShardSet.open(server.url, label="data.train", access=access), num_steps=6)
+        requests = server.count["requests"]
+        again = batches(ShardSet.open(server.url, label="data.train", access=access), num_steps=6)
+        assert server.count["requests"] - requests <= 1 + 6 + 3  # manifest, six sizes, three indexes; no tar
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+
+
+def test_a_damaged_chunk_of_the_cache_is_fetched_again(shard_folder, tmp_path):
+    access = Access(retries=0, timeout_s=5, cache_dir=tmp_path, cache_gib=1)
+    with serve(shard_folder) as server:
+        shard_set = ShardSet.open(server.url, label="data.train", access=access)
+        expected = SampleReader(shard_set).read(3).data
+        (chunk,) = [path for path in (tmp_path / FOLDER).rglob("0") if path.is_file()]
+        chunk.write_bytes(bytes(chunk.stat().st_size))
+        assert SampleReader(shard_set).read(3).data == expected
+        chunk.write_bytes(b"cut")
+        assert SampleReader(shard_set).read(3).data == expected
+
+
+def test_the_cache_keeps_what_it_has_and_other_data_sets_make_room(tmp_path):
+    limit = 4 * CHUNK_BYTES
+    data = os.urandom(8 * CHUNK_BYTES + 5)
+    for fingerprint in ("a" * 64, "b" * 64):
+        cache = make_cache(tmp_path, fingerprint, limit_bytes=limit)
+        for offset, size in ((0, 10), (CHUNK_BYTES - 3, 7), (0, len(data)), (len(data) - 2, 2)):
+            got = cache.read("x.tar", offset, size, file_size=len(data), fetch=lambda start, count: data[start : start + count])
+            assert got == data[offset : offset + size]
+        assert 0 < cached_bytes(tmp_path) <= limit
+    assert [path.name for path in (tmp_path / FOLDER).iterdir() if path.is_dir()] == ["b" * 16]
+    (tmp_path / "other").mkdir()
+    make_cache(tmp_path, "c" * 64, limit_bytes=1)
+    assert (tmp_path / "other").is_dir()  # what is not the cache's own stays
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000002.index.npy"])
+def test_a_missing_or_cut_shard_behind_a_url_is_found_at_the_start(shard_folder, name):
+    with serve(shard_folder) as server:
+        os.rename(shard_folder / name, shard_folder / "away")
+        with pytest.raises(ShardError, match=f"{name} is missing"):
+            ShardSet.open(server.url, label="data.train", access=QUICK)
+        os.rename(shard_folder / "away", shard_folder / name)
+        os.truncate(shard_folder / "shard-000000.tar", 512)
+        with pytest.raises(ShardError, match="shard-000000.tar has 512 bytes, manifest.json says"):
+            ShardSet.open(server.url, label="data.train", access=QUICK)
+
+
+def test_a_server_that_stays_away_is_one_line(shard_folder):
+    access = Access(retries=2, timeout_s=0.2)
+    with serve(shard_folder, stall_s=1.0) as server:
+        shard_set = ShardSet.open(server.url, label="data.train", access=access)
+        with pytest.raises(ShardError, match="is not a shard folder: no manifest.json there"):
+            ShardSet.open(server.url + "/nowhere", label="data.train", access=access)
+        server.trouble = 1.0
+        with pytest.raises(ShardError, match="cannot be read.* 3 tries, the last: ") as caught:
+            SampleReader(shard_set).read(0)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ShardError, match="data.train 'ftp://x': ftp:// is unknown; give a folder, or a URL of http"):
+        ShardSet.open("ftp://x", label="data.train")
+
+
+def test_an_index_that_is_not_the_manifest_s_is_refused(shard_folder):
+    path = shard_folder / "shard-000000.index.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # a label
+    path.write_bytes(data)
+    with serve(shard_folder) as server:
+        for location in (server.url, shard_folder):
+            with pytest.raises(ShardError, match="shard-000000.index.npy: the index cannot be read .*sha256"):
+                SampleReader(ShardSet.open(location, label="data.train", access=QUICK)).read(0)
+
+
+def test_s3(shard_folder, shard_set, monkeypatch):
+    pytest.importorskip("s3fs", reason="s3:// is read with s3fs: dmae-ds[remote]")
+    moto = pytest.importorskip("moto.server", reason="the S3 server of these tests: pip install 'moto[server]'")
+    boto3 = pytest.importorskip("boto3")
+    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        client = boto3.client("s3", endpoint_url=endpoint)
+        client.create_bucket(Bucket="pictures")
+        for path in shard_folder.iterdir():
+            client.upload_file(str(path), "pictures", f"digits/train/{path.name}")
+        remote = ShardSet.open("s3://pictures/digits/train", label="data.train", access=Access(retries=3, timeout_s=10))
+        for block, num_workers in ((1, 0), (16, 2)):
+            ours, theirs = (batches(each, num_steps=3, block=block, num_workers=num_workers) for each in (remote, shard_set))
+            assert all(torch.equal(a.images, b.images) for a, b in zip(ours, theirs, strict=True))
+        client.delete_object(Bucket="pictures", Key="digits/train/shard-000001.tar")
+        with pytest.raises(ShardError, match="shard-000001.tar is missing"):
+            ShardSet.open("s3://pictures/digits/train", label="data.train", access=Access(retries=1, timeout_s=10))
+        with pytest.raises(ShardError, match="no manifest.json there"):
+            ShardSet.open("s3://pictures/none", label="data.train", access=Access(retries=1, timeout_s=10))
+    finally:
+        server.stop()

@@ -1,0 +1,38 @@
+"""dmae_ds/bench/shuffle_quality.py: its figures tell a good shuffle from a bad one, and ours is a good one."""
+
+import numpy as np
+import pytest
+
+from dmae_ds.bench.shuffle_quality import main, measure, ours, streaming_py1e, uniform, webdataset
+
+CLASSES, SIZE, BATCH = 100, 100, 500
+N = CLASSES * SIZE
+WAYS = {
+    "uniform": uniform(N, BATCH),
+    "block 1": ours(N, BATCH, block=1),
+    "block 16": ours(N, BATCH, block=16),
+    "webdataset": webdataset(N, BATCH, shard_size=SIZE, readers=4, buffer=200),
+    "streaming": streaming_py1e(N, BATCH, shard_size=SIZE, nodes=1, block=1000),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_shuffles_a_set_without_repeating_itself(way):
+    for epoch in (0, 1):
+        ids = WAYS[way](epoch).reshape(-1)
+        assert 0 <= ids.min() and ids.max() < N and ids.size > 0.8 * N
+        assert way.startswith("block") or len(np.unique(ids)) == ids.size  # ours are cut at batches, not at epochs
+
+
+def test_figures_of_ours_are_a_uniform_shuffle_s_and_those_of_buffers_are_not():
+    found = {way: measure(epochs, num_classes=CLASSES, shard_size=SIZE) for way, epochs in WAYS.items()}
+    for way in ("uniform", "block 1"):
+        assert 0.85 < found[way][1] < 1.1 and 0.9 < found[way][2] < 1.1
+    assert found["block 16"][1] < 2.5 and 0.9 < found["block 16"][2] < 1.1
+    assert found["webdataset"][1] > 5 and found["streaming"][1] > 5
+
+
+def test_it_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["shuffle_quality", "--classes", "20", "--shard-size", "200", "--batch", "128", "--readers", "4"])
+    main()
+    assert len(capsys.readouterr().out.splitlines()) == 11
