@@ -88,6 +88,13 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
+def world_size() -> int:
+    """Ranks in the process group."""
+    from torch import distributed
+
+    return distributed.get_world_size()
+
+
 def is_main() -> bool:
     """Whether this is rank 0 of the process group."""
     from torch import distributed
@@ -111,11 +118,19 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total / distributed.get_world_size()
 
 
-def main_says(flag: bool) -> bool:
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because somebody else is gone or stuck (gloo says so in words, NCCL by its type)."""
+    from torch import distributed
+
+    words = ("gloo", "connection closed by peer", "connection reset by peer", "timed out")
+    return isinstance(error, distributed.DistError) or any(word in str(error).lower() for word in words)
+
+
+def main_says(value: T) -> T:
     """Rank 0's answer, on every rank; the others' is ignored."""
     from torch import distributed
 
-    answer = [flag]
+    answer = [value]
     distributed.broadcast_object_list(answer, src=0)
     return answer[0]
 

@@ -15,3 +15,7 @@ class RunFailed(RuntimeError):
     """The run itself broke (a non-finite loss, say): says where, and what is still good. Exit code 1."""
 
     on_every_rank = False
+
+
+class RankLost(RunFailed):
+    """Another rank is gone or stuck. Whoever meets it leaves at once: there is nobody to take leave of."""

@@ -189,12 +189,12 @@ def _rotary_angles(vit: VisionTransformer | Eva, grid: tuple[int, int]) -> Tenso
     return rope.get_embed() if getattr(rope, "feat_shape", None) is not None else rope.get_embed(shape=list(grid))
 
 
-def build_student(name: str, overrides: dict, *, generator: torch.Generator) -> MaskedViT:
-    """A student with MAE's initialisation and fixed sin-cos positions (MAE, Sec. 3 and A.1)."""
+def build_student(name: str, overrides: dict, *, generator: torch.Generator, device: str = "cpu") -> MaskedViT:
+    """A student with MAE's initialisation and fixed sin-cos positions (MAE, Sec. 3 and A.1); on `meta`, its geometry alone."""
     student = MaskedViT(build_timm_vit(name, overrides))
     if not student.is_plain:
         raise UserError(f"student.name '{name}' is not a plain vision transformer with one CLS token and position codes; use a vit_* such as vit_base_patch16_224")
-    student.to_empty(device="cpu")
+    student.to_empty(device=device)
     student.pos_embed = sincos_positions(student.embed_dim, student.grid)
     initialize_as_mae(student, generator)
     return student

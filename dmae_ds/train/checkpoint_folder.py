@@ -25,11 +25,16 @@ MUST_AGREE = {
     "precision": "set precision back",
     "seed": "set run.seed back",
     "fingerprint": "point data.train at the shards that it was trained on",
+    "order": "set data.block back",
     "global_batch": "set optim.global_batch back",
     "student": "set the student section back, or choose another run.dir",
     "teacher": "set the teacher section back, or choose another run.dir",
     "objective": "set the objective section back, or choose another run.dir",
 }
+
+
+# What a state.json that is older than a key meant by leaving it out.
+OLDER = {"order": {"version": 1, "block": 1}}
 
 
 class CheckpointFolder:
@@ -69,8 +74,9 @@ class CheckpointFolder:
         """Raise UserError unless a checkpoint is of the run with this identity: {key of MUST_AGREE: value}."""
         state = self.read_state(folder)
         for key, way_out in MUST_AGREE.items():
-            if state[key] != identity[key]:
-                raise UserError(f"checkpoint '{folder}' has {key} {_short(state[key])}, this run {_short(identity[key])}; {way_out}")
+            found = state[key] if key in state else OLDER[key]
+            if found != identity[key]:
+                raise UserError(f"checkpoint '{folder}' has {key} {_short(found)}, this run {_short(identity[key])}; {way_out}")
 
     def begin(self, step: int) -> None:
         """Make room for a checkpoint, throwing away what a killed save left under its name."""

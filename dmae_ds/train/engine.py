@@ -27,7 +27,7 @@ class Engine:
     """
 
     def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict, device: torch.device):
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         self.stage = zero_stage(config)
         self.objective, self.device = objective, device
         self._fp32_weights = not (config["bf16"]["enabled"] or config["fp16"]["enabled"])
@@ -85,7 +85,8 @@ class Engine:
         assert path is not None, f"DeepSpeed found nothing to load in {folder}/{tag}"
 
 
-def _import_deepspeed(device: torch.device):
+def import_deepspeed(device: torch.device):
+    """DeepSpeed, quiet, and on a CPU without what it would compile. Takes seconds the first time."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

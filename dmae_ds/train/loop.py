@@ -36,10 +36,11 @@ def train(
     accumulation: int,
     global_batch: int,
     log_every: int,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Run from start_step to num_steps; `stream` yields accumulation * (num_steps - start_step) micro-batches.
 
-    lr_at: finished steps -> the rate of the next one
+    lr_at: finished steps -> the rate of the next one; after_step: is told the number of finished steps, after each
     Raises RunFailed when a loss is not finite; nothing is saved after such a step.
     """
     for index, (batch, masked, features) in enumerate(stream):
@@ -52,6 +53,7 @@ def train(
             continue
         step = finished + 1
         recorder.end_step(step, lr_at(finished))
+        after_step(step)
         last, save = step == num_steps, checkpoints.due_by_steps(step)
         if last or save or step % log_every == 0:
             recorder.flush()

@@ -31,6 +31,7 @@ class Recorder:
         self.path, self.is_main = run_dir / "metrics.jsonl", is_main
         self.accumulation, self.global_batch, self.num_samples = accumulation, global_batch, num_samples
         self.trackers = trackers
+        self.step = 0  # the last finished one
         self._names: list[str] = []
         self._sums: Tensor | None = None  # of the step under way
         self._rows: list[tuple[int, float, Tensor, list[Tensor]]] = []
@@ -40,6 +41,7 @@ class Recorder:
 
     def start(self, *, step: int, num_steps: int) -> None:
         """Drop what a killed run wrote after its last checkpoint, and show the bar."""
+        self.step = step
         if not self.is_main:
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -58,6 +60,7 @@ class Recorder:
 
     def end_step(self, step: int, lr: float) -> None:
         """Close a step: `step` counts the finished ones, `lr` is the rate that it was taken with."""
+        self.step = step
         self._rows.append((step, lr, self._sums / self.accumulation, self._ids))
         self._sums, self._ids = None, []
         if self._bar is not None:

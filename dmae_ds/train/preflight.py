@@ -7,8 +7,10 @@ from pathlib import Path
 
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig, looks_like_hub_id
-from dmae_ds.data.order import num_steps
+from dmae_ds.data.foreign import ForeignShards, open_train
+from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.storage import Access
 from dmae_ds.dist import World
 from dmae_ds.errors import UserError
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
@@ -20,7 +22,7 @@ class Preflight:
 
     config: RunConfig
     world: World
-    shards: ShardSet
+    shards: ShardSet | ForeignShards
     deepspeed: dict
     micro_batch: int
     accumulation: int
@@ -34,9 +36,10 @@ class Preflight:
         return self.folder.run_dir
 
 
-def prepare(config: RunConfig, world: World, *, resume: str) -> Preflight:
+def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = False) -> Preflight:
     """Check a recipe against this world and this machine.
 
+    allow_pipe: whether data.train may be a command
     resume: `auto` continues from the newest checkpoint if there is one, `never` refuses a folder that holds a run
     Raises UserError.
     """
@@ -49,9 +52,9 @@ def prepare(config: RunConfig, world: World, *, resume: str) -> Preflight:
         raise UserError(f"objective {config.objective.name} needs a teacher; give teacher.name and teacher.weights")
     if config.teacher is not None and not config.objective.needs_teacher:
         raise UserError(f"objective {config.objective.name} has no use for a teacher; remove the teacher section, or choose another objective.name")
-    shards = ShardSet.open(config.data.train, label="data.train")
+    shards = open_train(config.data, allow_pipe=allow_pipe)
     if config.data.val is not None:
-        ShardSet.open(config.data.val, label="data.val")
+        ShardSet.open(config.data.val, label="data.val", access=Access.of(config.data))
     if config.teacher is not None and config.teacher.weights is not None:
         weights = config.teacher.weights
         if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
@@ -63,7 +66,8 @@ def prepare(config: RunConfig, world: World, *, resume: str) -> Preflight:
     folder = CheckpointFolder(run_dir)
     identity = {
         "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
-        "fingerprint": shards.fingerprint, "global_batch": config.optim.global_batch,
+        "fingerprint": shards.fingerprint, "order": {"version": ORDER_VERSION, "block": config.data.block},
+        "global_batch": config.optim.global_batch,
         "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "placement", "stages"}),
         "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
     }  # fmt: skip

@@ -6,23 +6,27 @@ import json
 import sys
 
 import torch
+from tqdm import tqdm
 
 from dmae_ds import dist
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
+from dmae_ds.errors import RankLost, RunFailed
 from dmae_ds.models.patches import Normalize
-from dmae_ds.models.vit import MaskedViT, build_student
-from dmae_ds.objectives import OBJECTIVES
+from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.dmae import TeacherShape
 from dmae_ds.teacher.build import load_frozen_teacher, verify
-from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, meta_teacher
-from dmae_ds.teacher.grid import check_grids, explain_grids
+from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
+from dmae_ds.teacher.grid import explain_grids
 from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.checkpoint_folder import write_atomically
-from dmae_ds.train.engine import Engine, check_precision
+from dmae_ds.train.engine import Engine, check_precision, import_deepspeed
+from dmae_ds.train.forecast import AFTER_STEPS, LEAST_PARAMETERS, compare, predict, resolve_placement
 from dmae_ds.train.loop import masked_batches, train
+from dmae_ds.train.memory import MemoryWatch
 from dmae_ds.train.metrics import Recorder, build_trackers
 from dmae_ds.train.optim import build_optimizer, learning_rate, peak_lr
 from dmae_ds.train.preflight import Preflight
@@ -34,27 +38,12 @@ def run(preflight: Preflight) -> None:
     device = dist.start(world)
     try:
         train_recipe(preflight, device)
-    finally:
+    except RankLost:
+        raise  # leaving a group may wait for the lost one
+    except BaseException:
         dist.stop()
-
-
-def build_objective(config: RunConfig) -> tuple[torch.nn.Module, TeacherShape | None]:
-    """The objective with its student, initialised by run.seed alone: the same weights on every rank.
-
-    Raises ValueError (one line) for numbers that don't fit together.
-    """
-    generator = torch.Generator().manual_seed(config.run.seed)
-    student = build_student(config.student.name, config.student.overrides(), generator=generator)
-    parts = {"student": student, "generator": generator}
-    shape = None
-    if config.teacher is not None:
-        teacher = meta_teacher(config.teacher.name, config.teacher.overrides())
-        check_grids(
-            student_grid=student.grid, student_patch=student.patch_size, teacher_grid=teacher.grid, teacher_patch=teacher.patch_size,
-        )  # fmt: skip
-        shape = TeacherShape(depth=teacher.depth, embed_dim=teacher.embed_dim)
-        parts["teacher"] = shape
-    return OBJECTIVES[config.objective.name](config.objective, **parts), shape
+        raise
+    dist.stop()
 
 
 def build_teacher(
@@ -65,11 +54,15 @@ def build_teacher(
         return NoTeacher()
     return load_frozen_teacher(
         config.teacher, taps=taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device, group=group,
+        sharded=config.teacher.placement == "zero3",
     )  # fmt: skip
 
 
 def train_recipe(preflight: Preflight, device: torch.device) -> None:
     """Wire a checked recipe and train it. The process group must exist; `run` makes one."""
+    import_deepspeed(device)  # before memory is counted
+    preflight, placed = resolve_placement(preflight, device)
+    watch = MemoryWatch(device)
     config, world = preflight.config, preflight.world
 
     # Groups are made before anything that one rank alone may stumble over.
@@ -84,7 +77,16 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     if config.teacher is not None:
         dist.together(lambda: verify(teacher, config.teacher))
     student: MaskedViT = objective.student
-    text = summary(preflight, objective, teacher)
+    text = summary(preflight, objective, teacher) + (f"\nplacement {placed}" if placed else "")
+    forecast = sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
+    predicted = predict(preflight, gpu=device.type == "cuda") if forecast and world.is_main else None
+
+    def report_memory(step: int) -> None:
+        if forecast and step == min(start_step + AFTER_STEPS, preflight.num_steps):
+            measured = max(dist.gather_objects(watch.peak()))
+            if world.is_main:
+                tqdm.write(compare(predicted, measured, gpu=device.type == "cuda"), file=sys.stderr)
+
     recorder = Recorder(
         preflight.run_dir, is_main=world.is_main, accumulation=preflight.accumulation,
         global_batch=config.optim.global_batch, num_samples=preflight.shards.num_samples, trackers=[],
@@ -108,7 +110,8 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         preflight.shards, img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches, crop_scale=config.data.crop_scale,
         flip=config.data.flip, seed=config.run.seed, global_batch=config.optim.global_batch, micro_batch=preflight.micro_batch,
         accumulation=preflight.accumulation, rank=world.rank, world_size=world.size, start_step=start_step, stop_step=preflight.num_steps,
-        num_workers=config.data.num_workers, pin_memory=device.type == "cuda",
+        num_workers=config.data.num_workers, pin_memory=device.type == "cuda", block=config.data.block, buffer_gib=config.data.buffer_gib,
+        max_corrupt=config.data.max_corrupt, corrupt_log=preflight.run_dir / "corrupt.jsonl",
     )  # fmt: skip
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
@@ -117,7 +120,13 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             engine, teacher.stream(masked_batches(batches, objective.prepare, normalize, device)), recorder=recorder, checkpoints=checkpoints,
             lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch), start_step=start_step, num_steps=preflight.num_steps,
             accumulation=preflight.accumulation, global_batch=config.optim.global_batch, log_every=config.log.every_steps,
+            after_step=report_memory,
         )  # fmt: skip
+    except RuntimeError as error:
+        if isinstance(error, RunFailed) or not dist.lost_a_rank(error):
+            raise
+        where = ", ".join(filter(None, [world.name(), f"step {recorder.step + 1}", teacher.where()]))
+        raise RankLost(f"another rank is gone or stuck, as {where} found: {str(error).splitlines()[0]}; continue from the last checkpoint with --resume auto") from None
     finally:
         recorder.close()
 
@@ -130,7 +139,7 @@ def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTea
     optim, start = config.optim, f"resumes from {preflight.resume_from.name}" if preflight.resume_from else "starts"
     rows = {
         "run": f"{preflight.run_dir} {start}, seed {config.run.seed}",
-        "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; every image once an epoch, in an order of its own",
+        "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; {shards.promise}",
         "student": f"{config.student.name}, {student / 1e6:.1f} M parameters; decoder and heads {rest / 1e6:.1f} M",
         **describe_teacher(config, objective, teacher),
         "objective": f"{config.objective.name}: {objective.describe()}",

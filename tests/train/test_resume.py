@@ -38,17 +38,22 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, log: Path) -> None:
+    """Return as soon as a run has logged a step."""
+    end = time.monotonic() + LIMIT_S
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= step):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, "the run never came to the step"
+        time.sleep(0.002)
+
+
 def kill_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> None:
     """Start a run and SIGKILL everything of it as soon as it has logged a step."""
     arguments = command(["train", *recipe, *LARGER, f"run.dir={run_dir}"], ranks=ranks)
     with open(run_dir.parent / "killed.log", "wb") as log:
         process = subprocess.Popen(arguments, cwd=run_dir.parent, env=environment(), stdout=log, stderr=log)
-    end = time.monotonic() + LIMIT_S
-    metrics = run_dir / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= step):
-        assert process.poll() is None, (run_dir.parent / "killed.log").read_text()
-        assert time.monotonic() < end, "the run never came to the step"
-        time.sleep(0.002)
+    wait_for_step(run_dir, step, process, run_dir.parent / "killed.log")
     while victims := processes_with(str(run_dir)):
         for victim in victims:
             try:

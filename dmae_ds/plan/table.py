@@ -1,0 +1,160 @@
+"""`dmae-ds plan RECIPE --gpus 16 ...`: the table of placements, what is fastest, and the command that runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dmae_ds.config.deepspeed import load_deepspeed
+from dmae_ds.config.run import RunConfig
+from dmae_ds.data.order import num_steps
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.errors import UserError
+from dmae_ds.plan.choose import EQUAL, GIB, HEADROOM, Candidate, candidates, fastest
+from dmae_ds.plan.cost import DEVICE_GB_S, EFFICIENCY, HOST_GB_S, LINK_EFFICIENCY, Machine
+from dmae_ds.plan.geometry import Geometry, measure, scaled
+from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS, Zero
+
+IMAGENET = 1_281_167
+SHARDINGS = ("zero1", "zero2", "zero3", "zero3_offload")
+_HEADS = {"parameters": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activ.", "teacher": "teacher", "stream": "stream", "libraries": "libs"}
+
+
+def plan(config: RunConfig, machine: Machine, *, recipe: str, overrides: list[str], images: int | None) -> str:
+    """The whole answer as text. Neither weights nor shards nor a GPU are needed.
+
+    images: of an epoch, where data.train isn't there; default ImageNet-1k's
+    Raises UserError for what can't be, in one line.
+    """
+    check_machine(machine)
+    check_teacher(config)
+    num_images, source = count_images(config.data.train, images)
+    asked, accumulation = whole_split(config, machine.gpus)
+    zeros = _shardings(config, micro_batch=asked, accumulation=accumulation, ranks=machine.gpus)
+
+    def rows_of(geometry: Geometry) -> list[Candidate]:
+        return candidates(geometry, machine, zeros, precision=config.precision, accumulation=accumulation, gpu=True)
+
+    geometry, micro_batch = measure(config, asked), asked
+    rows = rows_of(geometry)
+    # Halve by proportion first, which costs nothing, and build only what may fit.
+    while fastest(rows) is None and micro_batch % 2 == 0:
+        micro_batch, accumulation = micro_batch // 2, accumulation * 2
+        if micro_batch % 2 or fastest(rows_of(scaled(geometry, micro_batch))) is not None:
+            geometry = measure(config, micro_batch)
+            rows = rows_of(geometry)
+    best = fastest(rows)
+    changed = micro_batch != asked
+    steps = num_steps(config.optim.epochs, num_images, config.optim.global_batch)
+    lines = [
+        f"{recipe} on {machine.gpus} GPUs of {machine.memory_gib:g} GiB, {machine.gpus_per_node} a node; predicted; never measured on a GPU",
+        *_describe(config, geometry, accumulation=accumulation),
+        f"data: {num_images:,} images ({source}); {steps:,} steps of {config.optim.global_batch} = {machine.gpus} x {micro_batch} x {accumulation} accumulated",
+        "",
+        *_table(rows, config, steps=steps, gpus=machine.gpus),
+        "",
+    ]
+    if best is None:
+        least = min(rows, key=lambda row: row.memory.total)
+        lines.append(f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with {least.deepspeed}, {least.memory.total / GIB:.1f} GiB a rank")
+    else:
+        if changed:
+            lines.append(f"nothing fits with optim.micro_batch={asked}; {micro_batch} is the largest of its halves with which something does")
+        lines.append(f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, {best.cost.seconds:.3g} s a step")
+        lines.append(command(best, machine, recipe=recipe, overrides=overrides, has_teacher=config.teacher is not None, micro_batch=micro_batch if changed else None))
+    lines += ["", _assumptions(machine)]
+    return "\n".join(lines)
+
+
+def _shardings(config: RunConfig, *, micro_batch: int, accumulation: int, ranks: int) -> dict[str, Zero]:
+    """The recipe's own DeepSpeed file first, then the shipped ones."""
+    batch = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": ranks}
+    names = dict.fromkeys((config.deepspeed, *SHARDINGS))
+    return {name: Zero.of(load_deepspeed(name, **batch, clip_grad=config.optim.clip_grad, precision=config.precision)) for name in names}
+
+
+def check_machine(machine: Machine) -> None:
+    """Raise UserError for numbers that are no machine."""
+    numbers = {"--gpus": machine.gpus, "--gpus-per-node": machine.gpus_per_node, "--gpu-memory-gib": machine.memory_gib, "--tflops": machine.tflops,
+               "--link-gbps": machine.link_gbps, "--node-link-gbps": machine.node_link_gbps}  # fmt: skip
+    for name, value in numbers.items():
+        if value <= 0:
+            raise UserError(f"{name} is {value:g}; give a number above 0")
+    if machine.gpus % machine.gpus_per_node:
+        raise UserError(f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; every node has equally many")
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Raise UserError where objective and teacher don't go together, as training does."""
+    if config.objective.needs_teacher and config.teacher is None:
+        raise UserError(f"objective {config.objective.name} needs a teacher; give teacher.name and teacher.weights")
+    if config.teacher is not None and not config.objective.needs_teacher:
+        raise UserError(f"objective {config.objective.name} has no use for a teacher; remove the teacher section, or choose another objective.name")
+
+
+def whole_split(config: RunConfig, ranks: int) -> tuple[int, int]:
+    """(micro_batch, accumulation) of the recipe on so many ranks. Raises UserError where the global batch doesn't divide."""
+    batch, micro_batch = config.optim.global_batch, config.optim.micro_batch
+    unit = ranks * (micro_batch or 1)
+    if batch % unit == 0:
+        micro_batch = micro_batch or batch // ranks
+        return micro_batch, batch // (ranks * micro_batch)
+    what = f"{ranks} ranks" + (f" x optim.micro_batch {micro_batch}" if micro_batch else "")
+    raise UserError(f"optim.global_batch {batch} doesn't divide by {what} = {unit}; set another optim.micro_batch or optim.global_batch")
+
+
+def count_images(train: str, images: int | None) -> tuple[int, str]:
+    """(images, where the number is from)."""
+    if images is not None:
+        if images < 1:
+            raise UserError(f"--images is {images}; give a number above 0")
+        return images, "--images"
+    if "://" not in train and Path(train).expanduser().exists():
+        return ShardSet.open(train, label="data.train").num_samples, f"the manifest of {train}"
+    return IMAGENET, f"ImageNet-1k's: data.train '{train}' is not here, and no --images was given"
+
+
+def command(best: Candidate, machine: Machine, *, recipe: str, overrides: list[str], has_teacher: bool, micro_batch: int | None) -> str:
+    """What starts it: one node by number of GPUs, more by a hostfile."""
+    chosen = {}
+    if has_teacher:
+        chosen |= {"teacher.placement": best.placement} | ({"teacher.stages": best.stages} if best.stages else {})
+    chosen |= {"deepspeed": best.deepspeed} | ({"optim.micro_batch": micro_batch} if micro_batch else {})
+    owned = {*chosen, "teacher.placement", "teacher.stages"}
+    kept = [override for override in overrides if override.partition("=")[0] not in owned]
+    where = f"--num_gpus {machine.gpus}" if machine.gpus == machine.gpus_per_node else "--hostfile hostfile"
+    return " ".join(["deepspeed", where, "--module dmae_ds train", recipe, *kept, *(f"{key}={value}" for key, value in chosen.items())])
+
+
+def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> list[str]:
+    student, teacher = geometry.student, geometry.teacher
+    tera = accumulation / 1e12
+    flops = f"student forward {student.forward_flops * tera:.3g}, backward {student.backward_flops * tera:.3g}"
+    lines = [f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}"]
+    if teacher is not None:
+        lines.append(f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB in {config.teacher.dtype}")
+        flops = f"teacher {teacher.flops * tera:.3g}, {flops}"
+    if geometry.decoder_is_tapped:
+        lines.append("the objective taps the teacher's decoder: it stays replicated, and is not counted (its shape is in the weights file)")
+    return [*lines, f"TFLOP a step and rank: {flops}"]
+
+
+def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -> list[str]:
+    heads = ["placement", "deepspeed", *(_HEADS[part] for part in PARTS), "GiB", "host", "fits", "in node", "between", "s/step", "images/s", "GPU h"]
+    cells = [heads]
+    for row in rows:
+        memory, cost = row.memory, row.cost
+        cells.append([
+            row.name, row.deepspeed, *(f"{getattr(memory, part) / GIB:.2f}" for part in PARTS), f"{memory.total / GIB:.2f}", f"{memory.host / GIB:.2f}",
+            "yes" if row.fits else "no", f"{cost.traffic.inside / 1e9:.2f}", f"{cost.traffic.between / 1e9:.2f}", f"{cost.seconds:.3f}",
+            f"{config.optim.global_batch / cost.seconds:,.0f}", f"{steps * cost.seconds * gpus / 3600:,.0f}",
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(cell.ljust(width) if index < 2 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
+
+
+def _assumptions(machine: Machine) -> str:
+    return (
+        f"GiB a rank, of which {HEADROOM:.0%} of the device stay free; seconds within {EQUAL:.0%} count as equal and the first row wins; GB sent a step by the busiest rank inside its node, and by the busiest node to others. Guesses: {EFFICIENCY:.0%} of {machine.tflops:g} "
+        f"TFLOP/s, {LINK_EFFICIENCY:.0%} of {machine.node_link_gbps:g} Gbit/s a GPU inside a node and of {machine.link_gbps:g} Gbit/s a node between, {DEVICE_GB_S:g} GB/s of device memory for AdamW, "
+        f"{HOST_GB_S:g} GB/s a rank for offloading, {LIBRARIES_GPU / GIB:g} GiB for CUDA and NCCL. Overlap is assumed: stream under stage, ZeRO-3 gathers under their pass, reductions under backward with overlap_comm."
+    )

@@ -1,0 +1,118 @@
+"""What a forward and backward pass computes and holds, found on fake tensors: shapes without a byte, in seconds, without a GPU.
+
+torch's own FlopCounterMode counts matrix products and attention; `_Live` follows every storage from the operator that
+makes it to the moment Python and autograd let go of it. Kernels' inner scratch space is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+# The CPU's fused attention, which FlopCounterMode doesn't know before torch 2.13; fake CPU tensors take no other kernel.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A parameter's gradient, at the moment it is ready.
+
+    before: bytes of activations alive at most since the previous gradient, this one among them; after: once it is taken away
+    """
+
+    numel: int
+    is_matrix: bool
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch through forward and backward."""
+
+    forward_flops: int
+    backward_flops: int
+    gradients: tuple[Gradient, ...]  # in the order in which backward makes them
+
+    @property
+    def parameters(self) -> int:
+        return sum(gradient.numel for gradient in self.gradients)
+
+    @property
+    def activations(self) -> int:
+        """Bytes of activations alive at the worst moment."""
+        return max(gradient.before for gradient in self.gradients)
+
+
+def trace_training(objective: nn.Module, forward: Callable[[], torch.Tensor]) -> Trace:
+    """Run `forward` (-> the loss) and backward once. Everything must be fake tensors of one FakeTensorMode, which is active.
+
+    Parameters without a gradient are an error of ours: the objective trains what it doesn't use.
+    """
+    live, gradients = _Live(), []
+
+    def ready(parameter: nn.Parameter) -> None:
+        parameter.grad = None
+        gradients.append(Gradient(parameter.numel(), parameter.ndim >= 2, live.peak, live.now))
+        live.peak = live.now
+
+    handles = [parameter.register_post_accumulate_grad_hook(ready) for parameter in objective.parameters()]
+    with live:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as forward_flops:
+            loss = forward()
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as backward_flops:
+            loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert len(gradients) == len(handles), f"{len(handles) - len(gradients)} parameters without a gradient"
+    return Trace(forward_flops.get_total_flops(), backward_flops.get_total_flops(), tuple(gradients))
+
+
+def trace_inference(forward: Callable[[], object]) -> tuple[int, int]:
+    """(FLOPs, bytes alive at the worst moment) of a pass without gradients, on fake tensors."""
+    live = _Live()
+    with torch.no_grad(), live, FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops:
+        forward()
+    return flops.get_total_flops(), live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operators made under it: `now`, and the `peak` since it was last reset."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        inputs = {tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage(), inputs)
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        key = storage._cdata
+        if key in self._known or key in inputs:  # an alias, also of what was there before
+            return
+        self._known.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, storage.nbytes())
+
+    def _drop(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.now -= num_bytes

@@ -1,0 +1,103 @@
+"""What fits, what is fastest, what goes over the links: pure numbers over grids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from dmae_ds.errors import UserError
+from dmae_ds.plan.choose import candidates, choose, fastest, placements
+from dmae_ds.plan.cost import Machine, ring, step_cost, stream_traffic
+from dmae_ds.plan.memory import PRECISIONS, Zero
+from tests.plan.conftest import geometry_of
+
+ZEROS = {"zero1": Zero(1), "zero2": Zero(2, overlap=True), "zero3": Zero(3, overlap=True)}
+NODE = Machine(gpus=8, gpus_per_node=8, memory_gib=24)
+
+
+def rows_for(geometry, machine, **more):
+    return candidates(geometry, machine, ZEROS, precision="bf16", accumulation=1, gpu=True, **more)
+
+
+def test_placements_by_ranks():
+    geometry = geometry_of(blocks=18)
+    assert placements(geometry, gpus=1, gpus_per_node=1) == [("replicated", None)]
+    assert placements(geometry, gpus=6, gpus_per_node=6) == [("replicated", None), ("pipeline", 2), ("zero3", None)]
+    stages = [stages for _, stages in placements(geometry, gpus=64, gpus_per_node=8)]
+    assert stages == [None, 2, 4, 8, 16, None]
+    assert [stages for _, stages in placements(geometry_of(blocks=3), gpus=8, gpus_per_node=8)] == [None, 2, None]
+    assert placements(replace(geometry, decoder_is_tapped=True), gpus=8, gpus_per_node=8) == [("replicated", None)]
+    assert placements(replace(geometry, teacher=None), gpus=8, gpus_per_node=8) == [("no teacher", None)]
+
+
+def test_more_memory_never_makes_a_fitting_plan_unfit(geometry):
+    before = [False] * 100
+    for memory_gib in (1, 2, 4, 6, 8, 12, 16, 24, 48):
+        now = [row.fits for row in rows_for(geometry, replace(NODE, memory_gib=memory_gib))]
+        assert all(after or not fitted for fitted, after in zip(before, now))
+        before = now
+    assert all(before)
+
+
+def test_the_fastest_that_fits_is_no_slower_than_any_other(geometry):
+    for memory_gib, blocks in product((4, 8, 12, 24), (6, 18, 60)):
+        rows = rows_for(geometry_of(blocks=blocks), replace(NODE, memory_gib=memory_gib))
+        best = fastest(rows)
+        assert (best is None) == (not any(row.fits for row in rows))
+        if best is not None:
+            assert best.fits and all(best.cost.seconds <= 1.02 * row.cost.seconds for row in rows if row.fits)
+
+
+def test_equals_go_to_the_replicated_teacher_and_a_tight_machine_to_the_pipeline():
+    geometry = geometry_of(blocks=60)  # 6 GB of teacher
+    assert choose(rows_for(geometry, NODE, room=24e9), room=24e9).placement == "replicated"
+    needed = {row.name: row.memory.total for row in rows_for(geometry, NODE) if row.deepspeed == "zero3"}
+    room = needed["replicated"] - 1
+    assert choose(rows_for(geometry, NODE, room=room), room=room).placement == "pipeline"
+
+
+def test_where_nothing_fits_one_line_says_by_how_much(geometry):
+    with pytest.raises(UserError, match=r"nothing fits into 0.9 GiB a rank; the least is .* with \d+\.\d GiB") as error:
+        choose(rows_for(geometry, NODE, room=1e9), room=1e9)
+    assert "\n" not in str(error.value)
+
+
+def test_a_ring_sends_all_but_one_share_and_a_node_as_much_as_a_rank():
+    assert ring(800, NODE).inside == 700 and ring(800, NODE).between == 0
+    two = ring(1600, replace(NODE, gpus=16))
+    assert two.inside == two.between == 1500
+    assert ring(800, replace(NODE, gpus=1, gpus_per_node=1)).inside == 0
+
+
+def test_a_pipeline_inside_a_node_sends_nothing_between_nodes(geometry):
+    machine = replace(NODE, gpus=32)
+    for stages in (2, 4, 8):
+        assert stream_traffic(geometry.teacher, stages, machine).between == 0
+    assert stream_traffic(geometry.teacher, 16, machine).between > 0
+
+
+def test_what_a_stage_sends(geometry):
+    """P = 2: stage 1 sends its own tokens to stage 0 and a feature home, stage 0 two outputs onwards."""
+    teacher = geometry.teacher
+    travelling = teacher.token_bytes + teacher.id_bytes
+    assert stream_traffic(teacher, 2, NODE).inside == max(2 * travelling, travelling + teacher.feature_bytes)
+
+
+def test_teacher_flops_do_not_depend_on_the_placement_and_links_only_slow():
+    geometry = geometry_of()
+    for placement, stages in placements(geometry, gpus=8, gpus_per_node=8):
+        fast, slow = (
+            step_cost(geometry, ZEROS["zero2"], PRECISIONS["bf16"], replace(NODE, node_link_gbps=rate), accumulation=2, placement=placement, stages=stages)
+            for rate in (1e15, 1.0)
+        )
+        assert fast.teacher_s == pytest.approx(2 * 10**12 / (300e12 * 0.4)) and slow.teacher_s >= fast.teacher_s
+        assert slow.student_s > fast.student_s and slow.traffic == fast.traffic
+
+
+def test_twice_the_accumulation_is_twice_the_work(geometry):
+    for zero in ZEROS.values():
+        one, two = (step_cost(geometry, zero, PRECISIONS["fp32"], NODE, accumulation=count, placement="replicated") for count in (1, 2))
+        assert two.teacher_s == 2 * one.teacher_s and one.student_s < two.student_s <= 2 * one.student_s * 1.0001
+    assert one.traffic.times(2) == two.traffic  # ZeRO-3 gathers and scatters for every micro-batch
