@@ -17,6 +17,7 @@ from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, ne
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.hub import locate, pixel_statistics
 from dmae_ds.teacher.pipeline import StageGroup, StreamedTeacher
+from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
 
 
@@ -31,11 +32,12 @@ def build_frozen_teacher(
 
 
 def load_frozen_teacher(
-    config: TeacherConfig, *, taps: tuple[str, ...], whole_blocks: int, mean: tuple, std: tuple, device: torch.device, group: StageGroup | None = None
-) -> FrozenTeacher:
+    config: TeacherConfig, *, taps: tuple[str, ...], whole_blocks: int, mean: tuple, std: tuple, device: torch.device, group: StageGroup | None = None, sharded: bool = False,
+) -> FrozenTeacher:  # fmt: skip
     """Only the blocks up to the deepest tap, read strictly; of a pipeline, only this rank's stage. No collective.
 
     mean, std: of the data, which the student's patches are normalised with
+    sharded: read the embedding alone; `verify` spreads the blocks over the ranks
     Raises UserError.
     """
     depth, decoder_depth = needed_depths(taps, whole_blocks)
@@ -43,10 +45,14 @@ def load_frozen_teacher(
         raise UserError("teacher.sees=all leaves the teacher's decoder no masked patch to fill in; the objective taps it: set teacher.sees=visible")
     if decoder_depth and group is not None:
         raise UserError("the objective taps the teacher's decoder, which teacher.placement=pipeline can't cut; set teacher.placement=replicated")
-    stage = None if group is None else held_blocks(depth, group.num_stages)[group.stage]
+    if decoder_depth and sharded:
+        raise UserError("the objective taps the teacher's decoder, which teacher.placement=zero3 does not share out; set teacher.placement=replicated")
+    stage = range(0) if sharded else None if group is None else held_blocks(depth, group.num_stages)[group.stage]
     vit = meta_teacher(config.name, config.overrides(), depth, keep_norm=decoder_depth > 0)
     path = locate(config)
     weights = open_teacher(config, path, vit)
+    if sharded and weights.container.absent:
+        raise UserError(f"teacher.weights '{path}' lacks {', '.join(weights.container.absent)}; teacher.placement=zero3 reads every part on the first rank")
     decoder = None
     if decoder_depth:
         decoder = meta_decoder(weights, encoder_dim=vit.embed_dim, depth=decoder_depth, num_heads=config.decoder_num_heads, num_patches=vit.num_patches)
@@ -60,6 +66,8 @@ def load_frozen_teacher(
     notes += [] if view.same_pixels else [f"pixels normalised for the teacher: mean {list(teacher_mean)}, std {list(teacher_std)}"]
     keys = {"view": view, "sees": config.sees, "decoder": decoder, "path": path}
     parts = with_notes(parts, *notes)
+    if sharded:
+        return ShardedTeacher(vit, taps, parts, **keys, weights=weights, dtype=DTYPES[config.dtype], device=device)
     if group is None:
         return FrozenTeacher(vit, taps, parts, **keys)
     return StreamedTeacher(vit, taps, parts, **keys, group=group)
@@ -68,10 +76,11 @@ def load_frozen_teacher(
 def verify(teacher: FrozenTeacher, config: TeacherConfig) -> None:
     """Look at a fixed input's features, hold them against the fingerprint beside the weights, and fetch the targets' statistics.
 
-    Collective in a pipeline's group. Raises UserError where features are dead or not those of the fingerprint, and where
+    Collective in a pipeline's group, and of all ranks where they share the weights out. Raises UserError where features are dead or not those of the fingerprint, and where
     statistics are missing or of other weights; a teacher that looks untrained is noted.
     """
     dtype, path = DTYPES[config.dtype], teacher.path
+    teacher.spread()
     probed = teacher.probe()
     features = {f"block/{number}": tokens for number, tokens in probed.features.items()}
     if teacher.decoder is not None:

@@ -89,7 +89,7 @@ class FrozenTeacher:
         A tap of the decoder: [N, 1 + L, D_d], tokens as CLS, visible patches, masked patches.
         """
         patches, ids = self.inputs(batch)
-        latent, tapped = self.vit(self.view(patches), ids, taps=self._blocks)
+        latent, tapped = self.run(self.view(patches), ids)
         decoded = {} if self.decoder is None else self.decoder(latent, batch.ids_keep, batch.ids_masked)
         num_visible = batch.ids_keep.shape[1]
         found = {}
@@ -97,6 +97,10 @@ class FrozenTeacher:
             kind, number = split_tap(tap)
             found[tap] = self.select(tapped[number], num_visible) if kind == "block" else decoded[number]
         return self.standardized(found)
+
+    def run(self, patches: Tensor, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """(last tokens, {tapped block: tokens}), of patches as the teacher wants them."""
+        return self.vit(patches, ids, taps=self._blocks)
 
     def inputs(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Patches that the teacher looks at and their places, the student's visible ones first."""
@@ -116,6 +120,13 @@ class FrozenTeacher:
         visible = tokens[:, prefix : prefix + num_visible]
         return torch.cat([tokens[:, :1], visible], dim=1) if has_cls else visible
 
+    def where(self) -> str:
+        """What a message says of the teacher's part in a run that broke; nothing where it has none."""
+        return ""
+
+    def spread(self) -> None:
+        """Give every rank its share of the weights, where they are shared out. Collective."""
+
     def probe(self) -> Probe:
         """Features of the fixed input, at every block."""
         return probe(self.vit)
@@ -128,6 +139,9 @@ class FrozenTeacher:
 
 class NoTeacher:
     """For objectives without taps: the same stream, empty-handed."""
+
+    def where(self) -> str:
+        return ""
 
     def __str__(self) -> str:
         return "none"
@@ -180,7 +194,7 @@ def fill(
     for module in (vit,) if decoder is None else (vit, decoder):
         own = {name: tensors[name] for name in module.state_dict() if name in tensors}
         module.load_state_dict(own, strict=blocks is None, assign=True)
-        _move_buffers(module, dtype, device)
+        move_buffers(module, dtype, device)
         module.eval().requires_grad_(False)
     return TeacherParts(
         blocks=vit.depth, whole_blocks=whole_blocks, kept=sum(tensor.numel() for tensor in tensors.values()),
@@ -191,7 +205,7 @@ def fill(
     )  # fmt: skip
 
 
-def _move_buffers(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def move_buffers(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Buffers that no file holds (rotary angles, EVA's zero key bias); angles stay in float32."""
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -58,7 +58,7 @@ def probe(vit: MaskedViT, blocks: Iterable[nn.Module] | None = None) -> Probe:
     for number, block in enumerate(vit.blocks if blocks is None else blocks, start=1):
         tokens = block(tokens) if rope is None else block(tokens, rope=rope)
         features[number] = tokens.float()
-        pristine = pristine and _is_pristine(block)
+        pristine = pristine and is_pristine(block)
     return Probe(features, pristine)
 
 
@@ -73,7 +73,8 @@ def probe_decoder(decoder: TeacherDecoder, norm: nn.Module, tokens: Tensor) -> d
     return {f"decoder/{number}": found.float() for number, found in features.items()}
 
 
-def _is_pristine(block: nn.Module) -> bool:
+def is_pristine(block: nn.Module) -> bool:
+    """Whether every norm's gain is one and every bias zero."""
     gains = [p for name, p in block.named_parameters() if "norm" in name and name.endswith("weight")]
     biases = [p for name, p in block.named_parameters() if name.endswith("bias")]
     return all(bool((gain == 1).all()) for gain in gains) and not any(bool(bias.any()) for bias in biases)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dmae_ds.dist import TIMEOUT_S
-from dmae_ds.errors import RunFailed
+from dmae_ds.errors import RankLost
 from dmae_ds.teacher.frozen import FrozenTeacher, split_tap
 from dmae_ds.teacher.identity import Probe, probe
 from dmae_ds.teacher.messages import Layout, Travelling
@@ -252,4 +252,4 @@ def _named(teacher: StreamedTeacher) -> Iterator[None]:
         yield
     except RuntimeError as error:
         where = f"rank {teacher.group.rank}, {teacher.where()}"
-        raise RunFailed(f"the teacher's stream broke at {where}: {str(error).splitlines()[0]}; a rank of its group is gone or stuck") from None
+        raise RankLost(f"the teacher's stream broke at {where}: {str(error).splitlines()[0]}; a rank of its group is gone or stuck") from None

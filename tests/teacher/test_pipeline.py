@@ -28,23 +28,39 @@ CASES = [
     {**PLAIN, **BASE, "stages": 2, "taps": ["block/4", "block/7"], "sizes": [2] * 6},  # the tapped block 4 is on either stage, by owner
     {**PLAIN, **BASE, "stages": 2, "taps": ["block/1", "block/7"], "dtype": "bf16", "sees": "all"},
     {**ROTARY, **BASE, "stages": 4, "taps": ["block/4", "block/2"], "sizes": [3, 3, 2]},  # registers, angles that travel
+    {**PLAIN, **BASE, "stages": None, "taps": ["block/3", "block/6"], "sizes": [4, 4, 1]},  # no stages: spread over all ranks by ZeRO-3
+    {**ROTARY, **BASE, "stages": None, "taps": ["block/4"], "dtype": "bf16", "sizes": [3]},
 ]
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> str:
-    """Four ranks, started once for every case."""
-    folder = tmp_path_factory.mktemp("stream")
+def start(folder: Path, cases: list[dict], *, schedules: int) -> str:
+    """What four ranks say."""
     torch.manual_seed(0)
     for network in (PLAIN, ROTARY):
         state = timm.create_model(network["name"], num_classes=0, **network["shape"]).state_dict()
         save_file({name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}, folder / f"{network['file']}.safetensors")
     driver = Path(__file__).with_name("stream_driver.py")
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", str(free_port()), str(driver)]
-    done = subprocess.run([*start, str(folder), json.dumps(CASES)], env=environment(), capture_output=True, text=True, timeout=LIMIT_S)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", str(free_port()), str(driver)]
+    done = subprocess.run([*command, str(folder), json.dumps(cases), str(schedules)], env=environment(), capture_output=True, text=True, timeout=LIMIT_S)
     return done.stdout + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"P{CASES[n]['stages']}-{'+'.join(CASES[n]['taps'])}-{CASES[n]['file']}")
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> str:
+    """Four ranks, started once for every case."""
+    return start(tmp_path_factory.mktemp("stream"), CASES, schedules=20)
+
+
+def test_twenty_random_schedules_neither_hang_nor_differ(answers):
+    assert "SCHEDULES 20\n" in answers, answers
+
+
+@pytest.mark.slow
+def test_three_hundred_random_schedules_neither_hang_nor_differ(tmp_path):
+    answers = start(tmp_path, [], schedules=300)
+    assert "SCHEDULES 300\n" in answers, answers
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"P{CASES[n]['stages'] or '-zero3'}-{'+'.join(CASES[n]['taps'])}-{CASES[n]['file']}")
 def test_streamed_features_are_the_replicated_teacher_s(answers, number):
     assert f"EQUAL {number}\n" in answers, answers

@@ -1,0 +1,86 @@
+"""A teacher spread over all ranks by DeepSpeed's ZeRO-3: every rank keeps a share of every block, and fetches a block to run it.
+
+For teachers that fit nowhere else: it needs the least memory and the most traffic (all the blocks' bytes, every micro-batch,
+with nothing to hide behind). It has no engine, whose hooks and prefetching would meet the student's: parameters are
+partitioned by `deepspeed.zero.Init` and fetched by `GatheredParameters`, both on the world's group, from the host thread
+that also issues the student's collectives, so their order is the same on every rank. Features are those of the replicated
+teacher up to rounding: fetched weights lie elsewhere in memory, by which matrix products choose their kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import torch
+from torch import Tensor, nn
+
+from dmae_ds import dist
+from dmae_ds.teacher.fit import read_needed
+from dmae_ds.teacher.formats import Weights
+from dmae_ds.teacher.frozen import FrozenTeacher, move_buffers
+from dmae_ds.teacher.identity import Probe, is_pristine, probe
+
+
+class ShardedTeacher(FrozenTeacher):
+    """The interface of the replicated teacher. Its `vit` holds the embedding; the blocks stay on the meta device there.
+
+    weights: checked against the network already; rank 0 alone reads the blocks
+    """
+
+    def __init__(self, *args, weights: Weights, dtype: torch.dtype, device: torch.device, **keys):
+        super().__init__(*args, **keys)
+        self._weights, self._dtype, self._device = weights, dtype, device
+        self.blocks: list[_Fetched] = []
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, spread over {dist.world_size()} ranks by ZeRO-3"
+
+    def spread(self) -> None:
+        """Read block by block on rank 0 and leave every rank its share: the peak is the share and one block. Collective."""
+        import deepspeed
+
+        if self._device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_init_required=False)
+        for number, meta in enumerate(self.vit.blocks):
+            block = copy.deepcopy(meta)
+            tensors = dist.together(lambda: self._read(number, block))
+            block.load_state_dict(tensors, assign=True)
+            move_buffers(block, self._dtype, self._device)
+            block.eval().requires_grad_(False)
+            pristine = is_pristine(block) if dist.is_main() else False
+            deepspeed.zero.Init(module=block, dtype=self._dtype, config_dict_or_path={"zero_optimization": {"stage": 3}, "train_batch_size": dist.world_size()})
+            self.blocks.append(_Fetched(block, dist.main_says(pristine), deepspeed.zero.GatheredParameters))
+
+    def _read(self, number: int, block: nn.Module) -> dict[str, Tensor]:
+        names = list(block.state_dict())
+        if not dist.is_main():  # filled by the broadcast
+            return {name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device) for name, tensor in block.state_dict().items()}
+        tensors = read_needed([f"blocks.{number}.{name}" for name in names], self._weights, dtype=self._dtype, device=self._device)
+        return dict(zip(names, tensors.values(), strict=True))
+
+    def run(self, patches: Tensor, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        tokens, tapped = self.vit.embed(patches, ids), {}
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = self.vit.run_block(block, tokens, ids)
+            tapped[number] = tokens
+        return tokens, {number: tapped[number] for number in self._blocks}
+
+    def probe(self) -> Probe:
+        """Collective: every rank fetches every block."""
+        return Probe(probe(self.vit, self.blocks).features, all(block.pristine for block in self.blocks))
+
+
+class _Fetched(nn.Module):
+    """A block whose weights are whole while it runs. It is no child of this module: nobody is to see its empty parameters."""
+
+    def __init__(self, block: nn.Module, pristine: bool, gathered):
+        super().__init__()
+        self._block, self.pristine, self._gathered = (block,), pristine, gathered
+
+    def forward(self, tokens: Tensor, **keys) -> Tensor:
+        (block,) = self._block
+        with self._gathered(list(block.parameters())):
+            return block(tokens, **keys)
