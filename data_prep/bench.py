@@ -87,12 +87,11 @@ def load_sections() -> dict[str, Callable[[Path, Path], Section]]:
 def run_bench(src: Path, *, limit: int, rounds: int, scratch: Path | None, only: str | None) -> None:
     """Print a table for each section, or for the one named `only`."""
     sections = {"conversion": conversion} if only == "conversion" else load_sections()
-    from data_prep.bench_reading import decoding, reading  # which imports torch, and this module
-
+    wanted = list(sections) if only is None else [only]
     with tempfile.TemporaryDirectory(prefix="dmae-shards-", dir=scratch) as folder:
         images = _choose_images(src, Path(folder, "images"), limit)
-        for make_section in (conversion, reading, decoding):
-            section = make_section(images, Path(folder))
+        for name in wanted:
+            section = sections[name](images, Path(folder))
             print(format_table(section, time_interleaved(section.rows, rounds)), end="\n\n", flush=True)
 
 

@@ -6,7 +6,6 @@ samples of each shard are looked up through the index. The lists and the indexes
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -131,6 +131,12 @@ def _bench_stream(args: argparse.Namespace) -> None:
         print(text, flush=True)
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command and option."""
     root = argparse.ArgumentParser(prog="dmae-ds", description="Distil large frozen vision transformers into small ones while pre-training.")
@@ -207,8 +213,8 @@ def parser() -> argparse.ArgumentParser:
     stream.add_argument("overrides", nargs="*", metavar="key=value")
     stream.add_argument("--stages", type=int, nargs="+", metavar="P", help="pipeline lengths (default: all that the ranks allow)")
     stream.add_argument("--sleep-ms", type=float, metavar="MS", help="let every block sleep so long instead of computing: the schedule alone")
-    stream.add_argument("--clocks", type=int, default=16, help="micro-batches a rank in a round (default 16)")
-    stream.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts (default 7)")
+    stream.add_argument("--clocks", type=_at_least_one, default=16, help="micro-batches a rank in a round (default 16)")
+    stream.add_argument("--rounds", type=_at_least_one, default=7, help="rounds, of which the median counts (default 7)")
     stream.set_defaults(command=_bench_stream)
     return root
 

@@ -7,6 +7,7 @@ them a run is one process. torch is imported late: `World` alone is needed to ch
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,6 +125,12 @@ def lost_a_rank(error: RuntimeError) -> bool:
 
     words = ("gloo", "connection closed by peer", "connection reset by peer", "timed out")
     return isinstance(error, distributed.DistError) or any(word in str(error).lower() for word in words)
+
+
+def reason_of(error: RuntimeError) -> str:
+    """A backend's complaint without the place in its source and its advice."""
+    text = str(error).splitlines()[0]
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", text).split(". ")[0]
 
 
 def main_says(value: T) -> T:

@@ -7,12 +7,10 @@ a pipeline's stages on consecutive ranks, so the topology is given.
 
 from __future__ import annotations
 
-import logging
-import os
-
 import torch
 from torch import Tensor, distributed
 
+from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.pipeline import StageGroup
 
@@ -21,16 +19,10 @@ class EvalBatch:
     """This rank's stage of the blocks of `vit`, which must be a plain one; afterwards `vit` holds this stage's alone. Collective."""
 
     def __init__(self, vit: MaskedViT, group: StageGroup):
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
+        deepspeed = import_deepspeed(vit.patch_embed.proj.weight.device)
         from deepspeed.pipe import PipelineModule
         from deepspeed.runtime.pipe.topology import ProcessTopology
-        from deepspeed.utils import logger
 
-        logger.setLevel(logging.WARNING)
-        if not torch.cuda.is_available():
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=distributed.get_backend(), dist_init_required=False)
         self.group, self.first = group, group.rank - group.stage
         topology = ProcessTopology(["data", "pipe"], [distributed.get_world_size() // group.num_stages, group.num_stages])

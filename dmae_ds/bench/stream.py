@@ -59,6 +59,7 @@ class Contestant:
 def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | None, sleep_ms: float | None, clocks: int, rounds: int) -> str:
     """Measure every contestant and return the table, to print on rank 0. Collective; the process group is made here.
 
+    clocks: micro-batches a rank and round, rounded up to twice the longest pipeline
     stages: pipeline lengths (default: all that the ranks and the blocks allow); sleep_ms: blocks sleep instead of computing
     Raises UserError for a recipe without a teacher, lengths that the ranks or the blocks don't allow, and one rank.
     """
@@ -69,6 +70,7 @@ def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | No
         objective, shape = build_objective(config, device="meta")
         depth, decoder_depth = needed_depths(objective.taps, shape.depth)
         stages = _check_stages(stages, world=world.size, depth=depth, decoder_depth=decoder_depth)
+        clocks = -(-clocks // (2 * max(stages))) * 2 * max(stages)  # whole calls of whoever takes several batches at once
         micro_batch, _ = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
         batches = list(_batches(objective, micro_batch=micro_batch, rank=world.rank, device=device))
 
@@ -93,7 +95,7 @@ def measure(contestants: list[Contestant], *, clocks: int, rounds: int) -> tuple
     """({name: median seconds of a round}, {name: share of all rounds spent waiting for an exchange, mean over ranks})."""
     bar = tqdm(total=rounds * len(contestants), unit="turn", disable=not dist.is_main())
     for contestant in contestants:
-        contestant.advance(1)  # fills a stream, and lets everybody allocate
+        contestant.advance(max(1, contestant.ahead))  # fills a stream, and lets everybody allocate
     spent: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     waited = dict.fromkeys(spent, 0.0)
     for _ in range(rounds):
@@ -199,15 +201,12 @@ def _check_equal(engine: EvalBatch, replicated: FrozenTeacher, batch: MaskedBatc
 
 
 def _in_calls_of(size: int, call: Callable[[int], object]) -> Callable[[int], None]:
-    """Advance by any count with calls of `size`; what one call did too much is taken off the next."""
-    surplus = 0
+    """Advance by any multiple of `size`, in calls of `size`."""
 
     def advance(count: int) -> None:
-        nonlocal surplus
-        while surplus < count:
+        assert count % size == 0
+        for _ in range(count // size):
             call(size)
-            surplus += size
-        surplus -= count
 
     return advance
 

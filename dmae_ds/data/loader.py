@@ -24,6 +24,7 @@ from dmae_ds.data.reader import CorruptSample, Sample, SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
 from dmae_ds.data.transforms import CROP_STREAM, MASK_STREAM, eval_view, sample_rng, train_view
+from dmae_ds.data.worker import end_with_parent
 from dmae_ds.errors import UserError
 
 
@@ -284,6 +285,7 @@ def _iterate(
         batch_size=None,  # an item is a whole batch, or a part of one
         sampler=numbers,
         num_workers=num_workers,
+        worker_init_fn=end_with_parent,
         pin_memory=pin_memory and parts == 1,
         generator=torch.Generator(),  # else DataLoader draws from, and so advances, the global one
     )

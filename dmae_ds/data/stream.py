@@ -27,6 +27,7 @@ from dmae_ds.data.reader import MAX_SAMPLE_BYTES
 from dmae_ds.data.shards import ShardError
 from dmae_ds.data.storage import LocalFile, RemoteFile
 from dmae_ds.data.transforms import CROP_STREAM, MASK_STREAM, sample_rng, train_view
+from dmae_ds.data.worker import end_with_parent
 
 EXTENSIONS = ("jpg", "jpeg", "png")
 READ_BYTES = 2**22
@@ -109,7 +110,7 @@ def stream_batches(
             f"data.num_workers, or run `dmae-shards index`"
         )
     log = CorruptLog(corrupt_log, max_corrupt=max_corrupt)
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, generator=torch.Generator())
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=end_with_parent, pin_memory=pin_memory, generator=torch.Generator())
     for item in itertools.islice(loader, num_batches):
         if isinstance(item, ShardError):
             raise item

@@ -9,7 +9,6 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmae_ds.config.run import RunConfig

@@ -31,7 +31,7 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor, distributed, nn
 
-from dmae_ds.dist import TIMEOUT_S
+from dmae_ds.dist import TIMEOUT_S, reason_of
 from dmae_ds.errors import RankLost
 from dmae_ds.teacher.frozen import FrozenTeacher, split_tap
 from dmae_ds.teacher.identity import Probe, probe
@@ -252,4 +252,4 @@ def _named(teacher: StreamedTeacher) -> Iterator[None]:
         yield
     except RuntimeError as error:
         where = f"rank {teacher.group.rank}, {teacher.where()}"
-        raise RankLost(f"the teacher's stream broke at {where}: {str(error).splitlines()[0]}; a rank of its group is gone or stuck") from None
+        raise RankLost(f"the teacher's stream broke at {where}: {reason_of(error)}; a rank of its group is gone or stuck") from None

@@ -10,12 +10,12 @@ teacher up to rounding: fetched weights lie elsewhere in memory, by which matrix
 from __future__ import annotations
 
 import copy
-import os
 
 import torch
 from torch import Tensor, nn
 
 from dmae_ds import dist
+from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.teacher.fit import read_needed
 from dmae_ds.teacher.formats import Weights
 from dmae_ds.teacher.frozen import FrozenTeacher, move_buffers
@@ -38,11 +38,7 @@ class ShardedTeacher(FrozenTeacher):
 
     def spread(self) -> None:
         """Read block by block on rank 0 and leave every rank its share: the peak is the share and one block. Collective."""
-        import deepspeed
-
-        if self._device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = import_deepspeed(self._device)
         deepspeed.init_distributed(dist_init_required=False)
         for number, meta in enumerate(self.vit.blocks):
             block = copy.deepcopy(meta)

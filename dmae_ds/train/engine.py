@@ -1,16 +1,15 @@
-"""The student's DeepSpeed engine: ZeRO, precision, accumulation. DeepSpeed is imported here, late (it takes seconds)."""
+"""The student's DeepSpeed engine: ZeRO, precision, accumulation."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 
 import torch
 from torch import Tensor, nn
 
 from dmae_ds import dist
 from dmae_ds.config.deepspeed import zero_stage
+from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
 
 
@@ -83,17 +82,3 @@ class Engine:
         """Read what `save` wrote, at the same world size and ZeRO stage."""
         path, _ = self._engine.load_checkpoint(folder, tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder}/{tag}"
-
-
-def import_deepspeed(device: torch.device):
-    """DeepSpeed, quiet, and on a CPU without what it would compile. Takes seconds the first time."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    if device.type == "cpu":
-        # Its shared-memory op takes 40 s to compile and needs a compiler; gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

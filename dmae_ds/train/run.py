@@ -12,6 +12,7 @@ from dmae_ds import dist
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
+from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import RankLost, RunFailed
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
@@ -23,7 +24,7 @@ from dmae_ds.teacher.grid import explain_grids
 from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.checkpoint_folder import write_atomically
-from dmae_ds.train.engine import Engine, check_precision, import_deepspeed
+from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.forecast import AFTER_STEPS, LEAST_PARAMETERS, compare, predict, resolve_placement
 from dmae_ds.train.loop import masked_batches, train
 from dmae_ds.train.memory import MemoryWatch
@@ -126,7 +127,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         if isinstance(error, RunFailed) or not dist.lost_a_rank(error):
             raise
         where = ", ".join(filter(None, [world.name(), f"step {recorder.step + 1}", teacher.where()]))
-        raise RankLost(f"another rank is gone or stuck, as {where} found: {str(error).splitlines()[0]}; continue from the last checkpoint with --resume auto") from None
+        raise RankLost(f"another rank is gone or stuck, as {where} found: {dist.reason_of(error)}; continue from the last checkpoint with --resume auto") from None
     finally:
         recorder.close()
 
