@@ -10,18 +10,19 @@ from pathlib import Path
 
 import torch
 
-from dmae_ds.errors import UserError
+_STATUS = Path("/proc/self/status")  # Linux's
 
 
 class MemoryWatch:
-    """Start it once everything is imported and nothing is built; `peak` may be asked at any time after."""
+    """Start it once everything is imported and nothing is built; `peak` may be asked at any time after, if it `can_measure`."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._before = 0
+        self.can_measure = device.type == "cuda" or _STATUS.exists()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        else:
+        elif self.can_measure:
             self._before = _status_bytes("VmRSS")
 
     def peak(self) -> int:
@@ -33,8 +34,8 @@ class MemoryWatch:
 
 def _status_bytes(field: str) -> int:
     # Of this process alone: getrusage's ru_maxrss survives exec, and so may be the launcher's.
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in _STATUS.read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
-    raise UserError(f"/proc/self/status has no {field}: measured memory needs Linux")
+    raise LookupError(f"{_STATUS} has no {field}")

@@ -79,7 +79,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         dist.together(lambda: verify(teacher, config.teacher))
     student: MaskedViT = objective.student
     text = summary(preflight, objective, teacher) + (f"\nplacement {placed}" if placed else "")
-    forecast = sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
+    forecast = watch.can_measure and sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
     predicted = predict(preflight, gpu=device.type == "cuda") if forecast and world.is_main else None
 
     def report_memory(step: int) -> None:
