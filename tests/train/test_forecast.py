@@ -83,4 +83,4 @@ def test_the_watch_sees_what_is_allocated_after_its_start():
     watch = MemoryWatch(torch.device("cpu"))
     before = watch.peak()
     block = torch.ones(2**26)
-    assert watch.peak() - before > 0.5 * block.nbytes or before > block.nbytes
+    assert watch.peak() - before > 0.9 * block.nbytes
