@@ -64,6 +64,9 @@ def test_the_stream_s_queue_grows_with_its_stages(geometry):
     assert one == geometry.batch_bytes + geometry.teacher.feature_bytes
     sizes = [one, *(stream_bytes(geometry, stages) for stages in (2, 4, 8))]
     assert sizes == sorted(sizes) and all(size > 2 * stages * one for size, stages in zip(sizes[1:], (2, 4, 8)))
+    heavier = replace(geometry, teacher=replace(geometry.teacher, feature_bytes=geometry.teacher.feature_bytes + 1000))
+    for stages in (2, 4, 8):  # 2P features that are home wait; one is in the buffer that is sent, P in the two that receive
+        assert stream_bytes(heavier, stages) - stream_bytes(geometry, stages) >= 2 * stages * 1000
 
 
 def test_messages_are_those_of_the_stream():
