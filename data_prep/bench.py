@@ -3,82 +3,23 @@
 Every way does its work once a round, in turns, so that what else the machine does meets all of them alike; each figure
 is the median of a ratio within its round. CPU time is that of the process and its children, system time included.
 Everything is written below a scratch folder and removed; the files of SRC are read once before, so the cache is warm.
-
-Other benchmarks give rows of their own to the same table: a function that takes (a folder of images, a scratch folder)
-and returns a Section; run_bench lists them. A row is a name and a function without arguments that does the work once.
 """
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.find import find_images
+from data_prep.timing import Row, Section, format_table, time_interleaved
 from dmae_ds.data.shards import ShardError
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str
-    run: Callable[[], None]  # the work, once
-    prepare: Callable[[], None] = lambda: None  # before each time, not counted
-
-
-@dataclass(frozen=True)
-class Section:
-    """Rows that do the same work on `num_items` items; their speeds are given against the first row's."""
-
-    title: str
-    unit: str  # of an item
-    num_items: int
-    rows: list[Row]
-
-
-@dataclass(frozen=True)
-class Timing:
-    wall_s: float
-    cpu_s: float
-
-
-def time_interleaved(rows: list[Row], rounds: int) -> dict[str, list[Timing]]:
-    """Each row once a round, in turns. Returns name -> one Timing a round."""
-    timings: dict[str, list[Timing]] = {row.name: [] for row in rows}
-    for _ in range(rounds):
-        for row in rows:
-            row.prepare()
-            cpu, wall = sum(os.times()[:4]), time.perf_counter()
-            row.run()
-            timings[row.name].append(Timing(time.perf_counter() - wall, sum(os.times()[:4]) - cpu))
-    return timings
-
-
-def format_table(section: Section, timings: dict[str, list[Timing]]) -> str:
-    """Medians: items a second, CPU microseconds an item, and speed against the first row by wall and by CPU time."""
-    base = timings[section.rows[0].name]
-    width = max(len(row.name) for row in section.rows)
-    lines = [
-        f"{section.title} ({section.num_items:,} {section.unit}, median of {len(base)} rounds)",
-        f"{'':<{width}}  {section.unit + '/s':>10}  {'CPU us':>7}  {'speed':>6}  {'CPU':>6}",
-    ]
-    for row in section.rows:
-        found = timings[row.name]
-        wall, cpu = (statistics.median(values) for values in zip(*((t.wall_s, t.cpu_s) for t in found), strict=True))
-        speed = statistics.median(first.wall_s / own.wall_s for first, own in zip(base, found, strict=True))
-        cheap = statistics.median(first.cpu_s / max(own.cpu_s, 1e-9) for first, own in zip(base, found, strict=True))
-        lines.append(
-            f"{row.name:<{width}}  {section.num_items / wall:>10,.0f}  {cpu / section.num_items * 1e6:>7.1f}  {speed:>6.2f}  {cheap:>6.2f}"
-        )
-    return "\n".join(lines)
-
-
 def load_sections() -> dict[str, Callable[[Path, Path], Section]]:
-    """Name -> section. Imported here: reading and decoding need torch, and this module."""
+    """Name -> section. Imported here: reading and decoding need torch."""
     from data_prep.bench_reading import decoding, reading
 
     return {"conversion": conversion, "reading": reading, "decoding": decoding}
@@ -123,13 +64,8 @@ def conversion(images: Path, scratch: Path) -> Section:
         Row("floor + fsync", lambda: (_copy(images, listing, dst / "all"), _fsync(dst / "all")), clean),
         Row("dmae-shards, 1 worker", ours(1), clean),
         Row("dmae-shards, 2 workers", ours(2), clean),
+        Row("webdataset.ShardWriter", lambda: _run_python("-m", "data_prep.bench_webdataset", images, dst), clean),
     ]
-    try:
-        import webdataset  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        rows.append(Row("webdataset.ShardWriter", lambda: _run_python("-m", "data_prep.bench_webdataset", images, dst), clean))
     return Section("conversion", "images", len(listing), rows)
 
 

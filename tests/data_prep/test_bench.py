@@ -1,6 +1,6 @@
 """data_prep/bench.py: rows take turns, and the table's figures are medians of ratios."""
 
-from data_prep.bench import Row, Section, Timing, format_table, time_interleaved
+from data_prep.timing import Row, Section, Timing, format_table, time_interleaved
 
 
 def test_rows_take_turns_and_preparation_is_apart():
