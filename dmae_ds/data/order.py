@@ -80,7 +80,8 @@ def sample_ids(positions: np.ndarray, *, num_samples: int, seed: int, block: int
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
     keys = epoch_key(seed, epochs)
     if block == 1:
-        return epochs, permute(places, num_samples, keys)
+        is_one_epoch = epochs.size > 0 and (epochs == epochs.flat[0]).all()
+        return epochs, permute(places, num_samples, keys.flat[0] if is_one_epoch else keys)
     shuffled = _shuffle_lanes(places, num_samples, block, keys)
     number, offset = np.divmod(shuffled, block)
     full_blocks = num_samples // block  # a shorter block at the end stays where it is
@@ -137,26 +138,33 @@ def permute(x: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     """
     x = np.asarray(x)
     values = x.astype(np.uint64).ravel()
-    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), x.shape).ravel()
-    sizes = np.broadcast_to(np.asarray(n, dtype=np.int64), x.shape).ravel()
-    num_bits = np.frexp((sizes - 1).astype(np.float64))[1]  # int.bit_length of n - 1
-    half_bits = np.maximum(MIN_HALF_BITS, (num_bits + 1) // 2).astype(np.uint64)
-    sizes = sizes.astype(np.uint64)
+    sizes, half_bits = _domain(n)
+    # [NUM_ROUNDS, 1 or x.size]: a key for each round, ready before the walk; one for all costs half of one for each
+    rounds = np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64)[:, None]
+    round_keys = _mix(np.asarray(key, dtype=np.uint64).ravel()[None] + rounds * np.uint64(GOLDEN_GAMMA))
     # cycle walking: the domain is a power of four, below 4 n from n = 17 on; step along the cycle until back below n
     outside = np.arange(values.size)
     while outside.size:
-        values[outside] = _feistel(values[outside], keys[outside], half_bits[outside])
-        outside = outside[values[outside] >= sizes[outside]]
+        own_keys = round_keys if round_keys.shape[1] == 1 else round_keys[:, outside]
+        own_sizes, own_bits = (sizes, half_bits) if sizes.size == 1 else (sizes[outside], half_bits[outside])
+        values[outside] = stepped = _feistel(values[outside], own_keys, own_bits)
+        outside = outside[stepped >= own_sizes]
     return values.astype(np.int64).reshape(x.shape)
 
 
-def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: np.ndarray) -> np.ndarray:
+def _domain(n: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, half of the bits that number the domain), uint64, one entry for all or one for each."""
+    sizes = np.asarray(n, dtype=np.int64).ravel()
+    num_bits = np.frexp((sizes - 1).astype(np.float64))[1]  # int.bit_length of n - 1
+    return sizes.astype(np.uint64), np.maximum(MIN_HALF_BITS, (num_bits + 1) // 2).astype(np.uint64)
+
+
+def _feistel(values: np.ndarray, round_keys: np.ndarray, half_bits: np.ndarray) -> np.ndarray:
     """A permutation of [0, 4**half_bits): each round xors one half with a keyed hash of the other."""
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
-    for _ in range(NUM_ROUNDS):
-        keys = keys + np.uint64(GOLDEN_GAMMA)
-        left, right = right, left ^ (_mix(_mix(keys) + right) & mask)
+    for round_key in round_keys:
+        left, right = right, left ^ (_mix(round_key + right) & mask)
     return left << half_bits | right
 
 

@@ -97,6 +97,7 @@ class ShardSet:
                     file.seek(0)
                     start = _check_header(file.read(HEADER_BYTES), count)
                 records = np.memmap(path, RECORD, mode="r", offset=start, shape=(count,)) if count else np.empty(0, RECORD)
+                records = records.view(np.ndarray)  # the same memory; a memmap's own indexing takes microseconds
         except (OSError, ValueError) as error:
             raise ShardError(f"{path}: the index cannot be read ({error}); copy it again") from None
         if shard not in self.checked:
