@@ -54,7 +54,8 @@ class TeacherParts:
         """What stays in the file, part by part; empty where nothing does."""
         parts = []
         if self.dropped.blocks:
-            parts.append(f"blocks {self.blocks + 1}-{self.whole_blocks}")
+            first, last = self.blocks + 1, self.whole_blocks
+            parts.append(f"blocks {first}-{last}" if first < last else f"block {last}")
         if self.dropped.decoder:
             parts.append("upper decoder blocks" if self.decoder_parameters else "decoder")
         parts += sorted({name.split(".")[0] for name in self.dropped.rest})
