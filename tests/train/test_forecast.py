@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.dist import World
