@@ -23,7 +23,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
 
 NUM_DECODED = 500
-BATCH = 256
+BATCH = 4096  # the global batch of the recipes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
