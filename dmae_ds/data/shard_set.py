@@ -43,7 +43,7 @@ class ShardSet:
         Raises ShardError, one line, for a folder that cannot be used.
         """
         folder = str(folder).rstrip("/") if is_url(folder) else Path(folder)
-        make = f"`dmae-shards make SRC {folder}`"
+        make = "`dmae-shards make SRC DST`, and copy DST there" if is_url(folder) else f"`dmae-shards make SRC {folder}`"
         indexes = open_folder(folder, access=access, label=label)
         try:
             text = indexes.read_all(MANIFEST, limit=MANIFEST_BYTES)

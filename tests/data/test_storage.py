@@ -2,7 +2,10 @@
 
 import os
 import resource
+import socket
+from contextlib import contextmanager
 
+import fsspec
 import pytest
 import torch
 
@@ -158,29 +161,54 @@ def test_an_index_that_is_not_the_manifest_s_is_refused(shard_folder):
                 SampleReader(ShardSet.open(location, label="data.train", access=QUICK)).read(0)
 
 
-def test_s3(shard_folder, shard_set, monkeypatch):
+@contextmanager
+def s3_server(monkeypatch):
+    """Yields (a bucket's URL, fsspec's file system of it)."""
     pytest.importorskip("s3fs", reason="s3:// is read with s3fs: dmae-ds[remote]")
     moto = pytest.importorskip("moto.server", reason="the S3 server of these tests: pip install 'moto[server]'")
-    boto3 = pytest.importorskip("boto3")
     for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        client = boto3.client("s3", endpoint_url=endpoint)
-        client.create_bucket(Bucket="pictures")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        system.mkdir("pictures")
+        yield "s3://pictures", system
+    finally:
+        server.stop()
+
+
+@contextmanager
+def gs_server(monkeypatch):
+    pytest.importorskip("gcsfs", reason="gs:// is read with gcsfs: dmae-ds[remote]")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the server of these tests: pip install gcp-storage-emulator")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks by gRPC what the emulator doesn't speak
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pictures")
+    server.start()
+    try:
+        yield "gs://pictures", fsspec.filesystem("gs", skip_instance_cache=True)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("serve_bucket", [s3_server, gs_server])
+def test_buckets(serve_bucket, shard_folder, shard_set, monkeypatch):
+    with serve_bucket(monkeypatch) as (bucket, system):
+        url = f"{bucket}/digits/train"
         for path in shard_folder.iterdir():
-            client.upload_file(str(path), "pictures", f"digits/train/{path.name}")
-        remote = ShardSet.open("s3://pictures/digits/train", label="data.train", access=Access(retries=3, timeout_s=10))
+            system.pipe_file(f"{url}/{path.name}", path.read_bytes())
+        remote = ShardSet.open(url, label="data.train", access=Access(retries=3, timeout_s=10))
         for block, num_workers in ((1, 0), (16, 2)):
             ours, theirs = (batches(each, num_steps=3, block=block, num_workers=num_workers) for each in (remote, shard_set))
             assert all(torch.equal(a.images, b.images) for a, b in zip(ours, theirs, strict=True))
-        client.delete_object(Bucket="pictures", Key="digits/train/shard-000001.tar")
-        with pytest.raises(ShardError, match="shard-000001.tar is missing"):
-            ShardSet.open("s3://pictures/digits/train", label="data.train", access=Access(retries=1, timeout_s=10))
+        system.rm(f"{url}/shard-000001.tar")
+        once = Access(retries=1, timeout_s=10)
+        with pytest.raises(ShardError, match="shard-000001.tar is missing; copy it again or run `dmae-shards make SRC DST`, and copy DST there"):
+            ShardSet.open(url, label="data.train", access=once)
         with pytest.raises(ShardError, match="no manifest.json there"):
-            ShardSet.open("s3://pictures/none", label="data.train", access=Access(retries=1, timeout_s=10))
-    finally:
-        server.stop()
+            ShardSet.open(f"{bucket}/none", label="data.train", access=once)
