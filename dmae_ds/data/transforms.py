@@ -45,9 +45,9 @@ def eval_view(image: np.ndarray, *, img_size: int, crop_pct: float) -> np.ndarra
 
 def _resize(image: np.ndarray, *, width: int, height: int) -> torch.Tensor:
     """uint8 [H, W, 3] -> uint8 [3, height, width], antialiased bicubic."""
-    # [H, W, 3] -> [1, 3, H, W], laid out so that torch takes its vectorised path; without .contiguous() it takes half
-    # as long again, although the strides look the same
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+    # [H, W, 3] -> [1, H, W, 3] -> [1, 3, H, W] with channels last, which torch's vectorised path wants: the axis of one
+    # must be there before the others are permuted, or its stride hides the layout.
+    pixels = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)[0]
 
 
