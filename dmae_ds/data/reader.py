@@ -13,7 +13,7 @@ import numpy as np
 from isal import isal_zlib  # zlib's crc32 at the speed of memory
 
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.shards import SOURCES, ShardError
+from dmae_ds.data.shards import RECORD, SOURCES, UNPACK_RECORD, ShardError
 from dmae_ds.data.storage import NUM_THREADS, LocalFile, RemoteFile
 
 # Two descriptors a local shard (tar and index), and the usual limit of a process is 1,024. A remote index is in memory.
@@ -21,7 +21,10 @@ MAX_OPEN_SHARDS, MAX_OPEN_REMOTE = 256, 64
 MAX_SAMPLE_BYTES = 2**28  # an index that says more is wrong, or meant to exhaust the memory
 
 
-OpenShard = tuple[LocalFile | RemoteFile, np.ndarray]  # its tar, its index
+class OpenShard(NamedTuple):
+    tar: LocalFile | RemoteFile
+    index: np.ndarray
+    records: memoryview  # the index again, as bytes
 
 
 class Sample(NamedTuple):
@@ -29,9 +32,14 @@ class Sample(NamedTuple):
 
     data: bytes
     label: int
-    key: str  # its name in the tar: 9 digits
+    number: int
     sample_id: int
     shard: str  # the path or URL of its tar
+
+    @property
+    def key(self) -> str:
+        """Its name in the tar."""
+        return f"{self.number:09d}"
 
 
 class CorruptSample(ShardError):
@@ -79,8 +87,8 @@ class SampleReader:
         """One sample, out of a block if `span` was fetched. Raises CorruptSample if its bytes are not those that were
         written, ShardError if they cannot be had."""
         shard, row = self.shard_set.locate(sample_id)
-        file, index = self._open.get(shard) or self._open_shard(shard)
-        number, offset, size, crc32, _, _, label = index[row].item()  # one call: a field at a time costs as much as the read
+        file, _, records = self._open.get(shard) or self._open_shard(shard)
+        number, offset, size, crc32, _, _, label = UNPACK_RECORD(records, row * RECORD.itemsize)
         data = self._take(span, sample_id) if span is not None else None
         if isinstance(data, ShardError):
             raise data
@@ -90,14 +98,14 @@ class SampleReader:
         if not is_whole and file.forget(offset, size):
             data = file.read(offset, size)
             is_whole = len(data) == size and isal_zlib.crc32(data) == crc32
-        key = f"{number:09d}"
+        sample = Sample(data, label, number, sample_id, file.path)
         if not is_whole:
             raise CorruptSample(
-                f"{file.path}: sample {key} is corrupt (its bytes do not have the index's crc32); copy the shard again, "
+                f"{file.path}: sample {sample.key} is corrupt (its bytes do not have the index's crc32); copy the shard again, "
                 f"or make it again from line {number + 1} of {SOURCES}",
-                sample_id=sample_id, key=key, shard=file.path, reason="crc32",
+                sample_id=sample_id, key=sample.key, shard=file.path, reason="crc32",
             )  # fmt: skip
-        return Sample(data, label, key, sample_id, file.path)
+        return sample
 
     def _take(self, span: tuple[int, int] | None, sample_id: int) -> bytes | ShardError | None:
         """The bytes of a sample in a fetched block, which lets them go: a sample comes once an epoch."""
@@ -137,7 +145,8 @@ class SampleReader:
         indexes = _map(self.shard_set.open_index, missing, at_once=self.shard_set.indexes.is_remote)
         for shard, index in zip(missing, indexes, strict=True):
             entry = self.shard_set.shards[shard]
-            self._open[shard] = self.shard_set.tars.open(entry.name, size=entry.bytes), index
+            records = memoryview(index.view(np.uint8))
+            self._open[shard] = OpenShard(self.shard_set.tars.open(entry.name, size=entry.bytes), index, records)
         opened = {shard: self._open[shard] for shard in shards}
         while len(self._open) > (MAX_OPEN_REMOTE if self.shard_set.indexes.is_remote else MAX_OPEN_SHARDS):
             self._open.popitem(last=False)
@@ -153,7 +162,7 @@ def _map(function: Callable, items: Sequence, *, at_once: bool) -> list:
 
 def _read_rows(job: tuple[OpenShard, int, int, int]) -> dict[int, bytes | ShardError]:
     """(shard, first id, first row, end row): id -> bytes of consecutive rows, in one read. A failure is each sample's own."""
-    (file, index), first_id, row, end = job
+    (file, index, _), first_id, row, end = job
     offsets, sizes = (index[field][row:end].astype(np.int64) for field in ("offset", "size"))
     low, high = int(offsets.min()), int((offsets + sizes).max())
     if high - low > MAX_SAMPLE_BYTES:  # an index in another order than its tar, or huge pictures: one by one

@@ -75,10 +75,10 @@ class ShardSet:
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """Returns (shard number, row in its index)."""
-        if not 0 <= sample_id < self.num_samples:
-            raise IndexError(f"sample id {sample_id} of {self.num_samples} samples")
         shard = bisect.bisect_right(self.ends, sample_id)
-        return shard, sample_id - self.ends[shard] + self.shards[shard].num_samples
+        if sample_id < 0 or shard == len(self.ends):
+            raise IndexError(f"sample id {sample_id} of {self.num_samples} samples")
+        return shard, sample_id - (self.ends[shard - 1] if shard else 0)
 
     def open_index(self, shard: int) -> np.ndarray:
         """The records of one shard, [num_samples] of RECORD: mapped, with a descriptor for as long as they live; from a

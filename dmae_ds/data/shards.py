@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import struct
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ RECORD = np.dtype([
     ("height", "<u4"),
     ("label", "<i4"),
 ])
+UNPACK_RECORD = struct.Struct("<QQIIIIi").unpack_from  # (buffer, offset) -> a RECORD's fields: a third of numpy's time for one
 
 
 class ShardError(UserError):
