@@ -1,4 +1,4 @@
-"""`dmae-ds train | plan | eval | report | teacher | bench`: parse, check, hand over. Rooms that need torch are imported when they are entered.
+"""`dmae-ds train | plan | eval | export | report | teacher | bench`: parse, check, hand over. Rooms that need torch are imported when they are entered.
 
 A user's mistake is one line and exit code 2; a run that broke is one line and exit code 1.
 """
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from dmae_ds import __version__
+from dmae_ds.cli_eval import add_eval
 from dmae_ds.errors import RunFailed, UserError
 
 
@@ -54,22 +55,24 @@ def _train(args: argparse.Namespace) -> None:
     run(preflight)
 
 
-def _eval_knn(args: argparse.Namespace) -> None:
-    from dmae_ds.dist import world_from_env
-    from dmae_ds.evaluate.knn import evaluate_run
-
-    try:
-        world_from_env()  # refuses launchers that start fewer processes than asked for
-        evaluate_run(Path(args.run), k=args.k, temperature=args.temperature, pool=args.pool, batch_size=args.batch_size)
-    except UserError as error:
-        error.on_every_rank = True  # so are the run folder and its shards
-        raise
-
-
 def _report(args: argparse.Namespace) -> None:
+    runs, out = [Path(run) for run in args.runs], Path(args.out) if args.out else None
+    if args.ledger:
+        from dmae_ds.ledger.page import write_ledger
+
+        print(write_ledger(runs, out or Path("RESULTS.md")))
+        return
+    if not runs:
+        raise UserError("name the runs of the page: dmae-ds report RUN [RUN ...]; only --ledger goes without one")
     from dmae_ds.report import write_report
 
-    print(write_report([Path(run) for run in args.runs], Path(args.out) if args.out else None))
+    print(write_report(runs, out))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from dmae_ds.export.export import describe, export
+
+    print(describe(*export(Path(args.run), to=args.to, what=args.what, out=Path(args.out) if args.out else None, license=args.license)))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -131,6 +134,16 @@ def _bench_stream(args: argparse.Namespace) -> None:
         print(text, flush=True)
 
 
+def _bench_knn(args: argparse.Namespace) -> None:
+    from dmae_ds.bench.knn import bench_knn
+
+    if args.k > args.train:
+        raise UserError(f"--k {args.k} is larger than --train {args.train}; ask for fewer neighbours")
+    print(
+        bench_knn(num_train=args.train, num_queries=args.queries, dim=args.dim, k=args.k, num_classes=args.classes, memory_gib=args.memory_gib), flush=True
+    )
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
@@ -143,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=__version__)
     # DeepSpeed's launcher puts --local_rank=N in front of the arguments; LOCAL_RANK says the same.
     root.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = root.add_subparsers(required=True, metavar="train | eval | report | teacher | bench")
+    commands = root.add_subparsers(required=True, metavar="train | plan | eval | export | report | teacher | bench")
 
     train = commands.add_parser("train", help="train a recipe, alone or under deepspeed, torchrun or accelerate launch")
     train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
@@ -152,19 +165,21 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--allow-pipe", action="store_true", help="let data.train be a pipe: URL, which runs its command in a shell")
     train.set_defaults(command=_train)
 
-    evaluate = commands.add_parser("eval", help="what a student is worth").add_subparsers(required=True, metavar="knn")
-    knn = evaluate.add_parser("knn", help="weighted k-nearest-neighbour top-1 on frozen features")
-    knn.add_argument("run", help="a run folder")
-    knn.add_argument("--k", type=int, default=20, help="neighbours (default 20)")
-    knn.add_argument("--temperature", type=float, default=0.07, help="of the neighbours' weights exp(cosine / T) (default 0.07)")
-    knn.add_argument("--pool", choices=("mean", "cls"), default="mean", help="feature: mean of the patch tokens, or CLS (default mean)")
-    knn.add_argument("--batch-size", type=int, default=256)
-    knn.set_defaults(command=_eval_knn)
+    add_eval(commands)
 
     report = commands.add_parser("report", help="one self-contained HTML page of one run or several")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first one's holds the page")
-    report.add_argument("--out", help="where to write it (default RUN/report.html)")
+    report.add_argument("runs", nargs="*", metavar="RUN", help="run folders; the first one's holds the page; with --ledger also folders of runs")
+    report.add_argument("--out", help="where to write it (default RUN/report.html, or RESULTS.md)")
+    report.add_argument("--ledger", action="store_true", help="RESULTS.md instead: the papers' tables beside these runs, and every arm of them over its seeds")
     report.set_defaults(command=_report)
+
+    export = commands.add_parser("export", help="the student in another library's layout, loaded back by it and compared, with a card")
+    export.add_argument("run", help="a run folder; for a classifier, the folder that eval finetune or linear wrote")
+    export.add_argument("--to", choices=("timm", "hf", "onnx", "safetensors"), required=True, help="whose layout; hf is transformers")
+    export.add_argument("--what", choices=("encoder", "mae", "classifier"), default="encoder", help="encoder (default); mae: with the pixel decoder (hf)")
+    export.add_argument("--out", metavar="DIR", help="where to write it (default RUN/export/<to>)")
+    export.add_argument("--license", metavar="ID", default="unknown", help="under which these weights may be used, for the card (default unknown)")
+    export.set_defaults(command=_export)
 
     plan = commands.add_parser("plan", help="memory, traffic and time of a recipe on GPUs that needn't be here, and where its teacher should live")
     plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
@@ -201,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     stats.add_argument("--out", help="where to write (default: beside the weights)")
     stats.set_defaults(command=_teacher_stats)
 
-    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="teacher-load | stream")
+    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="teacher-load | stream | knn")
     load = bench.add_parser("teacher-load", help="bytes read and memory of a cut teacher, against the bytes needed")
     load.add_argument("--name", default="vit_huge_patch14_224", help="timm name of the whole teacher (default vit_huge_patch14_224)")
     load.add_argument("--last-block", type=int, metavar="K", help="the deepest block that is tapped (default: three quarters of the depth)")
@@ -216,6 +231,13 @@ def parser() -> argparse.ArgumentParser:
     stream.add_argument("--clocks", type=_at_least_one, default=16, help="micro-batches a rank in a round (default 16)")
     stream.add_argument("--rounds", type=_at_least_one, default=7, help="rounds, of which the median counts (default 7)")
     stream.set_defaults(command=_bench_stream)
+    knn = bench.add_parser("knn", help="memory and time of eval knn at ImageNet's size, on random features")
+    for name, default, what in (
+        ("train", 1_281_167, "training rows"), ("queries", 2048, "rows to classify"), ("dim", 768, "width of a feature"), ("k", 20, "neighbours"), ("classes", 1000, "classes"),
+    ):  # fmt: skip
+        knn.add_argument(f"--{name}", type=_at_least_one, default=default, metavar="N", help=f"{what} (default {default:,})")
+    knn.add_argument("--memory-gib", type=float, default=1.0, metavar="GIB", help="for the search, beyond the features (default 1)")
+    knn.set_defaults(command=_bench_knn)
     return root
 
 

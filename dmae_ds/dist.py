@@ -119,6 +119,25 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total / distributed.get_world_size()
 
 
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, on every rank."""
+    from torch import distributed
+
+    total = values.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[n, ...] of every rank -> [ranks * n, ...] on every rank, in the order of ranks."""
+    import torch
+    from torch import distributed
+
+    found = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(found, rows.contiguous())
+    return torch.cat(found)
+
+
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because somebody else is gone or stuck (gloo says so in words, NCCL by its type)."""
     from torch import distributed

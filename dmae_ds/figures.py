@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dmae_ds.evaluate.facts import DEAD_SHARE
@@ -36,6 +39,7 @@ COLOURS = {
 }
 NUM_SERIES = 8
 MAX_POINTS = 300  # a curve of more steps is drawn as means: a pixel of the page holds no more
+OPAQUE = 0.85  # of a heat map's 1: a number can be read on it, on either page
 DASHES = ["-", "--", ":"]  # runs 8 to 15 take the colours again, dashed
 
 
@@ -61,62 +65,136 @@ def thin_out(epochs: list[float], values: list[float], max_points: int = MAX_POI
     return np.add.reduceat(epochs, starts) / lengths, np.add.reduceat(values, starts) / lengths, stretch
 
 
-def draw_curves(title: str, curves: list[Curve], *, share: bool = False) -> Figure:
-    """Curves of several runs in one axes. share: values are parts of 1, drawn as percent with the mark of a dead term."""
-    with matplotlib.rc_context({"text.parse_math": False}):  # a run may be called a$b
-        figure = Figure(figsize=(4.3, 2.9), layout="constrained", facecolor=light("--surface"))
-        axes = figure.add_subplot(facecolor=light("--surface"))
-        axes.set_title(title, loc="left", fontsize=10, color=light("--ink"), pad=8)
+def draw_curves(
+    title: str, curves: list[Curve], *, unit: str, share: bool = False, points: bool = False, from_zero: bool = False, mark: tuple[float, str] | None = None,
+) -> Figure:  # fmt: skip
+    """Curves of several runs in one axes.
+
+    unit: of the values, along the axis; share: values are parts of 1, drawn as percent with the mark of a dead term
+    points: few values that were measured apart, each of which is marked; from_zero: the axis begins at zero
+    mark: (value, what it means) of a line across
+    """
+    with _plain_text():
+        figure, axes = _figure(title, width=4.3, height=2.9)
         axes.set_xlabel("epoch", fontsize=9, color=light("--soft"))
-        axes.tick_params(labelsize=9, labelcolor=light("--soft"), length=0)
+        axes.set_ylabel(unit, fontsize=9, color=light("--soft"))
         axes.grid(axis="y", color=light("--line"), linewidth=0.8)
-        axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.spines[:].set_visible(False)
         axes.spines["bottom"].set(visible=True, color=light("--line"))
-        lines = [_draw(axes, curve) for curve in curves]
+        lines = [_draw(axes, curve, points=points) for curve in curves]
         if share:
             axes.set_ylim(0, 1)
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.axhline(DEAD_SHARE, color=light("--alarm"), linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(f"dead term below {DEAD_SHARE:.0%}", (1, DEAD_SHARE), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          ha="right", va="bottom", fontsize=8.5, color=light("--alarm"))  # fmt: skip
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
+            mark = (DEAD_SHARE, f"dead term below {DEAD_SHARE:.0%}")
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if mark is not None:
+            axes.axhline(mark[0], color=light("--alarm"), linewidth=1, linestyle=(0, (4, 3)))
+            axes.annotate(mark[1], (1, mark[0]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                          ha="right", va="bottom", fontsize=8.5, color=light("--alarm"))  # fmt: skip
         if len(curves) > 1:
             figure.legend(lines, [curve.name for curve in curves], loc="outside lower left", ncols=min(3, len(curves)), frameon=False,
                           fontsize=8.5, labelcolor=light("--soft"), handlelength=1.4)  # fmt: skip
     return figure
 
 
-def _draw(axes, curve: Curve):
+def draw_grid(title: str, values: np.ndarray, *, rows: str, columns: str, marked: list[tuple[int, int]]) -> Figure:
+    """A heat map of values in 0 to 1, [R, C], the first row at the bottom; rows and columns are counted from 1.
+
+    rows, columns: what they are; marked: (row, column) pairs, from 1, that get a frame. The colour of a cell is one hue, as
+    opaque as the value is large, so that it reads on a light and on a dark page; up to 8 x 12 cells carry their number, more a key.
+    """
+    num_rows, num_columns = values.shape
+    numbered = num_rows <= 8 and num_columns <= 12
+    with _plain_text():
+        figure, axes = _figure(title, width=4.3, height=min(4.3, 1.3 + 2.9 * max(0.35, num_rows / num_columns)))
+        axes.set_xlabel(columns, fontsize=9, color=light("--soft"))
+        axes.set_ylabel(rows, fontsize=9, color=light("--soft"))
+        for (row, column), value in np.ndenumerate(values.clip(0, 1)):
+            axes.add_patch(Rectangle((column + 0.52, row + 0.52), 0.96, 0.96, facecolor=(light("--series-0"), OPAQUE * float(value)), linewidth=0))
+            if numbered:
+                axes.text(column + 1, row + 1, _short(value), ha="center", va="center", fontsize=8, color=light("--ink"))
+        for row, column in marked:
+            axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fill=False, edgecolor=light("--ink"), linewidth=1.6))
+        axes.set(xlim=(0.5, num_columns + 0.5), ylim=(0.5, num_rows + 0.5))
+        for axis, num in ((axes.xaxis, num_columns), (axes.yaxis, num_rows)):
+            axis.set_ticks(range(1, num + 1) if num <= 12 else [1, *range(4, num + 1, 4)])
+        if not numbered:
+            _add_key(figure, [(_short(value), (light("--series-0"), OPAQUE * value)) for value in (0, 0.25, 0.5, 0.75, 1)])
+    return figure
+
+
+def draw_bars(title: str, bars: list[tuple[str, int, list[float]]], parts: list[str], *, unit: str) -> Figure:
+    """One bar a run, (name, place, a value for each part), cut into its parts: the run's colour, each part fainter than the one before."""
+    faintness = np.linspace(1, 0.25, len(parts))
+    with _plain_text():
+        figure, axes = _figure(title, width=4.3, height=1.2 + 0.42 * len(bars))
+        axes.set_xlabel(unit, fontsize=9, color=light("--soft"))
+        axes.grid(axis="x", color=light("--line"), linewidth=0.8)
+        for height, (_, place, values) in enumerate(bars):
+            for start, value, alpha in zip(np.cumsum([0, *values]), values, faintness):
+                axes.add_patch(Rectangle((start, height - 0.3), value, 0.6, facecolor=(light(f"--series-{place % NUM_SERIES}"), alpha), linewidth=0))
+        axes.set(xlim=(0, 1.05 * max(sum(values) for _, _, values in bars) or 1), ylim=(len(bars) - 0.5, -0.5))
+        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _add_key(figure, [(part, (light("--soft"), alpha)) for part, alpha in zip(parts, faintness, strict=True)])
+    return figure
+
+
+def draw_mosaic(title: str, mosaic: np.ndarray, labels: list[str], heads: list[str]) -> Figure:
+    """One [H, W, 3] uint8 picture of equally high rows, with a label beside each, and of columns, with heads above (or none)."""
+    height, width = mosaic.shape[:2]
+    with _plain_text():
+        figure, axes = _figure(title, width=6.6 + 0.085 * max(map(len, labels)), height=0.7 + 6.5 * height / width)
+        axes.imshow(mosaic, interpolation="nearest")
+        axes.set_yticks([(row + 0.5) * height / len(labels) for row in range(len(labels))], labels)
+        axes.set_xticks([(column + 0.5) * width / len(heads) for column in range(len(heads))], heads)
+        axes.xaxis.tick_top()
+        axes.tick_params(axis="x", length=0)
+    return figure
+
+
+def _add_key(figure: Figure, colours: list[tuple[str, tuple[str, float]]]) -> None:
+    """What the opaqueness of a colour means, under the axes."""
+    swatches = [Rectangle((0, 0), 1, 1, facecolor=colour, linewidth=0) for _, colour in colours]
+    figure.legend(swatches, [name for name, _ in colours], loc="outside lower left", ncols=len(colours), frameon=False, fontsize=8.5,
+                  labelcolor=light("--soft"), handlelength=1.2)  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """.93, 1 or 0, of a value that is about in 0 to 1."""
+    return "1" if value >= 0.995 else "0" if value < 0.005 else f"{value:.2f}"[1:]
+
+
+def _plain_text():
+    return matplotlib.rc_context({"text.parse_math": False})  # a run may be called a$b
+
+
+def _figure(title: str, *, width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure, in inches, and its axes without frame or ticks."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=light("--surface"))
+    axes = figure.add_subplot(facecolor=light("--surface"))
+    axes.set_title(title, loc="left", fontsize=10, color=light("--ink"), pad=8)
+    axes.tick_params(labelsize=9, labelcolor=light("--soft"), length=0)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _draw(axes: Axes, curve: Curve, *, points: bool) -> Line2D:
     epochs, values, _ = thin_out(curve.epochs, curve.values)
     dash = DASHES[curve.place // NUM_SERIES % len(DASHES)]
-    marker = "o" if len(values) == 1 else None  # a line of one point can't be seen
-    return axes.plot(epochs, values, color=light(f"--series-{curve.place % NUM_SERIES}"), linewidth=1.6, linestyle=dash, marker=marker)[0]
-
-
-def draw_pictures(title: str, triples: list[tuple[np.ndarray, ...]]) -> Figure:
-    """A column a picture: (original, masked, reconstructed), each [H, W, 3] uint8."""
-    height, width = triples[0][0].shape[:2]
-    with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=(len(triples) + 1.1, 3.2 * height / width + 0.4), layout="constrained", facecolor=light("--surface"))
-        figure.suptitle(title, fontsize=9, color=light("--ink"))
-        grid = figure.subplots(3, len(triples), squeeze=False)
-        for row, name in enumerate(("original", "masked", "reconstructed")):
-            grid[row][0].set_ylabel(name, fontsize=9, color=light("--soft"), rotation=0, ha="right", va="center")
-        for column, triple in zip(grid.T, triples, strict=True):
-            for axes, picture in zip(column, triple, strict=True):
-                axes.imshow(picture, interpolation="nearest")
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
-    return figure
+    marker = "o" if points or len(values) == 1 else None  # a line of one point can't be seen
+    return axes.plot(epochs, values, color=light(f"--series-{curve.place % NUM_SERIES}"), linewidth=1.6, linestyle=dash, marker=marker, markersize=4)[0]
 
 
 def to_png(figure: Figure) -> bytes:
     """The figure in the light page's colours, with its background."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=160, metadata={"Software": None}, pil_kwargs={"compress_level": 3})  # smaller takes three times as long
+    figure.set_layout_engine("none")  # it stands: an SVG of it needn't be laid out again
     return file.getvalue()
 
 

@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 
+from dmae_ds.config import evaluation as evaluation_schemas
 from dmae_ds.config import objectives as objective_schemas
 from dmae_ds.config import run as run_schemas
 from dmae_ds.config.objectives import Section
@@ -24,9 +25,12 @@ FLOORS = [
     {"teacher"},
     {"objectives"},
     {"plan"},
-    {"train", "evaluate"},
+    {"evaluate"},
+    {"train"},
+    {"finetune"},
     {"figures"},
-    {"report", "bench", "teacher_tools"},
+    {"report", "bench", "teacher_tools", "export", "ledger"},
+    {"cli_eval"},
     {"cli"},
     {"__main__"},
 ]
@@ -35,7 +39,7 @@ KNOWS_DEEPSPEED = {"dmae_ds/train/engine.py", "dmae_ds/train/checkpoint.py", "dm
 COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/teacher/pipeline.py", "dmae_ds/bench/pipeline_engine.py"}
 TORCH_FREE = ["dmae_ds/config", "dmae_ds/data/shards.py", "dmae_ds/data/shard_set.py", "dmae_ds/data/order.py", "dmae_ds/data/storage.py", "dmae_ds/data/cache.py",
               "dmae_ds/data/reader.py", "dmae_ds/data/foreign.py", "dmae_ds/data/corrupt.py", "dmae_ds/train/preflight.py", "dmae_ds/train/checkpoint_folder.py",
-              "dmae_ds/errors.py", "dmae_ds/cli.py", "data_prep"]  # fmt: skip
+              "dmae_ds/evaluate/results.py", "dmae_ds/evaluate/subsets.py", "dmae_ds/errors.py", "dmae_ds/cli.py", "dmae_ds/cli_eval.py", "data_prep"]  # fmt: skip
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
 
 SOURCES = sorted(path for folder in ("dmae_ds", "data_prep") for path in (REPOSITORY / folder).rglob("*.py"))
@@ -114,7 +118,7 @@ def schema_classes() -> set[type[Section]]:
         children = todo.pop().__subclasses__()
         classes |= set(children)
         todo += children
-    return {cls for cls in classes if cls.__module__ in (run_schemas.__name__, objective_schemas.__name__)}
+    return {cls for cls in classes if cls.__module__ in (run_schemas.__name__, objective_schemas.__name__, evaluation_schemas.__name__)}
 
 
 def test_every_config_field_is_read_somewhere():
@@ -130,6 +134,8 @@ def test_every_config_field_is_read_somewhere():
 
 
 def test_the_tables_are_the_schemas():
+    from dmae_ds.finetune.network import GLOBAL_POOLS
+    from dmae_ds.finetune.tasks import TASKS
     from dmae_ds.objectives import OBJECTIVES
     from dmae_ds.objectives.align import DISTANCES, HEADS
     from dmae_ds.teacher.formats import FORMATS
@@ -144,6 +150,8 @@ def test_the_tables_are_the_schemas():
     assert set(DISTANCES) == choices(objective_schemas.DmaeConfig, "distance")
     assert set(FORMATS) == set(run_schemas.TEACHER_FORMATS)
     assert set(DTYPES) == choices(run_schemas.TeacherConfig, "dtype")
+    assert set(TASKS) == choices(evaluation_schemas.DistillConfig, "method")
+    assert set(GLOBAL_POOLS) == choices(evaluation_schemas.ClassifierConfig, "pool")
 
 
 def test_every_package_is_installed_and_nothing_else_becomes_importable():
@@ -177,7 +185,7 @@ def test_every_command_in_the_readme_exists():
     commands = re.findall(r"dmae-ds ((?:train|(?:eval|teacher|bench) [\w-]+|report|[a-z]+))", readme())
     assert {"train", "report", "eval knn"} <= set(commands)
     for line in set(commands):
-        positionals = {"teacher slice": ["x", "y"], "bench teacher-load": []}.get(line, ["x"])
+        positionals = {"teacher slice": ["x", "y"], "bench teacher-load": [], "bench knn": [], "export": ["x", "--to", "timm"]}.get(line, ["x"])
         assert parser().parse_args([*line.split(), *positionals]).command
     for recipe in re.findall(r"(?:dmae-ds|dmae_ds) train (\w+)", readme()):
         assert (REPOSITORY / "launch" / "recipes" / f"{recipe}.yaml").exists()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,28 +17,41 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.config.shipped import find_file
 from dmae_ds.errors import UserError
 
+Schema = TypeVar("Schema", bound=BaseModel)
 
-def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:
+
+def load_config(recipe: str, overrides: list[str] = (), *, schema: type[Schema] = RunConfig, kind: str = "recipe", below: dict | None = None) -> Schema:
     """Read a recipe (path or shipped name) and apply overrides such as `objective.mask_ratio=0.9`.
 
+    schema, kind: the root, and where its shipped recipes are (shipped.py); below: values that the recipe's own stand over
     Raises UserError with a line for every key that is unknown, missing or out of range.
     """
-    path = find_file("recipe", recipe)
+    path = find_file(kind, recipe)
     values = _read_yaml(path.read_text(encoding="utf-8"), where=str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: found {type(values).__name__}, expected a mapping of sections such as `student:`")
+    values = _lay_over(below or {}, values)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}' is not an override; write key=value, for example objective.mask_ratio=0.9")
         _set(values, key, _read_yaml(text, where=f"override {key}"))
     try:
-        return RunConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
+        raise UserError("\n".join(_explain(item, schema) for item in error.errors())) from None
 
 
-def dump_config(config: RunConfig) -> str:
+def _lay_over(below: dict, above: dict) -> dict:
+    """Two nested mappings as one; where both have a value, the upper one's."""
+    both = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = _lay_over(below[key], above[key])
+    return both
+
+
+def dump_config(config: BaseModel) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -82,14 +95,14 @@ def _set(values: dict, dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _explain(item: dict) -> str:
+def _explain(item: dict, schema: type[BaseModel]) -> str:
     # A discriminated union puts the chosen name into the location: objective.dmae.head -> objective.head.
     location = [str(part) for part in item["loc"]]
     if location[:1] == ["objective"] and len(location) > 1:
         del location[1]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"][:-1])
+        known = _known_keys(item["loc"][:-1], schema)
         near = get_close_matches(location[-1], known, n=1, cutoff=0.5)
         prefix = ".".join(location[:-1])
         hint = f"did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else f"known here: {', '.join(known)}"
@@ -102,9 +115,9 @@ def _explain(item: dict) -> str:
     return f"{key}: found {item['input']!r}; {message[0].lower()}{message[1:]}" if item["type"] != "value_error" else f"{key}: {message}"
 
 
-def _known_keys(location: tuple) -> list[str]:
+def _known_keys(location: tuple, schema: type[BaseModel]) -> list[str]:
     """Fields of the section at a location, found by walking the schema's annotations."""
-    models: list[type[BaseModel]] = [RunConfig]
+    models: list[type[BaseModel]] = [schema]
     for part in location:
         children = [child for model in models if part in model.model_fields for child in _models_in(model.model_fields[part].annotation)]
         # The tag of a discriminated union names one of its members and no field.

@@ -38,6 +38,14 @@ TEACHER_FORMATS = ("timm", "mae", "hf", "dinov2", "dinov3", "dmae_ds")  # explai
 IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
+def known_format(value: str) -> str:
+    """The name of a key map, as it was given. Raises ValueError for one that can't be."""
+    if value not in (*TEACHER_FORMATS, "auto") and not re.fullmatch(IMPORT_PATH, value):
+        near = get_close_matches(value, TEACHER_FORMATS, n=1)
+        raise ValueError(f"'{value}' is unknown; {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(TEACHER_FORMATS)}, auto, or module:function")
+    return value
+
+
 def looks_like_hub_id(weights: str) -> bool:
     """`owner/name`, which a path of a weights file never is."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights)) and not weights.endswith((".safetensors", ".pth", ".pt", ".bin", ".json"))
@@ -67,6 +75,7 @@ class TeacherConfig(ModelConfig):
     # What its features are turned into before they are compared: zscore and phi_s need `dmae-ds teacher stats` once.
     standardize: Literal["none", "layer_norm", "zscore", "phi_s"] = "none"
     stats: str | None = None  # the file of `dmae-ds teacher stats`; null: beside the weights
+    license: str | None = None  # of its weights, for the cards of exports, where timm or a card beside the weights doesn't say it: cc-by-nc-4.0
 
     @model_validator(mode="after")
     def _weights_from_one_place(self):
@@ -85,10 +94,7 @@ class TeacherConfig(ModelConfig):
     @field_validator("format")
     @classmethod
     def _format_is_known(cls, value: str) -> str:
-        if value not in (*TEACHER_FORMATS, "auto") and not re.fullmatch(IMPORT_PATH, value):
-            near = get_close_matches(value, TEACHER_FORMATS, n=1)
-            raise ValueError(f"'{value}' is unknown; {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(TEACHER_FORMATS)}, auto, or module:function")
-        return value
+        return known_format(value)
 
 
 class RunSection(Section):
@@ -143,8 +149,8 @@ class DataConfig(Section):
         return self
 
 
-class OptimConfig(Section):
-    """AdamW and its schedule: lr = base_lr * global_batch / 256, linear warm-up, half a cosine down to min_lr."""
+class ScheduleConfig(Section):
+    """A batch and its rate: lr = base_lr * global_batch / 256, linear warm-up, half a cosine down to min_lr."""
 
     global_batch: PositiveInt = 4096
     micro_batch: PositiveInt | None = None  # images a rank sees at once; null: global_batch / ranks
@@ -152,15 +158,20 @@ class OptimConfig(Section):
     min_lr: NonNegativeFloat = 0.0
     epochs: PositiveFloat = 100.0
     warmup_epochs: NonNegativeFloat = 20.0
-    weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[Unit, Unit] = (0.9, 0.95)
-    clip_grad: NonNegativeFloat = 0.0  # global gradient norm; 0: never clipped, as MAE
 
     @model_validator(mode="after")
     def _warmup_ends(self):
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} is not below epochs {self.epochs:g}; shorten the warm-up or train longer")
         return self
+
+
+class OptimConfig(ScheduleConfig):
+    """AdamW and its schedule."""
+
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    clip_grad: NonNegativeFloat = 0.0  # global gradient norm; 0: never clipped, as MAE
 
 
 class CheckpointConfig(Section):
@@ -178,6 +189,28 @@ class LogConfig(Section):
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
 
 
+class EvalConfig(Section):
+    """k-NN of the student while it is trained, as `dmae-ds eval knn` measures it; off, unless knn_every is set.
+
+    Each time costs one pass of the student, without gradients, over the labelled pictures of data.train and over data.val.
+    """
+
+    knn_every: PositiveFloat | None = None  # epochs, as optim.epochs; the end of the run is measured too
+    knn_k: PositiveInt = 20
+    knn_temperature: PositiveFloat = 0.07
+    knn_pool: Literal["mean", "cls"] = "mean"
+    knn_labels: str = "all"  # training pictures that vote: 10% costs about a tenth (dmae_ds/evaluate/subsets.py; seed 0)
+    batch_size: PositiveInt = 64  # pictures a rank embeds at once
+    memory_gib: PositiveFloat = 1.0  # for the search, beyond the features
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self):
+        if self.knn_every is None and self.model_fields_set - {"knn_every"} and self != EvalConfig():
+            changed = next(name for name in type(self).model_fields if getattr(self, name) != type(self).model_fields[name].default)
+            raise ValueError(f"eval.{changed} is of no use without eval.knn_every; set that too, or remove it")
+        return self
+
+
 class RunConfig(Section):
     """One run, whole. Written to `RUN/config.yaml` as it was resolved."""
 
@@ -192,3 +225,4 @@ class RunConfig(Section):
     deepspeed: str = "zero2"  # a file of ds_configs/ by name, or the path of your own JSON
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()

@@ -12,18 +12,22 @@ from pathlib import Path
 from dmae_ds.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_RECIPES = (_PACKAGE.parent / "launch" / "recipes", _PACKAGE / "shipped_recipes", ".yaml")
 # kind -> (folder in a checkout, folder in an installed package, suffix)
 _FOLDERS = {
-    "recipe": (_PACKAGE.parent / "launch" / "recipes", _PACKAGE / "shipped_recipes", ".yaml"),
+    "recipe": _RECIPES,  # of `dmae-ds train`
+    "evaluation recipe": _RECIPES,  # of `dmae-ds eval`: in the same folder, told apart by their names
     "DeepSpeed file": (_PACKAGE.parent / "ds_configs", _PACKAGE / "shipped_ds_configs", ".json"),
 }
+_OF_EVALUATIONS = ("finetune_", "linear_", "supervised_")
 
 
 def shipped_files(kind: str) -> dict[str, Path]:
-    """Every shipped file of a kind ("recipe" or "DeepSpeed file"): name without suffix -> path."""
+    """Every shipped file of a kind (of _FOLDERS): name without suffix -> path."""
     checkout, installed, suffix = _FOLDERS[kind]
     folder = installed if installed.is_dir() else checkout
-    return {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
+    files = {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
+    return {name: path for name, path in files.items() if name.startswith(_OF_EVALUATIONS) == (kind == "evaluation recipe")}
 
 
 def find_file(kind: str, name: str) -> Path:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from dmae_ds.data.order import batch_positions, block_spans, num_held, sample_id
 from dmae_ds.data.reader import CorruptSample, Sample, SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
-from dmae_ds.data.transforms import CROP_STREAM, MASK_STREAM, eval_view, sample_rng, train_view
+from dmae_ds.data.transforms import AUGMENT_STREAM, CROP_STREAM, MASK_STREAM, eval_view, sample_rng, train_view
 from dmae_ds.data.worker import end_with_parent
 from dmae_ds.errors import UserError
 
@@ -75,9 +75,14 @@ def train_batches(
     buffer_gib: float = 8.0,
     max_corrupt: int = 0,
     corrupt_log: Path | None = None,
+    subset: np.ndarray | None = None,
+    crop: str = "torchvision",
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches of steps [start_step, stop_step): `accumulation` a step, `micro_batch` images each.
 
+    subset: ids of the samples that are the data, [n], None: all; an epoch is then n samples, in an order of their own
+    crop: one of transforms.CROPS; augment: what is done to each view, uint8 [3, H, W], with draws keyed by its sample
     block: see order.py; buffer_gib: what this rank's workers may hold of blocks that were read
     max_corrupt: samples that may be replaced (corrupt.py), over all ranks if they write down theirs in one `corrupt_log`
     Raises ShardError for a sample that cannot be read, and above max_corrupt for one that cannot be decoded.
@@ -87,7 +92,10 @@ def train_batches(
             f"global_batch {global_batch} is not micro_batch {micro_batch} x accumulation {accumulation} "
             f"x world_size {world_size} = {micro_batch * accumulation * world_size}"
         )
+    if subset is not None and block > 1:
+        raise UserError(f"data.block {block} reads many consecutive samples for the few that are asked for; set data.block=1")
     if isinstance(shard_set, ForeignShards):
+        assert subset is None and augment is None  # those who ask for them open indexed shards
         from dmae_ds.data.stream import StreamedBatches, stream_batches  # webdataset takes a second to import
 
         streamed = StreamedBatches(
@@ -114,6 +122,9 @@ def train_batches(
         rank=rank,
         world_size=world_size,
         parts=parts,
+        subset=subset,
+        crop=crop,
+        augment=augment,
     )
     numbers = range(start_step * accumulation * parts, stop_step * accumulation * parts)
     log = CorruptLog(corrupt_log, max_corrupt=max_corrupt)
@@ -141,13 +152,15 @@ def eval_batches(
     world_size: int,
     num_workers: int,
     limit: int | None = None,
+    subset: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Every sample once (or the first `limit`), in id order: this rank's are rank, rank + world_size, ...
 
+    subset: ids [n] of the samples that are the data, in their order; None: all
     The last batch may be short, and ranks may differ by one sample. Raises ShardError as train_batches does.
     """
-    num_samples = shard_set.num_samples if limit is None else min(limit, shard_set.num_samples)
-    ids = range(rank, num_samples, world_size)
+    every = range(shard_set.num_samples) if subset is None else subset.tolist()
+    ids = every[:limit][rank::world_size]
     load = functools.partial(
         _load_eval_batch,
         reader=SampleReader(shard_set),
@@ -175,10 +188,13 @@ def _load_train_batch(
     rank: int,
     world_size: int,
     parts: int,
+    subset: np.ndarray | None,
+    crop: str,
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None,
 ) -> "Loaded":
     number, part = divmod(number, parts)
     step, accumulation_step = divmod(number, accumulation)
-    num_samples = reader.shard_set.num_samples
+    num_samples = reader.shard_set.num_samples if subset is None else len(subset)
     positions = batch_positions(
         step,
         global_batch=global_batch,
@@ -194,22 +210,32 @@ def _load_train_batch(
     if reader.reads_ahead:
         spans = block_spans(epochs, ids, num_samples=num_samples, seed=seed, block=reader.block)
         reader.fetch(spans)
+    places, ids = ids, ids if subset is None else subset[ids]
     images = torch.empty((len(ids), 3, img_size, img_size), dtype=torch.uint8)
     noise = np.empty((len(ids), num_patches), np.float32)
     labels, shown, corrupt = np.empty(len(ids), np.int64), ids.copy(), []
     for row, (epoch, sample_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
-        sample, image, found = _read_whole(reader, sample_id, span=spans[row], epoch=epoch, seed=seed)
+        stand_ins = _stand_ins(int(places[row]), epoch=epoch, num_samples=num_samples, seed=seed, subset=subset)
+        sample, image, found = _read_whole(reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins)
         corrupt += found
         crop_rng = sample_rng(seed, epoch, sample_id, CROP_STREAM)
-        view = train_view(image, crop_rng, img_size=img_size, crop_scale=crop_scale, flip=flip)
+        view = train_view(image, crop_rng, img_size=img_size, crop_scale=crop_scale, flip=flip, crop=crop)
+        if augment is not None:
+            view = augment(view, sample_rng(seed, epoch, sample_id, AUGMENT_STREAM))
         images[row] = torch.from_numpy(view)  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
         noise[row] = sample_rng(seed, epoch, sample_id, MASK_STREAM).random(num_patches, dtype=np.float32)
         labels[row], shown[row] = sample.label, sample.sample_id
     return Loaded(Batch(images, *map(torch.from_numpy, (noise, labels, shown, epochs))), corrupt)
 
 
+def _stand_ins(place: int, *, epoch: int, num_samples: int, seed: int, subset: np.ndarray | None) -> Iterator[int]:
+    """The ids that may stand for a sample, of the same subset. Nothing is computed before the first is asked for."""
+    for candidate in replacements(place, epoch=epoch, num_samples=num_samples, seed=seed):
+        yield candidate if subset is None else int(subset[candidate])
+
+
 def _read_whole(
-    reader: SampleReader, sample_id: int, *, span: tuple[int, int] | None, epoch: int, seed: int
+    reader: SampleReader, sample_id: int, *, span: tuple[int, int] | None, epoch: int, stand_ins: Iterator[int]
 ) -> tuple[Sample, np.ndarray, list[Corrupt]]:
     """A sample and its picture, or where it is corrupt those that stand for it (corrupt.py), and what was corrupt."""
     try:
@@ -217,7 +243,7 @@ def _read_whole(
         return sample, decode(sample), []
     except CorruptSample as error:
         first, found = error, [error]
-    for candidate in replacements(sample_id, epoch=epoch, num_samples=reader.shard_set.num_samples, seed=seed):
+    for candidate in stand_ins:
         try:
             sample = reader.read(candidate)
             image = decode(sample)
@@ -229,7 +255,7 @@ def _read_whole(
 
 
 def _load_eval_batch(
-    number: int, *, reader: SampleReader, ids: range, batch_size: int, img_size: int, crop_pct: float
+    number: int, *, reader: SampleReader, ids: Sequence[int], batch_size: int, img_size: int, crop_pct: float
 ) -> "Loaded":
     batch_ids = ids[number * batch_size : (number + 1) * batch_size]
     spans = [(sample_id, 1) if reader.reads_ahead else None for sample_id in batch_ids]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 # What is drawn from a sample's key; each needs its own stream.
-CROP_STREAM, MASK_STREAM = 0, 1
+CROP_STREAM, MASK_STREAM, AUGMENT_STREAM, ERASE_STREAM = range(4)
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height; torchvision's default, which MAE keeps
 NUM_CROP_TRIES = 10  # torchvision's
@@ -26,11 +26,14 @@ def sample_rng(seed: int, epoch: int, sample_id: int, stream: int) -> np.random.
 
 
 def train_view(
-    image: np.ndarray, rng: np.random.Generator, *, img_size: int, crop_scale: tuple[float, float], flip: bool
+    image: np.ndarray, rng: np.random.Generator, *, img_size: int, crop_scale: tuple[float, float], flip: bool, crop: str = "torchvision"
 ) -> np.ndarray:
-    """A random crop of uint8 [H, W, 3], resized, flipped half of the time: uint8 [3, img_size, img_size]."""
+    """A random crop of uint8 [H, W, 3], resized, flipped half of the time: uint8 [3, img_size, img_size].
+
+    crop: one of CROPS
+    """
     height, width, _ = image.shape
-    left, top, right, bottom = crop_box(rng, width=width, height=height, scale=crop_scale, ratio=CROP_RATIO)
+    left, top, right, bottom = CROPS[crop](rng, width=width, height=height, scale=crop_scale, ratio=CROP_RATIO)
     view = _resize(image[top:bottom, left:right], width=img_size, height=img_size)  # no pixel outside the box is seen
     return (view.flip(2) if flip and rng.random() < 0.5 else view).numpy()
 
@@ -74,3 +77,17 @@ def crop_box(
         w = round(height * ratio[1])
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def clamped_crop_box(
+    rng: np.random.Generator, *, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """TensorFlow's way, which MAE's linear probe takes: one draw, and what sticks out of the picture is cut off."""
+    area = width * height * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = (max(1, min(round(side), most)) for side, most in ((math.sqrt(area * aspect), width), (math.sqrt(area / aspect), height)))
+    left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+    return left, top, left + w, top + h
+
+
+CROPS = {"torchvision": crop_box, "tensorflow": clamped_crop_box}

@@ -29,13 +29,16 @@ def choose_pictures(shard_set: ShardSet, *, num: int, seed: int, img_size: int, 
 
 
 @torch.inference_mode()
-def reconstruct(objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize, *, num_visible: int | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mask pictures and let an objective with a pixel decoder fill them in.
 
     images [N, 3, H, W] uint8, noise [N, L]
+    num_visible: patches that stay (default: as in training). The same noise nests its masks: what fewer show, more show too.
     Returns masked and reconstructed, [N, 3, H, W] uint8; in both, visible patches are the original's, bit for bit.
     """
-    batch = objective.prepare(images, noise, normalize)
+    batch = objective.prepare(images, noise, normalize, num_visible=num_visible)
     latent, _ = objective.student(batch.visible, batch.ids_keep)
     pixels = objective.decoder(latent, batch.ids_keep, batch.ids_masked).float()  # [N, L - K, P, P, 3]
     if objective.norm_pix:  # the decoder painted each patch in units of its own contrast: lend it the original's

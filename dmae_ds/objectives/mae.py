@@ -31,10 +31,13 @@ class Mae(nn.Module):
             embed_dim=config.decoder.embed_dim, num_heads=config.decoder.num_heads, generator=generator,
         )  # fmt: skip
 
-    def prepare(self, images: Tensor, noise: Tensor, normalize: nn.Module) -> MaskedBatch:
-        """Draw the mask. images [N, 3, H, W] as read (uint8), noise [N, L]; `normalize` turns pixels into floats."""
+    def prepare(self, images: Tensor, noise: Tensor, normalize: nn.Module, *, num_visible: int | None = None) -> MaskedBatch:
+        """Draw the mask. images [N, 3, H, W] as read (uint8), noise [N, L]; `normalize` turns pixels into floats.
+
+        num_visible: patches that stay, where it is not the recipe's mask ratio that says so
+        """
         patches = patchify(images, self.student.patch_size)
-        ids_keep, ids_masked = keep_random(noise, self.num_visible)
+        ids_keep, ids_masked = keep_random(noise, num_visible or self.num_visible)
         visible, masked = (normalize(gather_patches(patches, ids)) for ids in (ids_keep, ids_masked))
         return MaskedBatch(visible=visible, masked=masked, ids_keep=ids_keep, ids_masked=ids_masked)
 

@@ -48,12 +48,12 @@ class Engine:
         self._engine.step()
         return {name: value.detach() for name, value in parts.items()}
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """The objective's whole state dict in fp32 on the CPU, gathered a tensor at a time; {} on ranks other than 0.
+    def full_weights(self, *, on_every_rank: bool = False) -> dict[str, Tensor]:
+        """The objective's whole state dict in fp32 on the CPU, gathered a tensor at a time; {} on ranks other than 0, unless asked.
 
         Collective: every rank must call it.
         """
-        keep = dist.is_main()
+        keep = on_every_rank or dist.is_main()
         weights: dict[str, Tensor] = {}
         for name, parameter in self.objective.named_parameters():
             full = self._full_parameter(parameter)

@@ -2,6 +2,10 @@
 
 Losses stay on the device until `flush`, so the loop never waits for one. A flush averages over ranks, so every rank
 learns of a non-finite loss at the same moment.
+
+A line of RUN/metrics.jsonl is a step: step, epoch, lr, loss and its parts, share/<block>, images_per_s (of the steps since
+the last flush), seconds/data | teacher | rest (clock.py), and every log.every_steps and at the end rank/... and norm/... (health.py),
+and where eval.knn_every asks for it knn/top1 and knn/top5 in percent (knn.py).
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,29 +24,50 @@ from tqdm import tqdm
 from dmae_ds import dist
 from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint_folder import write_atomically
+from dmae_ds.train.clock import Clock
+from dmae_ds.train.health import FeatureWatch
+
+
+class _Row(NamedTuple):
+    """A finished step's numbers of this rank: `values` on the device, `seconds` of the host."""
+
+    step: int
+    lr: float
+    names: list[str]
+    values: Tensor
+    seconds: dict[str, float]
+    ids: list[Tensor]
 
 
 class Recorder:
     """Collects each step's scalars; rank 0 writes RUN/metrics.jsonl, one line a step.
 
-    global_batch and num_samples turn steps into epochs and images; accumulation is the micro-batches a step.
+    global_batch and num_samples turn steps into epochs and images; accumulation is the micro-batches a step
+    watch: looks at the student's features every `log_every` steps and in the last; clock: says where the time went
     """
 
-    def __init__(self, run_dir: Path, *, is_main: bool, accumulation: int, global_batch: int, num_samples: int, trackers: list):
+    def __init__(
+        self, run_dir: Path, *, is_main: bool, accumulation: int, global_batch: int, num_samples: int, log_every: int, watch: FeatureWatch,
+        clock: Clock, trackers: list,
+    ):  # fmt: skip
         self.path, self.is_main = run_dir / "metrics.jsonl", is_main
         self.accumulation, self.global_batch, self.num_samples = accumulation, global_batch, num_samples
-        self.trackers = trackers
+        self.log_every, self.watch, self.clock, self.trackers = log_every, watch, clock, trackers
         self.step = 0  # the last finished one
         self._names: list[str] = []
         self._sums: Tensor | None = None  # of the step under way
-        self._rows: list[tuple[int, float, Tensor, list[Tensor]]] = []
+        self._rows: list[_Row] = []
+        self._num_steps = 0
+        self._notes: dict[int, dict[str, float]] = {}
         self._ids: list[Tensor] = []
         self._since = time.perf_counter()
         self._bar: tqdm | None = None
 
     def start(self, *, step: int, num_steps: int) -> None:
         """Drop what a killed run wrote after its last checkpoint, and show the bar."""
-        self.step = step
+        self.step, self._num_steps = step, num_steps
+        self._look_at_next()
+        self.clock.lap()  # what came before the first step is no part of it
         if not self.is_main:
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -61,10 +87,19 @@ class Recorder:
     def end_step(self, step: int, lr: float) -> None:
         """Close a step: `step` counts the finished ones, `lr` is the rate that it was taken with."""
         self.step = step
-        self._rows.append((step, lr, self._sums / self.accumulation, self._ids))
+        seen = self.watch.measure()
+        values = torch.cat([self._sums / self.accumulation, *(value.float().reshape(1) for value in seen.values())])
+        self._rows.append(_Row(step, lr, [*self._names, *seen], values, self.clock.lap(), self._ids))
         self._sums, self._ids = None, []
+        self._look_at_next()
         if self._bar is not None:
             self._bar.update()
+
+    def note(self, numbers: dict[str, float], *, seconds: float) -> None:
+        """Numbers that all ranks agree on go into the line of the step that has just ended; `seconds` went into finding them, and are no part of any step."""
+        self._notes[self.step] = numbers
+        self._since += seconds
+        self.clock.lap()
 
     def flush(self) -> None:
         """Average the collected steps over ranks and write them. Collective.
@@ -73,21 +108,24 @@ class Recorder:
         """
         if not self._rows:
             return
-        local = torch.stack([values for _, _, values, _ in self._rows])
-        rows = dist.mean_over_ranks(local).cpu().tolist()
+        # Every rank's steps have the same numbers, so all of them travel as one row of numbers.
+        seconds = torch.tensor([second for row in self._rows for second in row.seconds.values()], device=self._rows[0].values.device)
+        means = iter(dist.mean_over_ranks(torch.cat([*(row.values for row in self._rows), seconds])).tolist())
+        scalars = [dict(zip(row.names, means)) for row in self._rows]
+        waits = [dict(zip(row.seconds, means)) for row in self._rows]
         now = time.perf_counter()
         images_per_s = self.global_batch * len(self._rows) / (now - self._since)
         self._since = now
         records = []
-        for (step, lr, _, _), values in zip(self._rows, rows, strict=True):
-            epoch = step * self.global_batch / self.num_samples
-            scalars = dict(zip(self._names, values, strict=True))
-            records.append({"step": step, "epoch": epoch, "lr": lr, **scalars, "images_per_s": images_per_s})
+        for row, found, wait in zip(self._rows, scalars, waits, strict=True):
+            losses = {name: found.pop(name) for name in self._names}
+            epoch = row.step * self.global_batch / self.num_samples
+            records.append({"step": row.step, "epoch": epoch, "lr": row.lr, **losses, "images_per_s": images_per_s, **wait, **found, **self._notes.pop(row.step, {})})
         bad = next((i for i, record in enumerate(records) if not math.isfinite(record["loss"])), None)
         if self.is_main:
             self._write(records[: len(records) if bad is None else bad])
         if bad is not None:
-            self._fail(bad, local.cpu())
+            self._fail(self._rows[bad])
         self._rows.clear()
 
     def close(self) -> None:
@@ -107,13 +145,14 @@ class Recorder:
             shown = {name: f"{records[-1][name]:.4f}" for name in self._names if not name.startswith("share/")}
             self._bar.set_postfix({**shown, "img/s": f"{records[-1]['images_per_s']:.0f}"}, refresh=False)
 
-    def _fail(self, bad: int, local: Tensor) -> None:
-        step, _, _, ids = self._rows[bad]
-        column = self._names.index("loss")
-        mine = torch.cat(ids).tolist() if not math.isfinite(local[bad, column]) else []
+    def _look_at_next(self) -> None:
+        self.watch.active = (self.step + 1) % self.log_every == 0 or self.step + 1 == self._num_steps
+
+    def _fail(self, row: _Row) -> None:
+        mine = torch.cat(row.ids).tolist() if not row.values[row.names.index("loss")].isfinite() else []
         samples = dist.gather_objects(mine)
         where = "; ".join(f"rank {rank}: {_short(ids)}" for rank, ids in enumerate(samples) if ids)
-        error = RunFailed(f"the loss of step {step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched")
+        error = RunFailed(f"the loss of step {row.step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched")
         error.on_every_rank = True
         raise error
 

@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from dmae_ds.config.run import OptimConfig
+from dmae_ds.config.run import OptimConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -20,12 +20,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.betas)
 
 
-def peak_lr(config: OptimConfig) -> float:
+def peak_lr(config: ScheduleConfig) -> float:
     """base_lr * global_batch / 256 (MAE, A.1)."""
     return config.base_lr * config.global_batch / 256
 
 
-def learning_rate(config: OptimConfig, epoch: float) -> float:
+def learning_rate(config: ScheduleConfig, epoch: float) -> float:
     """The rate at a fractional epoch: linear warm-up from 0, then half a cosine to min_lr (MAE, A.1)."""
     peak = peak_lr(config)
     if epoch < config.warmup_epochs:

@@ -13,6 +13,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.dist import World
 from dmae_ds.errors import UserError
+from dmae_ds.evaluate.subsets import draw_subset, open_labelled
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
 
 
@@ -55,6 +56,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     shards = open_train(config.data, allow_pipe=allow_pipe)
     if config.data.val is not None:
         ShardSet.open(config.data.val, label="data.val", access=Access.of(config.data))
+    if config.eval.knn_every is not None:
+        check_knn(config)
     if config.teacher is not None and config.teacher.weights is not None:
         weights = config.teacher.weights
         if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
@@ -68,7 +71,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
         "fingerprint": shards.fingerprint, "order": {"version": ORDER_VERSION, "block": config.data.block},
         "global_batch": config.optim.global_batch,
-        "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "placement", "stages"}),
+        "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "license", "placement", "stages"}),
         "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
     }  # fmt: skip
     resume_from = folder.latest() if resume == "auto" else None
@@ -78,6 +81,17 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         raise UserError(f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir")
     steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
     return Preflight(config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, identity, resume_from)
+
+
+def check_knn(config: RunConfig) -> None:
+    """Raise UserError where k-NN during training will find no labelled pictures, or too few."""
+    try:
+        train, _ = open_labelled(config.data)
+        num = len(draw_subset(train, config.eval.knn_labels, 0))
+    except UserError as error:
+        raise UserError(f"eval.knn_every {config.eval.knn_every:g}: {error}") from None
+    if num < config.eval.knn_k:
+        raise UserError(f"eval.knn_k {config.eval.knn_k} is larger than the {num} labelled training pictures of eval.knn_labels {config.eval.knn_labels}; choose a smaller one")
 
 
 def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

@@ -24,8 +24,10 @@ from dmae_ds.teacher.grid import explain_grids
 from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.checkpoint_folder import write_atomically
+from dmae_ds.train.clock import Clock
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.forecast import AFTER_STEPS, LEAST_PARAMETERS, compare, predict, resolve_placement
+from dmae_ds.train.health import FeatureWatch
 from dmae_ds.train.loop import masked_batches, train
 from dmae_ds.train.memory import MemoryWatch
 from dmae_ds.train.metrics import Recorder, build_trackers
@@ -88,9 +90,11 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             if world.is_main:
                 tqdm.write(compare(predicted, measured, gpu=device.type == "cuda"), file=sys.stderr)
 
+    clock = Clock()
     recorder = Recorder(
         preflight.run_dir, is_main=world.is_main, accumulation=preflight.accumulation,
-        global_batch=config.optim.global_batch, num_samples=preflight.shards.num_samples, trackers=[],
+        global_batch=config.optim.global_batch, num_samples=preflight.shards.num_samples, log_every=config.log.every_steps,
+        watch=FeatureWatch(student), clock=clock, trackers=[],
     )  # fmt: skip
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
     checkpoints = Checkpoints(
@@ -115,13 +119,28 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         max_corrupt=config.data.max_corrupt, corrupt_log=preflight.run_dir / "corrupt.jsonl",
     )  # fmt: skip
     normalize = Normalize(config.data.mean, config.data.std).to(device)
+    inputs = masked_batches(clock.waiting("data", batches), objective.prepare, normalize, device)
     steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
+    measure_knn = None
+    if config.eval.knn_every is not None:
+        from dmae_ds.train.knn import KnnDuringTraining, TrainingRanks
+
+        measure_knn = KnnDuringTraining(
+            config.eval, config.data, config.student, run_dir=preflight.run_dir, engine=engine, recorder=recorder,
+            ranks=TrainingRanks(world, device, precision=config.precision), steps_per_epoch=steps_per_epoch, num_steps=preflight.num_steps,
+        )  # fmt: skip
+
+    def finish_step(step: int) -> None:
+        report_memory(step)
+        if measure_knn is not None:
+            measure_knn(step)
+
     try:
         train(
-            engine, teacher.stream(masked_batches(batches, objective.prepare, normalize, device)), recorder=recorder, checkpoints=checkpoints,
+            engine, clock.waiting("teacher", teacher.stream(inputs)), recorder=recorder, checkpoints=checkpoints,
             lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch), start_step=start_step, num_steps=preflight.num_steps,
             accumulation=preflight.accumulation, global_batch=config.optim.global_batch, log_every=config.log.every_steps,
-            after_step=report_memory,
+            after_step=finish_step,
         )  # fmt: skip
     except RuntimeError as error:
         if isinstance(error, RunFailed) or not dist.lost_a_rank(error):

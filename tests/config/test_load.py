@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import dump_config, load_config
 from dmae_ds.config.shipped import shipped_files
 from dmae_ds.errors import UserError
@@ -30,6 +31,26 @@ def test_every_shipped_recipe_is_valid_and_holds_no_more_than_it_must(name):
     config = load_config(name)
     reread = yaml.safe_load(dump_config(config))
     assert reread["run"]["dir"].startswith("runs/")
+
+
+@pytest.mark.parametrize("name", shipped_files("evaluation recipe"))
+def test_every_shipped_evaluation_recipe_is_valid(name):
+    schema = LinearConfig if name.startswith("linear") else FinetuneConfig
+    overrides = ["run.dir=out", "weights=file", "network.name=vit_base_patch16_224", "data.train=train"]
+    overrides += ["distill.teacher=file"] if name.startswith("supervised") else []
+    config = load_config(name, overrides, schema=schema, kind="evaluation recipe")
+    assert schema.model_validate(yaml.safe_load(dump_config(config))) == config
+
+
+def test_a_recipe_lies_over_what_is_below_it(recipe, tmp_path):
+    below = {"optim": {"epochs": 7, "warmup_epochs": 1}, "data": {"train": "elsewhere", "flip": False}}
+    config = load_config(recipe, ["optim.epochs=8"], below=below)
+    assert (config.optim.epochs, config.optim.warmup_epochs, config.data.train, config.data.flip) == (8, 1, "shards", False)
+
+
+def test_a_recipe_of_an_evaluation_is_none_of_training():
+    with pytest.raises(UserError, match="recipe 'finetune_mae' is neither a file nor a shipped name"):
+        load_config("finetune_mae")
 
 
 def test_the_paper_and_the_published_code_differ_where_they_are_known_to():

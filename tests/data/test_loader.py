@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -250,3 +251,44 @@ def test_batch_moves_as_a_whole(shard_set):
     batch = next(train(shard_set)).to("meta")
     assert isinstance(batch, Batch)
     assert all(tensor.device.type == "meta" for tensor in vars(batch).values())
+
+
+SUBSET = np.array([1, 4, 9, 10, 22])
+
+
+def test_a_subset_is_the_whole_data_of_its_epochs(shard_set):
+    fields = join(train(shard_set, stop_step=5, subset=SUBSET))  # 40 samples: eight epochs of five
+    ids, epochs = fields[3], fields[4]
+    assert all(sorted(ids[epochs == epoch].tolist()) == SUBSET.tolist() for epoch in range(8))
+    assert len({tuple(ids[epochs == epoch].tolist()) for epoch in range(8)}) > 3
+    for changes in ({"world_size": 2}, {"accumulation": 2}, {"num_workers": 2}, {"world_size": 2, "num_workers": 1}):
+        again = global_batches(shard_set, **{"world_size": 1, **changes}, stop_step=5, subset=SUBSET)
+        assert_same(again, global_batches(shard_set, world_size=1, stop_step=5, subset=SUBSET))
+
+
+def test_a_subsets_corrupt_sample_is_replaced_by_one_of_the_subset(shard_folder):
+    shard_set = ShardSet.open(shard_folder, label="data.train")
+    shard, row = shard_set.locate(4)
+    record = shard_set.open_index(shard)[row]
+    tar = shard_folder / shard_set.shards[shard].name
+    data = bytearray(tar.read_bytes())
+    data[int(record["offset"]) + 5] ^= 255
+    tar.write_bytes(data)
+    ids = join(train(ShardSet.open(shard_folder, label="data.train"), stop_step=5, subset=SUBSET, max_corrupt=1))[3]
+    assert 4 not in ids and set(ids.tolist()) == set(SUBSET.tolist()) - {4}
+
+
+def test_a_subset_is_not_read_in_blocks(shard_set):
+    with pytest.raises(UserError, match="data.block=1"):
+        train(shard_set, subset=SUBSET, block=2)
+
+
+def test_an_augmentation_gets_each_view_and_the_samples_own_draws(shard_set):
+    def augment(view, rng):
+        assert view.shape == (3, 16, 16) and view.dtype == np.uint8
+        return np.full_like(view, rng.integers(256))
+
+    plain, one, two = (join(train(shard_set, augment=function, num_workers=workers)) for function, workers in ((None, 0), (augment, 0), (augment, 2)))
+    assert torch.equal(one[0], two[0]) and all(torch.equal(a, b) for a, b in zip(one[1:], plain[1:], strict=True))
+    colours = one[0][:, 0, 0, 0]
+    assert (one[0] == colours[:, None, None, None]).all() and len(colours.unique()) > 20

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
-from dmae_ds.data.transforms import CROP_RATIO, crop_box, eval_view, sample_rng, train_view
+from dmae_ds.data.transforms import CROP_RATIO, clamped_crop_box, crop_box, eval_view, sample_rng, train_view
 
 MAE_SCALE = (0.2, 1.0)
 
@@ -88,3 +88,25 @@ def test_generators_differ_in_every_part_of_their_key():
     draws = [sample_rng(*key).random(4).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == 5
     assert draws[0] == sample_rng(0, 0, 0, 0).random(4).tolist()
+
+
+@pytest.mark.parametrize("width, height", [(97, 61), (10, 300), (1, 1)])
+def test_the_clamped_crop_is_one_draw_cut_to_the_picture(width, height):
+    for seed in range(200):
+        rng = sample_rng(seed, 0, 0, 0)
+        left, top, right, bottom = clamped_crop_box(rng, width=width, height=height, scale=(0.08, 1.0), ratio=CROP_RATIO)
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        twin = sample_rng(seed, 0, 0, 0)
+        area = width * height * twin.uniform(0.08, 1.0)
+        aspect = np.exp(twin.uniform(*np.log(CROP_RATIO)))
+        expected = (min(round(np.sqrt(area * aspect)), width), min(round(np.sqrt(area / aspect)), height))
+        assert (right - left, bottom - top) == tuple(max(1, side) for side in expected)
+    # the largest width of a tall picture is its own: torchvision would have drawn again
+    boxes = [clamped_crop_box(sample_rng(seed, 0, 0, 0), width=10, height=300, scale=(0.5, 1.0), ratio=CROP_RATIO) for seed in range(20)]
+    assert {box[2] - box[0] for box in boxes} == {10}
+
+
+def test_a_view_takes_the_crop_it_is_told():
+    image = np.array(picture(20, 200))
+    views = [train_view(image, sample_rng(0, 0, 0, 0), img_size=16, crop_scale=(0.9, 1.0), flip=False, crop=crop) for crop in ("torchvision", "tensorflow")]
+    assert not np.array_equal(*views)

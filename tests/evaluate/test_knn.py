@@ -1,71 +1,116 @@
 """The weighted vote against scikit-learn's, and what `dmae-ds eval knn` says, writes and refuses."""
 
-import json
-
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.knn import evaluate_run, knn_predict
+from dmae_ds.evaluate.neighbours import TILE, Blocks
+from dmae_ds.evaluate.results import read_results
 from tests.evaluate.conftest import STEP, make_run, make_shards
+from tests.evaluate.test_neighbours import random_rows
 
 
-def _random(num, seed, dim=12, num_classes=7):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(num, dim)).astype(np.float32) * rng.uniform(0.1, 9, (num, 1)).astype(np.float32), rng.integers(0, num_classes, num)
-
-
-@pytest.mark.parametrize("k, temperature", [(1, 0.07), (5, 1.0), (20, 0.07), (20, 0.5), (300, 0.2)])
-def test_equals_scikit_learns_weighted_vote(k, temperature):
-    (train, labels), (test, _) = _random(300, seed=1), _random(101, seed=2)
+def scikit_learns(train, labels, queries, *, k, temperature):
+    """Its brute-force weighted vote, in float64."""
     reference = KNeighborsClassifier(k, weights=lambda distance: np.exp((1 - distance) / temperature), metric="cosine", algorithm="brute")
-    expected = reference.fit(train, labels).predict(test)
-    found = knn_predict(torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(test), k=k, temperature=temperature, num_classes=7, block=32)
-    assert found.tolist() == expected.tolist()
-    assert len(set(expected.tolist())) > 1
+    return reference.fit(train.double().numpy(), labels.numpy()).predict(queries.double().numpy())
 
 
-def test_the_block_changes_nothing():
-    (train, labels), (test, _) = _random(90, seed=3), _random(40, seed=4)
-    one, all_at_once = (
-        knn_predict(torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(test), k=9, temperature=0.07, num_classes=7, block=block)
-        for block in (1, 1000)
-    )
-    assert torch.equal(one, all_at_once)
+def random_labels(num, *, num_classes=7):
+    return torch.from_numpy(np.random.default_rng(9).integers(0, num_classes, num))
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 1.0])
+def test_equals_scikit_learns_weighted_vote_for_every_k_at_once(temperature):
+    train, labels, queries = random_rows(300, 1), random_labels(300), random_rows(101, 2)
+    found = knn_predict(train, labels, queries, ks=[1, 5, 20, 300], temperature=temperature, num_classes=7, blocks=TILE)
+    for k, classes in found.items():
+        expected = scikit_learns(train, labels, queries, k=k, temperature=temperature)
+        assert classes[:, 0].tolist() == expected.tolist()
+        assert len(set(expected.tolist())) > 1
+
+
+@pytest.fixture(scope="module")
+def digits_features():
+    """scikit-learn's digits: (pixels, features of a student that nobody trained, whose cosines are all near 1), and labels."""
+    pictures, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(pictures).float()
+    torch.manual_seed(0)
+    student = timm.create_model("vit_tiny_patch16_224", num_classes=0, in_chans=1, img_size=8, patch_size=2, embed_dim=48, depth=2, num_heads=2).eval()
+    with torch.inference_mode():
+        features = student.forward_features(pixels.view(-1, 1, 8, 8) / 16)[:, 1:].mean(dim=1)
+    return {"pixels": pixels, "features": features.clone()}, torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("what", ["pixels", "features"])
+def test_equals_scikit_learns_on_the_digits_exactly(digits_features, what):
+    rows, labels = digits_features[0][what], digits_features[1]
+    found = knn_predict(rows[:1400], labels[:1400], rows[1400:], ks=[1, 10, 20, 100], temperature=0.07, num_classes=10, blocks=TILE)
+    for k, classes in found.items():
+        assert classes[:, 0].tolist() == scikit_learns(rows[:1400], labels[:1400], rows[1400:], k=k, temperature=0.07).tolist()
+
+
+def test_one_k_is_the_same_alone_and_among_others_and_in_any_blocks():
+    train, labels, queries = random_rows(9000, 3), random_labels(9000), random_rows(600, 4)
+    options = {"temperature": 0.07, "num_classes": 7}
+    alone = knn_predict(train, labels, queries, ks=[9], blocks=Blocks(256, 4096), **options)
+    among = knn_predict(train, labels, queries, ks=[3, 9, 50], blocks=Blocks(768, 12288), **options)
+    assert torch.equal(alone[9], among[9]) and not torch.equal(among[3], among[50])
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-9])
 def test_a_very_low_temperature_asks_the_nearest_alone(temperature):
-    (train, labels), (test, _) = (tuple(map(torch.from_numpy, _random(num, seed))) for num, seed in ((90, 5), (40, 6)))
-    found, nearest = (knn_predict(train, labels, test, k=k, temperature=t, num_classes=7) for k, t in ((20, temperature), (1, 1.0)))
-    assert torch.equal(found, nearest)
+    train, labels, queries = random_rows(90, 5), random_labels(90), random_rows(40, 6)
+    found, nearest = (knn_predict(train, labels, queries, ks=[k], temperature=t, num_classes=7, blocks=TILE)[k] for k, t in ((20, temperature), (1, 1.0)))
+    assert torch.equal(found[:, 0], nearest[:, 0])
 
 
-def test_one_near_neighbour_outvotes_two_far_ones_and_equal_votes_go_to_the_lowest_class():
+def test_votes_by_hand():
     train = torch.tensor([[1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-    vote = {"k": 3, "temperature": 0.07, "num_classes": 3}
-    assert knn_predict(train, torch.tensor([2, 1, 1]), torch.tensor([[1.0, 0.0]]), **vote).tolist() == [2]
-    assert knn_predict(torch.ones(2, 2), torch.tensor([2, 1]), torch.ones(1, 2), **{**vote, "k": 2}).tolist() == [1]
+    options = {"temperature": 0.07, "num_classes": 6, "blocks": TILE}
+    # One near neighbour outvotes two far ones; whom nobody voted for is not among the best five.
+    assert knn_predict(train, torch.tensor([2, 1, 1]), torch.tensor([[1.0, 0.0]]), ks=[3], **options)[3].tolist() == [[2, 1, -1, -1, -1]]
+    # Equal votes go to the lowest class.
+    assert knn_predict(torch.ones(2, 2), torch.tensor([4, 1]), torch.ones(1, 2), ks=[2], **options)[2].tolist() == [[1, 4, -1, -1, -1]]
+    assert knn_predict(train, torch.tensor([2, 1, 1]), torch.empty(0, 2), ks=[2], **options)[2].shape == (0, 5)
 
 
-def test_says_one_line_and_writes_it_down(run, capsys):
-    result = evaluate_run(run, k=3, batch_size=4)
+def test_says_a_line_and_writes_it_down(run, capsys):
+    results = evaluate_run(run, ks=[7, 3], batch_size=4)
     # Even a random student tells red from green from blue.
-    assert capsys.readouterr().out == "knn top-1 100.0% (k 3, T 0.07, mean pool, 20 train, 11 val)\n"
-    expected = {"top1": 100.0, "k": 3, "temperature": 0.07, "pool": "mean", "num_train": 20, "num_val": 11, "step": STEP}
-    assert result == json.loads((run / "knn.json").read_text()) == expected
-    evaluate_run(run, k=4, pool="cls", temperature=0.5)
-    assert json.loads((run / "knn.json").read_text()) == {**expected, "k": 4, "pool": "cls", "temperature": 0.5}
-    assert not list(run.glob("*.tmp"))
+    assert capsys.readouterr().out == "".join(f"knn top-1 100.0% (k {k}, T 0.07, mean pool, 20 train, 11 val)\n" for k in (3, 7))
+    assert results == read_results(run) and [result["settings"]["k"] for result in results] == [3, 7]
+    assert results[0]["settings"] == {"k": 3, "temperature": 0.07, "pool": "mean", "precision": "fp32"}
+    expected = {"metric": "knn", "top1": 100.0, "top5": None, "labels": "all", "subset_seed": None, "step": STEP, "num_train": 20, "num_val": 11}
+    assert {name: results[0][name] for name in expected} == expected and results[0]["device"] == "cpu" and results[0]["world_size"] == 1
+    evaluate_run(run, ks=[4], pool="cls", temperature=0.5)
+    assert read_results(run)[-1]["settings"] == {"k": 4, "temperature": 0.5, "pool": "cls", "precision": "fp32"} and len(read_results(run)) == 3
+    assert not list(run.rglob("*.tmp"))
 
 
-def test_top1_is_the_percentage_of_right_answers(tmp_path):
-    train, val = make_shards(tmp_path / "train", num=19, seed=7), make_shards(tmp_path / "val", num=9, seed=8)
+def test_few_labels_vote_alone_and_are_kept(run, capsys):
+    (result,) = evaluate_run(run, ks=[2], labels="2-shot", subset_seed=1)
+    assert capsys.readouterr().out == f"knn top-1 {result['top1']:.1f}% (k 2, T 0.07, mean pool, 6 train, 11 val, 2-shot of the labels, seed 1)\n"
+    assert (result["labels"], result["subset_seed"], result["num_train"]) == ("2-shot", 1, 6)
+    assert len((run / "subsets" / "2-shot-seed1.txt").read_text().splitlines()) == 7
+    with pytest.raises(UserError, match="7 labelled training pictures are asked for .* labels 2-shot gives 6"):
+        evaluate_run(run, ks=[7], labels="2-shot", subset_seed=1)
+
+
+def test_top1_and_top5_are_percentages_of_right_answers(tmp_path):
+    classes = ["red", "green", "blue", "black", "white", "grey"]
+    train, val = make_shards(tmp_path / "train", num=19, seed=7, classes=classes), make_shards(tmp_path / "val", num=9, seed=8, classes=classes)
     run = make_run(tmp_path / "run", train=train, val=val)
     # At T = 1e6 all 19 vote alike: red, with 7 pictures the most frequent, always wins, and 3 of the 9 are red.
-    assert evaluate_run(run, k=19, temperature=1e6)["top1"] == pytest.approx(100 / 3)
+    (result,) = evaluate_run(run, ks=[19], temperature=1e6)
+    assert result["top1"] == pytest.approx(100 / 3) and result["top5"] == 100
+    assert evaluate_run(run, ks=[1], temperature=1e6)[0]["top5"] == evaluate_run(run, ks=[1])[0]["top1"]  # one neighbour names one class
 
 
 def test_what_makes_no_vote_is_refused_in_one_line(tmp_path, shards):
@@ -74,16 +119,26 @@ def test_what_makes_no_vote_is_refused_in_one_line(tmp_path, shards):
     other = make_shards(tmp_path / "other", num=9, seed=3, classes=["red", "green", "brown"])
     for name, folders, options, message in (
         ("null", (train, None), {}, "data.val is null"),
-        ("large", (train, val), {"k": 21}, "k 21 is larger than the training set of 20"),
-        ("unlabelled", (alone, alone), {"k": 1}, "data.train .* has 1 class"),
-        ("others", (train, other), {"k": 1}, "different classes"),
-        ("zero", (train, val), {"k": 0}, "above 0"),
+        ("large", (train, val), {"ks": [1, 21]}, "21 labelled training pictures are asked for .* gives 20"),
+        ("unlabelled", (alone, alone), {"ks": [1]}, "data.train .* has 1 class"),
+        ("others", (train, other), {"ks": [1]}, "different classes"),
+        ("zero", (train, val), {"ks": [0, 3]}, "above 0"),
         ("cold", (train, val), {"temperature": 0.0}, "above 0"),
         ("pool", (train, val), {"pool": "max"}, "one of mean, cls"),
+        ("small", (train, val), {"memory_gib": 1e-3}, "need at least"),
+        ("labels", (train, val), {"labels": "some"}, "labels 'some'"),
     ):
         run = make_run(tmp_path / name, train=folders[0], val=folders[1])
         with pytest.raises(UserError, match=message) as error:
-            evaluate_run(run, **{"k": 3, **options})
-        assert "\n" not in str(error.value) and not (run / "knn.json").exists()
+            evaluate_run(run, **{"ks": [3], **options})
+        assert "\n" not in str(error.value) and not (run / "results.jsonl").exists()
     with pytest.raises(UserError, match="not a run folder"):
-        evaluate_run(tmp_path)
+        evaluate_run(tmp_path, ks=[1])
+
+
+def test_a_broken_student_is_one_line(run):
+    weights = load_file(run / "student.safetensors")
+    weights["norm.weight"][:] = float("nan")
+    save_file(weights, run / "student.safetensors")
+    with pytest.raises(UserError, match="features are not finite"):
+        evaluate_run(run, ks=[1])

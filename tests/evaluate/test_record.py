@@ -1,16 +1,16 @@
 """What is read from a run folder, and the words that are made of it."""
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.facts import find_dead_terms, list_facts
+from dmae_ds.evaluate.facts import find_collapses, find_dead_terms, list_facts
 from dmae_ds.evaluate.record import read_record
-from dmae_ds.train.run import build_objective
-from tests.evaluate.conftest import make_run
+from dmae_ds.evaluate.results import append_result
+from dmae_ds.objectives.build import build_objective
+from tests.evaluate.conftest import knn_result, make_run
 
 
 def test_a_half_line_of_a_killed_run_is_left_out(run):
@@ -18,7 +18,7 @@ def test_a_half_line_of_a_killed_run_is_left_out(run):
         file.write('{"step": 31, "lo')
     record = read_record(run)
     assert record.column("step") == list(range(1, 31))
-    assert record.losses == ["loss", "pixel", "align/1-3"] and record.shares == ["share/1"] and record.knn is None
+    assert record.losses == ["loss", "pixel", "align/1-3"] and record.named("share/") == ["share/1"] and record.knn is None
 
 
 def test_the_last_tenth_is_of_the_steps_and_finite(run):
@@ -87,8 +87,43 @@ def test_facts_are_the_runs_own(run, tmp_path, shards):
 
 @pytest.mark.parametrize("step, words", [(30, "step 30"), (20, "measured at step 20, before the last")])
 def test_a_knn_of_an_older_student_says_so(run, step, words):
-    knn = {"top1": 71.25, "k": 20, "temperature": 0.07, "pool": "mean", "num_train": 1400, "num_val": 397, "step": step}
-    (run / "knn.json").write_text(json.dumps(knn))
+    append_result(run, knn_result(71.25, step=step))
     record = read_record(run)
     fact = list_facts(record, *build_objective(record.config))["k-NN top-1"]
     assert fact == ("71.2%", f"k 20, T 0.07, mean pool; 1,400 train, 397 val; {words}")
+
+
+def test_columns_that_few_steps_have_keep_their_places(run):
+    record = read_record(run)
+    assert record.named("norm/") == ["norm/1", "norm/2"] and record.named("rank/") == ["rank/cls", "rank/mean"]
+    assert (record.epochs("norm/1"), record.column("norm/1")) == ([3, 6, 9], [20, 30, 40])
+    assert record.last_tenth("norm/1") == 40
+    assert replace(record, rows=[{"norm/12": 1, "norm/3": 1}]).named("norm/") == ["norm/3", "norm/12"]
+
+
+def test_a_step_s_time_is_its_medians_and_nothing_where_it_was_not_measured(run, tmp_path, shards):
+    record = read_record(run)
+    record.rows[0]["seconds/data"] = 1e6  # the first step waits for workers to start
+    assert record.seconds() == {"data": 0.01, "teacher": 0.03, "rest": 0.06}
+    facts = list_facts(record, *build_objective(record.config))
+    assert facts["images/s, median"].note == "0.1 s a step: data 10%, teacher 30%, rest 60%" and facts["effective rank"] == ("9.0", "")
+    old = read_record(make_run(tmp_path / "old", train=shards[0], val=shards[1], rank=None))
+    facts = list_facts(old, *build_objective(old.config))
+    assert old.seconds() == {} and facts["images/s, median"].note == "" and "effective rank" not in facts and find_collapses(old, "old") == []
+
+
+@pytest.mark.parametrize("rank, num_steps, collapsed", [(2.9, 30, True), (3.1, 30, False), (1.0, 20, True), (1.0, 19, False)])
+def test_few_directions_are_a_collapse_once_two_thirds_of_the_run_are_over(tmp_path, shards, rank, num_steps, collapsed):
+    record = read_record(make_run(tmp_path / "run", train=shards[0], val=shards[1], rank=rank, num_steps=num_steps))
+    sentences = find_collapses(record, "mine")
+    assert len(sentences) == collapsed
+    if collapsed:
+        assert sentences[0].startswith(f"mine: the student's features spread over {rank:.1f} directions only") and "lower optim.base_lr" in sentences[0]
+
+
+def test_other_results_are_facts_too(run):
+    append_result(run, {**knn_result(50.0), "metric": "finetune", "settings": {"recipe": "mae", "epochs": 100, "note": None}, "labels": "10%", "subset_seed": 0})
+    append_result(run, knn_result(71.25))
+    record = read_record(run)
+    facts = list_facts(record, *build_objective(record.config))
+    assert facts["k-NN top-1"].text == "71.2%" and facts["fine-tuning top-1, 10% of the labels"] == ("50.0%", "recipe mae, epochs 100; step 30")

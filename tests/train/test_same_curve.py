@@ -111,6 +111,19 @@ def test_the_share_of_the_gradient_is_seen_under_every_stage(curves):
         assert 0.01 < min(shares(name)) <= max(shares(name)) < 0.99
 
 
+@pytest.mark.parametrize("name", [*SAME, "zero3_bf16"])
+def test_features_are_watched_and_time_is_booked_under_every_stage(curves, name):
+    rows, expected = ([json.loads(line) for line in (curves / run / "metrics.jsonl").read_text().splitlines()] for run in (name, "alone"))
+    assert [row["step"] for row in rows if "norm/3" in row] == [5, 10, 15, 20]  # log.every_steps is 5
+    near = 1e-3 if name in SAME else 0.05
+    for norm in ("norm/3", "norm/4"):  # the mean over ranks of equal parts is the mean over all
+        assert [row[norm] for row in rows if norm in row] == pytest.approx([row[norm] for row in expected if norm in row], rel=near)
+    # Sixteen pictures a step: one rank has enough of them to speak of directions, two have not.
+    assert all(("rank/mean" in row) == (name.startswith("alone") and "norm/3" in row) for row in rows)
+    assert all(1 < row["rank/mean"] < 16 for row in rows if "rank/mean" in row)
+    assert all(row[f"seconds/{part}"] >= 0 for row in rows for part in ("data", "teacher", "rest"))
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_other_launchers_give_the_same_curve(curves, tiny_recipe, tmp_path, launcher):
     start = {

@@ -2,43 +2,19 @@
 
 import base64
 import io
-import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from dmae_ds.errors import UserError
-from dmae_ds.figures import COLOURS, Curve, draw_curves, thin_out, to_png, to_svg
+from dmae_ds.figures import COLOURS
 from dmae_ds.report import name_runs, write_report
-from tests.evaluate.conftest import make_run, make_shards
-
-ODD_NAME = "<u>&$x$"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    return make_shards(folder / "train", num=20, seed=1), make_shards(folder / "val", num=11, seed=2)
-
-
-@pytest.fixture(scope="module")
-def reported(tmp_path_factory, shards):
-    """(page, folder): a dead DMAE run with a name to trip over, beside a plain MAE run with norm_pix; one has its k-NN."""
-    folder = tmp_path_factory.mktemp("runs")
-    dead = make_run(folder / ODD_NAME, train=shards[0], val=shards[1], share=0.02)
-    plain = make_run(folder / "plain", train=shards[0], val=shards[1], objective="mae", norm_pix=True)
-    knn = {"top1": 71.25, "k": 20, "temperature": 0.07, "pool": "mean", "num_train": 1400, "num_val": 397, "step": 30}
-    (plain / "knn.json").write_text(json.dumps(knn))
-    out = write_report([dead, plain])
-    assert out == dead / "report.html" and not list(folder.rglob("*.tmp"))
-    return out.read_text(encoding="utf-8"), folder
-
+from tests.evaluate.conftest import make_run
+from tests.report.conftest import ODD_NAME
 
 class _Balance(HTMLParser):
     """Raises where a tag closes what was not open, and collects links, tags and text."""
@@ -95,7 +71,7 @@ def test_names_are_escaped(reported, parsed):
 def test_every_colour_of_a_figure_has_a_dark_one(reported):
     page = reported[0]
     figures = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
-    used = set(re.findall(r"var\((--[\w-]+)\)", page))
+    used = set(re.findall(r"var\((--[\w-]+)\)", page)) - {"--columns"}  # of a board
     assert {"--series-0", "--series-1", "--ink", "--soft", "--line", "--alarm"} <= used <= set(COLOURS)
     # Whatever colour is left would be the same on both pages.
     assert set(re.findall(r"(?:fill|stroke): ?(#[0-9a-f]+)", figures)) == set()
@@ -103,9 +79,11 @@ def test_every_colour_of_a_figure_has_a_dark_one(reported):
     assert all(f"{name}:" in light and f"{name}:" in dark for name in COLOURS)
 
 
-def test_a_dead_term_is_told_in_plain_words(reported, parsed):
+def test_a_dead_term_and_a_collapse_are_told_in_plain_words(reported, parsed):
     alarms = re.findall(r'<p class="alarm".*?</p>', reported[0], re.DOTALL)
-    assert len(alarms) == 1 and "only 2.0% of the gradient" in alarms[0] and "&lt;u&gt;" in alarms[0]
+    assert len(alarms) == 2 and all("&lt;u&gt;" in alarm for alarm in alarms)
+    assert "<b>Dead term.</b>" in alarms[0] and "only 2.0% of the gradient" in alarms[0]
+    assert "<b>Collapse.</b>" in alarms[1] and "1.2 directions only" in alarms[1]
 
 
 def test_facts_and_knn_stand_side_by_side(parsed):
@@ -114,32 +92,70 @@ def test_facts_and_knn_stand_side_by_side(parsed):
     assert "|align/1-3 at the end|2.0000|-|" in text
 
 
-def test_pictures_are_there_and_the_same_for_both_runs(reported, parsed):
-    pictures = [link for link in parsed.links if link.startswith("data:")]
-    assert len(pictures) == 16
-    strips = [np.asarray(Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2])))) for link in pictures]
-    assert all(strip.shape == (3 * 16 + 2, 16, 4) for strip in strips)
-    first, second = strips[0], strips[8]
-    assert (first[:16] == second[:16]).all() and (first[17:33] == second[17:33]).all() and (first[34:] != second[34:]).any()
-    assert (first[:16] != first[17:33]).any() and (first[17:33] != first[34:]).any()
+def boards(page, title):
+    """The boards of a section: {run: {row: [pictures]}}."""
+    section = page[page.index(f"<h2>{title}</h2>") :].partition("<h2>")[2].partition("<h2>")[0]
+    found = {}
+    for run in section.split("<h3>")[1:]:
+        rows = re.findall(r"<span>([^<]+)</span>((?:<img [^>]*>)+)", run)
+        name = re.sub("<.*?>", "", run.partition("</h3>")[0])
+        found[name] = [(label, [decode(url) for url in re.findall('src="(.*?)"', images)]) for label, images in rows]
+    return list(found.values())
 
 
-def test_pictures_are_painted_by_the_runs_own_weights(tmp_path, shards):
-    run = make_run(tmp_path / "run", train=shards[0], val=shards[1])
-    weights = load_file(run / "decoder.safetensors")
-    save_file({**weights, "decoder.pred.bias": weights["decoder.pred.bias"] + 100}, run / "decoder.safetensors")
-    link = re.search('"data:image/png;base64,(.*?)"', write_report([run]).read_text()).group(1)
-    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(link))))
-    original, painted = strip[:16, :, :3], strip[34:, :, :3]
-    visible, white = (painted == original).all(axis=2), (painted == 255).all(axis=2)
-    assert white.mean() == 0.75 and (visible | white).all()
+def decode(url):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+
+
+def test_pictures_are_there_and_the_same_for_both_runs(reported):
+    first, second = (dict(board) for board in boards(reported[0], "What they see"))
+    assert list(first) == ["original", "what it saw", "what it painted"]
+    assert all(len(row) == 6 and row[0].shape == (16, 16, 3) for row in first.values())
+    for row in ("original", "what it saw"):
+        assert all((one == other).all() for one, other in zip(first[row], second[row], strict=True))
+    assert all((one != other).any() for one, other in zip(first["what it painted"], second["what it painted"], strict=True))
+    assert (first["original"][0] != first["what it saw"][0]).any() and (first["original"][0] != first["original"][1]).any()
+
+
+def test_masks_of_rising_ratios_are_nested(reported):
+    board = boards(reported[0], "From half a picture to next to nothing")[0]
+    assert [label for label, _ in board] == ["seen", "painted"] * 2
+    for (_, seen), (_, painted) in zip(board[::2], board[1::2], strict=True):
+        masked = [(picture == 128).all(axis=2) for picture in seen]
+        assert [mask.mean() for mask in masked] == [0, 0.5, 0.75, 0.875, 0.9375]  # of 16 patches
+        assert all((more >= less).all() for less, more in zip(masked, masked[1:]))
+        assert all((picture == painted[0])[~mask].all() for picture, mask in zip(painted, masked, strict=True))
+
+
+def test_every_view_has_its_rows_and_no_two_are_alike(reported):
+    for title, expected in (
+        ("What a patch means to them", [["original", "student, last", "student, block 1", "teacher, block 3"], ["original", "student, last", "teacher, block 3"]]),
+        ("Where CLS looks", None),
+    ):
+        found = boards(reported[0], title)
+        if expected is not None:
+            assert [[label for label, _ in board] for board in found] == expected
+        for board in found:
+            assert len(board) in (3, 4) and all(len(row) == 6 for _, row in board)
+            maps = [row for label, row in board if label != "original"]
+            assert all(picture.shape == (4, 4, 3) and picture.std() > 10 for row in maps for picture in row)
+            assert all((one[0] != other[0]).any() for one in maps for other in maps if one is not other)
+
+
+def test_the_grid_of_both_runs_is_held_against_the_one_teacher(reported):
+    grids = re.findall(r"<svg.*?</svg>", reported[0][reported[0].index("How alike student") :], re.DOTALL)[:2]
+    assert "&lt;u&gt;&amp;$x$ beside its teacher" in grids[0] and "plain beside &lt;u&gt;&amp;$x$'s teacher" in grids[1].replace("&#x27;", "'")
+    assert all(len(re.findall(">[-.][0-9]+<|>1<", grid)) >= 8 for grid in grids)  # 2 x 4 blocks
+    assert grids[0] != grids[1].replace("plain", "")
 
 
 def test_figures_lie_beside_the_page_and_show_something(reported):
     figures = reported[1] / ODD_NAME / "figures"
-    assert {path.name for path in figures.iterdir()} == {"loss.png", "pixel.png", "align-1-3.png", "share-1.png", "pictures--u---x-.png", "pictures-plain.png"}
+    charts = {"loss", "pixel", "align-1-3", "share-1", "knn", "rank-mean", "rank-cls", "norm-1", "norm-last", "images_per_s", "seconds"}
+    views = {f"{view}-{name}" for view in ("pictures", "ratios", "cka", "patches", "attention") for name in ("-u---x-", "plain")}
+    assert {path.stem for path in figures.iterdir()} == charts | views
     blue, orange = ([int(COLOURS[f"--series-{place}"][0][start : start + 2], 16) for start in (1, 3, 5)] for place in (0, 1))
-    for name, colours in (("pixel", (blue, orange)), ("align-1-3", (blue,)), ("share-1", (blue,))):
+    for name, colours in (("pixel", (blue, orange)), ("align-1-3", (blue,)), ("share-1", (blue,)), ("knn", (orange,)), ("rank-cls", (blue,))):
         pixels = np.asarray(Image.open(figures / f"{name}.png").convert("RGB"))
         for colour in colours:
             assert (np.abs(pixels.astype(int) - colour).max(axis=2) < 12).sum() > 200, (name, colour)
@@ -155,22 +171,23 @@ def test_a_page_is_written_twice_alike(reported):
 def test_a_live_run_alone_has_no_alarm_and_no_curve_twice(tmp_path, shards):
     run = make_run(tmp_path / "run", train=shards[0], val=shards[1], objective="mae")
     page = write_report([run]).read_text()
-    assert "Dead term" not in page and page.count("<svg") == 1
+    assert 'role="alert"' not in page and page.count("<svg") == 1 + 3 + 2
     assert not (run / "figures" / "loss.png").exists() and (run / "figures" / "pixel.png").exists()
+    assert "No run of this page has a teacher" in page
 
 
-@pytest.mark.parametrize("spoil, reason", [
-    (lambda run: (run / "student.safetensors").unlink(), "no student.safetensors yet"),
-    (lambda run: (run / "decoder.safetensors").write_bytes(b"half"), "decoder.safetensors is not a whole safetensors file"),
-    (lambda run: shutil.rmtree(run.parent / "val"), "is not a shard folder"),
-    (lambda run: (run / "config.yaml").write_text(re.sub("val: .*", "val: null", (run / "config.yaml").read_text())), "data.val is null"),
-])  # fmt: skip
-def test_without_pictures_the_page_stands_and_says_why(tmp_path, shards, spoil, reason):
-    shutil.copytree(shards[1], tmp_path / "val")
-    run = make_run(tmp_path / "run", train=shards[0], val=tmp_path / "val")
-    spoil(run)
+def test_a_run_of_an_older_version_has_what_it_measured_and_a_sentence(tmp_path, shards):
+    run = make_run(tmp_path / "run", train=shards[0], val=shards[1], rank=None)
     page = write_report([run]).read_text()
-    assert reason in page and "data:image" not in page and page.count("<svg") == 4
+    assert "These runs were trained before this was measured" in page and page.count("<svg") == 4 + 1
+    assert boards(page, "Where CLS looks")
+
+
+def test_a_page_without_pictures_stands(tmp_path, shards):
+    run = make_run(tmp_path / "run", train=shards[0], val=shards[1])
+    (run / "student.safetensors").unlink()
+    page = write_report([run]).read_text()
+    assert page.count("no student.safetensors yet") == 5 and "data:image" not in page and page.count("<svg") == 4 + 4 + 2
 
 
 def test_mistakes_are_one_line(tmp_path, shards):
@@ -191,19 +208,3 @@ def test_mistakes_are_one_line(tmp_path, shards):
 def test_runs_are_named_by_what_tells_them_apart():
     assert name_runs([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
     assert name_runs([Path("/a/x"), Path("/b/x"), Path("/b/y")]) == ["a/x", "b/x", "b/y"]
-
-
-def test_a_long_curve_is_drawn_as_means_and_a_short_one_as_it_is():
-    epochs, values, stretch = thin_out([0, 1, 2, 3, 4], [1, 3, 5, 7, 100], max_points=3)
-    assert (epochs.tolist(), values.tolist(), stretch) == ([0.5, 2.5, 4], [2, 6, 100], 2)
-    assert thin_out([1, 2], [3, 4])[1].tolist() == [3, 4]
-    long = draw_curves("long", [Curve("run", 0, list(range(100_000)), [1.0] * 100_000)])
-    assert len(to_svg(long)) < 40_000
-
-
-def test_a_share_is_drawn_from_zero_to_one_with_the_mark_of_a_dead_term():
-    figure = draw_curves("share", [Curve("run", 0, [0, 1], [0.4, 0.5])], share=True)
-    assert figure.axes[0].get_ylim() == (0, 1)
-    svg = to_svg(figure)
-    assert "dead term below 5%" in svg and "dead term" not in to_svg(draw_curves("loss", [Curve("run", 0, [0, 1], [0.4, 0.5])]))
-    assert to_png(figure)[:4] == b"\x89PNG"

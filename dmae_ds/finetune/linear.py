@@ -1,0 +1,51 @@
+"""MAE's linear probe: a frozen network, a batch norm without affine part, one linear layer (MAE, A.1, "Linear probing").
+
+The batch norm's statistics are those of a micro-batch on one rank, as published: they are not shared between ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+HEAD_STD = 0.01
+
+
+class LinearProbe(nn.Module):
+    """A classifier of which only `network.head` is trained, and which learns running statistics of the features."""
+
+    def __init__(self, network: VisionTransformer, *, seed: int):
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.head.requires_grad_(True)
+        self.norm = nn.BatchNorm1d(network.num_features, affine=False, eps=NORM_EPS)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.network.head
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> logits [N, C]."""
+        with torch.no_grad():
+            features = self.network.forward_head(self.network.forward_features(images), pre_logits=True)
+        return self.classify(features)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Pooled features [N, D] -> logits [N, C]."""
+        return self.head(self.norm(features))
+
+    def folded(self) -> dict[str, Tensor]:
+        """The network's tensors with the batch norm's running statistics inside the head: timm alone computes the same."""
+        scale = (self.norm.running_var + NORM_EPS).rsqrt()  # [D]
+        weight = self.head.weight * scale
+        return {**self.network.state_dict(), "head.weight": weight, "head.bias": self.head.bias - weight @ self.norm.running_mean}

@@ -1,0 +1,97 @@
+"""The papers' rows, and which run would be one of them.
+
+`published.json` holds every number of the papers' tables with what the row says of itself. `wanted` turns a row into
+conditions on a run's facts and on one of its results; a run that fulfils them fills the row's cell, whoever made it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+
+from dmae_ds.ledger.runs import Run
+
+NUM_IMAGENET, NUM_IMAGENET_VAL = 1_281_167, 50_000
+# DMAE, Sec. 4.1: what holds where a row says nothing else.
+PRETRAINING = {"student": "vit_base_patch16_224", "mask_ratio": 0.75, "decoder_depth": 8, "epochs": 100, "warmup_epochs": 20, "global_batch": 4096, "base_lr": 1.5e-4,
+               "weight_decay": 0.05, "betas": (0.9, 0.95), "num_images": NUM_IMAGENET, "finished": True}  # fmt: skip
+DMAE = {**PRETRAINING, "objective": "dmae", "teacher": "vit_large_patch16_224", "pairs": ((9, 18),), "head": "mlp2", "distance": "l1", "alpha": 1.0, "normalize": "none",
+        "standardize": "none"}  # fmt: skip
+MAE = {**PRETRAINING, "objective": "mae"}
+FINETUNED = {"metric": "finetune", "labels": "all", "epochs": 100, "img_size": 224, "num_train": NUM_IMAGENET, "num_val": NUM_IMAGENET_VAL}
+# Supervised students are trained from scratch: of the run beside which they lie, only the student counts.
+SUPERVISED = {**FINETUNED, "metric": "supervised", "init": "random"}
+DISTILLED = {"soft distillation": "deit_soft", "hard distillation": "deit_hard", "supervised feature alignment": "features"}
+SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
+TEACHER_BLOCKS = {"student middle <- teacher middle": 18, "student middle <- teacher top": 24, "student middle <- teacher bottom": 6}  # of 24; the student's is 9
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """facts: of the run (`runs.facts_of`); result: of a line of its results.jsonl, in its fields or its settings; gives: top1 or gpu_hours."""
+
+    facts: dict[str, object]
+    result: dict[str, object]
+    gives: str = "top1"
+
+
+def read_published() -> tuple[dict, list[dict]]:
+    """(settings by name, rows in the papers' order)."""
+    content = json.loads(files("dmae_ds.ledger").joinpath("published.json").read_text(encoding="utf-8"))
+    return content["settings"], content["results"]
+
+
+def wanted(row: dict) -> Wanted | None:
+    """What a run has to be for this row; None where this project has no such method."""
+    if row["paper"] != "dmae":
+        return None
+    table, what = row["table"], row["what"]
+    if table == "1" or table == "8":
+        blocks = row.get("student_block") or what.removeprefix("student block ")
+        # the teacher's are at the same relative depth, of twice as many blocks
+        return Wanted({**DMAE, "pairs": tuple((int(block), 2 * int(block)) for block in blocks.split("+"))}, FINETUNED)
+    if table == "2":
+        return Wanted({**DMAE, "pairs": ((9, TEACHER_BLOCKS[what]),)}, FINETUNED)
+    if table.startswith(("Figure 2", "3")):
+        return Wanted({**DMAE, **{key: row[key] for key in ("mask_ratio", "head", "decoder_depth", "distance", "alpha") if key in row}}, FINETUNED)
+    if table == "5":
+        return Wanted({**(DMAE if "teacher" in row else MAE), "student": SIZES[row["student"]], **_teacher(row)}, FINETUNED)
+    if table in ("4", "6", "7"):
+        return _baseline(row)
+    return None
+
+
+def _teacher(row: dict) -> dict:
+    """Another teacher than ViT-L has other depths: three quarters of 12 blocks is 9."""
+    return {} if row.get("teacher") in (None, "large") else {"teacher": SIZES[row["teacher"]], "pairs": ((9, 9),)}
+
+
+def _baseline(row: dict) -> Wanted | None:
+    """Tables 4, 6 and 7: MAE, DMAE and supervised baselines; as top-1, with few labels, or as GPU hours."""
+    what, gives = row["what"], "gpu_hours" if row["table"] == "7" else "top1"
+    finetuned, supervised = FINETUNED, SUPERVISED
+    if row["table"] == "6":
+        labels = row["metric"].split("with ")[1].split(" of")[0]
+        finetuned, supervised = ({**_without(result, "num_train"), "labels": labels} for result in (FINETUNED, SUPERVISED))
+    if what.startswith(("MAE-B", "DMAE-B")):
+        epochs = row.get("pretrain_epochs") or (int(what.split()[1]) if what.startswith("MAE-B") else 100)
+        facts = {**(DMAE if what.startswith("DMAE") else MAE), "epochs": epochs}
+        return Wanted(facts if epochs == 100 else _without(facts, "warmup_epochs"), finetuned, gives)  # the paper gives 100 epochs' warm-up alone
+    distill = next((method for name, method in DISTILLED.items() if what.endswith(name)), None)
+    if distill is None and what != "DeiT-B":
+        return None  # CRD, SRRL, DearKD
+    epochs = {"epochs": row["finetune_epochs"]} if "finetune_epochs" in row else {}
+    return Wanted({"student": PRETRAINING["student"]}, {**supervised, **epochs, "distill": distill}, gives)
+
+
+def _without(conditions: dict, key: str) -> dict:
+    return {name: value for name, value in conditions.items() if name != key}
+
+
+def matching_result(run: Run, row: Wanted) -> dict | None:
+    """The newest result of a run that fills a row, or None."""
+    if any(run.facts.get(key) != value for key, value in row.facts.items()):
+        return None
+    fitting = [result for result in run.results if all({**result["settings"], **result}.get(key) == value for key, value in row.result.items())]
+    return fitting[-1] if fitting else None

@@ -1,0 +1,186 @@
+"""Runs that differ in nothing but the seed, as one line: mean and deviation of every number that was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dmae_ds.config.load import read_saved_config
+from dmae_ds.config.run import RunConfig
+from dmae_ds.figures import light
+from dmae_ds.ledger.runs import Run
+
+# Sections and keys that don't define what was trained.
+_ANY_VALUE = {"run", "log", "checkpoint", "data.num_workers", "data.cache_dir", "data.cache_gib", "data.retries", "data.timeout_s", "data.val", "teacher.stats"}
+_METRICS = {"knn": "k-NN", "probe": "logistic probe", "linear": "linear probe", "finetune": "fine-tuned", "supervised": "supervised"}
+_LABELS = ("all", "10%", "1%")
+PANELS_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Column:
+    """One kind of number. settings: its defining ones, as JSON."""
+
+    metric: str
+    labels: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs alike but for their seed. values: of each column, one number a seed that has it, in the order of the seeds."""
+
+    name: str
+    runs: list[Run]
+    values: dict[Column, list[float]]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.config.run.seed for run in self.runs]
+
+
+def group(runs: list[Run]) -> list[Arm]:
+    """The arms: by objective, the commonest recipe before those that differ from it, and teachers of other runs last."""
+    taught_by = {folder.resolve() for run in runs for folder in [_teacher_run(run.config)] if folder is not None}
+    flats: dict[tuple[str, str], dict] = {}
+    members: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        flat = identity(run.config)
+        key = ("teacher: " if run.path.resolve() in taught_by else "", json.dumps(flat, sort_keys=True))
+        flats[key] = flat
+        members.setdefault(key, []).append(run)
+    defaults = {}
+    for run in runs:
+        objective = run.config.objective
+        defaults[objective.name] = _flatten({"objective": type(objective)(name=objective.name).model_dump(mode="json")})
+    names = {}
+    for role in {role for role, _ in flats}:
+        names |= {key: role + name for key, name in name_arms({key: flat for key, flat in flats.items() if key[0] == role}, defaults).items()}
+    arms = {key: Arm(names[key], alike, _values(alike)) for key, alike in members.items()}
+    return [arms[key] for key in sorted(arms, key=lambda key: (key[0], flats[key]["objective.name"], names[key].count(","), names[key]))]
+
+
+def identity(config: RunConfig) -> dict[str, object]:
+    """The config without seed and place, flat: {"optim.epochs": 20.0}. A teacher of this project stands for itself, not for its path."""
+    flat = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if key not in _ANY_VALUE and key.split(".")[0] not in _ANY_VALUE}
+    folder = _teacher_run(config)
+    if folder is not None:  # each seed may have trained its own
+        flat["teacher.weights"] = identity(read_saved_config(folder))
+    return flat
+
+
+def _teacher_run(config: RunConfig) -> Path | None:
+    """The folder of the run that trained this one's teacher, where it is one of this project's."""
+    if config.teacher is None or config.teacher.weights is None:
+        return None
+    path = Path(config.teacher.weights).expanduser()
+    folder = path if path.is_dir() else path.parent
+    return folder if (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file() else None
+
+
+def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
+    """{key: flat config} -> {key: name}: the objective, then all in which it differs from the commonest value of that objective's arms.
+
+    defaults: of each objective, flat; of equally common values, they are the one to differ from
+    """
+    objectives = {key: flat["objective.name"] for key, flat in flats.items()}
+    names = {}
+    for key, flat in flats.items():
+        alike = [other for other, objective in objectives.items() if objective == objectives[key]]
+        differing = []
+        for field, value in flat.items():
+            counts = Counter(json.dumps(flats[other].get(field), sort_keys=True) for other in alike)
+            usual = json.dumps(defaults[objectives[key]].get(field), sort_keys=True)
+            commonest = max(counts, key=lambda text: (counts[text], text == usual, text))
+            if json.dumps(value, sort_keys=True) != commonest:
+                said = "another" if isinstance(value, dict) else "3/4" if field == "objective.pairs" and value is None else json.dumps(value).strip('"')
+                differing.append(f"{field.removeprefix('objective.')} {said}")
+        names[key] = ", ".join([objectives[key], *differing])
+    return names
+
+
+def columns_of(arms: list[Arm]) -> dict[Column, str]:
+    """Every column that some arm has, with its heading, by metric and from many labels to few."""
+    found = list(dict.fromkeys(column for arm in arms for column in arm.values))
+    order = {name: place for place, name in enumerate((*_METRICS, *_LABELS))}
+    found.sort(key=lambda column: (order[column.metric], order.get(column.labels, len(order)), column.labels, column.settings))
+    headings = {}
+    for column in found:
+        alike = [json.loads(other.settings) for other in found if (other.metric, other.labels) == (column.metric, column.labels)]
+        own = json.loads(column.settings)
+        differing = [f"{key} {own.get(key)}" for key in own if len({json.dumps(other.get(key)) for other in alike}) > 1]
+        labels = [] if column.labels == "all" else [f"{column.labels} labels" if column.labels.endswith("%") else column.labels]
+        headings[column] = ", ".join([_METRICS[column.metric], *labels, *differing])
+    return headings
+
+
+def _values(runs: list[Run]) -> dict[Column, list[float]]:
+    values: dict[Column, list[float]] = {}
+    for run in runs:
+        own: dict[Column, list[float]] = {}
+        for result in run.results:
+            settings = {key: value for key, value in result["settings"].items() if key != "seed"}
+            own.setdefault(Column(result["metric"], result["labels"], json.dumps(settings, sort_keys=True)), []).append(result["top1"])
+        for column, drawn in own.items():
+            values.setdefault(column, []).append(fmean(drawn))  # several draws of few labels count as one number of this run
+    return values
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of two or more, sample standard deviation."""
+    return f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def draw(arms: list[Arm], headings: dict[Column, str]) -> Figure:
+    """A panel a column, a row an arm: every seed as a ring, their mean as a stroke with its deviation."""
+    columns = min(PANELS_A_ROW, len(headings))
+    rows = math.ceil(len(headings) / columns)
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(2.6 + 2.2 * columns, rows * (0.9 + 0.3 * len(arms))), layout="constrained", facecolor=light("--surface"))
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        for axes in panels[len(headings) :]:
+            axes.set_visible(False)
+        for axes, (column, heading) in zip(panels, headings.items()):
+            axes.set_facecolor(light("--surface"))
+            axes.set_title(heading, loc="left", fontsize=9, color=light("--ink"))
+            for place, arm in enumerate(arms):
+                if column in arm.values:
+                    _draw_arm(axes, place, arm, arm.values[column])
+            axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
+            axes.set_ylim(len(arms) - 0.5, -0.5)
+            axes.margins(x=0.08)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.tick_params(labelsize=8, labelcolor=light("--soft"), length=0)
+            axes.grid(axis="x", color=light("--line"), linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[:].set_visible(False)
+            axes.set_xlabel("top-1, %", fontsize=8, color=light("--soft"))
+    return figure
+
+
+def _draw_arm(axes: Axes, place: int, arm: Arm, values: list[float]) -> None:
+    colour = light("--soft" if arm.name.startswith("teacher") else "--series-0" if arm.name.startswith("dmae") else "--series-1")
+    axes.errorbar(fmean(values), place, xerr=stdev(values) if len(values) > 1 else None, fmt="|", markersize=9, color=colour, linewidth=1.4)
+    axes.plot(values, [place] * len(values), "o", markersize=4, markerfacecolor="none", markeredgecolor=colour, alpha=0.7)
+
+
+def cost(runs: list[Run]) -> str:
+    """Mean wall time of pre-training, in minutes below two hours."""
+    hours = math.fsum(run.hours for run in runs) / len(runs)
+    return f"{60 * hours:.1f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

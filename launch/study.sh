@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# The paper's ablations at the scale of handwritten digits, three seeds each, into RESULTS.md:
+#   bash launch/study.sh                 # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder
+# About an hour on 2 CPU cores after the install. Every run is of equal steps, data, rate and initial weights as the others
+# of its seed. Killed or started again, it continues where it was; what is finished is not repeated.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+SEEDS=${SEEDS:-0 1 2}
+JOBS=${JOBS:-2}
+VENV=${VENV:-.venv}
+OUT=${OUT:-runs/study}
+export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# Name of the run, its recipe, and what is different: the rows of Tables 1 to 4 that make sense at this scale.
+ARMS="
+mae               digits_mae
+mae-mask-.90      digits_mae   objective.mask_ratio=.90
+mae-mask-.95      digits_mae   objective.mask_ratio=.95
+dmae              digits_dmae
+dmae-mask-.90     digits_dmae  objective.mask_ratio=.90
+dmae-mask-.95     digits_dmae  objective.mask_ratio=.95
+dmae-block-1-2   digits_dmae  objective.pairs=[[1,2]]
+dmae-block-2-4   digits_dmae  objective.pairs=[[2,4]]
+dmae-block-4-8   digits_dmae  objective.pairs=[[4,8]]
+dmae-two-pairs    digits_dmae  objective.pairs=[[2,4],[4,8]]
+dmae-l2           digits_dmae  objective.distance=l2
+dmae-head-linear  digits_dmae  objective.head=linear
+dmae-as-published digits_dmae  objective.head=linear objective.normalize=l2
+"
+
+if [ ! -e "$VENV/installed" ]; then
+    echo "== install into $VENV (torch is large: a minute or more)"
+    "${PYTHON:-python3}" -m venv "$VENV"
+    "$VENV/bin/python" -m pip install --quiet --editable ".[quickstart]"
+    touch "$VENV/installed"
+fi
+PATH="$(cd "$VENV/bin" && pwd):$PATH"
+
+for part in train val; do
+    [ -d "$OUT/images/$part" ] || python launch/digits.py "$OUT/images"
+    [ -e "$OUT/shards/$part/manifest.json" ] || dmae-shards make "$OUT/images/$part" "$OUT/shards/$part" --samples-per-shard 500 --overwrite
+done
+
+train() { # NAME SEED RECIPE [key=value ...]: one process; a finished run is left alone
+    local run="$OUT/$1-seed$2"
+    [ ! -e "$run/finished" ] || return 0
+    mkdir -p "$run"
+    dmae-ds train "$3" --resume auto "run.dir=$run" "run.seed=$2" "data.train=$OUT/shards/train" "data.val=$OUT/shards/val" "${@:4}" \
+        >"$run.log" 2>&1 || { echo "$run failed:" >&2; tail -5 "$run.log" >&2; return 1; }
+    touch "$run/finished"
+    echo "trained $run"
+}
+export -f train
+export OUT
+
+in_parallel() { # lines of arguments of `train` on standard input
+    xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'train {}'
+}
+
+echo "== teachers"
+for seed in $SEEDS; do
+    echo "teacher $seed digits_teacher"
+done | in_parallel
+echo "== students: $(grep -c . <<<"$ARMS") settings, seeds $SEEDS"
+for seed in $SEEDS; do
+    while read -r name recipe options; do
+        [ -n "$name" ] || continue
+        [ "$recipe" = digits_mae ] || options="teacher.weights=$OUT/teacher-seed$seed/student.safetensors $options"
+        echo "'$name' $seed $recipe $options"
+    done <<<"$ARMS"
+done | in_parallel
+
+echo "== what they are worth: k-NN with all labels, a logistic probe with all, 10% and 1% of them"
+for seed in $SEEDS; do
+    runs=$(for run in "$OUT"/*-seed"$seed"; do [ -e "$run/evaluated" ] || echo "$run"; done)
+    [ -n "$runs" ] || continue
+    # One start for all runs of a seed; the draw of few labels is the seed's too.
+    (
+        export OMP_NUM_THREADS=$JOBS
+        dmae-ds eval knn $runs
+        dmae-ds eval probe $runs --l2 1e-3 --labels all 10% 1% --subset-seed "$seed"
+    ) >"$OUT/evaluation-seed$seed.log" 2>&1 || { tail -5 "$OUT/evaluation-seed$seed.log" >&2; exit 1; }
+    for run in $runs; do touch "$run/evaluated"; done
+done
+dmae-ds report --ledger "$OUT"

@@ -1,0 +1,206 @@
+"""What leaves the project is what was trained: each export, read by its own library alone, gives the trained network's answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from dmae_ds.data.transforms import eval_view
+from dmae_ds.errors import RunFailed, UserError
+from dmae_ds.export import export as exporter
+from dmae_ds.export import to_hf
+from dmae_ds.export.export import LIMIT, TARGETS, compare, export
+from dmae_ds.export.source import open_source
+from dmae_ds.export.to_hf import truncating_ratio
+from dmae_ds.export.to_timm import reads_folders
+from dmae_ds.models.masking import num_visible
+from tests.export.conftest import STUDENT, change, disturb, make_classifier, make_run
+
+ALONE = Path(__file__).with_name("alone.py")
+
+
+def expect(run, what, file):
+    """Inputs that the exporter did not use, and what the trained network answers, for another process."""
+    source = open_source(run, what)
+    inputs = source.inputs(seed=7)
+    answers = {("pixels_painted" if name == "pixels" else name): tensor.numpy() for name, tensor in source.answers(inputs).items()}
+    hidden = {} if what != "mae" else {"ids_masked": source.ids_masked(inputs.noise).numpy()}
+    np.savez(file, pixels=inputs.pixels.numpy(), noise=inputs.noise.numpy(), **answers, **hidden)
+    return file
+
+
+def read_alone(library, *arguments, cwd):
+    done = subprocess.run([sys.executable, "-I", ALONE, library, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+WRONG = {"timm": "blocks.2.attn.qkv.bias", "transformers": "encoder.layer.1.attention.attention.key.weight"}
+
+
+EXPORTS = {
+    "timm": [("timm", "encoder"), ("safetensors", "encoder"), ("timm", "classifier"), ("safetensors", "classifier")],
+    "transformers": [("hf", "encoder"), ("hf", "mae"), ("hf", "classifier")],
+    "onnxruntime": [("onnx", "encoder")],
+}
+SLOW = {"onnxruntime": [("onnx", "classifier")]}
+
+
+def needs_folders(exports):
+    if any(to == "timm" for to, _ in exports) and not reads_folders(timm.__version__):
+        pytest.skip(f"timm {timm.__version__} reads no safetensors out of a folder")
+
+
+@pytest.mark.parametrize("library, exports", [*EXPORTS.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())])
+def test_the_other_library_alone_gives_the_trained_network_s_answers(shared_run, tmp_path, library, exports):
+    needs_folders(exports)
+    classifier = make_classifier(tmp_path / "finetune", pool="cls" if library == "transformers" else "mean")
+    arguments = []
+    for to, what in exports:
+        folder = classifier if what == "classifier" else shared_run
+        out, card = export(folder, to=to, what=what, out=tmp_path / f"{to}-{what}")
+        assert card["check"]["largest"] <= LIMIT and card["step"] == 1234
+        arguments += [out, expect(folder, what, tmp_path / f"{what}.npz")]
+    if library in WRONG:  # and one wrong weight shows: the first folder again, one tensor a little off
+        wrong = shutil.copytree(arguments[0], tmp_path / "wrong")
+        disturb(wrong / "model.safetensors", WRONG[library])
+        arguments += [wrong, arguments[1]]
+    found = read_alone(library, *arguments, cwd=tmp_path)
+    assert len(found) == len(arguments) // 2 and all(difference < LIMIT for difference in found[: len(exports)])
+    assert library not in WRONG or found[-1] > 100 * LIMIT
+
+
+def test_every_layout_of_every_part_is_tried():
+    tried = {export for exports in (*EXPORTS.values(), *SLOW.values()) for export in exports}
+    assert tried == {(to, what) for to, target in TARGETS.items() for what in target.parts}
+
+
+def test_an_export_that_answers_differently_is_an_error_and_leaves_nothing(run, tmp_path, monkeypatch):
+    right = to_hf.to_transformers
+
+    def swapped(tensors, **options):
+        renamed = right(tensors, **options)
+        query, key = (f"encoder.layer.0.attention.attention.{part}.bias" for part in ("query", "key"))
+        return {**renamed, query: renamed[key], key: renamed[query]}
+
+    monkeypatch.setattr(to_hf, "to_transformers", swapped)
+    with pytest.raises(RunFailed, match="answers differently from the trained network: tokens by"):
+        export(run, to="hf", out=tmp_path / "out" / "hf")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_not_a_number_is_a_difference(run, tmp_path):
+    change(run / "student.safetensors", "norm.bias", by=float("nan"))
+    with pytest.raises(RunFailed, match="tokens by nan"):
+        export(run, to="safetensors", out=tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_the_limit_gives_way_to_rounding_and_to_nothing_else(run, shared_run, tmp_path):
+    assert export(shared_run, to="safetensors", out=tmp_path / "a")[1]["check"]["limits"] == {"tokens": LIMIT}
+    change(run / "student.safetensors", "norm.bias", by=3000.0)  # one step of float32 is 2.4e-4 there
+    _, card = export(run, to="safetensors", out=tmp_path / "b")
+    assert 1e-4 < card["check"]["limits"]["tokens"] < 1e-2
+    source = open_source(shared_run, "encoder")
+    before = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
+    assert 0 < source.rounding(source.inputs())["tokens"] < LIMIT
+    assert all(torch.equal(tensor, before[name]) and tensor.dtype == torch.float32 for name, tensor in source.model.state_dict().items())
+
+
+def test_the_difference_is_the_largest():
+    right = torch.zeros(2, 3)
+    assert compare({"a": right + 1e-3, "b": right}, {"a": right, "b": right}) == {"a": pytest.approx(1e-3), "b": 0}
+    with pytest.raises(AssertionError):
+        compare({"a": right[:1]}, {"a": right})
+
+
+@pytest.mark.parametrize("mask_ratio", [0.05, 0.25, 0.5, 0.6, 0.75, 0.9, 0.95, 0.98])
+@pytest.mark.parametrize("side", [4, 8, 14, 16])
+def test_transformers_masks_as_many_patches_as_we_do(side, mask_ratio):
+    for patch_count in ("round", "int"):
+        try:
+            kept = num_visible(side**2, mask_ratio, patch_count)
+        except UserError:
+            continue
+        ratio = truncating_ratio(mask_ratio, side**2, kept)
+        assert int(side**2 * (1 - ratio)) == kept
+        assert patch_count == "round" or ratio == mask_ratio
+
+
+def test_transformers_prepares_a_picture_as_our_evaluation_does(shared_run, tmp_path):
+    from transformers import AutoImageProcessor
+
+    out, _ = export(shared_run, to="hf", out=tmp_path / "hf")
+    picture = np.random.default_rng(0).integers(0, 256, (9, 15, 3)).repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)
+    found = AutoImageProcessor.from_pretrained(out)(picture, return_tensors="pt")["pixel_values"][0].numpy()
+    ours = eval_view(picture, img_size=24, crop_pct=0.8)
+    mean, std = (np.array(values)[:, None, None] for values in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    assert found.shape == ours.shape and np.abs((found * std + mean) * 255 - ours).mean() < 1.5
+
+
+def build_network(**keys):
+    return timm.create_model("vit_tiny_patch16_224", **{**STUDENT_SHAPE, **keys})
+
+
+STUDENT_SHAPE = {key: value for key, value in STUDENT.items() if key != "name"}
+
+
+def test_students_of_other_kinds_go_where_they_fit_and_are_refused_elsewhere(tmp_path):
+    clip = make_run(tmp_path / "clip", student={**STUDENT, "name": "vit_base_patch16_clip_224"})
+    assert export(clip, to="safetensors")[0] == clip / "export" / "safetensors"
+    with pytest.raises(UserError, match="transformers' ViT has no place for 'norm_pre"):
+        export(clip, to="hf")
+    own = make_run(tmp_path / "own", student={"name": f"{__name__}:build_network"})
+    assert export(own, to="hf", what="mae")[0] == own / "export" / "hf-mae"
+    with pytest.raises(UserError, match="is a network of your own"):
+        export(own, to="safetensors", out=tmp_path / "no")
+    assert [path.name for path in (own / "export").iterdir()] == ["hf-mae"] and [path.name for path in (clip / "export").iterdir()] == ["safetensors"]
+
+
+def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
+    def says(message, **options):
+        with pytest.raises(UserError, match=message) as error:
+            export(**{"run": run, "to": "safetensors", **options})
+        assert "\n" not in str(error.value)
+
+    says("--to safetensors holds no mae; choose --what encoder or classifier, or --to hf", what="mae")
+    says("not a run folder", run=tmp_path)
+    make_classifier(run / "finetune_mae", pool="mean")
+    says("run/last.safetensors' is not there; name the folder that `dmae-ds eval finetune` or `linear` wrote: .*finetune_mae", what="classifier")
+    says("classifies by CLS, this classifier by the mean", run=run / "finetune_mae", what="classifier", to="hf")
+    (tmp_path / "there").mkdir()
+    says("'.*there' exists already", out=tmp_path / "there")
+    monkeypatch.setattr(exporter, "find_spec", lambda name: None)
+    says(r"--to hf needs transformers, which is not installed; pip install 'dmae-ds\[export\]'", to="hf")
+    says("--to onnx needs onnx, onnxscript, onnxruntime, which are not installed", to="onnx")
+    monkeypatch.undo()
+    (run / "decoder.safetensors").write_bytes(b"half")
+    says("decoder.safetensors' is not a whole safetensors file", to="hf", what="mae")
+    change(run / "student.safetensors", "norm.bias", by=torch.zeros(2, 1))
+    says("the weights in '.*run' don't fit its config.yaml")
+    (run / "student.safetensors").unlink()
+    says("a run writes it with its first checkpoint")
+    assert not (run / "export").exists() and not list((run / "finetune_mae" / "export").iterdir())
+
+
+def test_an_old_timm_is_refused_before_anything_is_written(run, monkeypatch):
+    monkeypatch.setattr(timm, "__version__", "1.0.25")
+    with pytest.raises(UserError, match=r"timm 1.0.25 reads no safetensors out of a folder; pip install 'timm>=1.0.26'"):
+        export(run, to="timm")
+    assert not list((run / "export").iterdir())
+    assert [reads_folders(version) for version in ("0.9.16", "1.0.26.dev0", "1.0.31", "2.0.0")] == [False, True, True, True]
+
+
+def test_what_a_killed_export_left_is_no_obstacle(run):
+    (run / "export" / "safetensors.tmp" / "half").mkdir(parents=True)
+    out, _ = export(run, to="safetensors")
+    assert {path.name for path in out.iterdir()} == {"student.safetensors", "card.json", "README.md"} and not out.with_name("safetensors.tmp").exists()
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}

@@ -1,0 +1,205 @@
+"""`dmae-ds eval finetune` and `eval linear` whole, in this process: what they write, resume, refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dmae_ds.data import shards as shard_format
+from dmae_ds.errors import RunFailed, UserError
+from dmae_ds.evaluate.results import read_results
+from dmae_ds.finetune import checkpoint, network, record
+from dmae_ds.finetune import run as wiring
+from dmae_ds.finetune.run import evaluate
+from tests.evaluate.conftest import STEP, make_shards
+from tests.finetune.conftest import PLAIN, finetune
+
+LINEAR = ["optim.global_batch=20", "optim.base_lr=100", "optim.epochs=40", "optim.warmup_epochs=0", "data.num_workers=0"]
+TEACHER_OF = {"supervised_deit_soft", "supervised_deit_hard", "supervised_logits", "supervised_features"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows(out):
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_outcome(one, other):
+    for name in ("last.safetensors", "best.safetensors"):
+        expected, found = load_file(one / name), load_file(other / name)
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected), name
+    assert rows(one) == rows(other)
+
+
+def test_it_learns_and_leaves_files_that_timm_loads(run, capsys):
+    result = finetune(run, *PLAIN, "optim.epochs=6", "optim.global_batch=10")
+    out = run / "finetune_mae"
+    assert result["top1"] == 100.0  # red from green from blue
+    assert "finetune top-1 100.0%" in capsys.readouterr().out
+    assert read_results(run) == [{**result, "when": read_results(run)[0]["when"]}]
+    expected = {"metric": "finetune", "labels": "all", "subset_seed": None, "step": STEP, "num_train": 20, "num_val": 11, "top5": None, "device": "cpu", "world_size": 1}
+    assert {name: result[name] for name in expected} == expected
+    assert [row["epoch"] for row in rows(out)] == [1, 2, 3, 4, 5, 6] and rows(out)[-1]["top1"] == 100.0
+    assert rows(out)[0]["loss"] > rows(out)[-1]["loss"] > 0
+    with safe_open(out / "best.safetensors", "pt") as file:
+        said = file.metadata()
+    alone = timm.create_model(said["timm_name"], **json.loads(said["timm_overrides"]), **json.loads(said["classifier"])["keys"])
+    alone.load_state_dict(load_file(out / "best.safetensors"), strict=True)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_probe_trains_its_head_alone(run, capsys):
+    result = evaluate("linear", str(run), recipe="linear_mae", overrides=[*LINEAR, "pool=mean"])
+    assert result["metric"] == "linear" and result["top1"] > 90
+    kept, student = load_file(run / "linear_mae" / "last.safetensors"), load_file(run / "student.safetensors")
+    assert all(torch.equal(kept[name], student[name]) for name in student) and set(kept) - set(student) == {"head.weight", "head.bias"}
+
+
+# 1: config.yaml; 2 to 5: best, last, metrics, resume of the first epoch; ...
+@pytest.mark.parametrize("overrides, writes", [([], (2, 5, 6)), (["ema=0.5", "optim.micro_batch=4", "augment.mixup=0", "augment.cutmix=0", "augment.erase=0"], (4, 8))], ids=["mixed", "averaged, accumulated, not mixed"])
+def test_killed_at_a_write_and_resumed_it_ends_bit_for_bit_the_same(run, tmp_path, monkeypatch, overrides, writes):
+    """Nothing is kept between writes, so a kill between two of them is a kill at the second."""
+    finetune(run, *overrides, f"run.dir={tmp_path / 'whole'}")
+    plain = shard_format.replacing
+    for fatal in writes:
+        out, count = tmp_path / f"killed{fatal}", 0
+
+        def dies(path, fatal=fatal):
+            nonlocal count
+            count += 1
+            if count == fatal:
+                raise KeyboardInterrupt
+            return plain(path)
+
+        for module in (record, network, checkpoint):
+            monkeypatch.setattr(module, "replacing", dies)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(run, *overrides, f"run.dir={out}")
+        for module in (record, network, checkpoint):
+            monkeypatch.setattr(module, "replacing", plain)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        finetune(run, *overrides, f"run.dir={out}", resume="auto")
+        assert_same_outcome(tmp_path / "whole", out)
+
+
+def test_a_finished_evaluation_resumed_says_its_number_again(run):
+    first = finetune(run)
+    before = (run / "finetune_mae" / "last.safetensors").stat().st_mtime_ns
+    again = finetune(run, resume="auto")
+    assert again == first and (run / "finetune_mae" / "last.safetensors").stat().st_mtime_ns == before
+    assert len(read_results(run)) == 1
+
+
+def test_workers_change_nothing(run, tmp_path):
+    for workers in (0, 2):
+        finetune(run, f"data.num_workers={workers}", f"run.dir={tmp_path / str(workers)}")
+    assert_same_outcome(tmp_path / "0", tmp_path / "2")
+
+
+def test_accumulated_micro_batches_are_one_batch(run, tmp_path):
+    """Without mixing, which pairs within a micro-batch, and without draws in the network."""
+    for micro in (8, 4):
+        finetune(run, *PLAIN, "optim.base_lr=1e-3", "augment.erase=0.25", f"optim.micro_batch={micro}", f"run.dir={tmp_path / str(micro)}")
+    expected, found = (load_file(tmp_path / name / "last.safetensors") for name in ("8", "4"))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_few_labels_are_all_that_is_seen(run, monkeypatch):
+    seen = set()
+    plain = wiring.Prepare.__call__
+    monkeypatch.setattr(wiring.Prepare, "__call__", lambda self, batch, **place: seen.update(batch.sample_ids.tolist()) or plain(self, batch, **place))
+    result = finetune(run, labels="2-shot", subset_seed=3)
+    assert result["num_train"] == 6 and result["labels"] == "2-shot" and result["subset_seed"] == 3
+    assert len(seen) == 6 and (run / "finetune_mae-2-shot-seed3" / "last.safetensors").exists()
+    assert len((run / "subsets" / "2-shot-seed3.txt").read_text().splitlines()) == 7
+
+
+def test_a_weights_file_needs_data_and_a_place(run, tmp_path, shards):
+    file = tmp_path / "copy.safetensors"
+    shutil.copy(run / "student.safetensors", file)
+    data = [f"data.train={shards[0]}", f"data.val={shards[1]}"]
+    geometry = [f"network.{name}={value}" for name, value in (("name", "vit_tiny_patch16_224"), ("img_size", 16), ("patch_size", 4), ("embed_dim", 24), ("depth", 2), ("num_heads", 2))]
+    with pytest.raises(UserError) as error:
+        finetune(file, *data)
+    assert all(f"{key} is missing" in str(error.value) for key in ("run.dir", "network.name"))
+    assert finetune(file, *data, *geometry, f"run.dir={tmp_path / 'out'}")["step"] == STEP
+    assert read_results(tmp_path / "out")[0]["metric"] == "finetune"
+    with pytest.raises(UserError, match="neither a run folder nor a weights file"):
+        finetune(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize("recipe", sorted(TEACHER_OF))
+def test_supervised_baselines_run_on_a_fine_tuned_teacher(run, tmp_path, recipe):
+    finetune(run, f"run.dir={tmp_path / 'teacher'}")
+    result = finetune(run, f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}", "drop_path=0", recipe=recipe)
+    assert result["metric"] == "supervised" and result["settings"]["distill"] == recipe.removeprefix("supervised_") and result["settings"]["init"] == "random"
+    assert result["step"] == 0
+    if recipe == "supervised_features":  # a resumed task has its projection
+        shutil.copytree(run / recipe, tmp_path / "whole")
+        (run / recipe / "resume.pt").unlink()
+        assert finetune(run, f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}", "drop_path=0", recipe=recipe, resume="auto")["top1"] == result["top1"]
+        assert_same_outcome(tmp_path / "whole", run / recipe)
+
+
+def test_mistakes_are_one_line_and_touch_nothing(run, tmp_path):
+    alone = make_shards(tmp_path / "alone", num=9, seed=3, classes=["all"], labels=0)
+    for overrides, options, message in (
+        (["optim.global_batch=9", "optim.micro_batch=2"], {}, "doesn't divide"),
+        (["optim.global_batch=7"], {}, "7 is odd"),
+        (["optim.layer_dekay=1"], {}, "did you mean optim.layer_decay"),
+        (["augment.rand_augment=random"], {}, "timm's notation"),
+        ([f"data.train={alone}"], {}, "1 classes"),
+        (["data.block=2"], {"labels": "2-shot"}, "data.block=1"),
+        ([], {"labels": "1000-shot"}, "1000-shot"),
+        ([], {"labels": "some"}, "labels 'some'"),
+        (["distill.method=deit_hard", "distill.teacher=x"], {}, "pool=cls"),
+        (["distill.method=logits", "distill.teacher=x"], {}, "temperature None"),
+        (["distill.method=features", "distill.teacher=x.safetensors"], {}, "distill.weights 'x.safetensors' is not a file"),
+        (["precision=fp64"], {}, "precision"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            finetune(run, *overrides, **options)
+        assert "\n" not in str(error.value), message
+        AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UserError, match="at least two pictures"):
+        evaluate("linear", str(run), recipe="linear_mae", overrides=[*LINEAR, "optim.micro_batch=1"])
+    assert not list(run.glob("*_mae*")) and not (run / "results.jsonl").exists()  # the corrected command may start
+
+
+def test_an_evaluation_is_neither_overwritten_nor_continued_as_another(run, monkeypatch):
+    finetune(run)
+    with pytest.raises(UserError, match="--resume auto"):
+        finetune(run)
+    with pytest.raises(UserError, match="optim.base_lr 0.2, now it is 0.4"):
+        finetune(run, "optim.base_lr=0.4", resume="auto")
+    (run / "finetune_mae" / "resume.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match="delete it to start again"):
+        finetune(run, resume="auto")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="told --mixed_precision fp16"):
+        finetune(run, f"run.dir={run / 'other'}")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run):
+    with pytest.raises(RunFailed, match="not finite"):
+        finetune(run, *PLAIN, "optim.base_lr=1e30")
+    assert not (run / "results.jsonl").exists()
+
+
+def test_bf16_is_autocast(run):
+    assert finetune(run, *PLAIN, "optim.epochs=6", "optim.global_batch=10", "precision=bf16")["top1"] > 90
+    assert {tensor.dtype for tensor in load_file(run / "finetune_mae" / "last.safetensors").values()} == {torch.float32}
