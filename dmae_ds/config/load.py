@@ -141,3 +141,11 @@ def read_saved_config(run_dir: Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"'{run_dir}' is not a run folder: no config.yaml in it; name a folder that `dmae-ds train` wrote")
     return load_config(str(path))
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """{"optim": {"base_lr": 1}} -> {"optim.base_lr": 1}; lists are left as they are."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

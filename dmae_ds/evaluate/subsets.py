@@ -28,12 +28,14 @@ _SHARE, _SHOTS = re.compile(r"(\d+(?:\.\d+)?)%"), re.compile(r"([1-9]\d*)-shot")
 def open_labelled(data: DataConfig) -> tuple[ShardSet, ShardSet]:
     """data.train and data.val, of the same classes. Raises UserError where pictures have no labels or there are none to classify."""
     if data.val is None:
-        raise UserError("data.val is null in the run's config.yaml: an evaluation needs labelled pictures to classify; write data.val: SHARDS into it")
+        raise UserError("data.val is null: an evaluation needs labelled pictures that nobody was trained on; give data.val=SHARDS, or write it into the run's config.yaml")
+    if data.num_samples is not None:
+        raise UserError("data.num_samples streams tars without an index, whose labels can't be counted before; make one with `dmae-shards index`, and leave it out")
     access = Access.of(data)
     sets = ShardSet.open(data.train, label="data.train", access=access), ShardSet.open(data.val, label="data.val", access=access)
     for name, shard_set in zip(("data.train", "data.val"), sets, strict=True):
         if len(shard_set.classes) < 2:
-            raise UserError(f"{name} '{shard_set.folder}' has {len(shard_set.classes)} class: unlabelled pictures can't vote; make the shards from one folder a class")
+            raise UserError(f"{name} '{shard_set.folder}' has {len(shard_set.classes)} classes, so there is nothing to tell apart; make the shards from one folder a class")
     if sets[0].classes != sets[1].classes:
         raise UserError(f"data.train and data.val number different classes ({len(sets[0].classes)} and {len(sets[1].classes)}); make both from the same class folders")
     return sets

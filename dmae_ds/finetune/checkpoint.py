@@ -58,11 +58,3 @@ def restore(found: dict, *, task: nn.Module, optimizer: torch.optim.Optimizer, e
 def _own_tensors(task: nn.Module) -> dict[str, Tensor]:
     """Without the teacher, which has a file of its own."""
     return {name: tensor for name, tensor in task.state_dict().items() if not name.startswith("teacher.")}
-
-
-def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """{"optim": {"base_lr": 1}} -> {"optim.base_lr": 1}; lists are left as they are."""
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

@@ -25,19 +25,19 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
-from dmae_ds.config.load import dump_config
+from dmae_ds.config.load import dump_config, flatten
 from dmae_ds.data.loader import Batch, eval_batches, train_batches
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import append_result
-from dmae_ds.evaluate.subsets import check_labels, open_subset
+from dmae_ds.evaluate.subsets import check_labels, open_labelled, open_subset
 from dmae_ds.finetune.augment import Prepare, RandAugment
 from dmae_ds.finetune.build import Classifier, build
-from dmae_ds.finetune.checkpoint import RESUME_FILE, flatten, read_resume, restore
+from dmae_ds.finetune.checkpoint import RESUME_FILE, read_resume, restore
 from dmae_ds.finetune.loop import train, validate
 from dmae_ds.finetune.record import Progress, metric_of, save_epoch, settings_of, summary, write_text
-from dmae_ds.finetune.source import find_source, open_labelled
+from dmae_ds.finetune.source import find_source
 from dmae_ds.models.patches import Normalize
 from dmae_ds.train.optim import learning_rate
 from dmae_ds.train.preflight import split_batch

@@ -8,9 +8,7 @@ from typing import TypeVar
 
 from dmae_ds.config.evaluation import ClassifierConfig
 from dmae_ds.config.load import load_config, read_saved_config
-from dmae_ds.config.run import DataConfig, TeacherConfig, looks_like_hub_id
-from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.storage import Access
+from dmae_ds.config.run import TeacherConfig, looks_like_hub_id
 from dmae_ds.errors import UserError
 from dmae_ds.finetune.network import said_network
 from dmae_ds.teacher.containers import open_container
@@ -68,18 +66,3 @@ def _find_file(word: str) -> Path:
         return locate(TeacherConfig(name="-", weights=word))
     except UserError as error:
         raise UserError(str(error).replace("teacher.weights ", "weights ")) from None
-
-
-def open_labelled(data: DataConfig) -> tuple[ShardSet, ShardSet]:
-    """data.train and data.val, with the same classes. Raises UserError where a classifier can't be trained on them."""
-    if data.val is None:
-        raise UserError("data.val is null: a classifier is judged by labelled pictures that it wasn't trained on; give data.val=SHARDS")
-    if data.num_samples is not None:
-        raise UserError("data.num_samples streams tars without an index, whose labels can't be counted before; make one with `dmae-shards index`, and leave it out")
-    access = Access.of(data)
-    train, val = (ShardSet.open(folder, label=label, access=access) for folder, label in ((data.train, "data.train"), (data.val, "data.val")))
-    if len(train.classes) < 2:
-        raise UserError(f"data.train '{train.folder}' has {len(train.classes)} classes: nothing to tell apart; make the shards from one folder a class")
-    if train.classes != val.classes:
-        raise UserError(f"data.train and data.val number different classes ({len(train.classes)} and {len(val.classes)}); make both from the same class folders")
-    return train, val

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dmae_ds.config.load import read_saved_config
+from dmae_ds.config.load import flatten, read_saved_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.figures import light
 from dmae_ds.ledger.runs import Run
@@ -61,7 +61,7 @@ def group(runs: list[Run]) -> list[Arm]:
     defaults = {}
     for run in runs:
         objective = run.config.objective
-        defaults[objective.name] = _flatten({"objective": type(objective)(name=objective.name).model_dump(mode="json")})
+        defaults[objective.name] = flatten({"objective": type(objective)(name=objective.name).model_dump(mode="json")})
     names = {}
     for role in {role for role, _ in flats}:
         names |= {key: role + name for key, name in name_arms({key: flat for key, flat in flats.items() if key[0] == role}, defaults).items()}
@@ -71,7 +71,7 @@ def group(runs: list[Run]) -> list[Arm]:
 
 def identity(config: RunConfig) -> dict[str, object]:
     """The config without seed and place, flat: {"optim.epochs": 20.0}. A teacher of this project stands for itself, not for its path."""
-    flat = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if key not in _ANY_VALUE and key.split(".")[0] not in _ANY_VALUE}
+    flat = {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in _ANY_VALUE and key.split(".")[0] not in _ANY_VALUE}
     folder = _teacher_run(config)
     if folder is not None:  # each seed may have trained its own
         flat["teacher.weights"] = identity(read_saved_config(folder))
@@ -177,10 +177,3 @@ def cost(runs: list[Run]) -> str:
     """Mean wall time of pre-training, in minutes below two hours."""
     hours = math.fsum(run.hours for run in runs) / len(runs)
     return f"{60 * hours:.1f} min" if hours < 2 else f"{hours:.1f} h"
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        found |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
