@@ -4,11 +4,10 @@ A worker is given a number and works out the rest (order.py), so there is no sam
 masks a global batch holds depends on the seed alone, not on ranks, workers or where the run was resumed.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,42 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dmae_ds.data.corrupt import Corrupt, CorruptLog, replacements
-from dmae_ds.data.decode import decode
+from dmae_ds.data.batch import Batch, Loaded, load_eval_batch, load_train_batch
+from dmae_ds.data.corrupt import CorruptLog
 from dmae_ds.data.foreign import ForeignShards
-from dmae_ds.data.order import batch_positions, block_spans, num_held, sample_ids
-from dmae_ds.data.reader import CorruptSample, Sample, SampleReader
+from dmae_ds.data.order import num_held
+from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
-from dmae_ds.data.transforms import AUGMENT_STREAM, CROP_STREAM, MASK_STREAM, eval_view, sample_rng, train_view
 from dmae_ds.data.worker import end_with_parent
 from dmae_ds.errors import UserError
-
-
-@dataclass(frozen=True)
-class Batch:
-    images: torch.Tensor  # [N, 3, H, W] uint8
-    noise: torch.Tensor | None  # [N, L] float32 in [0, 1), one draw a patch for the mask; None in evaluation
-    labels: torch.Tensor  # [N] int64
-    sample_ids: torch.Tensor  # [N] int64
-    epochs: torch.Tensor  # [N] int64
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":  # DataLoader calls it
-        return self._map(torch.Tensor.pin_memory)
-
-    @classmethod
-    def join(cls, parts: "list[Batch]") -> "Batch":
-        """Training batches one behind the other."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls)})
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: None if value is None else function(value) for name, value in fields.items()})
 
 
 def train_batches(
@@ -102,14 +74,13 @@ def train_batches(
             shard_set, img_size, num_patches, crop_scale, flip, seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, start_step=start_step
         )
         num_batches = (stop_step - start_step) * accumulation
-        found = stream_batches(streamed, num_batches=num_batches, num_workers=num_workers, pin_memory=pin_memory, max_corrupt=max_corrupt, corrupt_log=corrupt_log)
-        return (Batch(**fields) for fields in found)
+        return stream_batches(streamed, num_batches=num_batches, num_workers=num_workers, pin_memory=pin_memory, max_corrupt=max_corrupt, corrupt_log=corrupt_log)
     if block > 1:
         _check_buffer(shard_set, block=block, world_size=world_size, buffer_gib=buffer_gib)
     # With blocks, every worker loads its own lanes' part of every micro-batch, so that a block is read by one worker.
     parts = max(1, min(num_workers, micro_batch)) if block > 1 else 1
     load = functools.partial(
-        _load_train_batch,
+        load_train_batch,
         reader=SampleReader(shard_set, block=block, buffer_bytes=int(buffer_gib * 2**30) // max(1, num_workers)),
         img_size=img_size,
         num_patches=num_patches,
@@ -162,7 +133,7 @@ def eval_batches(
     every = range(shard_set.num_samples) if subset is None else subset.tolist()
     ids = every[:limit][rank::world_size]
     load = functools.partial(
-        _load_eval_batch,
+        load_eval_batch,
         reader=SampleReader(shard_set),
         ids=ids,
         batch_size=batch_size,
@@ -171,117 +142,6 @@ def eval_batches(
     )
     numbers = range(math.ceil(len(ids) / batch_size))
     return _iterate(load, numbers, num_workers=num_workers, pin_memory=False)
-
-
-def _load_train_batch(
-    number: int,
-    *,
-    reader: SampleReader,
-    img_size: int,
-    num_patches: int,
-    crop_scale: tuple[float, float],
-    flip: bool,
-    seed: int,
-    global_batch: int,
-    micro_batch: int,
-    accumulation: int,
-    rank: int,
-    world_size: int,
-    parts: int,
-    subset: np.ndarray | None,
-    crop: str,
-    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None,
-) -> "Loaded":
-    number, part = divmod(number, parts)
-    step, accumulation_step = divmod(number, accumulation)
-    num_samples = reader.shard_set.num_samples if subset is None else len(subset)
-    positions = batch_positions(
-        step,
-        global_batch=global_batch,
-        rank=rank,
-        world_size=world_size,
-        micro_batch=micro_batch,
-        accumulation_step=accumulation_step,
-        num_samples=num_samples,
-        block=reader.block,
-    )[part * micro_batch // parts : (part + 1) * micro_batch // parts]
-    epochs, ids = sample_ids(positions, num_samples=num_samples, seed=seed, block=reader.block)
-    spans = [None] * len(ids)
-    if reader.reads_ahead:
-        spans = block_spans(epochs, ids, num_samples=num_samples, seed=seed, block=reader.block)
-        reader.fetch(spans)
-    places, ids = ids, ids if subset is None else subset[ids]
-    images = torch.empty((len(ids), 3, img_size, img_size), dtype=torch.uint8)
-    noise = np.empty((len(ids), num_patches), np.float32)
-    labels, shown, corrupt = np.empty(len(ids), np.int64), ids.copy(), []
-    for row, (epoch, sample_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
-        stand_ins = _stand_ins(int(places[row]), epoch=epoch, num_samples=num_samples, seed=seed, subset=subset)
-        sample, image, found = _read_whole(reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins)
-        corrupt += found
-        crop_rng = sample_rng(seed, epoch, sample_id, CROP_STREAM)
-        view = train_view(image, crop_rng, img_size=img_size, crop_scale=crop_scale, flip=flip, crop=crop)
-        if augment is not None:
-            view = augment(view, sample_rng(seed, epoch, sample_id, AUGMENT_STREAM))
-        images[row] = torch.from_numpy(view)  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
-        noise[row] = sample_rng(seed, epoch, sample_id, MASK_STREAM).random(num_patches, dtype=np.float32)
-        labels[row], shown[row] = sample.label, sample.sample_id
-    return Loaded(Batch(images, *map(torch.from_numpy, (noise, labels, shown, epochs))), corrupt)
-
-
-def _stand_ins(place: int, *, epoch: int, num_samples: int, seed: int, subset: np.ndarray | None) -> Iterator[int]:
-    """The ids that may stand for a sample, of the same subset. Nothing is computed before the first is asked for."""
-    for candidate in replacements(place, epoch=epoch, num_samples=num_samples, seed=seed):
-        yield candidate if subset is None else int(subset[candidate])
-
-
-def _read_whole(
-    reader: SampleReader, sample_id: int, *, span: tuple[int, int] | None, epoch: int, stand_ins: Iterator[int]
-) -> tuple[Sample, np.ndarray, list[Corrupt]]:
-    """A sample and its picture, or where it is corrupt those that stand for it (corrupt.py), and what was corrupt."""
-    try:
-        sample = reader.read(sample_id, span=span)
-        return sample, decode(sample), []
-    except CorruptSample as error:
-        first, found = error, [error]
-    for candidate in stand_ins:
-        try:
-            sample = reader.read(candidate)
-            image = decode(sample)
-        except CorruptSample as error:
-            found.append(error)
-            continue
-        return sample, image, [Corrupt(e.shard, e.key, e.sample_id, e.reason, epoch, candidate) for e in found]
-    raise first
-
-
-def _load_eval_batch(
-    number: int, *, reader: SampleReader, ids: Sequence[int], batch_size: int, img_size: int, crop_pct: float
-) -> "Loaded":
-    batch_ids = ids[number * batch_size : (number + 1) * batch_size]
-    spans = [(sample_id, 1) if reader.reads_ahead else None for sample_id in batch_ids]
-    if reader.reads_ahead:
-        reader.fetch(spans)
-    samples = [reader.read(sample_id, span=span) for sample_id, span in zip(batch_ids, spans, strict=True)]
-    images = np.stack([eval_view(decode(sample), img_size=img_size, crop_pct=crop_pct) for sample in samples])
-    batch = Batch(
-        images=torch.from_numpy(images),
-        noise=None,
-        labels=torch.tensor([sample.label for sample in samples]),
-        sample_ids=torch.tensor(batch_ids),
-        epochs=torch.zeros(len(batch_ids), dtype=torch.int64),
-    )
-    return Loaded(batch, [])
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a worker hands over."""
-
-    batch: Batch
-    corrupt: list[Corrupt]
-
-    def pin_memory(self) -> "Loaded":  # DataLoader calls it
-        return Loaded(self.batch.pin_memory(), self.corrupt)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
+from dmae_ds.data.batch import Batch, Loaded
 from dmae_ds.data.corrupt import Corrupt, CorruptLog
 from dmae_ds.data.decode import decode_bytes
 from dmae_ds.data.foreign import ForeignShards
@@ -43,7 +44,7 @@ class StreamedSample:
 
 @dataclass(frozen=True)
 class StreamedBatches(IterableDataset):
-    """Micro-batches without end, as (fields of a Batch, what was corrupt), or a ShardError."""
+    """Micro-batches without end, or a ShardError."""
 
     shards: ForeignShards
     img_size: int
@@ -56,7 +57,7 @@ class StreamedBatches(IterableDataset):
     world_size: int
     start_step: int
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], list[Corrupt]] | ShardError]:
+    def __iter__(self) -> Iterator[Loaded | ShardError]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         corrupt: list[Corrupt] = []
@@ -64,7 +65,7 @@ class StreamedBatches(IterableDataset):
         try:
             while True:
                 batch = self._batch(list(itertools.islice(samples, self.micro_batch)))
-                yield batch, corrupt.copy()
+                yield Loaded(batch, corrupt.copy())
                 corrupt.clear()
         except ShardError as error:
             yield ShardError(str(error))
@@ -87,7 +88,7 @@ class StreamedBatches(IterableDataset):
                 last = f" (the last: {corrupt[-1].shard}: {corrupt[-1].reason})" if corrupt else ""
                 raise ShardError(f"{tars[reader][1]} and the other tars of its reader hold no image that can be read{last}")
 
-    def _batch(self, samples: list[StreamedSample]) -> dict[str, torch.Tensor]:
+    def _batch(self, samples: list[StreamedSample]) -> Batch:
         images = torch.empty((len(samples), 3, self.img_size, self.img_size), dtype=torch.uint8)
         noise = torch.empty((len(samples), self.num_patches))
         for row, sample in enumerate(samples):
@@ -96,13 +97,13 @@ class StreamedBatches(IterableDataset):
             rng = sample_rng(self.seed, sample.epoch, sample.sample_id, MASK_STREAM)
             noise[row] = torch.from_numpy(rng.random(self.num_patches, dtype=np.float32))
         fields = {name: torch.tensor([getattr(sample, name) for sample in samples]) for name in ("label", "sample_id", "epoch")}
-        return {"images": images, "noise": noise, "labels": fields["label"], "sample_ids": fields["sample_id"], "epochs": fields["epoch"]}
+        return Batch(images, noise, fields["label"], fields["sample_id"], fields["epoch"])
 
 
 def stream_batches(
     dataset: StreamedBatches, *, num_batches: int, num_workers: int, pin_memory: bool, max_corrupt: int, corrupt_log: Path | None
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Fields of a Batch. Raises ShardError above max_corrupt, and where there are fewer tars than readers."""
+) -> Iterator[Batch]:
+    """Raises ShardError above max_corrupt, and where there are fewer tars than readers."""
     num_tars, num_readers = len(dataset.shards.tars), dataset.world_size * max(1, num_workers)
     if num_tars < num_readers:
         raise ShardError(
@@ -114,9 +115,8 @@ def stream_batches(
     for item in itertools.islice(loader, num_batches):
         if isinstance(item, ShardError):
             raise item
-        fields, corrupt = item
-        log.add(corrupt)
-        yield fields
+        log.add(item.corrupt)
+        yield item.batch
 
 
 def _samples_of(tars: list, number: int, corrupt: list[Corrupt]) -> Iterator[dict[str, Any]]:

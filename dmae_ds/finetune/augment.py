@@ -18,7 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from dmae_ds.config.evaluation import AugmentConfig
-from dmae_ds.data.loader import Batch
+from dmae_ds.data.batch import Batch
 from dmae_ds.data.transforms import ERASE_STREAM, sample_rng
 from dmae_ds.models.patches import Normalize
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dmae_ds.data.loader import Batch
+from dmae_ds.data.batch import Batch
 from dmae_ds.errors import RunFailed
 from dmae_ds.finetune.augment import Prepare, normalized
 from dmae_ds.finetune.optim import set_lr

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import dump_config, flatten
-from dmae_ds.data.loader import Batch, eval_batches, train_batches
+from dmae_ds.data.batch import Batch
+from dmae_ds.data.loader import eval_batches, train_batches
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError

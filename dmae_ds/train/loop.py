@@ -10,7 +10,7 @@ from typing import Callable, Iterable, Iterator
 import torch
 
 from dmae_ds import dist
-from dmae_ds.data.loader import Batch
+from dmae_ds.data.batch import Batch
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.engine import Engine

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from dmae_ds.data import loader
-from dmae_ds.data.loader import Batch, eval_batches, train_batches
+from dmae_ds.data.batch import Batch
+from dmae_ds.data.loader import eval_batches, train_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError, write_manifest, write_shard
 from dmae_ds.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmae_ds.config.evaluation import AugmentConfig
-from dmae_ds.data.loader import Batch
+from dmae_ds.data.batch import Batch
 from dmae_ds.data.transforms import AUGMENT_STREAM, sample_rng
 from dmae_ds.finetune.augment import Prepare, RandAugment
 from dmae_ds.models.patches import Normalize

@@ -1,0 +1,156 @@
+"""One batch, as a worker makes it from its number: which samples, their bytes, pictures, crops and mask noise.
+
+A corrupt sample is replaced by one that the order names (corrupt.py), so that ranks stay in step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dmae_ds.data.corrupt import Corrupt, replacements
+from dmae_ds.data.decode import decode
+from dmae_ds.data.order import batch_positions, block_spans, sample_ids
+from dmae_ds.data.reader import CorruptSample, Sample, SampleReader
+from dmae_ds.data.transforms import AUGMENT_STREAM, CROP_STREAM, MASK_STREAM, eval_view, sample_rng, train_view
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: torch.Tensor  # [N, 3, H, W] uint8
+    noise: torch.Tensor | None  # [N, L] float32 in [0, 1), one draw a patch for the mask; None in evaluation
+    labels: torch.Tensor  # [N] int64
+    sample_ids: torch.Tensor  # [N] int64
+    epochs: torch.Tensor  # [N] int64
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":  # DataLoader calls it
+        return self._map(torch.Tensor.pin_memory)
+
+    @classmethod
+    def join(cls, parts: "list[Batch]") -> "Batch":
+        """Training batches one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls)})
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: None if value is None else function(value) for name, value in fields.items()})
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker hands over."""
+
+    batch: Batch
+    corrupt: list[Corrupt]
+
+    def pin_memory(self) -> "Loaded":  # DataLoader calls it
+        return Loaded(self.batch.pin_memory(), self.corrupt)
+
+
+def load_train_batch(
+    number: int,
+    *,
+    reader: SampleReader,
+    img_size: int,
+    num_patches: int,
+    crop_scale: tuple[float, float],
+    flip: bool,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    parts: int,
+    subset: np.ndarray | None,
+    crop: str,
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None,
+) -> Loaded:
+    """One part of one micro-batch of one rank, by its number alone; arguments as `train_batches` has them. Raises ShardError."""
+    number, part = divmod(number, parts)
+    step, accumulation_step = divmod(number, accumulation)
+    num_samples = reader.shard_set.num_samples if subset is None else len(subset)
+    positions = batch_positions(
+        step,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        accumulation_step=accumulation_step,
+        num_samples=num_samples,
+        block=reader.block,
+    )[part * micro_batch // parts : (part + 1) * micro_batch // parts]
+    epochs, ids = sample_ids(positions, num_samples=num_samples, seed=seed, block=reader.block)
+    spans = [None] * len(ids)
+    if reader.reads_ahead:
+        spans = block_spans(epochs, ids, num_samples=num_samples, seed=seed, block=reader.block)
+        reader.fetch(spans)
+    places, ids = ids, ids if subset is None else subset[ids]
+    images = torch.empty((len(ids), 3, img_size, img_size), dtype=torch.uint8)
+    noise = np.empty((len(ids), num_patches), np.float32)
+    labels, shown, corrupt = np.empty(len(ids), np.int64), ids.copy(), []
+    for row, (epoch, sample_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
+        stand_ins = _stand_ins(int(places[row]), epoch=epoch, num_samples=num_samples, seed=seed, subset=subset)
+        sample, image, found = _read_whole(reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins)
+        corrupt += found
+        crop_rng = sample_rng(seed, epoch, sample_id, CROP_STREAM)
+        view = train_view(image, crop_rng, img_size=img_size, crop_scale=crop_scale, flip=flip, crop=crop)
+        if augment is not None:
+            view = augment(view, sample_rng(seed, epoch, sample_id, AUGMENT_STREAM))
+        images[row] = torch.from_numpy(view)  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
+        noise[row] = sample_rng(seed, epoch, sample_id, MASK_STREAM).random(num_patches, dtype=np.float32)
+        labels[row], shown[row] = sample.label, sample.sample_id
+    return Loaded(Batch(images, *map(torch.from_numpy, (noise, labels, shown, epochs))), corrupt)
+
+
+def _stand_ins(place: int, *, epoch: int, num_samples: int, seed: int, subset: np.ndarray | None) -> Iterator[int]:
+    """The ids that may stand for a sample, of the same subset. Nothing is computed before the first is asked for."""
+    for candidate in replacements(place, epoch=epoch, num_samples=num_samples, seed=seed):
+        yield candidate if subset is None else int(subset[candidate])
+
+
+def _read_whole(
+    reader: SampleReader, sample_id: int, *, span: tuple[int, int] | None, epoch: int, stand_ins: Iterator[int]
+) -> tuple[Sample, np.ndarray, list[Corrupt]]:
+    """A sample and its picture, or where it is corrupt those that stand for it (corrupt.py), and what was corrupt."""
+    try:
+        sample = reader.read(sample_id, span=span)
+        return sample, decode(sample), []
+    except CorruptSample as error:
+        first, found = error, [error]
+    for candidate in stand_ins:
+        try:
+            sample = reader.read(candidate)
+            image = decode(sample)
+        except CorruptSample as error:
+            found.append(error)
+            continue
+        return sample, image, [Corrupt(e.shard, e.key, e.sample_id, e.reason, epoch, candidate) for e in found]
+    raise first
+
+
+def load_eval_batch(
+    number: int, *, reader: SampleReader, ids: Sequence[int], batch_size: int, img_size: int, crop_pct: float
+) -> Loaded:
+    """The central crops of ids [number * batch_size, (number + 1) * batch_size). Raises ShardError."""
+    batch_ids = ids[number * batch_size : (number + 1) * batch_size]
+    spans = [(sample_id, 1) if reader.reads_ahead else None for sample_id in batch_ids]
+    if reader.reads_ahead:
+        reader.fetch(spans)
+    samples = [reader.read(sample_id, span=span) for sample_id, span in zip(batch_ids, spans, strict=True)]
+    images = np.stack([eval_view(decode(sample), img_size=img_size, crop_pct=crop_pct) for sample in samples])
+    batch = Batch(
+        images=torch.from_numpy(images),
+        noise=None,
+        labels=torch.tensor([sample.label for sample in samples]),
+        sample_ids=torch.tensor(batch_ids),
+        epochs=torch.zeros(len(batch_ids), dtype=torch.int64),
+    )
+    return Loaded(batch, [])
