@@ -142,8 +142,8 @@ def spread(values: list[float]) -> str:
 
 def draw(arms: list[Arm], headings: dict[Column, str]) -> Figure:
     """A panel a column, a row an arm: every seed as a ring, their mean as a stroke with its deviation."""
-    columns = min(PANELS_A_ROW, len(headings))
-    rows = math.ceil(len(headings) / columns)
+    rows = math.ceil(len(headings) / PANELS_A_ROW)
+    columns = math.ceil(len(headings) / rows)
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(2.6 + 2.2 * columns, rows * (0.9 + 0.3 * len(arms))), layout="constrained", facecolor=light("--surface"))
         panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
