@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
+from dmae_ds.cli import main
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.knn import evaluate_run, knn_predict
 from dmae_ds.evaluate.neighbours import TILE, Blocks
@@ -142,3 +143,14 @@ def test_a_broken_student_is_one_line(run):
     save_file(weights, run / "student.safetensors")
     with pytest.raises(UserError, match="features are not finite"):
         evaluate_run(run, ks=[1])
+
+
+def test_one_command_takes_several_runs_and_shares(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("dmae_ds.evaluate.knn.evaluate_run", lambda run, *, labels, subset_seed, **options: calls.append((run.name, labels, subset_seed)))
+    assert main(["eval", "knn", "a", "b", "--labels", "all", "10%", "--subset-seed", "3"]) == 0
+    assert calls == [("a", "all", None), ("a", "10%", 3), ("b", "all", None), ("b", "10%", 3)]
+    assert capsys.readouterr().out == "a: a: b: b: "
+    calls.clear()
+    assert main(["eval", "knn", "a", "--subset-seed", "3"]) == 0
+    assert calls == [("a", "all", 3)]  # which evaluate_run refuses: nothing is drawn
