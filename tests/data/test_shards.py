@@ -162,3 +162,16 @@ def test_only_names_of_the_format_are_listed(shard_folder):
     assert sorted(names[1:]) == sorted(
         [f"shard-00000{n}.{kind}" for n in range(3) for kind in ("tar", "index.npy")] + ["shard-000009.tar.tmp"]
     )
+
+
+@pytest.mark.parametrize("change", [(b"(10,)", b"(11,)"), (b"'<u8'", b"'|O8'"), (b"False", b"True "), (b"\x93NUMPY\x01", b"\x93NUMPY\x02"), (b"'crc32'", b"'crc33'")])
+def test_an_index_s_header_is_compared_every_time(shard_set, change):
+    """Its checksum is taken the first time only; a file that changes afterwards must not be mapped as something else."""
+    path = shard_set.folder / "shard-000000.index.npy"
+    shard_set.open_index(0)
+    before = path.read_bytes()
+    after = before.replace(*change, 1)
+    assert len(after) == len(before) and after != before
+    path.write_bytes(after)
+    with pytest.raises(ShardError, match="the index cannot be read .*expected the .npy header"):
+        shard_set.open_index(0)
