@@ -1,4 +1,4 @@
-"""Ranks and the few collectives of the trainer. Only this file and `teacher/pipeline.py` communicate.
+"""Ranks and the few collectives of the trainer. Only this file, `heartbeat.py` and `teacher/pipeline.py` communicate.
 
 Launchers (deepspeed, torchrun, accelerate, Slurm scripts) say who we are in RANK, WORLD_SIZE and LOCAL_RANK; without
 them a run is one process. torch is imported late: `World` alone is needed to check a recipe.
@@ -9,17 +9,22 @@ from __future__ import annotations
 import os
 import re
 import socket
+import uuid
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
 
-from dmae_ds.errors import UserError
+from dmae_ds.errors import RankLost, RunFailed, UserError
+from dmae_ds.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-TIMEOUT_S = 1800
+TIMEOUT_S = 600.0  # where nobody says otherwise; a run says dist.timeout_s
+_watch: Heartbeat | None = None  # of the process group
+_timeout_s = TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,16 @@ def world_from_env() -> World:
     if missing:
         raise UserError(f"WORLD_SIZE is {found['WORLD_SIZE']} but {', '.join(missing)} is not set; start with deepspeed, torchrun or accelerate launch")
     rank, size, local_rank = int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
-    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher says it too since 0.16, accelerate does through torchrun.
-    return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    # torchrun says LOCAL_WORLD_SIZE, and so does accelerate through it; DeepSpeed's launcher says LOCAL_SIZE.
+    return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size))))
 
 
-def start(world: World) -> torch.device:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs), watch over its ranks, and return this rank's device.
+
+    timeout_s: how long anybody waits for a rank; then the run ends with a line that names it (heartbeat.py)
+    """
+    global _watch, _timeout_s
     import torch
     from torch import distributed
 
@@ -71,22 +80,139 @@ def start(world: World) -> torch.device:
         device = torch.device("cpu")
         if world.local_size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    _timeout_s = timeout_s
     if not distributed.is_initialized():
-        options: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo", "timeout": timedelta(seconds=TIMEOUT_S)}
+        options: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo", "timeout": timeout()}
         if world.size == 1:
             # Alone, nobody has to be found: no port is opened.
             options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        distributed.init_process_group(**options)
+        try:
+            distributed.init_process_group(**options)
+        except distributed.DistError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise RunFailed(f"{world.name()} did not meet all {world.size} ranks at {place} within {timeout_s:g} s: {reason_of(error)}") from None
+    if world.size > 1 and _watch is None:
+        # torchrun's store outlives a restart, and its agents may count restarts differently.
+        life = main_says(uuid.uuid4().hex)
+        _watch = Heartbeat(rank=world.rank, size=world.size, local_rank=world.local_rank, local_size=world.local_size, life=life, timeout_s=timeout_s)
     return device
 
 
+@contextmanager
+def joined(world: World, *, timeout_s: float) -> Iterator[torch.device]:
+    """`start`, and the end that fits: together, or alone with a reason for the others, or naming who is missing.
+
+    Raises RankLost where a collective broke because of another rank that nobody can name.
+    """
+    device = start(world, timeout_s=timeout_s)
+    try:
+        yield device
+    except RankLost:
+        raise  # leaving a group may wait for the lost one
+    except BaseException as error:
+        if getattr(error, "on_every_rank", False):
+            stop()
+        elif isinstance(error, RuntimeError) and not isinstance(error, RunFailed) and lost_a_rank(error):
+            ask_who_is_missing(error)
+            raise RankLost(f"another rank is gone or stuck, as {world.name()} found: {reason_of(error)}; continue with --resume auto") from None
+        else:
+            give_up((str(error) if isinstance(error, (UserError, RunFailed)) else f"{type(error).__name__}: {error}").split("\n")[0])
+        raise
+    stop()
+
+
+def timeout() -> timedelta:
+    """The bound on every wait, as process groups take it."""
+    return timedelta(seconds=_timeout_s)
+
+
+def bound_every_wait() -> None:
+    """Give every process group of this rank the time-out of `start`: those that DeepSpeed makes have the backend's, of 10 or 30 minutes."""
+    from torch import distributed
+    from torch.distributed import distributed_c10d
+
+    set_timeout = getattr(distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout  # torch 2.15; before it
+    for group in list(distributed_c10d._world.pg_map):
+        set_timeout(timeout(), group)
+
+
+def report(step: int, doing: str) -> None:
+    """Tell the others what this rank turns to after `step` finished steps: it stands in their message if it is never heard of again."""
+    if _watch is not None:
+        _watch.report(step, doing)
+
+
+def ask_who_is_missing(error: RuntimeError | None = None) -> None:
+    """A collective broke because of another rank: end this process with a line that names it. Returns where that isn't found out."""
+    if _watch is not None:
+        _watch.ask("timed out" if "timed out" in str(error).lower() else "closed")
+
+
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, all ranks together. Collective."""
     from torch import distributed
 
-    if distributed.is_initialized():
+    global _watch
+    if not distributed.is_initialized():
+        return
+    if _watch is not None:
+        _watch.stop()
+        _watch = None
+        distributed.barrier()  # whoever serves the store leaves no sooner than the others have stopped looking
+    distributed.destroy_process_group()
+
+
+def give_up(reason: str) -> None:
+    """Leave the process group alone, for a reason that the others end with."""
+    from torch import distributed
+
+    global _watch
+    if _watch is not None:
+        _watch.fail(reason)
+        _watch = None
+    elif distributed.is_initialized() and distributed.get_world_size() == 1:
         distributed.destroy_process_group()
+
+
+class Vote:
+    """What any rank wishes, known to all of them at the same step, without a wait: a sum that is read one step after it was started.
+
+    So a device is never waited for that has nothing else to do. Alone, and before the first `cast`, the wishes are one's own, and none.
+    """
+
+    def __init__(self, num: int, device: torch.device):
+        import torch
+
+        self._device, self._alone = device, world_size() == 1
+        self._sums = torch.zeros(num, pin_memory=device.type == "cuda")
+        self._work, self._copied = None, None
+
+    def cast(self, wishes: list[bool]) -> None:
+        """Say what this rank wishes. Collective."""
+        import torch
+        from torch import distributed
+
+        values = torch.tensor(wishes, dtype=torch.float32, device=self._device)
+        if self._alone:
+            self._sums = values.cpu()
+            return
+        self._work = distributed.all_reduce(values, async_op=True)
+        if self._device.type == "cuda":
+            self._work.wait()  # the device waits, not the host
+            self._sums.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._sums = values
+
+    def result(self) -> list[bool]:
+        """What was wished for in the last cast, by any rank: the same on every rank."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        return [value > 0 for value in self._sums.tolist()]
 
 
 def world_size() -> int:
@@ -94,6 +220,13 @@ def world_size() -> int:
     from torch import distributed
 
     return distributed.get_world_size()
+
+
+def rank() -> int:
+    """This process's number in the process group."""
+    from torch import distributed
+
+    return distributed.get_rank()
 
 
 def is_main() -> bool:

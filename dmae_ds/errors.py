@@ -1,4 +1,4 @@
-"""The two ways a command ends badly on purpose; `cli.py` turns them into one line and an exit code.
+"""The ways a command ends on purpose before it is done; `cli.py` turns them into one line and an exit code.
 
 Everything else is a bug of ours and keeps its traceback. `on_every_rank` is set where all ranks raise the same error,
 so that one of them tells it.
@@ -19,3 +19,7 @@ class RunFailed(RuntimeError):
 
 class RankLost(RunFailed):
     """Another rank is gone or stuck. Whoever meets it leaves at once: there is nobody to take leave of."""
+
+
+class Requeue(RunFailed):
+    """The run was told to stop and has saved: the same command with --resume auto goes on. Exit code 75, EX_TEMPFAIL."""

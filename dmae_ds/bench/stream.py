@@ -65,14 +65,13 @@ def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | No
     """
     if config.teacher is None:
         raise UserError("bench stream needs a recipe with a teacher, such as dmae_vit_large_to_base")
-    device = dist.start(world)
-    try:
+    with dist.joined(world, timeout_s=config.dist.timeout_s) as device:
         objective, shape = build_objective(config, device="meta")
         depth, decoder_depth = needed_depths(objective.taps, shape.depth)
-        stages = _check_stages(stages, world=world.size, depth=depth, decoder_depth=decoder_depth)
+        stages = dist.together(lambda: _check_stages(stages, world=world.size, depth=depth, decoder_depth=decoder_depth))
         clocks = -(-clocks // (2 * max(stages))) * 2 * max(stages)  # whole calls of whoever takes several batches at once
-        micro_batch, _ = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
-        batches = list(_batches(objective, micro_batch=micro_batch, rank=world.rank, device=device))
+        micro_batch, _ = dist.together(lambda: split_batch(config.optim.global_batch, config.optim.micro_batch, world.size))
+        batches = list(random_batches(objective, micro_batch=micro_batch, rank=world.rank, device=device))
 
         def build(held: range | None) -> MaskedViT:
             return random_teacher(config, depth, held, device=device, sleep_ms=sleep_ms)
@@ -87,8 +86,6 @@ def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | No
             f"{device.type}; median of {rounds} rounds of {clocks} micro-batches a rank"
         )
         return about + "\n\n" + table(contestants, seconds, waited, images=world.size * micro_batch * clocks)
-    finally:
-        dist.stop()
 
 
 def measure(contestants: list[Contestant], *, clocks: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -105,7 +102,7 @@ def measure(contestants: list[Contestant], *, clocks: int, rounds: int) -> tuple
             dist.barrier()
             since = time.perf_counter()
             contestant.advance(clocks)
-            _settle()
+            settle()
             dist.barrier()
             spent[contestant.name].append(time.perf_counter() - since)
             waited[contestant.name] += contestant.waited_s - before
@@ -159,7 +156,7 @@ def _check_stages(stages: list[int] | None, *, world: int, depth: int, decoder_d
     return stages or possible
 
 
-def _batches(objective: nn.Module, *, micro_batch: int, rank: int, device: torch.device) -> Iterator[MaskedBatch]:
+def random_batches(objective: nn.Module, *, micro_batch: int, rank: int, device: torch.device) -> Iterator[MaskedBatch]:
     """Four masked batches of noise; a contestant goes round them."""
     student, kept = objective.student, objective.num_visible
     for index in range(4):
@@ -237,7 +234,7 @@ def _random(name: str, like: Tensor, *, dtype: torch.dtype, device: torch.device
     return nn.Parameter(tensor, requires_grad=False) if isinstance(like, nn.Parameter) else tensor
 
 
-def _settle() -> None:
+def settle() -> None:
     """Wait for the device: launched is not done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

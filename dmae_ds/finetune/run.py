@@ -61,7 +61,7 @@ def evaluate(command: str, word: str, *, recipe: str, overrides: list[str], labe
     ids = open_subset(source.results, train_set, labels=config.labels, seed=config.subset_seed, write=False)
     accelerator = _accelerator(config.precision)
     main, device = accelerator.is_main_process, accelerator.device
-    cut = split_batch(config.optim.global_batch, config.optim.micro_batch, accelerator.num_processes)
+    cut = split_batch(config.optim.global_batch, config.optim.micro_batch, accelerator.num_processes, exact=True)
     _check_micro_batch(config, cut[0])
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     augment = config.augment if isinstance(config, FinetuneConfig) else None

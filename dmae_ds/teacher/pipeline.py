@@ -25,13 +25,12 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Iterable, Iterator
 
 import torch
 from torch import Tensor, distributed, nn
 
-from dmae_ds.dist import TIMEOUT_S, reason_of
+from dmae_ds.dist import ask_who_is_missing, reason_of, timeout
 from dmae_ds.errors import RankLost
 from dmae_ds.teacher.frozen import FrozenTeacher, split_tap
 from dmae_ds.teacher.identity import Probe, probe
@@ -55,7 +54,7 @@ def join_group(num_stages: int) -> StageGroup:
     assert world % num_stages == 0, f"{world} ranks in groups of {num_stages}"
     own = None
     for first in range(0, world, num_stages):
-        handle = distributed.new_group(list(range(first, first + num_stages)), timeout=timedelta(seconds=TIMEOUT_S))
+        handle = distributed.new_group(list(range(first, first + num_stages)), timeout=timeout())
         own = handle if first <= rank < first + num_stages else own
     distributed.barrier(group=own)
     return StageGroup(num_stages, rank % num_stages, rank, own)
@@ -251,5 +250,6 @@ def _named(teacher: StreamedTeacher) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        ask_who_is_missing(error)
         where = f"rank {teacher.group.rank}, {teacher.where()}"
         raise RankLost(f"the teacher's stream broke at {where}: {reason_of(error)}; a rank of its group is gone or stuck") from None

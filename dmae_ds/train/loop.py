@@ -11,10 +11,12 @@ import torch
 
 from dmae_ds import dist
 from dmae_ds.data.batch import Batch
+from dmae_ds.errors import Requeue
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.metrics import Recorder
+from dmae_ds.train.stop import StopRequest
 
 
 def masked_batches(batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device) -> Iterator[tuple[Batch, MaskedBatch]]:
@@ -36,27 +38,44 @@ def train(
     accumulation: int,
     global_batch: int,
     log_every: int,
+    stop: StopRequest,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Run from start_step to num_steps; `stream` yields accumulation * (num_steps - start_step) micro-batches.
 
     lr_at: finished steps -> the rate of the next one; after_step: is told the number of finished steps, after each
-    Raises RunFailed when a loss is not finite; nothing is saved after such a step.
+    stop: whether this rank was told to; any rank's request is met by all, one step later, with a save
+    Raises RunFailed when a loss is not finite; nothing is saved after such a step. Raises Requeue, on every rank, after a stop.
     """
+    vote = dist.Vote(2, engine.device)
+    dist.report(start_step, "waiting for data")
     for index, (batch, masked, features) in enumerate(stream):
         finished, micro_batch = start_step + index // accumulation, index % accumulation
         if micro_batch == 0:
             engine.set_lr(lr_at(finished))
+        dist.report(finished, "training")
         parts = engine.train_micro_batch(masked, features)
         recorder.add({**parts, **engine.objective.gradient_shares()}, batch.sample_ids)
         if micro_batch + 1 < accumulation:
+            dist.report(finished, "waiting for data")
             continue
         step = finished + 1
         recorder.end_step(step, lr_at(finished))
+        dist.report(step, "after the step")
         after_step(step)
-        last, save = step == num_steps, checkpoints.due_by_steps(step)
-        if last or save or step % log_every == 0:
+        last = step == num_steps
+        stopped, due = vote.result()
+        save = last or stopped or due or checkpoints.due_by_steps(step)
+        if not last and not stopped:  # whoever is told to stop now is heard after the next step
+            vote.cast([bool(stop), dist.is_main() and not save and checkpoints.due_by_time()])
+        if save or step % log_every == 0:
             recorder.flush()
-            save = save or dist.main_says(checkpoints.due_by_time())
-        if last or save:
-            checkpoints.save(engine, step=step, position=step * global_batch)
+        if save:
+            dist.report(step, "saving")
+            with recorder.clock.booking("save"):
+                checkpoints.save(engine, step=step, position=step * global_batch)
+        if stopped and not last:
+            error = Requeue(f"after step {step}, as it was told to; saved, and the same command with --resume auto goes on")
+            error.on_every_rank = True
+            raise error
+        dist.report(step, "waiting for data")

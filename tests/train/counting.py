@@ -1,0 +1,28 @@
+"""`dmae_ds`, and a ledger: which samples each rank trained on at each step. Started by tests in place of the package.
+
+    LEDGER=folder deepspeed ... tests/train/counting.py train RECIPE ...
+
+The recorder knows the ids of a step already, for the message about a loss that isn't finite.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from dmae_ds.cli import main
+from dmae_ds.train.metrics import Recorder
+
+end_step, lives = Recorder.end_step, f"{time.time_ns()}-{os.getpid()}"
+
+
+def end_step_and_note(self: Recorder, step: int, lr: float) -> None:
+    ids = [number for of_micro_batch in self._ids for number in of_micro_batch.tolist()]
+    with open(Path(os.environ["LEDGER"]) / f"{lives}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"at": time.time(), "step": step, "rank": int(os.environ.get("RANK", 0)), "ranks": int(os.environ.get("WORLD_SIZE", 1)), "ids": ids}) + "\n")
+    end_step(self, step, lr)
+
+
+Recorder.end_step = end_step_and_note
+sys.exit(main())

@@ -1,0 +1,225 @@
+"""A run that is killed again and again, and restarted with --resume auto, ends as if nothing had been.
+
+    pytest -m slow tests/train/test_restart.py -s          # -s shows the kills, and the time from a kill to the next step
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.conftest import LIMIT_S, REPOSITORY, environment, free_port, losses
+
+COUNTING = REPOSITORY / "tests" / "train" / "counting.py"
+# An epoch of 1,400 images is 25 steps of 56.
+STEPS, BATCH, EPOCH = 150, 56, 25
+SETTINGS = [f"optim.epochs={STEPS / EPOCH}", f"optim.global_batch={BATCH}", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.keep=2", "data.num_workers=1", "dist.timeout_s=15"]  # fmt: skip
+# From the signal to the last process: dist.timeout_s, and the launcher's 30 s of patience with a rank that is stopped.
+BOUND_S = 120
+
+
+class Job:
+    """One start of a launcher, and every process that it led to."""
+
+    def __init__(self, recipe: list[str], folder: Path, *, ranks: int, launcher: str = "deepspeed", more: tuple[str, ...] = ()):
+        self.folder, self.run_dir, self.since = folder, folder / "run", time.time()
+        train = ["train", *recipe, *SETTINGS, f"run.dir={self.run_dir}", "--resume", "auto"]
+        start = {
+            "deepspeed": ["deepspeed", "-q", "--num_gpus", str(ranks), "--master_port", str(free_port())],
+            "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(free_port())],
+        }[launcher]
+        self.log = folder / f"said-{len(list(folder.glob('said-*')))}"
+        (folder / "ledger").mkdir(exist_ok=True)
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [*start, *more, str(COUNTING), *train], cwd=folder, env={**environment(), "LEDGER": str(folder / "ledger"), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+            )
+
+    def step(self) -> int:
+        """The newest step of this start, 0 before the first."""
+        newest = 0
+        for path in (self.folder / "ledger").glob("*.jsonl"):
+            lines = path.read_text().split("\n") if int(path.name.split("-")[0]) / 1e9 > self.since else []
+            if len(lines) > 1:
+                newest = max(newest, json.loads(lines[-2])["step"])
+        return newest
+
+    def wait_for_steps(self, number: int) -> bool:
+        """Whether it came to its number-th step; False where the run was done before."""
+        end, first = time.monotonic() + LIMIT_S, None
+        while self.process.poll() is None:
+            assert time.monotonic() < end, self.log.read_text()
+            step = self.step()
+            first = first or step
+            if first and step >= first + number:
+                return True
+            time.sleep(0.03)
+        assert self.process.returncode == 0, self.log.read_text()
+        return False
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks, in order, without their loaders' workers."""
+        found = {}
+        for process in self.processes():
+            try:
+                if str(COUNTING) in process.cmdline() and process.parent() is not None and ("launch" in " ".join(process.parent().cmdline()) or "torchrun" in " ".join(process.parent().cmdline())):
+                    found[int(process.environ().get("RANK", -1))] = process
+            except psutil.Error:
+                continue
+        found.pop(-1, None)
+        return [found[rank] for rank in sorted(found)]
+
+    def victim(self, who: str) -> psutil.Process:
+        runner = psutil.Process(self.process.pid)
+        if who == "runner":
+            return runner
+        if who == "launcher":
+            return next(child for child in runner.children() if "deepspeed.launcher.launch" in child.cmdline())
+        if who.startswith("worker"):
+            return self.ranks()[int(who[-1])].children()[0]
+        return self.ranks()[int(who[-1])]
+
+    def processes(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if str(self.run_dir) in " ".join(_command_of(process))]
+
+    def end(self) -> float:
+        """Wait until nothing of it is left; returns the seconds it took."""
+        since = time.monotonic()
+        while self.process.poll() is None or self.processes():
+            assert time.monotonic() - since < BOUND_S, self.processes()
+            time.sleep(0.25)
+        return time.monotonic() - since
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return [] if process.status() == psutil.STATUS_ZOMBIE else process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def ledger(folder: Path) -> list[dict]:
+    """Every whole line of every rank of every start, the oldest first."""
+    lines = [line for path in (folder / "ledger").glob("*.jsonl") for line in path.read_text().split("\n")[:-1]]
+    return sorted(map(json.loads, lines), key=lambda line: line["at"])
+
+
+def trained_on(folder: Path) -> dict[int, list[int]]:
+    """{step: sample ids}, of the last time that a step was taken: what was lost with a kill was taken again."""
+    rows: dict[int, dict[int, list[int]]] = {}
+    ranks_of: dict[int, int] = {}
+    for line in ledger(folder):
+        if ranks_of.get(line["step"]) != line["ranks"]:
+            rows[line["step"]], ranks_of[line["step"]] = {}, line["ranks"]
+        rows[line["step"]][line["rank"]] = line["ids"]
+    assert all(len(rows[step]) == ranks_of[step] for step in rows)
+    return {step: [number for rank in sorted(rows[step]) for number in rows[step][rank]] for step in sorted(rows)}
+
+
+def check_every_sample_once_an_epoch(folder: Path) -> None:
+    seen = trained_on(folder)
+    assert list(seen) == list(range(1, STEPS + 1))
+    for first in range(1, STEPS, EPOCH):
+        counts = Counter(number for step in range(first, first + EPOCH) for number in seen[step])
+        assert set(counts) == set(range(1400)) and set(counts.values()) == {1}, f"epoch from step {first}"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_recipe, tmp_path_factory) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = Job(tiny_recipe, folder, ranks=2)
+    assert job.process.wait(timeout=LIMIT_S) == 0, job.log.read_text()
+    return folder
+
+
+def same_student(one: Path, other: Path) -> bool:
+    expected, found = (load_file(folder / "run" / "student.safetensors") for folder in (one, other))
+    return expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_twenty_kills_change_nothing(tiny_recipe, tmp_path, whole, seed):
+    draw = random.Random(seed)
+    kinds = ["rank 0", "rank 1", "launcher", "runner", "worker 0", "worker 1", "rank 0 stopped", "rank 1 stopped", "rank 0 saving", "rank 1 saving"] * 2
+    draw.shuffle(kinds)
+    kills = 0
+    for kind in [*kinds, None]:
+        job = Job(tiny_recipe, tmp_path, ranks=2)
+        if kind is None or not job.wait_for_steps(draw.randint(2, 7)):
+            break
+        if kind.endswith("saving"):  # the folder of a save appears before its files
+            known = set((tmp_path / "run" / "checkpoints").glob("step-*"))
+            end = time.monotonic() + LIMIT_S
+            while set((tmp_path / "run" / "checkpoints").glob("step-*")) <= known and job.process.poll() is None:
+                assert time.monotonic() < end
+                time.sleep(0.003)
+            time.sleep(draw.random() * 0.2)
+        else:
+            time.sleep(draw.random() * 0.4)
+        if job.process.poll() is not None:
+            break
+        victim = job.victim(" ".join(kind.split()[:2]) if " " in kind else kind)
+        os.kill(victim.pid, signal.SIGSTOP if kind.endswith("stopped") else signal.SIGKILL)
+        step, took = job.step(), job.end()
+        kills += 1
+        said = [line for line in job.log.read_text().splitlines() if line.startswith("dmae-ds: ")]
+        print(f"{kind} at step {step}: all gone after {took:.1f} s, exit code {job.process.returncode}; {said}", flush=True)
+        assert "Traceback" not in job.log.read_text(), job.log.read_text()
+        named = {"rank 0": r"rank 0 \(", "rank 1": r"rank 1 \(", "worker": "DataLoader worker", "launcher": "is gone", "runner": "is gone"}[kind if kind in ("launcher", "runner") else "worker" if "worker" in kind else kind[:6]]  # fmt: skip
+        assert any(re.search(named, line) for line in said), job.log.read_text()
+        if kind not in ("launcher", "runner"):
+            assert job.process.returncode not in (0, 2)
+    assert job.process.wait(timeout=LIMIT_S) == 0, job.log.read_text()
+    print(f"{kills} kills")
+    assert kills == len(kinds)
+    assert same_student(whole, tmp_path)
+    assert losses(tmp_path / "run") == losses(whole / "run")
+    check_every_sample_once_an_epoch(tmp_path)
+
+
+@pytest.mark.slow
+def test_restarts_with_other_ranks_go_on_with_the_same_curve(tiny_recipe, tmp_path, whole):
+    for ranks in (2, 1, 2, 1):
+        job = Job(tiny_recipe, tmp_path, ranks=ranks)
+        assert job.wait_for_steps(13)
+        os.kill(job.ranks()[ranks - 1].pid, signal.SIGKILL)
+        print(f"{ranks} ranks until step {job.step()}, all gone after {job.end():.1f} s")
+    job = Job(tiny_recipe, tmp_path, ranks=2)
+    assert job.process.wait(timeout=LIMIT_S) == 0, job.log.read_text()
+    assert {line["ranks"] for line in ledger(tmp_path)} == {1, 2}
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole / "run"), rel=1e-4)
+    check_every_sample_once_an_epoch(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_time_from_a_kill_to_the_next_step(tiny_recipe, tmp_path, whole, launcher):
+    """torchrun restarts by itself; `deepspeed` needs a loop around it, as launch/train.sh has."""
+    job = Job(tiny_recipe, tmp_path, ranks=2, launcher=launcher, more=("--max_restarts", "1") if launcher == "torchrun" else ())
+    assert job.wait_for_steps(12)
+    killed, latest = time.time(), job.step()
+    os.kill(job.ranks()[1].pid, signal.SIGKILL)
+    if launcher == "deepspeed":
+        gone = job.end()
+        job = Job(tiny_recipe, tmp_path, ranks=2)
+    assert job.process.wait(timeout=LIMIT_S) == 0, job.log.read_text()
+    again = [line for line in ledger(tmp_path) if line["at"] > killed and line["step"] <= latest]
+    lives = sorted((tmp_path / "ledger").iterdir(), key=lambda path: path.name)
+    born = int(lives[2].name.split("-")[0]) / 1e9  # of the restarted program, its imports of the trainer done
+    print(f"{launcher}: {again[0]['at'] - killed:.1f} s from the kill to the end of the first step: {born - killed:.1f} s until the program runs again" + (f" ({gone:.1f} s until all is gone)" if launcher == "deepspeed" else ""), flush=True)  # fmt: skip
+    assert "rank 1 (" in "".join(path.read_text() for path in tmp_path.glob("said-*"))
+    assert same_student(whole, tmp_path)
