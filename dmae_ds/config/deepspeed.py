@@ -42,7 +42,7 @@ KNOWN: dict[str, Any] = {
     "aio": dict.fromkeys("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split()),
     "comms_logger": dict.fromkeys("enabled verbose prof_all prof_ops debug".split()),
     "data_types": dict.fromkeys("grad_accum_dtype".split()),
-    "checkpoint": dict.fromkeys("tag_validation use_node_local_storage parallel_write".split()),
+    "checkpoint": dict.fromkeys("tag_validation parallel_write".split()),  # use_node_local_storage: all nodes share the run folder
     **dict.fromkeys(
         "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print "
         "wall_clock_breakdown memory_breakdown dump_state communication_data_type prescale_gradients gradient_predivide_factor "

@@ -153,7 +153,7 @@ class ScheduleConfig(Section):
     """A batch and its rate: lr = base_lr * global_batch / 256, linear warm-up, half a cosine down to min_lr."""
 
     global_batch: PositiveInt = 4096
-    micro_batch: PositiveInt | None = None  # images a rank sees at once; null: global_batch / ranks
+    micro_batch: PositiveInt | None = None  # images a rank sees at once, at most; null: global_batch / ranks
     base_lr: PositiveFloat = 1.5e-4
     min_lr: NonNegativeFloat = 0.0
     epochs: PositiveFloat = 100.0
@@ -187,6 +187,12 @@ class LogConfig(Section):
 
     every_steps: PositiveInt = 20
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+
+
+class DistConfig(Section):
+    """How ranks look after each other (dmae_ds/heartbeat.py)."""
+
+    timeout_s: PositiveFloat = 600.0  # that anybody waits for a rank, in any collective; longer than the slowest save
 
 
 class EvalConfig(Section):
@@ -226,3 +232,4 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+    dist: DistConfig = DistConfig()

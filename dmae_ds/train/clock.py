@@ -1,8 +1,9 @@
-"""What a step's time went into, as the host sees it: waiting for data, for the teacher, and the rest."""
+"""What a step's time went into, as the host sees it: waiting for data, for the teacher, a save since the step before, and the rest."""
 
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import Iterable, Iterator, TypeVar
 
 T = TypeVar("T")
@@ -33,6 +34,13 @@ class Clock:
                 spent = time.perf_counter() - start - (sum(self._waited.values()) - within)
                 self._waited[name] = self._waited.get(name, 0.0) + spent
             yield item
+
+    @contextmanager
+    def booking(self, name: str) -> Iterator[None]:
+        """What is done within is booked under `name`; nothing in it may be."""
+        start = time.perf_counter()
+        yield
+        self._waited[name] = self._waited.get(name, 0.0) + time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
         """{"seconds/data": ..., "seconds/rest": ...} since the last call; together they are the time that passed."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from dmae_ds import dist
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from dmae_ds.train.checkpoint_files import CheckpointFiles
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -31,10 +36,18 @@ class Engine:
         self.objective, self.device = objective, device
         self._fp32_weights = not (config["bf16"]["enabled"] or config["fp16"]["enabled"])
         self._deepspeed = deepspeed
+        self._offloads_to_disk = any(config.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device") == "nvme" for what in ("param", "optimizer"))
+        names = {parameter: name for name, parameter in objective.named_parameters()}
+        self._groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         # Buffers are constants here; DeepSpeed casts its own copies to the engine's precision.
         self._buffers = {name: buffer.detach().cpu().clone() for name, buffer in objective.named_buffers()}
         # DeepSpeed reads LOCAL_RANK and takes the process group that exists.
         self._engine, _, _, _ = deepspeed.initialize(model=objective.to(device), optimizer=optimizer, config=config, dist_init_required=False)
+        from dmae_ds.train.checkpoint_files import CheckpointFiles
+
+        self._engine.checkpoint_engine = self._files = CheckpointFiles()
+        # Its scripts for reading checkpoints unpickle anything, and a full disk would raise while they are copied.
+        self._engine._copy_recovery_script = lambda folder: None
 
     def set_lr(self, lr: float) -> None:
         """Set the rate of every parameter group for the coming step."""
@@ -74,11 +87,31 @@ class Engine:
         with gathered:
             return parameter.detach().float().cpu().clone()
 
-    def save(self, folder: str, tag: str) -> None:
-        """Write DeepSpeed's files of all ranks under folder/tag. Collective; says nothing of `latest`."""
-        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    def save(self, folder: str, tag: str) -> CheckpointFiles:
+        """Write DeepSpeed's files of all ranks under folder/tag, to the disk. Collective; says nothing of `latest`.
+
+        Returns what this rank wrote, and what went wrong: nothing is raised where a disk refuses, for the other ranks wait.
+        """
+        from dmae_ds.train.whole_state import GROUPS
+
+        self._files.start()
+        self._engine.save_checkpoint(folder, tag=tag, save_latest=False, client_state={GROUPS: self._groups})
+        return self._files
 
     def load(self, folder: str, tag: str) -> None:
         """Read what `save` wrote, at the same world size and ZeRO stage."""
         path, _ = self._engine.load_checkpoint(folder, tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder}/{tag}"
+
+    def load_moved(self, checkpoint: Path, *, stage: int, step: int, global_batch: int) -> None:
+        """Read what another number of ranks wrote, or another ZeRO stage: `stage`, at a step. Collective; raises UserError.
+
+        Weights, Adam's moments and its counter move; the optimiser's settings are the recipe's.
+        """
+        from dmae_ds.train.moving import load_whole
+        from dmae_ds.train.whole_state import WholeState
+
+        if self._offloads_to_disk:
+            raise UserError(f"checkpoint '{checkpoint}' does not move into an optimiser that is offloaded to NVMe; offload to cpu, or start as it was written")
+        load_whole(self._engine, dict(self.objective.named_parameters()), WholeState(checkpoint, stage=stage))
+        self._engine.global_steps, self._engine.global_samples = step, step * global_batch

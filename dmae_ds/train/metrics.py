@@ -4,7 +4,7 @@ Losses stay on the device until `flush`, so the loop never waits for one. A flus
 learns of a non-finite loss at the same moment.
 
 A line of RUN/metrics.jsonl is a step: step, epoch, lr, loss and its parts, share/<block>, images_per_s (of the steps since
-the last flush), seconds/data | teacher | rest (clock.py), and every log.every_steps and at the end rank/... and norm/... (health.py),
+the last flush), seconds/data | teacher | save | rest (clock.py; a save counts to the step after it), and every log.every_steps and at the end rank/... and norm/... (health.py),
 and where eval.knn_every asks for it knn/top1 and knn/top5 in percent (knn.py).
 """
 

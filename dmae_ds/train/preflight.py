@@ -69,7 +69,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     folder = CheckpointFolder(run_dir)
     identity = {
         "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
-        "fingerprint": shards.fingerprint, "order": {"version": ORDER_VERSION, "block": config.data.block},
+        "fingerprint": shards.fingerprint, "num_samples": shards.num_samples, "order": {"version": ORDER_VERSION, "block": config.data.block},
         "global_batch": config.optim.global_batch,
         "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "license", "placement", "stages"}),
         "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
@@ -94,16 +94,18 @@ def check_knn(config: RunConfig) -> None:
         raise UserError(f"eval.knn_k {config.eval.knn_k} is larger than the {num} labelled training pictures of eval.knn_labels {config.eval.knn_labels}; choose a smaller one")
 
 
-def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
-    """(images a rank sees at once, accumulated micro-batches); micro_batch None: all at once.
+def split_batch(global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False) -> tuple[int, int]:
+    """(images a rank sees at once, accumulated micro-batches), whose product with the ranks is global_batch.
 
-    Raises UserError unless global_batch = ranks * micro_batch * a whole number.
+    micro_batch: the most that fits into a rank's memory, of which the largest that divides is taken, so that a run can go on
+    with other ranks than it began with; None: all at once; exact: that or none, where the micro-batch is part of the result
+    Raises UserError where it can't be cut.
     """
-    unit = world_size * (micro_batch or 1)
-    if global_batch % unit:
-        below, above = global_batch // unit * unit, (global_batch // unit + 1) * unit
-        what = f"{world_size} ranks" + (f" x optim.micro_batch {micro_batch}" if micro_batch else "")
-        near = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"optim.global_batch {global_batch} doesn't divide by {what} = {unit}; take {near}, or another optim.micro_batch")
-    micro_batch = micro_batch or global_batch // world_size
-    return micro_batch, global_batch // (world_size * micro_batch)
+    if global_batch % world_size:
+        near = sorted((number for number in range(1, global_batch + 1) if global_batch % number == 0), key=lambda number: (abs(number - world_size), number))
+        raise UserError(f"optim.global_batch {global_batch} doesn't divide by {world_size} ranks; start {' or '.join(map(str, sorted(near[:2])))} ranks, or choose another batch")
+    share = global_batch // world_size
+    found = max(number for number in range(1, min(micro_batch or share, share) + 1) if share % number == 0)
+    if exact and found != (micro_batch or share):
+        raise UserError(f"optim.global_batch {global_batch} on {world_size} ranks doesn't divide by optim.micro_batch {micro_batch}; the next smaller one that does is {found}")
+    return found, share // found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -13,7 +14,7 @@ from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
 from dmae_ds.deepspeed_import import import_deepspeed
-from dmae_ds.errors import RankLost, RunFailed
+from dmae_ds.errors import RunFailed
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.build import build_objective
@@ -33,20 +34,14 @@ from dmae_ds.train.memory import MemoryWatch
 from dmae_ds.train.metrics import Recorder, build_trackers
 from dmae_ds.train.optim import build_optimizer, learning_rate, peak_lr
 from dmae_ds.train.preflight import Preflight
+from dmae_ds.train.run_lock import claim
+from dmae_ds.train.stop import StopRequest
 
 
 def run(preflight: Preflight) -> None:
     """Train a checked recipe to its end, or to the end of what a resumed run has left."""
-    world = preflight.world
-    device = dist.start(world)
-    try:
+    with dist.joined(preflight.world, timeout_s=preflight.config.dist.timeout_s) as device:
         train_recipe(preflight, device)
-    except RankLost:
-        raise  # leaving a group may wait for the lost one
-    except BaseException:
-        dist.stop()
-        raise
-    dist.stop()
 
 
 def build_teacher(
@@ -63,6 +58,7 @@ def build_teacher(
 
 def train_recipe(preflight: Preflight, device: torch.device) -> None:
     """Wire a checked recipe and train it. The process group must exist; `run` makes one."""
+    stop = StopRequest()
     import_deepspeed(device)  # before memory is counted
     preflight, placed = resolve_placement(preflight, device)
     watch = MemoryWatch(device)
@@ -80,6 +76,11 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     if config.teacher is not None:
         dist.together(lambda: verify(teacher, config.teacher))
     student: MaskedViT = objective.student
+    lock = claim(preflight.run_dir)
+    if any(dist.gather_objects(preflight.resume_from is not None)):
+        # Each rank looked by itself, before the lock kept the job before this one from saving once more.
+        newest = dist.main_says(dist.together(lambda: preflight.folder.latest() if world.is_main else None))
+        preflight = dataclasses.replace(preflight, resume_from=newest)
     text = summary(preflight, objective, teacher) + (f"\nplacement {placed}" if placed else "")
     forecast = watch.can_measure and sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
     predicted = predict(preflight, gpu=device.type == "cuda") if forecast and world.is_main else None
@@ -97,6 +98,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         watch=FeatureWatch(student), clock=clock, trackers=[],
     )  # fmt: skip
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
+    dist.bound_every_wait()
     checkpoints = Checkpoints(
         preflight.folder, config.checkpoint, identity=preflight.identity,
         student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": json.dumps(config.student.overrides())},
@@ -140,15 +142,16 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             engine, clock.waiting("teacher", teacher.stream(inputs)), recorder=recorder, checkpoints=checkpoints,
             lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch), start_step=start_step, num_steps=preflight.num_steps,
             accumulation=preflight.accumulation, global_batch=config.optim.global_batch, log_every=config.log.every_steps,
-            after_step=finish_step,
+            stop=stop, after_step=finish_step,
         )  # fmt: skip
     except RuntimeError as error:
-        if isinstance(error, RunFailed) or not dist.lost_a_rank(error):
+        if not str(error).startswith("DataLoader worker"):  # torch's SIGCHLD handler raises it, wherever the rank just is
             raise
-        where = ", ".join(filter(None, [world.name(), f"step {recorder.step + 1}", teacher.where()]))
-        raise RankLost(f"another rank is gone or stuck, as {where} found: {dist.reason_of(error)}; continue from the last checkpoint with --resume auto") from None
+        raise RunFailed(f"{str(error).splitlines()[0]} on {world.name()}; a machine short of memory kills workers first, and fewer data.num_workers need less") from None
     finally:
         recorder.close()
+        if lock is not None:
+            lock.close()
 
 
 def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTeacher | NoTeacher) -> str:
@@ -163,7 +166,8 @@ def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTea
         "student": f"{config.student.name}, {student / 1e6:.1f} M parameters; decoder and heads {rest / 1e6:.1f} M",
         **describe_teacher(config, objective, teacher),
         "objective": f"{config.objective.name}: {objective.describe()}",
-        "batch": f"{optim.global_batch} = {world.size} ranks x {preflight.micro_batch} images x {preflight.accumulation} accumulated",
+        "batch": f"{optim.global_batch} = {world.size} ranks x {preflight.micro_batch} images x {preflight.accumulation} accumulated"
+        + (f" (of at most optim.micro_batch {optim.micro_batch})" if optim.micro_batch not in (None, preflight.micro_batch) else ""),
         "schedule": f"{preflight.num_steps:,} steps = {optim.epochs:g} epochs ({optim.warmup_epochs:g} warm-up), "
         f"lr {peak_lr(optim):.3g} = {optim.base_lr:g} x {optim.global_batch} / 256",
         "engine": f"DeepSpeed {config.deepspeed}, {config.precision}",

@@ -2,6 +2,9 @@
 
 import json
 import sys
+from datetime import timedelta
+
+from torch.distributed import distributed_c10d
 
 from dmae_ds import dist
 from dmae_ds.config.load import load_config
@@ -12,4 +15,7 @@ world = dist.world_from_env()
 device = dist.start(world)
 for recipe, *overrides in json.loads(sys.argv[-1]):
     train_recipe(prepare(load_config(recipe, overrides), world, resume="never"), device)
+    # ZeRO's own groups too, which would wait half an hour
+    waits = [group._get_backend(device).options._timeout for group in distributed_c10d._world.pg_map]
+    assert len(waits) > 1 and set(waits) == {timedelta(seconds=dist.TIMEOUT_S)}, waits
 dist.stop()

@@ -22,3 +22,7 @@ def test_waiting_is_booked_once_and_the_parts_are_the_whole(monkeypatch):
     assert laps == [{"seconds/data": 1, "seconds/teacher": 10, "seconds/rest": 100}] * 3
     now[0] += 5
     assert found.lap() == {"seconds/data": 0, "seconds/teacher": 0, "seconds/rest": 5}
+    with found.booking("save"):
+        now[0] += 3
+    now[0] += 2
+    assert found.lap() == {"seconds/data": 0, "seconds/teacher": 0, "seconds/save": 3, "seconds/rest": 2}

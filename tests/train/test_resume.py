@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL and resumed ends with the weights of the uninterrupted one, bit for bit."""
+"""A run killed with SIGKILL, or told to stop, and resumed ends with the weights of the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -48,6 +48,21 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, log: Path
         time.sleep(0.002)
 
 
+def stop_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> None:
+    """Start a run and send SIGUSR1 to its last rank as soon as it has logged a step: all of them save, and say so by their exit code."""
+    arguments = command(["train", *recipe, *LARGER, f"run.dir={run_dir}"], ranks=ranks)
+    with open(run_dir.parent / "stopped.log", "wb") as log:
+        process = subprocess.Popen(arguments, cwd=run_dir.parent, env=environment(), stdout=log, stderr=log)
+    wait_for_step(run_dir, step, process, run_dir.parent / "stopped.log")
+    workers = {number for number in processes_with(str(run_dir)) if b"--local_rank=1" in Path(f"/proc/{number}/cmdline").read_bytes()}
+    os.kill(min(workers), signal.SIGUSR1)  # the others are its loader's workers
+    assert process.wait(timeout=LIMIT_S) == os.EX_TEMPFAIL
+    (line,) = [line for line in (run_dir.parent / "stopped.log").read_text().splitlines() if line.startswith("dmae-ds: ")]
+    saved = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    assert line == f"dmae-ds: stopped: after step {saved}, as it was told to; saved, and the same command with --resume auto goes on"
+    assert not processes_with(str(run_dir))
+
+
 def kill_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> None:
     """Start a run and SIGKILL everything of it as soon as it has logged a step."""
     arguments = command(["train", *recipe, *LARGER, f"run.dir={run_dir}"], ranks=ranks)
@@ -66,12 +81,14 @@ def kill_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> 
 STREAM = ["teacher.placement=pipeline", "teacher.stages=2"]
 
 
-@pytest.mark.parametrize("ranks, more", [(1, []), (2, []), (2, STREAM)], ids=["alone", "2 ranks", "2 ranks, streamed teacher"])
-def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks, more):
+@pytest.mark.parametrize(
+    "ranks, more, end", [(1, [], kill_at_step), (2, [], kill_at_step), (2, STREAM, stop_at_step)], ids=["alone", "2 ranks", "2 ranks, streamed teacher, stopped"]
+)
+def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks, more, end):
     tiny_recipe = [*tiny_recipe, *more]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(tiny_recipe, whole, ranks=ranks)
-    kill_at_step(tiny_recipe, killed, 17, ranks=ranks)
+    end(tiny_recipe, killed, 17, ranks=ranks)
     resumed_from = json.loads((killed / "checkpoints" / (killed / "checkpoints" / "latest").read_text() / "state.json").read_text())
     assert 5 <= resumed_from["step"] < STEPS
     assert resumed_from["position"] == 64 * resumed_from["step"]
