@@ -1,0 +1,173 @@
+"""Probes are started as pdsh would start them, their answers survive noise, and what goes wrong is explained."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmae_ds.doctor import probe, probe_later
+from dmae_ds.doctor.probe import MARK, code, decode_answer, encode, port, requirements
+from dmae_ds.doctor.probe_recipe import held_by
+from dmae_ds.doctor.reach import Reach, Trouble, compare_clocks, end_group, explain, ssh_command, start_group
+from tests.train.conftest import free_port
+
+SSH = [
+    (255, "root@node1: Permission denied (publickey).", "ssh", "does not accept your ssh key", "ssh-copy-id node1"),
+    (255, "@@@@\n@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", "ssh", "host key is another", "ssh-keygen -R node1"),
+    (255, "No ED25519 host key is known for node1 and you have requested strict checking.\nHost key verification failed.", "ssh", "not in ~/.ssh/known_hosts", "ssh-keyscan node1"),
+    (255, "ssh: Could not resolve hostname node1: Name or service not known", "ssh", "no such host name", "/etc/hosts"),
+    (255, "ssh: connect to host node1 port 22: Connection refused", "ssh", "no sshd answers", "--no_ssh"),
+    (255, "ssh: connect to host node1 port 22: Connection timed out", "ssh", "does not answer", "port 22"),
+    (255, "something new", "ssh", "something new", "ssh node1 hostname"),
+    (127, "bash: line 1: /venv/bin/python: No such file or directory", "python", "no /venv/bin/python", "same interpreter"),
+    (1, "bash: line 1: cd: /work: No such file or directory", "python", "no folder /work", "node1 sees too"),
+    (1, "/venv/bin/python: Error while finding module specification for 'dmae_ds.doctor.probe' (ModuleNotFoundError: No module named 'dmae_ds')", "python", "not installed", "install it"),
+    (1, "Traceback ...\nMemoryError: no", "python", "exit code 1: MemoryError: no", "mend what it says"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code, errors, where, words, mend", SSH, ids=[case[3] for case in SSH])
+def test_last_words_are_explained(code, errors, where, words, mend):
+    found = explain("node1", code, errors, python="/venv/bin/python", cwd=Path("/work"))
+    assert found.where == where and words in found.what and mend in found.mend
+
+
+def test_ssh_is_called_with_pdsh_s_arguments_and_never_asks():
+    words = ssh_command("node1", {"PDSH_SSH_ARGS_APPEND": "-F '/my config' -p 2222"})
+    assert words[:2] == ["ssh", "-oBatchMode=yes"] and words[-1] == "node1"
+    assert words[3:7] == ["-F", "/my config", "-p", "2222"]
+
+
+@pytest.mark.parametrize("before, after", [("", ""), ("Welcome to cluster\nquota: 10 GB", "bye\n"), ("motd without newline", "\n[INFO] done"), (f"{MARK}not json\n", "")])
+def test_facts_are_found_among_noise(before, after):
+    assert decode_answer(f'{before}\n{MARK}{{"a": [1]}}\n{after}') == {"a": [1]}
+
+
+def test_noise_alone_is_no_answer():
+    assert decode_answer("hello\nworld") is None
+
+
+def test_no_shell_can_change_a_request():
+    word = encode({"overrides": ["a='b c'; $(rm -rf x)", "é"]})
+    assert word.replace("_", "").replace("-", "").rstrip("=").isalnum()
+
+
+def test_a_probe_that_hangs_is_ended_with_what_it_started(tmp_path):
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nsleep 1000 & echo $! > {tmp_path}/child; wait\n")
+    script.chmod(0o755)
+
+    class Hanging(Reach):
+        def command(self, node, request):
+            return [str(script)]
+
+    found = Hanging(local=True, limit_s=1).ask("node1", {})
+    assert isinstance(found, Trouble) and "no answer within 1 s" in found.what
+    assert not _alive(int((tmp_path / "child").read_text()))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_port_is_free_or_taken_by_somebody():
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("", 0))
+        number = server.getsockname()[1]
+        assert port(number) == {"busy": None}
+        server.listen()
+        assert str(os.getpid()) in port(number)["busy"]
+
+
+def test_the_first_node_answers_until_its_caller_is_gone_and_others_are_told_apart(tmp_path):
+    number = free_port()
+    assert probe_later.call("127.0.0.1", number, "word") == {"error": "Connection refused"}
+    request = {"round": "listen", "port": number, "word": "word", "limit_s": 60}
+    process = start_group([sys.executable, "-m", "dmae_ds.doctor.probe", encode(request)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        while decode_answer(process.stdout.readline().decode()) is None:
+            pass
+        assert probe_later.call("127.0.0.1", number, "word") == {}
+        assert probe_later.call("127.0.0.1", number, "other word") == {"error": "another program answers there"}
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+    finally:
+        end_group(process)
+
+
+def test_one_changed_byte_is_other_code(tmp_path, monkeypatch):
+    package = tmp_path / "dmae_ds"
+    (package / "train").mkdir(parents=True)
+    (package / "train" / "loop.py").write_text("a")
+    for folder in ("launch/recipes", "ds_configs"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.yaml").write_text("a")
+    monkeypatch.setattr(probe, "PACKAGE", package)
+    before = code()["files"]
+    (tmp_path / "launch" / "recipes" / "x.yaml").write_text("b")
+    after = code()["files"]
+    assert set(before) == set(after) == {"dmae_ds/train/loop.py", "recipes/x.yaml", "ds_configs/x.yaml"}
+    assert [name for name in before if before[name] != after[name]] == ["recipes/x.yaml"]
+
+
+def test_requirements_are_those_of_setup_cfg():
+    found = requirements()
+    assert "deepspeed >= 0.19.8" in found and len(found) > 15
+
+
+def test_leaving_takes_the_token_and_the_folders_that_were_made(tmp_path):
+    run_dir = tmp_path / "runs" / "one"
+    request = {"word": "w", "run_dir": str(run_dir), "made": [str(run_dir), str(run_dir.parent)]}
+    probe_later.token_folder(request).mkdir(parents=True)
+    (probe_later.token_folder(request) / "0").write_text("")
+    probe_later.leave(request)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leaving_ends_what_bears_this_doctor_s_word_and_nothing_else():
+    def rank(word: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "-m", "dmae_ds.doctor.allreduce", "--word", word])
+
+    mine, other = rank("my-word"), rank("other-word")
+    try:
+        assert probe_later.end_processes("my-word") == 1
+        assert mine.wait(timeout=30) != 0 and other.poll() is None
+    finally:
+        for process in (mine, other):
+            process.kill()
+            process.wait()
+
+
+def test_a_probe_is_one_line_of_json():
+    request = {"round": "leave", "word": "w", "run_dir": None, "made": [], "limit_s": 60}
+    done = subprocess.run([sys.executable, "-m", "dmae_ds.doctor.probe", encode(request)], capture_output=True, text=True, check=True)
+    marked = [line for line in done.stdout.splitlines() if line]
+    assert len(marked) == 1 and json.loads(marked[0].removeprefix(MARK))["ended"] == 0
+
+
+def test_a_run_that_holds_its_folder_is_seen_and_left_alone(tmp_path):
+    assert held_by(tmp_path) is None
+    code = (
+        "import fcntl, json, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX);"
+        "json.dump({'pid': 7, 'host': 'node3', 'since': 'noon'}, f); f.flush(); print('held', flush=True); input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    assert held_by(tmp_path) == "process 7 on node3, since noon"
+    process.communicate(b"\n")
+    assert held_by(tmp_path) is None
+
+
+def test_a_clock_is_compared_without_the_time_that_the_work_took():
+    # asked at 1000, a second of way there and back each, work of 20 s; the clock there is 100 s ahead
+    assert compare_clocks(1000.0, 1022.0, arrived=1101.0, took=20.0) == (100.0, 1.0)
