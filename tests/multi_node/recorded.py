@@ -1,0 +1,43 @@
+"""`dmae_ds` for launchers, with one thing more: each rank notes which samples it trained on.
+
+    deepspeed ... --module tests.multi_node.recorded train ...     writes RUN/seen/rank0.jsonl, rank1.jsonl, ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from dmae_ds.cli import main
+from dmae_ds.train.metrics import Recorder
+
+
+def record_samples() -> None:
+    """Let every Recorder also write a line a micro-batch: the step it belongs to, and its sample ids."""
+    add, rank = Recorder.add, os.environ.get("RANK", "0")
+
+    def noted(self, scalars, sample_ids):
+        path = self.path.parent / "seen" / f"rank{rank}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": self.step + 1, "ids": sample_ids.tolist()}) + "\n")
+        add(self, scalars, sample_ids)
+
+    Recorder.add = noted
+
+
+def batches(run_dir: Path) -> dict[int, list[int]]:
+    """Step -> the sorted ids of its global batch, over all ranks and micro-batches."""
+    found = defaultdict(list)
+    for path in (run_dir / "seen").glob("rank*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found[line["step"]] += line["ids"]
+    return {step: sorted(ids) for step, ids in found.items()}
+
+
+if __name__ == "__main__":
+    record_samples()
+    sys.exit(main())

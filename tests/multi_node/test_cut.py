@@ -1,0 +1,71 @@
+"""A node's network is cut in mid-run: nothing resets a connection, and still both sides end in time and name the other."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.multi_node.nodes import LIMIT_S, TwoNodes, available
+from tests.multi_node.test_launchers import MODULE, by_torchrun, without_ssh
+from tests.train.conftest import losses
+
+TIMEOUT_S = 8
+# The verdict, and what launchers need to stop what hangs.
+BOUND_S = TIMEOUT_S + 100
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    if reason := available():
+        pytest.skip(f"NOTHING RUN OVER TWO NODES: {reason}")
+    with TwoNodes(tmp_path) as pair:
+        yield pair
+
+
+def start(nodes: TwoNodes, commands: list[list[str]], name: str) -> list[subprocess.Popen]:
+    processes = []
+    for node, command in zip(nodes.nodes, commands, strict=True):
+        with open(node.folder / name, "wb") as log:
+            processes.append(node.popen(command, stdout=log, stderr=log))
+    return processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["no_ssh", "torchrun"])
+def test_both_sides_of_a_cut_link_end_and_name_each_other(nodes, tiny_recipe, launcher):
+    steps = 60
+    recipe = [*tiny_recipe, f"optim.epochs={steps * 16 / 1400}", "log.every_steps=1", "checkpoint.every_steps=5", f"dist.timeout_s={TIMEOUT_S}"]
+
+    def commands(run_dir):
+        train = ["train", *recipe, f"run.dir={run_dir}", "--resume", "auto"]
+        return without_ssh(nodes, train) if launcher == "no_ssh" else [by_torchrun(train)] * 2
+
+    run_dir, whole = nodes.folder / "run", nodes.folder / "whole"
+    assert MODULE in commands(whole)[0]
+    assert [process.wait(timeout=LIMIT_S) for process in start(nodes, commands(whole), "whole.log")] == [0, 0]
+    processes = start(nodes, commands(run_dir), "cut.log")
+    metrics, end = run_dir / "metrics.jsonl", time.monotonic() + LIMIT_S
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 12:
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), [(node.folder / "cut.log").read_text() for node in nodes.nodes]
+        time.sleep(0.05)
+    nodes.b.cut()
+    since = time.monotonic()
+    while any(node.processes() for node in nodes.nodes):
+        assert time.monotonic() - since < BOUND_S, [node.processes() for node in nodes.nodes]
+        time.sleep(0.2)
+    print(f"{launcher}: all gone {time.monotonic() - since:.1f} s after the cut", flush=True)
+    assert all(process.wait() != 0 for process in processes)
+    said = [(node.folder / "cut.log").read_text() for node in nodes.nodes]
+    # Which node has rank 0 is torchrun's choice.
+    for text, other in zip(said, ("node-b", "node-a"), strict=True):
+        assert f"({other}) has not been heard of for" in text, text
+        assert "continue with --resume auto" in text
+    nodes.b.mend()
+    assert [process.wait(timeout=LIMIT_S) for process in start(nodes, commands(run_dir), "mended.log")] == [0, 0]
+    assert losses(run_dir) == losses(whole)
+    expected, found = load_file(whole / "student.safetensors"), load_file(run_dir / "student.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
