@@ -1,6 +1,6 @@
-"""`dmae-ds train | plan | eval | export | report | teacher | bench`: parse, check, hand over. Rooms that need torch are imported when they are entered.
+"""`dmae-ds train | doctor | checkpoint | plan | eval | export | report | teacher | bench`: parse, check, hand over. Rooms that need torch are imported when they are entered.
 
-A user's mistake is one line and exit code 2; a run that broke is one line and exit code 1.
+A user's mistake is one line and exit code 2; a run that broke is one line and exit code 1; one that was told to stop, and saved, 75.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 from dmae_ds import __version__
+from dmae_ds.cli_checkpoint import add_checkpoint
+from dmae_ds.cli_doctor import add_doctor
 from dmae_ds.cli_eval import add_eval
-from dmae_ds.errors import RunFailed, UserError
+from dmae_ds.errors import Requeue, RunFailed, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         args.command(args)
     except UserError as error:
         return _say(error, code=2)
+    except Requeue as error:
+        return _say(error, code=os.EX_TEMPFAIL)
     except RunFailed as error:
         return _say(error, code=1)
     return 0
@@ -36,11 +40,13 @@ def main(argv: list[str] | None = None) -> int:
 def _say(error: UserError | RunFailed, *, code: int) -> int:
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or not error.on_every_rank:
-        print(f"dmae-ds: error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        print(f"dmae-ds: {'stopped' if code == os.EX_TEMPFAIL else 'error'}{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
     return code
 
 
 def _train(args: argparse.Namespace) -> None:
+    # Before torch is imported: where a rank is lost its C++ side adds its own frames to the one line that says so.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dmae_ds.config.load import load_config
     from dmae_ds.dist import world_from_env
     from dmae_ds.train.preflight import prepare
@@ -134,6 +140,23 @@ def _bench_stream(args: argparse.Namespace) -> None:
         print(text, flush=True)
 
 
+def _bench_save(args: argparse.Namespace) -> None:
+    from dmae_ds.config.load import load_config
+    from dmae_ds.dist import world_from_env
+
+    world = world_from_env()
+    try:
+        config = load_config(args.recipe, args.overrides)
+        from dmae_ds.bench.save import bench_save
+
+        text = bench_save(config, world, steps=args.steps, rounds=args.rounds, folder=Path(args.folder) if args.folder else None)
+    except UserError as error:
+        error.on_every_rank = True
+        raise
+    if world.is_main:
+        print(text, flush=True)
+
+
 def _bench_knn(args: argparse.Namespace) -> None:
     from dmae_ds.bench.knn import bench_knn
 
@@ -156,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=__version__)
     # DeepSpeed's launcher puts --local_rank=N in front of the arguments; LOCAL_RANK says the same.
     root.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = root.add_subparsers(required=True, metavar="train | plan | eval | export | report | teacher | bench")
+    commands = root.add_subparsers(required=True, metavar="train | doctor | checkpoint | plan | eval | export | report | teacher | bench")
 
     train = commands.add_parser("train", help="train a recipe, alone or under deepspeed, torchrun or accelerate launch")
     train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
@@ -165,6 +188,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--allow-pipe", action="store_true", help="let data.train be a pipe: URL, which runs its command in a shell")
     train.set_defaults(command=_train)
 
+    add_doctor(commands)
+    add_checkpoint(commands)
     add_eval(commands)
 
     report = commands.add_parser("report", help="one self-contained HTML page of one run or several")
@@ -216,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     stats.add_argument("--out", help="where to write (default: beside the weights)")
     stats.set_defaults(command=_teacher_stats)
 
-    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="teacher-load | stream | knn")
+    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="teacher-load | stream | save | knn")
     load = bench.add_parser("teacher-load", help="bytes read and memory of a cut teacher, against the bytes needed")
     load.add_argument("--name", default="vit_huge_patch14_224", help="timm name of the whole teacher (default vit_huge_patch14_224)")
     load.add_argument("--last-block", type=int, metavar="K", help="the deepest block that is tapped (default: three quarters of the depth)")
@@ -231,6 +256,13 @@ def parser() -> argparse.ArgumentParser:
     stream.add_argument("--clocks", type=_at_least_one, default=16, help="micro-batches a rank in a round (default 16)")
     stream.add_argument("--rounds", type=_at_least_one, default=7, help="rounds, of which the median counts (default 7)")
     stream.set_defaults(command=_bench_stream)
+    save = bench.add_parser("save", help="bytes and seconds of a checkpoint, against a plain write of as many; start it with a launcher, or alone")
+    save.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; it gives the networks, the DeepSpeed file and the batch")
+    save.add_argument("overrides", nargs="*", metavar="key=value")
+    save.add_argument("--steps", type=_at_least_one, default=3, help="optimiser steps in a round (default 3)")
+    save.add_argument("--rounds", type=_at_least_one, default=5, help="rounds, of which the median counts (default 5)")
+    save.add_argument("--folder", help="a folder on the disk that is meant; nothing stays in it (default: the temporary folder)")
+    save.set_defaults(command=_bench_save)
     knn = bench.add_parser("knn", help="memory and time of eval knn at ImageNet's size, on random features")
     for name, default, what in (
         ("train", 1_281_167, "training rows"), ("queries", 2048, "rows to classify"), ("dim", 768, "width of a feature"), ("k", 20, "neighbours"), ("classes", 1000, "classes"),

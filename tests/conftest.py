@@ -1,4 +1,4 @@
-"""Fixtures that several rooms' tests share: the published numbers, and a small real data set as shards."""
+"""Fixtures that several rooms' tests share: the published numbers, a small real data set as shards, a tiny recipe on it."""
 
 from __future__ import annotations
 
@@ -33,3 +33,22 @@ def digits(tmp_path_factory) -> Path:
         command = [sys.executable, "-m", "data_prep.cli", "make", folder / "images" / part, folder / part, "--samples-per-shard", "500"]
         subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(digits, tmp_path_factory) -> list[str]:
+    """Arguments of `dmae-ds train`: 20 steps of DMAE, batch 16, teacher 48x4 cut at 3, student 32x4."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dmae_ds.models.vit import build_student
+
+    weights = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    save_file(build_student("vit_tiny_patch16_224", shape, generator=torch.Generator().manual_seed(7)).state_dict(), weights)
+    return [
+        "digits_dmae", f"data.train={digits / 'train'}", f"data.val={digits / 'val'}", f"teacher.weights={weights}", "teacher.format=timm",
+        "teacher.embed_dim=48", "teacher.depth=4", "teacher.num_heads=3", "student.embed_dim=32", "student.num_heads=2",
+        "optim.global_batch=16", f"optim.epochs={20 * 16 / 1400}", "optim.warmup_epochs=0.05", "optim.base_lr=1e-2",
+        "log.every_steps=5", "log.trackers=[]",
+    ]  # fmt: skip

@@ -19,7 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # From the ground up; rooms of one floor are strangers, except where one of them is named as a guest of another.
 FLOORS = [
-    {"errors"},
+    {"errors", "launcher", "missing"},
+    {"heartbeat"},
     {"config", "dist", "deepspeed_import"},
     {"models", "data"},
     {"teacher"},
@@ -29,17 +30,20 @@ FLOORS = [
     {"train"},
     {"finetune"},
     {"figures"},
-    {"report", "bench", "teacher_tools", "export", "ledger"},
-    {"cli_eval"},
+    {"report", "bench", "teacher_tools", "checkpoint_tools", "export", "ledger", "doctor"},
+    {"cli_eval", "cli_checkpoint", "cli_doctor"},
     {"cli"},
     {"__main__"},
 ]
-KNOWS_DEEPSPEED = {"dmae_ds/train/engine.py", "dmae_ds/train/checkpoint.py", "dmae_ds/teacher/sharded.py", "dmae_ds/bench/pipeline_engine.py",
+KNOWS_DEEPSPEED = {"dmae_ds/train/engine.py", "dmae_ds/train/checkpoint_files.py", "dmae_ds/train/whole_state.py", "dmae_ds/train/moving.py",
+                   "dmae_ds/checkpoint_tools/convert.py", "dmae_ds/teacher/sharded.py", "dmae_ds/bench/pipeline_engine.py",
                    "dmae_ds/deepspeed_import.py"}  # fmt: skip
-COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/teacher/pipeline.py", "dmae_ds/bench/pipeline_engine.py"}
+COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/heartbeat.py", "dmae_ds/teacher/pipeline.py", "dmae_ds/bench/pipeline_engine.py",
+                "dmae_ds/doctor/meeting.py"}  # before there are ranks
 TORCH_FREE = ["dmae_ds/config", "dmae_ds/data/shards.py", "dmae_ds/data/shard_set.py", "dmae_ds/data/order.py", "dmae_ds/data/storage.py", "dmae_ds/data/cache.py",
               "dmae_ds/data/reader.py", "dmae_ds/data/foreign.py", "dmae_ds/data/corrupt.py", "dmae_ds/train/preflight.py", "dmae_ds/train/checkpoint_folder.py",
-              "dmae_ds/evaluate/results.py", "dmae_ds/evaluate/subsets.py", "dmae_ds/errors.py", "dmae_ds/cli.py", "dmae_ds/cli_eval.py", "data_prep"]  # fmt: skip
+              "dmae_ds/evaluate/results.py", "dmae_ds/evaluate/subsets.py", "dmae_ds/errors.py", "dmae_ds/cli.py", "dmae_ds/cli_eval.py", "dmae_ds/cli_checkpoint.py",
+              "dmae_ds/checkpoint_tools/find.py", "dmae_ds/checkpoint_tools/inspect.py", "dmae_ds/cli_doctor.py", "dmae_ds/doctor", "data_prep"]  # fmt: skip
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
 
 SOURCES = sorted(path for folder in ("dmae_ds", "data_prep") for path in (REPOSITORY / folder).rglob("*.py"))
@@ -182,10 +186,10 @@ def test_every_file_is_in_the_readme_s_tree():
 def test_every_command_in_the_readme_exists():
     from dmae_ds.cli import parser
 
-    commands = re.findall(r"dmae-ds ((?:train|(?:eval|teacher|bench) [\w-]+|report|[a-z]+))", readme())
+    commands = re.findall(r"dmae-ds ((?:train|(?:eval|teacher|bench|checkpoint) [\w-]+|report|[a-z]+))", readme())
     assert {"train", "report", "eval knn"} <= set(commands)
     for line in set(commands):
-        positionals = {"teacher slice": ["x", "y"], "bench teacher-load": [], "bench knn": [], "export": ["x", "--to", "timm"]}.get(line, ["x"])
+        positionals = {"teacher slice": ["x", "y"], "checkpoint convert": ["x", "y"], "bench teacher-load": [], "bench knn": [], "export": ["x", "--to", "timm"]}.get(line, ["x"])
         assert parser().parse_args([*line.split(), *positionals]).command
     for recipe in re.findall(r"(?:dmae-ds|dmae_ds) train (\w+)", readme()):
         assert (REPOSITORY / "launch" / "recipes" / f"{recipe}.yaml").exists()

@@ -33,7 +33,7 @@ def make_run(folder, recipe="dmae_vit_large_to_base", *overrides, results=(), nu
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     checkpoints = CheckpointFolder(folder)
     checkpoints.begin(step)
-    checkpoints.commit(step, {"step": step, "world_size": world_size}, keep=1)
+    checkpoints.commit(step, {"step": step, "world_size": world_size}, {})
     lines = [
         {"metric": metric, "top1": top1, "top5": None, "labels": labels, "subset_seed": seed, "settings": settings, "step": step, "num_train": num_images,
          "num_val": num_val, "data": "f", "seconds": 3600.0, "device": "NVIDIA H100", "world_size": 8, "when": "2026-01-01T00:00:00+00:00"}

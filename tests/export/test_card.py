@@ -59,7 +59,7 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
     run = distilled(tmp_path / "run", weights="gone.pth", license="cc-by-nc-4.0")
     folder = CheckpointFolder(run)
     folder.begin(1234)
-    folder.commit(1234, {"step": 1234, "fingerprint": "f" * 64}, keep=1)
+    folder.commit(1234, {"step": 1234, "fingerprint": "f" * 64}, {})
     append_result(run, {
         "metric": "knn", "top1": 71.25, "top5": None, "labels": "10%", "subset_seed": 3, "settings": {"k": 20}, "step": 1234, "num_train": 140, "num_val": 397,
         "data": "f" * 64, "seconds": 1.0, "device": "cpu", "world_size": 1,
