@@ -26,7 +26,7 @@ SSH = [
     (255, "ssh: connect to host node1 port 22: Connection timed out", "ssh", "does not answer", "port 22"),
     (255, "something new", "ssh", "something new", "ssh node1 hostname"),
     (127, "bash: line 1: /venv/bin/python: No such file or directory", "python", "no /venv/bin/python", "same interpreter"),
-    (1, "bash: line 1: cd: /work: No such file or directory", "python", "no folder /work", "node1 sees too"),
+    (1, "bash: line 1: cd: /srv/work: No such file or directory", "python", "no folder /srv/work", "node1 sees too"),
     (1, "/venv/bin/python: Error while finding module specification for 'dmae_ds.doctor.probe' (ModuleNotFoundError: No module named 'dmae_ds')", "python", "not installed", "install it"),
     (1, "Traceback ...\nMemoryError: no", "python", "exit code 1: MemoryError: no", "mend what it says"),
 ]  # fmt: skip
@@ -34,7 +34,7 @@ SSH = [
 
 @pytest.mark.parametrize("code, errors, where, words, mend", SSH, ids=[case[3] for case in SSH])
 def test_last_words_are_explained(code, errors, where, words, mend):
-    found = explain("node1", code, errors, python="/venv/bin/python", cwd=Path("/work"))
+    found = explain("node1", code, errors, python="/venv/bin/python", cwd=Path("/srv/work"))
     assert found.where == where and words in found.what and mend in found.mend
 
 

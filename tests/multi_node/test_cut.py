@@ -9,21 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.multi_node.nodes import LIMIT_S, TwoNodes, available
+from tests.multi_node.nodes import LIMIT_S, TwoNodes
 from tests.multi_node.test_launchers import MODULE, by_torchrun, without_ssh
 from tests.train.conftest import losses
 
 TIMEOUT_S = 8
 # The verdict, and what launchers need to stop what hangs.
 BOUND_S = TIMEOUT_S + 100
-
-
-@pytest.fixture
-def nodes(tmp_path):
-    if reason := available():
-        pytest.skip(f"NOTHING RUN OVER TWO NODES: {reason}")
-    with TwoNodes(tmp_path) as pair:
-        yield pair
 
 
 def start(nodes: TwoNodes, commands: list[list[str]], name: str) -> list[subprocess.Popen]:

@@ -14,7 +14,7 @@ import pytest
 from dmae_ds.dist import World, world_from_env
 from dmae_ds.train.finished import NOT_YET
 from dmae_ds.train.finished import main as finished
-from tests.multi_node.nodes import LIMIT_S, TwoNodes, available, ssh_available
+from tests.multi_node.nodes import LIMIT_S, TwoNodes, ssh_available
 from tests.multi_node.recorded import batches
 from tests.train.conftest import free_port, losses, run
 
@@ -30,14 +30,6 @@ def alone(tiny_recipe, tmp_path_factory) -> Path:
     done = run([sys.executable, "-m", MODULE, "train", *tiny_recipe, f"run.dir={folder / 'run'}"], cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
-
-
-@pytest.fixture
-def nodes(tmp_path):
-    if reason := available():
-        pytest.skip(f"NOTHING RUN OVER TWO NODES: {reason}")
-    with TwoNodes(tmp_path) as pair:
-        yield pair
 
 
 def same_run(found: Path, expected: Path) -> None:

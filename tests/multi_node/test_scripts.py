@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from tests.multi_node.nodes import LIMIT_S, Process, TwoNodes, available, ssh_available
+from tests.multi_node.nodes import LIMIT_S, Process, TwoNodes, ssh_available
 from tests.train.conftest import REPOSITORY, command, losses, run
 from tests.train.test_resume import wait_for_step
 
@@ -32,14 +32,6 @@ def expected(tiny_recipe, tmp_path_factory) -> list[float]:
     done = run(command(["train", *tiny_recipe, *LONGER, f"run.dir={folder / 'run'}"], ranks=2), cwd=folder)
     assert done.returncode == 0, done.stderr
     return losses(folder / "run")
-
-
-@pytest.fixture
-def nodes(tmp_path):
-    if reason := available():
-        pytest.skip(f"NOTHING RUN OVER TWO NODES: {reason}")
-    with TwoNodes(tmp_path) as pair:
-        yield pair
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from tests.train.conftest import LIMIT_S, REPOSITORY, environment, free_port, lo
 
 COUNTING = REPOSITORY / "tests" / "train" / "counting.py"
 # An epoch of 1,400 images is 25 steps of 56.
-STEPS, BATCH, EPOCH = 150, 56, 25
-SETTINGS = [f"optim.epochs={STEPS / EPOCH}", f"optim.global_batch={BATCH}", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.keep=2", "data.num_workers=1", "dist.timeout_s=15"]  # fmt: skip
+STEPS, BATCH, EPOCH = 250, 56, 25
+# The rate: at 1e-2 an uninterrupted curve of one rank already drifts 6e-4 away from that of two, by rounding alone.
+SETTINGS = ["optim.base_lr=1e-3", f"optim.epochs={STEPS / EPOCH}", f"optim.global_batch={BATCH}", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.keep=2", "data.num_workers=1", "dist.timeout_s=15"]  # fmt: skip
 # From the signal to the last process: dist.timeout_s, and the launcher's 30 s of patience with a rank that is stopped.
 BOUND_S = 120
 
@@ -201,7 +202,10 @@ def test_restarts_with_other_ranks_go_on_with_the_same_curve(tiny_recipe, tmp_pa
     job = Job(tiny_recipe, tmp_path, ranks=2)
     assert job.process.wait(timeout=LIMIT_S) == 0, job.log.read_text()
     assert {line["ranks"] for line in ledger(tmp_path)} == {1, 2}
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole / "run"), rel=1e-4)
+    found, expected = losses(tmp_path / "run"), losses(whole / "run")
+    print(f"losses within {max(abs(one / other - 1) for one, other in zip(found, expected, strict=True)):.1e}")
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < 0.5 * expected[0]  # it learns: a curve that stands still would agree with anything
     check_every_sample_once_an_epoch(tmp_path)
 
 
