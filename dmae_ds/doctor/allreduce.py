@@ -12,7 +12,7 @@ import socket
 import time
 
 from dmae_ds import dist
-from dmae_ds.doctor.probe import MARK
+from dmae_ds.doctor.answer import MARK
 
 ROUNDS = 3
 

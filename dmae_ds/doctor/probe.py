@@ -13,7 +13,6 @@ the later rounds are to be quick, and `look` has to tell that torch cannot be im
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -25,42 +24,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import dmae_ds
+from dmae_ds.doctor.answer import CONNECT_S, MARK, decode, guarded
 
-MARK = "dmae-ds-facts "
 COMPARED = ("torch", "deepspeed", "timm")
-CONNECT_S = 5.0
 SMI_S = 20.0
 PACKAGE = Path(dmae_ds.__file__).resolve().parent
-
-
-def encode(request: dict) -> str:
-    """A request as one word that every shell leaves alone."""
-    return base64.urlsafe_b64encode(json.dumps(request).encode()).decode()
-
-
-def decode_answer(output: str) -> dict | None:
-    """The facts in a probe's output, whatever else a login shell or a library printed; None where there are none."""
-    for line in reversed(output.splitlines()):
-        _, mark, text = line.partition(MARK)
-        if mark:
-            try:
-                return json.loads(text)
-            except json.JSONDecodeError:
-                continue
-    return None
-
-
-def guarded(part: Callable[[], dict]) -> dict:
-    """A part's facts, or {"error": one line}."""
-    try:
-        return part()
-    except Exception as error:  # whatever a strange machine does: it is a fact
-        ours = type(error).__module__.startswith("dmae_ds")
-        return {"error": str(error) if ours else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
 def look(request: dict) -> dict:
@@ -190,7 +161,7 @@ def _listener(number: int) -> str | None:
 
 
 def main(argv: list[str]) -> int:
-    request = json.loads(base64.urlsafe_b64decode(argv[0]))
+    request = decode(argv[0])
     # If whoever asked is gone, nobody else ends this process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(int(request["limit_s"]) + 5)

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from dmae_ds.doctor.probe import CONNECT_S, MARK, guarded
+from dmae_ds.doctor.answer import CONNECT_S, MARK, guarded
 
 VISIBLE_S = 5.0
 

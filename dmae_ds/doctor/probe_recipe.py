@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmae_ds.doctor.probe import guarded
+from dmae_ds.doctor.answer import guarded
 from dmae_ds.doctor.probe_later import token_folder
 
 if TYPE_CHECKING:

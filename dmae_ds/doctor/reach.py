@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from getpass import getuser
 from pathlib import Path
 
-from dmae_ds.doctor.probe import decode_answer, encode
+from dmae_ds.doctor.answer import decode_answer, encode
 
 PDSH_SSH_ARGS = "-2 -a -x -l%u %h"  # pdsh 2.34's own
 SSH_CONNECT_S = 10

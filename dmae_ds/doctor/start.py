@@ -17,10 +17,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmae_ds.doctor.answer import MARK
 from dmae_ds.doctor.check import FAIL, OK, Check, names
 from dmae_ds.doctor.hostfile import Node
 from dmae_ds.doctor.judge_recipe import size
-from dmae_ds.doctor.probe import MARK
 from dmae_ds.doctor.reach import end_group, start_group
 
 ALLREDUCE_BYTES = 64 * 2**20  # where no recipe says how many

@@ -6,13 +6,14 @@ import secrets
 import socket
 from pathlib import Path
 
+from dmae_ds.doctor.answer import guarded
 from dmae_ds.doctor.check import FAIL, OK, Check, render
 from dmae_ds.doctor.examine import Question, Table, find_nodes, finish, head, judge, later, look, start
 from dmae_ds.doctor.hostfile import Node
 from dmae_ds.doctor.judge_machines import Asked
 from dmae_ds.doctor.judge_network import judge_port
 from dmae_ds.doctor.meeting import Meeting
-from dmae_ds.doctor.probe import guarded, port
+from dmae_ds.doctor.probe import port
 from dmae_ds.doctor.reach import Reach, Trouble
 from dmae_ds.doctor.start import Launch
 from dmae_ds.errors import RunFailed, UserError

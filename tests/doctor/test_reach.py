@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dmae_ds.doctor import probe, probe_later
-from dmae_ds.doctor.probe import MARK, code, decode_answer, encode, port, requirements
+from dmae_ds.doctor.answer import MARK, decode_answer, encode
+from dmae_ds.doctor.probe import code, port, requirements
 from dmae_ds.doctor.probe_recipe import held_by
 from dmae_ds.doctor.reach import Reach, Trouble, compare_clocks, end_group, explain, ssh_command, start_group
 from tests.train.conftest import free_port

@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
+from dmae_ds.doctor.answer import MARK
 from dmae_ds.doctor.check import FAIL, OK
 from dmae_ds.doctor.hostfile import Node
-from dmae_ds.doctor.probe import MARK
 from dmae_ds.doctor.start import Launch, judge_start, survives_pdsh
 
 TWO = [Node("node1", 8), Node("node2", 8)]
