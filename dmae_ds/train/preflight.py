@@ -44,7 +44,11 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     resume: `auto` continues from the newest checkpoint if there is one, `never` refuses a folder that holds a run
     Raises UserError.
     """
-    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
+    folder = CheckpointFolder(Path(config.run.dir).expanduser())
+    resume_from = folder.latest() if resume == "auto" else None
+    # What fitted before is what is known to fit: fewer ranks accumulate more, where the recipe says nothing.
+    fitted = None if resume_from is None else folder.read_state(resume_from).get("micro_batch")
+    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch or fitted, world.size)
     deepspeed = load_deepspeed(
         config.deepspeed, micro_batch=micro_batch, accumulation=accumulation, world_size=world.size,
         clip_grad=config.optim.clip_grad, precision=config.precision,
@@ -65,20 +69,17 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     if config.teacher is not None and config.teacher.stages is not None and world.size % config.teacher.stages:
         fitting = ", ".join(str(number) for number in range(1, world.size + 1) if world.size % number == 0)
         raise UserError(f"teacher.stages {config.teacher.stages} does not divide the {world.size} ranks into groups; take one of {fitting}")
-    run_dir = Path(config.run.dir).expanduser()
-    folder = CheckpointFolder(run_dir)
     identity = {
         "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
         "fingerprint": shards.fingerprint, "num_samples": shards.num_samples, "order": {"version": ORDER_VERSION, "block": config.data.block},
-        "global_batch": config.optim.global_batch,
+        "global_batch": config.optim.global_batch, "micro_batch": micro_batch,
         "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "license", "placement", "stages"}),
         "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
     }  # fmt: skip
-    resume_from = folder.latest() if resume == "auto" else None
     if resume_from is not None:
         folder.check_same_run(resume_from, identity)
-    if resume == "never" and (run_dir / "config.yaml").exists():
-        raise UserError(f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir")
+    if resume == "never" and (folder.run_dir / "config.yaml").exists():
+        raise UserError(f"run.dir '{folder.run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir")
     steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
     return Preflight(config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, identity, resume_from)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dmae_ds.config.load import load_config
 from dmae_ds.dist import World
 from dmae_ds.errors import UserError
-from dmae_ds.train.preflight import split_batch
+from dmae_ds.train.preflight import prepare, split_batch
 from tests.train.conftest import command, environment, run
 
 
@@ -128,3 +129,15 @@ def test_a_world_that_contradicts_itself_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
         world_from_env()
+
+
+def test_what_fitted_before_bounds_the_micro_batch_of_a_resumed_run(tiny_recipe, tmp_path):
+    config = load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}"])
+    before = prepare(config, World(size=2, local_size=2), resume="never")
+    assert (before.micro_batch, before.accumulation) == (8, 1)
+    before.folder.begin(5)
+    before.folder.commit(5, {"step": 5, "position": 80, **before.identity}, {})
+    for ranks, expected in ((1, (8, 2)), (2, (8, 1)), (4, (4, 1))):
+        after = prepare(config, World(size=ranks, local_size=ranks), resume="auto")
+        assert (after.micro_batch, after.accumulation) == expected
+    assert prepare(config, World(), resume="never").micro_batch == 16
