@@ -1,4 +1,4 @@
-"""Ranks and the few collectives of the trainer. Only this file, `heartbeat.py` and `teacher/pipeline.py` communicate.
+"""Ranks and the few collectives of the trainer. Only this file, `heartbeat.py`, `rendezvous.py` and `teacher/pipeline.py` communicate.
 
 Launchers (deepspeed, torchrun, accelerate, Slurm scripts) say who we are in RANK, WORLD_SIZE and LOCAL_RANK; without
 them a run is one process. torch is imported late: `World` alone is needed to check a recipe.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
 
 from dmae_ds.errors import RankLost, RunFailed, UserError
 from dmae_ds.heartbeat import Heartbeat
+from dmae_ds.rendezvous import agent_serves, own_store
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
         if world.local_size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     _timeout_s = timeout_s
+    life = "0"
     if not distributed.is_initialized():
         options: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo", "timeout": timeout()}
         if world.size == 1:
@@ -88,13 +89,16 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
             options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         try:
+            if world.size > 1 and agent_serves():
+                store, life = own_store(rank=world.rank, size=world.size, timeout=timeout())
+                options |= {"store": store, "rank": world.rank, "world_size": world.size}
             distributed.init_process_group(**options)
-        except distributed.DistError as error:
+        except (RuntimeError, TimeoutError) as error:
+            if not isinstance(error, TimeoutError) and not lost_a_rank(error):
+                raise
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise RunFailed(f"{world.name()} did not meet all {world.size} ranks at {place} within {timeout_s:g} s: {reason_of(error)}") from None
     if world.size > 1 and _watch is None:
-        # torchrun's store outlives a restart, and its agents may count restarts differently.
-        life = main_says(uuid.uuid4().hex)
         _watch = Heartbeat(rank=world.rank, size=world.size, local_rank=world.local_rank, local_size=world.local_size, life=life, timeout_s=timeout_s)
     return device
 

@@ -46,7 +46,7 @@ class Heartbeat:
     """A rank's report and its ear for the verdict; ends the process with exit code 1 and a line when there is one.
 
     The store must be up. `stop` it before the process group is left.
-    life: a name that all ranks of this start share and no other start has, for a store may outlive its ranks
+    life: a name that all ranks of this start share; where the store may outlive them, no other start has it (rendezvous.py)
     timeout_s: bound on silence, and on waiting for a rank
     """
 

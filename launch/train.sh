@@ -49,8 +49,6 @@ no_ssh)
     ;;
 torchrun)
     needs NODES MASTER_ADDR
-    # Otherwise (torch 2.15) the store in which ranks look each other up outlives them, and a new rank can find a dead one's address.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     start=(torchrun --nnodes "$NODES" --nproc_per_node "${GPUS:-$(gpus)}" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$PORT"
         --rdzv_id "dmae-$PORT" --max_restarts "$RESTARTS" -m)
     RESTARTS=0

@@ -46,10 +46,13 @@ def test_both_sides_of_a_cut_link_end_and_name_each_other(nodes, tiny_recipe, la
         time.sleep(0.05)
     nodes.b.cut()
     since = time.monotonic()
-    while any(node.processes() for node in nodes.nodes):
-        assert time.monotonic() - since < BOUND_S, [node.processes() for node in nodes.nodes]
+    # torchrun's agent on the side that lost the store waits for it long after its rank is gone: five minutes, torch's own time-out.
+    while left := [line for node in nodes.nodes for line in node.processes().values() if launcher != "torchrun" or "torchrun" not in line]:
+        assert time.monotonic() - since < BOUND_S, left
         time.sleep(0.2)
-    print(f"{launcher}: all gone {time.monotonic() - since:.1f} s after the cut", flush=True)
+    print(f"{launcher}: all {'ranks ' if launcher == 'torchrun' else ''}gone {time.monotonic() - since:.1f} s after the cut", flush=True)
+    for node in nodes.nodes:
+        node.kill_all()
     assert all(process.wait() != 0 for process in processes)
     said = [(node.folder / "cut.log").read_text() for node in nodes.nodes]
     # Which node has rank 0 is torchrun's choice.
