@@ -1,4 +1,4 @@
-"""Ranks and the few collectives of the trainer. Only this file, `heartbeat.py`, `rendezvous.py` and `teacher/pipeline.py` communicate.
+"""Ranks and the few collectives of the trainer. Only this file, `heartbeat.py`, `rendezvous.py`, `vote.py` and `teacher/pipeline.py` communicate.
 
 Launchers (deepspeed, torchrun, accelerate, Slurm scripts) say who we are in RANK, WORLD_SIZE and LOCAL_RANK; without
 them a run is one process. torch is imported late: `World` alone is needed to check a recipe.
@@ -177,46 +177,6 @@ def give_up(reason: str) -> None:
         _watch = None
     elif distributed.is_initialized() and distributed.get_world_size() == 1:
         distributed.destroy_process_group()
-
-
-class Vote:
-    """What any rank wishes, known to all of them at the same step, without a wait: a sum that is read one step after it was started.
-
-    So a device is never waited for that has nothing else to do. Alone, and before the first `cast`, the wishes are one's own, and none.
-    """
-
-    def __init__(self, num: int, device: torch.device):
-        import torch
-
-        self._device, self._alone = device, world_size() == 1
-        self._sums = torch.zeros(num, pin_memory=device.type == "cuda")
-        self._work, self._copied = None, None
-
-    def cast(self, wishes: list[bool]) -> None:
-        """Say what this rank wishes. Collective."""
-        import torch
-        from torch import distributed
-
-        values = torch.tensor(wishes, dtype=torch.float32, device=self._device)
-        if self._alone:
-            self._sums = values.cpu()
-            return
-        self._work = distributed.all_reduce(values, async_op=True)
-        if self._device.type == "cuda":
-            self._work.wait()  # the device waits, not the host
-            self._sums.copy_(values, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._sums = values
-
-    def result(self) -> list[bool]:
-        """What was wished for in the last cast, by any rank: the same on every rank."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        elif self._work is not None:
-            self._work.wait()
-        return [value > 0 for value in self._sums.tolist()]
 
 
 def world_size() -> int:

@@ -22,6 +22,7 @@ FLOORS = [
     {"errors", "launcher", "missing"},
     {"heartbeat", "rendezvous"},
     {"config", "dist", "deepspeed_import"},
+    {"vote"},
     {"models", "data"},
     {"teacher"},
     {"objectives"},
@@ -38,7 +39,7 @@ FLOORS = [
 KNOWS_DEEPSPEED = {"dmae_ds/train/engine.py", "dmae_ds/train/checkpoint_files.py", "dmae_ds/train/whole_state.py", "dmae_ds/train/moving.py",
                    "dmae_ds/checkpoint_tools/convert.py", "dmae_ds/teacher/sharded.py", "dmae_ds/bench/pipeline_engine.py",
                    "dmae_ds/deepspeed_import.py"}  # fmt: skip
-COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/heartbeat.py", "dmae_ds/rendezvous.py", "dmae_ds/teacher/pipeline.py", "dmae_ds/bench/pipeline_engine.py",
+COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/heartbeat.py", "dmae_ds/rendezvous.py", "dmae_ds/vote.py", "dmae_ds/teacher/pipeline.py", "dmae_ds/bench/pipeline_engine.py",
                 "dmae_ds/doctor/meeting.py"}  # before there are ranks
 TORCH_FREE = ["dmae_ds/config", "dmae_ds/data/shards.py", "dmae_ds/data/shard_set.py", "dmae_ds/data/order.py", "dmae_ds/data/storage.py", "dmae_ds/data/cache.py",
               "dmae_ds/data/reader.py", "dmae_ds/data/foreign.py", "dmae_ds/data/corrupt.py", "dmae_ds/train/preflight.py", "dmae_ds/train/checkpoint_folder.py",

@@ -17,6 +17,7 @@ from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.metrics import Recorder
 from dmae_ds.train.stop import StopRequest
+from dmae_ds.vote import Vote
 
 
 def masked_batches(batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device) -> Iterator[tuple[Batch, MaskedBatch]]:
@@ -47,7 +48,7 @@ def train(
     stop: whether this rank was told to; any rank's request is met by all, one step later, with a save
     Raises RunFailed when a loss is not finite; nothing is saved after such a step. Raises Requeue, on every rank, after a stop.
     """
-    vote = dist.Vote(2, engine.device)
+    vote = Vote(2, engine.device)
     dist.report(start_step, "waiting for data")
     for index, (batch, masked, features) in enumerate(stream):
         finished, micro_batch = start_step + index // accumulation, index % accumulation
