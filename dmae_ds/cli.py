@@ -123,6 +123,23 @@ def _bench_teacher_load(args: argparse.Namespace) -> None:
     print(bench_teacher_load(args.name, last_block=args.last_block, stages=args.stages, folder=Path(args.folder) if args.folder else None))
 
 
+def _bench_step(args: argparse.Namespace) -> None:
+    from dmae_ds.config.load import load_config
+    from dmae_ds.dist import world_from_env
+
+    world = world_from_env()
+    try:
+        config = load_config(args.recipe, args.overrides)
+        from dmae_ds.bench.step import bench_step
+
+        text = bench_step(config, world, against=args.against, rounds=args.rounds, as_json=args.json)
+    except UserError as error:
+        error.on_every_rank = True
+        raise
+    if world.is_main:
+        print(text, flush=True)
+
+
 def _bench_stream(args: argparse.Namespace) -> None:
     from dmae_ds.config.load import load_config
     from dmae_ds.dist import world_from_env
@@ -241,13 +258,20 @@ def parser() -> argparse.ArgumentParser:
     stats.add_argument("--out", help="where to write (default: beside the weights)")
     stats.set_defaults(command=_teacher_stats)
 
-    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="teacher-load | stream | save | knn")
+    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="step | teacher-load | stream | save | knn")
     load = bench.add_parser("teacher-load", help="bytes read and memory of a cut teacher, against the bytes needed")
     load.add_argument("--name", default="vit_huge_patch14_224", help="timm name of the whole teacher (default vit_huge_patch14_224)")
     load.add_argument("--last-block", type=int, metavar="K", help="the deepest block that is tapped (default: three quarters of the depth)")
     load.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="pipeline lengths (default 1 2 4)")
     load.add_argument("--folder", help="where the random weights files are made and left (default: a temporary folder)")
     load.set_defaults(command=_bench_teacher_load)
+    step = bench.add_parser("step", help="where a training step's time goes, and its share of the fastest matrix product here")
+    step.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    step.add_argument("overrides", nargs="*", metavar="key=value")
+    step.add_argument("--against", choices=("mae",), help="mae: the same step without the teacher beside it")
+    step.add_argument("--rounds", type=_at_least_one, default=7, help="of which the median counts (default 7)")
+    step.add_argument("--json", action="store_true", help="for machines")
+    step.set_defaults(command=_bench_step)
     stream = bench.add_parser("stream", help="a teacher in stages against a replicated one and DeepSpeed's eval_batch; start it with a launcher")
     stream.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; it gives the teacher's geometry and the micro-batch")
     stream.add_argument("overrides", nargs="*", metavar="key=value")

@@ -112,6 +112,9 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = 8
     # Samples read in one go: 1 is an exact global shuffle; 16 or 64 for URLs and spinning disks (dmae_ds/data/order.py).
     block: Annotated[int, Field(ge=1, le=4096)] = 1
+    # Crops, each with a mask of its own, that are taken of a picture once it is decoded (MAE for video: repeated sampling).
+    # Epochs and steps count crops, so with 4 a picture is decoded every fourth epoch.
+    repeat: PositiveInt = 1
     buffer_gib: PositiveFloat = 8.0  # with blocks: what the workers of a rank may hold of them
     # Corrupt samples that are replaced and written into RUN/corrupt.jsonl before a run stops: a run of days should not end
     # for one bad picture, and a hundred are a bad disk. 0: the first one stops it.
@@ -146,6 +149,8 @@ class DataConfig(Section):
         ):
             if getattr(self, name) != defaults[name] and not met:
                 raise ValueError(f"data.{name} is of no use without {needs}; set that too, or remove it")
+        if self.num_samples is not None and self.repeat > 1:
+            raise ValueError("data.repeat works with indexed shards alone, and data.num_samples is for tars without an index; remove one of the two (`dmae-shards index` makes one)")
         return self
 
 
@@ -228,6 +233,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     # fp32; bf16 and fp16: DeepSpeed's engines with fp32 masters; bf16_autocast: fp32 weights, bf16 matrix products.
     precision: Literal["fp32", "bf16", "bf16_autocast", "fp16"] = "fp32"
+    compile: bool = False  # torch.compile for the blocks of student, decoder and teacher (dmae_ds/models/compiled.py)
     deepspeed: str = "zero2"  # a file of ds_configs/ by name, or the path of your own JSON
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -69,6 +69,7 @@ def load_train_batch(
     rank: int,
     world_size: int,
     parts: int,
+    repeat: int,
     subset: np.ndarray | None,
     crop: str,
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None,
@@ -77,37 +78,40 @@ def load_train_batch(
     number, part = divmod(number, parts)
     step, accumulation_step = divmod(number, accumulation)
     num_samples = reader.shard_set.num_samples if subset is None else len(subset)
+    # Of a sample's `repeat` views all stand in one micro-batch, one behind the other: the order is one of samples.
     positions = batch_positions(
         step,
-        global_batch=global_batch,
+        global_batch=global_batch // repeat,
         rank=rank,
         world_size=world_size,
-        micro_batch=micro_batch,
+        micro_batch=micro_batch // repeat,
         accumulation_step=accumulation_step,
         num_samples=num_samples,
         block=reader.block,
-    )[part * micro_batch // parts : (part + 1) * micro_batch // parts]
+    )[part * (micro_batch // repeat) // parts : (part + 1) * (micro_batch // repeat) // parts]
     epochs, ids = sample_ids(positions, num_samples=num_samples, seed=seed, block=reader.block)
     spans = [None] * len(ids)
     if reader.reads_ahead:
         spans = block_spans(epochs, ids, num_samples=num_samples, seed=seed, block=reader.block)
         reader.fetch(spans)
     places, ids = ids, ids if subset is None else subset[ids]
-    images = torch.empty((len(ids), 3, img_size, img_size), dtype=torch.uint8)
-    noise = np.empty((len(ids), num_patches), np.float32)
+    images = torch.empty((len(ids) * repeat, 3, img_size, img_size), dtype=torch.uint8)
+    noise = np.empty((len(ids) * repeat, num_patches), np.float32)
     labels, shown, corrupt = np.empty(len(ids), np.int64), ids.copy(), []
     for row, (epoch, sample_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
         stand_ins = _stand_ins(int(places[row]), epoch=epoch, num_samples=num_samples, seed=seed, subset=subset)
         sample, image, found = _read_whole(reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins)
         corrupt += found
-        crop_rng = sample_rng(seed, epoch, sample_id, CROP_STREAM)
-        view = train_view(image, crop_rng, img_size=img_size, crop_scale=crop_scale, flip=flip, crop=crop)
-        if augment is not None:
-            view = augment(view, sample_rng(seed, epoch, sample_id, AUGMENT_STREAM))
-        images[row] = torch.from_numpy(view)  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
-        noise[row] = sample_rng(seed, epoch, sample_id, MASK_STREAM).random(num_patches, dtype=np.float32)
+        for number in range(repeat):
+            crop_rng, augment_rng, mask_rng = (sample_rng(seed, epoch, sample_id, stream, view=number) for stream in (CROP_STREAM, AUGMENT_STREAM, MASK_STREAM))
+            view = train_view(image, crop_rng, img_size=img_size, crop_scale=crop_scale, flip=flip, crop=crop)
+            if augment is not None:
+                view = augment(view, augment_rng)
+            images[row * repeat + number] = torch.from_numpy(view)  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
+            noise[row * repeat + number] = mask_rng.random(num_patches, dtype=np.float32)
         labels[row], shown[row] = sample.label, sample.sample_id
-    return Loaded(Batch(images, *map(torch.from_numpy, (noise, labels, shown, epochs))), corrupt)
+    per_view = (np.repeat(found, repeat) for found in (labels, shown, epochs))
+    return Loaded(Batch(images, torch.from_numpy(noise), *map(torch.from_numpy, per_view)), corrupt)
 
 
 def _stand_ins(place: int, *, epoch: int, num_samples: int, seed: int, subset: np.ndarray | None) -> Iterator[int]:

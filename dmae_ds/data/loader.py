@@ -44,6 +44,7 @@ def train_batches(
     num_workers: int,
     pin_memory: bool,
     block: int = 1,
+    repeat: int = 1,
     buffer_gib: float = 8.0,
     max_corrupt: int = 0,
     corrupt_log: Path | None = None,
@@ -53,6 +54,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """This rank's micro-batches of steps [start_step, stop_step): `accumulation` a step, `micro_batch` images each.
 
+    repeat: views (crops and masks) that are taken of a picture once it is decoded; a divisor of micro_batch. Steps count views
     subset: ids of the samples that are the data, [n], None: all; an epoch is then n samples, in an order of their own
     crop: one of transforms.CROPS; augment: what is done to each view, uint8 [3, H, W], with draws keyed by its sample
     block: see order.py; buffer_gib: what this rank's workers may hold of blocks that were read
@@ -64,10 +66,12 @@ def train_batches(
             f"global_batch {global_batch} is not micro_batch {micro_batch} x accumulation {accumulation} "
             f"x world_size {world_size} = {micro_batch * accumulation * world_size}"
         )
+    if micro_batch % repeat:
+        raise UserError(f"data.repeat {repeat} does not divide the {micro_batch} images that a rank sees at once; take another, or another optim.micro_batch")
     if subset is not None and block > 1:
         raise UserError(f"data.block {block} reads many consecutive samples for the few that are asked for; set data.block=1")
     if isinstance(shard_set, ForeignShards):
-        assert subset is None and augment is None  # those who ask for them open indexed shards
+        assert subset is None and augment is None and repeat == 1  # those who ask for them open indexed shards
         from dmae_ds.data.stream import StreamedBatches, stream_batches  # webdataset takes a second to import
 
         streamed = StreamedBatches(
@@ -78,7 +82,7 @@ def train_batches(
     if block > 1:
         _check_buffer(shard_set, block=block, world_size=world_size, buffer_gib=buffer_gib)
     # With blocks, every worker loads its own lanes' part of every micro-batch, so that a block is read by one worker.
-    parts = max(1, min(num_workers, micro_batch)) if block > 1 else 1
+    parts = max(1, min(num_workers, micro_batch // repeat)) if block > 1 else 1
     load = functools.partial(
         load_train_batch,
         reader=SampleReader(shard_set, block=block, buffer_bytes=int(buffer_gib * 2**30) // max(1, num_workers)),
@@ -93,6 +97,7 @@ def train_batches(
         rank=rank,
         world_size=world_size,
         parts=parts,
+        repeat=repeat,
         subset=subset,
         crop=crop,
         augment=augment,

@@ -1,6 +1,6 @@
 """From uint8 pixels to views of them: MAE's recipe (random resized crop, flip) and its central crop for evaluation.
 
-Every draw is keyed by (seed, epoch, sample id), never global: the same picture gets the same crop and the same mask on
+Every draw is keyed by (seed, epoch, sample id, view), never global: the same picture gets the same crop and the same mask on
 any rank, in any worker and after any resume. Resizing is torch's antialiased bicubic on uint8, on the crop alone: at
 most a few grey levels from PIL's (.02 in the mean). Normalising is left to the device, on a quarter of the bytes.
 """
@@ -17,11 +17,11 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width / height; torchvision's default, which MAE 
 NUM_CROP_TRIES = 10  # torchvision's
 
 
-def sample_rng(seed: int, epoch: int, sample_id: int, stream: int) -> np.random.Generator:
-    """The generator of one sample in one epoch. Seed and stream are Philox's key, epoch and id its counter's high
-    words, so that no two of them ever share a draw."""
+def sample_rng(seed: int, epoch: int, sample_id: int, stream: int, *, view: int = 0) -> np.random.Generator:
+    """The generator of one view of one sample in one epoch. Seed and stream are Philox's key; view, id and epoch its counter's
+    high words, so that no two of them ever share a draw."""
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    counter = np.array([0, 0, sample_id, epoch], dtype=np.uint64)
+    counter = np.array([0, view, sample_id, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 

@@ -30,6 +30,7 @@ MUST_AGREE = {
     "seed": "set run.seed back",
     "fingerprint": "point data.train at the shards that it was trained on",
     "order": "set data.block back",
+    "repeat": "set data.repeat back",
     "global_batch": "set optim.global_batch back",
     "student": "set the student section back, or choose another run.dir",
     "teacher": "set the teacher section back, or choose another run.dir",
@@ -38,7 +39,7 @@ MUST_AGREE = {
 
 
 # What a state.json that is older than a key meant by leaving it out.
-OLDER = {"order": {"version": 1, "block": 1}}
+OLDER = {"order": {"version": 1, "block": 1}, "repeat": 1}
 
 _CHUNK = 16 * 2**20
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,17 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
 
-    def train_micro_batch(self, batch, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Forward and backward; at an accumulation boundary also the optimiser's step. Returns the loss's parts, detached."""
+    def train_micro_batch(self, batch, features: dict[str, Tensor], *, lap: Callable[[str], None] = lambda part: None) -> dict[str, Tensor]:
+        """Forward and backward; at an accumulation boundary also the optimiser's step. Returns the loss's parts, detached.
+
+        lap: is told when "forward", "backward" and "optimizer" are over, for who takes the time
+        """
         parts = self._engine(batch, features)
+        lap("forward")
         self._engine.backward(parts["loss"])
+        lap("backward")
         self._engine.step()
+        lap("optimizer")
         return {name: value.detach() for name, value in parts.items()}
 
     def full_weights(self, *, on_every_rank: bool = False) -> dict[str, Tensor]:

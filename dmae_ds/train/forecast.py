@@ -13,7 +13,7 @@ import torch
 from dmae_ds import dist
 from dmae_ds.plan.choose import GIB, HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
-from dmae_ds.plan.geometry import measure
+from dmae_ds.plan.geometry import Geometry, measure
 from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory
 from dmae_ds.train.preflight import Preflight
 
@@ -45,11 +45,11 @@ def free_bytes(device: torch.device, local_ranks: int) -> float:
     return psutil.virtual_memory().available / local_ranks
 
 
-def predict(preflight: Preflight, *, gpu: bool) -> Memory:
-    """What the planner expects a rank to need. Takes seconds; no collective."""
+def predict(preflight: Preflight, geometry: Geometry, *, gpu: bool) -> Memory:
+    """What the planner expects a rank to need. No collective."""
     config, teacher = preflight.config, preflight.config.teacher
     return rank_memory(
-        measure(config, preflight.micro_batch), Zero.of(preflight.deepspeed), precision=config.precision, ranks=preflight.world.size,
+        geometry, Zero.of(preflight.deepspeed), precision=config.precision, ranks=preflight.world.size,
         accumulation=preflight.accumulation, placement="replicated" if teacher is None else teacher.placement,
         stages=None if teacher is None else teacher.stages, gpu=gpu,
     )  # fmt: skip

@@ -4,7 +4,7 @@ Losses stay on the device until `flush`, so the loop never waits for one. A flus
 learns of a non-finite loss at the same moment.
 
 A line of RUN/metrics.jsonl is a step: step, epoch, lr, loss and its parts, share/<block>, images_per_s (of the steps since
-the last flush), seconds/data | teacher | save | rest (clock.py; a save counts to the step after it), and every log.every_steps and at the end rank/... and norm/... (health.py),
+the last flush), tflops of a rank and of_peak, its share of the fastest matrix product here (speed.py; networks from 5 M parameters), seconds/data | teacher | save | rest (clock.py; a save counts to the step after it), and every log.every_steps and at the end rank/... and norm/... (health.py),
 and where eval.knn_every asks for it knn/top1 and knn/top5 in percent (knn.py).
 """
 
@@ -26,6 +26,7 @@ from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint_folder import write_atomically
 from dmae_ds.train.clock import Clock
 from dmae_ds.train.health import FeatureWatch
+from dmae_ds.train.speed import Speed
 
 
 class _Row(NamedTuple):
@@ -43,16 +44,16 @@ class Recorder:
     """Collects each step's scalars; rank 0 writes RUN/metrics.jsonl, one line a step.
 
     global_batch and num_samples turn steps into epochs and images; accumulation is the micro-batches a step
-    watch: looks at the student's features every `log_every` steps and in the last; clock: says where the time went
+    watch: looks at the student's features every `log_every` steps and in the last; clock: says where the time went; speed: how near that is to the fastest
     """
 
     def __init__(
         self, run_dir: Path, *, is_main: bool, accumulation: int, global_batch: int, num_samples: int, log_every: int, watch: FeatureWatch,
-        clock: Clock, trackers: list,
+        clock: Clock, speed: Speed | None, trackers: list,
     ):  # fmt: skip
         self.path, self.is_main = run_dir / "metrics.jsonl", is_main
         self.accumulation, self.global_batch, self.num_samples = accumulation, global_batch, num_samples
-        self.log_every, self.watch, self.clock, self.trackers = log_every, watch, clock, trackers
+        self.log_every, self.watch, self.clock, self.speed, self.trackers = log_every, watch, clock, speed, trackers
         self.step = 0  # the last finished one
         self._names: list[str] = []
         self._sums: Tensor | None = None  # of the step under way
@@ -115,12 +116,13 @@ class Recorder:
         waits = [dict(zip(row.seconds, means)) for row in self._rows]
         now = time.perf_counter()
         images_per_s = self.global_batch * len(self._rows) / (now - self._since)
+        speed = {} if self.speed is None else self.speed.at(self.global_batch / images_per_s)
         self._since = now
         records = []
         for row, found, wait in zip(self._rows, scalars, waits, strict=True):
             losses = {name: found.pop(name) for name in self._names}
             epoch = row.step * self.global_batch / self.num_samples
-            records.append({"step": row.step, "epoch": epoch, "lr": row.lr, **losses, "images_per_s": images_per_s, **wait, **found, **self._notes.pop(row.step, {})})
+            records.append({"step": row.step, "epoch": epoch, "lr": row.lr, **losses, "images_per_s": images_per_s, **speed, **wait, **found, **self._notes.pop(row.step, {})})
         bad = next((i for i, record in enumerate(records) if not math.isfinite(record["loss"])), None)
         if self.is_main:
             self._write(records[: len(records) if bad is None else bad])
@@ -143,7 +145,10 @@ class Recorder:
                 tracker.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
         if self._bar is not None and records:
             shown = {name: f"{records[-1][name]:.4f}" for name in self._names if not name.startswith("share/")}
-            self._bar.set_postfix({**shown, "img/s": f"{records[-1]['images_per_s']:.0f}"}, refresh=False)
+            shown |= {"img/s": f"{records[-1]['images_per_s']:.0f}"}
+            if self.speed is not None:
+                shown |= {"TFLOP/s": f"{records[-1]['tflops']:.3g}", "of peak": f"{records[-1]['of_peak']:.0%}"}
+            self._bar.set_postfix(shown, refresh=False)
 
     def _look_at_next(self) -> None:
         self.watch.active = (self.step + 1) % self.log_every == 0 or self.step + 1 == self._num_steps

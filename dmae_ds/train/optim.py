@@ -17,7 +17,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     The learning rate is set before every step, see `learning_rate`.
     """
     groups = param_groups_weight_decay(model, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.betas)
+    return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.betas, fused=True)
 
 
 def peak_lr(config: ScheduleConfig) -> float:

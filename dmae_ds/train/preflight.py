@@ -48,11 +48,13 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     resume_from = folder.latest() if resume == "auto" else None
     # What fitted before is what is known to fit: fewer ranks accumulate more, where the recipe says nothing.
     fitted = None if resume_from is None else folder.read_state(resume_from).get("micro_batch")
-    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch or fitted, world.size)
+    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch or fitted, world.size, views=config.data.repeat)
     deepspeed = load_deepspeed(
         config.deepspeed, micro_batch=micro_batch, accumulation=accumulation, world_size=world.size,
         clip_grad=config.optim.clip_grad, precision=config.precision,
     )  # fmt: skip
+    if config.compile and zero_stage(deepspeed) == 3:
+        raise UserError(f"compile=true and ZeRO 3 ({config.deepspeed}): its hooks fetch the weights that a compiled block would hold; use deepspeed=zero2, or compile=false")
     if config.objective.needs_teacher and config.teacher is None:
         raise UserError(f"objective {config.objective.name} needs a teacher; give teacher.name and teacher.weights")
     if config.teacher is not None and not config.objective.needs_teacher:
@@ -72,6 +74,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     identity = {
         "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
         "fingerprint": shards.fingerprint, "num_samples": shards.num_samples, "order": {"version": ORDER_VERSION, "block": config.data.block},
+        "repeat": config.data.repeat,
         "global_batch": config.optim.global_batch, "micro_batch": micro_batch,
         "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "license", "placement", "stages"}),
         "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
@@ -95,18 +98,22 @@ def check_knn(config: RunConfig) -> None:
         raise UserError(f"eval.knn_k {config.eval.knn_k} is larger than the {num} labelled training pictures of eval.knn_labels {config.eval.knn_labels}; choose a smaller one")
 
 
-def split_batch(global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False) -> tuple[int, int]:
+def split_batch(global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False, views: int = 1) -> tuple[int, int]:
     """(images a rank sees at once, accumulated micro-batches), whose product with the ranks is global_batch.
 
     micro_batch: the most that fits into a rank's memory, of which the largest that divides is taken, so that a run can go on
     with other ranks than it began with; None: all at once; exact: that or none, where the micro-batch is part of the result
+    views: of a picture, which stay together (data.repeat)
     Raises UserError where it can't be cut.
     """
     if global_batch % world_size:
         near = sorted((number for number in range(1, global_batch + 1) if global_batch % number == 0), key=lambda number: (abs(number - world_size), number))
         raise UserError(f"optim.global_batch {global_batch} doesn't divide by {world_size} ranks; start {' or '.join(map(str, sorted(near[:2])))} ranks, or choose another batch")
     share = global_batch // world_size
-    found = max(number for number in range(1, min(micro_batch or share, share) + 1) if share % number == 0)
+    found = max((number for number in range(views, min(micro_batch or share, share) + 1, views) if share % number == 0), default=None)
+    if found is None:
+        at_most = f", at most optim.micro_batch {micro_batch} at once" if micro_batch else ""
+        raise UserError(f"data.repeat {views} doesn't divide the {share} images of a step that a rank sees{at_most}; choose another data.repeat or optim.global_batch")
     if exact and found != (micro_batch or share):
         raise UserError(f"optim.global_batch {global_batch} on {world_size} ranks doesn't divide by optim.micro_batch {micro_batch}; the next smaller one that does is {found}")
     return found, share // found

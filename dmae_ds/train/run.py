@@ -15,12 +15,15 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
 from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import RunFailed
+from dmae_ds.models.compiled import compile_blocks
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.dmae import TeacherShape
+from dmae_ds.plan.geometry import measure
+from dmae_ds.plan.work import PRODUCTS, step_work
 from dmae_ds.teacher.build import load_frozen_teacher, verify
-from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
+from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, NoTeacher
 from dmae_ds.teacher.grid import explain_grids
 from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.train.checkpoint import Checkpoints
@@ -35,6 +38,7 @@ from dmae_ds.train.metrics import Recorder, build_trackers
 from dmae_ds.train.optim import build_optimizer, learning_rate, peak_lr
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.run_lock import claim
+from dmae_ds.train.speed import Speed, gemm_rate
 from dmae_ds.train.stop import StopRequest
 
 
@@ -82,8 +86,18 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         newest = dist.main_says(dist.together(lambda: preflight.folder.latest() if world.is_main else None))
         preflight = dataclasses.replace(preflight, resume_from=newest)
     text = summary(preflight, objective, teacher) + (f"\nplacement {placed}" if placed else "")
-    forecast = watch.can_measure and sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
-    predicted = predict(preflight, gpu=device.type == "cuda") if forecast and world.is_main else None
+    large = sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
+    geometry = measure(config, preflight.micro_batch) if large and world.is_main else None
+    forecast = watch.can_measure and large
+    predicted = predict(preflight, geometry, gpu=device.type == "cuda") if forecast and world.is_main else None
+    speed = None
+    if large:  # on all ranks at once, as they share their cores in training
+        dtypes = {PRODUCTS[config.precision]} | (set() if config.teacher is None else {DTYPES[config.teacher.dtype]})
+        rates = {dtype: gemm_rate(dtype, device)() for dtype in dtypes}
+        speed = Speed(step_work(config, geometry, preflight.accumulation), rates) if world.is_main else None
+    if config.compile:
+        for network in (objective, *([] if config.teacher is None else [teacher.vit])):
+            compile_blocks(network)
 
     def report_memory(step: int) -> None:
         if forecast and step == min(start_step + AFTER_STEPS, preflight.num_steps):
@@ -95,7 +109,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     recorder = Recorder(
         preflight.run_dir, is_main=world.is_main, accumulation=preflight.accumulation,
         global_batch=config.optim.global_batch, num_samples=preflight.shards.num_samples, log_every=config.log.every_steps,
-        watch=FeatureWatch(student), clock=clock, trackers=[],
+        watch=FeatureWatch(student), clock=clock, speed=speed, trackers=[],
     )  # fmt: skip
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
     dist.bound_every_wait()
@@ -117,7 +131,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         preflight.shards, img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches, crop_scale=config.data.crop_scale,
         flip=config.data.flip, seed=config.run.seed, global_batch=config.optim.global_batch, micro_batch=preflight.micro_batch,
         accumulation=preflight.accumulation, rank=world.rank, world_size=world.size, start_step=start_step, stop_step=preflight.num_steps,
-        num_workers=config.data.num_workers, pin_memory=device.type == "cuda", block=config.data.block, buffer_gib=config.data.buffer_gib,
+        num_workers=config.data.num_workers, pin_memory=device.type == "cuda", block=config.data.block, repeat=config.data.repeat, buffer_gib=config.data.buffer_gib,
         max_corrupt=config.data.max_corrupt, corrupt_log=preflight.run_dir / "corrupt.jsonl",
     )  # fmt: skip
     normalize = Normalize(config.data.mean, config.data.std).to(device)

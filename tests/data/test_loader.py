@@ -293,3 +293,24 @@ def test_an_augmentation_gets_each_view_and_the_samples_own_draws(shard_set):
     assert torch.equal(one[0], two[0]) and all(torch.equal(a, b) for a, b in zip(one[1:], plain[1:], strict=True))
     colours = one[0][:, 0, 0, 0]
     assert (one[0] == colours[:, None, None, None]).all() and len(colours.unique()) > 20
+
+
+@pytest.mark.parametrize("block, world_size, accumulation, num_workers", [(1, 1, 1, 0), (1, 2, 1, 2), (1, 1, 2, 0), (2, 2, 1, 2)])
+def test_repeated_views_stand_together_and_differ(shard_set, block, world_size, accumulation, num_workers):
+    """Two views a picture: the pictures are those of half the batch, and the first views are those without repeating."""
+    pictures = global_batches(shard_set, world_size=1, global_batch=GLOBAL_BATCH // 2, micro_batch=GLOBAL_BATCH // 2, block=block)
+    found = global_batches(shard_set, world_size=world_size, accumulation=accumulation, num_workers=num_workers, repeat=2, block=block)
+    assert len(found) == NUM_STEPS
+    for (images, noise, labels, ids, epochs), (images_1, noise_1, labels_1, ids_1, epochs_1) in zip(found, pictures, strict=True):
+        first, second = slice(0, None, 2), slice(1, None, 2)
+        order = np.lexsort((ids_1.numpy(), epochs_1.numpy()))
+        own = np.lexsort((ids[first].numpy(), epochs[first].numpy()))
+        for tensor, expected in ((images, images_1), (noise, noise_1), (labels, labels_1), (ids, ids_1), (epochs, epochs_1)):
+            assert torch.equal(tensor[first][own], expected[order])
+        assert torch.equal(ids[first], ids[second]) and torch.equal(epochs[first], epochs[second])
+        assert not (images[first] == images[second]).flatten(1).all(1).any() and not (noise[first] == noise[second]).any()
+
+
+def test_views_that_do_not_fill_a_micro_batch_are_refused(shard_set):
+    with pytest.raises(UserError, match="data.repeat 3 does not divide the 4 images that a rank sees at once"):
+        train(shard_set, world_size=2, repeat=3)

@@ -11,6 +11,7 @@ import torch
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.dist import World
 from dmae_ds.errors import UserError
+from dmae_ds.plan.geometry import measure
 from dmae_ds.plan.memory import Memory
 from dmae_ds.train import forecast
 from tests.train.conftest import command, environment, losses, run
@@ -46,7 +47,7 @@ def settled(tiny_recipe, tmp_path, monkeypatch):
         config = load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", "teacher.placement=auto", *more])
         preflight = prepare(config, World(size=ranks, local_size=ranks), resume="never")
         settled, reason = forecast.resolve_placement(preflight, torch.device("cpu"))
-        return settled.config.teacher, reason, forecast.predict(settled, gpu=False).total
+        return settled.config.teacher, reason, forecast.predict(settled, measure(settled.config, settled.micro_batch), gpu=False).total
 
     return settle
 

@@ -1,0 +1,47 @@
+"""`dmae-ds bench step` takes training's own step apart, and its figures add up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dmae_ds.bench.step import Contestant, figures, table
+from tests.train.conftest import command, run
+
+RECIPE = ["digits_dmae", "optim.global_batch=8", "optim.micro_batch=4", "teacher.embed_dim=48", "teacher.num_heads=3", "teacher.depth=8"]
+
+
+def test_parts_add_up_to_the_step_and_the_work_to_the_floor(tmp_path):
+    done = run(command(["bench", "step", *RECIPE, "--against", "mae", "--rounds", "3", "--json"], ranks=1), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    dmae, mae = found["steps"]
+    assert "6 blocks" in found["recipe"] and "8 images a step on 1 ranks" in found["recipe"] and found["rounds"] == 3
+    assert set(dmae["parts"]) == {"prepare", "teacher", "forward", "backward", "optimizer"} and set(mae["parts"]) == set(dmae["parts"]) - {"teacher"}
+    for step in (dmae, mae):
+        assert step["gflop"] == pytest.approx(sum(part.get("gflop", 0) for part in step["parts"].values()))
+        assert step["of_peak"] == pytest.approx(step["gflop"] / found["gemm_gflops"]["fp32"] / step["seconds"])
+        assert step["images_per_s"] == pytest.approx(8 / step["seconds"]) and step["peak_gib"] > 0
+        assert 0 < step["parts"]["backward"]["of_peak"] < 1
+    # two matrix products a weight and token in backward, one in forward
+    assert 1.8 < dmae["parts"]["backward"]["gflop"] / dmae["parts"]["forward"]["gflop"] < 2.1
+    # the head to the teacher's width is work too
+    assert dmae["parts"]["forward"]["gflop"] > mae["parts"]["forward"]["gflop"]
+
+
+def test_figures_are_medians_of_rounds_and_shares_of_the_measured_rate():
+    one = Contestant("dmae", None, {"teacher": (20, torch.bfloat16), "forward": (10, torch.float32), "backward": (20, torch.float32)}, images=4, peak=1 << 30)
+    one.rounds = [{"teacher": 1.0, "forward": 1.0, "backward": 2.0, "optimizer": 0.5} for _ in range(2)] + [dict.fromkeys(("teacher", "forward", "backward", "optimizer"), 9.0)]
+    found = figures(one, {torch.float32: 20.0, torch.bfloat16: 40.0})
+    assert found["seconds"] == 4.5 and found["floor_seconds"] == 10 / 20 + 20 / 20 + 20 / 40 and found["of_peak"] == pytest.approx(2.0 / 4.5)
+    assert found["parts"]["teacher"]["of_peak"] == 0.5 and found["parts"]["forward"]["of_peak"] == 0.5 and "of_peak" not in found["parts"]["optimizer"]
+    other = {**found, "name": "mae", "seconds": 3.0, "gflop": found["gflop"] / 2}
+    printed = table({"recipe": "r", "device": "d", "threads": 1, "rounds": 3, "gemm_gflops": {"fp32": 1.0}, "steps": [found, other]})
+    assert printed.splitlines()[-1] == "dmae / mae: 1.500 of the time, 2.000 of the work"
+
+
+def test_comparing_a_recipe_without_a_teacher_is_one_line(tmp_path):
+    done = run(command(["bench", "step", "digits_mae", "--against", "mae"], ranks=1), cwd=tmp_path)
+    assert done.returncode == 2 and "this recipe has none" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
