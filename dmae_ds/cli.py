@@ -132,7 +132,7 @@ def _bench_step(args: argparse.Namespace) -> None:
         config = load_config(args.recipe, args.overrides)
         from dmae_ds.bench.step import bench_step
 
-        text = bench_step(config, world, against=args.against, rounds=args.rounds, as_json=args.json)
+        text = bench_step(config, world, against=args.against, data=args.data, rounds=args.rounds, as_json=args.json)
     except UserError as error:
         error.on_every_rank = True
         raise
@@ -269,6 +269,7 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     step.add_argument("overrides", nargs="*", metavar="key=value")
     step.add_argument("--against", choices=("mae",), help="mae: the same step without the teacher beside it")
+    step.add_argument("--data", action="store_true", help="read the recipe's data.train as training does (default: random pixels on the device)")
     step.add_argument("--rounds", type=_at_least_one, default=7, help="of which the median counts (default 7)")
     step.add_argument("--json", action="store_true", help="for machines")
     step.set_defaults(command=_bench_step)

@@ -78,8 +78,7 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if world.local_size > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+        torch.set_num_threads(threads_per_rank(world))
     _timeout_s = timeout_s
     life = "0"
     if not distributed.is_initialized():
@@ -101,6 +100,18 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
     if world.size > 1 and _watch is None:
         _watch = Heartbeat(rank=world.rank, size=world.size, local_rank=world.local_rank, local_size=world.local_size, life=life, timeout_s=timeout_s)
     return device
+
+
+def threads_per_rank(world: World) -> int:
+    """A rank's share of the cores that this process may use, or OMP_NUM_THREADS, where somebody has set it.
+
+    torchrun sets it to 1 for everybody who hasn't, which would leave most cores idle: its 1 counts as nobody's.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdigit() and int(said) > 0 and not (said == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return int(said)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world.local_size)
 
 
 @contextmanager

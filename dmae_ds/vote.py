@@ -16,23 +16,25 @@ class Vote:
 
     def __init__(self, num: int, device: torch.device):
         self._device, self._alone = device, dist.world_size() == 1
-        self._sums = torch.zeros(num, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda" and not self._alone
+        self._own, self._sums = (torch.zeros(num, pin_memory=pinned) for _ in range(2))
         self._work, self._copied = None, None
 
     def cast(self, wishes: list[bool]) -> None:
         """Say what this rank wishes. Collective."""
-        values = torch.tensor(wishes, dtype=torch.float32, device=self._device)
+        self._own.copy_(torch.tensor(wishes))
         if self._alone:
-            self._sums = values.cpu()
+            self._sums = self._own
             return
-        self._work = distributed.all_reduce(values, async_op=True)
         if self._device.type == "cuda":
-            self._work.wait()  # the device waits, not the host
+            values = self._own.to(self._device, non_blocking=True)
+            distributed.all_reduce(values, async_op=True).wait()  # the device waits, not the host
             self._sums.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
         else:
-            self._sums = values
+            self._sums = self._own.clone()
+            self._work = distributed.all_reduce(self._sums, async_op=True)
 
     def result(self) -> list[bool]:
         """What was wished for in the last cast, by any rank: the same on every rank."""

@@ -32,7 +32,7 @@ def test_parts_add_up_to_the_step_and_the_work_to_the_floor(tmp_path):
 
 
 def test_figures_are_medians_of_rounds_and_shares_of_the_measured_rate():
-    one = Contestant("dmae", None, {"teacher": (20, torch.bfloat16), "forward": (10, torch.float32), "backward": (20, torch.float32)}, images=4, peak=1 << 30)
+    one = Contestant("dmae", None, {"teacher": (20, torch.bfloat16), "forward": (10, torch.float32), "backward": (20, torch.float32)}, images=4, first=9.0, peak=1 << 30)
     one.rounds = [{"teacher": 1.0, "forward": 1.0, "backward": 2.0, "optimizer": 0.5} for _ in range(2)] + [dict.fromkeys(("teacher", "forward", "backward", "optimizer"), 9.0)]
     found = figures(one, {torch.float32: 20.0, torch.bfloat16: 40.0})
     assert found["seconds"] == 4.5 and found["floor_seconds"] == 10 / 20 + 20 / 20 + 20 / 40 and found["of_peak"] == pytest.approx(2.0 / 4.5)

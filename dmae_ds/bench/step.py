@@ -1,64 +1,59 @@
 """Where a training step's time goes, and how near it is to the fastest matrix product of this device.
 
-    dmae-ds bench step RECIPE [key=value] [--against mae] [--rounds 7] [--json]
+    dmae-ds bench step RECIPE [key=value] [--against mae] [--data] [--rounds 7] [--json]
 
 The step is training's own: the recipe's objective in its DeepSpeed engine, the cut teacher, the mask drawn on the device;
-weights and pixels are random, so no file is needed, and nothing waits for data (training's metrics book that wait as
-seconds/data). Contestants and the matrix products take turns, round after round; a figure is the median of its rounds.
+weights and pixels are random, so no file is needed. With --data the pictures are read, and waited for, as in training. On
+several ranks one more step is taken in which every collective is timed: "exchange", a share of the other parts. Contestants and the matrix products take turns, round after round; a figure is the median of its rounds.
 Work is counted by torch's own FLOP counter on fake tensors (plan/trace.py). Seconds belong to one machine; shares and
 ratios are what to look at.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
-import time
 from dataclasses import dataclass, field
 
 import torch
 
 from dmae_ds import dist
-from dmae_ds.bench.stream import random_teacher
-from dmae_ds.config.deepspeed import load_deepspeed
+from dmae_ds.bench.training_step import TrainingStep
 from dmae_ds.config.objectives import MaeConfig, MaskedPixels
 from dmae_ds.config.run import RunConfig
 from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
-from dmae_ds.models.compiled import compile_blocks
-from dmae_ds.models.patches import Normalize
-from dmae_ds.objectives.build import build_objective
 from dmae_ds.plan.choose import GIB
 from dmae_ds.plan.geometry import measure as measure_geometry
 from dmae_ds.plan.work import Work, step_work
-from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
-from dmae_ds.teacher.grid import PatchView
-from dmae_ds.train.engine import Engine, check_precision
+from dmae_ds.train.engine import logged_collectives
 from dmae_ds.train.memory import MemoryWatch
-from dmae_ds.train.optim import build_optimizer
-from dmae_ds.train.preflight import split_batch
-from dmae_ds.train.speed import Speed, gemm_rate, wait_for
+from dmae_ds.train.speed import Speed, gemm_rate
 
-PARTS = ("prepare", "teacher", "forward", "backward", "optimizer")
+PARTS = ("data", "prepare", "teacher", "forward", "backward", "optimizer")
 
 
 @dataclass
 class Contestant:
-    """One recipe's step. `work`: {part: (FLOP of a step on this rank, dtype of its products)}; peak: bytes, nothing else being built."""
+    """One recipe's step.
+
+    work: {part: (FLOP of a step on this rank, dtype of its products)}; first: seconds of the first step; peak: bytes, nothing else being built
+    """
 
     name: str
-    step: _Step
+    step: TrainingStep
     work: Work
     images: int
+    first: float
     peak: int | None
     rounds: list[dict[str, float]] = field(default_factory=list)
+    exchange: float | None = None  # seconds
 
 
-def bench_step(config: RunConfig, world: dist.World, *, against: str | None, rounds: int, as_json: bool) -> str:
+def bench_step(config: RunConfig, world: dist.World, *, against: str | None, data: bool, rounds: int, as_json: bool) -> str:
     """Measure and return the table, or JSON, to print on rank 0. Collective; the process group is made here.
 
-    against: `mae`, to measure the same step without a teacher beside it
+    against: `mae`, to measure the same step without a teacher beside it; data: read the recipe's pictures
     Raises UserError for a recipe that can't be built, and for --against mae of a recipe without a teacher.
     """
     if against is not None and config.teacher is None:
@@ -66,7 +61,7 @@ def bench_step(config: RunConfig, world: dist.World, *, against: str | None, rou
     with dist.joined(world, timeout_s=config.dist.timeout_s) as device:
         import_deepspeed(device)  # before memory is counted
         recipes = {config.objective.name: config} | ({against: without_teacher(config)} if against else {})
-        contestants = [contestant(name, recipe, world, device) for name, recipe in recipes.items()]
+        contestants = [contestant(name, recipe, world, device, data=data) for name, recipe in recipes.items()]
         dtypes = {dtype for one in contestants for _, dtype in one.work.values()}
         rates = take_turns(contestants, {dtype: gemm_rate(dtype, device) for dtype in dtypes}, rounds=rounds, device=device)
         found = {
@@ -82,16 +77,15 @@ def without_teacher(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"objective": MaeConfig(name="mae", **shared), "teacher": None})
 
 
-def contestant(name: str, config: RunConfig, world: dist.World, device: torch.device) -> Contestant:
+def contestant(name: str, config: RunConfig, world: dist.World, device: torch.device, *, data: bool) -> Contestant:
     """Build one step, take it twice, and read off its memory."""
     watch = MemoryWatch(device)
-    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size, views=config.data.repeat)
-    step = _Step(config, micro_batch=micro_batch, accumulation=accumulation, world=world, device=device)
-    for _ in range(2):  # the first one allocates Adam's moments
-        step.take()
+    step = TrainingStep(config, world=world, device=device, data=data)
+    first = sum(step.take().values())  # allocates Adam's moments, and compiles
+    step.take()
     peak = watch.peak() if watch.can_measure else None
-    work = step_work(config, measure_geometry(config, micro_batch), accumulation)
-    return Contestant(name, step, work, micro_batch * accumulation * world.size, peak)
+    work = step_work(config, measure_geometry(config, step.micro_batch), step.accumulation)
+    return Contestant(name, step, work, config.optim.global_batch, first, peak)
 
 
 def take_turns(contestants: list[Contestant], gemms: dict[torch.dtype, object], *, rounds: int, device: torch.device) -> dict[torch.dtype, float]:
@@ -103,6 +97,11 @@ def take_turns(contestants: list[Contestant], gemms: dict[torch.dtype, object], 
         for one in contestants:
             dist.barrier()
             one.rounds.append(one.step.take())
+    for one in contestants:
+        dist.barrier()
+        with logged_collectives() as exchanged:
+            one.step.take()
+        one.exchange = exchanged()
     return {dtype: statistics.median(rates) for dtype, rates in found.items()}
 
 
@@ -118,7 +117,7 @@ def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
             parts[part] |= {"gflop": flops / 1e9, "dtype": _short(dtype), "of_peak": flops / rates[dtype] / spent}
     speed = Speed(one.work, rates)
     return {
-        "name": one.name, "seconds": seconds, "images_per_s": one.images / seconds, "gflop": speed.flops / 1e9,
+        "name": one.name, "seconds": seconds, "first_seconds": one.first, "exchange_seconds": one.exchange, "images_per_s": one.images / seconds, "gflop": speed.flops / 1e9,
         "floor_seconds": speed.floor_s, "of_peak": speed.at(seconds)["of_peak"], "peak_gib": None if one.peak is None else one.peak / GIB, "parts": parts,
     }  # fmt: skip
 
@@ -136,7 +135,8 @@ def table(found: dict) -> str:
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines += ["", *("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows)]
         memory = "" if step["peak_gib"] is None else f", peak memory {step['peak_gib']:.2f} GiB a rank"
-        lines.append(f"{step['images_per_s']:.2f} images/s{memory}; floor {step['floor_seconds']:.3f} s")
+        exchange = f"; exchange {step['exchange_seconds']:.3f} s, within these parts" if step["exchange_seconds"] else ""
+        lines.append(f"{step['images_per_s']:.2f} images/s{memory}; floor {step['floor_seconds']:.3f} s; first step {step['first_seconds']:.1f} s{exchange}")
     if len(found["steps"]) > 1:
         own, other = found["steps"]
         lines += ["", f"{own['name']} / {other['name']}: {own['seconds'] / other['seconds']:.3f} of the time, {own['gflop'] / other['gflop']:.3f} of the work"]
@@ -146,9 +146,10 @@ def table(found: dict) -> str:
 def describe(config: RunConfig, world: dist.World, one: Contestant) -> str:
     """What was measured, in one line."""
     teacher = "no teacher" if config.teacher is None else f"{config.teacher.name} ({one.step.teacher}, {config.teacher.dtype})"
+    kernels = "".join(f"; {text}" for text in (one.step.kernels,) if text)
     return (
         f"{teacher} -> {config.student.name}, {one.step.objective.describe()}; {one.images} images a step on {world.size} ranks; "
-        f"{config.precision}, {config.deepspeed}"
+        f"{config.precision}, {config.deepspeed}{kernels}"
     )
 
 
@@ -161,90 +162,6 @@ def device_name(device: torch.device) -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return "cpu"
-
-
-class _Step:
-    """One optimiser step of a recipe on random pixels, as training takes it."""
-
-    def __init__(self, config: RunConfig, *, micro_batch: int, accumulation: int, world: dist.World, device: torch.device):
-        check_precision(config.precision, device)
-        self.device, self.accumulation = device, accumulation
-        self.objective, shape = build_objective(config)
-        self.teacher = NoTeacher()
-        if config.teacher is not None:
-            depth, decoder_depth = needed_depths(self.objective.taps, shape.depth)
-            if decoder_depth:
-                raise UserError("the objective taps the teacher's decoder, whose shape only its file knows; bench step takes taps of the encoder")
-            vit = random_teacher(config, depth, None, device=device, sleep_ms=None)
-            statistics_ = {"mean": config.data.mean, "std": config.data.std}
-            view = PatchView(vit.patch_size, **statistics_, teacher_mean=config.data.mean, teacher_std=config.data.std)
-            self.teacher = _Cut(vit, self.objective.taps, None, view=view, sees=config.teacher.sees)
-        if config.compile:
-            for network in (self.objective, *([] if config.teacher is None else [vit])):
-                compile_blocks(network)
-        deepspeed = load_deepspeed(
-            config.deepspeed, micro_batch=micro_batch, accumulation=accumulation, world_size=world.size, clip_grad=config.optim.clip_grad,
-            precision=config.precision,
-        )  # fmt: skip
-        student = self.objective.student
-        size = [edge * student.patch_size for edge in student.grid]
-        self.num_parameters = sum(parameter.numel() for parameter in self.objective.parameters())
-        self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
-        self.engine.set_lr(0.0)
-        self.normalize = Normalize(config.data.mean, config.data.std).to(device)
-        generator = torch.Generator().manual_seed(1000 + world.rank)
-        batches = [
-            (torch.randint(256, (micro_batch, 3, *size), dtype=torch.uint8, generator=generator), torch.rand(micro_batch, student.num_patches, generator=generator))
-            for _ in range(4)
-        ]  # fmt: skip
-        self.batches = itertools.cycle([(images.to(device), noise.to(device)) for images, noise in batches])
-
-    def take(self) -> dict[str, float]:
-        """Do it; returns {part: seconds}."""
-        laps = _Laps(self.device)
-        for _ in range(self.accumulation):
-            images, noise = next(self.batches)
-            masked = self.objective.prepare(images, noise, self.normalize)
-            laps("prepare")
-            features = {}
-            if self.objective.taps:
-                features = self.teacher.features(masked)
-                laps("teacher")
-            self.engine.train_micro_batch(masked, features, lap=laps)
-        return laps.seconds()
-
-
-class _Cut(FrozenTeacher):
-    """A teacher of random weights: there is no file to give an account of."""
-
-    def __str__(self) -> str:
-        return f"{self.vit.depth} blocks"
-
-
-class _Laps:
-    """Time between marks, added up by name; on a GPU by events, so that nothing is waited for before the end."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._marks: list[tuple[str, object]] = []
-        wait_for(device)
-        self("start")
-
-    def __call__(self, name: str) -> None:
-        if self.device.type == "cuda":
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        else:
-            mark = time.perf_counter()
-        self._marks.append((name, mark))
-
-    def seconds(self) -> dict[str, float]:
-        wait_for(self.device)
-        found: dict[str, float] = {}
-        for (_, before), (name, after) in itertools.pairwise(self._marks):
-            spent = after - before if isinstance(after, float) else before.elapsed_time(after) / 1000
-            found[name] = found.get(name, 0.0) + spent
-        return found
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -29,6 +29,7 @@ from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths
+from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.train.preflight import split_batch
@@ -76,7 +77,8 @@ def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | No
         def build(held: range | None) -> MaskedViT:
             return random_teacher(config, depth, held, device=device, sleep_ms=sleep_ms)
 
-        contestants = list(_contestants(build, objective.taps, depth, stages, batches, sees=config.teacher.sees))
+        common = {"sees": config.teacher.sees, "view": resized_view(config, device)}
+        contestants = list(_contestants(build, objective.taps, depth, stages, batches, common))
         seconds, waited = measure(contestants, clocks=clocks, rounds=rounds)
         plural = "sleep" if sleep_ms else "are real"
         patches = objective.num_visible if config.teacher.sees == "visible" else objective.student.num_patches
@@ -144,6 +146,13 @@ def random_teacher(config: RunConfig, depth: int, held: range | None, *, device:
     return vit.to(device).eval() if held is None else vit.eval()
 
 
+def resized_view(config: RunConfig, device: torch.device) -> PatchView:
+    """The student's patches at the teacher's size, in the data's own statistics."""
+    teacher = meta_teacher(config.teacher.name, config.teacher.overrides(), 1)
+    statistics = {"mean": config.data.mean, "std": config.data.std}
+    return PatchView(teacher.patch_size, **statistics, teacher_mean=config.data.mean, teacher_std=config.data.std).to(device)
+
+
 def _check_stages(stages: list[int] | None, *, world: int, depth: int, decoder_depth: int) -> list[int]:
     if decoder_depth:
         raise UserError("the objective taps the teacher's decoder, which a pipeline can't cut; bench stream needs taps of the encoder")
@@ -167,15 +176,15 @@ def random_batches(objective: nn.Module, *, micro_batch: int, rank: int, device:
         yield MaskedBatch(**{name: tensor.contiguous().to(device) for name, tensor in vars(batch).items()})
 
 
-def _contestants(build: Callable, taps: tuple[str, ...], depth: int, stages: list[int], batches: list[MaskedBatch], *, sees: str) -> Iterator[Contestant]:
-    replicated = FrozenTeacher(build(None), taps, None, sees=sees)
+def _contestants(build: Callable, taps: tuple[str, ...], depth: int, stages: list[int], batches: list[MaskedBatch], common: dict) -> Iterator[Contestant]:
+    replicated = FrozenTeacher(build(None), taps, None, **common)
     turns = itertools.cycle(batches)
     yield Contestant("replicated", 1, replicated, lambda count: [replicated.features(next(turns)) for _ in range(count)], 0, 0.0)
     for num_stages in stages:
         group = join_group(num_stages)
         held = held_blocks(depth, num_stages)[group.stage]
         for name, overlap in (("stream", True), ("stream without overlap", False)):
-            streamed = StreamedTeacher(build(held), taps, None, sees=sees, group=group, overlap=overlap)
+            streamed = StreamedTeacher(build(held), taps, None, **common, group=group, overlap=overlap)
             running = streamed.stream((None, batch) for batch in itertools.cycle(batches))
             ahead = num_stages * (2 if overlap else 1)
             yield Contestant(f"{name}, P {num_stages}", num_stages, streamed, lambda count, running=running: [next(running) for _ in range(count)], ahead, 0.0)

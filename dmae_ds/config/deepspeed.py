@@ -22,7 +22,7 @@ KNOWN: dict[str, Any] = {
         **dict.fromkeys(
             "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions "
             "allgather_bucket_size overlap_comm load_from_fp32_weights elastic_checkpoint sub_group_size round_robin_gradients "
-            "zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
+            "zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients compute_grad_norm "
             "memory_efficient_linear pipeline_loading_checkpoint override_module_apply ignore_unused_parameters legacy_stage1 "
             "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold "
             "stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save "
@@ -42,6 +42,7 @@ KNOWN: dict[str, Any] = {
     "aio": dict.fromkeys("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split()),
     "comms_logger": dict.fromkeys("enabled verbose prof_all prof_ops debug".split()),
     "data_types": dict.fromkeys("grad_accum_dtype".split()),
+    "timers": {"throughput": dict.fromkeys("enabled synchronized".split())},
     "checkpoint": dict.fromkeys("tag_validation parallel_write".split()),  # use_node_local_storage: all nodes share the run folder
     **dict.fromkeys(
         "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print "
@@ -83,7 +84,28 @@ def load_deepspeed(name: str, *, micro_batch: int, accumulation: int, world_size
         raise UserError(f"precision bf16 is wrong under ZeRO 0 in DeepSpeed ({path.name}); use precision=bf16_autocast, or deepspeed=zero1 or higher")
     for key, value, owner in _owned_by_recipe(micro_batch, accumulation, world_size, clip_grad, precision):
         _put(config, key.split("."), value, owner, path)
+    _spare_waits(config, world_size)
     return config
+
+
+def _spare_waits(config: dict, world_size: int) -> None:
+    """Leave out what makes the host wait for the device in every step, unless the file asks for it.
+
+    - DeepSpeed's throughput timer synchronises twice a micro-batch; metrics.jsonl says images/s without.
+    - It reads the gradient's norm, to skip a step that is not finite. Nothing is clipped here, bf16 and fp32 don't overflow, and
+      a loss that is not finite ends a run with nothing saved (train/metrics.py). fp16 needs the check. ZeRO 3 has no such switch,
+      and neither has an optimiser on the CPU.
+    - overlap_comm synchronises once a bucket of gradients; alone, there is nothing to overlap.
+    """
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+    zero = config.get("zero_optimization", {})
+    if world_size == 1 and zero.get("overlap_comm"):
+        zero["overlap_comm"] = False
+    if config["fp16"]["enabled"] or config["gradient_clipping"]:
+        return
+    if zero_stage(config) in (1, 2) and "offload_optimizer" not in zero:
+        zero.setdefault("compute_grad_norm", False)
+    config["bf16"].setdefault("check_grad_overflow", False)
 
 
 def zero_stage(config: dict) -> int:

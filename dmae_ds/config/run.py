@@ -60,7 +60,7 @@ class TeacherConfig(ModelConfig):
     weights: str | None = None  # a file, an index of parts, a folder, or a hub id such as facebook/vit-mae-large
     pretrained: bool = False  # the weights that timm knows under a tagged name: vit_large_patch16_224.mae
     format: str = "timm"  # one of TEACHER_FORMATS; auto, where exactly one fits; or module:function of your own
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"  # fp8: matrix products in float8, by torchao (dmae_ds/teacher/fp8.py)
     # visible: the student's patches, as masked autoencoders were trained; all: the whole picture, for teachers that never
     # met dropped tokens. The loss takes the student's patches either way.
     sees: Literal["visible", "all"] = "visible"
@@ -87,6 +87,8 @@ class TeacherConfig(ModelConfig):
             raise ValueError("give both teacher.mean and teacher.std, or neither")
         if (self.placement == "pipeline") != (self.stages is not None):
             raise ValueError(f"teacher.placement {self.placement} with teacher.stages {self.stages}; a pipeline needs a number of stages, and nothing else has one")
+        if self.dtype == "fp8" and self.placement != "replicated":
+            raise ValueError(f"teacher.dtype fp8 works with teacher.placement replicated alone, found {self.placement}; set that, or teacher.dtype=bf16")
         if self.stats is not None and self.standardize not in ("zscore", "phi_s"):
             raise ValueError(f"teacher.stats is of no use to standardize {self.standardize}; set teacher.standardize=zscore or phi_s, or remove it")
         return self
@@ -234,6 +236,8 @@ class RunConfig(Section):
     # fp32; bf16 and fp16: DeepSpeed's engines with fp32 masters; bf16_autocast: fp32 weights, bf16 matrix products.
     precision: Literal["fp32", "bf16", "bf16_autocast", "fp16"] = "fp32"
     compile: bool = False  # torch.compile for the blocks of student, decoder and teacher (dmae_ds/models/compiled.py)
+    # Linear layers in fp32 on CPUs: auto tries oneDNN against torch and takes the clearly faster one (dmae_ds/models/onednn.py).
+    linear: Literal["auto", "torch", "onednn"] = "auto"
     deepspeed: str = "zero2"  # a file of ds_configs/ by name, or the path of your own JSON
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

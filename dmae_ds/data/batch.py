@@ -28,6 +28,13 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def used_on(self, stream: "torch.cuda.Stream") -> None:
+        """Its memory came from another stream: it is not to be given away before this one has done with it."""
+        for field in dataclasses.fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                tensor.record_stream(stream)
+
     def pin_memory(self) -> "Batch":  # DataLoader calls it
         return self._map(torch.Tensor.pin_memory)
 

@@ -13,6 +13,7 @@ from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.decoder import meta_decoder
 from dmae_ds.teacher.fit import fits
 from dmae_ds.teacher.formats import Weights, choose_format, open_weights
+from dmae_ds.teacher.fp8 import check_fp8, to_fp8
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths, with_notes
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.hub import locate, pixel_statistics
@@ -40,6 +41,8 @@ def load_frozen_teacher(
     sharded: read the embedding alone; `verify` spreads the blocks over the ranks
     Raises UserError.
     """
+    if config.dtype == "fp8":
+        check_fp8(device)
     depth, decoder_depth = needed_depths(taps, whole_blocks)
     if decoder_depth and config.sees == "all":
         raise UserError("teacher.sees=all leaves the teacher's decoder no masked patch to fill in; the objective taps it: set teacher.sees=visible")
@@ -103,6 +106,8 @@ def verify(teacher: FrozenTeacher, config: TeacherConfig) -> None:
         if about["sees"] != config.sees:
             raise UserError(f"'{stats_file}' was made with teacher.sees={about['sees']}, the recipe says {config.sees}; make it again with dmae-ds teacher stats")
     teacher.target = targets.build_target(config.standardize, teacher.taps, stats, teacher.vit.patch_embed.proj.weight.device)
+    if config.dtype == "fp8":
+        teacher.parts = with_notes(teacher.parts, to_fp8(teacher))
 
 
 def open_teacher(config: TeacherConfig, path: Path, vit: MaskedViT) -> Weights:

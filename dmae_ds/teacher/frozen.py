@@ -24,7 +24,7 @@ from dmae_ds.teacher.formats import Weights
 from dmae_ds.teacher.grid import fit_positions
 from dmae_ds.teacher.identity import Probe, probe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: of all but the matrix products (fp8.py)
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,25 @@ class FrozenTeacher:
     ):  # fmt: skip
         self.vit, self.taps, self.parts, self.sees, self.target, self.decoder, self.path = vit, taps, parts, sees, target, decoder, path
         self.view = view or (lambda patches: patches)
-        self._blocks = {number for kind, number in map(split_tap, taps) if kind == "block"}
+        self.tapped = {number for kind, number in map(split_tap, taps) if kind == "block"}
+
+    without_gradients = torch.inference_mode  # nothing is ever recorded of a teacher
 
     def __str__(self) -> str:
         return str(self.parts)
 
-    @torch.no_grad()
     def features(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """{tap: [N, 1 + K, D_t]}: the residual stream right after each tapped block, CLS first; registers are left out.
 
         [N, K, D_t] for a teacher without CLS. K are the student's visible patches, also where the teacher sees all.
         A tap of the decoder: [N, 1 + L, D_d], tokens as CLS, visible patches, masked patches.
         """
+        with self.without_gradients():
+            found = self._features(batch)
+        # What inference mode made can't be part of a loss: copies can, and are small beside the teacher's work.
+        return {tap: tokens.clone() if tokens.is_inference() else tokens for tap, tokens in found.items()}
+
+    def _features(self, batch: MaskedBatch) -> dict[str, Tensor]:
         patches, ids = self.inputs(batch)
         latent, tapped = self.run(self.view(patches), ids)
         decoded = {} if self.decoder is None else self.decoder(latent, batch.ids_keep, batch.ids_masked)
@@ -101,7 +108,7 @@ class FrozenTeacher:
 
     def run(self, patches: Tensor, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """(last tokens, {tapped block: tokens}), of patches as the teacher wants them."""
-        return self.vit(patches, ids, taps=self._blocks)
+        return self.vit(patches, ids, taps=self.tapped)
 
     def inputs(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Patches that the teacher looks at and their places, the student's visible ones first."""

@@ -162,7 +162,7 @@ class _Stream:
             self.first += 1
             yield done.source, done.batch, self.teacher.standardized({tap: done.features[tap] for tap in self.teacher.taps})
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _embed(self, owned: _Owned) -> Travelling:
         teacher = self.teacher
         patches, ids = teacher.inputs(owned.batch)
@@ -182,7 +182,7 @@ class _Stream:
         self.send = torch.empty(sum(self.send_sizes), dtype=torch.uint8, device=tokens.device)
         self.receive = [torch.empty(sum(self.receive_sizes), dtype=torch.uint8, device=tokens.device) for _ in range(2)]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _run(self, arrived: _Arrived | None) -> None:
         teacher, stage = self.teacher, self.group.stage
         self.outputs, self.finished = {}, {}

@@ -28,6 +28,8 @@ class ShardedTeacher(FrozenTeacher):
     weights: checked against the network already; rank 0 alone reads the blocks
     """
 
+    without_gradients = torch.no_grad  # DeepSpeed's fetched weights outlive a call, and would be inference mode's for ever
+
     def __init__(self, *args, weights: Weights, dtype: torch.dtype, device: torch.device, **keys):
         super().__init__(*args, **keys)
         self._weights, self._dtype, self._device = weights, dtype, device
@@ -62,7 +64,7 @@ class ShardedTeacher(FrozenTeacher):
         for number, block in enumerate(self.blocks, start=1):
             tokens = self.vit.run_block(block, tokens, ids)
             tapped[number] = tokens
-        return tokens, {number: tapped[number] for number in self._blocks}
+        return tokens, {number: tapped[number] for number in self.tapped}
 
     def probe(self) -> Probe:
         """Collective: every rank fetches every block."""

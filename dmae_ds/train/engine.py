@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,20 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise UserError where DeepSpeed can't run a precision on this device."""
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU; on CPUs use fp32, bf16_autocast or bf16")
+
+
+@contextlib.contextmanager
+def logged_collectives() -> Iterator[Callable[[], float]]:
+    """DeepSpeed's own log of collectives, each waited for; gives what says how many seconds they have taken since."""
+    from deepspeed.comm.comm import comms_logger
+
+    comms_logger.enabled = comms_logger.prof_all = True
+    comms_logger.comms_dict = {}
+    try:
+        # {operation: {bytes: [how often, [milliseconds], ...]}}
+        yield lambda: sum(sum(entry[1]) for sizes in comms_logger.comms_dict.values() for entry in sizes.values()) / 1000
+    finally:
+        comms_logger.enabled = False
 
 
 class Engine:

@@ -22,9 +22,22 @@ from dmae_ds.vote import Vote
 
 def masked_batches(batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device) -> Iterator[tuple[Batch, MaskedBatch]]:
     """Move each micro-batch to the device and draw its mask there."""
-    for batch in batches:
-        batch = batch.to(device)
+    for batch in copied(batches, device):
         yield batch, prepare(batch.images, batch.noise, normalize)
+
+
+def copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Each micro-batch on the device. To a GPU it travels on a stream of its own, from pinned memory: while the step before it is still computed."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    for pinned in batches:
+        with torch.cuda.stream(stream):
+            batch = pinned.to(device)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        batch.used_on(torch.cuda.current_stream(device))
+        yield batch
 
 
 def train(

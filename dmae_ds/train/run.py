@@ -10,12 +10,12 @@ import torch
 from tqdm import tqdm
 
 from dmae_ds import dist
+from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
 from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import RunFailed
-from dmae_ds.models.compiled import compile_blocks
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.build import build_objective
@@ -32,6 +32,7 @@ from dmae_ds.train.clock import Clock
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.forecast import AFTER_STEPS, LEAST_PARAMETERS, compare, predict, resolve_placement
 from dmae_ds.train.health import FeatureWatch
+from dmae_ds.train.kernels import WarmUp, choose_kernels
 from dmae_ds.train.loop import masked_batches, train
 from dmae_ds.train.memory import MemoryWatch
 from dmae_ds.train.metrics import Recorder, build_trackers
@@ -85,7 +86,6 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         # Each rank looked by itself, before the lock kept the job before this one from saving once more.
         newest = dist.main_says(dist.together(lambda: preflight.folder.latest() if world.is_main else None))
         preflight = dataclasses.replace(preflight, resume_from=newest)
-    text = summary(preflight, objective, teacher) + (f"\nplacement {placed}" if placed else "")
     large = sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
     geometry = measure(config, preflight.micro_batch) if large and world.is_main else None
     forecast = watch.can_measure and large
@@ -95,9 +95,11 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         dtypes = {PRODUCTS[config.precision]} | (set() if config.teacher is None else {DTYPES[config.teacher.dtype]})
         rates = {dtype: gemm_rate(dtype, device)() for dtype in dtypes}
         speed = Speed(step_work(config, geometry, preflight.accumulation), rates) if world.is_main else None
-    if config.compile:
-        for network in (objective, *([] if config.teacher is None else [teacher.vit])):
-            compile_blocks(network)
+    kernels = choose_kernels(
+        config, objective, getattr(teacher, "vit", None), device, zero_stage=zero_stage(preflight.deepspeed), large=large,
+    )  # fmt: skip
+    text = summary(preflight, objective, teacher, placed=placed, kernels=kernels)
+    warm_up = WarmUp(config.compile)
 
     def report_memory(step: int) -> None:
         if forecast and step == min(start_step + AFTER_STEPS, preflight.num_steps):
@@ -148,6 +150,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
 
     def finish_step(step: int) -> None:
         report_memory(step)
+        warm_up.step()
         if measure_knn is not None:
             measure_knn(step)
 
@@ -168,8 +171,11 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             lock.close()
 
 
-def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTeacher | NoTeacher) -> str:
-    """What a run is about to do, for a person to read before it costs anything. Call it before ZeRO cuts the parameters up."""
+def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTeacher | NoTeacher, *, placed: str, kernels: str) -> str:
+    """What a run is about to do, for a person to read before it costs anything. Call it before ZeRO cuts the parameters up.
+
+    placed: why the teacher lives where it does; kernels: see choose_kernels; either may be empty
+    """
     config, world, shards = preflight.config, preflight.world, preflight.shards
     student = sum(parameter.numel() for parameter in objective.student.parameters())
     rest = sum(parameter.numel() for parameter in objective.parameters()) - student
@@ -185,8 +191,10 @@ def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTea
         "schedule": f"{preflight.num_steps:,} steps = {optim.epochs:g} epochs ({optim.warmup_epochs:g} warm-up), "
         f"lr {peak_lr(optim):.3g} = {optim.base_lr:g} x {optim.global_batch} / 256",
         "engine": f"DeepSpeed {config.deepspeed}, {config.precision}",
+        "kernels": kernels,
+        "placement": placed,
     }
-    return "\n".join(f"{name:<10}{text}" for name, text in rows.items())
+    return "\n".join(f"{name:<10}{text}" for name, text in rows.items() if text)
 
 
 def describe_teacher(config: RunConfig, objective: torch.nn.Module, teacher: FrozenTeacher | NoTeacher) -> dict[str, str]:

@@ -78,3 +78,17 @@ def test_the_table_names_nothing_that_deepspeed_does_not_have():
     ):
         theirs = set(schema.model_fields) | {field.alias for field in schema.model_fields.values() if field.alias}
         assert set(known) <= theirs
+
+
+def test_what_makes_the_host_wait_is_left_out_unless_the_file_asks_for_it(tmp_path):
+    alone = {**RECIPE, "world_size": 1}
+    zero = load_deepspeed("zero2", **alone)["zero_optimization"]
+    assert zero["compute_grad_norm"] is False and zero["overlap_comm"] is False
+    assert load_deepspeed("zero2", **RECIPE)["zero_optimization"]["overlap_comm"] is True  # several ranks: there is something to overlap
+    assert load_deepspeed("zero0", **alone)["timers"] == {"throughput": {"enabled": False}}
+    assert "compute_grad_norm" not in load_deepspeed("zero2", **{**alone, "clip_grad": 1.0})["zero_optimization"]  # the norm is needed
+    assert "compute_grad_norm" not in load_deepspeed("zero2", **{**alone, "precision": "fp16"})["zero_optimization"]
+    assert "compute_grad_norm" not in load_deepspeed("zero3", **alone)["zero_optimization"]  # DeepSpeed refuses it
+    asked = write(tmp_path, {"zero_optimization": {"stage": 1, "compute_grad_norm": True}, "timers": {"throughput": {"enabled": True}}})
+    config = load_deepspeed(asked, **alone)
+    assert config["zero_optimization"]["compute_grad_norm"] is True and config["timers"]["throughput"]["enabled"] is True

@@ -104,7 +104,7 @@ def test_buckets_are_held_whole_on_a_gpu_and_as_far_as_written_on_a_cpu(geometry
 
 def test_a_deepspeed_file_is_read_with_deepspeed_s_defaults(tmp_path):
     def read(name):
-        return Zero.of(load_deepspeed(name, micro_batch=1, accumulation=1, world_size=1, clip_grad=0, precision="fp32"))
+        return Zero.of(load_deepspeed(name, micro_batch=1, accumulation=1, world_size=2, clip_grad=0, precision="fp32"))
 
     assert read("zero0") == Zero(0) and read("zero1") == Zero(1) and read("zero2") == Zero(2, overlap=True)
     assert read("zero3_offload") == Zero(3, overlap=True, offload_optimizer=True, offload_parameters=True)

@@ -19,6 +19,7 @@ ALONE = {
     "alone": ["log.trackers=[tensorboard]"],
     "alone_accumulated": ["optim.micro_batch=4"],
     "alone_zero0": ["deepspeed=zero0"],
+    "alone_onednn": ["linear=onednn"],
     "alone_saved_by_time": ["checkpoint.every_minutes=1e-6", "checkpoint.keep=9"],
 }
 TWO_RANKS = {
@@ -30,11 +31,12 @@ TWO_RANKS = {
     "zero2_accumulated": ["deepspeed=zero2", "optim.micro_batch=2"],
     "zero3_accumulated": ["deepspeed=zero3", "optim.micro_batch=2"],
     "zero2_clipped": ["optim.clip_grad=0.5"],
+    "zero2_onednn": ["linear=onednn"],
     "zero2_bf16": ["precision=bf16"],
     "zero3_bf16": ["precision=bf16", "deepspeed=zero3"],
     "zero0_autocast": ["precision=bf16_autocast", "deepspeed=zero0"],
 }
-SAME = ["alone_accumulated", "alone_zero0", *[name for name in TWO_RANKS if "bf16" not in name and "clip" not in name and "autocast" not in name]]
+SAME = ["alone_accumulated", "alone_zero0", "alone_onednn", *[name for name in TWO_RANKS if "bf16" not in name and "clip" not in name and "autocast" not in name]]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,34 @@ def curves(tiny_recipe, tmp_path_factory) -> Path:
         recipes = [[*tiny_recipe, f"run.dir={folder / name}", *extra] for name, extra in variants.items()]
         done = run([*map(str, start), json.dumps(recipes)], cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert (done.stdout + done.stderr).count("linear layers through oneDNN") == 1  # one variant in each start
     return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_recipe, tmp_path_factory) -> Path:
+    """The same under torch.compile, alone and on two ranks; a minute or two a start."""
+    folder = tmp_path_factory.mktemp("compiled")
+    launcher = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port()), DRIVER]
+    for start, stages in (([sys.executable, DRIVER], (0, 1, 2)), (launcher, (0, 2))):
+        ranks = 1 if start[0] == sys.executable else 2
+        recipes = [[*tiny_recipe, f"run.dir={folder / f'{ranks}_zero{stage}'}", f"deepspeed=zero{stage}", "compile=true"] for stage in stages]
+        done = run([*map(str, start), json.dumps(recipes)], cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = [line for line in (done.stdout + done.stderr).splitlines() if "the first step took" in line]
+        assert len(said) == len(stages), said
+        assert (done.stdout + done.stderr).count("15 blocks, compiled by torch.compile") == len(stages)  # 4 of the student, 3 of its teacher, 8 of the decoder
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1_zero0", "1_zero1", "1_zero2", "2_zero0", "2_zero2"])
+def test_compiled_blocks_give_the_same_curve_and_weights(compiled, curves, name):
+    assert losses(compiled / name) == pytest.approx(losses(curves / "alone"), rel=1e-4)
+    expected = load_file(curves / "alone" / "student.safetensors")
+    for key, tensor in load_file(compiled / name / "student.safetensors").items():
+        if not key.endswith("qkv.bias"):
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-2, atol=1e-3 * expected[key].abs().max().item() + 1e-5)
 
 
 def test_twenty_steps_were_taken_and_learned_something(curves):

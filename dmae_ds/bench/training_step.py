@@ -1,0 +1,146 @@
+"""One optimiser step of a recipe as training takes it, on random weights, with the time of its parts. For `bench step`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from dmae_ds import dist
+from dmae_ds.bench.stream import random_teacher, resized_view
+from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
+from dmae_ds.config.run import RunConfig
+from dmae_ds.data.foreign import open_train
+from dmae_ds.data.loader import train_batches
+from dmae_ds.errors import UserError
+from dmae_ds.models.patches import Normalize
+from dmae_ds.objectives.build import build_objective
+from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
+from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
+from dmae_ds.train.engine import Engine, check_precision
+from dmae_ds.train.kernels import choose_kernels
+from dmae_ds.train.loop import copied
+from dmae_ds.train.optim import build_optimizer
+from dmae_ds.train.preflight import split_batch
+from dmae_ds.train.speed import wait_for
+
+NUM_STEPS = 100_000  # of data that is read: more than anybody measures
+
+
+class TrainingStep:
+    """Build it, then `take` as many as you like. Collective.
+
+    data: read the recipe's data.train, as training does; otherwise random pixels lie on the device
+    Raises UserError for a recipe that can't be built.
+    """
+
+    def __init__(self, config: RunConfig, *, world: dist.World, device: torch.device, data: bool):
+        check_precision(config.precision, device)
+        self.device = device
+        self.micro_batch, self.accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size, views=config.data.repeat)
+        self.objective, shape = build_objective(config)
+        self.teacher = NoTeacher()
+        if config.teacher is not None:
+            self.teacher = _random_teacher(config, self.objective.taps, shape.depth, device)
+        deepspeed = load_deepspeed(
+            config.deepspeed, micro_batch=self.micro_batch, accumulation=self.accumulation, world_size=world.size, clip_grad=config.optim.clip_grad,
+            precision=config.precision,
+        )  # fmt: skip
+        self.kernels = choose_kernels(
+            config, self.objective, None if config.teacher is None else self.teacher.vit, device, zero_stage=zero_stage(deepspeed), large=True,
+        )  # fmt: skip
+        self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
+        self.engine.set_lr(0.0)
+        self.normalize = Normalize(config.data.mean, config.data.std).to(device)
+        self._read = data
+        self._batches = self._loaded(config, world) if data else self._random(world.rank)
+
+    def take(self) -> dict[str, float]:
+        """Do it; returns {part: seconds}."""
+        laps = _Laps(self.device)
+        for _ in range(self.accumulation):
+            images, noise = next(self._batches)
+            if self._read:
+                laps("data")
+            masked = self.objective.prepare(images, noise, self.normalize)
+            laps("prepare")
+            features = {}
+            if self.objective.taps:
+                features = self.teacher.features(masked)
+                laps("teacher")
+            self.engine.train_micro_batch(masked, features, lap=laps)
+        return laps.seconds()
+
+    def _random(self, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+        student = self.objective.student
+        size = [edge * student.patch_size for edge in student.grid]
+        generator = torch.Generator().manual_seed(1000 + rank)
+        batches = []
+        for _ in range(4):
+            images = torch.randint(256, (self.micro_batch, 3, *size), dtype=torch.uint8, generator=generator)
+            noise = torch.rand(self.micro_batch, student.num_patches, generator=generator)
+            batches.append((images.to(self.device), noise.to(self.device)))
+        return itertools.cycle(batches)
+
+    def _loaded(self, config: RunConfig, world: dist.World) -> Iterator[tuple[Tensor, Tensor]]:
+        student, data = self.objective.student, config.data
+        batches = train_batches(
+            open_train(data, allow_pipe=False), img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches, crop_scale=data.crop_scale,
+            flip=data.flip, seed=config.run.seed, global_batch=config.optim.global_batch, micro_batch=self.micro_batch, accumulation=self.accumulation,
+            rank=world.rank, world_size=world.size, start_step=0, stop_step=NUM_STEPS, num_workers=data.num_workers,
+            pin_memory=self.device.type == "cuda", block=data.block, repeat=data.repeat, buffer_gib=data.buffer_gib,
+        )  # fmt: skip
+        return ((batch.images, batch.noise) for batch in copied(batches, self.device))
+
+
+def _random_teacher(config: RunConfig, taps: tuple[str, ...], whole_blocks: int, device: torch.device) -> FrozenTeacher:
+    """The cut teacher with random weights, replicated."""
+    if config.teacher.placement != "replicated":
+        raise UserError(
+            f"bench step takes teacher.placement=replicated, found {config.teacher.placement}; `dmae-ds bench stream` compares placements, `dmae-ds plan` chooses one"
+        )
+    if config.teacher.dtype == "fp8":
+        check_fp8(device)
+    depth, decoder_depth = needed_depths(taps, whole_blocks)
+    if decoder_depth:
+        raise UserError("the objective taps the teacher's decoder, whose shape only its file knows; bench step takes taps of the encoder")
+    vit = random_teacher(config, depth, None, device=device, sleep_ms=None)
+    if config.teacher.dtype == "fp8":
+        quantize_blocks(vit.blocks)
+    return _Cut(vit, taps, None, view=resized_view(config, device), sees=config.teacher.sees)
+
+
+class _Cut(FrozenTeacher):
+    """A teacher of random weights: there is no file to give an account of."""
+
+    def __str__(self) -> str:
+        return f"{self.vit.depth} blocks"
+
+
+class _Laps:
+    """Time between marks, added up by name; on a GPU by events, so that nothing is waited for before the end."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._marks: list[tuple[str, object]] = []
+        wait_for(device)
+        self("start")
+
+    def __call__(self, name: str) -> None:
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self._marks.append((name, mark))
+
+    def seconds(self) -> dict[str, float]:
+        wait_for(self.device)
+        found: dict[str, float] = {}
+        for (_, before), (name, after) in itertools.pairwise(self._marks):
+            spent = after - before if isinstance(after, float) else before.elapsed_time(after) / 1000
+            found[name] = found.get(name, 0.0) + spent
+        return found

@@ -1,0 +1,76 @@
+"""What computes a run's networks: torch's own kernels, oneDNN's linear layers where they are faster, or compiled blocks.
+
+Weights, names and results up to rounding stay the same; a recipe says `compile` and `linear`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dmae_ds import dist
+from dmae_ds.config.run import RunConfig
+from dmae_ds.errors import UserError
+from dmae_ds.models.compiled import compile_blocks
+from dmae_ds.models.onednn import FASTER, onednn_operator, onednn_speedup, use_onednn
+
+
+def choose_kernels(config: RunConfig, objective: nn.Module, teacher: nn.Module | None, device: torch.device, *, zero_stage: int, large: bool) -> str:
+    """Prepare the networks as the recipe says, before an engine takes them; returns a line for the summary, or nothing.
+
+    large: whether it is worth the time to try what `linear: auto` might take
+    Collective. Raises UserError for `linear: onednn` where it can't be.
+    """
+    networks = [objective] if teacher is None else [objective, teacher]
+    why_not = _why_not_onednn(config, device, zero_stage=zero_stage)
+    dist.together(lambda: _refuse(config, why_not))
+    if config.compile:
+        return f"{sum(map(compile_blocks, networks))} blocks, compiled by torch.compile in their first step"
+    if config.linear == "torch" or why_not or not (large or config.linear == "onednn"):
+        return ""
+    speedup = dist.main_says(onednn_speedup())  # on all ranks at once, as they share their cores in training
+    if config.linear == "auto" and speedup < FASTER:
+        return ""
+    return f"{sum(map(use_onednn, networks))} linear layers through oneDNN, {speedup:.2f} times as fast here as torch's"
+
+
+def _refuse(config: RunConfig, why_not: str) -> None:
+    if config.linear == "onednn" and why_not:
+        raise UserError(f"linear=onednn {why_not}; use linear=auto")
+
+
+def _why_not_onednn(config: RunConfig, device: torch.device, *, zero_stage: int) -> str:
+    if device.type != "cpu":
+        return "is for CPUs"
+    if config.precision != "fp32":
+        return f"is for precision fp32, found {config.precision}"
+    if not onednn_operator():
+        return "needs an operator that this torch doesn't have"
+    if zero_stage == 3:
+        return "can't keep weights that ZeRO 3 takes away after each layer"
+    return "and compile=true exclude each other" if config.compile else ""
+
+
+class WarmUp:
+    """Says once how long a compiled run's first step took, beside its third."""
+
+    def __init__(self, compiled: bool):
+        self._seconds: list[float] | None = [] if compiled else None
+        self._since = time.perf_counter()
+
+    def step(self) -> None:
+        """After every step."""
+        if self._seconds is None:
+            return
+        now = time.perf_counter()
+        self._seconds.append(now - self._since)
+        self._since = now
+        if len(self._seconds) == 3:
+            first, _, third = self._seconds
+            self._seconds = None
+            if dist.is_main():
+                tqdm.write(f"compile   the first step took {first:.1f} s, the third {third:.3g} s", file=sys.stderr)

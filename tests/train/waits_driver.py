@@ -1,0 +1,79 @@
+"""Started by test_waits.py: trains recipes and counts, by who asks, what would make the host wait for a GPU outside of a flush or a save.
+
+On a CPU nothing waits, so DeepSpeed is told that its device doesn't order its work, as a GPU doesn't, and every read of a
+tensor's value is seen by torch's dispatcher. Arguments: recipe argument lists as JSON. Prints one JSON object a recipe.
+"""
+
+import contextlib
+import json
+import sys
+import traceback
+from collections import Counter
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmae_ds import dist
+from dmae_ds.config.load import load_config
+from dmae_ds.deepspeed_import import import_deepspeed
+from dmae_ds.train import run as training
+from dmae_ds.train.checkpoint import Checkpoints
+from dmae_ds.train.metrics import Recorder
+from dmae_ds.train.preflight import prepare
+from dmae_ds.train.run import train_recipe
+
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "aten.equal")
+
+found: Counter = Counter()
+allowed = [False]
+
+
+def note(what: str) -> None:
+    if allowed[0]:
+        found["allowed"] += 1
+        return
+    if any("/torch/utils/data/" in frame.filename for frame in traceback.extract_stack()):
+        return  # the loader draws a seed for its workers: on the host, once
+    frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename and frame.filename != __file__]
+    found[f"{what} by {frames[-1].filename.split('/')[-1]}:{frames[-1].lineno}"] += 1
+
+
+class Reads(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in READS):
+            note(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def allowing(method):
+    def wrapped(*args, **keys):
+        allowed[0] = True
+        try:
+            return method(*args, **keys)
+        finally:
+            allowed[0] = False
+
+    return wrapped
+
+
+def counted(train):
+    def wrapped(*args, **keys):
+        with Reads():
+            return train(*args, **keys)
+
+    return wrapped
+
+
+world = dist.world_from_env()
+device = dist.start(world)
+accelerator = import_deepspeed(device).accelerator.get_accelerator()
+accelerator.resolves_data_dependency = lambda: False
+accelerator.synchronize = lambda *_: note("synchronize")
+Recorder.flush, Checkpoints.save = allowing(Recorder.flush), allowing(Checkpoints.save)
+training.train = counted(training.train)
+for recipe, *overrides in json.loads(sys.argv[-1]):
+    found.clear()
+    with contextlib.redirect_stderr(sys.stdout):
+        train_recipe(prepare(load_config(recipe, overrides), world, resume="never"), device)
+    if world.is_main:
+        print("FOUND " + json.dumps(found), flush=True)
+dist.stop()
