@@ -162,11 +162,11 @@ class _Stream:
             self.first += 1
             yield done.source, done.batch, self.teacher.standardized({tap: done.features[tap] for tap in self.teacher.taps})
 
-    @torch.inference_mode()
     def _embed(self, owned: _Owned) -> Travelling:
         teacher = self.teacher
         patches, ids = teacher.inputs(owned.batch)
-        tokens = teacher.vit.embed(teacher.view(patches), ids)
+        with torch.inference_mode():
+            tokens = teacher.vit.embed(teacher.view(patches), ids)
         if self.layout is None:
             self._prepare(tokens, ids, num_visible=owned.batch.ids_keep.shape[1])
         return Travelling(tokens, ids)
