@@ -31,6 +31,21 @@ def test_parts_add_up_to_the_step_and_the_work_to_the_floor(tmp_path):
     assert dmae["parts"]["forward"]["gflop"] > mae["parts"]["forward"]["gflop"]
 
 
+@pytest.mark.slow
+def test_data_is_waited_for_and_exchange_is_timed_on_two_ranks(digits, tmp_path):
+    data = [f"data.train={digits / 'train'}", "data.num_workers=0"]
+    done = run(command(["bench", "step", *RECIPE, *data, "deepspeed=zero2", "--data", "--rounds", "2", "--json"], ranks=2), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (dmae,) = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))["steps"]
+    assert dmae["parts"]["data"]["seconds"] > 0 and dmae["exchange_seconds"] > 0
+    assert list(dmae["parts"])[0] == "data"
+
+
+def test_other_placements_are_refused(tmp_path):
+    done = run(command(["bench", "step", *RECIPE, "teacher.placement=zero3"], ranks=1), cwd=tmp_path)
+    assert done.returncode == 2 and "bench step takes teacher.placement=replicated, found zero3" in done.stderr.splitlines()[-1]
+
+
 def test_figures_are_medians_of_rounds_and_shares_of_the_measured_rate():
     one = Contestant("dmae", None, {"teacher": (20, torch.bfloat16), "forward": (10, torch.float32), "backward": (20, torch.float32)}, images=4, first=9.0, peak=1 << 30)
     one.rounds = [{"teacher": 1.0, "forward": 1.0, "backward": 2.0, "optimizer": 0.5} for _ in range(2)] + [dict.fromkeys(("teacher", "forward", "backward", "optimizer"), 9.0)]

@@ -145,7 +145,8 @@ class Recorder:
                 tracker.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
         if self._bar is not None and records:
             shown = {name: f"{records[-1][name]:.4f}" for name in self._names if not name.startswith("share/")}
-            shown |= {"img/s": f"{records[-1]['images_per_s']:.0f}"}
+            waited, spent = (sum(record[name] for record in records for name in record if name.startswith(kind)) for kind in ("seconds/data", "seconds/"))
+            shown |= {"img/s": f"{records[-1]['images_per_s']:.0f}", "data": f"{waited / spent:.0%}"}
             if self.speed is not None:
                 shown |= {"TFLOP/s": f"{records[-1]['tflops']:.3g}", "of peak": f"{records[-1]['of_peak']:.0%}"}
             self._bar.set_postfix(shown, refresh=False)
