@@ -52,3 +52,12 @@ def tiny_recipe(digits, tmp_path_factory) -> list[str]:
         "optim.global_batch=16", f"optim.epochs={20 * 16 / 1400}", "optim.warmup_epochs=0.05", "optim.base_lr=1e-2",
         "log.every_steps=5", "log.trackers=[]",
     ]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from dmae_ds.data.batch import Batch
+from dmae_ds.train.loop import copied
 from tests.train.conftest import free_port, run
 
 DRIVER = str(Path(__file__).with_name("waits_driver.py"))
@@ -42,3 +45,22 @@ def _without_overlap(folder: Path) -> Path:
     path = folder / "no_overlap.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True}}))
     return path
+
+
+@pytest.mark.gpu
+def test_batches_copied_on_a_stream_of_their_own_arrive_whole():
+    device = torch.device("cuda")
+    sent = [
+        Batch(
+            images=torch.full((64, 3, 64, 64), number, dtype=torch.uint8), noise=torch.full((64, 16), number / 100), labels=torch.full((64,), number),
+            sample_ids=torch.arange(64), epochs=torch.zeros(64, dtype=torch.int64),
+        ).pin_memory()
+        for number in range(40)
+    ]  # fmt: skip
+    busy, arrived = torch.randn(2048, 2048, device=device), []
+    for batch in copied(sent, device):
+        for _ in range(20):  # the device lags behind the host, while memory is given back and taken again
+            busy = (busy @ busy).clamp(-1, 1)
+        arrived.append((batch.images.float().mean(), batch.noise.mean(), batch.labels.float().mean()))
+    for number, (images, noise, labels) in enumerate(arrived):
+        assert (images.item(), labels.item()) == (number, number) and noise.item() == pytest.approx(number / 100)
