@@ -17,7 +17,7 @@ DRIVER = str(Path(__file__).with_name("waits_driver.py"))
 STEPS = 20
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_twenty_steps_read_nothing_off_the_device_besides_the_logged_ones(ranks, tiny_recipe, tmp_path):
     recipe, *overrides = tiny_recipe
     common = [*overrides, "log.every_steps=10", "checkpoint.every_minutes=null", "checkpoint.every_steps=1000"]
