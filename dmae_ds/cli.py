@@ -51,6 +51,11 @@ def _train(args: argparse.Namespace) -> None:
     from dmae_ds.dist import world_from_env
     from dmae_ds.train.preflight import prepare
 
+    if args.recipe is None:
+        from dmae_ds.config.objective_table import objective_table
+
+        print(objective_table())
+        raise UserError("no recipe to train: name one")
     try:
         preflight = prepare(load_config(args.recipe, args.overrides), world_from_env(), resume=args.resume, allow_pipe=args.allow_pipe)
     except UserError as error:
@@ -199,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="train | doctor | checkpoint | plan | eval | export | report | teacher | bench")
 
     train = commands.add_parser("train", help="train a recipe, alone or under deepspeed, torchrun or accelerate launch")
-    train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    train.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe; without one, the objectives are listed")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example objective.mask_ratio=0.9")
     train.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue from the newest checkpoint if there is one")
     train.add_argument("--allow-pipe", action="store_true", help="let data.train be a pipe: URL, which runs its command in a shell")

@@ -25,6 +25,7 @@ T = TypeVar("T")
 TIMEOUT_S = 600.0  # where nobody says otherwise; a run says dist.timeout_s
 _watch: Heartbeat | None = None  # of the process group
 _timeout_s = TIMEOUT_S
+_alone = False  # see alone()
 
 
 @dataclass(frozen=True)
@@ -190,25 +191,34 @@ def give_up(reason: str) -> None:
         distributed.destroy_process_group()
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """As if this rank were the only one: for networks that one rank looks at by itself, on fake tensors."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world_size() -> int:
-    """Ranks in the process group."""
+    """Ranks in the process group; 1 where there is none."""
     from torch import distributed
 
-    return distributed.get_world_size()
+    return 1 if _alone or not distributed.is_initialized() else distributed.get_world_size()
 
 
 def rank() -> int:
-    """This process's number in the process group."""
+    """This process's number in the process group; 0 where there is none."""
     from torch import distributed
 
-    return distributed.get_rank()
+    return 0 if _alone or not distributed.is_initialized() else distributed.get_rank()
 
 
 def is_main() -> bool:
     """Whether this is rank 0 of the process group."""
-    from torch import distributed
-
-    return distributed.get_rank() == 0
+    return rank() == 0
 
 
 def barrier() -> None:
@@ -219,30 +229,54 @@ def barrier() -> None:
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all ranks, the same on every rank; NaNs stay NaNs."""
-    from torch import distributed
+    """The mean of a tensor over all ranks, the same on every rank, without gradient; NaNs stay NaNs."""
+    return sum_over_ranks(values) / world_size()
 
-    total = values.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+
+def mean_over_ranks_with_gradient(values: torch.Tensor) -> torch.Tensor:
+    """`mean_over_ranks` that gradients pass: each rank gets back the mean of all ranks' gradients. Collective, also in backward.
+
+    With gradients of parameters averaged over ranks, as DeepSpeed does, that is the gradient of the mean of all ranks' losses.
+    Alone, the tensor itself.
+    """
+    if world_size() == 1:
+        return values
+    import torch
+
+    class MeanOverRanks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+            return mean_over_ranks(values)
+
+        @staticmethod
+        def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+            return mean_over_ranks(gradient.contiguous())
+
+    return MeanOverRanks.apply(values)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, on every rank."""
+    """The sum of a tensor over all ranks, on every rank, without gradient."""
     from torch import distributed
 
-    total = values.clone()
-    distributed.all_reduce(total)
+    total = values.detach().clone()
+    if world_size() > 1:
+        distributed.all_reduce(total)
     return total
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """[n, ...] of every rank -> [ranks * n, ...] on every rank, in the order of ranks."""
+    """[n, ...] of every rank -> [ranks * n, ...] on every rank, in the order of ranks, without gradient. Alone, the tensor itself.
+
+    n must be the same on every rank.
+    """
+    if world_size() == 1:
+        return rows.detach()
     import torch
     from torch import distributed
 
-    found = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(found, rows.contiguous())
+    found = [torch.empty_like(rows, requires_grad=False, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    distributed.all_gather(found, rows.detach().contiguous())
     return torch.cat(found)
 
 

@@ -88,12 +88,12 @@ def draw_curves(
             mark = (DEAD_SHARE, f"dead term below {DEAD_SHARE:.0%}")
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
-        if from_zero:
-            axes.set_ylim(bottom=0)
         if mark is not None:
             axes.axhline(mark[0], color=light("--alarm"), linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(mark[1], (1, mark[0]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
                           ha="right", va="bottom", fontsize=8.5, color=light("--alarm"))  # fmt: skip
+        if from_zero:
+            axes.set_ylim(bottom=0)  # after the mark, which is to be seen as well
         if len(curves) > 1:
             figure.legend(lines, [curve.name for curve in curves], loc="outside lower left", ncols=min(3, len(curves)), frameon=False,
                           fontsize=8.5, labelcolor=light("--soft"), handlelength=1.4)  # fmt: skip

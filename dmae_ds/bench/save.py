@@ -23,12 +23,15 @@ from dmae_ds import dist
 from dmae_ds.bench.stream import MIB, random_batches, settle
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
+from dmae_ds.errors import UserError
 from dmae_ds.objectives.build import build_objective
+from dmae_ds.objectives.needs import Progress
 from dmae_ds.train.checkpoint import PLAIN, Checkpoints
 from dmae_ds.train.checkpoint_folder import CheckpointFolder, bytes_in
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.preflight import split_batch
+from dmae_ds.train.twin import TwinKeeper
 
 KEPT = 12  # bytes a parameter: the weight and AdamW's two moments in fp32
 
@@ -47,18 +50,25 @@ def bench_save(config: RunConfig, world: dist.World, *, steps: int, rounds: int,
             config.deepspeed, micro_batch=micro_batch, accumulation=accumulation, world_size=world.size, clip_grad=config.optim.clip_grad, precision=config.precision,
         )  # fmt: skip
         objective, shape = build_objective(config)
+        if any(not tap.startswith("block/") for tap in objective.taps):
+            raise UserError(f"bench save makes up the features of encoder blocks alone, and the objective taps {', '.join(objective.taps)}; take a recipe of another objective")
+        twin = None if objective.twin is None else TwinKeeper(objective, precision=config.precision, device=device)
+        objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
         num_parameters = sum(parameter.numel() for parameter in objective.parameters())
-        batches = list(random_batches(objective, micro_batch=micro_batch, rank=world.rank, device=device))
+        batches = list(random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device))
         sees = objective.num_visible if config.teacher is None or config.teacher.sees == "visible" else objective.student.num_patches
         features = {tap: torch.randn(micro_batch, 1 + sees, shape.embed_dim, device=device) for tap in objective.taps}
         engine = Engine(objective, build_optimizer(objective, config.optim), deepspeed, device)
         identity = {"world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "global_batch": config.optim.global_batch}
-        checkpoints = Checkpoints(CheckpointFolder(run_dir), config.checkpoint.model_copy(update={"keep": 1}), identity=identity, student_metadata={"format": "pt"})
+        checkpoints = Checkpoints(CheckpointFolder(run_dir), config.checkpoint.model_copy(update={"keep": 1}), identity=identity, student_metadata={"format": "pt"}, twin=twin)
         engine.set_lr(1e-5)
 
         def step() -> None:
             for number in range(steps * accumulation):
-                engine.train_micro_batch(batches[number % len(batches)], features)
+                masked = batches[number % len(batches)]
+                engine.train_micro_batch(masked, features if twin is None else features | twin.features(masked))
+            if twin is not None:
+                twin.update(engine, 0.99)
             settle()
 
         step()  # lets everybody allocate, and makes the moments

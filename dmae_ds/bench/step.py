@@ -4,7 +4,7 @@
 
 The step is training's own: the recipe's objective in its DeepSpeed engine, the cut teacher, the mask drawn on the device;
 weights and pixels are random, so no file is needed. With --data the pictures are read, and waited for, as in training. On
-several ranks one more step is taken in which every collective is timed: "exchange", a share of the other parts. Contestants and the matrix products take turns, round after round; a figure is the median of its rounds.
+several ranks one more step is taken in which every collective is timed: "exchange", a share of the other parts. Contestants and the matrix products take turns, round after round; a figure is the median of its rounds. "twin" is what an EMA twin makes of a batch, "update" its following the student.
 Work is counted by torch's own FLOP counter on fake tensors (plan/trace.py). Seconds belong to one machine; shares and
 ratios are what to look at.
 """
@@ -30,7 +30,7 @@ from dmae_ds.train.engine import logged_collectives
 from dmae_ds.train.memory import MemoryWatch
 from dmae_ds.train.speed import Speed, gemm_rate
 
-PARTS = ("data", "prepare", "teacher", "forward", "backward", "optimizer")
+PARTS = ("data", "prepare", "teacher", "twin", "forward", "backward", "optimizer", "update")
 
 
 @dataclass
@@ -53,14 +53,14 @@ class Contestant:
 def bench_step(config: RunConfig, world: dist.World, *, against: str | None, data: bool, rounds: int, as_json: bool) -> str:
     """Measure and return the table, or JSON, to print on rank 0. Collective; the process group is made here.
 
-    against: `mae`, to measure the same step without a teacher beside it; data: read the recipe's pictures
-    Raises UserError for a recipe that can't be built, and for --against mae of a recipe without a teacher.
+    against: `mae`, to measure plain MAE's step of the same student beside it; data: read the recipe's pictures
+    Raises UserError for a recipe that can't be built, and for --against mae of mae itself.
     """
-    if against is not None and config.teacher is None:
-        raise UserError(f"--against {against} compares distilling with the same step without a teacher, and this recipe has none; take one with a teacher")
+    if against == config.objective.name:
+        raise UserError(f"--against {against} compares a recipe with plain {against}, and this recipe is that; take one of another objective")
     with dist.joined(world, timeout_s=config.dist.timeout_s) as device:
         import_deepspeed(device)  # before memory is counted
-        recipes = {config.objective.name: config} | ({against: without_teacher(config)} if against else {})
+        recipes = {config.objective.name: config} | ({against: as_plain_mae(config)} if against else {})
         contestants = [contestant(name, recipe, world, device, data=data) for name, recipe in recipes.items()]
         dtypes = {dtype for one in contestants for _, dtype in one.work.values()}
         rates = take_turns(contestants, {dtype: gemm_rate(dtype, device) for dtype in dtypes}, rounds=rounds, device=device)
@@ -71,10 +71,11 @@ def bench_step(config: RunConfig, world: dist.World, *, against: str | None, dat
         return json.dumps(found) if as_json else table(found)
 
 
-def without_teacher(config: RunConfig) -> RunConfig:
-    """The same student, mask, decoder and batch under plain MAE."""
-    shared = {name: getattr(config.objective, name) for name in MaskedPixels.model_fields}
-    return config.model_copy(update={"objective": MaeConfig(name="mae", **shared), "teacher": None})
+def as_plain_mae(config: RunConfig) -> RunConfig:
+    """The same student and batch under plain MAE, with the objective's own mask and decoder where it has them, else MAE's."""
+    shared = {name: getattr(config.objective, name) for name in MaskedPixels.model_fields if hasattr(config.objective, name)}
+    optim = config.optim.model_copy(update={"layer_decay": 1.0})  # it tells no layers apart
+    return config.model_copy(update={"objective": MaeConfig(name="mae", **shared), "teacher": None, "optim": optim})
 
 
 def contestant(name: str, config: RunConfig, world: dist.World, device: torch.device, *, data: bool) -> Contestant:

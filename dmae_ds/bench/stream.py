@@ -24,14 +24,18 @@ from tqdm import tqdm
 from dmae_ds import dist
 from dmae_ds.bench.pipeline_engine import EvalBatch
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.stages import held_blocks
+from dmae_ds.teacher.top import Top, meta_top
 from dmae_ds.train.preflight import split_batch
 
 MIB = 1 << 20
@@ -68,16 +72,16 @@ def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | No
         raise UserError("bench stream needs a recipe with a teacher, such as dmae_vit_large_to_base")
     with dist.joined(world, timeout_s=config.dist.timeout_s) as device:
         objective, shape = build_objective(config, device="meta")
-        depth, decoder_depth = needed_depths(objective.taps, shape.depth)
-        stages = dist.together(lambda: _check_stages(stages, world=world.size, depth=depth, decoder_depth=decoder_depth))
+        depth, _ = needed_depths(objective.taps, shape.depth)
+        stages = dist.together(lambda: _check_stages(stages, world=world.size, depth=depth))
         clocks = -(-clocks // (2 * max(stages))) * 2 * max(stages)  # whole calls of whoever takes several batches at once
         micro_batch, _ = dist.together(lambda: split_batch(config.optim.global_batch, config.optim.micro_batch, world.size))
-        batches = list(random_batches(objective, micro_batch=micro_batch, rank=world.rank, device=device))
+        batches = list(random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device))
 
         def build(held: range | None) -> MaskedViT:
             return random_teacher(config, depth, held, device=device, sleep_ms=sleep_ms)
 
-        common = {"sees": config.teacher.sees, "view": resized_view(config, device)}
+        common = {"sees": config.teacher.sees, "view": resized_view(config, device), "top": random_top(config, objective, device=device)}
         contestants = list(_contestants(build, objective.taps, depth, stages, batches, common))
         seconds, waited = measure(contestants, clocks=clocks, rounds=rounds)
         plural = "sleep" if sleep_ms else "are real"
@@ -137,13 +141,29 @@ def random_teacher(config: RunConfig, depth: int, held: range | None, *, device:
         if sleep_ms is not None:
             vit.blocks[number] = _Sleeping(vit.blocks[number], sleep_ms / 1000)
     unneeded = [] if held is None else [block for number, block in enumerate(vit.blocks) if number not in held]
-    for name, module in vit.named_modules():
-        if not any(module is inner for block in unneeded for inner in block.modules()):
+    fill_randomly(vit, [module for block in unneeded for module in block.modules()], dtype=DTYPES[config.teacher.dtype], device=device)
+    return vit.to(device).eval() if held is None else vit.eval()
+
+
+def random_top(config: RunConfig, objective: Objective, *, device: torch.device) -> Top | None:
+    """What stands on the teacher's encoder, likewise; its shape is the recipe's."""
+    vit = meta_teacher(config.teacher.name, config.teacher.overrides(), keep_norm=True)
+    _, decoder_depth = needed_depths(objective.taps, vit.depth, config.teacher.decoder_depth)
+    top = meta_top(config.teacher, vit, vit.norm, taps=objective.taps, decoder_depth=decoder_depth, num_classes=objective.num_classes)
+    if top is not None:
+        fill_randomly(top, [], dtype=DTYPES[config.teacher.dtype], device=device)
+        top.eval()
+    return top
+
+
+def fill_randomly(network: nn.Module, unneeded: list[nn.Module], *, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every meta tensor outside the modules `unneeded` random entries that depend on its name alone."""
+    for name, module in network.named_modules():
+        if not any(module is other for other in unneeded):
             for kind in (module._parameters, module._buffers):
                 for key, tensor in kind.items():
                     if tensor is not None and tensor.is_meta:
-                        kind[key] = _random(f"{name}.{key}", tensor, dtype=DTYPES[config.teacher.dtype], device=device)
-    return vit.to(device).eval() if held is None else vit.eval()
+                        kind[key] = _random(f"{name}.{key}", tensor, dtype=dtype, device=device)
 
 
 def resized_view(config: RunConfig, device: torch.device) -> PatchView:
@@ -153,9 +173,7 @@ def resized_view(config: RunConfig, device: torch.device) -> PatchView:
     return PatchView(teacher.patch_size, **statistics, teacher_mean=config.data.mean, teacher_std=config.data.std).to(device)
 
 
-def _check_stages(stages: list[int] | None, *, world: int, depth: int, decoder_depth: int) -> list[int]:
-    if decoder_depth:
-        raise UserError("the objective taps the teacher's decoder, which a pipeline can't cut; bench stream needs taps of the encoder")
+def _check_stages(stages: list[int] | None, *, world: int, depth: int) -> list[int]:
     possible = [number for number in range(2, min(world, depth) + 1) if world % number == 0]
     if not possible:
         raise UserError(f"bench stream needs ranks to put stages on; found {world}: start it with `deepspeed --num_gpus 4 --module dmae_ds bench stream RECIPE`")
@@ -165,15 +183,21 @@ def _check_stages(stages: list[int] | None, *, world: int, depth: int, decoder_d
     return stages or possible
 
 
-def random_batches(objective: nn.Module, *, micro_batch: int, rank: int, device: torch.device) -> Iterator[MaskedBatch]:
-    """Four masked batches of noise; a contestant goes round them."""
-    student, kept = objective.student, objective.num_visible
+def random_batches(objective: Objective, config: RunConfig, *, micro_batch: int, rank: int, device: torch.device) -> Iterator[MaskedBatch]:
+    """Four prepared batches of random pixels; a contestant goes round them."""
+    normalize = Normalize(config.data.mean, config.data.std).to(device)
     for index in range(4):
         generator = torch.Generator().manual_seed(1000 * rank + index)
-        order = torch.rand(micro_batch, student.num_patches, generator=generator).argsort(dim=1)
-        patches = torch.randn(micro_batch, student.num_patches, student.patch_size, student.patch_size, 3, generator=generator)
-        batch = MaskedBatch(visible=patches[:, :kept], masked=patches[:, kept:], ids_keep=order[:, :kept], ids_masked=order[:, kept:])
-        yield MaskedBatch(**{name: tensor.contiguous().to(device) for name, tensor in vars(batch).items()})
+        yield objective.prepare(random_batch(objective, micro_batch, generator).to(device), normalize)
+
+
+def random_batch(objective: Objective, micro_batch: int, generator: torch.Generator) -> Batch:
+    """A batch of random pixels in the views that an objective asks for; labels are all 0."""
+    own = objective.student.grid[0] * objective.student.patch_size
+    views = [torch.randint(256, (micro_batch, 3, view.size or own, view.size or own), dtype=torch.uint8, generator=generator) for view in objective.views]
+    noise = torch.rand(micro_batch, objective.student.num_patches, generator=generator)
+    zeros = torch.zeros(micro_batch, dtype=torch.int64)
+    return Batch(views[0], noise, labels=zeros, sample_ids=torch.arange(micro_batch), epochs=zeros, more_views=tuple(views[1:]))
 
 
 def _contestants(build: Callable, taps: tuple[str, ...], depth: int, stages: list[int], batches: list[MaskedBatch], common: dict) -> Iterator[Contestant]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
-from torch import Tensor
 
 from dmae_ds import dist
-from dmae_ds.bench.stream import random_teacher, resized_view
+from dmae_ds.bench.stream import random_batch, random_teacher, random_top, resized_view
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.data.foreign import open_train
 from dmae_ds.data.loader import train_batches
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
+from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
+from dmae_ds.objectives.needs import Progress
 from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
 from dmae_ds.train.engine import Engine, check_precision
@@ -25,7 +27,9 @@ from dmae_ds.train.kernels import choose_kernels
 from dmae_ds.train.loop import copied
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.preflight import split_batch
+from dmae_ds.train.run import rand_augment
 from dmae_ds.train.speed import wait_for
+from dmae_ds.train.twin import TwinKeeper
 
 NUM_STEPS = 100_000  # of data that is read: more than anybody measures
 
@@ -40,17 +44,20 @@ class TrainingStep:
     def __init__(self, config: RunConfig, *, world: dist.World, device: torch.device, data: bool):
         check_precision(config.precision, device)
         self.device = device
-        self.micro_batch, self.accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size, views=config.data.repeat)
+        self.micro_batch, self.accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size, together=max(config.data.repeat, config.objective.neighbours))
         self.objective, shape = build_objective(config)
+        self.twin = None if self.objective.twin is None else TwinKeeper(self.objective, precision=config.precision, device=device)
+        self._progress = Progress(0, NUM_STEPS, 0.0, config.optim.epochs)
+        self.objective.start_step(self._progress)
         self.teacher = NoTeacher()
         if config.teacher is not None:
-            self.teacher = _random_teacher(config, self.objective.taps, shape.depth, device)
+            self.teacher = _random_teacher(config, self.objective, shape.depth, device)
         deepspeed = load_deepspeed(
             config.deepspeed, micro_batch=self.micro_batch, accumulation=self.accumulation, world_size=world.size, clip_grad=config.optim.clip_grad,
             precision=config.precision,
         )  # fmt: skip
         self.kernels = choose_kernels(
-            config, self.objective, None if config.teacher is None else self.teacher.vit, device, zero_stage=zero_stage(deepspeed), large=True,
+            config, self.objective, None if config.teacher is None else self.teacher.vit, device, zero_stage=zero_stage(deepspeed), large=True, twin=None if self.twin is None else self.twin.twin,
         )  # fmt: skip
         self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
         self.engine.set_lr(0.0)
@@ -62,41 +69,41 @@ class TrainingStep:
         """Do it; returns {part: seconds}."""
         laps = _Laps(self.device)
         for _ in range(self.accumulation):
-            images, noise = next(self._batches)
+            batch = next(self._batches)
             if self._read:
                 laps("data")
-            masked = self.objective.prepare(images, noise, self.normalize)
+            masked = self.objective.prepare(batch, self.normalize)
             laps("prepare")
             features = {}
             if self.objective.taps:
                 features = self.teacher.features(masked)
                 laps("teacher")
+            if self.twin is not None:
+                features |= self.twin.features(masked)
+                laps("twin")
             self.engine.train_micro_batch(masked, features, lap=laps)
+        if self.twin is not None and self.objective.twin.every == "step":
+            self.twin.update(self.engine, self.objective.twin.momentum(self._progress))
+            laps("update")
         return laps.seconds()
 
-    def _random(self, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-        student = self.objective.student
-        size = [edge * student.patch_size for edge in student.grid]
+    def _random(self, rank: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(1000 + rank)
-        batches = []
-        for _ in range(4):
-            images = torch.randint(256, (self.micro_batch, 3, *size), dtype=torch.uint8, generator=generator)
-            noise = torch.rand(self.micro_batch, student.num_patches, generator=generator)
-            batches.append((images.to(self.device), noise.to(self.device)))
-        return itertools.cycle(batches)
+        return itertools.cycle([random_batch(self.objective, self.micro_batch, generator).to(self.device) for _ in range(4)])
 
-    def _loaded(self, config: RunConfig, world: dist.World) -> Iterator[tuple[Tensor, Tensor]]:
+    def _loaded(self, config: RunConfig, world: dist.World) -> Iterator[Batch]:
         student, data = self.objective.student, config.data
         batches = train_batches(
             open_train(data, allow_pipe=False), img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches, crop_scale=data.crop_scale,
             flip=data.flip, seed=config.run.seed, global_batch=config.optim.global_batch, micro_batch=self.micro_batch, accumulation=self.accumulation,
             rank=world.rank, world_size=world.size, start_step=0, stop_step=NUM_STEPS, num_workers=data.num_workers,
             pin_memory=self.device.type == "cuda", block=data.block, repeat=data.repeat, buffer_gib=data.buffer_gib,
+            views=self.objective.views, augment=rand_augment(self.objective, mean=data.mean),
         )  # fmt: skip
-        return ((batch.images, batch.noise) for batch in copied(batches, self.device))
+        return copied(batches, self.device)
 
 
-def _random_teacher(config: RunConfig, taps: tuple[str, ...], whole_blocks: int, device: torch.device) -> FrozenTeacher:
+def _random_teacher(config: RunConfig, objective: Objective, whole_blocks: int, device: torch.device) -> FrozenTeacher:
     """The cut teacher with random weights, replicated."""
     if config.teacher.placement != "replicated":
         raise UserError(
@@ -104,13 +111,11 @@ def _random_teacher(config: RunConfig, taps: tuple[str, ...], whole_blocks: int,
         )
     if config.teacher.dtype == "fp8":
         check_fp8(device)
-    depth, decoder_depth = needed_depths(taps, whole_blocks)
-    if decoder_depth:
-        raise UserError("the objective taps the teacher's decoder, whose shape only its file knows; bench step takes taps of the encoder")
+    depth, _ = needed_depths(objective.taps, whole_blocks)
     vit = random_teacher(config, depth, None, device=device, sleep_ms=None)
     if config.teacher.dtype == "fp8":
         quantize_blocks(vit.blocks)
-    return _Cut(vit, taps, None, view=resized_view(config, device), sees=config.teacher.sees)
+    return _Cut(vit, objective.taps, None, view=resized_view(config, device), sees=config.teacher.sees, top=random_top(config, objective, device=device))
 
 
 class _Cut(FrozenTeacher):

@@ -6,16 +6,12 @@ Defaults are MAE's published ones for ViT-B (MAE, Tables 9 and 10); `launch/reci
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from dmae_ds.config.objectives import Section
+from dmae_ds.config.objectives import AugmentConfig, Section
 from dmae_ds.config.run import DataConfig, ModelConfig, OptimConfig, RunSection, ScheduleConfig, Unit, known_format
-
-Share = Annotated[float, Field(ge=0, le=1)]
-RAND_AUGMENT = r"rand(-(m\d+|n\d+|p0?\.\d+|mstd\d*\.?\d+|mmax\d+|inc[01]))*"
 
 
 class ClassifierConfig(Section):
@@ -46,23 +42,6 @@ class FinetuneOptimConfig(OptimConfig):
     warmup_epochs: NonNegativeFloat = 5.0
     betas: tuple[Unit, Unit] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65
-
-
-class AugmentConfig(Section):
-    """What happens to a training picture after crop and flip, and to its label."""
-
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's notation
-    erase: Share = 0.25  # probability that a rectangle is replaced by noise
-    mixup: NonNegativeFloat = 0.8  # alpha of the Beta distribution; 0: never
-    cutmix: NonNegativeFloat = 1.0  # likewise; with both, a coin decides for each micro-batch
-    label_smoothing: Unit = 0.1
-
-    @field_validator("rand_augment")
-    @classmethod
-    def _timm_understands_it(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(RAND_AUGMENT, value):
-            raise ValueError(f"'{value}' is not timm's notation; write rand-m9-mstd0.5-inc1, say, or null")
-        return value
 
 
 class DistillConfig(Section):

@@ -112,7 +112,9 @@ def _explain(item: dict, schema: type[BaseModel]) -> str:
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return f"{key}.name {item['ctx'].get('tag', 'is missing')!r}: choose {item['ctx'].get('expected_tags', 'mae, dmae')}"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: found {item['input']!r}; {message[0].lower()}{message[1:]}" if item["type"] != "value_error" else f"{key}: {message}"
+    if item["type"] == "value_error":
+        return f"{key}: {message}" if key else message  # of the recipe as a whole, it names the keys itself
+    return f"{key}: found {item['input']!r}; {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(location: tuple, schema: type[BaseModel]) -> list[str]:

@@ -34,6 +34,12 @@ class ModelConfig(Section):
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
 
+class StudentConfig(ModelConfig):
+    """The network that is trained, from random weights or from those of an earlier run."""
+
+    weights: str | None = None  # a run folder, or a file of any of TEACHER_FORMATS; null: drawn from run.seed
+
+
 TEACHER_FORMATS = ("timm", "mae", "hf", "dinov2", "dinov3", "dmae_ds")  # explained in dmae_ds/teacher/formats.py
 IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
@@ -71,7 +77,11 @@ class TeacherConfig(ModelConfig):
     # zero3: every rank holds a share of every block and fetches it when it is run; auto: what `dmae-ds plan` finds fastest.
     placement: Literal["replicated", "pipeline", "zero3", "auto"] = "replicated"
     stages: PositiveInt | None = None
-    decoder_num_heads: PositiveInt = 16  # of a masked autoencoder's decoder, where the objective taps it; no file says
+    # A masked autoencoder's decoder, where the objective taps it. No file says how many heads it has; the rest is held against the file.
+    decoder_depth: PositiveInt = 8
+    decoder_embed_dim: PositiveInt = 512
+    decoder_num_heads: PositiveInt = 16
+    pool: Literal["mean", "cls"] = "mean"  # what a classifier sees, where the objective taps its logits: the patch tokens' mean, or CLS
     # What its features are turned into before they are compared: zscore and phi_s need `dmae-ds teacher stats` once.
     standardize: Literal["none", "layer_norm", "zscore", "phi_s"] = "none"
     stats: str | None = None  # the file of `dmae-ds teacher stats`; null: beside the weights
@@ -178,6 +188,8 @@ class OptimConfig(ScheduleConfig):
 
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[Unit, Unit] = (0.9, 0.95)
+    # Rate of a layer over that of the one above it; 1: all alike. For objectives that say which layer a parameter is of.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     clip_grad: NonNegativeFloat = 0.0  # global gradient norm; 0: never clipped, as MAE
 
 
@@ -228,7 +240,7 @@ class RunConfig(Section):
     """One run, whole. Written to `RUN/config.yaml` as it was resolved."""
 
     run: RunSection
-    student: ModelConfig
+    student: StudentConfig
     teacher: TeacherConfig | None = None
     objective: ObjectiveConfig
     data: DataConfig
@@ -243,3 +255,8 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     dist: DistConfig = DistConfig()
+
+    @model_validator(mode="after")
+    def _objective_fits_into_the_run(self):
+        self.objective.check_epochs(self.optim.epochs)
+        return self

@@ -14,26 +14,40 @@ from dmae_ds.data.corrupt import Corrupt, replacements
 from dmae_ds.data.decode import decode
 from dmae_ds.data.order import batch_positions, block_spans, sample_ids
 from dmae_ds.data.reader import CorruptSample, Sample, SampleReader
-from dmae_ds.data.transforms import AUGMENT_STREAM, CROP_STREAM, MASK_STREAM, eval_view, sample_rng, train_view
+from dmae_ds.data.transforms import AUGMENT_STREAM, MASK_STREAM, draw_views, eval_view, sample_rng
+from dmae_ds.data.views import View
 
 
 @dataclass(frozen=True)
 class Batch:
     images: torch.Tensor  # [N, 3, H, W] uint8
     noise: torch.Tensor | None  # [N, L] float32 in [0, 1), one draw a patch for the mask; None in evaluation
-    labels: torch.Tensor  # [N] int64
-    sample_ids: torch.Tensor  # [N] int64
-    epochs: torch.Tensor  # [N] int64
+    labels: torch.Tensor | None = None  # [N] int64
+    sample_ids: torch.Tensor | None = None  # [N] int64
+    epochs: torch.Tensor | None = None  # [N] int64
+    more_views: tuple[torch.Tensor, ...] = ()  # other crops of the same pictures, each [N, 3, S, S] uint8
+
+    @property
+    def views(self) -> tuple[torch.Tensor, ...]:
+        """All crops of the pictures, in the order in which they were asked for; the first is `images`."""
+        return (self.images, *self.more_views)
 
     def to(self, device: torch.device | str) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Everything that is computed with. Ids and epochs stay on the host, whose draws they key: to read them back would wait for the device."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return dataclasses.replace(moved, sample_ids=self.sample_ids, epochs=self.epochs)
+
+    def first(self, num: int) -> "Batch":
+        """Its first `num` samples."""
+        return self._map(lambda tensor: tensor[:num])
 
     def used_on(self, stream: "torch.cuda.Stream") -> None:
         """Its memory came from another stream: it is not to be given away before this one has done with it."""
         for field in dataclasses.fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is not None:
-                tensor.record_stream(stream)
+            value = getattr(self, field.name)
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if tensor is not None and tensor.is_cuda:
+                    tensor.record_stream(stream)
 
     def pin_memory(self) -> "Batch":  # DataLoader calls it
         return self._map(torch.Tensor.pin_memory)
@@ -43,11 +57,12 @@ class Batch:
         """Training batches one behind the other."""
         if len(parts) == 1:
             return parts[0]
-        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls)})
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)}
+        return cls(**{name: tuple(map(torch.cat, zip(*values))) if name == "more_views" else torch.cat(values) for name, values in columns.items()})
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: None if value is None else function(value) for name, value in fields.items()})
+        return Batch(**{name: tuple(map(function, value)) if isinstance(value, tuple) else None if value is None else function(value) for name, value in fields.items()})
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,7 @@ def load_train_batch(
     subset: np.ndarray | None,
     crop: str,
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None,
+    views: tuple[View, ...],
 ) -> Loaded:
     """One part of one micro-batch of one rank, by its number alone; arguments as `train_batches` has them. Raises ShardError."""
     number, part = divmod(number, parts)
@@ -102,7 +118,7 @@ def load_train_batch(
         spans = block_spans(epochs, ids, num_samples=num_samples, seed=seed, block=reader.block)
         reader.fetch(spans)
     places, ids = ids, ids if subset is None else subset[ids]
-    images = torch.empty((len(ids) * repeat, 3, img_size, img_size), dtype=torch.uint8)
+    pixels = empty_views(views, len(ids) * repeat, img_size=img_size)
     noise = np.empty((len(ids) * repeat, num_patches), np.float32)
     labels, shown, corrupt = np.empty(len(ids), np.int64), ids.copy(), []
     for row, (epoch, sample_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
@@ -110,15 +126,23 @@ def load_train_batch(
         sample, image, found = _read_whole(reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins)
         corrupt += found
         for number in range(repeat):
-            crop_rng, augment_rng, mask_rng = (sample_rng(seed, epoch, sample_id, stream, view=number) for stream in (CROP_STREAM, AUGMENT_STREAM, MASK_STREAM))
-            view = train_view(image, crop_rng, img_size=img_size, crop_scale=crop_scale, flip=flip, crop=crop)
-            if augment is not None:
-                view = augment(view, augment_rng)
-            images[row * repeat + number] = torch.from_numpy(view)  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
+            key = {"seed": seed, "epoch": epoch, "sample_id": sample_id}
+            drawn = draw_views(image, views, **key, number=number, img_size=img_size, crop_scale=crop_scale, flip=flip, crop=crop)
+            for place, view in enumerate(drawn):
+                view_key = number * len(views) + place
+                if augment is not None:
+                    view = augment(view, sample_rng(**key, stream=AUGMENT_STREAM, view=view_key))
+                pixels[place][row * repeat + number] = torch.from_numpy(view)  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
+            mask_rng = sample_rng(**key, stream=MASK_STREAM, view=number * len(views))
             noise[row * repeat + number] = mask_rng.random(num_patches, dtype=np.float32)
         labels[row], shown[row] = sample.label, sample.sample_id
     per_view = (np.repeat(found, repeat) for found in (labels, shown, epochs))
-    return Loaded(Batch(images, torch.from_numpy(noise), *map(torch.from_numpy, per_view)), corrupt)
+    return Loaded(Batch(pixels[0], torch.from_numpy(noise), *map(torch.from_numpy, per_view), more_views=tuple(pixels[1:])), corrupt)
+
+
+def empty_views(views: tuple[View, ...], num: int, *, img_size: int) -> list[torch.Tensor]:
+    """Room for each view of `num` pictures: [num, 3, S, S] uint8."""
+    return [torch.empty((num, 3, view.size or img_size, view.size or img_size), dtype=torch.uint8) for view in views]
 
 
 def _stand_ins(place: int, *, epoch: int, num_samples: int, seed: int, subset: np.ndarray | None) -> Iterator[int]:

@@ -22,6 +22,7 @@ from dmae_ds.data.order import num_held
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
+from dmae_ds.data.views import View
 from dmae_ds.data.worker import end_with_parent
 from dmae_ds.errors import UserError
 
@@ -51,10 +52,12 @@ def train_batches(
     subset: np.ndarray | None = None,
     crop: str = "torchvision",
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    views: tuple[View, ...] = (View(),),
 ) -> Iterator[Batch]:
     """This rank's micro-batches of steps [start_step, stop_step): `accumulation` a step, `micro_batch` images each.
 
-    repeat: views (crops and masks) that are taken of a picture once it is decoded; a divisor of micro_batch. Steps count views
+    views: crops of each picture that stand in one batch (`Batch.views`); a mask is drawn for the first
+    repeat: batch rows (crops and masks) that are taken of a picture once it is decoded; a divisor of micro_batch. Steps count views
     subset: ids of the samples that are the data, [n], None: all; an epoch is then n samples, in an order of their own
     crop: one of transforms.CROPS; augment: what is done to each view, uint8 [3, H, W], with draws keyed by its sample
     block: see order.py; buffer_gib: what this rank's workers may hold of blocks that were read
@@ -75,7 +78,7 @@ def train_batches(
         from dmae_ds.data.stream import StreamedBatches, stream_batches  # webdataset takes a second to import
 
         streamed = StreamedBatches(
-            shard_set, img_size, num_patches, crop_scale, flip, seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, start_step=start_step
+            shard_set, img_size, num_patches, crop_scale, flip, views, seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, start_step=start_step
         )
         num_batches = (stop_step - start_step) * accumulation
         return stream_batches(streamed, num_batches=num_batches, num_workers=num_workers, pin_memory=pin_memory, max_corrupt=max_corrupt, corrupt_log=corrupt_log)
@@ -101,6 +104,7 @@ def train_batches(
         subset=subset,
         crop=crop,
         augment=augment,
+        views=views,
     )
     numbers = range(start_step * accumulation * parts, stop_step * accumulation * parts)
     log = CorruptLog(corrupt_log, max_corrupt=max_corrupt)

@@ -20,14 +20,15 @@ import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
-from dmae_ds.data.batch import Batch, Loaded
+from dmae_ds.data.batch import Batch, Loaded, empty_views
 from dmae_ds.data.corrupt import Corrupt, CorruptLog
 from dmae_ds.data.decode import decode_bytes
 from dmae_ds.data.foreign import ForeignShards
 from dmae_ds.data.reader import MAX_SAMPLE_BYTES
 from dmae_ds.data.shards import ShardError
 from dmae_ds.data.storage import LocalFile, RemoteFile
-from dmae_ds.data.transforms import CROP_STREAM, MASK_STREAM, sample_rng, train_view
+from dmae_ds.data.transforms import MASK_STREAM, draw_views, sample_rng
+from dmae_ds.data.views import View
 from dmae_ds.data.worker import end_with_parent
 
 EXTENSIONS = ("jpg", "jpeg", "png")
@@ -51,6 +52,7 @@ class StreamedBatches(IterableDataset):
     num_patches: int
     crop_scale: tuple[float, float]
     flip: bool
+    views: tuple[View, ...]
     seed: int
     micro_batch: int
     rank: int
@@ -89,15 +91,16 @@ class StreamedBatches(IterableDataset):
                 raise ShardError(f"{tars[reader][1]} and the other tars of its reader hold no image that can be read{last}")
 
     def _batch(self, samples: list[StreamedSample]) -> Batch:
-        images = torch.empty((len(samples), 3, self.img_size, self.img_size), dtype=torch.uint8)
+        pixels = empty_views(self.views, len(samples), img_size=self.img_size)
         noise = torch.empty((len(samples), self.num_patches))
         for row, sample in enumerate(samples):
-            rng = sample_rng(self.seed, sample.epoch, sample.sample_id, CROP_STREAM)
-            images[row] = torch.from_numpy(train_view(sample.image, rng, img_size=self.img_size, crop_scale=self.crop_scale, flip=self.flip))
-            rng = sample_rng(self.seed, sample.epoch, sample.sample_id, MASK_STREAM)
-            noise[row] = torch.from_numpy(rng.random(self.num_patches, dtype=np.float32))
+            key = {"seed": self.seed, "epoch": sample.epoch, "sample_id": sample.sample_id}
+            drawn = draw_views(sample.image, self.views, **key, img_size=self.img_size, crop_scale=self.crop_scale, flip=self.flip)
+            for place, view in enumerate(drawn):
+                pixels[place][row] = torch.from_numpy(view)
+            noise[row] = torch.from_numpy(sample_rng(**key, stream=MASK_STREAM).random(self.num_patches, dtype=np.float32))
         fields = {name: torch.tensor([getattr(sample, name) for sample in samples]) for name in ("label", "sample_id", "epoch")}
-        return Batch(images, noise, fields["label"], fields["sample_id"], fields["epoch"])
+        return Batch(pixels[0], noise, fields["label"], fields["sample_id"], fields["epoch"], more_views=tuple(pixels[1:]))
 
 
 def stream_batches(

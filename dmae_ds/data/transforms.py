@@ -10,8 +10,11 @@ import math
 import numpy as np
 import torch
 
+from dmae_ds.data.photometric import PHOTOMETRIC
+from dmae_ds.data.views import View
+
 # What is drawn from a sample's key; each needs its own stream.
-CROP_STREAM, MASK_STREAM, AUGMENT_STREAM, ERASE_STREAM = range(4)
+CROP_STREAM, MASK_STREAM, AUGMENT_STREAM, ERASE_STREAM, PHOTOMETRIC_STREAM = range(5)
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height; torchvision's default, which MAE keeps
 NUM_CROP_TRIES = 10  # torchvision's
@@ -23,6 +26,22 @@ def sample_rng(seed: int, epoch: int, sample_id: int, stream: int, *, view: int 
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
     counter = np.array([0, view, sample_id, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def draw_views(
+    image: np.ndarray, views: tuple[View, ...], *, seed: int, epoch: int, sample_id: int, number: int = 0, img_size: int, crop_scale: tuple[float, float], flip: bool, crop: str = "torchvision"
+) -> list[np.ndarray]:
+    """The views that an objective asks for of a picture, uint8 [H, W, 3]: each uint8 [3, S, S].
+
+    number: how many times the picture was taken before in this epoch (data.repeat); img_size, crop_scale: where a view says none
+    """
+    drawn = []
+    for key, view in enumerate(views, start=number * len(views)):
+        rng = sample_rng(seed, epoch, sample_id, CROP_STREAM, view=key)
+        pixels = train_view(image, rng, img_size=view.size or img_size, crop_scale=view.scale or crop_scale, flip=flip, crop=crop)
+        change = PHOTOMETRIC[view.photometric]
+        drawn.append(pixels if change is None else change(pixels, sample_rng(seed, epoch, sample_id, PHOTOMETRIC_STREAM, view=key)))
+    return drawn
 
 
 def train_view(

@@ -20,6 +20,9 @@ DEAD_SHARE = 0.05  # of the gradient; below it a term is all but absent: the pub
 # 50 times too high (k-NN 16% and 20%, ten classes) ended at 1.5 and 2.7.
 DEAD_RANK = 3.0
 JUDGED_FROM = 2 / 3  # of the epochs
+# Of an EMA twin's targets (objectives/spread.py): the share of them that differs from picture to picture. On digits a MoCo-v3 that
+# learned (k-NN 78%) ended at .007, SdAE at .04 to .2; a DINO that fell to one distribution for all pictures was at .0002 after 6 epochs.
+DEAD_SPREAD = 1e-3
 METRICS = {"knn": "k-NN", "linear": "linear probe", "probe": "logistic probe", "finetune": "fine-tuning", "supervised": "supervised"}
 
 
@@ -40,6 +43,7 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
         **{f"{name} at the end": _loss(record, name) for name in record.losses},
         **{f"share of distillation, block {block_of(name)}": _share(record.last_tenth(name)) for name in record.named("share/")},
         **({"effective rank": _rank(record.last_tenth("rank/mean"))} if record.named("rank/") else {}),
+        **({"spread of the targets": _spread(record.last_tenth("target/spread"))} if record.named("target/") else {}),
         "objective": Fact(config.objective.name, objective.describe()),
         "student": Fact(config.student.name, _joined(f"{num_parameters / 1e6:.3g} M parameters", _overrides(config.student))),
         "teacher": _teacher(record, objective, shape),
@@ -52,9 +56,11 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
 
 def find_dead_terms(record: RunRecord, name: str) -> list[str]:
     """A sentence for every distilled block whose share of the gradient has died; `name` is what the reader calls the run."""
-    advice = "raise objective.alpha"
-    if getattr(record.config.objective, "normalize", "none") != "none":
-        advice += ", or compare raw features with objective.normalize=none"
+    distill = getattr(record.config.objective, "distill", None)  # a section of its own, or the objective itself
+    section = "objective" if distill is None else "objective.distill"
+    advice = f"raise {section}.alpha"
+    if getattr(distill or record.config.objective, "normalize", "none") != "none":
+        advice += f", or compare raw features with {section}.normalize=none"
     sentences = []
     for column in record.named("share/"):
         share = record.last_tenth(column)
@@ -67,11 +73,19 @@ def find_dead_terms(record: RunRecord, name: str) -> list[str]:
 
 
 def find_collapses(record: RunRecord, name: str) -> list[str]:
-    """A sentence where a run's features have collapsed; `name` is what the reader calls the run."""
-    young = record.rows[-1]["epoch"] < JUDGED_FROM * record.config.optim.epochs  # a healthy run passes low ranks on its way
-    if young or not record.last_tenth("rank/mean") < DEAD_RANK:
+    """A sentence where a run's features have collapsed, and where its EMA twin's targets have; `name` is what the reader calls the run."""
+    if record.rows[-1]["epoch"] < JUDGED_FROM * record.config.optim.epochs:  # a healthy run passes low ranks on its way
         return []
-    return [
+    found = []
+    if record.last_tenth("target/spread") < DEAD_SPREAD:
+        found.append(
+            f"{name}: of what the student is to predict only {record.last_tenth('target/spread'):.2%} differs from picture to picture (mean of the last "
+            f"tenth of the run; below {DEAD_SPREAD:.1%} counts as collapsed). Its EMA twin says the same of all of them: lower optim.base_lr, lengthen "
+            "optim.warmup_epochs, or move the twin more slowly with objective.momentum."
+        )
+    if not record.last_tenth("rank/mean") < DEAD_RANK:
+        return found
+    return found + [
         f"{name}: the student's features spread over {record.last_tenth('rank/mean'):.1f} directions only (effective rank of the mean of the patch "
         f"tokens, mean of the last tenth of its measurements; below {DEAD_RANK:g} counts as collapsed). All pictures look alike to it, whatever the loss says: "
         "lower optim.base_lr, lengthen optim.warmup_epochs, or set optim.clip_grad."
@@ -111,6 +125,10 @@ def _rank(rank: float) -> Fact:
     return Fact("not finite" if math.isnan(rank) else f"{rank:.1f}", "collapsed" if rank < DEAD_RANK else "")
 
 
+def _spread(spread: float) -> Fact:
+    return Fact("not finite" if math.isnan(spread) else f"{spread:.2%}", "collapsed" if spread < DEAD_SPREAD else "")
+
+
 def _time_split(record: RunRecord) -> str:
     seconds = record.seconds()
     total = sum(seconds.values())
@@ -118,7 +136,7 @@ def _time_split(record: RunRecord) -> str:
 
 
 def _loss(record: RunRecord, name: str) -> Fact:
-    other_units = name == "pixel" and record.config.objective.norm_pix
+    other_units = name == "pixel" and getattr(record.config.objective, "norm_pix", False)
     return Fact(f"{record.last_tenth(name):.4f}", "of normalised patches; not comparable with raw pixels" if other_units else "")
 
 

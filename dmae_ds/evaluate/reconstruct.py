@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmae_ds.data.batch import Batch
 from dmae_ds.data.decode import decode
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
@@ -38,7 +39,7 @@ def reconstruct(
     num_visible: patches that stay (default: as in training). The same noise nests its masks: what fewer show, more show too.
     Returns masked and reconstructed, [N, 3, H, W] uint8; in both, visible patches are the original's, bit for bit.
     """
-    batch = objective.prepare(images, noise, normalize, num_visible=num_visible)
+    batch = objective.prepare(Batch(images, noise), normalize, num_visible=num_visible)
     latent, _ = objective.student(batch.visible, batch.ids_keep)
     pixels = objective.decoder(latent, batch.ids_keep, batch.ids_masked).float()  # [N, L - K, P, P, 3]
     if objective.norm_pix:  # the decoder painted each patch in units of its own contrast: lend it the original's

@@ -14,7 +14,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import read_results
 
 _NOT_LOSSES = ("step", "epoch", "lr", "images_per_s")
-_NOT_LOSSES_EITHER = ("share/", "seconds/", "rank/", "norm/", "knn/")
+_NOT_LOSSES_EITHER = ("share/", "seconds/", "rank/", "norm/", "knn/", "target/")
 TIMES = ("data", "teacher", "rest")  # train/clock.py
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import keep_random
@@ -95,7 +96,7 @@ class Source:
         if self.what == "encoder":
             everything = torch.arange(self.num_patches).expand(len(inputs.pixels), -1)
             return {"tokens": self.vit(patchify(inputs.pixels, self.patch_size), everything)[0]}
-        batch = self.model.prepare(inputs.pixels, inputs.noise, nn.Identity())
+        batch = self.model.prepare(Batch(inputs.pixels, inputs.noise), nn.Identity())
         latent, _ = self.vit(batch.visible, batch.ids_keep)
         painted = self.model.decoder(latent, batch.ids_keep, batch.ids_masked)
         return {"pixels": painted.flatten(2), "loss": self.model.pixel_loss(latent, batch)}
@@ -129,7 +130,7 @@ def _open_student(run: Path, what: str) -> Source:
         if rest_metadata.get("step") != metadata.get("step"):
             raise UserError(f"student.safetensors is of step {metadata.get('step')}, decoder.safetensors of {rest_metadata.get('step')}: the run is saving; try again")
         model, _ = build_objective(config)
-        if not hasattr(model, "decoder"):
+        if not model.paints:
             raise UserError(f"objective {config.objective.name} trains no pixel decoder; export --what encoder")
         weights, vit = {**{f"student.{name}": tensor for name, tensor in tensors.items()}, **rest}, model.student
         tensors = {**tensors, **{name: tensor for name, tensor in rest.items() if name.startswith("decoder.")}}

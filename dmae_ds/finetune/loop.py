@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from dmae_ds.data.batch import Batch
 from dmae_ds.errors import RunFailed
-from dmae_ds.finetune.augment import Prepare, normalized
+from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.optim import set_lr
 from dmae_ds.finetune.tasks import set_training
 from dmae_ds.models.patches import Normalize
+from dmae_ds.objectives.augment import normalized
 
 CHECK_EVERY = 50  # steps between two looks at the loss, which wait for the device
 

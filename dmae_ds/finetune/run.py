@@ -33,7 +33,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.evaluate.subsets import check_labels, open_labelled, open_subset
-from dmae_ds.finetune.augment import Prepare, RandAugment
+from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.build import Classifier, build
 from dmae_ds.finetune.checkpoint import RESUME_FILE, read_resume, restore
 from dmae_ds.finetune.loop import train, validate
@@ -152,7 +152,7 @@ def _batches(
 
 
 def _check_micro_batch(config: FinetuneConfig | LinearConfig, micro_batch: int) -> None:
-    if isinstance(config, FinetuneConfig) and (config.augment.mixup or config.augment.cutmix) and micro_batch % 2:
+    if isinstance(config, FinetuneConfig) and config.augment.mixes and micro_batch % 2:
         raise UserError(f"mixing pairs pictures of a micro-batch, and {micro_batch} is odd; set optim.micro_batch to an even number, or augment.mixup=0 augment.cutmix=0")
     if isinstance(config, LinearConfig) and micro_batch < 2:
         raise UserError("the probe's batch norm needs at least two pictures in a micro-batch; raise optim.micro_batch, or take fewer ranks")

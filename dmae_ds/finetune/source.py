@@ -44,7 +44,7 @@ def find_source(word: str, *, schema: type[Config], recipe: str, overrides: list
             raise UserError(f"'{file}' is not there; a training run writes it with its first checkpoint; for the result of an evaluation name its best.safetensors")
         trained = read_saved_config(run)
         below |= {
-            "run": {"dir": _BESIDE, "seed": trained.run.seed}, "network": trained.student.model_dump(exclude_none=True),
+            "run": {"dir": _BESIDE, "seed": trained.run.seed}, "network": trained.student.model_dump(exclude_none=True, exclude={"weights"}),
             "data": trained.data.model_dump(mode="json"),
         }  # fmt: skip
     else:

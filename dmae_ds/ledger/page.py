@@ -7,10 +7,11 @@ from statistics import fmean, stdev
 
 from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
+from dmae_ds.evaluate.facts import DEAD_RANK
 from dmae_ds.figures import to_png
 from dmae_ds.ledger.published import NUM_IMAGENET, Wanted, matching_result, read_published, wanted
 from dmae_ds.ledger.runs import Run, find_runs
-from dmae_ds.ledger.study import Arm, columns_of, cost, draw, group, spread
+from dmae_ds.ledger.study import Arm, columns_of, cost, draw, group, rank, spread
 
 NOT_RUN, NO_METHOD = "not run", "not run*"
 FIGURE = Path(".github/results.png")  # beside the page
@@ -110,12 +111,13 @@ def render_study(arms: list[Arm]) -> list[str]:
     lines += [
         f"{sum(len(arm.runs) for arm in arms)} runs on {' or '.join(f'{number:,}' for number in images)} images, {'about ' + format(int(steps.pop()), ',') + ' steps each' if len(steps) == 1 else 'of different lengths'}.",
         "Top-1 in percent at the last step, mean ± sample standard deviation over seeds. An arm is named by its objective and by what",
-        "differs from the commonest recipe of that objective. Time: wall, pre-training alone.", "", f"![{', '.join(headings.values())} of every arm]({FIGURE})", "",
-        _line("arm", *headings.values(), "seeds", "time"), "|---|" + "---|" * (len(headings) + 2),
+        "differs from the commonest recipe of that objective. Time: wall, pre-training alone. Rank: effective rank of the mean of the patch tokens",
+        f"over the last tenth of training, mean over seeds and (lowest); it can't exceed a rank's batch, and below {DEAD_RANK:g} counts as collapsed.", "", f"![{', '.join(headings.values())} of every arm]({FIGURE})", "",
+        _line("arm", *headings.values(), "seeds", "time", "rank"), "|---|" + "---|" * (len(headings) + 3),
     ]  # fmt: skip
     for arm in arms:
         cells = [spread(arm.values[column]) + _fewer(arm, column) if column in arm.values else NOT_RUN for column in headings]
-        lines.append(_line(arm.name, *cells, ", ".join(map(str, arm.seeds)), cost(arm.runs)))
+        lines.append(_line(arm.name, *cells, ", ".join(map(str, arm.seeds)), cost(arm.runs), rank(arm.runs)))
     return [*lines, ""]
 
 

@@ -24,6 +24,18 @@ FINETUNED = {"metric": "finetune", "labels": "all", "epochs": 100, "img_size": 2
 SUPERVISED = {**FINETUNED, "metric": "supervised", "init": "random"}
 DISTILLED = {"soft distillation": "deit_soft", "hard distillation": "deit_hard", "supervised feature alignment": "features"}
 SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
+# What DMAE's Table 9 says of DINO and MoCo-v3 is nothing; 100 epochs and ViT-L's block 18 are those of the paper.
+CONTRASTIVE = {"student": PRETRAINING["student"], "epochs": 100, "num_images": NUM_IMAGENET, "finished": True}
+IMITATION = {key: DMAE[key] for key in ("teacher", "pairs", "head", "distance", "alpha", "normalize", "standardize")}
+# SdAE, Sec. 4.1 and its published script. Table 5's rows differ in what the twin sees.
+SDAE = {"objective": "sdae", "student": PRETRAINING["student"], "mask_ratio": 0.75, "teacher_sees": "folds", "epochs": 300, "num_images": NUM_IMAGENET, "finished": True}
+SDAE_METHODS = {"MoCo v3": {"objective": "mocov3", "distilled": False}, "DINO": {"objective": "dino", "distilled": False}, "MAE": {"objective": "mae", "mask_ratio": 0.75}, "SdAE": SDAE}
+SDAE_SEES = {"whole image, target normalised": "all", "masked patches only, target normalised": "masked", "multi-fold, target normalised": "folds"}
+# G2SD's supplement: ViT-S (Table 3 names it), 300 epochs of the first stage, 200 of whatever follows.
+G2SD = {"objective": "g2sd_generic", "student": "vit_small_patch16_224", "mask_ratio": 0.75, "target": "features", "epochs": 300, "num_images": NUM_IMAGENET, "finished": True}
+G2SD_SPECIFIC = {"objective": "g2sd_specific", "student": G2SD["student"], "num_images": NUM_IMAGENET, "finished": True}
+G2SD_TARGETS = {"target: features (default)": "features", "target: the teacher's reconstruction": "reconstruction",
+                "target: the teacher's reconstruction and the pixels": "reconstruction_and_pixels"}  # fmt: skip
 TEACHER_BLOCKS = {"student middle <- teacher middle": 18, "student middle <- teacher top": 24, "student middle <- teacher bottom": 6}  # of 24; the student's is 9
 
 
@@ -44,8 +56,10 @@ def read_published() -> tuple[dict, list[dict]]:
 
 def wanted(row: dict) -> Wanted | None:
     """What a run has to be for this row; None where this project has no such method."""
-    if row["paper"] != "dmae":
-        return None
+    if row["paper"] == "sdae":
+        return _of_sdae(row)
+    if row["paper"] == "g2sd supplement":
+        return _of_g2sd(row)
     table, what = row["table"], row["what"]
     if table == "1" or table == "8":
         blocks = row.get("student_block") or what.removeprefix("student block ")
@@ -59,7 +73,35 @@ def wanted(row: dict) -> Wanted | None:
         return Wanted({**(DMAE if "teacher" in row else MAE), "student": SIZES[row["student"]], **_teacher(row)}, FINETUNED)
     if table in ("4", "6", "7"):
         return _baseline(row)
-    return None
+    method, distilled = what.split(" + ")[0], what.endswith(" + DMAE")  # Table 9
+    return Wanted({**CONTRASTIVE, "objective": {"DINO": "dino", "MoCo-v3": "mocov3"}[method], "distilled": distilled, **(IMITATION if distilled else {})}, FINETUNED)
+
+
+def _of_sdae(row: dict) -> Wanted | None:
+    """Top-1 of Tables 2 and 5; seconds on a V100, segmentation and detection are not this project's."""
+    if row["table"] == "5" and row["what"] in SDAE_SEES:
+        return Wanted({**SDAE, "teacher_sees": SDAE_SEES[row["what"]]}, FINETUNED)
+    if row["table"] != "2":
+        return None
+    if row["what"] == "from scratch":
+        return Wanted({"student": SDAE["student"]}, {**SUPERVISED, "epochs": row["pretrain_epochs"], "distill": None})
+    facts = SDAE_METHODS.get(row["what"])
+    return None if facts is None else Wanted({**CONTRASTIVE, **facts, "epochs": row["pretrain_epochs"]}, FINETUNED)
+
+
+def _of_g2sd(row: dict) -> Wanted | None:
+    """Top-1 of Tables 2, 4 and 5: of the generic stage by fine-tuning, of the specific stage by the trainer itself."""
+    finetuned = {**FINETUNED, "epochs": 200}
+    if row["table"] == "5":
+        return Wanted({**G2SD, "mask_ratio": row["mask_ratio"]}, finetuned)
+    if row["table"] == "4":
+        return Wanted({**G2SD, "target": G2SD_TARGETS[row["what"]]}, finetuned)
+    if row["table"] != "2":
+        return None
+    if row["what"] == "DeiT":
+        return Wanted({"student": G2SD["student"]}, {**SUPERVISED, "epochs": 500, "distill": None})
+    own = {"metric": "finetune", "init": "weights", "epochs": 200} if row["what"] == "G2SD" else {"metric": "supervised", "init": "random", "epochs": 500}
+    return Wanted({**G2SD_SPECIFIC, "epochs": own["epochs"]}, {**FINETUNED, **own, "recipe": "g2sd_specific"})
 
 
 def _teacher(row: dict) -> dict:

@@ -17,7 +17,10 @@ DEPTHS = {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32, "giant":
 
 @dataclass(frozen=True)
 class Run:
-    """A run. facts["finished"]: whether it came to its end; results: those of its last step; hours: wall time of pre-training; world_size: its ranks, None if not known."""
+    """A run. facts["finished"]: whether it came to its end; results: those of its last step; hours: wall time of pre-training; world_size: its ranks, None if not known.
+
+    rank: effective rank of the mean of the patch tokens over the last tenth of training; NaN where it was not watched
+    """
 
     path: Path
     config: RunConfig
@@ -25,6 +28,7 @@ class Run:
     results: list[dict]
     hours: float
     world_size: int | None
+    rank: float = math.nan
 
     @property
     def gpu_hours(self) -> float | None:
@@ -52,16 +56,19 @@ def read_run(path: Path) -> Run:
     last = record.rows[-1]["step"]
     # one that starts from random weights lies beside the run, and has no step of it
     results = [result for result in record.results if result["step"] == last or result["settings"].get("init") == "random"]
-    return Run(path, record.config, facts_of(record.config, _num_images(record), last), results, _hours(record), _world_size(path))
+    return Run(path, record.config, facts_of(record.config, _num_images(record), last), results, _hours(record), _world_size(path), record.last_tenth("rank/mean"))
 
 
 def facts_of(config: RunConfig, num_images: int, step: int) -> dict[str, object]:
     """What a row of a paper may fix, as plain values. num_images: of an epoch; step: the last finished one."""
     objective, teacher, optim = config.objective, config.teacher, config.optim
+    term = getattr(objective, "distill", None) or objective  # which imitates a teacher's blocks
     return {
         "objective": objective.name, "student": _name(config.student), "teacher": None if teacher is None else _name(teacher), "pairs": _pairs(config),
-        "mask_ratio": objective.mask_ratio, "decoder_depth": objective.decoder.depth, "head": getattr(objective, "head", None), "distance": getattr(objective, "distance", None),
-        "alpha": getattr(objective, "alpha", None), "normalize": getattr(objective, "normalize", None), "standardize": None if teacher is None else teacher.standardize,
+        **{field: getattr(objective, field, None) for field in ("mask_ratio", "target", "teacher_sees", "cosine_over")},
+        **{field: getattr(term, field, None) for field in ("head", "distance", "alpha", "normalize")},
+        "decoder_depth": objective.decoder.depth if hasattr(objective, "decoder") else None, "distilled": objective.needs_teacher,
+        "standardize": None if teacher is None else teacher.standardize,
         "epochs": optim.epochs, "warmup_epochs": optim.warmup_epochs, "global_batch": optim.global_batch, "base_lr": optim.base_lr, "weight_decay": optim.weight_decay,
         "betas": tuple(optim.betas), "num_images": num_images, "finished": step * optim.global_batch > optim.epochs * num_images - optim.global_batch,
     }  # fmt: skip
@@ -77,10 +84,11 @@ def _name(model: ModelConfig) -> str:
 
 def _pairs(config: RunConfig) -> tuple | None:
     """((student block, teacher block), ...), where the depths are known."""
-    pairs = getattr(config.objective, "pairs", None)
+    term = getattr(config.objective, "distill", None) or config.objective
+    pairs = getattr(term, "pairs", None)
     if pairs is not None:
         return tuple(sorted(tuple(pair) for pair in pairs))
-    if config.teacher is None or not hasattr(config.objective, "pairs"):
+    if config.teacher is None or not hasattr(term, "pairs"):
         return None
     depths = [model.depth or DEPTHS.get(model.name.split("_")[1] if "_" in model.name else "") for model in (config.student, config.teacher)]
     return None if None in depths else (tuple(max(1, depth * 3 // 4) for depth in depths),)

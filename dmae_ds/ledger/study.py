@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dmae_ds.config.load import flatten, read_saved_config
-from dmae_ds.config.run import RunConfig
+from dmae_ds.config.run import RunConfig, StudentConfig, TeacherConfig
 from dmae_ds.figures import light
 from dmae_ds.ledger.runs import Run
 
@@ -24,6 +24,7 @@ _ANY_VALUE = {"run", "log", "checkpoint", "data.num_workers", "data.cache_dir", 
 _METRICS = {"knn": "k-NN", "probe": "logistic probe", "linear": "linear probe", "finetune": "fine-tuned", "supervised": "supervised"}
 _LABELS = ("all", "10%", "1%")
 PANELS_A_ROW = 3
+NOT_WATCHED = "not watched"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Arm:
 
 def group(runs: list[Run]) -> list[Arm]:
     """The arms: by objective, the commonest recipe before those that differ from it, and teachers of other runs last."""
-    taught_by = {folder.resolve() for run in runs for folder in [_teacher_run(run.config)] if folder is not None}
+    taught_by = {folder.resolve() for run in runs for folder in [_run_behind(run.config.teacher)] if folder is not None}
     flats: dict[tuple[str, str], dict] = {}
     members: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -70,21 +71,26 @@ def group(runs: list[Run]) -> list[Arm]:
 
 
 def identity(config: RunConfig) -> dict[str, object]:
-    """The config without seed and place, flat: {"optim.epochs": 20.0}. A teacher of this project stands for itself, not for its path."""
+    """The config without seed and place, flat: {"optim.epochs": 20.0}. Weights that a run of this project made stand for it, not for their path."""
     flat = {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in _ANY_VALUE and key.split(".")[0] not in _ANY_VALUE}
-    folder = _teacher_run(config)
-    if folder is not None:  # each seed may have trained its own
-        flat["teacher.weights"] = identity(read_saved_config(folder))
+    for name, model in (("teacher", config.teacher), ("student", config.student)):
+        folder = _run_behind(model)
+        if folder is not None:  # each seed may have trained its own
+            flat[f"{name}.weights"] = identity(read_saved_config(folder)) | ({} if _is_student_of(folder, model) else {"evaluation": Path(model.weights).parent.name})
     return flat
 
 
-def _teacher_run(config: RunConfig) -> Path | None:
-    """The folder of the run that trained this one's teacher, where it is one of this project's."""
-    if config.teacher is None or config.teacher.weights is None:
+def _run_behind(model: StudentConfig | TeacherConfig | None) -> Path | None:
+    """The folder of the run whose student, or an evaluation's classifier, a network has its weights from, where it is one of this project's."""
+    if model is None or model.weights is None:
         return None
-    path = Path(config.teacher.weights).expanduser()
-    folder = path if path.is_dir() else path.parent
-    return folder if (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file() else None
+    path = Path(model.weights).expanduser()
+    folders = (path, path.parent, path.parent.parent)
+    return next((folder for folder in folders if (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file()), None)
+
+
+def _is_student_of(folder: Path, model: StudentConfig | TeacherConfig) -> bool:
+    return Path(model.weights).expanduser() in (folder, folder / "student.safetensors")
 
 
 def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
@@ -102,7 +108,7 @@ def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
             usual = json.dumps(defaults[objectives[key]].get(field), sort_keys=True)
             commonest = max(counts, key=lambda text: (counts[text], text == usual, text))
             if json.dumps(value, sort_keys=True) != commonest:
-                said = "another" if isinstance(value, dict) else "3/4" if field == "objective.pairs" and value is None else json.dumps(value).strip('"')
+                said = value["objective.name"] if field == "student.weights" and isinstance(value, dict) else "another" if isinstance(value, dict) else "3/4" if field == "objective.pairs" and value is None else json.dumps(value).strip('"')
                 differing.append(f"{field.removeprefix('objective.')} {said}")
         names[key] = ", ".join([objectives[key], *differing])
     return names
@@ -118,6 +124,8 @@ def columns_of(arms: list[Arm]) -> dict[Column, str]:
         alike = [json.loads(other.settings) for other in found if (other.metric, other.labels) == (column.metric, column.labels)]
         own = json.loads(column.settings)
         differing = [f"{key} {own.get(key)}" for key in own if len({json.dumps(other.get(key)) for other in alike}) > 1]
+        if len({other.get("recipe") for other in alike}) == len(alike):  # which says all else
+            differing = [text for text in differing if text.startswith("recipe ")]
         labels = [] if column.labels == "all" else [f"{column.labels} labels" if column.labels.endswith("%") else column.labels]
         headings[column] = ", ".join([_METRICS[column.metric], *labels, *differing])
     return headings
@@ -171,6 +179,12 @@ def _draw_arm(axes: Axes, place: int, arm: Arm, values: list[float]) -> None:
     colour = light("--soft" if arm.name.startswith("teacher") else "--series-0" if arm.name.startswith("dmae") else "--series-1")
     axes.errorbar(fmean(values), place, xerr=stdev(values) if len(values) > 1 else None, fmt="|", markersize=9, color=colour, linewidth=1.4)
     axes.plot(values, [place] * len(values), "o", markersize=4, markerfacecolor="none", markeredgecolor=colour, alpha=0.7)
+
+
+def rank(runs: list[Run]) -> str:
+    """Effective rank at the end of training, of the runs that watched it, and the lowest of them."""
+    ranks = [run.rank for run in runs if not math.isnan(run.rank)]
+    return NOT_WATCHED if not ranks else f"{fmean(ranks):.1f} ({min(ranks):.1f})" if len(ranks) > 1 else f"{ranks[0]:.1f}"
 
 
 def cost(runs: list[Run]) -> str:

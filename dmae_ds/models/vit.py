@@ -123,6 +123,7 @@ class MaskedViT(nn.Module):
         self.norm_pre = vit.norm_pre
         self.blocks = nn.ModuleList(vit.blocks)
         self.norm = vit.norm if keep_norm else None
+        self._other_grids: dict[tuple, Tensor] = {}  # position codes of smaller pictures
 
     @property
     def depth(self) -> int:
@@ -137,12 +138,31 @@ class MaskedViT(nn.Module):
         """One CLS token, position codes for it and for every patch, nothing rotary."""
         return self.cls_token is not None and self.num_prefix == self.num_prefix_positions == 1 and self.rope is None
 
-    def embed(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
-        """Visible pixels [N, K, P, P, C] at the places ids_keep [N, K] -> tokens [N, R + K, D]."""
+    def positions(self, grid: tuple[int, int] | None, like: Tensor) -> Tensor | None:
+        """Position codes of patches [L, D], in the dtype of `like`.
+
+        grid: of pictures of another size. Sin-cos codes are computed anew, the small grid laid over the whole of the own one: as
+        DINO's interpolation of learned codes has it, and without its blur. For plain students alone.
+        """
+        if self.pos_embed is None:
+            return None
+        if grid is None or grid == self.grid:
+            return self.pos_embed[0, self.num_prefix_positions :].to(like.dtype)
+        assert self.is_plain, "only a student knows how to place other grids"
+        key = (grid, like.device, like.dtype)
+        if key not in self._other_grids:
+            self._other_grids[key] = sincos_positions(self.embed_dim, grid, span=self.grid)[0, 1:].to(like)
+        return self._other_grids[key]
+
+    def embed(self, visible: Tensor, ids_keep: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Visible pixels [N, K, P, P, C] at the places ids_keep [N, K] of a grid, by default the own one -> tokens [N, R + K, D]."""
         tokens = self.patch_embed.proj(visible)
         split = self.num_prefix_positions
-        if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed[0, split:].to(tokens.dtype)[ids_keep]
+        if self.cls_token is not None and self.cls_token.dtype != self.patch_embed.proj.weight.dtype:
+            tokens = tokens.to(self.cls_token.dtype)  # a frozen projection is a buffer, and DeepSpeed casts parameters alone
+        positions = self.positions(grid, tokens)
+        if positions is not None:
+            tokens = tokens + positions[ids_keep]
         in_front = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if in_front:
             prefix = torch.cat(in_front, dim=1)
@@ -156,13 +176,19 @@ class MaskedViT(nn.Module):
             return block(tokens)
         return block(tokens, rope=self.rope[ids_keep].unsqueeze(1))  # [N, 1, K, 2 * D / heads]: alike for all heads
 
-    def forward(self, visible: Tensor, ids_keep: Tensor, taps: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run all blocks; `taps` are block numbers counted from 1.
+    def forward(
+        self, visible: Tensor, ids_keep: Tensor, taps: Iterable[int] = (), *, grid: tuple[int, int] | None = None, appended: Tensor | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run all blocks; `taps` are block numbers counted from 1; grid: of pictures of another size, see `positions`.
+
+        appended: [1, T, D] tokens that go behind the patches of every picture, without a place (networks without rotary positions)
 
         Returns the last tokens [N, R + K, D] (after the final norm, where it is kept) and the residual stream right
         after each tapped block, before any final norm: {block: [N, R + K, D]}.
         """
-        tokens = self.embed(visible, ids_keep)
+        tokens = self.embed(visible, ids_keep, grid)
+        if appended is not None:
+            tokens = torch.cat([tokens, appended.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):
             tokens = self.run_block(block, tokens, ids_keep)
@@ -207,7 +233,7 @@ def initialize_as_mae(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(parameter, std=0.02, generator=generator)
         elif parameter.ndim >= 2:
             nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
-        elif name.endswith(".bias"):
+        elif name.rpartition(".")[2] == "bias":  # also of a layer by itself
             nn.init.zeros_(parameter)
         else:
             nn.init.ones_(parameter)

@@ -1,15 +1,23 @@
 """What is optimised. One file an objective; this table names them, `config/objectives.py` holds their schemas.
 
-An objective is one `nn.Module` that owns all that the optimiser trains (student, decoder, heads) and says what it needs:
-
-    taps        names of the frozen teacher's features it wants, such as "block/18" (none: no teacher)
-    prepare     pixels on the device -> the masked batch that teacher and student share
-    forward     (masked batch, {tap: features}) -> {"loss": ..., and every named part}
-
-`train/run.py` wires exactly that; nothing in the loop, the loader or the teacher knows an objective's name.
+An objective is one `nn.Module` that owns all that the optimiser trains (student, decoder, heads) and declares what it needs
+(base.py): a frozen teacher's features, views of a picture, labels, an EMA twin. `train/run.py` wires exactly that; nothing
+in the loop, the loader or the teacher knows an objective's name.
 """
 
+from dmae_ds.config.objectives import find_own
+from dmae_ds.objectives.base import Objective
+from dmae_ds.objectives.dino import Dino
 from dmae_ds.objectives.dmae import Dmae
+from dmae_ds.objectives.g2sd_generic import G2sdGeneric
+from dmae_ds.objectives.g2sd_specific import G2sdSpecific
 from dmae_ds.objectives.mae import Mae
+from dmae_ds.objectives.mocov3 import MoCoV3
+from dmae_ds.objectives.sdae import Sdae
 
-OBJECTIVES = {"mae": Mae, "dmae": Dmae}
+OBJECTIVES = {"mae": Mae, "dmae": Dmae, "mocov3": MoCoV3, "sdae": Sdae, "dino": Dino, "g2sd_generic": G2sdGeneric, "g2sd_specific": G2sdSpecific}
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The class of a shipped objective, or of one's own: `module:Class`. The name is that of a checked recipe."""
+    return find_own(name) or OBJECTIVES[name]

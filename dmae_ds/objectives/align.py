@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,6 +16,11 @@ def build_head(kind: str, student_dim: int, teacher_dim: int) -> nn.Sequential:
     for _ in range(HEADS[kind]):
         layers += [nn.GELU(), nn.Linear(teacher_dim, teacher_dim)]
     return nn.Sequential(*layers)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, in which losses are taken; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,51 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.config.objectives import MaskedPixels
-from dmae_ds.models.decoder import Decoder
-from dmae_ds.models.masking import MaskedBatch, gather_patches, keep_random, num_visible
-from dmae_ds.models.patches import patchify
+from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.masked import MaskedObjective, build_decoder
 
 
-class Mae(nn.Module):
-    """Student and decoder under the pixel loss.
+class Mae(MaskedObjective):
+    """Student and decoder under the pixel loss."""
 
-    student: built by `models.vit.build_student`; `generator` draws the decoder's initial weights.
-    Raises UserError when the mask would leave no visible or no masked patch.
-    """
-
-    taps: tuple[str, ...] = ()
+    paints = True
 
     def __init__(self, config: MaskedPixels, *, student: MaskedViT, generator: torch.Generator):
-        super().__init__()
-        self.num_visible = num_visible(student.num_patches, config.mask_ratio, config.patch_count)
+        super().__init__(config, student=student)
         self.norm_pix = config.norm_pix
-        self.student = student
-        self.decoder = Decoder(
-            encoder_dim=student.embed_dim, patch_size=student.patch_size, grid=student.grid, depth=config.decoder.depth,
-            embed_dim=config.decoder.embed_dim, num_heads=config.decoder.num_heads, generator=generator,
-        )  # fmt: skip
-
-    def prepare(self, images: Tensor, noise: Tensor, normalize: nn.Module, *, num_visible: int | None = None) -> MaskedBatch:
-        """Draw the mask. images [N, 3, H, W] as read (uint8), noise [N, L]; `normalize` turns pixels into floats.
-
-        num_visible: patches that stay, where it is not the recipe's mask ratio that says so
-        """
-        patches = patchify(images, self.student.patch_size)
-        ids_keep, ids_masked = keep_random(noise, num_visible or self.num_visible)
-        visible, masked = (normalize(gather_patches(patches, ids)) for ids in (ids_keep, ids_masked))
-        return MaskedBatch(visible=visible, masked=masked, ids_keep=ids_keep, ids_masked=ids_masked)
+        self.decoder = build_decoder(config.decoder, student=student, generator=generator)
 
     def describe(self) -> str:
-        """One line for the start of a run."""
-        return f"{self.num_visible} of {self.student.num_patches} patches visible{', norm_pix' if self.norm_pix else ''}"
-
-    def gradient_shares(self) -> dict[str, Tensor]:
-        """After backward: {"share/9": norm of distillation's gradient at student block 9 / (that + norm of the rest's)}.
-
-        A share near 0 is a dead term. Here no block is distilled.
-        """
-        return {}
+        return f"{super().describe()}{', norm_pix' if self.norm_pix else ''}"
 
     def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss", "pixel"}, scalars."""

@@ -37,11 +37,11 @@ class Candidate:
 def placements(geometry: Geometry, *, gpus: int, gpus_per_node: int) -> list[tuple[str, int | None]]:
     """(placement, stages): replicated first; pipelines of 2, 4, ... ranks that divide all; zero3 last.
 
-    Powers of two up to a node's GPUs, and one that spans nodes. One rank or a tapped decoder: replicated.
+    Powers of two up to a node's GPUs, and one that spans nodes. One rank: replicated.
     """
     if geometry.teacher is None:
         return [("no teacher", None)]
-    if geometry.decoder_is_tapped or gpus == 1:
+    if gpus == 1:
         return [("replicated", None)]
     powers = [2**power for power in range(1, gpus.bit_length())]
     largest = 2 * gpus_per_node

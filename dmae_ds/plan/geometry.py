@@ -11,14 +11,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dmae_ds import dist
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
-from dmae_ds.objectives.mae import Mae
+from dmae_ds.objectives.needs import Progress
+from dmae_ds.objectives.twin import TwinModule, twin_features
 from dmae_ds.plan.trace import Trace, trace_inference, trace_training
-from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths
+from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths, needs_top
 from dmae_ds.teacher.grid import PatchView
+from dmae_ds.teacher.top import Top, meta_top
 
 WEIGHTS = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +33,7 @@ WEIGHTS = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.
 class TeacherGeometry:
     """The frozen teacher up to its deepest tap. Bytes are those of its dtype, FLOPs and work of one micro-batch."""
 
-    embedding_bytes: int  # patch projection, tokens, position codes: on every rank
+    embedding_bytes: int  # patch projection, tokens, position codes, and a tapped decoder or classifier: on every rank
     block_bytes: tuple[int, ...]  # of every block that is built
     flops: int
     working_bytes: int  # alive at most while it runs, on top of the weights
@@ -45,6 +51,16 @@ class TeacherGeometry:
 
 
 @dataclass(frozen=True)
+class TwinGeometry:
+    """An objective's EMA twin, whole and in fp32 on every rank; FLOPs and bytes of one micro-batch."""
+
+    weight_bytes: int
+    flops: int
+    working_bytes: int  # alive at most while it runs, on top of the weights
+    feature_bytes: int
+
+
+@dataclass(frozen=True)
 class Geometry:
     """A recipe at one micro-batch. `batch_bytes`: a prepared micro-batch without features, as it waits for the student."""
 
@@ -54,7 +70,7 @@ class Geometry:
     buffer_bytes: int
     batch_bytes: int
     teacher: TeacherGeometry | None
-    decoder_is_tapped: bool
+    twin: TwinGeometry | None = None
 
 
 def measure(config: RunConfig, micro_batch: int) -> Geometry:
@@ -63,21 +79,28 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
     dtype = WEIGHTS[config.precision]
     student = objective.student
     student_parameters = sum(parameter.numel() for parameter in student.parameters())
-    objective.to(dtype)
-    vit = None if config.teacher is None else _meta_teacher(config, objective.taps)
+    built = None if config.teacher is None else _meta_teacher(config, objective)
+    ids = torch.zeros(micro_batch, dtype=torch.int64)  # real ones: they key draws on the host
+    twin = None if objective.twin is None else TwinModule(objective)
+    objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
     autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16_autocast" else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    objective.to(dtype)
+    with dist.alone(), FakeTensorMode(allow_non_fake_inputs=True):
         objective.to_empty(device="cpu")
-        batch = _batch(objective, micro_batch)
-        teacher, features = (None, {}) if vit is None else _measure_teacher(vit, objective.taps, batch, sees=config.teacher.sees)
-        batch_bytes = _bytes(vars(batch).values()) + micro_batch * 3 * student.num_patches * student.patch_size**2 + 4 * micro_batch * student.num_patches
+        batch, pixel_bytes = _batch(objective, config, ids)
+        teacher, features = (None, {}) if built is None else _measure_teacher(*built, objective.taps, batch, sees=config.teacher.sees)
+        batch_bytes = _bytes(vars(batch).values()) + pixel_bytes
+        twin_geometry = None
+        if twin is not None:
+            twin_geometry, found = _measure_twin(objective, twin, batch, precision=config.precision)
+            features |= found
 
         def forward() -> torch.Tensor:
             with autocast:
                 return objective(batch, features)["loss"]
 
         trace = trace_training(objective, forward)
-    return Geometry(micro_batch, trace, student_parameters, _bytes(objective.buffers()), batch_bytes, teacher, _taps_decoder(objective.taps))
+    return Geometry(micro_batch, trace, student_parameters, _bytes(objective.buffers()), batch_bytes, teacher, twin_geometry)
 
 
 def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
@@ -91,52 +114,59 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
     if teacher is not None:
         per_image = ("flops", "working_bytes", "token_bytes", "id_bytes", "feature_bytes")
         teacher = replace(teacher, **{name: at(getattr(teacher, name)) for name in per_image})
+    twin = geometry.twin
+    if twin is not None:
+        twin = replace(twin, **{name: at(getattr(twin, name)) for name in ("flops", "working_bytes", "feature_bytes")})
     student = Trace(at(student.forward_flops), at(student.backward_flops), gradients)
-    return replace(geometry, micro_batch=micro_batch, student=student, batch_bytes=at(geometry.batch_bytes), teacher=teacher)
+    return replace(geometry, micro_batch=micro_batch, student=student, batch_bytes=at(geometry.batch_bytes), teacher=teacher, twin=twin)
 
 
-def _batch(objective: Mae, micro_batch: int) -> MaskedBatch:
-    """As `objective.prepare` would give it: what is on the device before teacher and student begin."""
-    student, visible = objective.student, objective.num_visible
-    patch = (student.patch_size, student.patch_size, 3)
-    masked = student.num_patches - visible
-    return MaskedBatch(
-        visible=torch.empty(micro_batch, visible, *patch), masked=torch.empty(micro_batch, masked, *patch),
-        ids_keep=torch.empty(micro_batch, visible, dtype=torch.int64), ids_masked=torch.empty(micro_batch, masked, dtype=torch.int64),
-    )  # fmt: skip
+def _batch(objective: Objective, config: RunConfig, ids: torch.Tensor) -> tuple[MaskedBatch, int]:
+    """What is on the device before teacher and student begin, and the bytes of the pictures and draws it was made of."""
+    own = objective.student.grid[0] * objective.student.patch_size
+    sizes = [view.size or own for view in objective.views]
+    images, *more = (torch.zeros(len(ids), 3, size, size, dtype=torch.uint8) for size in sizes)
+    labels = torch.zeros(len(ids), dtype=torch.int64)
+    batch = Batch(images, torch.zeros(len(ids), objective.student.num_patches), labels, ids, ids, more_views=tuple(more))
+    return objective.prepare(batch, Normalize(config.data.mean, config.data.std)), _bytes([*batch.views, batch.noise])
 
 
-def _meta_teacher(config: RunConfig, taps: tuple[str, ...]) -> MaskedViT:
+def _measure_twin(objective: Objective, twin: TwinModule, batch: MaskedBatch, *, precision: str) -> tuple[TwinGeometry, dict[str, torch.Tensor]]:
+    twin.to_empty(device="cpu")
+    twin.state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in twin.state.items()}
+    found: dict[str, torch.Tensor] = {}
+    flops, working = trace_inference(lambda: found.update(twin_features(objective, twin, batch, precision=precision)))
+    return TwinGeometry(_bytes(twin.state_dict().values()), flops, working, _bytes(found.values())), found
+
+
+def _meta_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, Top | None]:
     """The teacher as far as it is needed, in its dtype, on the meta device."""
-    name, overrides = config.teacher.name, config.teacher.overrides()
-    depth, decoder_depth = needed_depths(taps, meta_teacher(name, overrides).depth)
-    vit = meta_teacher(name, overrides, depth, keep_norm=decoder_depth > 0)
-    rope = vit.rope
-    vit.to(DTYPES[config.teacher.dtype])
+    name, overrides, taps = config.teacher.name, config.teacher.overrides(), objective.taps
+    depth, decoder_depth = needed_depths(taps, meta_teacher(name, overrides).depth, config.teacher.decoder_depth)
+    vit = meta_teacher(name, overrides, depth, keep_norm=needs_top(taps))
+    norm, vit.norm = vit.norm, None
+    top = meta_top(config.teacher, vit, norm, taps=taps, decoder_depth=decoder_depth, num_classes=objective.num_classes)
+    rope, dtype = vit.rope, DTYPES[config.teacher.dtype]
+    vit.to(dtype)
     vit.rope = rope  # angles stay in float32, as frozen.py leaves them
-    return vit
+    return vit, None if top is None else top.to(dtype)
 
 
-def _measure_teacher(vit: MaskedViT, taps: tuple[str, ...], batch: MaskedBatch, *, sees: str) -> tuple[TeacherGeometry, dict[str, torch.Tensor]]:
-    vit.to_empty(device="cpu")
+def _measure_teacher(vit: MaskedViT, top: Top | None, taps: tuple[str, ...], batch: MaskedBatch, *, sees: str) -> tuple[TeacherGeometry, dict[str, torch.Tensor]]:
+    for part in (vit,) if top is None else (vit, top):
+        part.to_empty(device="cpu")
     block_bytes = tuple(_bytes(block.state_dict().values()) for block in vit.blocks)
     statistics = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "teacher_mean": (0.0,) * 3, "teacher_std": (1.0,) * 3}
-    # Taps of the decoder need the weights file to know its shape: the encoder alone is counted.
-    taps = tuple(tap for tap in taps if tap.startswith("block/")) or (f"block/{vit.depth}",)
-    teacher = FrozenTeacher(vit, taps, None, view=PatchView(vit.patch_size, **statistics), sees=sees)
+    teacher = FrozenTeacher(vit, taps, None, view=PatchView(vit.patch_size, **statistics), sees=sees, top=top)
     found: dict[str, torch.Tensor] = {}
     flops, working = trace_inference(lambda: found.update(teacher.features(batch)))
     patches, ids = teacher.inputs(batch)
     with torch.no_grad():
         tokens = vit.embed(teacher.view(patches), ids)
     return TeacherGeometry(
-        embedding_bytes=_bytes(vit.state_dict().values()) - sum(block_bytes), block_bytes=block_bytes, flops=flops, working_bytes=working,
+        embedding_bytes=_bytes(vit.state_dict().values()) - sum(block_bytes) + (0 if top is None else _bytes(top.state_dict().values())), block_bytes=block_bytes, flops=flops, working_bytes=working,
         token_bytes=_bytes([tokens]), id_bytes=_bytes([ids]), feature_bytes=_bytes(found.values()),
     ), found  # fmt: skip
-
-
-def _taps_decoder(taps: tuple[str, ...]) -> bool:
-    return any(tap.startswith("decoder/") for tap in taps)
 
 
 def _bytes(tensors) -> int:

@@ -77,7 +77,7 @@ class Memory:
     gradients: float = 0  # with DeepSpeed's buckets and flat copies
     optimizer: float = 0  # moments, fp32 masters and the step's temporaries
     activations: float = 0
-    teacher: float = 0  # weights and the working set of a block
+    teacher: float = 0  # weights and the working set of a block, and an EMA twin's weights
     stream: float = 0  # prepared micro-batches, features, messages
     libraries: float = 0
     host: float = 0
@@ -100,7 +100,9 @@ def rank_memory(
     student = student_memory(geometry.student, zero, PRECISIONS[precision], ranks=ranks, accumulation=accumulation, gpu=gpu)
     libraries = LIBRARIES_GPU if gpu else LIBRARIES_CPU[zero.stage]
     beside = Memory(teacher=teacher_bytes(geometry.teacher, placement, stages, ranks), stream=stream_bytes(geometry, stages), libraries=libraries)
-    working = 0 if geometry.teacher is None else geometry.teacher.working_bytes
+    if geometry.twin is not None:
+        beside = beside + Memory(teacher=geometry.twin.weight_bytes, stream=geometry.twin.feature_bytes)
+    working = max((part.working_bytes for part in (geometry.teacher, geometry.twin) if part is not None), default=0)
     if working > student.activations:  # it runs before the student's activations exist, in the same memory
         student = student + Memory(activations=working - student.activations)
     return student + beside + Memory(parameters=geometry.buffer_bytes)

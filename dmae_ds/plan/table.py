@@ -133,8 +133,6 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
     if teacher is not None:
         lines.append(f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB in {config.teacher.dtype}")
         flops = f"teacher {teacher.flops * tera:.3g}, {flops}"
-    if geometry.decoder_is_tapped:
-        lines.append("the objective taps the teacher's decoder: it stays replicated, and is not counted (its shape is in the weights file)")
     return [*lines, f"TFLOP a step and rank: {flops}"]
 
 

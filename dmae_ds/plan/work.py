@@ -19,4 +19,6 @@ def step_work(config: RunConfig, geometry: Geometry, accumulation: int) -> Work:
     work = {"forward": (geometry.student.forward_flops, products), "backward": (geometry.student.backward_flops, products)}
     if geometry.teacher is not None:
         work["teacher"] = (geometry.teacher.flops, DTYPES[config.teacher.dtype])
+    if geometry.twin is not None:
+        work["twin"] = (geometry.twin.flops, products)
     return {part: (flops * accumulation, dtype) for part, (flops, dtype) in work.items()}

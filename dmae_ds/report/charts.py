@@ -7,7 +7,7 @@ import re
 
 from matplotlib.figure import Figure
 
-from dmae_ds.evaluate.facts import DEAD_RANK, block_of
+from dmae_ds.evaluate.facts import DEAD_RANK, DEAD_SPREAD, block_of
 from dmae_ds.evaluate.record import TIMES, RunRecord
 from dmae_ds.figures import Curve, draw_bars, draw_curves
 
@@ -30,13 +30,17 @@ def draw_losses(records: dict[str, RunRecord]) -> Charts:
 
 
 def draw_health(records: dict[str, RunRecord]) -> Charts:
-    """Effective rank and norm of the features; {} where no run measured them."""
+    """Effective rank and norm of the features, spread of an EMA twin's targets; {} where no run measured them."""
     charts = {}
     for column, title in (("rank/mean", "effective rank, mean of patches"), ("rank/cls", "effective rank, CLS")):
         curves = _curves(records, column)
         if curves:
             mark = (DEAD_RANK, f"collapsed below {DEAD_RANK:g}") if column == "rank/mean" else None
             charts[file_name(column)] = draw_curves(title, curves, unit="directions", from_zero=True, mark=mark)
+    spreads = _curves(records, "target/spread")
+    if spreads:
+        mark = (DEAD_SPREAD, f"collapsed below {DEAD_SPREAD:.1%}")
+        charts["target-spread"] = draw_curves("spread of the EMA twin's targets", spreads, unit="share of the targets", from_zero=True, mark=mark)
     deepest = {name: record.named("norm/")[-1] for name, record in records.items() if record.named("norm/")}
     tapped = [column for column in _columns(records, "norm/") if any(column in record.named("norm/")[:-1] for record in records.values())]
     for column in tapped:

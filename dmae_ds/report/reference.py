@@ -34,7 +34,7 @@ class Reference:
         """{block: [N, 1 + L, D_t]}, or [N, L, D_t] without CLS. patches: of whole pictures, as the student's, [N, L, P, P, 3]."""
         num_patches = patches.shape[1]
         ids = torch.arange(num_patches, device=patches.device).expand(len(patches), -1)
-        _, tapped = self.teacher.run(self.teacher.view(patches), ids)
+        tapped = self.teacher.run(self.teacher.view(patches), ids)
         return {block: self.teacher.select(tokens, num_patches).float() for block, tokens in tapped.items()}
 
 

@@ -61,8 +61,11 @@ def look(record: RunRecord, objective: nn.Module, shape: TeacherShape | None, te
     objective, images, noise = objective.to(device).eval(), images.to(device), noise.to(device)
     normalize = Normalize(record.config.data.mean, record.config.data.std).to(device)
     views = Views()
-    views.boards["pictures"] = _painted(objective, images[:NUM_SHOWN], noise[:NUM_SHOWN], normalize)
-    views.boards["ratios"] = _painted_at_ratios(objective, images[:NUM_AT_RATIOS], noise[:NUM_AT_RATIOS], normalize, record.config)
+    if objective.paints:
+        views.boards["pictures"] = _painted(objective, images[:NUM_SHOWN], noise[:NUM_SHOWN], normalize)
+        views.boards["ratios"] = _painted_at_ratios(objective, images[:NUM_AT_RATIOS], noise[:NUM_AT_RATIOS], normalize, record.config)
+    else:
+        views.missing |= dict.fromkeys(("pictures", "ratios"), f"{record.config.objective.name} predicts no pixels")
     patches = normalize(patchify(images, objective.student.patch_size))  # [N, L, P, P, 3]
     latent, student = _student_features(objective.student, patches)
     try:
@@ -72,7 +75,7 @@ def look(record: RunRecord, objective: nn.Module, shape: TeacherShape | None, te
     teacher: dict[int, Tensor] = {}
     if reference is not None:
         teacher = reference.features(patches)
-        views.teacher, views.pairs = reference.name, getattr(objective, "pairs", [])
+        views.teacher, views.pairs = reference.name, list(objective.pairs)
         views.cka = _compare(student, teacher)
         if reference.note:
             views.missing["cka"] = reference.note
@@ -162,7 +165,7 @@ def _coloured(
     rows = [("original", _pictures(images))]
     sources = {"student, last": latent}
     if reference is not None:
-        imitating = [mine for mine, theirs in getattr(objective, "pairs", []) if theirs == reference.tapped]
+        imitating = [mine for mine, theirs in objective.pairs if theirs == reference.tapped]
         sources |= {f"student, block {block}": student[block] for block in imitating[-1:]}
         sources[f"teacher, block {reference.tapped}"] = teacher[reference.tapped]
     for label, tokens in sources.items():

@@ -10,16 +10,16 @@ from dmae_ds.config.run import TeacherConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher import identity, targets
-from dmae_ds.teacher.decoder import meta_decoder
 from dmae_ds.teacher.fit import fits
-from dmae_ds.teacher.formats import Weights, choose_format, open_weights
+from dmae_ds.teacher.formats import Weights, choose_format, open_weights, with_own_decoder
 from dmae_ds.teacher.fp8 import check_fp8, to_fp8
-from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths, with_notes
+from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths, needs_top, with_notes
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.hub import locate, pixel_statistics
 from dmae_ds.teacher.pipeline import StageGroup, StreamedTeacher
 from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
+from dmae_ds.teacher.top import meta_top
 
 
 def build_frozen_teacher(
@@ -33,41 +33,40 @@ def build_frozen_teacher(
 
 
 def load_frozen_teacher(
-    config: TeacherConfig, *, taps: tuple[str, ...], whole_blocks: int, mean: tuple, std: tuple, device: torch.device, group: StageGroup | None = None, sharded: bool = False,
+    config: TeacherConfig, *, taps: tuple[str, ...], whole_blocks: int, mean: tuple, std: tuple, device: torch.device, group: StageGroup | None = None, sharded: bool = False, num_classes: int | None = None,
 ) -> FrozenTeacher:  # fmt: skip
     """Only the blocks up to the deepest tap, read strictly; of a pipeline, only this rank's stage. No collective.
 
     mean, std: of the data, which the student's patches are normalised with
     sharded: read the embedding alone; `verify` spreads the blocks over the ranks
+    num_classes: of the data, which a classifier must share; None: whatever it has
     Raises UserError.
     """
     if config.dtype == "fp8":
         check_fp8(device)
-    depth, decoder_depth = needed_depths(taps, whole_blocks)
+    depth, decoder_depth = needed_depths(taps, whole_blocks, config.decoder_depth)
     if decoder_depth and config.sees == "all":
         raise UserError("teacher.sees=all leaves the teacher's decoder no masked patch to fill in; the objective taps it: set teacher.sees=visible")
-    if decoder_depth and group is not None:
-        raise UserError("the objective taps the teacher's decoder, which teacher.placement=pipeline can't cut; set teacher.placement=replicated")
-    if decoder_depth and sharded:
-        raise UserError("the objective taps the teacher's decoder, which teacher.placement=zero3 does not share out; set teacher.placement=replicated")
     stage = range(0) if sharded else None if group is None else held_blocks(depth, group.num_stages)[group.stage]
-    vit = meta_teacher(config.name, config.overrides(), depth, keep_norm=decoder_depth > 0)
+    vit = meta_teacher(config.name, config.overrides(), depth, keep_norm=needs_top(taps))
+    norm, vit.norm = vit.norm, None  # a top begins with the encoder's final norm
     path = locate(config)
     weights = open_teacher(config, path, vit)
     if sharded and weights.container.absent:
         raise UserError(f"teacher.weights '{path}' lacks {', '.join(weights.container.absent)}; teacher.placement=zero3 reads every part on the first rank")
-    decoder = None
-    if decoder_depth:
-        decoder = meta_decoder(weights, encoder_dim=vit.embed_dim, depth=decoder_depth, num_heads=config.decoder_num_heads, num_patches=vit.num_patches)
+    weights = with_own_decoder(weights) if decoder_depth else weights
+    top = meta_top(config, vit, norm, taps=taps, decoder_depth=decoder_depth, num_classes=num_classes, weights=weights)
     parts = fill(
         vit, weights, whole_blocks=whole_blocks, may_resize=config.img_size is not None, dtype=DTYPES[config.dtype], device=device,
-        said=(config.name, config.overrides()), decoder=decoder, blocks=stage,
+        said=(config.name, config.overrides()), top=top, blocks=stage,
     )  # fmt: skip
     teacher_mean, teacher_std = pixel_statistics(config, mean, std)
     view = PatchView(vit.patch_size, mean=mean, std=std, teacher_mean=teacher_mean, teacher_std=teacher_std).to(device)
+    if "prediction" in taps and not view.same_pixels:
+        raise UserError("the objective taps the teacher's predicted pixels, which are normalised otherwise than the data's; set data.mean and data.std to the teacher's")
     notes = [] if config.format != "auto" else [f"format {weights.format} (chosen by auto)"]
     notes += [] if view.same_pixels else [f"pixels normalised for the teacher: mean {list(teacher_mean)}, std {list(teacher_std)}"]
-    keys = {"view": view, "sees": config.sees, "decoder": decoder, "path": path}
+    keys = {"view": view, "sees": config.sees, "top": top, "path": path}
     parts = with_notes(parts, *notes)
     if sharded:
         return ShardedTeacher(vit, taps, parts, **keys, weights=weights, dtype=DTYPES[config.dtype], device=device)
@@ -86,8 +85,8 @@ def verify(teacher: FrozenTeacher, config: TeacherConfig) -> None:
     teacher.spread()
     probed = teacher.probe()
     features = {f"block/{number}": tokens for number, tokens in probed.features.items()}
-    if teacher.decoder is not None:
-        features |= identity.probe_decoder(teacher.decoder, teacher.vit.norm, probed.features[teacher.vit.depth])
+    if teacher.top is not None:
+        features |= identity.probe_top(teacher.top, teacher.vit, probed.features[teacher.vit.depth])
     identity.check_alive({tap: features[tap] for tap in teacher.taps})
     found = identity.fingerprint(probed.features)
     known = identity.read_sidecar(path)

@@ -1,4 +1,4 @@
-"""The first blocks of a frozen MAE's decoder, for objectives that tap `decoder/4` (G2SD); the rest is never made."""
+"""A frozen MAE's decoder on top of its encoder, for objectives that tap `decoder/4` (G2SD) or `prediction`; no block above the tap is made."""
 
 from __future__ import annotations
 
@@ -15,44 +15,70 @@ from dmae_ds.teacher.formats import Weights
 
 
 class TeacherDecoder(nn.Module):
-    """Visible tokens and mask tokens through the decoder's blocks (MAE, Sec. 3), under the published names.
+    """The encoder's final norm, then visible and mask tokens through the decoder's blocks (MAE, Sec. 3), under the published names.
 
     Tokens stay in the order of the mask, as in our own decoder: attention doesn't mind, and each carries its position.
+    patch_size: given, the decoder is whole and paints pixels; None: it ends after its last block
     """
 
-    def __init__(self, *, encoder_dim: int, embed_dim: int, depth: int, num_heads: int, num_patches: int):
+    def __init__(self, norm: nn.Module, *, encoder_dim: int, embed_dim: int, depth: int, num_heads: int, num_patches: int, patch_size: int | None = None):
         super().__init__()
+        self.norm = norm
         self.decoder_embed = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.register_buffer("decoder_pos_embed", torch.empty(1, 1 + num_patches, embed_dim))
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.decoder_blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        layer_norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth))
+        self.patch_size = patch_size
+        if patch_size is not None:
+            self.decoder_norm = layer_norm(embed_dim)
+            self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * 3)
 
-    def forward(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> dict[int, Tensor]:
-        """latent [N, 1 + K, D_t], the encoder's output after its norm
-        -> {block: [N, 1 + L, D_d]} right after each block; tokens as CLS, ids_keep, ids_masked."""
-        visible = self.decoder_embed(latent)
+    def forward(self, encoded: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> dict[str, Tensor]:
+        """encoded [N, 1 + K, D_t], right after the encoder's last block.
+
+        Returns {"decoder/4": [N, 1 + L, D_d]} right after each block, tokens as CLS, ids_keep, ids_masked; and from a whole
+        decoder {"prediction": [N, L - K, P_t, P_t, 3]}, the pixels of the masked patches in ids_masked's order.
+        """
+        visible = self.decoder_embed(self.norm(encoded))
         masks = self.mask_token.to(visible.dtype).expand(len(visible), ids_masked.shape[1], -1)
         places = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_masked], dim=1)
         tokens = torch.cat([visible, masks], dim=1) + self.decoder_pos_embed[0].to(visible.dtype)[places]
-        tapped = {}
+        found = {}
         for number, block in enumerate(self.decoder_blocks, start=1):
-            tapped[number] = tokens = block(tokens)
-        return tapped
+            found[f"decoder/{number}"] = tokens = block(tokens)
+        if self.patch_size is not None:
+            pixels = self.decoder_pred(self.decoder_norm(tokens[:, 1 + ids_keep.shape[1] :]))
+            found["prediction"] = pixels.unflatten(-1, (self.patch_size, self.patch_size, 3))
+        return found
 
 
-def meta_decoder(weights: Weights, *, encoder_dim: int, depth: int, num_heads: int, num_patches: int) -> TeacherDecoder:
-    """The decoder's first `depth` blocks on the meta device, as wide as the file's.
+def meta_decoder(
+    weights: Weights | None, norm: nn.Module, *, encoder_dim: int, embed_dim: int, depth: int, num_heads: int, num_patches: int, patch_size: int | None = None
+) -> TeacherDecoder:
+    """The decoder's first `depth` blocks on the meta device; with `patch_size`, all of it. weights: the file to hold them against, if any.
 
-    Raises UserError where the file has no decoder, or too short a one.
+    Raises UserError where the file has no decoder, or one of another width, or more blocks than a whole one is said to have.
     """
-    if "decoder_embed.weight" not in weights:
-        raise UserError(
-            f"teacher.weights '{weights.path}' is {describe_kind(weights.container) or 'no masked autoencoder'}; the objective taps decoder block {depth}: "
-            "give a whole MAE, such as mae_pretrain_vit_large_full.pth or a mae_visualize file"
-        )
-    embed_dim = weights.like("decoder_embed.weight").shape[0]
+    if weights is not None:
+        _check(weights, embed_dim=embed_dim, depth=depth, whole=patch_size is not None)
     if embed_dim % num_heads:
-        raise UserError(f"teacher.decoder_num_heads {num_heads} does not divide the decoder's width {embed_dim}, found in '{weights.path}'")
+        raise UserError(f"teacher.decoder_num_heads {num_heads} does not divide teacher.decoder_embed_dim {embed_dim}")
     with init_empty_weights(include_buffers=True):
-        return TeacherDecoder(encoder_dim=encoder_dim, embed_dim=embed_dim, depth=depth, num_heads=num_heads, num_patches=num_patches)
+        return TeacherDecoder(
+            norm, encoder_dim=encoder_dim, embed_dim=embed_dim, depth=depth, num_heads=num_heads, num_patches=num_patches, patch_size=patch_size
+        )
+
+
+def _check(weights: Weights, *, embed_dim: int, depth: int, whole: bool) -> None:
+    if "decoder_embed.weight" not in weights:
+        taps = "the decoder's prediction" if whole else f"decoder block {depth}"
+        raise UserError(
+            f"teacher.weights '{weights.path}' is {describe_kind(weights.container) or 'no masked autoencoder'}; the objective taps {taps}: "
+            "give a whole MAE, such as mae_pretrain_vit_large_full.pth, a mae_visualize file, or a run folder of ours"
+        )
+    found = weights.like("decoder_embed.weight").shape[0]
+    if found != embed_dim:
+        raise UserError(f"teacher.decoder_embed_dim is {embed_dim}, the decoder in '{weights.path}' is {found} wide; set teacher.decoder_embed_dim={found}")
+    if whole and any(name.startswith(f"decoder_blocks.{depth}.") for name in weights):
+        raise UserError(f"teacher.decoder_depth is {depth}, the decoder in '{weights.path}' has more blocks; set teacher.decoder_depth to its number of blocks")

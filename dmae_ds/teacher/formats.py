@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dmae_ds.errors import UserError
-from dmae_ds.teacher.containers import Container, open_container
+from dmae_ds.teacher.containers import Container, join_containers, open_container
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,23 @@ def open_weights(path: Path, format: str) -> Weights:
         for entry in known.entries:
             formats.setdefault(entry, []).append(name)
     return map_names(open_container(path, find_format(format).entries, formats), format)
+
+
+# The decoder of a run of ours, under the published names; what else was trained beside the student is no part of it.
+_OWN_DECODER = re.compile(r"decoder\.((?:embed|pos_embed|blocks|norm|pred)(?:\.|$).*)")
+
+
+def with_own_decoder(weights: Weights) -> Weights:
+    """A student of ours together with the decoder that lies beside it, in decoder.safetensors; other files as they are."""
+    beside = (weights.path if weights.path.is_dir() else weights.path.parent) / "decoder.safetensors"
+    if weights.format != "dmae_ds" or any(name.startswith("decoder_") for name in weights) or not beside.is_file():
+        return weights
+    decoder = open_container(beside)
+    names = {name: "mask_token" if name == "decoder.mask_token" else _OWN_DECODER.sub(r"decoder_\1", name) for name in decoder}
+    names = {name: ours for name, ours in names.items() if ours != name}
+    joined = join_containers(weights.path, [weights.container, Container(beside, {name: decoder.places[name] for name in names})])
+    joined.absent = weights.container.absent
+    return Weights(joined, weights.format, weights.sources | {ours: Source((name,), _only) for name, ours in names.items()}, weights.ignored)
 
 
 def choose_format(path: Path, fits: Callable[[Weights], bool], needed: KeysView[str] | frozenset = frozenset()) -> Weights:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
-from dmae_ds.teacher.decoder import TeacherDecoder
 from dmae_ds.teacher.fit import Dropped, block_of, check_fit, read_needed, size_text
 from dmae_ds.teacher.containers import Container
 from dmae_ds.teacher.formats import Weights
 from dmae_ds.teacher.grid import fit_positions
 from dmae_ds.teacher.identity import Probe, probe
+from dmae_ds.teacher.top import Top
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: of all but the matrix products (fp8.py)
 
@@ -67,17 +67,19 @@ class FrozenTeacher:
 
     Deliberately no nn.Module: nothing that owns a student can register it, shard it or save it.
     view: the student's patches -> the teacher's; sees: `visible` or `all`; target: features -> what is imitated
-    decoder: where a tap is of the teacher's decoder; the encoder is then whole, with its norm
+    top: what stands on the encoder, from its final norm up, where a tap is of the decoder or the classifier; every rank has all of it
     path: where its weights came from
     """
 
     def __init__(
         self, vit: MaskedViT, taps: tuple[str, ...], parts: TeacherParts, *, view: Callable[[Tensor], Tensor] | None = None,
-        sees: str = "visible", target: Callable[[str, Tensor], Tensor] | None = None, decoder: TeacherDecoder | None = None, path: Path | None = None,
+        sees: str = "visible", target: Callable[[str, Tensor], Tensor] | None = None, top: Top | None = None, path: Path | None = None,
     ):  # fmt: skip
-        self.vit, self.taps, self.parts, self.sees, self.target, self.decoder, self.path = vit, taps, parts, sees, target, decoder, path
+        self.vit, self.taps, self.parts, self.sees, self.target, self.top, self.path = vit, taps, parts, sees, target, top, path
         self.view = view or (lambda patches: patches)
-        self.tapped = {number for kind, number in map(split_tap, taps) if kind == "block"}
+        # The encoder's own taps: the last block's output is what a top stands on.
+        self.tapped = sorted({split_tap(tap)[1] for tap in taps if split_tap(tap)[0] == "block"} | ({vit.depth} if top is not None else set()))
+        self.encoder_taps = tuple(f"block/{number}" for number in self.tapped)
 
     without_gradients = torch.inference_mode  # nothing is ever recorded of a teacher
 
@@ -88,37 +90,31 @@ class FrozenTeacher:
         """{tap: [N, 1 + K, D_t]}: the residual stream right after each tapped block, CLS first; registers are left out.
 
         [N, K, D_t] for a teacher without CLS. K are the student's visible patches, also where the teacher sees all.
-        A tap of the decoder: [N, 1 + L, D_d], tokens as CLS, visible patches, masked patches.
+        A tap of the decoder or the classifier: see decoder.py and head.py.
         """
         with self.without_gradients():
-            found = self._features(batch)
+            patches, ids = self.inputs(batch)
+            tapped = self.run(self.view(patches), ids)
+            found = self.finish({tap: self.select(tapped[split_tap(tap)[1]], batch.ids_keep.shape[1]) for tap in self.encoder_taps}, batch)
         # What inference mode made can't be part of a loss: copies can, and are small beside the teacher's work.
         return {tap: tokens.clone() if tokens.is_inference() else tokens for tap, tokens in found.items()}
 
-    def _features(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        patches, ids = self.inputs(batch)
-        latent, tapped = self.run(self.view(patches), ids)
-        decoded = {} if self.decoder is None else self.decoder(latent, batch.ids_keep, batch.ids_masked)
-        num_visible = batch.ids_keep.shape[1]
-        found = {}
-        for tap in self.taps:
-            kind, number = split_tap(tap)
-            found[tap] = self.select(tapped[number], num_visible) if kind == "block" else decoded[number]
-        return self.standardized(found)
+    def run(self, patches: Tensor, ids: Tensor) -> dict[int, Tensor]:
+        """{tapped block: tokens}, of patches as the teacher wants them."""
+        return self.vit(patches, ids, taps=self.tapped)[1]
 
-    def run(self, patches: Tensor, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """(last tokens, {tapped block: tokens}), of patches as the teacher wants them."""
-        return self.vit(patches, ids, taps=self.tapped)
+    def finish(self, encoded: dict[str, Tensor], batch: MaskedBatch) -> dict[str, Tensor]:
+        """Features at the encoder's taps -> what the student is to imitate, by tap. On the rank whose batch it is."""
+        with torch.no_grad():
+            above = {} if self.top is None else self.top(encoded[f"block/{self.vit.depth}"], batch.ids_keep, batch.ids_masked)
+            found = {tap: (above if tap in above else encoded)[tap] for tap in self.taps}
+            return found if self.target is None else {tap: self.target(tap, tokens) for tap, tokens in found.items()}
 
     def inputs(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Patches that the teacher looks at and their places, the student's visible ones first."""
         if self.sees == "visible":
             return batch.visible, batch.ids_keep
         return torch.cat([batch.visible, batch.masked], dim=1), torch.cat([batch.ids_keep, batch.ids_masked], dim=1)
-
-    def standardized(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the student is to imitate."""
-        return features if self.target is None else {tap: self.target(tap, tokens) for tap, tokens in features.items()}
 
     def select(self, tokens: Tensor, num_visible: int) -> Tensor:
         """CLS, where there is one, and the student's visible patches, out of everything that the teacher ran on."""
@@ -160,18 +156,24 @@ class NoTeacher:
 
 
 def split_tap(tap: str) -> tuple[str, int]:
-    """ "block/18" -> ("block", 18), "decoder/4" -> ("decoder", 4); counted from 1."""
+    """ "block/18" -> ("block", 18), "decoder/4" -> ("decoder", 4), counted from 1; "prediction" and "logits" -> (themselves, 0)."""
+    if tap in ("prediction", "logits"):
+        return tap, 0
     kind, _, number = tap.partition("/")
     assert kind in ("block", "decoder") and number.isdigit(), f"unknown tap {tap}"
     return kind, int(number)
 
 
-def needed_depths(taps: Iterable[str], whole_blocks: int) -> tuple[int, int]:
-    """How many encoder and decoder blocks these taps need; a tapped decoder needs the whole encoder."""
-    depths = {"block": 0, "decoder": 0}
-    for kind, number in map(split_tap, taps):
-        depths[kind] = max(depths[kind], number)
-    return (whole_blocks if depths["decoder"] else depths["block"]), depths["decoder"]
+def needed_depths(taps: Iterable[str], whole_blocks: int, whole_decoder: int = 0) -> tuple[int, int]:
+    """How many encoder and decoder blocks these taps need; whatever stands on the encoder needs all of it, a prediction the whole decoder."""
+    found = [split_tap(tap) for tap in taps]
+    decoder = max((whole_decoder if kind == "prediction" else number for kind, number in found if kind in ("decoder", "prediction")), default=0)
+    return (whole_blocks if needs_top(taps) else max((number for _, number in found), default=0)), decoder
+
+
+def needs_top(taps: Iterable[str]) -> bool:
+    """Whether a tap is of what stands on the encoder."""
+    return any(split_tap(tap)[0] != "block" for tap in taps)
 
 
 def meta_teacher(name: str, overrides: dict, depth: int | None = None, *, keep_norm: bool = False) -> MaskedViT:
@@ -181,14 +183,14 @@ def meta_teacher(name: str, overrides: dict, depth: int | None = None, *, keep_n
 
 def fill(
     vit: MaskedViT, weights: Weights, *, whole_blocks: int, may_resize: bool, dtype: torch.dtype, device: torch.device,
-    said: tuple[str, dict] | None = None, blocks: range | None = None, decoder: TeacherDecoder | None = None,
+    said: tuple[str, dict] | None = None, blocks: range | None = None, top: Top | None = None,
 ) -> TeacherParts:  # fmt: skip
     """Give a teacher on the meta device its tensors; `blocks`, counted from 0, reads a stage: the embedding and these alone.
 
     said: (name, overrides) of the recipe, held against what a file of ours says of itself
     """
     check_own_metadata(weights, said)
-    whole = vit.state_dict() | ({} if decoder is None else decoder.state_dict())
+    whole = vit.state_dict() | ({} if top is None else top.state_dict())
     needed = {name: tensor for name, tensor in whole.items() if blocks is None or block_of(name) is None or block_of(name) in blocks}
     dropped = check_fit(whole if not weights.container.absent else needed, weights, depth=vit.depth, may_resize=may_resize)
     tensors = read_needed(list(needed), weights, dtype=dtype, device=device)
@@ -199,7 +201,7 @@ def fill(
             tensors[name] = positions.to(device=device, dtype=dtype)
             notes += [] if note in notes else [note]
     # `assign` puts the read tensors in the place of the meta ones: nothing is allocated twice.
-    for module in (vit,) if decoder is None else (vit, decoder):
+    for module in (vit,) if top is None else (vit, top):
         own = {name: tensors[name] for name in module.state_dict() if name in tensors}
         module.load_state_dict(own, strict=blocks is None, assign=True)
         move_buffers(module, dtype, device)
@@ -208,7 +210,7 @@ def fill(
         blocks=vit.depth, whole_blocks=whole_blocks, kept=sum(tensor.numel() for tensor in tensors.values()),
         kept_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         block_parameters=sum(tensor.numel() for name, tensor in whole.items() if block_of(name) is not None),
-        decoder_parameters=0 if decoder is None else sum(tensor.numel() for tensor in decoder.decoder_blocks.state_dict().values()),
+        decoder_parameters=sum(tensor.numel() for name, tensor in whole.items() if name.startswith("decoder_blocks.")),
         dropped=dropped, notes=tuple(notes),
     )  # fmt: skip
 
@@ -238,13 +240,17 @@ def check_own_metadata(weights: Weights, said: tuple[str, dict] | None) -> None:
     own = own_network(weights.container)
     if own is None:
         raise UserError(f"teacher.weights '{weights.path}' was not written by this project (it names no network); set teacher.format to timm or to what it is")
-    if said is None:
-        return
+    if said is not None:
+        check_same_network(weights.path, own, said)
+
+
+def check_same_network(path: Path, own: tuple[str, dict], said: tuple[str, dict]) -> None:
+    """Raise UserError unless (name, overrides) of a file are those of the recipe."""
     # The picture's size is the recipe's to choose: the position codes follow it. A tag names weights, not a network.
     (found_name, found), (name, expected) = ((name.split(".")[0], {k: v for k, v in keys.items() if k != "img_size"}) for name, keys in (own, said))
     if (found_name, found) != (name, expected):
         raise UserError(
-            f"teacher.weights '{weights.path}' holds {found_name} {found or ''}, the recipe's teacher is {name} {expected or ''}; "
+            f"teacher.weights '{path}' holds {found_name} {found or ''}, the recipe's teacher is {name} {expected or ''}; "
             "make teacher.name and its numbers agree with the file"
         )
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.teacher.decoder import TeacherDecoder
 
 NUM_PATCHES = 16  # of each of two fixed pictures
 NUM_FIGURES = 16
@@ -63,14 +62,13 @@ def probe(vit: MaskedViT, blocks: Iterable[nn.Module] | None = None) -> Probe:
 
 
 @torch.no_grad()
-def probe_decoder(decoder: TeacherDecoder, norm: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """{"decoder/4": [2, 1 + L, D_d] float32}: the same input, with every patch but the fixed ones masked. tokens: after the last block."""
-    num_patches = decoder.decoder_pos_embed.shape[1] - 1
-    kept = min(NUM_PATCHES, num_patches)
-    ids = torch.arange(num_patches, device=tokens.device).expand(2, -1)
-    dtype = decoder.decoder_embed.weight.dtype
-    features = decoder(norm(tokens[:, : 1 + kept].to(dtype)), ids[:, :kept], ids[:, kept:])
-    return {f"decoder/{number}": found.float() for number, found in features.items()}
+def probe_top(top: nn.Module, vit: MaskedViT, tokens: Tensor) -> dict[str, Tensor]:
+    """{tap: [2, ...] float32} of what stands on the encoder, on the same input, with every patch but the fixed ones masked. tokens: after the last block."""
+    kept = min(NUM_PATCHES, vit.num_patches - 1)
+    ids = torch.arange(vit.num_patches, device=tokens.device).expand(2, -1)
+    cls, patches = tokens[:, : int(vit.cls_token is not None)], tokens[:, vit.num_prefix : vit.num_prefix + kept]
+    encoded = torch.cat([cls, patches], dim=1).to(next(top.parameters()).dtype)
+    return {tap: found.float() for tap, found in top(encoded, ids[:, :kept], ids[:, kept:]).items()}
 
 
 def is_pristine(block: nn.Module) -> bool:
@@ -108,11 +106,12 @@ def check_fingerprint(found: Fingerprint, stored: Fingerprint, *, dtype: torch.d
 
 
 def check_alive(features: dict[str, Tensor]) -> None:
-    """features: {tap: [2, T, D]} of the fixed input. Raise UserError unless they are finite and tell tokens and pictures apart."""
+    """features: {tap: [2, T, ...], or [2, C] logits} of the fixed input. Raise UserError unless they are finite and tell tokens and pictures apart."""
     for tap, tokens in features.items():
         if not torch.isfinite(tokens).all():
             raise UserError(f"the teacher's features at {tap} are not finite on a fixed input; the weights are damaged, or teacher.dtype is too narrow for them")
-        patches = tokens[:, -NUM_PATCHES:]  # CLS and registers stand in front, and always differ
+        # CLS and registers stand in front, and always differ; logits are one token a picture
+        patches = tokens[:, None] if tokens.ndim == 2 else tokens[:, -NUM_PATCHES:].flatten(2)
         spread, size = patches.std(dim=(0, 1)).mean(), patches.square().mean().sqrt()
         if not spread > 1e-5 * size:
             raise UserError(f"the teacher's features at {tap} are the same for every patch of a fixed input; the weights are damaged or empty")

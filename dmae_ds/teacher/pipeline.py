@@ -73,7 +73,7 @@ class StreamedTeacher(FrozenTeacher):
         # [owner][stage]
         self.routes = [route(self.vit.depth, group.num_stages, owner) for owner in range(group.num_stages)]
         self.taps_of = tuple(
-            tuple(tuple(tap for tap in self.taps if split_tap(tap)[1] - 1 in blocks) for blocks in stages) for stages in self.routes
+            tuple(tuple(tap for tap in self.encoder_taps if split_tap(tap)[1] - 1 in blocks) for blocks in stages) for stages in self.routes
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -160,7 +160,7 @@ class _Stream:
         if self.now >= self.first + self.lag * self.group.num_stages:
             done = self.owned.popleft()
             self.first += 1
-            yield done.source, done.batch, self.teacher.standardized({tap: done.features[tap] for tap in self.teacher.taps})
+            yield done.source, done.batch, self.teacher.finish(done.features, done.batch)
 
     def _embed(self, owned: _Owned) -> Travelling:
         teacher = self.teacher

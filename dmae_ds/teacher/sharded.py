@@ -59,12 +59,12 @@ class ShardedTeacher(FrozenTeacher):
         tensors = read_needed([f"blocks.{number}.{name}" for name in names], self._weights, dtype=self._dtype, device=self._device)
         return dict(zip(names, tensors.values(), strict=True))
 
-    def run(self, patches: Tensor, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    def run(self, patches: Tensor, ids: Tensor) -> dict[int, Tensor]:
         tokens, tapped = self.vit.embed(patches, ids), {}
         for number, block in enumerate(self.blocks, start=1):
             tokens = self.vit.run_block(block, tokens, ids)
             tapped[number] = tokens
-        return tokens, {number: tapped[number] for number in self.tapped}
+        return {number: tapped[number] for number in self.tapped}
 
     def probe(self) -> Probe:
         """Collective: every rank fetches every block."""

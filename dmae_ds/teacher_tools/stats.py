@@ -72,17 +72,17 @@ def write_stats(config: RunConfig, *, num_images: int, out: Path | None, device:
         shards, img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches, crop_scale=config.data.crop_scale,
         flip=config.data.flip, seed=config.run.seed, global_batch=batch_size, micro_batch=batch_size, accumulation=1, rank=0, world_size=1,
         start_step=0, stop_step=ceil(num_images / batch_size), num_workers=config.data.num_workers, pin_memory=device.type == "cuda",
+        views=objective.views,
     )  # fmt: skip
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     moments = {tap: Moments() for tap in objective.taps}
     seen = 0
     for batch in tqdm(batches, total=ceil(num_images / batch_size), unit="batch"):
-        batch = batch.to(device)
-        left = num_images - seen  # the last batch is cut to the number of images asked for
-        masked = objective.prepare(batch.images[:left], batch.noise[:left], normalize)
+        batch = batch.to(device).first(num_images - seen)  # the last batch is cut to the number of images asked for
+        masked = objective.prepare(batch, normalize)
         for tap, features in teacher.features(masked).items():
             moments[tap].add(features)
-        seen += len(batch.images[:left])
+        seen += len(batch.images)
     out = out or targets.stats_path(locate(config.teacher))
     about = {
         "version": targets.STATS_VERSION, "taps": list(objective.taps), "images": seen, "tokens": {tap: found.count for tap, found in moments.items()},

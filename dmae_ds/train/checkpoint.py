@@ -22,6 +22,7 @@ from dmae_ds.train.engine import Engine
 
 if TYPE_CHECKING:
     from dmae_ds.train.checkpoint_files import CheckpointFiles
+    from dmae_ds.train.twin import TwinKeeper
 
 PLAIN = ("student", "decoder")  # RUN/*.safetensors
 
@@ -30,12 +31,14 @@ class Checkpoints:
     """Saves of one run.
 
     identity: what makes it this run (`checkpoint_folder.MUST_AGREE`), with world_size and zero_stage; stored with every save
-    student_metadata: strings that go into student.safetensors
+    student_metadata: strings that go into student.safetensors; twin: saved and restored with everything else
     """
 
-    def __init__(self, folder: CheckpointFolder, config: CheckpointConfig, *, identity: dict, student_metadata: dict[str, str]):
+    def __init__(
+        self, folder: CheckpointFolder, config: CheckpointConfig, *, identity: dict, student_metadata: dict[str, str], twin: TwinKeeper | None = None
+    ):  # fmt: skip
         self.folder, self.config = folder, config
-        self.identity, self.student_metadata = identity, student_metadata
+        self.identity, self.student_metadata, self.twin = identity, student_metadata, twin
         self._last_save_s = time.monotonic()
         self._last_step: int | None = None  # saved or loaded
 
@@ -61,6 +64,8 @@ class Checkpoints:
         if dist.is_main():
             for path, tensors in self._plain_files(weights).items():
                 files.attempt(lambda: save_plain(path, tensors, {**self.student_metadata, "step": str(step)}), path)
+            if self.twin is not None:
+                self.twin.save(self.folder.path / self.folder.tag(step), files)
         found = dist.gather_objects((socket.gethostname(), files.problem, self._relative(files, step)))
         problems = [f"rank {rank} ({host}) {problem}" for rank, (host, problem, _) in enumerate(found) if problem is not None]
         self._give_up_if(problems[0] if problems else None, step)
@@ -87,6 +92,8 @@ class Checkpoints:
                 print(f"checkpoint {checkpoint.name} moved: written by {was}; this run has {now}", file=sys.stderr, flush=True)
         else:
             engine.load(str(self.folder.path), checkpoint.name)
+        if self.twin is not None:
+            dist.together(lambda: self.twin.load(checkpoint))
         self._mend_plain_files(engine, step)
         self._last_step = step
         return step
@@ -160,14 +167,18 @@ class Checkpoints:
 
 def save_plain(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file to the disk, under its temporary name. Raises OSError."""
-    temporary = _temporary(path)
+    write_tensors(_temporary(path), tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, to the disk. Raises OSError."""
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=metadata)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
     except Exception as error:  # safetensors has one class for everything
         if "os error" not in str(error).lower():
             raise
         raise OSError(str(error)) from None
-    with open(temporary, "rb") as file:
+    with open(path, "rb") as file:
         os.fchmod(file.fileno(), 0o644)  # safetensors makes it private to the user
         os.fsync(file.fileno())
 

@@ -13,6 +13,7 @@ from dmae_ds import dist
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
+from dmae_ds.objectives.base import Objective
 
 if TYPE_CHECKING:
     from dmae_ds.train.checkpoint_files import CheckpointFiles
@@ -44,7 +45,7 @@ class Engine:
     The process group must exist. `stage` is the ZeRO stage.
     """
 
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict, device: torch.device):
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, config: dict, device: torch.device):
         deepspeed = import_deepspeed(device)
         self.stage = zero_stage(config)
         self.objective, self.device = objective, device
@@ -64,9 +65,10 @@ class Engine:
         self._engine._copy_recovery_script = lambda folder: None
 
     def set_lr(self, lr: float) -> None:
-        """Set the rate of every parameter group for the coming step."""
+        """Set the rate of every parameter group for the coming step: its share of `lr`, by layer and by the objective's `lr_scales`."""
+        scales = self.objective.lr_scales
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0) * scales.get(group.get("scaled_by"), 1.0)
 
     def train_micro_batch(self, batch, features: dict[str, Tensor], *, lap: Callable[[str], None] = lambda part: None) -> dict[str, Tensor]:
         """Forward and backward; at an accumulation boundary also the optimiser's step. Returns the loss's parts, detached.
@@ -88,24 +90,35 @@ class Engine:
         """
         keep = on_every_rank or dist.is_main()
         weights: dict[str, Tensor] = {}
-        for name, parameter in self.objective.named_parameters():
-            full = self._full_parameter(parameter)
+        for name, full in self.full_parameters():
             if keep:
-                weights[name] = full
+                weights[name] = full.cpu().clone()
         if keep:
             weights |= self._buffers
         return weights
 
-    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
+    def full_parameters(self, parts: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole fp32 weight on this rank's device), one parameter after the other; each is only to be read, before the next is asked for.
+
+        parts: submodules of the objective; none: all of it
+        Collective: every rank must go through all of it.
+        """
+        for name, parameter in self.objective.named_parameters():
+            if not parts or name.startswith(tuple(f"{part}." for part in parts)):
+                with self._whole(parameter) as full:
+                    yield name, full
+
+    @contextlib.contextmanager
+    def _whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         if not self._fp32_weights:
             from deepspeed.utils import safe_get_full_fp32_param
 
             master = safe_get_full_fp32_param(parameter)
             if master is not None:
-                return master.detach().float().cpu().clone()
-        gathered = self._deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
-        with gathered:
-            return parameter.detach().float().cpu().clone()
+                yield master.detach().float()
+                return
+        with self._deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext():
+            yield parameter.detach().float()
 
     def save(self, folder: str, tag: str) -> CheckpointFiles:
         """Write DeepSpeed's files of all ranks under folder/tag, to the disk. Collective; says nothing of `latest`.

@@ -68,8 +68,6 @@ def _choose(preflight: Preflight, room: float, *, gpu: bool) -> tuple[str, int |
     if world.size == 1:
         return "replicated", None, "replicated (chosen by auto: one rank)"
     geometry = measure(config, preflight.micro_batch)
-    if geometry.decoder_is_tapped:
-        return "replicated", None, "replicated (chosen by auto: the objective taps the teacher's decoder, which nothing else can cut)"
     machine = Machine(gpus=world.size, gpus_per_node=world.local_size, memory_gib=room / GIB, **({} if gpu else CPU))
     zeros = {config.deepspeed: Zero.of(preflight.deepspeed)}
     rows = candidates(geometry, machine, zeros, precision=config.precision, accumulation=preflight.accumulation, gpu=gpu, room=room)

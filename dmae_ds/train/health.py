@@ -52,7 +52,7 @@ class FeatureWatch:
         self._pooled: dict[str, list[Tensor]] = {}
         self._norms: dict[str, list[Tensor]] = {}
         self._depth = student.depth
-        student.register_forward_hook(self._see_student)
+        student.register_forward_hook(self._see_student, with_kwargs=True)
         student.norm.register_forward_hook(self._see_last_block)
 
     @torch.no_grad()
@@ -65,8 +65,8 @@ class FeatureWatch:
         return found
 
     @torch.no_grad()
-    def _see_student(self, student: nn.Module, inputs: tuple, output: tuple[Tensor, dict[int, Tensor]]) -> None:
-        if not (self.active and student.training):
+    def _see_student(self, student: MaskedViT, inputs: tuple, options: dict, output: tuple[Tensor, dict[int, Tensor]]) -> None:
+        if not (self.active and student.training) or options.get("grid") not in (None, student.grid):  # small crops are other pictures
             return
         latent, tapped = output
         for pool, features in (("mean", latent[:, 1:].float().mean(dim=1)), ("cls", latent[:, 0].float().clone())):

@@ -19,13 +19,15 @@ from dmae_ds.models.compiled import compile_blocks
 from dmae_ds.models.onednn import FASTER, onednn_operator, onednn_speedup, use_onednn
 
 
-def choose_kernels(config: RunConfig, objective: nn.Module, teacher: nn.Module | None, device: torch.device, *, zero_stage: int, large: bool) -> str:
+def choose_kernels(
+    config: RunConfig, objective: nn.Module, teacher: nn.Module | None, device: torch.device, *, zero_stage: int, large: bool, twin: nn.Module | None = None
+) -> str:  # fmt: skip
     """Prepare the networks as the recipe says, before an engine takes them; returns a line for the summary, or nothing.
 
     large: whether it is worth the time to try what `linear: auto` might take
     Collective. Raises UserError for `linear: onednn` where it can't be.
     """
-    networks = [objective] if teacher is None else [objective, teacher]
+    networks = [network for network in (objective, teacher, twin) if network is not None]
     why_not = _why_not_onednn(config, device, zero_stage=zero_stage)
     dist.together(lambda: _refuse(config, why_not))
     if config.compile:

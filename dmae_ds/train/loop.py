@@ -13,17 +13,19 @@ from dmae_ds import dist
 from dmae_ds.data.batch import Batch
 from dmae_ds.errors import Requeue
 from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.objectives.needs import Progress
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.metrics import Recorder
 from dmae_ds.train.stop import StopRequest
+from dmae_ds.train.twin import TwinKeeper
 from dmae_ds.vote import Vote
 
 
 def masked_batches(batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device) -> Iterator[tuple[Batch, MaskedBatch]]:
     """Move each micro-batch to the device and draw its mask there."""
     for batch in copied(batches, device):
-        yield batch, prepare(batch.images, batch.noise, normalize)
+        yield batch, prepare(batch, normalize)
 
 
 def copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -47,6 +49,8 @@ def train(
     recorder: Recorder,
     checkpoints: Checkpoints,
     lr_at: Callable[[int], float],
+    progress_at: Callable[[int], Progress],
+    twin: TwinKeeper | None,
     start_step: int,
     num_steps: int,
     accumulation: int,
@@ -57,7 +61,7 @@ def train(
 ) -> None:
     """Run from start_step to num_steps; `stream` yields accumulation * (num_steps - start_step) micro-batches.
 
-    lr_at: finished steps -> the rate of the next one; after_step: is told the number of finished steps, after each
+    lr_at, progress_at: finished steps -> the rate of the next one, and how far the run is; twin: where the objective has one; after_step: is told the number of finished steps, after each
     stop: whether this rank was told to; any rank's request is met by all, one step later, with a save
     Raises RunFailed when a loss is not finite; nothing is saved after such a step. Raises Requeue, on every rank, after a stop.
     """
@@ -66,14 +70,19 @@ def train(
     for index, (batch, masked, features) in enumerate(stream):
         finished, micro_batch = start_step + index // accumulation, index % accumulation
         if micro_batch == 0:
+            engine.objective.start_step(progress_at(finished))
             engine.set_lr(lr_at(finished))
         dist.report(finished, "training")
+        if twin is not None:
+            features = {**features, **twin.features(masked)}
         parts = engine.train_micro_batch(masked, features)
         recorder.add({**parts, **engine.objective.gradient_shares()}, batch.sample_ids)
         if micro_batch + 1 < accumulation:
             dist.report(finished, "waiting for data")
             continue
         step = finished + 1
+        if twin is not None:
+            twin.after_step(engine, progress_at(finished), progress_at(step))
         recorder.end_step(step, lr_at(finished))
         dist.report(step, "after the step")
         after_step(step)

@@ -1,23 +1,53 @@
-"""AdamW as MAE uses it: its decay groups and its learning-rate rule."""
+"""AdamW as MAE uses it: its decay groups and its learning-rate rule; a rate a layer, where a recipe asks for that."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import torch
-from timm.optim import param_groups_weight_decay
-from torch import nn
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from dmae_ds.config.run import OptimConfig, ScheduleConfig
+from dmae_ds.errors import UserError
+from dmae_ds.objectives.base import Objective
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW without decay on 1-D tensors and biases; tokens do decay (MAE's published groups, timm's function).
 
-    The learning rate is set before every step, see `learning_rate`.
+    The learning rate is set before every step, see `learning_rate` and `Engine.set_lr`. Raises UserError for a layer decay
+    that the objective has no layers for.
     """
-    groups = param_groups_weight_decay(model, weight_decay=config.weight_decay)
+    groups = parameter_groups(objective, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
     return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.betas, fused=True)
+
+
+def parameter_groups(objective: Objective, *, weight_decay: float, layer_decay: float) -> list[dict]:
+    """timm's groups, with `lr_scale` = layer_decay^(top - layer) where that isn't 1, and split at the objective's `lr_scales`: `scaled_by` is the entry's key."""
+    if layer_decay == 1:
+        groups = param_groups_weight_decay(objective, weight_decay=weight_decay, no_weight_decay_list=objective.no_weight_decay)
+    else:
+        layers = {name: objective.layer_of(name) for name, _ in objective.named_parameters()}
+        top = max((layer for layer in layers.values() if layer is not None), default=None)
+        if top is None:
+            raise UserError(f"optim.layer_decay {layer_decay:g} is of no use to this objective, which tells no layers apart; set optim.layer_decay=1")
+        view = SimpleNamespace(
+            named_parameters=objective.named_parameters, group_matcher=lambda coarse: lambda name: top if layers[name] is None else layers[name]
+        )  # fmt: skip
+        groups = param_groups_layer_decay(view, weight_decay, objective.no_weight_decay, layer_decay=layer_decay)
+    if not objective.lr_scales:
+        return groups
+    prefix_of = {
+        id(parameter): next((prefix for prefix in objective.lr_scales if name.startswith(prefix)), None) for name, parameter in objective.named_parameters()
+    }
+    split = []
+    for group in groups:
+        for prefix in (None, *objective.lr_scales):
+            parameters = [parameter for parameter in group["params"] if prefix_of[id(parameter)] == prefix]
+            if parameters:
+                split.append({**group, "params": parameters, **({} if prefix is None else {"scaled_by": prefix})})
+    return split
 
 
 def peak_lr(config: ScheduleConfig) -> float:

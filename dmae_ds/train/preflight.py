@@ -13,7 +13,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.dist import World
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.subsets import draw_subset, open_labelled
+from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
 
 
@@ -36,6 +36,11 @@ class Preflight:
     def run_dir(self) -> Path:
         return self.folder.run_dir
 
+    @property
+    def num_classes(self) -> int | None:
+        """Of the training pictures, where the objective needs labels."""
+        return len(self.shards.classes) if self.config.objective.needs_labels else None
+
 
 def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = False) -> Preflight:
     """Check a recipe against this world and this machine.
@@ -46,20 +51,19 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     """
     folder = CheckpointFolder(Path(config.run.dir).expanduser())
     resume_from = folder.latest() if resume == "auto" else None
-    # What fitted before is what is known to fit: fewer ranks accumulate more, where the recipe says nothing.
-    fitted = None if resume_from is None else folder.read_state(resume_from).get("micro_batch")
-    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch or fitted, world.size, views=config.data.repeat)
+    # What fitted before is what is known to fit: fewer ranks accumulate more, where the recipe says nothing and the objective bears it.
+    fitted = None if resume_from is None or config.objective.needs_whole_batch else folder.read_state(resume_from).get("micro_batch")
+    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch or fitted, world.size, together=max(config.data.repeat, config.objective.neighbours))
     deepspeed = load_deepspeed(
         config.deepspeed, micro_batch=micro_batch, accumulation=accumulation, world_size=world.size,
         clip_grad=config.optim.clip_grad, precision=config.precision,
     )  # fmt: skip
     if config.compile and zero_stage(deepspeed) == 3:
         raise UserError(f"compile=true and ZeRO 3 ({config.deepspeed}): its hooks fetch the weights that a compiled block would hold; use deepspeed=zero2, or compile=false")
-    if config.objective.needs_teacher and config.teacher is None:
-        raise UserError(f"objective {config.objective.name} needs a teacher; give teacher.name and teacher.weights")
-    if config.teacher is not None and not config.objective.needs_teacher:
-        raise UserError(f"objective {config.objective.name} has no use for a teacher; remove the teacher section, or choose another objective.name")
+    check_objective(config, accumulation=accumulation)
     shards = open_train(config.data, allow_pipe=allow_pipe)
+    if config.objective.needs_labels:
+        check_labelled(config, shards)
     if config.data.val is not None:
         ShardSet.open(config.data.val, label="data.val", access=Access.of(config.data))
     if config.eval.knn_every is not None:
@@ -77,7 +81,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         "repeat": config.data.repeat,
         "global_batch": config.optim.global_batch, "micro_batch": micro_batch,
         "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "license", "placement", "stages"}),
-        "student": config.student.model_dump(mode="json"), "objective": config.objective.model_dump(mode="json"),
+        "student": config.student.model_dump(mode="json", exclude={"weights"}), "objective": config.objective.model_dump(mode="json"),
     }  # fmt: skip
     if resume_from is not None:
         folder.check_same_run(resume_from, identity)
@@ -85,6 +89,36 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         raise UserError(f"run.dir '{folder.run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir")
     steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
     return Preflight(config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, identity, resume_from)
+
+
+def check_objective(config: RunConfig, *, accumulation: int) -> None:
+    """Raise UserError where objective, teacher and batch don't go together, as far as the recipe tells."""
+    name = config.objective.name
+    if config.objective.needs_teacher and config.teacher is None:
+        raise UserError(f"objective {name} needs a teacher; give teacher.name and teacher.weights")
+    if config.teacher is not None and not config.objective.needs_teacher:
+        raise UserError(f"objective {name} has no use for a teacher; remove the teacher section, or choose another objective.name")
+    if config.objective.neighbours > 1 and config.data.repeat > 1:
+        raise UserError(f"objective {name} mixes neighbouring pictures, and data.repeat {config.data.repeat} makes crops of one picture neighbours; set data.repeat=1")
+    if config.objective.needs_whole_batch and accumulation > 1:
+        raise UserError(
+            f"objective {name} compares the pictures of a whole batch, and optim.micro_batch {config.optim.micro_batch} would cut each rank's share of "
+            f"optim.global_batch {config.optim.global_batch} into {accumulation}; leave optim.micro_batch out, or take more ranks or a smaller batch"
+        )
+
+
+def check_labelled(config: RunConfig, shards: ShardSet | ForeignShards) -> None:
+    """Raise UserError where training pictures have no labels to learn from; a pass over the index, no picture is read."""
+    name = config.objective.name
+    if isinstance(shards, ForeignShards):
+        raise UserError(f"objective {name} needs labels, and data.num_samples streams tars whose labels nobody counted; make an index with `dmae-shards index`, and leave it out")
+    if len(shards.classes) < 2:
+        raise UserError(f"objective {name} needs labels, and data.train '{shards.folder}' has {len(shards.classes)} classes; make the shards from one folder a class")
+    if config.data.val is not None:
+        open_labelled(config.data)  # the same classes on both sides
+    unlabelled = int((read_labels(shards) < 0).sum())
+    if unlabelled:
+        raise UserError(f"objective {name} needs labels, and {unlabelled:,} of {shards.num_samples:,} samples of data.train '{shards.folder}' have none; leave them out of the shards")
 
 
 def check_knn(config: RunConfig) -> None:
@@ -98,22 +132,22 @@ def check_knn(config: RunConfig) -> None:
         raise UserError(f"eval.knn_k {config.eval.knn_k} is larger than the {num} labelled training pictures of eval.knn_labels {config.eval.knn_labels}; choose a smaller one")
 
 
-def split_batch(global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False, views: int = 1) -> tuple[int, int]:
+def split_batch(global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False, together: int = 1) -> tuple[int, int]:
     """(images a rank sees at once, accumulated micro-batches), whose product with the ranks is global_batch.
 
     micro_batch: the most that fits into a rank's memory, of which the largest that divides is taken, so that a run can go on
     with other ranks than it began with; None: all at once; exact: that or none, where the micro-batch is part of the result
-    views: of a picture, which stay together (data.repeat)
+    together: images that follow each other and stay in one micro-batch (views of a picture, neighbours that are mixed)
     Raises UserError where it can't be cut.
     """
     if global_batch % world_size:
         near = sorted((number for number in range(1, global_batch + 1) if global_batch % number == 0), key=lambda number: (abs(number - world_size), number))
         raise UserError(f"optim.global_batch {global_batch} doesn't divide by {world_size} ranks; start {' or '.join(map(str, sorted(near[:2])))} ranks, or choose another batch")
     share = global_batch // world_size
-    found = max((number for number in range(views, min(micro_batch or share, share) + 1, views) if share % number == 0), default=None)
+    found = max((number for number in range(together, min(micro_batch or share, share) + 1, together) if share % number == 0), default=None)
     if found is None:
         at_most = f", at most optim.micro_batch {micro_batch} at once" if micro_batch else ""
-        raise UserError(f"data.repeat {views} doesn't divide the {share} images of a step that a rank sees{at_most}; choose another data.repeat or optim.global_batch")
+        raise UserError(f"{together} images stay together (data.repeat, or pictures that are mixed), which doesn't divide the {share} of a step that a rank sees{at_most}; choose another optim.global_batch")
     if exact and found != (micro_batch or share):
         raise UserError(f"optim.global_batch {global_batch} on {world_size} ranks doesn't divide by optim.micro_batch {micro_batch}; the next smaller one that does is {found}")
     return found, share // found

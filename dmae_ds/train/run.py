@@ -14,17 +14,19 @@ from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import train_batches
+from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import RunFailed
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.objectives.build import build_objective
-from dmae_ds.objectives.dmae import TeacherShape
+from dmae_ds.objectives.base import Objective
+from dmae_ds.objectives.build import TeacherShape, build_objective
+from dmae_ds.objectives.initial import fill_student
+from dmae_ds.objectives.needs import Progress
 from dmae_ds.plan.geometry import measure
 from dmae_ds.plan.work import PRODUCTS, step_work
 from dmae_ds.teacher.build import load_frozen_teacher, verify
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, NoTeacher
-from dmae_ds.teacher.grid import explain_grids
 from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.checkpoint_folder import write_atomically
@@ -36,11 +38,13 @@ from dmae_ds.train.kernels import WarmUp, choose_kernels
 from dmae_ds.train.loop import masked_batches, train
 from dmae_ds.train.memory import MemoryWatch
 from dmae_ds.train.metrics import Recorder, build_trackers
-from dmae_ds.train.optim import build_optimizer, learning_rate, peak_lr
+from dmae_ds.train.optim import build_optimizer, learning_rate
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.run_lock import claim
 from dmae_ds.train.speed import Speed, gemm_rate
 from dmae_ds.train.stop import StopRequest
+from dmae_ds.train.summary import summary
+from dmae_ds.train.twin import TwinKeeper
 
 
 def run(preflight: Preflight) -> None:
@@ -50,14 +54,14 @@ def run(preflight: Preflight) -> None:
 
 
 def build_teacher(
-    config: RunConfig, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device, group: StageGroup | None = None
+    config: RunConfig, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device, group: StageGroup | None = None, *, num_classes: int | None = None
 ) -> FrozenTeacher | NoTeacher:
     """The teacher that the taps ask for, cut after the deepest of them; of a pipeline, this rank's stage. No collective."""
     if config.teacher is None:
         return NoTeacher()
     return load_frozen_teacher(
         config.teacher, taps=taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device, group=group,
-        sharded=config.teacher.placement == "zero3",
+        sharded=config.teacher.placement == "zero3", num_classes=num_classes,
     )  # fmt: skip
 
 
@@ -74,13 +78,18 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
 
     def build():
         check_precision(config.precision, device)
-        objective, shape = build_objective(config)
-        return objective, build_teacher(config, shape, objective.taps, device, group)
+        objective, shape = build_objective(config, num_classes=preflight.num_classes)
+        if config.student.weights is not None and preflight.resume_from is None:
+            fill_student(objective.student, config.student.weights, config.student)
+        return objective, build_teacher(config, shape, objective.taps, device, group, num_classes=preflight.num_classes)
 
     objective, teacher = dist.together(build)
     if config.teacher is not None:
         dist.together(lambda: verify(teacher, config.teacher))
     student: MaskedViT = objective.student
+    classifier = objective.classifier()  # while its weights have their shapes
+    # Before an engine flattens its weights, and anything hooks into its parts.
+    twin = None if objective.twin is None else TwinKeeper(objective, precision=config.precision, device=device)
     lock = claim(preflight.run_dir)
     if any(dist.gather_objects(preflight.resume_from is not None)):
         # Each rank looked by itself, before the lock kept the job before this one from saving once more.
@@ -96,9 +105,9 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         rates = {dtype: gemm_rate(dtype, device)() for dtype in dtypes}
         speed = Speed(step_work(config, geometry, preflight.accumulation), rates) if world.is_main else None
     kernels = choose_kernels(
-        config, objective, getattr(teacher, "vit", None), device, zero_stage=zero_stage(preflight.deepspeed), large=large,
+        config, objective, getattr(teacher, "vit", None), device, zero_stage=zero_stage(preflight.deepspeed), large=large, twin=None if twin is None else twin.twin,
     )  # fmt: skip
-    text = summary(preflight, objective, teacher, placed=placed, kernels=kernels)
+    text = summary(preflight, objective, teacher, twin, placed=placed, kernels=kernels)
     warm_up = WarmUp(config.compile)
 
     def report_memory(step: int) -> None:
@@ -118,6 +127,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     checkpoints = Checkpoints(
         preflight.folder, config.checkpoint, identity=preflight.identity,
         student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": json.dumps(config.student.overrides())},
+        twin=twin,
     )  # fmt: skip
     start_step = 0
     if preflight.resume_from is not None:
@@ -134,12 +144,13 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         flip=config.data.flip, seed=config.run.seed, global_batch=config.optim.global_batch, micro_batch=preflight.micro_batch,
         accumulation=preflight.accumulation, rank=world.rank, world_size=world.size, start_step=start_step, stop_step=preflight.num_steps,
         num_workers=config.data.num_workers, pin_memory=device.type == "cuda", block=config.data.block, repeat=config.data.repeat, buffer_gib=config.data.buffer_gib,
-        max_corrupt=config.data.max_corrupt, corrupt_log=preflight.run_dir / "corrupt.jsonl",
+        max_corrupt=config.data.max_corrupt, corrupt_log=preflight.run_dir / "corrupt.jsonl", views=objective.views,
+        augment=rand_augment(objective, mean=config.data.mean),
     )  # fmt: skip
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     inputs = masked_batches(clock.waiting("data", batches), objective.prepare, normalize, device)
     steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
-    measure_knn = None
+    measure_knn = measure_accuracy = None
     if config.eval.knn_every is not None:
         from dmae_ds.train.knn import KnnDuringTraining, TrainingRanks
 
@@ -147,17 +158,31 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             config.eval, config.data, config.student, run_dir=preflight.run_dir, engine=engine, recorder=recorder,
             ranks=TrainingRanks(world, device, precision=config.precision), steps_per_epoch=steps_per_epoch, num_steps=preflight.num_steps,
         )  # fmt: skip
+    if classifier is not None:
+        from dmae_ds.train.accuracy import FinalAccuracy
+        from dmae_ds.train.knn import TrainingRanks
+
+        measure_accuracy = FinalAccuracy(
+            classifier, config, preflight.shards, run_dir=preflight.run_dir, engine=engine, recorder=recorder,
+            ranks=TrainingRanks(world, device, precision=config.precision), num_steps=preflight.num_steps,
+        )  # fmt: skip
+
+    def progress_at(step: int) -> Progress:
+        epoch = step * config.optim.global_batch / preflight.shards.num_samples  # in this order, whole epochs are whole numbers
+        return Progress(step, preflight.num_steps, epoch, config.optim.epochs)
 
     def finish_step(step: int) -> None:
         report_memory(step)
         warm_up.step()
         if measure_knn is not None:
             measure_knn(step)
+        if measure_accuracy is not None:
+            measure_accuracy(step)
 
     try:
         train(
             engine, clock.waiting("teacher", teacher.stream(inputs)), recorder=recorder, checkpoints=checkpoints,
-            lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch), start_step=start_step, num_steps=preflight.num_steps,
+            lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch), progress_at=progress_at, twin=twin, start_step=start_step, num_steps=preflight.num_steps,
             accumulation=preflight.accumulation, global_batch=config.optim.global_batch, log_every=config.log.every_steps,
             stop=stop, after_step=finish_step,
         )  # fmt: skip
@@ -171,44 +196,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             lock.close()
 
 
-def summary(preflight: Preflight, objective: torch.nn.Module, teacher: FrozenTeacher | NoTeacher, *, placed: str, kernels: str) -> str:
-    """What a run is about to do, for a person to read before it costs anything. Call it before ZeRO cuts the parameters up.
-
-    placed: why the teacher lives where it does; kernels: see choose_kernels; either may be empty
-    """
-    config, world, shards = preflight.config, preflight.world, preflight.shards
-    student = sum(parameter.numel() for parameter in objective.student.parameters())
-    rest = sum(parameter.numel() for parameter in objective.parameters()) - student
-    optim, start = config.optim, f"resumes from {preflight.resume_from.name}" if preflight.resume_from else "starts"
-    rows = {
-        "run": f"{preflight.run_dir} {start}, seed {config.run.seed}",
-        "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; {shards.promise}",
-        "student": f"{config.student.name}, {student / 1e6:.1f} M parameters; decoder and heads {rest / 1e6:.1f} M",
-        **describe_teacher(config, objective, teacher),
-        "objective": f"{config.objective.name}: {objective.describe()}",
-        "batch": f"{optim.global_batch} = {world.size} ranks x {preflight.micro_batch} images x {preflight.accumulation} accumulated"
-        + (f" (of at most optim.micro_batch {optim.micro_batch})" if optim.micro_batch not in (None, preflight.micro_batch) else ""),
-        "schedule": f"{preflight.num_steps:,} steps = {optim.epochs:g} epochs ({optim.warmup_epochs:g} warm-up), "
-        f"lr {peak_lr(optim):.3g} = {optim.base_lr:g} x {optim.global_batch} / 256",
-        "engine": f"DeepSpeed {config.deepspeed}, {config.precision}",
-        "kernels": kernels,
-        "placement": placed,
-    }
-    return "\n".join(f"{name:<10}{text}" for name, text in rows.items() if text)
-
-
-def describe_teacher(config: RunConfig, objective: torch.nn.Module, teacher: FrozenTeacher | NoTeacher) -> dict[str, str]:
-    """Rows of the summary: what was built, what stays in the file and saves, how the grids meet, what was noticed."""
-    if config.teacher is None:
-        return {"teacher": str(teacher)}
-    student, sees = objective.student, config.teacher.sees
-    rows = {"teacher": f"{config.teacher.name}, {teacher}, {config.teacher.dtype}, sees {sees} patches"}
-    left = teacher.parts.describe_dropped()
-    if left:
-        tokens = 1 + (student.num_patches if sees == "all" else objective.num_visible)
-        rows["left out"] = f"{left}; {teacher.parts.saved_compute(tokens=tokens, num_patches=student.num_patches):.0%} of the whole teacher's compute"
-    rows["grids"] = explain_grids(grid=student.grid, student_patch=student.patch_size, teacher_patch=teacher.vit.patch_size)
-    rows["targets"] = "" if config.teacher.standardize == "none" else f"features standardised: {config.teacher.standardize}"
-    rows["checked"] = "; ".join(note for note in teacher.parts.notes if not note.startswith("WARNING"))
-    rows["WARNING"] = "; ".join(note.removeprefix("WARNING: ") for note in teacher.parts.notes if note.startswith("WARNING"))
-    return {name: text for name, text in rows.items() if text}
+def rand_augment(objective: Objective, *, mean: tuple[float, float, float]) -> RandAugment | None:
+    """What the loader's workers do to every view. mean: of the data"""
+    size = objective.student.grid[0] * objective.student.patch_size
+    return None if objective.rand_augment is None else RandAugment(objective.rand_augment, img_size=size, mean=mean)

@@ -1,0 +1,149 @@
+"""DINO: a small crop of a picture must say what an average of the student's past weights says of a large one (Caron et al., ICCV 2021).
+
+Two global crops go through student and twin, local crops through the student alone; CLS through the head gives a
+distribution over prototypes. The twin's is centred, against one prototype for all, and sharpened, against all prototypes alike.
+
+Chosen here: initial weights and position codes are those of every other objective (MAE's), so that methods start alike; the
+centre moves once an optimiser step by the mean of the whole global batch, so that it doesn't depend on ranks and micro-batches.
+With `distill`, DMAE's term beside it on the global crops (with_features.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dmae_ds import dist
+from dmae_ds.config.objectives import DinoConfig
+from dmae_ds.data.batch import Batch
+from dmae_ds.errors import UserError
+from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.patches import patchify
+from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.align import at_least_float32
+from dmae_ds.objectives.base import Objective, all_places
+from dmae_ds.objectives.dino_head import DinoHead
+from dmae_ds.objectives.needs import Progress, Twin, View
+from dmae_ds.objectives.schedule import half_cosine
+from dmae_ds.objectives.spread import spread
+from dmae_ds.objectives.with_features import FeatureTerm, TeacherShape, gradient_shares
+
+NUM_GLOBAL = 2
+
+
+@dataclass
+class Crops(MaskedBatch):
+    """Nothing is masked: `visible` [2N, L, P, P, C] are the global crops whole, a view's N pictures after the other's.
+
+    local: [n * N, l, P, P, C], or None
+    """
+
+    local: Tensor | None = None
+
+
+class Dino(Objective):
+    """Student and head; the twin is of both, moved after every step.
+
+    Raises UserError for local crops that are not whole patches.
+    """
+
+    def __init__(self, config: DinoConfig, *, student: MaskedViT, generator: torch.Generator, teacher: TeacherShape | None = None):
+        super().__init__(student)
+        if config.local_crops and config.local_size % student.patch_size:
+            raise UserError(f"objective.local_size {config.local_size} is not a multiple of the student's patch_size {student.patch_size}")
+        self.config = config
+        self.local_grid = (config.local_size // student.patch_size,) * 2
+        names = ("dino1", "dino2", "dino_local") if config.photometric else ("none",) * 3
+        local = View(size=config.local_size, scale=config.local_scale, photometric=names[2])
+        self.views = (View(photometric=names[0]), View(photometric=names[1]), *[local] * config.local_crops)
+        self.head = DinoHead(
+            student.embed_dim, hidden_dim=config.hidden_dim, bottleneck_dim=config.bottleneck_dim, num_prototypes=config.num_prototypes, generator=generator
+        )
+        self.heads = None if config.distill is None else FeatureTerm(config.distill, student=student, teacher=teacher, generator=generator)
+        self.taps, self.pairs = ((), []) if self.heads is None else (self.heads.taps, self.heads.pairs)
+        self.twin = Twin(parts=("student", "head"), momentum=self.momentum_at)
+        # Adam's averages fill while the last layer is held, so that it doesn't jump when it is let go.
+        self.lr_scales = {"head.prototypes": 1.0}
+        self.teacher_temperature = config.teacher_temperature[0]
+        self._step_begins = False
+
+    def describe(self) -> str:
+        first, last = self.config.teacher_temperature
+        text = f"2 global and {self.config.local_crops} local crops, {self.config.num_prototypes} prototypes, teacher temperature {first:g} to {last:g}, momentum {self.config.momentum:g} to 1"
+        return text if self.heads is None else f"{text}; {self.heads.describe()}"
+
+    def momentum_at(self, progress: Progress) -> float:
+        """Of the twin's update after this step."""
+        return half_cosine(self.config.momentum, 1.0, progress.step / progress.num_steps)
+
+    def start_step(self, progress: Progress) -> None:
+        """Temperature of the twin, linear in the epoch (published: in steps of an epoch); the last layer, held at first."""
+        (first, last), warmup = self.config.teacher_temperature, self.config.teacher_temperature_warmup_epochs
+        self.teacher_temperature = last if progress.epoch >= warmup else first + (last - first) * progress.epoch / warmup
+        self.lr_scales["head.prototypes"] = float(progress.epoch >= self.config.freeze_last_layer_epochs)
+        self._step_begins = True
+
+    def prepare(self, batch: Batch, normalize: nn.Module) -> Crops:
+        patches = [patchify(view, self.student.patch_size) for view in batch.views]
+        visible = normalize(torch.cat(patches[:NUM_GLOBAL]))
+        local = normalize(torch.cat(patches[NUM_GLOBAL:])) if self.config.local_crops else None
+        ids = all_places(len(visible), self.student.grid, visible.device)
+        return Crops(visible=visible, masked=visible[:, :0], ids_keep=ids, ids_masked=ids[:, :0], local=local)
+
+    def twin_state(self) -> dict[str, Tensor]:
+        """centre [K]; and of the step that is being taken, the sum over its micro-batches of the mean logits [K], and their number."""
+        return {"centre": torch.zeros(self.config.num_prototypes), "logits": torch.zeros(self.config.num_prototypes), "micro_batches": torch.zeros(())}
+
+    def twin_features(self, twin: nn.Module, batch: Crops) -> dict[str, Tensor]:
+        """{"twin/targets": [2, N, K]}: the twin's distributions for both global crops. Collective."""
+        state = twin.state
+        if self._step_begins:
+            self._step_begins = False
+            move_centre(state, self.config.center_momentum)
+        logits = at_least_float32(twin.head(twin.student(batch.visible, batch.ids_keep)[0][:, 0]))
+        state["logits"] += dist.mean_over_ranks(logits.mean(dim=0))
+        state["micro_batches"] += 1
+        return {"twin/targets": ((logits - state["centre"]) / self.teacher_temperature).softmax(dim=-1).unflatten(0, (NUM_GLOBAL, -1))}
+
+    def forward(self, batch: Crops, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns {"loss", "cross_entropy", "align/9-18" with distill, "target/spread"}, scalars."""
+        latent, tapped = self.student(batch.visible, batch.ids_keep, taps=() if self.heads is None else self.heads.blocks)
+        cls = latent[:, 0]
+        if batch.local is not None:
+            ids = all_places(len(batch.local), self.local_grid, cls.device)
+            cls = torch.cat([cls, self.student(batch.local, ids, grid=self.local_grid)[0][:, 0]])
+        targets = features["twin/targets"]
+        logits = self.head(cls).unflatten(0, (-1, targets.shape[1]))
+        loss = cross_entropy = view_cross_entropy(logits, targets, temperature=self.config.student_temperature)
+        parts = {"cross_entropy": cross_entropy.detach()}
+        if self.heads is not None:
+            for name, align in self.heads(tapped, features).items():
+                loss = loss + self.heads.alpha * align
+                parts[name] = align.detach()
+        return {"loss": loss, **parts, "target/spread": spread(targets.flatten(0, 1))}
+
+    def gradient_shares(self) -> dict[str, Tensor]:
+        return gradient_shares(self.student)
+
+
+def move_centre(state: dict[str, Tensor], momentum: float) -> None:
+    """Eq. 4, with the step before's logits: centre = m * centre + (1 - m) * their mean; nothing before the first step. In place."""
+    steps = state["micro_batches"]
+    mean = state["logits"] / steps.clamp(min=1)
+    # where instead of if: the number stays on the device
+    state["centre"].copy_(torch.where(steps > 0, momentum * state["centre"] + (1 - momentum) * mean, state["centre"]))
+    state["logits"].zero_()
+    steps.zero_()
+
+
+def view_cross_entropy(logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
+    """Eq. 3: the mean of -sum_k p_k log q_k over pictures and over all pairs of a twin's view and another view of the student's; a scalar.
+
+    logits [V, N, K] of the student, the twin's views first; targets [T, N, K] of the twin, distributions
+    """
+    log_q = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
+    # [T, N, K]: of each target, the sum over all views but its own
+    others = log_q.sum(dim=0) - log_q[: len(targets)]
+    return -(targets * others).sum(dim=(0, 2)).mean() / (len(targets) * (len(logits) - 1))

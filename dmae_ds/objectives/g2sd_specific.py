@@ -1,0 +1,80 @@
+"""G2SD's specific stage, which is DeiT's hard distillation: labels through CLS, a fine-tuned teacher's decisions through a second token (G2SD, supplement, Sec. 1.1; DeiT, Eq. 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dmae_ds.config.objectives import G2sdSpecificConfig
+from dmae_ds.data.batch import Batch
+from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.patches import patchify
+from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.augment import LabelledBatch, MixedPictures
+from dmae_ds.objectives.base import Objective, all_places
+from dmae_ds.objectives.classifier import Classifier, distilled_classifier
+from dmae_ds.objectives.with_features import TeacherShape
+
+HEAD_STD = 2e-5  # of the new heads: they start at nearly equal logits (MAE's published fine-tuning)
+
+
+class G2sdSpecific(Objective):
+    """Student on whole pictures, a distillation token behind its patches, and a linear head for either token.
+
+    The token is the last of the sequence and has no position code. What is predicted is the mean of the two heads' logits.
+    """
+
+    taps = ("logits",)
+    labels = True
+    no_weight_decay = ("student.cls_token",)  # as timm's classifiers; the distillation token decays, as published
+
+    def __init__(self, config: G2sdSpecificConfig, *, student: MaskedViT, teacher: TeacherShape, generator: torch.Generator, num_classes: int):
+        super().__init__(student)
+        self.num_classes, self.rand_augment = num_classes, config.augment.rand_augment
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+        self.mixed = MixedPictures(config.augment, num_classes=num_classes, seed=seed)
+        self.dist_token = nn.Parameter(torch.empty(1, 1, student.embed_dim))
+        self.head, self.head_dist = (nn.Linear(student.embed_dim, num_classes) for _ in range(2))
+        nn.init.normal_(self.dist_token, std=0.02, generator=generator)
+        for head in (self.head, self.head_dist):
+            nn.init.trunc_normal_(head.weight, std=HEAD_STD, generator=generator)
+            nn.init.zeros_(head.bias)
+        distilled_classifier(self)  # that there is such a network is found out before training, not after
+
+    def prepare(self, batch: Batch, normalize: nn.Module) -> LabelledBatch:
+        """Whole pictures, mixed, as patches of which all are visible; the teacher sees the same."""
+        images, targets = self.mixed(batch, normalize)
+        patches = patchify(images, self.student.patch_size)
+        ids = all_places(len(patches), self.student.grid, patches.device)
+        return LabelledBatch(visible=patches, masked=patches[:, :0], ids_keep=ids, ids_masked=ids[:, :0], targets=targets)
+
+    def describe(self) -> str:
+        return f"{self.head.out_features} classes; half CLS against labels ({self.mixed}), half the distillation token against the teacher's decision"
+
+    def layer_of(self, name: str) -> int:
+        """0: embedding and CLS; i: block i; depth + 1: final norm, distillation token and heads (MAE's published fine-tuning)."""
+        if name.startswith("student.blocks."):
+            return 1 + int(name.split(".")[2])
+        return 0 if name.startswith("student.") and not name.startswith("student.norm.") else 1 + self.student.depth
+
+    def logits(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """Of the CLS and of the distillation head, both [N, C], float32."""
+        tokens, _ = self.student(batch.visible, batch.ids_keep, appended=self.dist_token)
+        return self.head(tokens[:, 0]).float(), self.head_dist(tokens[:, -1]).float()
+
+    def forward(self, batch: LabelledBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """features: {"logits": [N, C]} of the teacher on the same mixed pictures.
+
+        Returns {"loss", "label", "hard"}, and of the teacher's decisions the share that the distillation head "follows", scalars.
+        """
+        ours, distilled = self.logits(batch)
+        decision = features["logits"].argmax(dim=1)
+        label = functional.cross_entropy(ours, batch.targets)
+        hard = functional.cross_entropy(distilled, decision)
+        follows = (distilled.argmax(dim=1) == decision).float().mean()
+        return {"loss": (label + hard) / 2, "label": label.detach(), "hard": hard.detach(), "follows": follows}
+
+    def classifier(self) -> Classifier:
+        """timm's distilled ViT, whose evaluation is the mean of the two heads."""
+        return distilled_classifier(self)

@@ -1,0 +1,47 @@
+"""What objectives share that mask patches of a picture: the mask, and the decoder that predicts something of the masked ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dmae_ds.config.objectives import DecoderConfig, MaskedPatches
+from dmae_ds.data.batch import Batch
+from dmae_ds.models.decoder import Decoder
+from dmae_ds.models.masking import MaskedBatch, gather_patches, keep_random, num_visible
+from dmae_ds.models.patches import patchify
+from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.base import Objective
+
+
+class MaskedObjective(Objective):
+    """A student that sees `num_visible` patches of every picture.
+
+    student: built by `models.vit.build_student`
+    Raises UserError when the mask would leave no visible or no masked patch.
+    """
+
+    def __init__(self, config: MaskedPatches, *, student: MaskedViT):
+        super().__init__(student)
+        self.num_visible = num_visible(student.num_patches, config.mask_ratio, config.patch_count)
+
+    def prepare(self, batch: Batch, normalize: nn.Module, *, num_visible: int | None = None) -> MaskedBatch:
+        """Draw the mask, by the batch's noise; `normalize` turns pixels as read (uint8) into floats.
+
+        num_visible: patches that stay, where it is not the recipe's mask ratio that says so
+        """
+        patches = patchify(batch.images, self.student.patch_size)
+        ids_keep, ids_masked = keep_random(batch.noise, num_visible or self.num_visible)
+        visible, masked = (normalize(gather_patches(patches, ids)) for ids in (ids_keep, ids_masked))
+        return MaskedBatch(visible=visible, masked=masked, ids_keep=ids_keep, ids_masked=ids_masked)
+
+    def describe(self) -> str:
+        return f"{self.num_visible} of {self.student.num_patches} patches visible"
+
+
+def build_decoder(config: DecoderConfig, *, student: MaskedViT, generator: torch.Generator, feature_dim: int | None = None) -> Decoder:
+    """The decoder behind a student, of pixels or of `feature_dim` numbers a patch; `generator` draws its initial weights."""
+    return Decoder(
+        encoder_dim=student.embed_dim, patch_size=student.patch_size, grid=student.grid, depth=config.depth,
+        embed_dim=config.embed_dim, num_heads=config.num_heads, generator=generator, feature_dim=feature_dim,
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""MoCo-v3: two views of a picture find each other among all other pictures of the batch (Chen, Xie and He, ICCV 2021, Algorithm 1).
+
+The query is the student's CLS token through a projector and a predictor, the key the momentum encoder's through its
+projector. The paper's published settings for ViT-B: tau .2, momentum .99 rising to 1 by half a cosine, heads 4096 wide and
+256 deep in the end, batch norm after every layer of them, the patch projection frozen at its random initialisation.
+
+Chosen here: the student's initial weights and position codes are those of every other objective (MAE's), so that methods
+start alike; batch norm keeps no running statistics (batch_norm.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dmae_ds import dist
+from dmae_ds.config.objectives import MoCoV3Config
+from dmae_ds.data.batch import Batch
+from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.patches import patchify
+from dmae_ds.models.vit import MaskedViT, initialize_as_mae
+from dmae_ds.objectives.base import Objective, all_places, freeze
+from dmae_ds.objectives.batch_norm import GlobalBatchNorm
+from dmae_ds.objectives.needs import Progress, Twin, View
+from dmae_ds.objectives.schedule import half_cosine
+from dmae_ds.objectives.spread import spread
+from dmae_ds.objectives.with_features import FeatureTerm, TeacherShape, gradient_shares
+
+
+class MoCoV3(Objective):
+    """Student, projector and predictor; the momentum encoder is a twin of student and projector, moved after every step."""
+
+    def __init__(self, config: MoCoV3Config, *, student: MaskedViT, generator: torch.Generator, teacher: TeacherShape | None = None):
+        super().__init__(student)
+        self.temperature, self.momentum = config.temperature, config.momentum
+        self.views = tuple(View(photometric=name) for name in (("moco1", "moco2") if config.photometric else ("none", "none")))
+        self.twin = Twin(parts=("student", "projector"), momentum=self.momentum_at)
+        self.projector = build_mlp([student.embed_dim, config.hidden_dim, config.hidden_dim, config.output_dim])
+        self.predictor = build_mlp([config.output_dim, config.hidden_dim, config.output_dim])
+        for head in (self.projector, self.predictor):
+            initialize_as_mae(head, generator)
+        self.heads = None if config.distill is None else FeatureTerm(config.distill, student=student, teacher=teacher, generator=generator)
+        self.taps, self.pairs = ((), []) if self.heads is None else (self.heads.taps, self.heads.pairs)
+        if config.freeze_patch_projection:
+            freeze(self.student.patch_embed.proj)
+
+    def momentum_at(self, progress: Progress) -> float:
+        """Of the twin's update after this step: from `momentum` to 1 over the run, by half a cosine."""
+        return half_cosine(self.momentum, 1.0, progress.step / progress.num_steps)
+
+    def prepare(self, batch: Batch, normalize: nn.Module) -> MaskedBatch:
+        """Both views whole, one below the other: 2N rows, of which n and N + n are one picture's."""
+        patches = normalize(torch.cat([patchify(view, self.student.patch_size) for view in batch.views]))
+        ids = all_places(len(patches), self.student.grid, patches.device)
+        return MaskedBatch(visible=patches, masked=patches[:, :0], ids_keep=ids, ids_masked=ids[:, :0])
+
+    def describe(self) -> str:
+        text = f"2 views{'' if self.views[0].photometric == 'none' else ' in changed colours'}, temperature {self.temperature:g}, momentum {self.momentum:g} to 1"
+        return text if self.heads is None else f"{text}; {self.heads.describe()}"
+
+    def twin_features(self, twin: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
+        """Of this rank's pictures {"twin/cls": [2, N, D]}, the momentum encoder's CLS tokens of both views, and {"twin/keys": [2, N, C]}, unit vectors."""
+        latent, _ = twin.student(batch.visible, batch.ids_keep)
+        cls = by_view(latent[:, 0])
+        return {"twin/cls": cls, "twin/keys": unit(twin.projector(cls))}
+
+    def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns {"loss", "contrast", "align/9-18" with distill, "target/spread"}, scalars. Collective."""
+        latent, tapped = self.student(batch.visible, batch.ids_keep, taps=[] if self.heads is None else self.heads.blocks)
+        queries = unit(self.predictor(self.projector(by_view(latent[:, 0]))))
+        keys = features["twin/keys"]
+        first, second = dist.gather_rows(keys[0]), dist.gather_rows(keys[1])
+        own = dist.rank() * keys.shape[1]
+        contrast = info_nce(queries[0], second, own=own, temperature=self.temperature) + info_nce(queries[1], first, own=own, temperature=self.temperature)
+        loss, parts = contrast, {"contrast": contrast.detach()}
+        if self.heads is not None:
+            for name, align in self.heads(tapped, features).items():
+                loss = loss + self.heads.alpha * align  # DMAE's Eq. 3, with MoCo-v3's loss in the place of MAE's
+                parts[name] = align.detach()
+        # Of the tokens, not of the keys: batch norm pulls keys apart whatever they are made of.
+        return {"loss": loss, **parts, "target/spread": spread(features["twin/cls"][0])}
+
+    def gradient_shares(self) -> dict[str, Tensor]:
+        return gradient_shares(self.student)
+
+
+def info_nce(queries: Tensor, keys: Tensor, *, own: int, temperature: float) -> Tensor:
+    """2 tau * cross-entropy of finding key own + n for query n (MoCo-v3, Eq. 1 and Algorithm 1), a scalar.
+
+    queries [N, C] of this rank, keys [M, C] of all ranks, unit vectors; own: the place of the first query's key
+    """
+    places = own + torch.arange(len(queries), device=queries.device)
+    with torch.autocast(queries.device.type, enabled=False):  # bf16 would leave two digits of a similarity
+        return 2 * temperature * functional.cross_entropy(queries @ keys.T / temperature, places)
+
+
+def build_mlp(dims: list[int]) -> nn.Sequential:
+    """Linear layers without bias, each with batch norm: ReLU after all but the last, whose batch norm has no affine part."""
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(itertools.pairwise(dims), start=1):
+        last = number == len(dims) - 1
+        layers += [nn.Linear(before, after, bias=False), GlobalBatchNorm(after, affine=not last)]
+        layers += [] if last else [nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def by_view(rows: Tensor) -> Tensor:
+    """[2N, D] -> [2, N, D]: each view has batch statistics of its own, as it is published."""
+    return rows.unflatten(0, (2, -1))
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Unit vectors, in float32 at least; zero stays zero (a batch of one picture, which batch norm takes away whole)."""
+    return functional.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
