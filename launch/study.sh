@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The paper's ablations at the scale of handwritten digits, three seeds each, into RESULTS.md:
-#   bash launch/study.sh                 # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder
-# About an hour on 2 CPU cores after the install. Every run is of equal steps, data, rate and initial weights as the others
+# The paper's ablations, and the other distillers, at the scale of handwritten digits, three seeds each, into RESULTS.md:
+#   bash launch/study.sh                 # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder; ONLY="dino mocov3" for some settings
+# Some hours on 2 CPU cores after the install. Every run is of equal steps, data, rate and initial weights as the others
 # of its seed. Killed or started again, it continues where it was; what is finished is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,6 +9,7 @@ SEEDS=${SEEDS:-0 1 2}
 JOBS=${JOBS:-2}
 VENV=${VENV:-.venv}
 OUT=${OUT:-runs/study}
+ONLY=${ONLY:-}
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Name of the run, its recipe, and what is different: the rows of Tables 1 to 4 that make sense at this scale.
@@ -26,7 +27,20 @@ dmae-two-pairs    digits_dmae  objective.pairs=[[2,4],[4,8]]
 dmae-l2           digits_dmae  objective.distance=l2
 dmae-head-linear  digits_dmae  objective.head=linear
 dmae-as-published digits_dmae  objective.head=linear objective.normalize=l2
+g2sd-generic      digits_g2sd_generic
+sdae              digits_sdae
+dino              digits_dino
+dino-dmae         digits_dino_dmae
+mocov3            digits_mocov3
+mocov3-dmae       digits_mocov3_dmae
 "
+# Classifiers beside the fine-tuned teacher. DeiT's distillation gets the epochs of both of G2SD's stages (G2SD, supplement, Table 2).
+CLASSIFIERS="
+g2sd-specific     digits_g2sd_specific  student.weights=$OUT/g2sd-generic-seedSEED
+deit-distilled    digits_g2sd_specific  student.weights=null optim.layer_decay=1.0 optim.epochs=31
+"
+# And what fine-tuning without a teacher makes of these.
+FINETUNED="g2sd-generic mae dmae"
 
 if [ ! -e "$VENV/installed" ]; then
     echo "== install into $VENV (torch is large: a minute or more)"
@@ -57,17 +71,42 @@ in_parallel() { # lines of arguments of `train` on standard input
     xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'train {}'
 }
 
+students_of() { # SEED, and settings on standard input: a line of arguments of `train` each
+    while read -r name recipe options; do
+        [ -n "$name" ] && wanted "$name" || continue
+        ! grep -q '^teacher:' "launch/recipes/$recipe.yaml" || options="teacher.weights=$OUT/teacher-seed$1${weights:-} $options"
+        echo "'$name' $1 $recipe ${options//SEED/$1}"
+    done
+}
+
+wanted() { # NAME
+    [ -z "$ONLY" ] || [[ " $ONLY " = *" $1 "* ]]
+}
+
+finetune() { # RUN: on labels alone
+    [ ! -e "$1/finetuned" ] || return 0
+    dmae-ds eval finetune "$1" --recipe finetune_digits --resume auto >"$1-finetune.log" 2>&1 || { echo "fine-tuning $1 failed:" >&2; tail -5 "$1-finetune.log" >&2; return 1; }
+    touch "$1/finetuned"
+    echo "fine-tuned $1"
+}
+export -f finetune
+
 echo "== teachers"
 for seed in $SEEDS; do
     echo "teacher $seed digits_teacher"
 done | in_parallel
 echo "== students: $(grep -c . <<<"$ARMS") settings, seeds $SEEDS"
 for seed in $SEEDS; do
-    while read -r name recipe options; do
-        [ -n "$name" ] || continue
-        [ "$recipe" = digits_mae ] || options="teacher.weights=$OUT/teacher-seed$seed/student.safetensors $options"
-        echo "'$name' $seed $recipe $options"
-    done <<<"$ARMS"
+    students_of "$seed" <<<"$ARMS"
+done | in_parallel
+echo "== classifiers: the teacher, students on labels alone, students beside the teacher"
+for seed in $SEEDS; do
+    for name in teacher $FINETUNED; do
+        [ ! -e "$OUT/$name-seed$seed/finished" ] || echo "$OUT/$name-seed$seed"
+    done
+done | xargs -P "$JOBS" -I '{}' bash -c 'finetune {}'
+for seed in $SEEDS; do
+    weights=/finetune_digits/best.safetensors students_of "$seed" <<<"$CLASSIFIERS"
 done | in_parallel
 
 echo "== what they are worth: k-NN with all labels, a logistic probe with all, 10% and 1% of them"

@@ -139,6 +139,7 @@ def test_every_config_field_is_read_somewhere():
 
 
 def test_the_tables_are_the_schemas():
+    from dmae_ds.config.objective_table import shipped_objectives
     from dmae_ds.finetune.network import GLOBAL_POOLS
     from dmae_ds.finetune.tasks import TASKS
     from dmae_ds.objectives import OBJECTIVES
@@ -150,13 +151,38 @@ def test_the_tables_are_the_schemas():
         return set(get_args(cls.model_fields[field].annotation))
 
     named = [cls for cls in schema_classes() if cls.__module__ == objective_schemas.__name__ and "name" in cls.model_fields]
-    assert set(OBJECTIVES) == {name for cls in named for name in choices(cls, "name")}
+    assert set(OBJECTIVES) == {name for cls in named for name in choices(cls, "name")} == set(shipped_objectives())
     assert set(HEADS) == choices(objective_schemas.DmaeConfig, "head")
     assert set(DISTANCES) == choices(objective_schemas.DmaeConfig, "distance")
     assert set(FORMATS) == set(run_schemas.TEACHER_FORMATS)
     assert set(DTYPES) == choices(run_schemas.TeacherConfig, "dtype")
     assert set(TASKS) == choices(evaluation_schemas.DistillConfig, "method")
     assert set(GLOBAL_POOLS) == choices(evaluation_schemas.ClassifierConfig, "pool")
+
+
+# Rooms that wire what an objective declares (objectives/base.py).
+WIRE = ("train", "data", "teacher", "models", "plan", "bench")
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.relative_to(REPOSITORY).parts[1] in WIRE], ids=name_of)
+def test_those_who_wire_an_objective_name_none(path):
+    """Neither in a string, nor as an identifier, nor by importing its file. Plain MAE is exempt: a format of teachers, and bench step's yardstick."""
+    from dmae_ds.objectives import OBJECTIVES
+
+    names = set(OBJECTIVES) - {"mae"}
+    in_text = names - {"dmae"} | {"g2sd"}  # as a word of a longer string dmae is this program
+    identifiers = {name.replace("_", "") for name in in_text | {"dmae"}}
+    tree = ast.parse(path.read_text())
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            assert node.value not in names and not in_text & set(re.findall(r"[a-z0-9_]+", node.value.lower())), f"{name_of(path)} says {node.value!r}"
+        for field in ("id", "attr", "name", "arg"):
+            found = getattr(node, field, None)
+            assert not isinstance(found, str) or found.lower().replace("_", "") not in identifiers, f"{name_of(path)} names {found}"
+    files = {objective.__module__ for name, objective in OBJECTIVES.items() if name != "mae"}
+    imported = {name.rpartition(".")[0] for name in imports_of(path)} & files
+    assert not imported, f"{name_of(path)} imports {imported}"
 
 
 def test_every_package_is_installed_and_nothing_else_becomes_importable():

@@ -14,7 +14,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.ledger.page import PAPERS, render_published, write_ledger
 from dmae_ds.ledger.published import NUM_IMAGENET, matching_result, read_published, wanted
 from dmae_ds.ledger.runs import find_runs, read_run
-from dmae_ds.ledger.study import columns_of, group
+from dmae_ds.ledger.study import columns_of, group, identity
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def test_every_published_row_is_on_the_page_as_it_was_published():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
         assert cells[:3] == [row["table"], row["what"], row["metric"]] and cells[4].split(" (")[0] == str(row["value"])
         assert cells[5] == ("not run" if wanted(row) else "not run*")
-    assert sum(wanted(row) is not None for row in rows) == 60
+    assert sum(wanted(row) is not None for row in rows) == 86
 
 
 def test_the_committed_page_is_what_the_generator_prints():
@@ -83,8 +83,15 @@ DEFAULT = {"1: one pair, three quarters", "2: student middle <- teacher middle",
     ("dmae_vit_large_to_base", ["objective.alpha=4"], {"3c: l1, alpha 4"}),
     ("dmae_vit_large_to_base", ["student.name=vit_small_patch16_224"], {"5: DMAE, large -> small"}),
     ("dmae_vit_large_to_base", ["student.name=vit_tiny_patch16_224", "teacher.name=vit_base_patch16_224"], {"5: DMAE, base -> tiny"}),
-    ("mae_vit_base", [], {"4: MAE-B", "5: MAE, base", "7: MAE-B 100 epochs"}),
-    ("mae_vit_base", ["optim.epochs=1600", "optim.warmup_epochs=40"], {"4: MAE-B", "7: MAE-B 1600 epochs"}),
+    ("mae_vit_base", [], {"2: MAE", "4: MAE-B", "5: MAE, base", "7: MAE-B 100 epochs"}),
+    ("mae_vit_base", ["optim.epochs=1600", "optim.warmup_epochs=40"], {"2: MAE", "4: MAE-B", "7: MAE-B 1600 epochs"}),
+    ("sdae_vit_base", [], {"2: SdAE", "5: multi-fold, target normalised"}),
+    ("sdae_vit_base", ["objective.teacher_sees=masked"], {"5: masked patches only, target normalised"}),
+    ("mocov3_vit_base", [], {"2: MoCo v3"}),
+    ("mocov3_vit_base", ["optim.epochs=100"], {"9: MoCo-v3"}),
+    ("mocov3_dmae_vit_base", [], {"9: MoCo-v3 + DMAE"}),
+    ("dino_dmae_vit_base", [], {"9: DINO + DMAE"}),
+    ("dino_dmae_vit_base", ["objective.distill.head=linear"], set()),
     # and what no paper ran
     ("dmae_vit_large_to_base", ["objective.alpha=4", "objective.head=linear"], set()),
     ("dmae_vit_large_to_base", ["objective.normalize=l2"], set()),
@@ -104,7 +111,7 @@ def test_a_run_fills_the_rows_that_it_is(tmp_path, recipe, overrides, rows):
     (("finetune", "all", 83.0, {**FINETUNE, "img_size": 384}), set()),
     (("knn", "all", 60.0, KNN), set()),
     (("supervised", "all", 80.0, {**FINETUNE, "init": "random", "distill": "deit_soft"}), {"4: DeiT-B soft distillation", "7: DeiT-B soft distillation"}),
-    (("supervised", "all", 80.0, {**FINETUNE, "init": "random", "epochs": 300.0}), {"4: DeiT-B"}),
+    (("supervised", "all", 80.0, {**FINETUNE, "init": "random", "epochs": 300.0}), {"2: from scratch", "4: DeiT-B"}),
     (("supervised", "all", 80.0, {**FINETUNE, "distill": "deit_soft"}), set()),
     (("supervised", "10%", 60.0, {**FINETUNE, "init": "random", "distill": "features"}), {"6: supervised feature alignment"}),
 ])  # fmt: skip
@@ -161,6 +168,34 @@ def test_arms_are_runs_that_differ_in_their_seed_alone(tmp_path):
     assert list(headings.values()) == ["k-NN, k 10", "k-NN, k 20", "k-NN, 10% labels"]
     by_heading = {heading: arms[0].values.get(column) for column, heading in headings.items()}
     assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
+
+
+def test_runs_that_begin_with_other_runs_are_arms_too(tmp_path):
+    """Each seed has its own first stage and its own fine-tuned teacher; what lies behind the paths is the same."""
+    for seed in (0, 1):
+        folder = tmp_path / f"seed{seed}"
+        teacher = make_run(folder / "teacher", "digits_teacher", f"run.seed={seed}", num_images=1400)
+        generic = make_run(folder / "generic", "digits_g2sd_generic", f"run.seed={seed}", f"teacher.weights={teacher}", num_images=1400)
+        best = f"teacher.weights={teacher / 'finetune_digits' / 'best.safetensors'}"
+        for name, weights in (("specific", generic), ("deit", "null")):
+            settings = {"recipe": "g2sd_specific", "epochs": 15.0}
+            result = ("finetune" if name == "specific" else "supervised", "all", 90.0 + seed, settings)
+            make_run(folder / name, "digits_g2sd_specific", f"run.seed={seed}", best, f"student.weights={weights}", results=[result], num_images=1400)
+    arms = group(find_runs([tmp_path]))
+    assert {arm.name: arm.seeds for arm in arms} == {
+        "g2sd_generic": [0, 1], "g2sd_specific": [0, 1], "g2sd_specific, student.weights g2sd_generic": [0, 1], "teacher: mae": [0, 1],
+    }  # fmt: skip
+    assert identity(arms[0].runs[0].config)["teacher.weights"] != identity(arms[1].runs[0].config)["teacher.weights"]  # an MAE, and what it was fine-tuned to
+
+
+def test_the_effective_rank_of_an_arm_is_the_mean_and_the_lowest(tmp_path):
+    for seed, value in ((0, 6.0), (1, 4.5)):
+        run = make_run(tmp_path / f"run{seed}", "digits_mae", f"run.seed={seed}", results=[("knn", "all", 70.0, KNN)], num_images=1400)
+        (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace('"pixel"', f'"rank/mean": {value}, "pixel"'))
+    make_run(tmp_path / "other", "digits_dmae", results=[("knn", "all", 80.0, KNN)], num_images=1400)
+    page = write_ledger([tmp_path], tmp_path / "RESULTS.md").read_text()
+    assert re.search(r"\| mae \| 70.0 ± 0.0 \| 0, 1 \| [^|]* \| 5.2 \(4.5\) \|", page) and re.search(r"\| dmae \| [^\n]* \| not watched \|", page)
+    assert "below 3 counts as collapsed" in page
 
 
 def test_the_study_s_table_and_plot(tmp_path):

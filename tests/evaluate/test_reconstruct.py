@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dmae_ds.config.load import read_saved_config
+from dmae_ds.data.batch import Batch
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.evaluate.reconstruct import GREY, choose_pictures, reconstruct
 from dmae_ds.models.masking import keep_random
@@ -37,7 +38,7 @@ def test_a_perfect_decoder_gives_the_original_back(tmp_path, shards, val, norm_p
     objective, _ = build_objective(config)
     images, noise = choose_pictures(val, **CHOICE)
     normalize = Normalize(config.data.mean, config.data.std)
-    target = objective.prepare(images, noise, normalize).masked
+    target = objective.prepare(Batch(images, noise), normalize).masked
     monkeypatch.setattr(objective.decoder, "forward", lambda latent, ids_keep, ids_masked: normalize_patches(target) if norm_pix else target)
     masked, painted = reconstruct(objective, images, noise, normalize)
     assert torch.equal(painted, images)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dmae_ds.config.evaluation import AugmentConfig
+from dmae_ds.config.objectives import AugmentConfig
 from dmae_ds.data.batch import Batch
+from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.transforms import AUGMENT_STREAM, sample_rng
-from dmae_ds.finetune.augment import Prepare, RandAugment
+from dmae_ds.finetune.augment import Prepare
 from dmae_ds.models.patches import Normalize
 
 VIEW = np.random.default_rng(0).integers(0, 256, (3, 24, 24), dtype=np.uint8)

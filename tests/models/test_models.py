@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ import torch
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import gather_patches, keep_random, num_visible
 from dmae_ds.models.patches import Normalize, patchify, unpatchify
+from dmae_ds.models.positions import sincos_positions
 from dmae_ds.models.vit import MaskedViT, build_student, build_timm_vit
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -72,6 +75,25 @@ def test_a_kept_patch_keeps_its_own_position():
     whole = student.embed(patches, torch.arange(16)[None])
     some = torch.tensor([[5, 0, 11]])
     torch.testing.assert_close(student.embed(gather_patches(patches, some), some)[:, 1:], whole[:, 1:][:, some[0]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_smaller_picture_is_laid_over_the_whole_grid():
+    """A patch of the small grid covers r x r of the large one: its place is the mean of theirs, and so are interpolated codes where they are linear."""
+    student = build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(0))
+    own = sincos_positions(student.embed_dim, student.grid)
+    assert torch.equal(sincos_positions(student.embed_dim, student.grid, span=student.grid), own)
+    small = sincos_positions(student.embed_dim, (2, 4), span=(4, 4))[0, 1:].view(2, 4, -1)
+    frequencies = [10000 ** -(k / (student.embed_dim / 4)) for k in range(student.embed_dim // 4)]
+    for row in range(2):
+        for column in range(4):
+            place = {"column": column, "row": (2 * row + 2 * row + 1) / 2}  # the middle of rows 2r and 2r + 1
+            expected = [f(place[axis] * w) for axis in ("column", "row") for f in (math.sin, math.cos) for w in frequencies]
+            torch.testing.assert_close(small[row, column], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    patches, ids = torch.randn(3, 8, 8, 8, 3), torch.arange(8).expand(3, -1)
+    tokens = student.embed(patches, ids, grid=(2, 4))
+    torch.testing.assert_close(tokens[:, 1:], student.patch_embed.proj(patches) + small.flatten(0, 1))
+    assert student(patches, ids, grid=(2, 4))[0].shape == (3, 9, student.embed_dim)
+    assert torch.equal(student.embed(patches, ids, grid=student.grid), student.embed(patches, ids))
 
 
 def test_initial_weights_depend_on_the_seed_alone():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dmae_ds.config.objectives import DmaeConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.align import build_head, distance
@@ -25,7 +26,7 @@ def build(**options) -> Dmae:
 
 def parts_of(objective: Dmae) -> dict:
     generator = torch.Generator().manual_seed(1)
-    batch = objective.prepare(torch.randn(3, 3, 16, 16, generator=generator), torch.rand(3, 16, generator=generator), torch.nn.Identity())
+    batch = objective.prepare(Batch(torch.randn(3, 3, 16, 16, generator=generator), torch.rand(3, 16, generator=generator)), torch.nn.Identity())
     features = {f"block/{b}": torch.randn(3, 1 + objective.num_visible, 12, generator=torch.Generator().manual_seed(b)) for b in range(1, 9)}
     return objective(batch, features)
 
@@ -100,6 +101,6 @@ def test_the_decoder_paints_the_masked_patches_and_no_others(ratio, kept):
     objective = build(mask_ratio=ratio)
     parts_of(objective)["loss"].backward()
     assert objective.num_visible == kept
-    batch = objective.prepare(torch.randn(2, 3, 16, 16), torch.rand(2, 16), torch.nn.Identity())
+    batch = objective.prepare(Batch(torch.randn(2, 3, 16, 16), torch.rand(2, 16)), torch.nn.Identity())
     latent, _ = objective.student(batch.visible, batch.ids_keep)
     assert objective.decoder(latent, batch.ids_keep, batch.ids_masked).shape == (2, 16 - kept, 4, 4, 3)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.positions import sincos_positions
 from dmae_ds.train.optim import build_optimizer, learning_rate
@@ -110,7 +111,7 @@ def load_weights(objective, tensors: dict, prefix: str, heads: str | None = None
 
 
 def batch_of(objective, tensors: dict, step: int):
-    return objective.prepare(tensors["images"][step].float(), tensors["noise"][step], torch.nn.Identity())
+    return objective.prepare(Batch(tensors["images"][step].float(), tensors["noise"][step]), torch.nn.Identity())
 
 
 def drop_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ def geometry_of(*, parameters: int = 80_000_000, layers: int = 20, activations: 
         embedding_bytes=10**7, block_bytes=(block_bytes,) * blocks, flops=10**12, working_bytes=10**8, token_bytes=4 * 10**6, id_bytes=10**4,
         feature_bytes=4 * 10**6,
     )  # fmt: skip
-    return Geometry(micro_batch=16, student=trace, student_parameters=parameters, buffer_bytes=0, batch_bytes=10**7, teacher=teacher, decoder_is_tapped=False)
+    return Geometry(micro_batch=16, student=trace, student_parameters=parameters, buffer_bytes=0, batch_bytes=10**7, teacher=teacher)
 
 
 @pytest.fixture

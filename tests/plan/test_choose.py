@@ -28,7 +28,6 @@ def test_placements_by_ranks():
     stages = [stages for _, stages in placements(geometry, gpus=64, gpus_per_node=8)]
     assert stages == [None, 2, 4, 8, 16, None]
     assert [stages for _, stages in placements(geometry_of(blocks=3), gpus=8, gpus_per_node=8)] == [None, 2, None]
-    assert placements(replace(geometry, decoder_is_tapped=True), gpus=8, gpus_per_node=8) == [("replicated", None)]
     assert placements(replace(geometry, teacher=None), gpus=8, gpus_per_node=8) == [("no teacher", None)]
 
 

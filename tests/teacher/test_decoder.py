@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from dmae_ds.config.run import TeacherConfig
 from dmae_ds.errors import UserError
+from dmae_ds.models.decoder import Decoder, TokenDecoder
 from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.vit import build_student
 from dmae_ds.teacher.build import build_frozen_teacher
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
@@ -16,7 +21,7 @@ NAME = "vit_tiny_patch16_224"
 
 
 def build(weights, *, taps, format="hf", **more):
-    config = TeacherConfig(name=NAME, weights=str(weights), format=format, decoder_num_heads=2, **{**SHAPE, **more})
+    config = TeacherConfig(name=NAME, weights=str(weights), format=format, decoder_num_heads=2, **{"decoder_embed_dim": 24, "decoder_depth": 3, **SHAPE, **more})
     return build_frozen_teacher(config, taps=taps, whole_blocks=2, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu"))
 
 
@@ -38,7 +43,9 @@ def reference():
 def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
     reference.save_pretrained(tmp_path)
     teacher = build(tmp_path, taps=("decoder/2", "decoder/1", "block/2"))
-    assert len(teacher.decoder.decoder_blocks) == 2 and teacher.vit.depth == 2
+    assert len(teacher.top.decoder_blocks) == 2 and teacher.vit.depth == 2
+    painter = build(tmp_path, taps=("prediction", "decoder/3"))
+    assert len(painter.top.decoder_blocks) == 3
     images, noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         encoded = reference.vit(images, noise=noise)
@@ -46,7 +53,7 @@ def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
         # transformers puts tokens back on the grid before its first decoder block; a hook sees each block's output.
         layers = next(module for name, module in reference.decoder.named_modules() if isinstance(module, torch.nn.ModuleList))
         hooks = [layer.register_forward_hook(lambda _, __, output: blocks.append(output[0] if isinstance(output, tuple) else output)) for layer in layers]
-        reference.decoder(encoded.last_hidden_state, encoded.ids_restore)
+        predicted = reference.decoder(encoded.last_hidden_state, encoded.ids_restore).logits
     for hook in hooks:
         hook.remove()
     order = noise.argsort(dim=1, stable=True)
@@ -59,6 +66,10 @@ def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
         expected = expected[torch.arange(2)[:, None], places]
         assert found[tap].shape == (2, 17, 24)
         torch.testing.assert_close(found[tap], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    painted = painter.features(MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked))
+    assert list(painted) == ["prediction", "decoder/3"] and painted["prediction"].shape == (2, 12, 8, 8, 3)
+    expected = predicted[torch.arange(2)[:, None], masked]  # [N, L - K, P * P * 3]
+    torch.testing.assert_close(painted["prediction"].flatten(2), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def full_mae(tmp_path, *, decoder: bool):
@@ -76,8 +87,34 @@ def full_mae(tmp_path, *, decoder: bool):
 
 def test_upper_decoder_blocks_stay_in_the_file(tmp_path):
     teacher = build(full_mae(tmp_path, decoder=True), taps=("decoder/1",), format="mae")
-    assert len(teacher.decoder.decoder_blocks) == 1
+    assert len(teacher.top.decoder_blocks) == 1
     assert "upper decoder blocks" in teacher.parts.describe_dropped()
+
+
+def test_a_run_folder_of_ours_has_its_decoder_beside_the_student(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    student = build_student(NAME, SHAPE, generator=generator)
+    decoder = Decoder(encoder_dim=32, patch_size=8, grid=(4, 4), depth=2, embed_dim=24, num_heads=2, generator=generator)
+    about = {"timm_name": NAME, "timm_overrides": json.dumps(SHAPE)}
+    save_file(student.state_dict(), tmp_path / "student.safetensors", metadata=about)
+    whole = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()} | {"heads.0.weight": torch.zeros(1)}
+    save_file(whole, tmp_path / "decoder.safetensors", metadata=about)
+    order = torch.rand(2, 16, generator=generator).argsort(dim=1)
+    pixels = torch.randn(2, 16, 8, 8, 3, generator=generator)
+    batch = MaskedBatch(visible=pixels[:, :4], masked=pixels[:, 4:], ids_keep=order[:, :4], ids_masked=order[:, 4:])
+    for weights in (tmp_path, tmp_path / "student.safetensors"):
+        found = build(weights, taps=("prediction", "decoder/2"), format="dmae_ds", decoder_depth=2).features(batch)
+        with torch.no_grad():
+            latent, _ = student(batch.visible, batch.ids_keep)
+            torch.testing.assert_close(found["prediction"], decoder(latent, batch.ids_keep, batch.ids_masked))
+            torch.testing.assert_close(found["decoder/2"], TokenDecoder.forward(decoder, latent, batch.ids_keep, batch.ids_masked))
+    with pytest.raises(UserError, match="teacher.decoder_depth is 1, the decoder in .* has more blocks"):
+        build(tmp_path, taps=("prediction",), format="dmae_ds", decoder_depth=1)
+    with pytest.raises(UserError, match="teacher.decoder_embed_dim is 48, the decoder in .* is 24 wide"):
+        build(tmp_path, taps=("decoder/1",), format="dmae_ds", decoder_embed_dim=48)
+    (tmp_path / "decoder.safetensors").unlink()
+    with pytest.raises(UserError, match="is an encoder only: has no decoder.*or a run folder of ours"):
+        build(tmp_path, taps=("decoder/1",), format="dmae_ds")
 
 
 def test_a_file_without_a_decoder_is_one_line_that_says_so(tmp_path):
@@ -90,8 +127,8 @@ def test_a_decoder_that_is_too_short_or_of_other_heads_is_one_line(tmp_path):
     path = full_mae(tmp_path, decoder=True)
     with pytest.raises(UserError, match="missing 12: decoder_blocks.2"):
         build(path, taps=("decoder/3",), format="mae")
-    config = TeacherConfig(name=NAME, weights=str(path), format="mae", **SHAPE)
-    with pytest.raises(UserError, match="decoder_num_heads 16 does not divide the decoder's width 24"):
+    config = TeacherConfig(name=NAME, weights=str(path), format="mae", decoder_embed_dim=24, **SHAPE)
+    with pytest.raises(UserError, match="decoder_num_heads 16 does not divide teacher.decoder_embed_dim 24"):
         build_frozen_teacher(config, taps=("decoder/1",), whole_blocks=2, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu"))
     with pytest.raises(UserError, match="teacher.sees=visible"):
         build(path, taps=("decoder/1",), format="mae", sees="all")
@@ -99,4 +136,4 @@ def test_a_decoder_that_is_too_short_or_of_other_heads_is_one_line(tmp_path):
 
 def test_a_file_read_whole_for_blocks_alone_leaves_the_decoder(tmp_path):
     teacher = build(full_mae(tmp_path, decoder=True), taps=("block/1",), format="mae")
-    assert teacher.decoder is None and "decoder" in teacher.parts.describe_dropped()
+    assert teacher.top is None and "decoder" in teacher.parts.describe_dropped()

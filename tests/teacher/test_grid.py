@@ -10,6 +10,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from dmae_ds.config.objectives import MaeConfig
 from dmae_ds.config.run import TeacherConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.positions import sincos_positions
@@ -54,7 +55,7 @@ def test_painting_one_patch_changes_exactly_that_token_on_both_sides(weights, st
     normalize = Normalize(MEAN, STD)
 
     def tokens(images):
-        batch = objective.prepare(images, noise, normalize)
+        batch = objective.prepare(Batch(images, noise), normalize)
         sides = objective.student.embed(batch.visible, batch.ids_keep), teacher.vit.embed(teacher.view(batch.visible), batch.ids_keep)
         return [side.detach() for side in sides], batch.ids_keep
 
@@ -76,9 +77,9 @@ def test_a_masked_neighbour_never_reaches_the_teacher(weights):
     objective, teacher = student_at(224), teacher_at(weights / "sincos.safetensors", 196)
     images = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     noise = torch.arange(196.0)[None]  # the first quarter of the patches stays visible
-    batch = objective.prepare(images, noise, Normalize(MEAN, STD))
+    batch = objective.prepare(Batch(images, noise), Normalize(MEAN, STD))
     images[:, :, 4 * 16 :] = 255  # all of it masked
-    painted = objective.prepare(images, noise, Normalize(MEAN, STD))
+    painted = objective.prepare(Batch(images, noise), Normalize(MEAN, STD))
     assert not torch.equal(batch.masked, painted.masked)
     assert torch.equal(teacher.features(batch)["block/2"], teacher.features(painted)["block/2"])
 

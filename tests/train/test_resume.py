@@ -63,9 +63,9 @@ def stop_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> 
     assert not processes_with(str(run_dir))
 
 
-def kill_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> None:
+def kill_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int, more: list[str] = LARGER) -> None:
     """Start a run and SIGKILL everything of it as soon as it has logged a step."""
-    arguments = command(["train", *recipe, *LARGER, f"run.dir={run_dir}", "--resume", "auto"], ranks=ranks)
+    arguments = command(["train", *recipe, *more, f"run.dir={run_dir}", "--resume", "auto"], ranks=ranks)
     with open(run_dir.parent / "killed.log", "wb") as log:
         process = subprocess.Popen(arguments, cwd=run_dir.parent, env=environment(), stdout=log, stderr=log)
     wait_for_step(run_dir, step, process, run_dir.parent / "killed.log")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.teacher.build import verify
@@ -123,7 +124,7 @@ def test_features_are_standardised_by_what_was_measured(measured):
     objective, shape = build_objective(config)
     teachers = {kind: verified(with_kind(config, kind), shape, objective.taps) for kind in ("none", "zscore", "phi_s")}
     images = torch.randint(0, 256, (64, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = objective.prepare(images, torch.rand(64, 64, generator=torch.Generator().manual_seed(1)), Normalize(config.data.mean, config.data.std))
+    batch = objective.prepare(Batch(images, torch.rand(64, 64, generator=torch.Generator().manual_seed(1))), Normalize(config.data.mean, config.data.std))
     features = {kind: teacher.features(batch)["block/3"] for kind, teacher in teachers.items()}
     stats = load_file(config.teacher.stats)
     expected = (features["none"] - stats["block/3.mean"]) / stats["block/3.covariance"].diagonal().sqrt()

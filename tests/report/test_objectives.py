@@ -1,0 +1,66 @@
+"""The page of a run without a pixel decoder and with an EMA twin: what it lacks is said, and a target that has collapsed is an alarm."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import save_file
+
+from dmae_ds.config.load import dump_config
+from dmae_ds.config.run import RunConfig
+from dmae_ds.evaluate.facts import find_collapses, find_dead_terms
+from dmae_ds.evaluate.record import RunRecord
+from dmae_ds.objectives.build import build_objective
+from dmae_ds.report import write_report
+from tests.evaluate.conftest import STUDENT, TEACHER
+
+SPREAD, COLLAPSED = 0.02, 1e-5
+
+
+def config_of(folder, shards, **objective) -> RunConfig:
+    return RunConfig.model_validate({
+        "run": {"dir": str(folder)}, "student": STUDENT, "teacher": TEACHER if "distill" in objective else None,
+        "objective": {"name": "mocov3", "hidden_dim": 8, "output_dim": 4, **objective},
+        "data": {"train": str(shards[0]), "val": str(shards[1]), "num_workers": 0}, "optim": {"global_batch": 6, "epochs": 9, "warmup_epochs": 1},
+    })  # fmt: skip
+
+
+def rows_of(*, spread: float, epochs: float = 9.0, **more) -> list[dict]:
+    return [
+        {"step": step, "epoch": step / 30 * epochs, "lr": 1e-3, "loss": 3 / step, "contrast": 3 / step, "target/spread": spread, "images_per_s": 100.0, "rank/mean": 6.0, **more}
+        for step in range(1, 31)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def page(tmp_path, shards) -> str:
+    run = tmp_path / "run"
+    config = config_of(run, shards)
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_config(config))
+    weights = build_objective(config)[0].state_dict()
+    for name, part in (("student", True), ("decoder", False)):
+        tensors = {key.removeprefix("student."): tensor.contiguous() for key, tensor in weights.items() if key.startswith("student.") == part}
+        save_file(tensors, run / f"{name}.safetensors", metadata={"format": "pt", "step": "30"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(spread=COLLAPSED)))
+    return write_report([run]).read_text(encoding="utf-8")
+
+
+def test_the_page_shows_what_there_is_and_says_what_there_is_not(page):
+    assert "mocov3 predicts no pixels." in page and "what it painted" not in page
+    assert "Where CLS looks" in page and "contrast (training)" in page and "student, last" in page
+    assert "spread of the targets" in page and page.count("only 0.00% differs from picture to picture") == 1
+    assert "target/spread (training)" not in page  # a sign of health, no loss
+
+
+@pytest.mark.parametrize("spread, epochs, alarms", [(COLLAPSED, 9.0, 1), (SPREAD, 9.0, 0), (COLLAPSED, 5.0, 0)])
+def test_a_collapsed_target_is_an_alarm_once_the_run_is_two_thirds_through(tmp_path, shards, spread, epochs, alarms):
+    record = RunRecord(tmp_path, config_of(tmp_path, shards), rows_of(spread=spread, epochs=epochs), [])
+    assert len(find_collapses(record, "run")) == alarms
+
+
+def test_a_dead_term_beside_another_objective_names_the_key_that_mends_it(tmp_path, shards):
+    record = RunRecord(tmp_path, config_of(tmp_path, shards, distill={"normalize": "l2"}), rows_of(spread=SPREAD, **{"share/1": 0.01}), [])
+    (sentence,) = find_dead_terms(record, "run")
+    assert sentence.endswith("raise objective.distill.alpha, or compare raw features with objective.distill.normalize=none.")
