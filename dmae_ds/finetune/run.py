@@ -29,6 +29,7 @@ from dmae_ds.config.load import dump_config, flatten
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.loader import eval_batches, train_batches
 from dmae_ds.data.order import ORDER_VERSION, num_steps
+from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import append_result

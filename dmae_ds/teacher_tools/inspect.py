@@ -14,11 +14,12 @@ from dmae_ds.config.load import load_config
 from dmae_ds.config.shipped import shipped_files
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.objectives.dmae import resolve_pairs
+from dmae_ds.objectives.build import build_objective
+from dmae_ds.objectives.with_features import resolve_pairs
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.fit import block_of, check_fit, describe_kind, fits, size_text
 from dmae_ds.teacher.formats import FORMATS, Weights
-from dmae_ds.teacher.frozen import fill, meta_teacher
+from dmae_ds.teacher.frozen import fill, meta_teacher, needed_depths, needs_top
 from dmae_ds.teacher_tools.known import Network, dtype_of, identify
 from dmae_ds.train.checkpoint_folder import write_atomically
 
@@ -84,10 +85,11 @@ def serving_recipes(path: Path, network: Network) -> list[str]:
         config = load_config(str(file))
         if config.teacher is None or network.name.split(".")[0] != config.teacher.name:
             continue
-        vit = meta_teacher(config.teacher.name, config.teacher.overrides())
-        cut = max(teacher for _, teacher in resolve_pairs(getattr(config.objective, "pairs", None), student_depth=10**6, teacher_depth=vit.depth))
+        objective, shape = build_objective(config, device="meta")
+        cut, decoder_depth = needed_depths(objective.taps, shape.depth, config.teacher.decoder_depth)
         needed = meta_teacher(config.teacher.name, config.teacher.overrides(), cut).state_dict()
-        if fits(needed, depth=cut, may_resize=config.teacher.img_size is not None)(network.weights):
+        top = "decoder_embed.weight" if decoder_depth else "head.weight" if needs_top(objective.taps) else None
+        if (top is None or top in network.weights) and fits(needed, depth=cut, may_resize=config.teacher.img_size is not None)(network.weights):
             names.append(f"{file.stem} (teacher.format={network.weights.format})")
     return names
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from dmae_ds.errors import UserError
-from dmae_ds.objectives.dmae import resolve_pairs
+from dmae_ds.objectives.with_features import resolve_pairs
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.fit import block_of, size_text
 from dmae_ds.teacher.formats import open_weights
