@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,8 @@ class Recorder:
         self._ids: list[Tensor] = []
         self._since = time.perf_counter()
         self._bar: tqdm | None = None
+        # Trackers take their time (TensorBoard a millisecond a step), which needn't be the loop's.
+        self._teller, self._told = ThreadPoolExecutor(max_workers=1), None
 
     def start(self, *, step: int, num_steps: int) -> None:
         """Drop what a killed run wrote after its last checkpoint, and show the bar."""
@@ -134,15 +137,19 @@ class Recorder:
         """Finish trackers and the bar."""
         if self._bar is not None:
             self._bar.close()
+        self._teller.shutdown()  # once all is told
+        if self._told is not None:
+            self._told.result()
         for tracker in self.trackers:
             tracker.finish()
 
     def _write(self, records: list[dict]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-        for record in records:
-            for tracker in self.trackers:
-                tracker.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+        if self.trackers:
+            if self._told is not None:
+                self._told.result()  # raises what went wrong there
+            self._told = self._teller.submit(self._tell, records)
         if self._bar is not None and records:
             shown = {name: f"{records[-1][name]:.4f}" for name in self._names if not name.startswith("share/")}
             waited, spent = (sum(record[name] for record in records for name in record if name.startswith(kind)) for kind in ("seconds/data", "seconds/"))
@@ -150,6 +157,11 @@ class Recorder:
             if self.speed is not None:
                 shown |= {"TFLOP/s": f"{records[-1]['tflops']:.3g}", "of peak": f"{records[-1]['of_peak']:.0%}"}
             self._bar.set_postfix(shown, refresh=False)
+
+    def _tell(self, records: list[dict]) -> None:
+        for record in records:
+            for tracker in self.trackers:
+                tracker.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
 
     def _look_at_next(self) -> None:
         self.watch.active = (self.step + 1) % self.log_every == 0 or self.step + 1 == self._num_steps
