@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from dmae_ds import __version__
+from dmae_ds.cli_bench import add_bench
 from dmae_ds.cli_checkpoint import add_checkpoint
 from dmae_ds.cli_doctor import add_doctor
 from dmae_ds.cli_eval import add_eval
@@ -48,7 +49,7 @@ def _train(args: argparse.Namespace) -> None:
     # Before torch is imported: where a rank is lost its C++ side adds its own frames to the one line that says so.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dmae_ds.config.load import load_config
-    from dmae_ds.dist import world_from_env
+    from dmae_ds.world import world_from_env
     from dmae_ds.train.preflight import prepare
 
     if args.recipe is None:
@@ -122,79 +123,6 @@ def _teacher_stats(args: argparse.Namespace) -> None:
     print(write_stats(load_config(args.recipe, args.overrides), num_images=args.images, out=Path(args.out) if args.out else None))
 
 
-def _bench_teacher_load(args: argparse.Namespace) -> None:
-    from dmae_ds.bench import bench_teacher_load
-
-    print(bench_teacher_load(args.name, last_block=args.last_block, stages=args.stages, folder=Path(args.folder) if args.folder else None))
-
-
-def _bench_step(args: argparse.Namespace) -> None:
-    from dmae_ds.config.load import load_config
-    from dmae_ds.dist import world_from_env
-
-    world = world_from_env()
-    try:
-        config = load_config(args.recipe, args.overrides)
-        from dmae_ds.bench.step import bench_step
-
-        text = bench_step(config, world, against=args.against, data=args.data, rounds=args.rounds, as_json=args.json)
-    except UserError as error:
-        error.on_every_rank = True
-        raise
-    if world.is_main:
-        print(text, flush=True)
-
-
-def _bench_stream(args: argparse.Namespace) -> None:
-    from dmae_ds.config.load import load_config
-    from dmae_ds.dist import world_from_env
-
-    world = world_from_env()
-    try:
-        config = load_config(args.recipe, args.overrides)
-        from dmae_ds.bench.stream import bench_stream
-
-        text = bench_stream(config, world, stages=args.stages, sleep_ms=args.sleep_ms, clocks=args.clocks, rounds=args.rounds)
-    except UserError as error:
-        error.on_every_rank = True
-        raise
-    if world.is_main:
-        print(text, flush=True)
-
-
-def _bench_save(args: argparse.Namespace) -> None:
-    from dmae_ds.config.load import load_config
-    from dmae_ds.dist import world_from_env
-
-    world = world_from_env()
-    try:
-        config = load_config(args.recipe, args.overrides)
-        from dmae_ds.bench.save import bench_save
-
-        text = bench_save(config, world, steps=args.steps, rounds=args.rounds, folder=Path(args.folder) if args.folder else None)
-    except UserError as error:
-        error.on_every_rank = True
-        raise
-    if world.is_main:
-        print(text, flush=True)
-
-
-def _bench_knn(args: argparse.Namespace) -> None:
-    from dmae_ds.bench.knn import bench_knn
-
-    if args.k > args.train:
-        raise UserError(f"--k {args.k} is larger than --train {args.train}; ask for fewer neighbours")
-    print(
-        bench_knn(num_train=args.train, num_queries=args.queries, dim=args.dim, k=args.k, num_classes=args.classes, memory_gib=args.memory_gib), flush=True
-    )
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     """Every command and option."""
     root = argparse.ArgumentParser(prog="dmae-ds", description="Distil large frozen vision transformers into small ones while pre-training.")
@@ -263,43 +191,7 @@ def parser() -> argparse.ArgumentParser:
     stats.add_argument("--out", help="where to write (default: beside the weights)")
     stats.set_defaults(command=_teacher_stats)
 
-    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(required=True, metavar="step | teacher-load | stream | save | knn")
-    load = bench.add_parser("teacher-load", help="bytes read and memory of a cut teacher, against the bytes needed")
-    load.add_argument("--name", default="vit_huge_patch14_224", help="timm name of the whole teacher (default vit_huge_patch14_224)")
-    load.add_argument("--last-block", type=int, metavar="K", help="the deepest block that is tapped (default: three quarters of the depth)")
-    load.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="pipeline lengths (default 1 2 4)")
-    load.add_argument("--folder", help="where the random weights files are made and left (default: a temporary folder)")
-    load.set_defaults(command=_bench_teacher_load)
-    step = bench.add_parser("step", help="where a training step's time goes, and its share of the fastest matrix product here")
-    step.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    step.add_argument("overrides", nargs="*", metavar="key=value")
-    step.add_argument("--against", choices=("mae",), help="mae: the same step without the teacher beside it")
-    step.add_argument("--data", action="store_true", help="read the recipe's data.train as training does (default: random pixels on the device)")
-    step.add_argument("--rounds", type=_at_least_one, default=7, help="of which the median counts (default 7)")
-    step.add_argument("--json", action="store_true", help="for machines")
-    step.set_defaults(command=_bench_step)
-    stream = bench.add_parser("stream", help="a teacher in stages against a replicated one and DeepSpeed's eval_batch; start it with a launcher")
-    stream.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; it gives the teacher's geometry and the micro-batch")
-    stream.add_argument("overrides", nargs="*", metavar="key=value")
-    stream.add_argument("--stages", type=int, nargs="+", metavar="P", help="pipeline lengths (default: all that the ranks allow)")
-    stream.add_argument("--sleep-ms", type=float, metavar="MS", help="let every block sleep so long instead of computing: the schedule alone")
-    stream.add_argument("--clocks", type=_at_least_one, default=16, help="micro-batches a rank in a round (default 16)")
-    stream.add_argument("--rounds", type=_at_least_one, default=7, help="rounds, of which the median counts (default 7)")
-    stream.set_defaults(command=_bench_stream)
-    save = bench.add_parser("save", help="bytes and seconds of a checkpoint, against a plain write of as many; start it with a launcher, or alone")
-    save.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; it gives the networks, the DeepSpeed file and the batch")
-    save.add_argument("overrides", nargs="*", metavar="key=value")
-    save.add_argument("--steps", type=_at_least_one, default=3, help="optimiser steps in a round (default 3)")
-    save.add_argument("--rounds", type=_at_least_one, default=5, help="rounds, of which the median counts (default 5)")
-    save.add_argument("--folder", help="a folder on the disk that is meant; nothing stays in it (default: the temporary folder)")
-    save.set_defaults(command=_bench_save)
-    knn = bench.add_parser("knn", help="memory and time of eval knn at ImageNet's size, on random features")
-    for name, default, what in (
-        ("train", 1_281_167, "training rows"), ("queries", 2048, "rows to classify"), ("dim", 768, "width of a feature"), ("k", 20, "neighbours"), ("classes", 1000, "classes"),
-    ):  # fmt: skip
-        knn.add_argument(f"--{name}", type=_at_least_one, default=default, metavar="N", help=f"{what} (default {default:,})")
-    knn.add_argument("--memory-gib", type=float, default=1.0, metavar="GIB", help="for the search, beyond the features (default 1)")
-    knn.set_defaults(command=_bench_knn)
+    add_bench(commands)
     return root
 
 

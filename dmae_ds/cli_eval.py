@@ -92,7 +92,7 @@ def _for_each(args: argparse.Namespace, evaluate_run: Callable, **options) -> No
 
 @contextmanager
 def _on_every_rank() -> Iterator[None]:
-    from dmae_ds.dist import world_from_env
+    from dmae_ds.world import world_from_env
 
     try:
         world_from_env()  # refuses launchers that start fewer processes than asked for

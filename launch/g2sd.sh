@@ -7,32 +7,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-0}
-VENV=${VENV:-.venv}
 OUT=${OUT:-runs/g2sd-seed$SEED}
+. launch/digits.sh
 
-if [ ! -e "$VENV/installed" ]; then
-    echo "== install into $VENV (torch is large: a minute or more)"
-    "${PYTHON:-python3}" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --editable ".[quickstart]"
-    touch "$VENV/installed"
-fi
-PATH="$(cd "$VENV/bin" && pwd):$PATH"
-
-echo "== images -> tar shards"
-for part in train val; do
-    [ -d "$OUT/images/$part" ] || python launch/digits.py "$OUT/images"
-    [ -e "$OUT/shards/$part/manifest.json" ] || dmae-shards make "$OUT/images/$part" "$OUT/shards/$part" --samples-per-shard 500 --overwrite
-done
-
-# Two ranks on CPUs; on GPUs as many as there are, two at most.
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
-[ "$GPUS" != 0 ] || export DS_ACCELERATOR=cpu
-RANKS=$([ "$GPUS" = 1 ] && echo 1 || echo 2)
-DATA=("data.train=$OUT/shards/train" "data.val=$OUT/shards/val")
-train() { # NAME RECIPE [key=value ...]
-    echo "== train $1 ($2)"
-    deepspeed -q --num_gpus "$RANKS" --module dmae_ds train "$2" --resume auto "run.dir=$OUT/$1" "run.seed=$SEED" "${DATA[@]}" "${@:3}"
-}
 finetune() { # NAME: labels alone
     [ -e "$OUT/$1/finetune_digits/finished" ] || {
         echo "== fine-tune $1"

@@ -7,7 +7,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1 2}
 JOBS=${JOBS:-2}
-VENV=${VENV:-.venv}
 OUT=${OUT:-runs/study}
 ONLY=${ONLY:-}
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -42,20 +41,9 @@ deit-distilled    digits_g2sd_specific  student.weights=null optim.layer_decay=1
 # And what fine-tuning without a teacher makes of these.
 FINETUNED="g2sd-generic mae dmae"
 
-if [ ! -e "$VENV/installed" ]; then
-    echo "== install into $VENV (torch is large: a minute or more)"
-    "${PYTHON:-python3}" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --editable ".[quickstart]"
-    touch "$VENV/installed"
-fi
-PATH="$(cd "$VENV/bin" && pwd):$PATH"
+. launch/digits.sh
 
-for part in train val; do
-    [ -d "$OUT/images/$part" ] || python launch/digits.py "$OUT/images"
-    [ -e "$OUT/shards/$part/manifest.json" ] || dmae-shards make "$OUT/images/$part" "$OUT/shards/$part" --samples-per-shard 500 --overwrite
-done
-
-train() { # NAME SEED RECIPE [key=value ...]: one process; a finished run is left alone
+train_alone() { # NAME SEED RECIPE [key=value ...]: one process; a finished run is left alone
     local run="$OUT/$1-seed$2"
     [ ! -e "$run/finished" ] || return 0
     mkdir -p "$run"
@@ -64,14 +52,14 @@ train() { # NAME SEED RECIPE [key=value ...]: one process; a finished run is lef
     touch "$run/finished"
     echo "trained $run"
 }
-export -f train
+export -f train_alone
 export OUT
 
-in_parallel() { # lines of arguments of `train` on standard input
-    xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'train {}'
+in_parallel() { # lines of arguments of `train_alone` on standard input
+    xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'train_alone {}'
 }
 
-students_of() { # SEED, and settings on standard input: a line of arguments of `train` each
+students_of() { # SEED, and settings on standard input: a line of arguments of `train_alone` each
     while read -r name recipe options; do
         [ -n "$name" ] && wanted "$name" || continue
         ! grep -q '^teacher:' "launch/recipes/$recipe.yaml" || options="teacher.weights=$OUT/teacher-seed$1${weights:-} $options"

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # From the ground up; rooms of one floor are strangers, except where one of them is named as a guest of another.
 FLOORS = [
     {"errors", "launcher", "missing"},
-    {"heartbeat", "rendezvous"},
+    {"heartbeat", "rendezvous", "world"},
     {"config", "dist", "deepspeed_import"},
     {"vote"},
     {"models", "data"},
@@ -32,7 +32,7 @@ FLOORS = [
     {"finetune"},
     {"figures"},
     {"report", "bench", "teacher_tools", "checkpoint_tools", "export", "ledger", "doctor"},
-    {"cli_eval", "cli_checkpoint", "cli_doctor"},
+    {"cli_bench", "cli_checkpoint", "cli_doctor", "cli_eval"},
     {"cli"},
     {"__main__"},
 ]
@@ -43,8 +43,8 @@ COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/heartbeat.py", "dmae_ds/rendezvous.p
                 "dmae_ds/doctor/meeting.py"}  # before there are ranks
 TORCH_FREE = ["dmae_ds/config", "dmae_ds/data/shards.py", "dmae_ds/data/shard_set.py", "dmae_ds/data/order.py", "dmae_ds/data/storage.py", "dmae_ds/data/cache.py",
               "dmae_ds/data/reader.py", "dmae_ds/data/foreign.py", "dmae_ds/data/corrupt.py", "dmae_ds/train/preflight.py", "dmae_ds/train/checkpoint_folder.py",
-              "dmae_ds/evaluate/results.py", "dmae_ds/evaluate/subsets.py", "dmae_ds/errors.py", "dmae_ds/cli.py", "dmae_ds/cli_eval.py", "dmae_ds/cli_checkpoint.py",
-              "dmae_ds/checkpoint_tools/find.py", "dmae_ds/checkpoint_tools/inspect.py", "dmae_ds/cli_doctor.py", "dmae_ds/doctor", "data_prep"]  # fmt: skip
+              "dmae_ds/evaluate/results.py", "dmae_ds/evaluate/subsets.py", "dmae_ds/errors.py", "dmae_ds/world.py", "dmae_ds/cli.py", "dmae_ds/cli_eval.py", "dmae_ds/cli_checkpoint.py",
+              "dmae_ds/checkpoint_tools/find.py", "dmae_ds/checkpoint_tools/inspect.py", "dmae_ds/cli_bench.py", "dmae_ds/cli_doctor.py", "dmae_ds/doctor", "data_prep"]  # fmt: skip
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
 
 SOURCES = sorted(path for folder in ("dmae_ds", "data_prep") for path in (REPOSITORY / folder).rglob("*.py"))

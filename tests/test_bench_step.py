@@ -8,19 +8,21 @@ import pytest
 import torch
 
 from dmae_ds.bench.step import Contestant, figures, table
+from dmae_ds.cli import main
 from tests.train.conftest import command, run
 
 RECIPE = ["digits_dmae", "optim.global_batch=8", "optim.micro_batch=4", "teacher.embed_dim=48", "teacher.num_heads=3", "teacher.depth=8"]
 
 
 def test_parts_add_up_to_the_step_and_the_work_to_the_floor(tmp_path):
-    done = run(command(["bench", "step", *RECIPE, "--against", "mae", "--rounds", "3", "--json"], ranks=1), cwd=tmp_path)
+    done = run(command(["bench", "step", *RECIPE, "--against", "mae", "--against", "objective.mask_ratio=0.9", "--rounds", "3", "--json"], ranks=1), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    dmae, mae = found["steps"]
+    dmae, sparse, mae = found["steps"]
+    assert [step["name"] for step in found["steps"]] == ["dmae", "objective.mask_ratio=0.9", "mae"] and sparse["gflop"] < dmae["gflop"]
     assert "6 blocks" in found["recipe"] and "8 images a step on 1 ranks" in found["recipe"] and found["rounds"] == 3
     assert set(dmae["parts"]) == {"prepare", "teacher", "forward", "backward", "optimizer"} and set(mae["parts"]) == set(dmae["parts"]) - {"teacher"}
-    for step in (dmae, mae):
+    for step in (dmae, sparse, mae):
         assert step["gflop"] == pytest.approx(sum(part.get("gflop", 0) for part in step["parts"].values()))
         assert step["of_peak"] == pytest.approx(step["gflop"] / found["gemm_gflops"]["fp32"] / step["seconds"])
         assert step["images_per_s"] == pytest.approx(8 / step["seconds"]) and step["peak_gib"] > 0
@@ -52,11 +54,13 @@ def test_figures_are_medians_of_rounds_and_shares_of_the_measured_rate():
     found = figures(one, {torch.float32: 20.0, torch.bfloat16: 40.0})
     assert found["seconds"] == 4.5 and found["floor_seconds"] == 10 / 20 + 20 / 20 + 20 / 40 and found["of_peak"] == pytest.approx(2.0 / 4.5)
     assert found["parts"]["teacher"]["of_peak"] == 0.5 and found["parts"]["forward"]["of_peak"] == 0.5 and "of_peak" not in found["parts"]["optimizer"]
-    other = {**found, "name": "mae", "seconds": 3.0, "gflop": found["gflop"] / 2}
+    other = {**found, "name": "mae", "seconds": 3.0, "round_seconds": [3.0, 4.5, 4.0], "gflop": found["gflop"] / 2}
     printed = table({"recipe": "r", "device": "d", "threads": 1, "rounds": 3, "gemm_gflops": {"fp32": 1.0}, "steps": [found, other]})
-    assert printed.splitlines()[-1] == "dmae / mae: 1.500 of the time, 2.000 of the work"
+    assert printed.splitlines()[-1] == "dmae / mae: 1.500 of the time (1.000 to 9.000 in a round), 2.000 of the work"
 
 
-def test_comparing_plain_mae_with_itself_is_one_line(tmp_path):
-    done = run(command(["bench", "step", "digits_mae", "--against", "mae"], ranks=1), cwd=tmp_path)
-    assert done.returncode == 2 and "this recipe is that" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+@pytest.mark.parametrize("against, said", [("mae", "this recipe is that"), ("sdae", "key=value"), ("objective.mask_ratoi=0.9", "mask_ratio")])
+def test_a_comparison_that_cannot_be_is_one_line(against, said, capsys):
+    assert main(["bench", "step", "digits_mae", "--against", against]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line

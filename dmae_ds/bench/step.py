@@ -1,6 +1,6 @@
 """Where a training step's time goes, and how near it is to the fastest matrix product of this device.
 
-    dmae-ds bench step RECIPE [key=value] [--against mae] [--data] [--rounds 7] [--json]
+    dmae-ds bench step RECIPE [key=value] [--against mae] [--against key=value] [--data] [--rounds 7] [--json]
 
 The step is training's own: the recipe's objective in its DeepSpeed engine, the cut teacher, the mask drawn on the device;
 weights and pixels are random, so no file is needed. With --data the pictures are read, and waited for, as in training. On
@@ -50,17 +50,19 @@ class Contestant:
     exchange: float | None = None  # seconds
 
 
-def bench_step(config: RunConfig, world: dist.World, *, against: str | None, data: bool, rounds: int, as_json: bool) -> str:
+def bench_step(
+    config: RunConfig, world: dist.World, *, against_mae: bool = False, variants: dict[str, RunConfig] | None = None, data: bool, rounds: int, as_json: bool
+) -> str:
     """Measure and return the table, or JSON, to print on rank 0. Collective; the process group is made here.
 
-    against: `mae`, to measure plain MAE's step of the same student beside it; data: read the recipe's pictures
-    Raises UserError for a recipe that can't be built, and for --against mae of mae itself.
+    against_mae: measure plain MAE's step of the same student beside it; variants: {name: recipe} of further steps beside it; data: read the recipe's pictures
+    Raises UserError for a recipe that can't be built, and for plain MAE beside itself.
     """
-    if against == config.objective.name:
-        raise UserError(f"--against {against} compares a recipe with plain {against}, and this recipe is that; take one of another objective")
+    if against_mae and config.objective.name == "mae":
+        raise UserError("--against mae compares a recipe with plain mae, and this recipe is that; take one of another objective")
     with dist.joined(world, timeout_s=config.dist.timeout_s) as device:
         import_deepspeed(device)  # before memory is counted
-        recipes = {config.objective.name: config} | ({against: as_plain_mae(config)} if against else {})
+        recipes = {config.objective.name: config} | (variants or {}) | ({"mae": as_plain_mae(config)} if against_mae else {})
         contestants = [contestant(name, recipe, world, device, data=data) for name, recipe in recipes.items()]
         dtypes = {dtype for one in contestants for _, dtype in one.work.values()}
         rates = take_turns(contestants, {dtype: gemm_rate(dtype, device) for dtype in dtypes}, rounds=rounds, device=device)
@@ -107,8 +109,9 @@ def take_turns(contestants: list[Contestant], gemms: dict[torch.dtype, object], 
 
 
 def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
-    """A contestant's plain numbers: seconds, GFLOP, share of the peak by part and for the step."""
-    seconds = statistics.median(sum(found.values()) for found in one.rounds)
+    """A contestant's plain numbers: seconds (the median, and of each round), GFLOP, share of the peak by part and for the step."""
+    each = [sum(found.values()) for found in one.rounds]
+    seconds = statistics.median(each)
     parts = {}
     for part in (part for part in PARTS if part in one.rounds[0]):
         spent = statistics.median(found[part] for found in one.rounds)
@@ -118,7 +121,7 @@ def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
             parts[part] |= {"gflop": flops / 1e9, "dtype": _short(dtype), "of_peak": flops / rates[dtype] / spent}
     speed = Speed(one.work, rates)
     return {
-        "name": one.name, "seconds": seconds, "first_seconds": one.first, "exchange_seconds": one.exchange, "images_per_s": one.images / seconds, "gflop": speed.flops / 1e9,
+        "name": one.name, "seconds": seconds, "round_seconds": each, "first_seconds": one.first, "exchange_seconds": one.exchange, "images_per_s": one.images / seconds, "gflop": speed.flops / 1e9,
         "floor_seconds": speed.floor_s, "of_peak": speed.at(seconds)["of_peak"], "peak_gib": None if one.peak is None else one.peak / GIB, "parts": parts,
     }  # fmt: skip
 
@@ -138,9 +141,14 @@ def table(found: dict) -> str:
         memory = "" if step["peak_gib"] is None else f", peak memory {step['peak_gib']:.2f} GiB a rank"
         exchange = f"; exchange {step['exchange_seconds']:.3f} s, within these parts" if step["exchange_seconds"] else ""
         lines.append(f"{step['images_per_s']:.2f} images/s{memory}; floor {step['floor_seconds']:.3f} s; first step {step['first_seconds']:.1f} s{exchange}")
-    if len(found["steps"]) > 1:
-        own, other = found["steps"]
-        lines += ["", f"{own['name']} / {other['name']}: {own['seconds'] / other['seconds']:.3f} of the time, {own['gflop'] / other['gflop']:.3f} of the work"]
+    *others, last = found["steps"]
+    lines += [""] if others else []
+    for one in others:
+        seconds = [mine / its for mine, its in zip(one["round_seconds"], last["round_seconds"])]
+        lines.append(
+            f"{one['name']} / {last['name']}: {statistics.median(seconds):.3f} of the time ({min(seconds):.3f} to {max(seconds):.3f} in a round), "
+            f"{one['gflop'] / last['gflop']:.3f} of the work"
+        )
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import time
 
 from dmae_ds import dist
 from dmae_ds.doctor.answer import MARK
+from dmae_ds.world import world_from_env
 
 ROUNDS = 3
 
@@ -26,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(int(args.limit_s) + 1)
-    world = dist.world_from_env()
+    world = world_from_env()
     say("started", world)
     device = dist.start(world, timeout_s=args.limit_s)
 

@@ -11,10 +11,10 @@ from dmae_ds.data.foreign import ForeignShards, open_train
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
-from dmae_ds.dist import World
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
+from dmae_ds.world import World
 
 
 @dataclass(frozen=True)

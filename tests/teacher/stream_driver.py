@@ -23,6 +23,7 @@ from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, ne
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
+from dmae_ds.world import world_from_env
 
 
 def batches(rank: int, sizes: list[int]):
@@ -148,7 +149,7 @@ def between(chance: float, world: dist.World, replicated: FrozenTeacher, batch: 
 
 
 def main() -> None:
-    world = dist.world_from_env()
+    world = world_from_env()
     device = dist.start(world)
     for number, case in enumerate(json.loads(sys.argv[2])):
         compare(Path(sys.argv[1]), case, world, device)

@@ -10,8 +10,9 @@ from dmae_ds import dist
 from dmae_ds.config.load import load_config
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
+from dmae_ds.world import world_from_env
 
-world = dist.world_from_env()
+world = world_from_env()
 device = dist.start(world)
 for recipe, *overrides in json.loads(sys.argv[-1]):
     train_recipe(prepare(load_config(recipe, overrides), world, resume="never"), device)

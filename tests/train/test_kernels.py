@@ -11,6 +11,7 @@ from dmae_ds.config.load import load_config
 from dmae_ds.errors import UserError
 from dmae_ds.models.onednn import OneDnnLinear
 from dmae_ds.train import kernels
+from dmae_ds.world import threads_per_rank
 
 CPU = torch.device("cpu")
 
@@ -68,4 +69,4 @@ def test_ranks_share_the_cores_unless_somebody_says_otherwise(environment, local
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert dist.threads_per_rank(dist.World(size=local_size, local_size=local_size)) == threads
+    assert threads_per_rank(dist.World(size=local_size, local_size=local_size)) == threads

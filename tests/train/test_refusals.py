@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.load import load_config
-from dmae_ds.dist import World
 from dmae_ds.errors import UserError
 from dmae_ds.train.preflight import prepare, split_batch
+from dmae_ds.world import World
 from tests.train.conftest import command, environment, run
 
 
@@ -121,7 +121,7 @@ def test_where_the_micro_batch_is_part_of_the_result_it_is_taken_or_refused(batc
 
 
 def test_a_world_that_contradicts_itself_is_refused(monkeypatch):
-    from dmae_ds.dist import world_from_env
+    from dmae_ds.world import world_from_env
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -20,6 +20,7 @@ from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.metrics import Recorder
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
+from dmae_ds.world import world_from_env
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "aten.equal")
 
@@ -63,7 +64,7 @@ def counted(train):
     return wrapped
 
 
-world = dist.world_from_env()
+world = world_from_env()
 device = dist.start(world)
 accelerator = import_deepspeed(device).accelerator.get_accelerator()
 accelerator.resolves_data_dependency = lambda: False
