@@ -14,7 +14,6 @@ from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.foreign import open_train
-from dmae_ds.data.loader import train_batches
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
@@ -23,11 +22,11 @@ from dmae_ds.objectives.needs import Progress
 from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
 from dmae_ds.train.engine import Engine, check_precision
+from dmae_ds.train.inputs import training_batches
 from dmae_ds.train.kernels import choose_kernels
 from dmae_ds.train.loop import copied
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.preflight import split_batch
-from dmae_ds.train.run import rand_augment
 from dmae_ds.train.speed import wait_for
 from dmae_ds.train.twin import TwinKeeper
 
@@ -92,13 +91,9 @@ class TrainingStep:
         return itertools.cycle([random_batch(self.objective, self.micro_batch, generator).to(self.device) for _ in range(4)])
 
     def _loaded(self, config: RunConfig, world: dist.World) -> Iterator[Batch]:
-        student, data = self.objective.student, config.data
-        batches = train_batches(
-            open_train(data, allow_pipe=False), img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches, crop_scale=data.crop_scale,
-            flip=data.flip, seed=config.run.seed, global_batch=config.optim.global_batch, micro_batch=self.micro_batch, accumulation=self.accumulation,
-            rank=world.rank, world_size=world.size, start_step=0, stop_step=NUM_STEPS, num_workers=data.num_workers,
-            pin_memory=self.device.type == "cuda", block=data.block, repeat=data.repeat, buffer_gib=data.buffer_gib,
-            views=self.objective.views, augment=rand_augment(self.objective, mean=data.mean),
+        batches = training_batches(
+            config, self.objective, open_train(config.data, allow_pipe=False), world=world, device=self.device, micro_batch=self.micro_batch, accumulation=self.accumulation,
+            stop_step=NUM_STEPS,
         )  # fmt: skip
         return copied(batches, self.device)
 

@@ -13,13 +13,10 @@ from dmae_ds import dist
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
-from dmae_ds.data.loader import train_batches
-from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import RunFailed
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import TeacherShape, build_objective
 from dmae_ds.objectives.initial import fill_student
 from dmae_ds.objectives.needs import Progress
@@ -34,6 +31,7 @@ from dmae_ds.train.clock import Clock
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.forecast import AFTER_STEPS, LEAST_PARAMETERS, compare, predict, resolve_placement
 from dmae_ds.train.health import FeatureWatch
+from dmae_ds.train.inputs import training_batches
 from dmae_ds.train.kernels import WarmUp, choose_kernels
 from dmae_ds.train.loop import masked_batches, train
 from dmae_ds.train.memory import MemoryWatch
@@ -139,13 +137,9 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         recorder.trackers = build_trackers(config.log.trackers, preflight.run_dir)
         print(text, file=sys.stderr, flush=True)
     recorder.start(step=start_step, num_steps=preflight.num_steps)
-    batches = train_batches(
-        preflight.shards, img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches, crop_scale=config.data.crop_scale,
-        flip=config.data.flip, seed=config.run.seed, global_batch=config.optim.global_batch, micro_batch=preflight.micro_batch,
-        accumulation=preflight.accumulation, rank=world.rank, world_size=world.size, start_step=start_step, stop_step=preflight.num_steps,
-        num_workers=config.data.num_workers, pin_memory=device.type == "cuda", block=config.data.block, repeat=config.data.repeat, buffer_gib=config.data.buffer_gib,
-        max_corrupt=config.data.max_corrupt, corrupt_log=preflight.run_dir / "corrupt.jsonl", views=objective.views,
-        augment=rand_augment(objective, mean=config.data.mean),
+    batches = training_batches(
+        config, objective, preflight.shards, world=world, device=device, micro_batch=preflight.micro_batch, accumulation=preflight.accumulation,
+        start_step=start_step, stop_step=preflight.num_steps, max_corrupt=config.data.max_corrupt, corrupt_log=preflight.run_dir / "corrupt.jsonl",
     )  # fmt: skip
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     inputs = masked_batches(clock.waiting("data", batches), objective.prepare, normalize, device)
@@ -194,9 +188,3 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         recorder.close()
         if lock is not None:
             lock.close()
-
-
-def rand_augment(objective: Objective, *, mean: tuple[float, float, float]) -> RandAugment | None:
-    """What the loader's workers do to every view. mean: of the data"""
-    size = objective.student.grid[0] * objective.student.patch_size
-    return None if objective.rand_augment is None else RandAugment(objective.rand_augment, img_size=size, mean=mean)

@@ -16,12 +16,12 @@ from dmae_ds.config.load import load_config
 from dmae_ds.train import checkpoint, checkpoint_folder
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
+from dmae_ds.world import world_from_env
 
 moment, recipe = sys.argv[-2], json.loads(sys.argv[-1])
 world = world_from_env()
 device = dist.start(world)
 from dmae_ds.train.checkpoint_files import CheckpointFiles  # noqa: E402  (imports DeepSpeed)
-from dmae_ds.world import world_from_env
 
 
 def die_in(owner: object, name: str, *, at: int, after: bool = False, when=lambda *args: True, of_rank: int = 0) -> None:
