@@ -1,4 +1,4 @@
-"""Every objective under a real launcher: one process, two ranks and ZeRO-3 compute the same, a kill changes nothing, timm loads the student.
+"""Every objective under a real launcher: one process, two ranks, ZeRO-3 and a teacher in stages compute the same, a kill changes nothing, timm loads the student.
 
 `mae` and `dmae` are held by test_same_curve.py and test_resume.py; here are those with an EMA twin, several views, labels, or
 another part of a teacher. All of it is slow: a start of the launcher takes longer than the 20 steps of a run.
@@ -14,10 +14,12 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from dmae_ds.config.load import read_saved_config
 from tests.train.conftest import command, free_port, losses, run
+from tests.train.test_refusals import refused
 from tests.train.test_resume import kill_at_step
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -40,6 +42,10 @@ OBJECTIVES = {
     "mocov3": ({"name": "mocov3", "hidden_dim": 24, "output_dim": 16}, None),
     "mocov3_dmae": ({"name": "mocov3", "hidden_dim": 24, "output_dim": 16, "distill": {}}, "mae"),
 }
+STREAM = ["deepspeed=zero2", "teacher.placement=pipeline", "teacher.stages=2"]
+VARIANTS = [
+    *((name, variant) for name in OBJECTIVES for variant in ("alone", "zero2", "zero3")), *((name, "stream") for name, (_, teacher) in OBJECTIVES.items() if teacher is not None),
+]  # fmt: skip
 # These are killed: with DMAE's term the other two have all that they have without it.
 KILLED = ["g2sd_generic", "g2sd_specific", "sdae", "dino_dmae", "mocov3_dmae"]
 
@@ -73,30 +79,38 @@ def recipes(digits, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory) -> Path:
+    """Shards of pictures without labels."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    (folder / "images").mkdir()
+    for number in range(64):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "images" / f"{number}.jpg")
+    done = run([sys.executable, "-m", "data_prep.cli", "make", "--unlabelled", str(folder / "images"), str(folder / "shards")], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
 def curves(recipes, tmp_path_factory) -> Path:
     """A folder with runs named <objective>-<variant>: one start alone, one under `deepspeed --num_gpus 2`."""
     folder = tmp_path_factory.mktemp("curves")
     launcher = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port()), str(DRIVER)]
-    for start, variants in (([sys.executable, str(DRIVER)], ("alone",)), (launcher, ("zero2", "zero3"))):
-        runs = [
-            [str(recipe), f"run.dir={folder / f'{name}-{variant}'}", *([] if variant == "alone" else [f"deepspeed={variant}"])]
-            for name, recipe in recipes.items() for variant in variants
-        ]  # fmt: skip
+    options = {"alone": [], "zero2": ["deepspeed=zero2"], "zero3": ["deepspeed=zero3"], "stream": STREAM}
+    for start, alone in (([sys.executable, str(DRIVER)], True), (launcher, False)):
+        runs = [[str(recipes[name]), f"run.dir={folder / f'{name}-{variant}'}", *options[variant]] for name, variant in VARIANTS if (variant == "alone") == alone]
         done = run([*start, json.dumps(runs)], cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-@pytest.mark.parametrize("variant", ["zero2", "zero3"])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_process_two_ranks_and_zero3_compute_the_same(curves, name, variant):
+@pytest.mark.parametrize("name, variant", [pair for pair in VARIANTS if pair[1] != "alone"])
+def test_one_process_two_ranks_zero3_and_a_stream_compute_the_same(curves, name, variant):
     alone, found = losses(curves / f"{name}-alone"), losses(curves / f"{name}-{variant}")
     assert len(alone) == STEPS and alone[-1] != alone[0]
     assert found == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["alone", "zero2", "zero3"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name, variant", VARIANTS)
 def test_the_student_loads_into_timm_strictly(curves, name, variant):
     config = read_saved_config(curves / f"{name}-{variant}")
     state = load_file(curves / f"{name}-{variant}" / "student.safetensors")
@@ -138,3 +152,18 @@ def test_killed_and_resumed_is_bit_identical(curves, recipes, tmp_path, name, ra
         expected, found = load_file(whole / file), load_file(killed / file)
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected), file
     assert (whole / last).exists() != name.startswith("g2sd")
+
+
+@pytest.mark.parametrize(
+    "name, override, words",
+    [
+        ("g2sd_generic", "teacher.weights={folder}/classifier.pth", "has no decoder"),
+        ("g2sd_specific", "teacher.weights={folder}/mae.pth", "give a fine-tuned classifier"),
+        ("g2sd_specific", "data.train={unlabelled}", "labels"),
+        ("sdae", "objective.folds=49", "objective.folds 49 is above the 48 masked patches"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_before_training(recipes, digits, unlabelled, tmp_path, name, override, words):
+    override = override.format(folder=recipes[name].parent, unlabelled=unlabelled)
+    assert words in refused(["train", str(recipes[name]), f"run.dir={tmp_path / 'run'}", override], tmp_path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
