@@ -6,15 +6,18 @@ The planner's prediction stands in the summary; after the first steps it is held
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from dmae_ds import dist
 from dmae_ds.plan.choose import GIB, HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure
 from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory
+from dmae_ds.train.memory import MemoryWatch
 from dmae_ds.train.preflight import Preflight
 
 AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 knows in which order it needs the weights
@@ -53,6 +56,25 @@ def predict(preflight: Preflight, geometry: Geometry, *, gpu: bool) -> Memory:
         accumulation=preflight.accumulation, placement="replicated" if teacher is None else teacher.placement,
         stages=None if teacher is None else teacher.stages, gpu=gpu,
     )  # fmt: skip
+
+
+class MemoryReport:
+    """Prints predicted beside measured memory once a run has taken its first steps.
+
+    geometry: known on rank 0, which predicts and prints
+    """
+
+    def __init__(self, watch: MemoryWatch, preflight: Preflight, geometry: Geometry | None):
+        self.watch, self.num_steps, self.gpu = watch, preflight.num_steps, watch.device.type == "cuda"
+        self.predicted = None if geometry is None else predict(preflight, geometry, gpu=self.gpu)
+
+    def after(self, step: int, *, started: int) -> None:
+        """Told after every step; started: where the run began or resumed. Collective."""
+        if step != min(started + AFTER_STEPS, self.num_steps):
+            return
+        measured = max(dist.gather_objects(self.watch.peak()))
+        if self.predicted is not None:
+            tqdm.write(compare(self.predicted, measured, gpu=self.gpu), file=sys.stderr)
 
 
 def compare(predicted: Memory, measured: int, *, gpu: bool) -> str:

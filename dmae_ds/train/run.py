@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from typing import Callable
 
 import torch
-from tqdm import tqdm
 
 from dmae_ds import dist
 from dmae_ds.config.deepspeed import zero_stage
@@ -16,11 +16,12 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.deepspeed_import import import_deepspeed
 from dmae_ds.errors import RunFailed
 from dmae_ds.models.patches import Normalize
-from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import TeacherShape, build_objective
+from dmae_ds.objectives.classifier import Classifier
 from dmae_ds.objectives.initial import fill_student
 from dmae_ds.objectives.needs import Progress
-from dmae_ds.plan.geometry import measure
+from dmae_ds.plan.geometry import Geometry, measure
 from dmae_ds.plan.work import PRODUCTS, step_work
 from dmae_ds.teacher.build import load_frozen_teacher, verify
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, NoTeacher
@@ -29,7 +30,7 @@ from dmae_ds.train.checkpoint import Checkpoints
 from dmae_ds.train.checkpoint_folder import write_atomically
 from dmae_ds.train.clock import Clock
 from dmae_ds.train.engine import Engine, check_precision
-from dmae_ds.train.forecast import AFTER_STEPS, LEAST_PARAMETERS, compare, predict, resolve_placement
+from dmae_ds.train.forecast import LEAST_PARAMETERS, MemoryReport, resolve_placement
 from dmae_ds.train.health import FeatureWatch
 from dmae_ds.train.inputs import training_batches
 from dmae_ds.train.kernels import WarmUp, choose_kernels
@@ -51,18 +52,6 @@ def run(preflight: Preflight) -> None:
         train_recipe(preflight, device)
 
 
-def build_teacher(
-    config: RunConfig, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device, group: StageGroup | None = None, *, num_classes: int | None = None
-) -> FrozenTeacher | NoTeacher:
-    """The teacher that the taps ask for, cut after the deepest of them; of a pipeline, this rank's stage. No collective."""
-    if config.teacher is None:
-        return NoTeacher()
-    return load_frozen_teacher(
-        config.teacher, taps=taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device, group=group,
-        sharded=config.teacher.placement == "zero3", num_classes=num_classes,
-    )  # fmt: skip
-
-
 def train_recipe(preflight: Preflight, device: torch.device) -> None:
     """Wire a checked recipe and train it. The process group must exist; `run` makes one."""
     stop = StopRequest()
@@ -70,55 +59,25 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     preflight, placed = resolve_placement(preflight, device)
     watch = MemoryWatch(device)
     config, world = preflight.config, preflight.world
-
-    # Groups are made before anything that one rank alone may stumble over.
-    group = join_group(config.teacher.stages) if config.teacher is not None and config.teacher.placement == "pipeline" else None
-
-    def build():
-        check_precision(config.precision, device)
-        objective, shape = build_objective(config, num_classes=preflight.num_classes)
-        if config.student.weights is not None and preflight.resume_from is None:
-            fill_student(objective.student, config.student.weights, config.student)
-        return objective, build_teacher(config, shape, objective.taps, device, group, num_classes=preflight.num_classes)
-
-    objective, teacher = dist.together(build)
-    if config.teacher is not None:
-        dist.together(lambda: verify(teacher, config.teacher))
-    student: MaskedViT = objective.student
+    objective, teacher = build_networks(preflight, device)
     classifier = objective.classifier()  # while its weights have their shapes
     # Before an engine flattens its weights, and anything hooks into its parts.
     twin = None if objective.twin is None else TwinKeeper(objective, precision=config.precision, device=device)
     lock = claim(preflight.run_dir)
-    if any(dist.gather_objects(preflight.resume_from is not None)):
-        # Each rank looked by itself, before the lock kept the job before this one from saving once more.
-        newest = dist.main_says(dist.together(lambda: preflight.folder.latest() if world.is_main else None))
-        preflight = dataclasses.replace(preflight, resume_from=newest)
+    preflight = with_newest(preflight)
     large = sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
     geometry = measure(config, preflight.micro_batch) if large and world.is_main else None
-    forecast = watch.can_measure and large
-    predicted = predict(preflight, geometry, gpu=device.type == "cuda") if forecast and world.is_main else None
-    speed = None
-    if large:  # on all ranks at once, as they share their cores in training
-        dtypes = {PRODUCTS[config.precision]} | (set() if config.teacher is None else {DTYPES[config.teacher.dtype]})
-        rates = {dtype: gemm_rate(dtype, device)() for dtype in dtypes}
-        speed = Speed(step_work(config, geometry, preflight.accumulation), rates) if world.is_main else None
+    memory = MemoryReport(watch, preflight, geometry) if large and watch.can_measure else None
+    speed = own_speed(config, geometry, preflight.accumulation, device) if large else None
     kernels = choose_kernels(
         config, objective, getattr(teacher, "vit", None), device, zero_stage=zero_stage(preflight.deepspeed), large=large, twin=None if twin is None else twin.twin,
     )  # fmt: skip
     text = summary(preflight, objective, teacher, twin, placed=placed, kernels=kernels)
-    warm_up = WarmUp(config.compile)
-
-    def report_memory(step: int) -> None:
-        if forecast and step == min(start_step + AFTER_STEPS, preflight.num_steps):
-            measured = max(dist.gather_objects(watch.peak()))
-            if world.is_main:
-                tqdm.write(compare(predicted, measured, gpu=device.type == "cuda"), file=sys.stderr)
-
-    clock = Clock()
+    clock, warm_up = Clock(), WarmUp(config.compile)
     recorder = Recorder(
         preflight.run_dir, is_main=world.is_main, accumulation=preflight.accumulation,
         global_batch=config.optim.global_batch, num_samples=preflight.shards.num_samples, log_every=config.log.every_steps,
-        watch=FeatureWatch(student), clock=clock, speed=speed, trackers=[],
+        watch=FeatureWatch(objective.student), clock=clock, speed=speed, trackers=[],
     )  # fmt: skip
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
     dist.bound_every_wait()
@@ -127,9 +86,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": json.dumps(config.student.overrides())},
         twin=twin,
     )  # fmt: skip
-    start_step = 0
-    if preflight.resume_from is not None:
-        start_step = checkpoints.load(engine, preflight.resume_from)
+    start_step = 0 if preflight.resume_from is None else checkpoints.load(engine, preflight.resume_from)
     dist.barrier()  # every rank has checked the run folder: rank 0 may write into it
     if world.is_main:
         preflight.run_dir.mkdir(parents=True, exist_ok=True)
@@ -144,34 +101,18 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     inputs = masked_batches(clock.waiting("data", batches), objective.prepare, normalize, device)
     steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
-    measure_knn = measure_accuracy = None
-    if config.eval.knn_every is not None:
-        from dmae_ds.train.knn import KnnDuringTraining, TrainingRanks
-
-        measure_knn = KnnDuringTraining(
-            config.eval, config.data, config.student, run_dir=preflight.run_dir, engine=engine, recorder=recorder,
-            ranks=TrainingRanks(world, device, precision=config.precision), steps_per_epoch=steps_per_epoch, num_steps=preflight.num_steps,
-        )  # fmt: skip
-    if classifier is not None:
-        from dmae_ds.train.accuracy import FinalAccuracy
-        from dmae_ds.train.knn import TrainingRanks
-
-        measure_accuracy = FinalAccuracy(
-            classifier, config, preflight.shards, run_dir=preflight.run_dir, engine=engine, recorder=recorder,
-            ranks=TrainingRanks(world, device, precision=config.precision), num_steps=preflight.num_steps,
-        )  # fmt: skip
+    measures = evaluations(preflight, classifier, engine=engine, recorder=recorder, device=device)
 
     def progress_at(step: int) -> Progress:
         epoch = step * config.optim.global_batch / preflight.shards.num_samples  # in this order, whole epochs are whole numbers
         return Progress(step, preflight.num_steps, epoch, config.optim.epochs)
 
     def finish_step(step: int) -> None:
-        report_memory(step)
+        if memory is not None:
+            memory.after(step, started=start_step)
         warm_up.step()
-        if measure_knn is not None:
-            measure_knn(step)
-        if measure_accuracy is not None:
-            measure_accuracy(step)
+        for measure_student in measures:
+            measure_student(step)
 
     try:
         train(
@@ -188,3 +129,71 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         recorder.close()
         if lock is not None:
             lock.close()
+
+
+def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objective, FrozenTeacher | NoTeacher]:
+    """The objective with its initial weights, and the teacher that it asks for, checked. Collective."""
+    config = preflight.config
+    # Groups are made before anything that one rank alone may stumble over.
+    group = join_group(config.teacher.stages) if config.teacher is not None and config.teacher.placement == "pipeline" else None
+
+    def build():
+        check_precision(config.precision, device)
+        objective, shape = build_objective(config, num_classes=preflight.num_classes)
+        if config.student.weights is not None and preflight.resume_from is None:
+            fill_student(objective.student, config.student.weights, config.student)
+        return objective, build_teacher(config, shape, objective.taps, device, group, num_classes=preflight.num_classes)
+
+    objective, teacher = dist.together(build)
+    if config.teacher is not None:
+        dist.together(lambda: verify(teacher, config.teacher))
+    return objective, teacher
+
+
+def build_teacher(
+    config: RunConfig, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device, group: StageGroup | None = None, *, num_classes: int | None = None
+) -> FrozenTeacher | NoTeacher:
+    """The teacher that the taps ask for, cut after the deepest of them; of a pipeline, this rank's stage. No collective."""
+    if config.teacher is None:
+        return NoTeacher()
+    return load_frozen_teacher(
+        config.teacher, taps=taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device, group=group,
+        sharded=config.teacher.placement == "zero3", num_classes=num_classes,
+    )  # fmt: skip
+
+
+def with_newest(preflight: Preflight) -> Preflight:
+    """Of a run that resumes, what is newest now that the folder is ours: each rank looked by itself, and the job before this one may have saved once more. Collective."""
+    if not any(dist.gather_objects(preflight.resume_from is not None)):
+        return preflight
+    newest = dist.main_says(dist.together(lambda: preflight.folder.latest() if preflight.world.is_main else None))
+    return dataclasses.replace(preflight, resume_from=newest)
+
+
+def own_speed(config: RunConfig, geometry: Geometry | None, accumulation: int, device: torch.device) -> Speed | None:
+    """What a step is held against, where its geometry is known (rank 0); products are timed on all ranks at once, as they share their cores in training."""
+    dtypes = {PRODUCTS[config.precision]} | (set() if config.teacher is None else {DTYPES[config.teacher.dtype]})
+    rates = {dtype: gemm_rate(dtype, device)() for dtype in dtypes}
+    return None if geometry is None else Speed(step_work(config, geometry, accumulation), rates)
+
+
+def evaluations(preflight: Preflight, classifier: Classifier | None, *, engine: Engine, recorder: Recorder, device: torch.device) -> list[Callable[[int], None]]:
+    """What measures the student while it trains; each is told the number of finished steps, after each. Collective."""
+    config, num_steps, found = preflight.config, preflight.num_steps, []
+    if config.eval.knn_every is None and classifier is None:
+        return found
+    from dmae_ds.train.accuracy import FinalAccuracy
+    from dmae_ds.train.knn import KnnDuringTraining, TrainingRanks
+
+    ranks = TrainingRanks(preflight.world, device, precision=config.precision)
+    if config.eval.knn_every is not None:
+        steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
+        found.append(
+            KnnDuringTraining(
+                config.eval, config.data, config.student, run_dir=preflight.run_dir, engine=engine, recorder=recorder, ranks=ranks, steps_per_epoch=steps_per_epoch,
+                num_steps=num_steps,
+            )
+        )  # fmt: skip
+    if classifier is not None:
+        found.append(FinalAccuracy(classifier, config, preflight.shards, run_dir=preflight.run_dir, engine=engine, recorder=recorder, ranks=ranks, num_steps=num_steps))
+    return found
