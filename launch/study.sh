@@ -97,7 +97,7 @@ for seed in $SEEDS; do
     weights=/finetune_digits/best.safetensors students_of "$seed" <<<"$CLASSIFIERS"
 done | in_parallel
 
-echo "== what they are worth: k-NN with all labels, a logistic probe with all, 10% and 1% of them"
+echo "== what they are worth: k-NN with all labels (by the mean of the patch tokens, and by CLS, which is what contrastive objectives train), a logistic probe with all, 10% and 1% of them"
 for seed in $SEEDS; do
     runs=$(for run in "$OUT"/*-seed"$seed"; do [ -e "$run/evaluated" ] || echo "$run"; done)
     [ -n "$runs" ] || continue
@@ -105,6 +105,7 @@ for seed in $SEEDS; do
     (
         export OMP_NUM_THREADS=$JOBS
         dmae-ds eval knn $runs
+        dmae-ds eval knn $runs --pool cls
         dmae-ds eval probe $runs --l2 1e-3 --labels all 10% 1% --subset-seed "$seed"
     ) >"$OUT/evaluation-seed$seed.log" 2>&1 || { tail -5 "$OUT/evaluation-seed$seed.log" >&2; exit 1; }
     for run in $runs; do touch "$run/evaluated"; done
