@@ -36,12 +36,14 @@ class ObjectiveSection(Section):
     needs_teacher: a frozen teacher; needs_labels: labelled shards, the constructor is given `num_classes`
     needs_whole_batch: all of optim.global_batch at once, nothing accumulated
     neighbours: pictures that follow each other in the global batch and stay in one micro-batch
+    judged_by: where a collapse of the features shows: in the mean of the patch tokens, or in CLS, where the loss reads of the last block nothing else
     """
 
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_whole_batch: ClassVar[bool] = False
     neighbours: ClassVar[int] = 1
+    judged_by: ClassVar[Literal["mean", "cls"]] = "mean"
 
     def check_epochs(self, epochs: float) -> None:
         """Raise ValueError where a schedule of the objective's own does not fit into a run of so many epochs."""
@@ -91,6 +93,7 @@ class MoCoV3Config(ObjectiveSection):
 
     # Keys of all ranks are the negatives, and batch norm's statistics are theirs: accumulated micro-batches would be batches of their own.
     needs_whole_batch: ClassVar[bool] = True
+    judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
     name: Literal["mocov3"]
     temperature: PositiveFloat = 0.2
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.99  # of the first step; rises to 1 by half a cosine
@@ -130,6 +133,7 @@ class SdaeConfig(MaskedPatches):
 class DinoConfig(ObjectiveSection):
     """Views of one picture agree on prototypes, by an EMA twin that sees the large ones (DINO; the published script for ViT-B/16); alone, or with DMAE's term (DMAE, Table 9)."""
 
+    judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
     name: Literal["dino"]
     num_prototypes: Annotated[int, Field(ge=2)] = 65536
     hidden_dim: PositiveInt = 2048  # of the head's three layers
@@ -226,6 +230,7 @@ class G2sdSpecificConfig(ObjectiveSection):
 
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
+    judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
     name: Literal["g2sd_specific"]
     augment: AugmentConfig = AugmentConfig()
 

@@ -14,11 +14,13 @@ from dmae_ds.objectives.with_features import TeacherShape
 from dmae_ds.teacher.frozen import needed_depths
 
 DEAD_SHARE = 0.05  # of the gradient; below it a term is all but absent: the published code's has about 2%
-# Effective rank of the mean-pooled features (train/health.py) below which a run that is two thirds through has collapsed.
-# Calibrated on the quickstart's digits, networks of width 64 and 128, 64 images a step. Five runs that learned (k-NN 55% to 74%) ended
-# at 4.3 to 8.7, after lows of 1.3 to 3.1 on their way, and were above 3 from two thirds on; two whose learning rate was
-# 50 times too high (k-NN 16% and 20%, ten classes) ended at 1.5 and 2.7.
+# Effective rank (train/health.py) of what an objective is judged by, below which a run that is two thirds through has collapsed.
+# Calibrated on the quickstart's digits, networks of width 64 and 128, 64 images a step. Mean of the patch tokens: five runs that learned (k-NN
+# 55% to 74%) ended at 4.3 to 8.7, after lows of 1.3 to 3.1 on their way, and were above 3 from two thirds on; two whose learning rate was
+# 50 times too high (k-NN 16% and 20%, ten classes) ended at 1.5 and 2.7. CLS: nine DINO runs that lost what random weights know (k-NN by CLS
+# 51% to 63%, not 73%) ended at 1.8 to 3.2, eight of them below 2.8; of five that did not (69% to 74%) four at 3.4 to 4.1, one at 2.7.
 DEAD_RANK = 3.0
+TOKENS = {"mean": "the mean of the patch tokens", "cls": "CLS"}
 JUDGED_FROM = 2 / 3  # of the epochs
 # Of an EMA twin's targets (objectives/spread.py): the share of them that differs from picture to picture. On digits a MoCo-v3 that
 # learned (k-NN 78%) ended at .007, SdAE at .04 to .2; a DINO that fell to one distribution for all pictures was at .0002 after 6 epochs.
@@ -42,7 +44,7 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
         **_other_results(record),
         **{f"{name} at the end": _loss(record, name) for name in record.losses},
         **{f"share of distillation, block {block_of(name)}": _share(record.last_tenth(name)) for name in record.named("share/")},
-        **({"effective rank": _rank(record.last_tenth("rank/mean"))} if record.named("rank/") else {}),
+        **({f"effective rank of {TOKENS[config.objective.judged_by]}": _rank(rank_of(record))} if record.named("rank/") else {}),
         **({"spread of the targets": _spread(record.last_tenth("target/spread"))} if record.named("target/") else {}),
         "objective": Fact(config.objective.name, objective.describe()),
         "student": Fact(config.student.name, _joined(f"{num_parameters / 1e6:.3g} M parameters", _overrides(config.student))),
@@ -83,13 +85,18 @@ def find_collapses(record: RunRecord, name: str) -> list[str]:
             f"tenth of the run; below {DEAD_SPREAD:.1%} counts as collapsed). Its EMA twin says the same of all of them: lower optim.base_lr, lengthen "
             "optim.warmup_epochs, or move the twin more slowly with objective.momentum."
         )
-    if not record.last_tenth("rank/mean") < DEAD_RANK:
+    if not rank_of(record) < DEAD_RANK:
         return found
     return found + [
-        f"{name}: the student's features spread over {record.last_tenth('rank/mean'):.1f} directions only (effective rank of the mean of the patch "
-        f"tokens, mean of the last tenth of its measurements; below {DEAD_RANK:g} counts as collapsed). All pictures look alike to it, whatever the loss says: "
+        f"{name}: the student's features spread over {rank_of(record):.1f} directions only (effective rank of {TOKENS[record.config.objective.judged_by]}, "
+        f"mean of the last tenth of its measurements; below {DEAD_RANK:g} counts as collapsed). All pictures look alike to it, whatever the loss says: "
         "lower optim.base_lr, lengthen optim.warmup_epochs, or set optim.clip_grad."
     ]
+
+
+def rank_of(record: RunRecord) -> float:
+    """Effective rank of what the run's objective is judged by, mean over the last tenth of training; NaN where it was not watched."""
+    return record.last_tenth(f"rank/{record.config.objective.judged_by}")
 
 
 def block_of(column: str) -> str:

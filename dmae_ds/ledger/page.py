@@ -111,8 +111,8 @@ def render_study(arms: list[Arm]) -> list[str]:
     lines += [
         f"{sum(len(arm.runs) for arm in arms)} runs on {' or '.join(f'{number:,}' for number in images)} images, {'about ' + format(int(steps.pop()), ',') + ' steps each' if len(steps) == 1 else 'of different lengths'}.",
         "Top-1 in percent at the last step, mean ± sample standard deviation over seeds. An arm is named by its objective and by what",
-        "differs from the commonest recipe of that objective. Time: wall, pre-training alone. Rank: effective rank of the mean of the patch tokens",
-        f"over the last tenth of training, mean over seeds and (lowest); it can't exceed a rank's batch, and below {DEAD_RANK:g} counts as collapsed.", "", f"![{', '.join(headings.values())} of every arm]({FIGURE})", "",
+        "differs from the commonest recipe of that objective. Time: wall, pre-training alone. Rank: effective rank of the mean of the patch tokens,",
+        f"or of CLS where the loss reads no other, over the last tenth of training, mean over seeds and (lowest); it can't exceed a rank's batch, and below {DEAD_RANK:g} counts as collapsed.", "", f"![{', '.join(headings.values())} of every arm]({FIGURE})", "",
         _line("arm", *headings.values(), "seeds", "time", "rank"), "|---|" + "---|" * (len(headings) + 3),
     ]  # fmt: skip
     for arm in arms:

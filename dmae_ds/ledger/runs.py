@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dmae_ds.config.run import ModelConfig, RunConfig
 from dmae_ds.errors import UserError
+from dmae_ds.evaluate.facts import rank_of
 from dmae_ds.evaluate.record import RunRecord, read_record
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
 
@@ -19,7 +20,7 @@ DEPTHS = {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32, "giant":
 class Run:
     """A run. facts["finished"]: whether it came to its end; results: those of its last step; hours: wall time of pre-training; world_size: its ranks, None if not known.
 
-    rank: effective rank of the mean of the patch tokens over the last tenth of training; NaN where it was not watched
+    rank: effective rank of what the objective is judged by, over the last tenth of training; NaN where it was not watched
     """
 
     path: Path
@@ -56,7 +57,7 @@ def read_run(path: Path) -> Run:
     last = record.rows[-1]["step"]
     # one that starts from random weights lies beside the run, and has no step of it
     results = [result for result in record.results if result["step"] == last or result["settings"].get("init") == "random"]
-    return Run(path, record.config, facts_of(record.config, _num_images(record), last), results, _hours(record), _world_size(path), record.last_tenth("rank/mean"))
+    return Run(path, record.config, facts_of(record.config, _num_images(record), last), results, _hours(record), _world_size(path), rank_of(record))
 
 
 def facts_of(config: RunConfig, num_images: int, step: int) -> dict[str, object]:

@@ -32,10 +32,11 @@ def draw_losses(records: dict[str, RunRecord]) -> Charts:
 def draw_health(records: dict[str, RunRecord]) -> Charts:
     """Effective rank and norm of the features, spread of an EMA twin's targets; {} where no run measured them."""
     charts = {}
+    judged = {f"rank/{record.config.objective.judged_by}" for record in records.values()}
     for column, title in (("rank/mean", "effective rank, mean of patches"), ("rank/cls", "effective rank, CLS")):
         curves = _curves(records, column)
         if curves:
-            mark = (DEAD_RANK, f"collapsed below {DEAD_RANK:g}") if column == "rank/mean" else None
+            mark = (DEAD_RANK, f"collapsed below {DEAD_RANK:g}") if column in judged else None
             charts[file_name(column)] = draw_curves(title, curves, unit="directions", from_zero=True, mark=mark)
     spreads = _curves(records, "target/spread")
     if spreads:

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import save_file
 
 from dmae_ds.config.load import dump_config
+from dmae_ds.config.objectives import MaeConfig
 from dmae_ds.config.run import RunConfig
 from dmae_ds.evaluate.facts import find_collapses, find_dead_terms
 from dmae_ds.evaluate.record import RunRecord
@@ -58,6 +59,16 @@ def test_the_page_shows_what_there_is_and_says_what_there_is_not(page):
 def test_a_collapsed_target_is_an_alarm_once_the_run_is_two_thirds_through(tmp_path, shards, spread, epochs, alarms):
     record = RunRecord(tmp_path, config_of(tmp_path, shards), rows_of(spread=spread, epochs=epochs), [])
     assert len(find_collapses(record, "run")) == alarms
+
+
+def test_an_objective_that_reads_cls_alone_is_judged_by_it(tmp_path, shards):
+    def alarms(objective, **ranks):
+        config = config_of(tmp_path, shards)
+        config = config.model_copy(update={"objective": MaeConfig(name="mae")}) if objective == "mae" else config
+        return len(find_collapses(RunRecord(tmp_path, config, rows_of(spread=SPREAD, **ranks), []), "run"))
+
+    low_mean, low_cls = {"rank/mean": 2.0, "rank/cls": 4.0}, {"rank/mean": 4.0, "rank/cls": 2.0}
+    assert [alarms("mocov3", **low_mean), alarms("mocov3", **low_cls), alarms("mae", **low_mean), alarms("mae", **low_cls)] == [0, 1, 1, 0]
 
 
 def test_a_dead_term_beside_another_objective_names_the_key_that_mends_it(tmp_path, shards):
