@@ -42,8 +42,9 @@ OBJECTIVES = {
     "mocov3": ({"name": "mocov3", "hidden_dim": 24, "output_dim": 16}, None),
     "mocov3_dmae": ({"name": "mocov3", "hidden_dim": 24, "output_dim": 16, "distill": {}}, "mae"),
 }
-# Batch norm over 16 pictures amplifies rounding: at 1e-2 one process alone ends up to 1% apart with 1, 2 and 3 threads; at 1e-3 within 1e-6.
-RATES = {"mocov3": 1e-3}
+# Batch norm over 16 pictures that are nearly alike amplifies rounding: one process alone, with 1, 2 and 3 threads, differs by up to 1% at 1e-2, and by
+# 3e-6 at 3e-3, with DMAE's term or without.
+RATES = {"mocov3": 3e-3}
 STREAM = ["deepspeed=zero2", "teacher.placement=pipeline", "teacher.stages=2"]
 VARIANTS = [
     *((name, variant) for name in OBJECTIVES for variant in ("alone", "zero2", "zero3")), *((name, "stream") for name, (_, teacher) in OBJECTIVES.items() if teacher is not None),
@@ -140,9 +141,12 @@ def test_the_twin_is_in_the_checkpoint_and_the_same_on_any_ranks(curves, name):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", KILLED)
-def test_killed_and_resumed_is_bit_identical(curves, recipes, tmp_path, name, ranks):
-    whole, killed = curves / f"{name}-{'alone' if ranks == 1 else 'zero2'}", tmp_path / "killed"
+def test_killed_and_resumed_is_bit_identical(recipes, tmp_path, name, ranks):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     recipe = [str(recipes[name]), "deepspeed=zero2"]
+    # Not one of `curves`: a process that has trained other recipes before may round differently (seen on AMD).
+    done = run(command(["train", *recipe, f"run.dir={whole}"], ranks=ranks), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
     kill_at_step(recipe, killed, 12, ranks=ranks, more=[])
     resumed_from = int((killed / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert 5 <= resumed_from < STEPS
@@ -159,7 +163,7 @@ def test_killed_and_resumed_is_bit_identical(curves, recipes, tmp_path, name, ra
 @pytest.mark.parametrize(
     "name, override, words",
     [
-        ("g2sd_generic", "teacher.weights={folder}/classifier.pth", "has no decoder"),
+        ("g2sd_generic", "teacher.weights={folder}/classifier.pth", "is a classifier (format timm or mae): has no decoder; the objective taps decoder block"),
         ("g2sd_specific", "teacher.weights={folder}/mae.pth", "give a fine-tuned classifier"),
         ("g2sd_specific", "data.train={unlabelled}", "labels"),
         ("sdae", "objective.folds=49", "objective.folds 49 is above the 48 masked patches"),
