@@ -14,7 +14,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.ledger.page import PAPERS, render_published, write_ledger
 from dmae_ds.ledger.published import NUM_IMAGENET, matching_result, read_published, wanted
 from dmae_ds.ledger.runs import find_runs, read_run
-from dmae_ds.ledger.study import columns_of, group, identity
+from dmae_ds.ledger.study import columns_of, group, identity, name_arms
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -186,6 +186,14 @@ def test_runs_that_begin_with_other_runs_are_arms_too(tmp_path):
         "g2sd_generic": [0, 1], "g2sd_specific": [0, 1], "g2sd_specific, student.weights g2sd_generic": [0, 1], "teacher: mae": [0, 1],
     }  # fmt: skip
     assert identity(arms[0].runs[0].config)["teacher.weights"] != identity(arms[1].runs[0].config)["teacher.weights"]  # an MAE, and what it was fine-tuned to
+
+
+def test_a_section_that_other_arms_lack_is_named_once():
+    plain = {"objective.name": "dino", "objective.distill": None, "teacher": None, "optim.epochs": 9}
+    one = {"objective.name": "dino", "objective.distill.alpha": 1.0, "teacher.name": "vit", "optim.epochs": 9}
+    flats = {"a": plain, "b": one, "c": one | {"objective.distill.alpha": 2.0}, "d": one | {"optim.epochs": 8}}
+    names = name_arms(flats, {"dino": {"objective.name": "dino"}})
+    assert names == {"a": "dino", "b": "dino, with distill, with teacher", "c": "dino, with distill, with teacher, distill.alpha 2.0", "d": "dino, with distill, with teacher, optim.epochs 8"}
 
 
 def test_the_effective_rank_of_an_arm_is_the_mean_and_the_lowest(tmp_path):

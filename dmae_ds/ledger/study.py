@@ -94,7 +94,7 @@ def _is_student_of(folder: Path, model: StudentConfig | TeacherConfig) -> bool:
 
 
 def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
-    """{key: flat config} -> {key: name}: the objective, then all in which it differs from the commonest value of that objective's arms.
+    """{key: flat config} -> {key: name}: the objective, then the sections that not all of that objective's arms have, and all in which it differs from the commonest value of those that have it.
 
     defaults: of each objective, flat; of equally common values, they are the one to differ from
     """
@@ -102,9 +102,10 @@ def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
     names = {}
     for key, flat in flats.items():
         alike = [other for other, objective in objectives.items() if objective == objectives[key]]
-        differing = []
+        differing = [f"with {section.removeprefix('objective.')}" for section in sorted(_sections(flat)) if not all(section in _sections(flats[other]) for other in alike)]
         for field, value in flat.items():
-            counts = Counter(json.dumps(flats[other].get(field), sort_keys=True) for other in alike)
+            holders = [other for other in alike if field.rpartition(".")[0] in _sections(flats[other])]
+            counts = Counter(json.dumps(flats[other].get(field), sort_keys=True) for other in holders)
             usual = json.dumps(defaults[objectives[key]].get(field), sort_keys=True)
             commonest = max(counts, key=lambda text: (counts[text], text == usual, text))
             if json.dumps(value, sort_keys=True) != commonest:
@@ -112,6 +113,11 @@ def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
                 differing.append(f"{field.removeprefix('objective.')} {said}")
         names[key] = ", ".join([objectives[key], *differing])
     return names
+
+
+def _sections(flat: dict) -> set[str]:
+    """{"optim.epochs": ...} -> {"optim"}."""
+    return {field.rpartition(".")[0] for field in flat}
 
 
 def columns_of(arms: list[Arm]) -> dict[Column, str]:
