@@ -189,8 +189,8 @@ def test_runs_that_begin_with_other_runs_are_arms_too(tmp_path):
 
 
 def test_a_section_that_other_arms_lack_is_named_once():
-    plain = {"objective.name": "dino", "objective.distill": None, "teacher": None, "optim.epochs": 9}
-    one = {"objective.name": "dino", "objective.distill.alpha": 1.0, "teacher.name": "vit", "optim.epochs": 9}
+    plain = {"precision": "fp32", "objective.name": "dino", "objective.distill": None, "teacher": None, "optim.epochs": 9}
+    one = {"precision": "fp32", "objective.name": "dino", "objective.distill.alpha": 1.0, "teacher.name": "vit", "optim.epochs": 9}
     flats = {"a": plain, "b": one, "c": one | {"objective.distill.alpha": 2.0}, "d": one | {"optim.epochs": 8}}
     names = name_arms(flats, {"dino": {"objective.name": "dino"}})
     assert names == {"a": "dino", "b": "dino, with distill, with teacher", "c": "dino, with distill, with teacher, distill.alpha 2.0", "d": "dino, with distill, with teacher, optim.epochs 8"}
