@@ -163,7 +163,7 @@ def test_killed_and_resumed_is_bit_identical(recipes, tmp_path, name, ranks):
 @pytest.mark.parametrize(
     "name, override, words",
     [
-        ("g2sd_generic", "teacher.weights={folder}/classifier.pth", "is a classifier (format timm or mae): has no decoder; the objective taps decoder block"),
+        ("g2sd_generic", "teacher.weights={folder}/classifier.pth", "encoder and head, no decoder; the objective taps decoder block"),
         ("g2sd_specific", "teacher.weights={folder}/mae.pth", "give a fine-tuned classifier"),
         ("g2sd_specific", "data.train={unlabelled}", "labels"),
         ("sdae", "objective.folds=49", "objective.folds 49 is above the 48 masked patches"),
