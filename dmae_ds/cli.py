@@ -16,10 +16,12 @@ from dmae_ds.cli_checkpoint import add_checkpoint
 from dmae_ds.cli_doctor import add_doctor
 from dmae_ds.cli_eval import add_eval
 from dmae_ds.errors import Requeue, RunFailed, UserError
+from dmae_ds.world import whole_lines
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    whole_lines()
     commands = parser()
     args, extra = commands.parse_known_args(argv)
     # argparse gives up on positionals behind an option: `train RECIPE --resume auto key=value`.

@@ -5,8 +5,10 @@ Launchers (deepspeed, torchrun, accelerate, Slurm scripts) say it in RANK, WORLD
 
 from __future__ import annotations
 
+import io
 import os
 import socket
+import sys
 from dataclasses import dataclass
 
 from dmae_ds.errors import UserError
@@ -45,6 +47,13 @@ def world_from_env() -> World:
     rank, size, local_rank = int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
     # torchrun says LOCAL_WORLD_SIZE, and so does accelerate through it; DeepSpeed's launcher says LOCAL_SIZE.
     return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size))))
+
+
+def whole_lines() -> None:
+    """Have this process print line by line. Launchers start ranks with `python -u`, where `print` writes a line and its end apart: two ranks' lines run into one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def threads_per_rank(world: World) -> int:

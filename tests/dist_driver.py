@@ -3,8 +3,9 @@
 import torch
 
 from dmae_ds import dist
-from dmae_ds.world import world_from_env
+from dmae_ds.world import whole_lines, world_from_env
 
+whole_lines()
 world = world_from_env()
 dist.start(world)
 shares = torch.arange(12, dtype=torch.float64).reshape(2, 3, 2) ** 2  # [ranks, rows, columns]

@@ -14,8 +14,9 @@ from dmae_ds.config.load import load_config
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
-from dmae_ds.world import world_from_env
+from dmae_ds.world import whole_lines, world_from_env
 
+whole_lines()
 world = world_from_env()
 device = dist.start(world)
 for kind, *what in json.loads(sys.argv[-1]):

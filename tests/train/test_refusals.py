@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -46,6 +47,16 @@ def test_mistakes_in_a_recipe(tiny_recipe, tmp_path, overrides, words):
 def test_a_misspelt_deepspeed_key(tiny_recipe, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"zero_optimisation": {"stage": 2}}))
     assert "did you mean zero_optimization?" in refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "deepspeed=mine.json"], tmp_path)
+
+
+def test_a_ranks_line_and_its_end_are_one_write(tmp_path):
+    """Started as launchers start ranks, unbuffered; else the lines of two ranks that stop at once run into one."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet is a write
+    with ours, its:
+        done = subprocess.run([sys.executable, "-u", "-m", "dmae_ds", "train", "nowhere.yaml"], cwd=tmp_path, env=environment(), stderr=its, timeout=100)
+        packet = ours.recv(10_000, socket.MSG_DONTWAIT).decode()
+    assert done.returncode == 2
+    assert packet.startswith("dmae-ds: error: ") and packet.endswith("\n")
 
 
 def test_mistakes_in_a_recipe_are_found_without_torch(tiny_recipe, tmp_path):
