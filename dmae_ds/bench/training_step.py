@@ -57,7 +57,7 @@ class TrainingStep:
         )  # fmt: skip
         self.kernels = choose_kernels(
             config, self.objective, None if config.teacher is None else self.teacher.vit, device, zero_stage=zero_stage(deepspeed), large=True, twin=None if self.twin is None else self.twin.twin,
-        )  # fmt: skip
+        ).text  # fmt: skip
         self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
         self.engine.set_lr(0.0)
         self.normalize = Normalize(config.data.mean, config.data.std).to(device)

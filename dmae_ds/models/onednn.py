@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 ROWS, WIDTH, HIDDEN = 400, 768, 3072  # a ViT-B's MLP on 8 pictures of 49 visible patches
-FASTER = 1.2  # below, it may be noise, and a run should make the same choice each time it is resumed
+FASTER = 1.2  # below, it may be noise
 _REPEATS = 3
 
 

@@ -30,7 +30,7 @@ PLAIN = ("student", "decoder")  # RUN/*.safetensors
 class Checkpoints:
     """Saves of one run.
 
-    identity: what makes it this run (`checkpoint_folder.MUST_AGREE`), with world_size and zero_stage; stored with every save
+    identity: what makes it this run (`checkpoint_folder.MUST_AGREE`), with world_size, zero_stage and linear (train/kernels.py); stored with every save
     student_metadata: strings that go into student.safetensors; twin: saved and restored with everything else
     """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,25 +20,37 @@ from dmae_ds.models.compiled import compile_blocks
 from dmae_ds.models.onednn import FASTER, onednn_operator, onednn_speedup, use_onednn
 
 
+class Kernels(NamedTuple):
+    """linear: "torch" or "onednn", what `linear: auto` came to; text: a line for the summary, or nothing."""
+
+    linear: str
+    text: str = ""
+
+
 def choose_kernels(
-    config: RunConfig, objective: nn.Module, teacher: nn.Module | None, device: torch.device, *, zero_stage: int, large: bool, twin: nn.Module | None = None
-) -> str:  # fmt: skip
-    """Prepare the networks as the recipe says, before an engine takes them; returns a line for the summary, or nothing.
+    config: RunConfig, objective: nn.Module, teacher: nn.Module | None, device: torch.device, *,
+    zero_stage: int, large: bool, twin: nn.Module | None = None, before: str | None = None,
+) -> Kernels:  # fmt: skip
+    """Prepare the networks as the recipe says, before an engine takes them.
 
     large: whether it is worth the time to try what `linear: auto` might take
+    before: what it came to in the run that is resumed, which goes on with the same wherever it still can
     Collective. Raises UserError for `linear: onednn` where it can't be.
     """
     networks = [network for network in (objective, teacher, twin) if network is not None]
     why_not = _why_not_onednn(config, device, zero_stage=zero_stage)
     dist.together(lambda: _refuse(config, why_not))
     if config.compile:
-        return f"{sum(map(compile_blocks, networks))} blocks, compiled by torch.compile in their first step"
-    if config.linear == "torch" or why_not or not (large or config.linear == "onednn"):
-        return ""
+        return Kernels("torch", f"{sum(map(compile_blocks, networks))} blocks, compiled by torch.compile in their first step")
+    wanted = before if config.linear == "auto" and before is not None else config.linear
+    if wanted == "torch" or why_not or not (large or wanted == "onednn"):
+        return Kernels("torch")
+    if wanted == before:
+        return Kernels("onednn", f"{sum(map(use_onednn, networks))} linear layers through oneDNN, as before")
     speedup = dist.main_says(onednn_speedup())  # on all ranks at once, as they share their cores in training
-    if config.linear == "auto" and speedup < FASTER:
-        return ""
-    return f"{sum(map(use_onednn, networks))} linear layers through oneDNN, {speedup:.2f} times as fast here as torch's"
+    if wanted == "auto" and speedup < FASTER:
+        return Kernels("torch")
+    return Kernels("onednn", f"{sum(map(use_onednn, networks))} linear layers through oneDNN, {speedup:.2f} times as fast here as torch's")
 
 
 def _refuse(config: RunConfig, why_not: str) -> None:

@@ -71,8 +71,9 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     speed = own_speed(config, geometry, preflight.accumulation, device) if large else None
     kernels = choose_kernels(
         config, objective, getattr(teacher, "vit", None), device, zero_stage=zero_stage(preflight.deepspeed), large=large, twin=None if twin is None else twin.twin,
+        before=None if preflight.resume_from is None else preflight.folder.read_state(preflight.resume_from).get("linear"),
     )  # fmt: skip
-    text = summary(preflight, objective, teacher, twin, placed=placed, kernels=kernels)
+    text = summary(preflight, objective, teacher, twin, placed=placed, kernels=kernels.text)
     clock, warm_up = Clock(), WarmUp(config.compile)
     recorder = Recorder(
         preflight.run_dir, is_main=world.is_main, accumulation=preflight.accumulation,
@@ -82,7 +83,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
     dist.bound_every_wait()
     checkpoints = Checkpoints(
-        preflight.folder, config.checkpoint, identity=preflight.identity,
+        preflight.folder, config.checkpoint, identity={**preflight.identity, "linear": kernels.linear},
         student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": json.dumps(config.student.overrides())},
         twin=twin,
     )  # fmt: skip

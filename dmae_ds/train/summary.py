@@ -17,7 +17,7 @@ def summary(
 ) -> str:  # fmt: skip
     """The whole of it, a row a line. Call it before ZeRO cuts the parameters up.
 
-    placed: why the teacher lives where it does; kernels: see choose_kernels; either may be empty
+    placed: why the teacher lives where it does; kernels: see train/kernels.py; either may be empty
     """
     config, world, shards = preflight.config, preflight.world, preflight.shards
     student = sum(parameter.numel() for parameter in objective.student.parameters())

@@ -21,12 +21,14 @@ def choose(monkeypatch):
     monkeypatch.setattr(dist, "together", lambda step: step())
     monkeypatch.setattr(dist, "main_says", lambda value: value)
 
-    def choose(*overrides, speedup=1.0, device=CPU, zero_stage=2, large=True):
+    def choose(*overrides, speedup=1.0, device=CPU, zero_stage=2, large=True, before=None):
         monkeypatch.setattr(kernels, "onednn_speedup", lambda: speedup)
         config = load_config("digits_mae", ["data.train=t", *overrides])
         network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        said = kernels.choose_kernels(config, network, None, device, zero_stage=zero_stage, large=large)
-        return said, sum(isinstance(layer, OneDnnLinear) for layer in network)
+        said = kernels.choose_kernels(config, network, None, device, zero_stage=zero_stage, large=large, before=before)
+        changed = sum(isinstance(layer, OneDnnLinear) for layer in network)
+        assert said.linear == ("onednn" if changed else "torch")
+        return said.text, changed
 
     return choose
 
@@ -35,6 +37,22 @@ def choose(monkeypatch):
 def test_auto_takes_what_is_clearly_faster_where_it_pays_to_look(choose, speedup, large, changed):
     said, found = choose(speedup=speedup, large=large)
     assert found == changed and ("1.90 times as fast" in said) == bool(changed)
+
+
+@pytest.mark.parametrize("before, speedup, large, changed", [("onednn", 1.0, True, 2), ("onednn", 1.0, False, 2), ("torch", 1.9, True, 0), (None, 1.9, True, 2)])
+def test_auto_comes_to_the_same_when_a_run_goes_on(choose, before, speedup, large, changed):
+    said, found = choose(before=before, speedup=speedup, large=large)
+    assert found == changed and ("as before" in said) == (before == "onednn")
+
+
+@pytest.mark.parametrize("before, linear, changed", [("onednn", "torch", 0), ("torch", "onednn", 2)])
+def test_what_the_recipe_says_goes_before_what_was(choose, before, linear, changed):
+    assert choose(f"linear={linear}", before=before)[1] == changed
+
+
+@pytest.mark.parametrize("overrides, where", [([], {"zero_stage": 3}), (["precision=bf16_autocast"], {})])
+def test_what_was_is_left_where_it_can_not_be(choose, overrides, where):
+    assert choose(*overrides, **where, before="onednn") == ("", 0)
 
 
 @pytest.mark.parametrize(
