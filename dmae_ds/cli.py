@@ -15,7 +15,7 @@ from dmae_ds.cli_bench import add_bench
 from dmae_ds.cli_checkpoint import add_checkpoint
 from dmae_ds.cli_doctor import add_doctor
 from dmae_ds.cli_eval import add_eval
-from dmae_ds.errors import Requeue, RunFailed, UserError
+from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError
 from dmae_ds.world import whole_lines
 
 
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         return _say(error, code=2)
     except Requeue as error:
         return _say(error, code=os.EX_TEMPFAIL)
+    except RankLost as error:
+        os._exit(_say(error, code=1))  # at once: the heartbeat's thread may be in a store that is gone
     except RunFailed as error:
         return _say(error, code=1)
     return 0

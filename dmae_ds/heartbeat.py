@@ -87,7 +87,8 @@ class Heartbeat:
         """End watching: from here on nobody is missed. Meant for a moment when every rank does."""
         self._done = True
         self._wake.set()
-        self._threads[0].join(GONE_S)
+        # An interpreter that ends while a thread is still in the store's C++ aborts.
+        self._threads[0].join(self.timeout_s)
 
     # The first thread: the only one that talks to the store.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import distributed
 
+from dmae_ds import heartbeat
 from dmae_ds.missing import GONE_S, Report, judge
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -99,6 +102,25 @@ def test_ranks_that_end_together_miss_nobody():
     finally:
         for process in ranks:
             process.kill()
+
+
+def test_a_heart_that_has_stopped_is_out_of_the_store(monkeypatch):
+    class Slow(dict):
+        def set(self, key, value):
+            time.sleep(0.5)  # beyond GONE_S
+            self[key] = value.encode()
+
+        def check(self, keys):
+            return all(key in self for key in keys)
+
+    monkeypatch.setattr(heartbeat, "GONE_S", 0.01)
+    monkeypatch.setattr(distributed, "TCPStore", lambda *_, **__: Slow())
+    monkeypatch.setattr(distributed, "PrefixStore", lambda _, store: store)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    watch = heartbeat.Heartbeat(rank=0, size=1, local_rank=0, local_size=1, life="0", timeout_s=60)
+    watch.stop()
+    assert not watch._threads[0].is_alive() and json.loads(watch._store["0"])["beats"] == -1
 
 
 @pytest.mark.slow

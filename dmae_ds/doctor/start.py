@@ -105,11 +105,12 @@ def judge_start(output: str, *, ended: str, launch: Launch, ok: bool) -> Check:
         gbit = 2 * (ranks - 1) / ranks * done["bytes"] * 8 / seconds / 1e9
         return Check("start", OK, f"{ranks} ranks all-reduce {size(done['bytes'])} in {1000 * seconds:.4g} ms: {gbit:.3g} Gbit/s a rank ({done['device']})")
     stages = {stage: {item["rank"] for item in said if item["stage"] == stage} for stage in ("started", "joined")}
-    last = next((line.strip() for line in reversed(output.splitlines()) if "Error" in line or "error" in line), "")
+    own = [line.strip() for line in output.splitlines() if line.strip() and MARK not in line]
+    last = next((line for line in reversed(own) if re.search("[Ee]rror|terminate called", line)), (own or [""])[-1])
     text = f"it {ended}; {len(stages['started'])} of {launch.world} ranks started, {len(stages['joined'])} joined{f'; {last[:200]}' if last else ''}"
     if "address already in use" in output.lower():
         return Check("start", FAIL, text, "choose another --master_port")
-    if len(stages["started"]) == launch.world and here:
+    if len(stages["started"]) == launch.world > len(stages["joined"]) and here:
         hosts = names(sorted({item["host"] for item in said}))
         return Check("start", FAIL, text, f"the ranks cannot talk: let all TCP ports through between {hosts}, and see `interface` above (gloo and NCCL use ports of their own)")
     return Check("start", FAIL, text, f"see for yourself: {shlex.join(launch.words(['dmae_ds.doctor.allreduce', '--word', 'x', '--bytes', '1024', '--limit_s', '60']))}")

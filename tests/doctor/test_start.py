@@ -44,6 +44,7 @@ def say(**stage) -> str:
 
 
 STARTED = "".join(say(stage="started", rank=rank, host=f"node{rank + 1}") for rank in range(2))
+JOINED = STARTED.replace("started", "joined")
 PAIR = Launch("pdsh", [Node("node1", 1), Node("node2", 1)], 29500, "10.0.0.1", "hosts")
 
 
@@ -57,6 +58,7 @@ def test_bandwidth_is_what_a_link_of_the_ring_carries(ranks, gbit):
 @pytest.mark.parametrize(
     "output, words, mend",
     [(STARTED, "2 of 2 ranks started, 0 joined", "cannot talk"), (STARTED.splitlines()[0] + "\n", "1 of 2 ranks started", "see for yourself: deepspeed"),
+     (STARTED + JOINED + "node1: terminate called without an active exception\n", "2 joined; node1: terminate called", "see for yourself"),
      ("node1: RuntimeError: Address already in use\n", "Address already in use", "--master_port"), ("", "0 of 2 ranks started", "see for yourself")],
 )  # fmt: skip
 def test_a_start_that_fails_says_how_far_it_came(output, words, mend):
