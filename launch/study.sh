@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The paper's ablations, and the other distillers, at the scale of handwritten digits, three seeds each, into RESULTS.md:
 #   bash launch/study.sh                 # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder; ONLY="dino mocov3" for some settings
-# Some hours on 2 CPU cores after the install. Every run is of equal steps, data, rate and initial weights as the others
-# of its seed. Killed or started again, it continues where it was; what is finished is not repeated.
+# Some hours on 2 CPU cores after the install. Every run has the steps, data and initial weights of the others of its seed, and
+# the ablations their rate too; another objective has the rate of its recipe. Killed or started again, it continues where it
+# was; what is finished is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1 2}
