@@ -14,7 +14,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.ledger.page import PAPERS, render_published, write_ledger
 from dmae_ds.ledger.published import NUM_IMAGENET, matching_result, read_published, wanted
 from dmae_ds.ledger.runs import find_runs, read_run
-from dmae_ds.ledger.study import columns_of, group, identity, name_arms
+from dmae_ds.ledger.study import Arm, Column, columns_of, draw, group, identity, name_arms
 from dmae_ds.train.checkpoint_folder import CheckpointFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -216,6 +216,21 @@ def test_the_study_s_table_and_plot(tmp_path):
     assert picture[:4] == b"\x89PNG"
     again = write_ledger([study / "seed1", study / "seed0", study / "seed0" / "mae"], tmp_path / "RESULTS.md")  # other words, the same runs
     assert again.read_text() == page and (tmp_path / ".github" / "results.png").read_bytes() == picture
+
+
+def test_the_plot_s_headings_have_room_and_its_rows_have_numbers():
+    columns = {Column("knn", "all", str(number)): f"fine-tuned with many labels, recipe {number}" for number in range(5)}
+    whole = Arm("g2sd_specific, student.weights g2sd_generic, optim.epochs 15.0", [], {column: [80.0, 81.0] for column in columns})
+    half = Arm("mae", [], {column: [70.0] for column in list(columns)[:3]})
+    figure = draw([whole, half], columns)
+    figure.draw_without_rendering()
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    titles = [axes._left_title.get_window_extent() for axes in panels]
+    assert [axes._left_title.get_text().replace("\n", " ") for axes in panels] == list(columns.values())
+    assert all(title.x0 >= 0 and title.x1 <= figure.bbox.x1 for title in titles)
+    assert not any(one.overlaps(other) for place, one in enumerate(titles) for other in titles[place + 1 :])
+    rows = [[label.get_text().replace("\n", " ") for label in axes.get_yticklabels()] for axes in (panels[0], panels[3])]
+    assert rows == [[whole.name, half.name], [whole.name]]
 
 
 def test_a_run_under_way_is_left_out_and_counted(tmp_path):

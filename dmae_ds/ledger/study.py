@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,30 +156,38 @@ def spread(values: list[float]) -> str:
 
 
 def draw(arms: list[Arm], headings: dict[Column, str]) -> Figure:
-    """A panel a column, a row an arm: every seed as a ring, their mean as a stroke with its deviation."""
+    """A panel a column, a row an arm that has a number beside it: every seed as a ring, their mean as a stroke with its deviation."""
     rows = math.ceil(len(headings) / PANELS_A_ROW)
     columns = math.ceil(len(headings) / rows)
+    shown = [list(headings)[row * columns : (row + 1) * columns] for row in range(rows)]
+    listed = [[arm for arm in arms if not arm.values.keys().isdisjoint(row)] for row in shown]
+    heights = [0.9 + 0.36 * len(row) for row in listed]
     with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=(2.6 + 2.2 * columns, rows * (0.9 + 0.3 * len(arms))), layout="constrained", facecolor=light("--surface"))
-        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-        for axes in panels[len(headings) :]:
+        figure = Figure(figsize=(2.6 + 2.2 * columns, sum(heights)), layout="constrained", facecolor=light("--surface"))
+        panels = figure.subplots(rows, columns, sharey="row", squeeze=False, height_ratios=heights)
+        for axes in panels[-1, len(shown[-1]) :]:
             axes.set_visible(False)
-        for axes, (column, heading) in zip(panels, headings.items()):
-            axes.set_facecolor(light("--surface"))
-            axes.set_title(heading, loc="left", fontsize=9, color=light("--ink"))
-            for place, arm in enumerate(arms):
-                if column in arm.values:
-                    _draw_arm(axes, place, arm, arm.values[column])
-            axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
-            axes.set_ylim(len(arms) - 0.5, -0.5)
-            axes.margins(x=0.08)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.tick_params(labelsize=8, labelcolor=light("--soft"), length=0)
-            axes.grid(axis="x", color=light("--line"), linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[:].set_visible(False)
-            axes.set_xlabel("top-1, %", fontsize=8, color=light("--soft"))
+        for panel_row, row, own in zip(panels, shown, listed):
+            for axes, column in zip(panel_row, row):
+                _draw_panel(axes, own, column, heading=headings[column])
     return figure
+
+
+def _draw_panel(axes: Axes, arms: list[Arm], column: Column, *, heading: str) -> None:
+    axes.set_facecolor(light("--surface"))
+    axes.set_title(textwrap.fill(heading, 26), loc="left", fontsize=9, color=light("--ink"))
+    for place, arm in enumerate(arms):
+        if column in arm.values:
+            _draw_arm(axes, place, arm, arm.values[column])
+    axes.set_yticks(range(len(arms)), [textwrap.fill(arm.name, 36) for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.tick_params(labelsize=8, labelcolor=light("--soft"), length=0)
+    axes.grid(axis="x", color=light("--line"), linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("top-1, %", fontsize=8, color=light("--soft"))
 
 
 def _draw_arm(axes: Axes, place: int, arm: Arm, values: list[float]) -> None:
