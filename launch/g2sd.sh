@@ -3,7 +3,7 @@
 #   bash launch/g2sd.sh                  # SEED=1 for another draw, OUT=folder
 # A small MAE is the generic teacher, and fine-tuned on labels the specific one. The same small network then learns from labels: after the
 # generic stage with the teacher's decisions beside them (G2SD), from random weights with them (DeiT's hard distillation), and after the
-# generic stage without them (plain fine-tuning). About 15 minutes on 2 CPU cores after the install. Killed or started again, it continues where it was.
+# generic stage without them (plain fine-tuning). About 10 minutes on 2 CPU cores after the install. Killed or started again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-0}
