@@ -100,12 +100,13 @@ def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
     defaults: of each objective, flat; of equally common values, they are the one to differ from
     """
     objectives = {key: flat["objective.name"] for key, flat in flats.items()}
+    sections = {key: {field.rpartition(".")[0] for field in flat} for key, flat in flats.items()}  # optim.epochs stands in "optim"
     names = {}
     for key, flat in flats.items():
         alike = [other for other, objective in objectives.items() if objective == objectives[key]]
-        differing = [f"with {section.removeprefix('objective.')}" for section in sorted(_sections(flat)) if not all(section in _sections(flats[other]) for other in alike)]
+        differing = [f"with {section.removeprefix('objective.')}" for section in sorted(sections[key]) if not all(section in sections[other] for other in alike)]
         for field, value in flat.items():
-            holders = [other for other in alike if field.rpartition(".")[0] in _sections(flats[other])]
+            holders = [other for other in alike if field.rpartition(".")[0] in sections[other]]
             counts = Counter(json.dumps(flats[other].get(field), sort_keys=True) for other in holders)
             usual = json.dumps(defaults[objectives[key]].get(field), sort_keys=True)
             commonest = max(counts, key=lambda text: (counts[text], text == usual, text))
@@ -114,11 +115,6 @@ def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
                 differing.append(f"{field.removeprefix('objective.')} {said}")
         names[key] = ", ".join([objectives[key], *differing])
     return names
-
-
-def _sections(flat: dict) -> set[str]:
-    """{"optim.epochs": ...} -> {"optim"}."""
-    return {field.rpartition(".")[0] for field in flat}
 
 
 def columns_of(arms: list[Arm]) -> dict[Column, str]:
