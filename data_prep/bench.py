@@ -64,7 +64,11 @@ def conversion(images: Path, scratch: Path) -> Section:
         Row("floor + fsync", lambda: (_copy(images, listing, dst / "all"), _fsync(dst / "all")), clean),
         Row("dmae-shards, 1 worker", ours(1), clean),
         Row("dmae-shards, 2 workers", ours(2), clean),
-        Row("webdataset.ShardWriter", lambda: _run_python("-m", "data_prep.bench_webdataset", images, dst), clean),
+        Row(
+            "webdataset.ShardWriter",
+            lambda: _run_python("-m", "data_prep.bench_webdataset", images, dst),
+            clean,
+        ),
     ]
     return Section("conversion", "images", len(listing), rows)
 
@@ -105,4 +109,3 @@ def _choose_images(src: Path, images: Path, limit: int) -> Path:
         with open(b"%b/%b" % (folder, path), "rb") as file:
             file.read()
     return Path(os.fsdecode(folder))
-

@@ -67,7 +67,9 @@ def decoding(images: Path, scratch: Path) -> Section:
     resized = _bytes_of(_make(images, scratch / "resized", "--resize", "256", "--quality", "95"))
     from PIL import Image
 
-    crop = transforms.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+    crop = transforms.RandomResizedCrop(
+        224, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+    )
     views = [crop, transforms.RandomHorizontalFlip()]
     recipe = transforms.Compose([*views, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     recipe_uint8 = transforms.Compose([*views, transforms.PILToTensor()])
@@ -76,19 +78,27 @@ def decoding(images: Path, scratch: Path) -> Section:
         return transform(Image.open(io.BytesIO(data)).convert("RGB"))
 
     def ours(data: bytes, number: int) -> object:
-        return train_view(decode_bytes(data), sample_rng(0, 0, number, 0), img_size=224, crop_scale=(0.2, 1.0), flip=True)
+        return train_view(
+            decode_bytes(data), sample_rng(0, 0, number, 0), img_size=224, crop_scale=(0.2, 1.0), flip=True
+        )
 
     def tv(data: bytes, number: int) -> object:
-        image = torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=torchvision.io.ImageReadMode.RGB)
+        image = torchvision.io.decode_jpeg(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=torchvision.io.ImageReadMode.RGB
+        )
         rng = sample_rng(0, 0, number, 0)
-        left, top, right, bottom = crop_box(rng, width=image.shape[2], height=image.shape[1], scale=(0.2, 1.0), ratio=CROP_RATIO)
+        left, top, right, bottom = crop_box(
+            rng, width=image.shape[2], height=image.shape[1], scale=(0.2, 1.0), ratio=CROP_RATIO
+        )
         pixels = image[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
         view = torch.nn.functional.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True)[0]
         return view.flip(2) if rng.random() < 0.5 else view
 
     def row(name: str, way: Callable, files: list[bytes]) -> Row:
         def run() -> None:
-            for number, data in enumerate(files):  # nothing is kept: hundreds of megabytes of results would be timed too
+            for number, data in enumerate(
+                files
+            ):  # nothing is kept: hundreds of megabytes of results would be timed too
                 way(data, number)
 
         return Row(name, run)
@@ -109,7 +119,17 @@ def decoding(images: Path, scratch: Path) -> Section:
 def _make(images: Path, dst: Path, *options: str) -> ShardSet:
     """The shards of `images`, made once."""
     if not dst.exists():
-        command = [sys.executable, "-m", "data_prep.cli", "make", images, dst, "--max-skip", str(len(find_images(images))), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "data_prep.cli",
+            "make",
+            images,
+            dst,
+            "--max-skip",
+            str(len(find_images(images))),
+            *options,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ShardError(f"bench: shards could not be made: {done.stderr.strip()[-500:]}")
@@ -124,11 +144,21 @@ def _bytes_of(shard_set: ShardSet) -> list[bytes]:
 
 def _read_epoch(shard_set: ShardSet, *, block: int) -> None:
     """One epoch in the order of training, as one worker of one rank reads it."""
-    reader, order = SampleReader(shard_set, block=block), {"num_samples": shard_set.num_samples, "seed": 0, "block": block}
+    reader, order = (
+        SampleReader(shard_set, block=block),
+        {"num_samples": shard_set.num_samples, "seed": 0, "block": block},
+    )
     for step in range(shard_set.num_samples // BATCH + 1):
         positions = batch_positions(
-            step, global_batch=BATCH, rank=0, world_size=1, micro_batch=BATCH, accumulation_step=0, num_samples=shard_set.num_samples, block=block
-        )  # fmt: skip
+            step,
+            global_batch=BATCH,
+            rank=0,
+            world_size=1,
+            micro_batch=BATCH,
+            accumulation_step=0,
+            num_samples=shard_set.num_samples,
+            block=block,
+        )
         positions = positions[positions < shard_set.num_samples]
         if len(positions) == 0:
             break

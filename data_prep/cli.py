@@ -62,7 +62,9 @@ def _bench(*, src: Path, **options: object) -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROG, description="Make shard folders (WebDataset tars with an index) from image folders.")
+    parser = _Parser(
+        prog=PROG, description="Make shard folders (WebDataset tars with an index) from image folders."
+    )
     commands = parser.add_subparsers(required=True, metavar="make | verify | info | index | bench")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -72,28 +74,58 @@ def _build_parser() -> argparse.ArgumentParser:
         return found
 
     def add_workers(found: argparse.ArgumentParser) -> None:
-        found.add_argument("--workers", type=_at_least(1), default=cores, metavar="N", help="processes; default: all cores")
+        found.add_argument(
+            "--workers", type=_at_least(1), default=cores, metavar="N", help="processes; default: all cores"
+        )
 
     make = command("make", _make, "an image folder -> shards; run again after an interruption, it continues")
     make.add_argument("src", metavar="SRC", type=Path, help="SRC/<class>/<image>, or a flat folder")
     make.add_argument("dst", metavar="DST", type=Path)
-    make.add_argument("--samples-per-shard", type=_at_least(1), default=1000, metavar="N", help="default 1000")
+    make.add_argument(
+        "--samples-per-shard", type=_at_least(1), default=1000, metavar="N", help="default 1000"
+    )
     add_workers(make)
-    make.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle into shards; default 0")
-    make.add_argument("--classes", type=Path, metavar="FILE", help="class folders in the order of their labels, one a line")
+    make.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the shuffle into shards; default 0"
+    )
+    make.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class folders in the order of their labels, one a line"
+    )
     flat = make.add_mutually_exclusive_group()
-    flat.add_argument("--labels", type=Path, metavar="FILE", help="flat SRC: lines `<image> <class or its number>`")
+    flat.add_argument(
+        "--labels", type=Path, metavar="FILE", help="flat SRC: lines `<image> <class or its number>`"
+    )
     flat.add_argument("--unlabelled", action="store_true", help="flat SRC: every label is -1")
-    make.add_argument("--resize", type=_at_least(1), metavar="N", help="store upright JPEGs of short side N (default: bytes untouched)")
-    make.add_argument("--quality", type=_in_range(1, 100), metavar="N", help="JPEG quality of what --resize stores; default 95")
-    make.add_argument("--verify", choices=("header", "full"), default="header", help="full: decode every image")
-    make.add_argument("--json", action="store_true", help="add <key>.json: source, class, label, width, height")
-    make.add_argument("--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable images to allow; default 0")
+    make.add_argument(
+        "--resize",
+        type=_at_least(1),
+        metavar="N",
+        help="store upright JPEGs of short side N (default: bytes untouched)",
+    )
+    make.add_argument(
+        "--quality",
+        type=_in_range(1, 100),
+        metavar="N",
+        help="JPEG quality of what --resize stores; default 95",
+    )
+    make.add_argument(
+        "--verify", choices=("header", "full"), default="header", help="full: decode every image"
+    )
+    make.add_argument(
+        "--json", action="store_true", help="add <key>.json: source, class, label, width, height"
+    )
+    make.add_argument(
+        "--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable images to allow; default 0"
+    )
     make.add_argument("--overwrite", action="store_true", help="replace the shard set in DST")
 
-    verify = command("verify", _verify, "read a shard folder again, and name what is not as manifest and index say")
+    verify = command(
+        "verify", _verify, "read a shard folder again, and name what is not as manifest and index say"
+    )
     verify.add_argument("dst", metavar="DST", type=Path)
-    verify.add_argument("--sample", type=_share, default=1.0, metavar="P%%", help="so many of each shard's samples only")
+    verify.add_argument(
+        "--sample", type=_share, default=1.0, metavar="P%%", help="so many of each shard's samples only"
+    )
     add_workers(verify)
 
     info = command("info", _info, "what a shard folder holds")
@@ -101,21 +133,47 @@ def _build_parser() -> argparse.ArgumentParser:
     info.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet")
 
     index = command("index", _index, "index and manifest for WebDataset tars that somebody else wrote")
-    index.add_argument("tars", metavar="TARS", help="a folder, or a URL (http, s3, gs, hf) with {000..146} or of a bucket's folder")
-    index.add_argument("dst", metavar="DST", type=Path, nargs="?", help="where index and manifest go; default: the folder itself")
-    index.add_argument("--image", metavar="EXT", help="the member that is the image; default: the first jpg, jpeg or png")
-    index.add_argument("--label", metavar="EXT", help="the member with the label, cls or json:KEY; default: cls, where there is one")
+    index.add_argument(
+        "tars",
+        metavar="TARS",
+        help="a folder, or a URL (http, s3, gs, hf) with {000..146} or of a bucket's folder",
+    )
+    index.add_argument(
+        "dst",
+        metavar="DST",
+        type=Path,
+        nargs="?",
+        help="where index and manifest go; default: the folder itself",
+    )
+    index.add_argument(
+        "--image", metavar="EXT", help="the member that is the image; default: the first jpg, jpeg or png"
+    )
+    index.add_argument(
+        "--label",
+        metavar="EXT",
+        help="the member with the label, cls or json:KEY; default: cls, where there is one",
+    )
     index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
-    index.add_argument("--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable samples to allow; default 0")
+    index.add_argument(
+        "--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable samples to allow; default 0"
+    )
     index.add_argument("--overwrite", action="store_true", help="replace index and manifest in DST")
     add_workers(index)
 
-    bench = command("bench", _bench, "speed on this machine: conversion, reading and decoding against tar, webdataset and the official recipe")
+    bench = command(
+        "bench",
+        _bench,
+        "speed on this machine: conversion, reading and decoding against tar, webdataset and the official recipe",
+    )
     bench.add_argument("src", metavar="SRC", type=Path, help="an image folder")
     bench.add_argument("--only", choices=("conversion", "reading", "decoding"), help="one of the tables")
-    bench.add_argument("--limit", type=_at_least(1), default=20_000, metavar="N", help="images of it to use; default 20000")
+    bench.add_argument(
+        "--limit", type=_at_least(1), default=20_000, metavar="N", help="images of it to use; default 20000"
+    )
     bench.add_argument("--rounds", type=_at_least(1), default=5, metavar="N", help="default 5")
-    bench.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to write; default: the temporary folder")
+    bench.add_argument(
+        "--scratch", type=Path, metavar="FOLDER", help="where to write; default: the temporary folder"
+    )
     return parser
 
 

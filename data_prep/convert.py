@@ -70,7 +70,9 @@ def work(job: Job) -> tuple[dict, Callable[[], None]]:
     return entry, functools.partial(_commit, job, commit)
 
 
-def _samples(job: Job, paths: list[bytes], skipped: list[dict], kept: array, left: array) -> Iterator[NewSample]:
+def _samples(
+    job: Job, paths: list[bytes], skipped: list[dict], kept: array, left: array
+) -> Iterator[NewSample]:
     settings = job.settings
     decode = settings.decode or settings.resize is not None
     for number, (path, label) in enumerate(zip(paths, job.labels, strict=True), start=job.first):
@@ -100,7 +102,9 @@ def read_file(path: bytes) -> tuple[bytearray, int, int]:
     Raises OSError, or ValueError for what is no regular file, larger than MAX_BYTES or shrinks while it is read.
     """
     global _buffer
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its other end
+    descriptor = os.open(
+        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    )  # a pipe would wait for its other end
     try:
         status = os.fstat(descriptor)
         size = status.st_size
@@ -142,7 +146,9 @@ def _decode(settings: Settings, data: memoryview, extension: str, width: int, he
 
 def _describe(settings: Settings, path: bytes, label: int, width: int, height: int) -> bytes:
     source, name = os.fsdecode(path), settings.classes[label] if label >= 0 else None
-    return json.dumps({"source": source, "class": name, "label": label, "width": width, "height": height}).encode()
+    return json.dumps(
+        {"source": source, "class": name, "label": label, "width": width, "height": height}
+    ).encode()
 
 
 def _read_sources(job: Job) -> list[bytes]:
@@ -173,7 +179,11 @@ def _is_done(job: Job, paths: list[bytes]) -> bool:
         index = (settings.dst / index_name(job.name)).read_bytes()
     except FileNotFoundError:
         return False
-    return whole and _digest(left) == entry["left"] and hashlib.sha256(index).hexdigest() == entry["shard"].index_sha256
+    return (
+        whole
+        and _digest(left) == entry["left"]
+        and hashlib.sha256(index).hexdigest() == entry["shard"].index_sha256
+    )
 
 
 def _digest(numbers: array) -> str:
@@ -189,7 +199,9 @@ def _commit(job: Job, commit: Callable[[], None]) -> None:
 
 def _cannot_write(job: Job, error: OSError) -> ShardError:
     path = job.settings.dst / job.name
-    return ShardError(f"{path} cannot be written: {error.strerror}; mend that, and the same command continues")
+    return ShardError(
+        f"{path} cannot be written: {error.strerror}; mend that, and the same command continues"
+    )
 
 
 def _do_nothing() -> None:

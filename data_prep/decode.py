@@ -15,7 +15,9 @@ def check_pixels(data: bytes | memoryview) -> None:
     _open(data)
 
 
-def shrink(data: bytes | memoryview, *, short_side: int, quality: int) -> tuple[bytes | memoryview, str, int, int]:
+def shrink(
+    data: bytes | memoryview, *, short_side: int, quality: int
+) -> tuple[bytes | memoryview, str, int, int]:
     """Returns (bytes, extension, width, height) of an upright picture whose short side is at most `short_side`.
 
     A picture that is upright and small enough keeps its bytes; any other becomes an RGB JPEG without metadata.
@@ -24,7 +26,9 @@ def shrink(data: bytes | memoryview, *, short_side: int, quality: int) -> tuple[
     image = _open(data)
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # PIL's reader of broken EXIF raises nearly anything; then nothing says that it is turned
+    except (
+        Exception
+    ):  # PIL's reader of broken EXIF raises nearly anything; then nothing says that it is turned
         orientation = 1
     if orientation in range(2, 9):
         image = ImageOps.exif_transpose(image)
@@ -46,5 +50,7 @@ def _open(data: bytes | memoryview) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
             image.load()
         return image
-    except Exception as error:  # PIL's decoders let nearly everything escape: OSError, SyntaxError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # PIL's decoders let nearly everything escape: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"it cannot be decoded: {type(error).__name__}: {error}") from None

@@ -31,7 +31,9 @@ class Listing:
     classes: list[str] = field(default_factory=list)  # empty: unlabelled
     labels: array = field(default_factory=lambda: array("i"))
     ignored: Counter = field(default_factory=Counter)  # suffix -> files
-    skipped: list[dict] = field(default_factory=list)  # what could not even be listed: {number: None, source, reason}
+    skipped: list[dict] = field(
+        default_factory=list
+    )  # what could not even be listed: {number: None, source, reason}
     _paths: bytearray = field(default_factory=bytearray)
     _ends: array = field(default_factory=lambda: array("Q"))
 
@@ -99,7 +101,9 @@ def _find_by_folder(src: Path, listing: Listing, names: list[str] | None, classe
         listing.classes = _match_classes(names, set(found), classes_file)
         unknown = sorted(set(found) - set(listing.classes))
         if unknown:
-            raise ShardError(f"--classes '{classes_file}' has no line for the folder '{unknown[0]}' ({len(unknown)} such)")
+            raise ShardError(
+                f"--classes '{classes_file}' has no line for the folder '{unknown[0]}' ({len(unknown)} such)"
+            )
     label_of = {name: label for label, name in enumerate(listing.classes)}
     ancestors = [_identity(src)]
     for folder, name in zip(folders, found, strict=True):
@@ -113,7 +117,9 @@ def _find_by_list(src: Path, listing: Listing, labels_file: Path, names: list[st
     for number, line in enumerate(read_lines(labels_file, "--labels"), start=1):
         match = re.fullmatch(r"(.*\S)[\t, ]+(\S+)", line)
         if match is None:
-            raise ShardError(f"--labels '{labels_file}' line {number}: found {line[:80]!r}, expected `<image> <label>`")
+            raise ShardError(
+                f"--labels '{labels_file}' line {number}: found {line[:80]!r}, expected `<image> <label>`"
+            )
         if words.setdefault(os.fsencode(match[1].rstrip(" \t,")), match[2]) != match[2]:
             raise ShardError(f"--labels '{labels_file}' line {number}: '{match[1]}' has two labels")
     used = set(words.values())

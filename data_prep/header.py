@@ -9,7 +9,11 @@ import struct
 import warnings
 
 MAX_PIXELS = 178_956_970  # PIL refuses to decode more: a bomb
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # MPO: what PIL calls a JPEG with more pictures appended
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+}  # MPO: what PIL calls a JPEG with more pictures appended
 
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
@@ -24,7 +28,13 @@ def read_header(data: bytes | bytearray, size: int) -> tuple[str, int, int]:
     Raises ValueError that says why it is no JPEG or PNG, or not a whole one, or too large to be decoded.
     """
     start = data[: min(8, size)]
-    found = _read_jpeg(data, size) if start[:3] == JPEG_START else _read_png(data, size) if start == PNG_START else None
+    found = (
+        _read_jpeg(data, size)
+        if start[:3] == JPEG_START
+        else _read_png(data, size)
+        if start == PNG_START
+        else None
+    )
     extension, width, height, position = found or (*_ask_pil(data, size), 2)
     end = JPEG_END if extension == "jpg" else PNG_END
     # behind the header, else the thumbnail's own end would do; bytes after the end are common and harmless

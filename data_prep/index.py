@@ -57,30 +57,49 @@ class Result:
 
 
 def index_tars(
-    tars: str, *, dst: Path | None, image: str | None, label: str | None, classes: Path | None, workers: int, max_skip: int, overwrite: bool
-) -> None:  # fmt: skip
+    tars: str,
+    *,
+    dst: Path | None,
+    image: str | None,
+    label: str | None,
+    classes: Path | None,
+    workers: int,
+    max_skip: int,
+    overwrite: bool,
+) -> None:
     """Write indexes, sources.txt and, last, the manifest into DST. Raises ShardError, without a manifest, if that cannot be."""
     base, names = find_tars(tars)
     if dst is None:
         if REMOTE.match(tars):
-            raise ShardError(f"TARS '{tars}' is remote; say where index and manifest go: dmae-shards index TARS DST")
+            raise ShardError(
+                f"TARS '{tars}' is remote; say where index and manifest go: dmae-shards index TARS DST"
+            )
         dst = Path(tars)
     Labels(label or "cls")  # a wrong --label before an hour of reading
     if (dst / MANIFEST).exists() and not overwrite:
-        raise ShardError(f"DST '{dst}' holds a finished shard set ({MANIFEST}); add --overwrite to replace its index")
+        raise ShardError(
+            f"DST '{dst}' holds a finished shard set ({MANIFEST}); add --overwrite to replace its index"
+        )
     dst.mkdir(parents=True, exist_ok=True)
     (dst / MANIFEST).unlink(missing_ok=True)
     jobs = [Job(number, base, name, image, label) for number, name in enumerate(names)]
     shards, skipped, unlabelled, num_samples, used = [], [], 0, 0, set()
     digest = hashlib.sha256()
-    with Workers(_work, workers) as pool, replacing(dst / SOURCES) as sources, tqdm(total=len(jobs), unit=" shards", disable=None) as progress:
+    with (
+        Workers(_work, workers) as pool,
+        replacing(dst / SOURCES) as sources,
+        tqdm(total=len(jobs), unit=" shards", disable=None) as progress,
+    ):
         for result in _in_order(pool.run(jobs)):
             records = result.records
             records["number"] = np.arange(num_samples, num_samples + len(records))
             num_samples += len(records)
             used.update(np.unique(records["label"]).tolist())
             unlabelled += result.unlabelled
-            skipped += [{"number": None, "source": f"{result.name}/{key}", "reason": reason} for key, reason in result.skipped]
+            skipped += [
+                {"number": None, "source": f"{result.name}/{key}", "reason": reason}
+                for key, reason in result.skipped
+            ]
             text = encode_index(records)
             with replacing(dst / index_name(result.name)) as file:
                 file.write(text)
@@ -97,10 +116,18 @@ def index_tars(
     else:
         (dst / SKIPPED).unlink(missing_ok=True)
     if len(skipped) > max_skip or not num_samples:
-        first = f", first {skipped[0]['source']!r} ({skipped[0]['reason']}), all in {dst / SKIPPED}" if skipped else ""
-        raise ShardError(f"{num_samples:,} samples are usable, {len(skipped):,} are not so far{first}; allow more with --max-skip (now {max_skip})")
+        first = (
+            f", first {skipped[0]['source']!r} ({skipped[0]['reason']}), all in {dst / SKIPPED}"
+            if skipped
+            else ""
+        )
+        raise ShardError(
+            f"{num_samples:,} samples are usable, {len(skipped):,} are not so far{first}; allow more with --max-skip (now {max_skip})"
+        )
     if 0 < unlabelled < num_samples:
-        raise ShardError(f"{unlabelled:,} of {num_samples:,} samples have no .{label or 'cls'}; choose another --label")
+        raise ShardError(
+            f"{unlabelled:,} of {num_samples:,} samples have no .{label or 'cls'}; choose another --label"
+        )
     write_manifest(
         dst,
         classes=_name_classes(classes, used),
@@ -117,7 +144,9 @@ def index_tars(
         },
     )
     state = f"no labels (no member .{label or 'cls'})" if unlabelled else f"{len(used):,} labels"
-    print(f"{num_samples:,} samples in {len(shards):,} shards, {state}; {len(skipped):,} skipped; index and manifest in {dst}")
+    print(
+        f"{num_samples:,} samples in {len(shards):,} shards, {state}; {len(skipped):,} skipped; index and manifest in {dst}"
+    )
 
 
 def find_tars(tars: str) -> tuple[str, list[str]]:
@@ -126,7 +155,10 @@ def find_tars(tars: str) -> tuple[str, list[str]]:
         folder = Path(tars)
         if not folder.is_dir():
             raise ShardError(f"TARS '{tars}' is not a folder")
-        base, names = str(folder.resolve()), sorted(path.name for path in folder.iterdir() if path.name.endswith(".tar"))
+        base, names = (
+            str(folder.resolve()),
+            sorted(path.name for path in folder.iterdir() if path.name.endswith(".tar")),
+        )
     elif tars.endswith(".tar"):
         base, _, pattern = tars.rpartition("/")
         names = list(_expand(pattern))
@@ -135,15 +167,22 @@ def find_tars(tars: str) -> tuple[str, list[str]]:
 
         try:
             system, path = fsspec.core.url_to_fs(tars)
-            base, names = tars.rstrip("/"), sorted(item.rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False))
+            base, names = (
+                tars.rstrip("/"),
+                sorted(item.rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False)),
+            )
         except Exception as error:  # each file system has its own
-            raise ShardError(f"TARS '{tars}' cannot be listed ({type(error).__name__}: {error}); try URL/NAME-{{000..146}}.tar") from None
+            raise ShardError(
+                f"TARS '{tars}' cannot be listed ({type(error).__name__}: {error}); try URL/NAME-{{000..146}}.tar"
+            ) from None
         names = [name for name in names if name.endswith(".tar")]
     if not names:
         raise ShardError(f"TARS '{tars}' has no .tar files")
     bad = next((name for name in names if not is_shard_name(name)), None)
     if bad is not None:
-        raise ShardError(f"TARS '{tars}': a shard may not be called {bad!r}; expected a plain file name such as NAME.tar")
+        raise ShardError(
+            f"TARS '{tars}': a shard may not be called {bad!r}; expected a plain file name such as NAME.tar"
+        )
     return base, names
 
 
@@ -172,7 +211,9 @@ def _work(job: Job) -> tuple[Result, Callable[[], None]]:
                 names.append(found.name)
                 unlabelled += found.label is None
     except ValueError as error:
-        raise ShardError(f"{job.base}/{job.name} is damaged: {error}; copy it again, or leave it out") from None
+        raise ShardError(
+            f"{job.base}/{job.name} is damaged: {error}; copy it again, or leave it out"
+        ) from None
     except Exception as error:  # a remote file system has errors of its own
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise ShardError(f"{job.base}/{job.name} cannot be read: {reason}") from None
@@ -193,7 +234,11 @@ def _name_classes(classes: Path | None, used: set[int]) -> list[str]:
     """Names of labels 0, 1, ...; none where every label is -1."""
     if used == {-1}:
         return []
-    names = [str(label) for label in range(max(used) + 1)] if classes is None else read_lines(classes, "--classes")
+    names = (
+        [str(label) for label in range(max(used) + 1)]
+        if classes is None
+        else read_lines(classes, "--classes")
+    )
     if max(used) >= len(names):
         raise ShardError(f"--classes '{classes}' has {len(names):,} lines, and there is a label {max(used)}")
     return names

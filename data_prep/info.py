@@ -40,7 +40,9 @@ def print_info(dst: Path, *, sheet: Path | None = None) -> None:
 def write_sheet(shard_set: ShardSet, path: Path) -> None:
     """A sheet of up to 48 pictures with their classes."""
     if shard_set.base is not None and not shard_set.base.startswith("/"):
-        raise ShardError(f"--sheet: the tars are remote ({shard_set.base}); copy some to a folder and index that")
+        raise ShardError(
+            f"--sheet: the tars are remote ({shard_set.base}); copy some to a folder and index that"
+        )
     folder = Path(shard_set.base or shard_set.folder)
     chosen = random.Random(0).sample(range(shard_set.num_samples), min(COLUMNS * ROWS, shard_set.num_samples))
     image = Image.new("RGB", (COLUMNS * TILE, ROWS * (TILE + CAPTION)), "white")

@@ -79,7 +79,9 @@ class Journal:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     file.close()
-                    raise ShardError(f"another `dmae-shards` writes '{self.path.parent}'; wait for its end") from None
+                    raise ShardError(
+                        f"another `dmae-shards` writes '{self.path.parent}'; wait for its end"
+                    ) from None
                 time.sleep(0.05)
             except OSError:
                 file.close()

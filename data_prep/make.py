@@ -47,7 +47,7 @@ from dmae_ds.data.shards import (
 )
 
 MAX_SHARDS = 10**6  # the six digits of a shard's name
-PLAIN_PATH = re.compile(rb'[ !#-\[\]-~]*')  # what JSON leaves as it is
+PLAIN_PATH = re.compile(rb"[ !#-\[\]-~]*")  # what JSON leaves as it is
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,14 @@ class Sources:
 
 
 def make_shards(
-    src: Path, dst: Path, options: MakeOptions = MakeOptions(), *, num_workers: int = 1, max_skip: int = 0, overwrite: bool = False
-) -> None:  # fmt: skip
+    src: Path,
+    dst: Path,
+    options: MakeOptions = MakeOptions(),
+    *,
+    num_workers: int = 1,
+    max_skip: int = 0,
+    overwrite: bool = False,
+) -> None:
     """Write the images of SRC into DST, or go on with it. Raises ShardError, without a manifest in DST, if that cannot be."""
     if options.quality is not None and options.resize is None:
         raise ShardError("--quality is of what --resize stores; add --resize N, or leave it out")
@@ -101,16 +107,27 @@ def make_shards(
 
 
 def _make(
-    src: Path, dst: Path, options: MakeOptions, journal: Journal, workers: Workers, *, max_skip: int, overwrite: bool
+    src: Path,
+    dst: Path,
+    options: MakeOptions,
+    journal: Journal,
+    workers: Workers,
+    *,
+    max_skip: int,
+    overwrite: bool,
 ) -> None:
-    listing = find_images(src, classes_file=options.classes, labels_file=options.labels, unlabelled=options.unlabelled)
+    listing = find_images(
+        src, classes_file=options.classes, labels_file=options.labels, unlabelled=options.unlabelled
+    )
     ignored = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(listing.ignored.items()))
     print(
         f"{len(listing):,} images in {len(listing.classes):,} classes; {listing.ignored.total():,} other files ignored"
         + (f" ({ignored})" if ignored else "")
     )
     if len(listing) > options.samples_per_shard * MAX_SHARDS:
-        raise ShardError(f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard")
+        raise ShardError(
+            f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard"
+        )
     plan = _make_plan(listing, options)
     if _is_complete(dst, plan, journal, overwrite=overwrite):
         journal.remove()
@@ -139,7 +156,9 @@ def _make(
         classes=listing.classes,
         seed=options.seed,
         shards=shards,
-        images="original" if options.resize is None else f"short side {options.resize}, JPEG quality {options.quality or 95}",
+        images="original"
+        if options.resize is None
+        else f"short side {options.resize}, JPEG quality {options.quality or 95}",
         made=plan | {"num_skipped": len(skipped), "sources_sha256": sources.sha256},
     )
     journal.remove()
@@ -149,7 +168,13 @@ def _make(
 
 
 def _convert(
-    listing: Listing, sources: Sources, settings: Settings, journal: Journal, workers: Workers, *, max_skip: int
+    listing: Listing,
+    sources: Sources,
+    settings: Settings,
+    journal: Journal,
+    workers: Workers,
+    *,
+    max_skip: int,
 ) -> list[dict]:
     """Make every shard that is not done. Returns what was skipped, after writing it to skipped.jsonl."""
     dst, before, done = settings.dst, dict(journal.done), {}
@@ -157,7 +182,9 @@ def _convert(
     entries = workers.run(_jobs(listing, sources, settings, before) if len(skipped) <= max_skip else ())
     from tqdm import tqdm  # 50 ms, while the workers work
 
-    with tqdm(total=len(listing), unit=" images", disable=None, smoothing=0.05) as progress:  # None: only on a terminal
+    with tqdm(
+        total=len(listing), unit=" images", disable=None, smoothing=0.05
+    ) as progress:  # None: only on a terminal
         source_bytes = 0
         for entry in entries:
             if entry["number"] not in before or entry != before[entry["number"]]:
@@ -166,7 +193,9 @@ def _convert(
             skipped += entry["skipped"]
             source_bytes += entry["source_bytes"]
             progress.update(entry["shard"].num_samples + len(entry["skipped"]))
-            progress.set_postfix_str(f"{source_bytes / 1e6 / (progress.format_dict['elapsed'] + 1e-9):,.0f} MB/s")
+            progress.set_postfix_str(
+                f"{source_bytes / 1e6 / (progress.format_dict['elapsed'] + 1e-9):,.0f} MB/s"
+            )
             if len(skipped) > max_skip:
                 break
     skipped.sort(key=lambda item: (item["number"] is None, item["number"], item["source"]))
@@ -192,7 +221,10 @@ def _write_sources(dst: Path, listing: Listing, options: MakeOptions) -> Sources
     with replacing(dst / SOURCES) as file:
         for first in range(0, len(order), options.samples_per_shard):
             paths = [listing.path(image) for image in order[first : first + options.samples_per_shard]]
-            lines = [path if PLAIN_PATH.fullmatch(path) else json.dumps(os.fsdecode(path)).encode()[1:-1] for path in paths]
+            lines = [
+                path if PLAIN_PATH.fullmatch(path) else json.dumps(os.fsdecode(path)).encode()[1:-1]
+                for path in paths
+            ]
             text = b'"' + b'"\n"'.join(lines) + b'"\n'
             sources.offsets.append(file.tell())
             digest.update(text)
@@ -204,7 +236,9 @@ def _write_sources(dst: Path, listing: Listing, options: MakeOptions) -> Sources
 def _jobs(listing: Listing, sources: Sources, settings: Settings, before: dict[int, dict]) -> Iterator[Job]:
     for number, offset in enumerate(sources.offsets):
         first = number * sources.samples_per_shard
-        labels = array("i", (listing.labels[image] for image in sources.order[first : first + sources.samples_per_shard]))
+        labels = array(
+            "i", (listing.labels[image] for image in sources.order[first : first + sources.samples_per_shard])
+        )
         yield Job(settings, number, f"shard-{number:06d}.tar", first, offset, labels, before.get(number))
 
 
@@ -240,13 +274,19 @@ def _is_complete(dst: Path, plan: dict, journal: Journal, *, overwrite: bool) ->
     elif journal.plan is not None:
         state, found = "an unfinished shard set", journal.plan
     elif any(SHARD_NAME.fullmatch(path.name) for path in old):
-        raise ShardError(f"DST '{dst}' holds files of a shard set ({old[0].name}) and no {JOURNAL}; add --overwrite to replace it")
+        raise ShardError(
+            f"DST '{dst}' holds files of a shard set ({old[0].name}) and no {JOURNAL}; add --overwrite to replace it"
+        )
     else:
         return False
     for key in plan:
         if found.get(key) != plan[key]:
             now = f"{found.get(key)!r} there, {plan[key]!r} asked for"
-            differs = "the files of SRC or their labels changed" if key in ("num_sources", "listing_sha256") else f"{key}: {now}"
+            differs = (
+                "the files of SRC or their labels changed"
+                if key in ("num_sources", "listing_sha256")
+                else f"{key}: {now}"
+            )
             raise ShardError(
                 f"DST '{dst}' holds {state} made otherwise ({differs}); ask for the same, or add --overwrite to replace it"
             )

@@ -12,7 +12,9 @@ from typing import BinaryIO, NamedTuple
 MAX_EXTRA = 2**20  # bytes of a long name or of pax headers; real ones have hundreds
 MAX_BYTES = 2**28  # of a member that is read
 BLOCK = 512
-KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # webdataset's: up to the first dot of the base name
+KEY = re.compile(
+    r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL
+)  # webdataset's: up to the first dot of the base name
 
 
 class Member(NamedTuple):
@@ -45,7 +47,11 @@ def scan_tar(file: BinaryIO) -> Iterator[Member]:
             if any(key.startswith("GNU.sparse") for key in known) or kind == b"S":
                 raise ValueError(f"byte {position}: a sparse file")
             size = _parse_count(known["size"], position) if "size" in known else size
-            name = known["path"] if "path" in known else (names.get(b"L") or _plain_name(header)).decode(errors="surrogateescape")
+            name = (
+                known["path"]
+                if "path" in known
+                else (names.get(b"L") or _plain_name(header)).decode(errors="surrogateescape")
+            )
             regular = kind in b"0\0007" and not name.endswith("/")
             if not regular and kind in b"123456":
                 size = 0  # links, devices and folders have no data, whatever their header says
@@ -91,7 +97,9 @@ def _parse_pax(data: bytes, position: int) -> dict[str, str]:
         length = int(match[1]) if match else 0
         if match is None or not match.end() < length <= len(data):
             raise ValueError(f"byte {position}: damaged pax headers")
-        found[match[2].decode(errors="replace")] = data[match.end() : length - 1].decode(errors="surrogateescape")
+        found[match[2].decode(errors="replace")] = data[match.end() : length - 1].decode(
+            errors="surrogateescape"
+        )
         data = data[length:]
     return found
 

@@ -41,12 +41,18 @@ class Labels:
     def __init__(self, text: str):
         self.extension, _, self.key = text.partition(":")
         if self.key and self.extension != "json":
-            raise ShardError(f"--label '{text}' is unknown; choose a member's extension such as cls, or json:KEY")
+            raise ShardError(
+                f"--label '{text}' is unknown; choose a member's extension such as cls, or json:KEY"
+            )
 
     def read(self, data: bytes) -> int:
         """Raises ValueError if it is no label."""
         value = data.strip().decode("ascii", "replace") if not self.key else _json_field(data, self.key)
-        if not re.fullmatch("-?[0-9]{1,7}", str(value)) or isinstance(value, bool) or not -1 <= int(value) <= MAX_LABEL:
+        if (
+            not re.fullmatch("-?[0-9]{1,7}", str(value))
+            or isinstance(value, bool)
+            or not -1 <= int(value) <= MAX_LABEL
+        ):
             raise ValueError(f"its label is {str(value)[:40]!r}, expected a number from 0 to {MAX_LABEL:,}")
         return int(value)
 
@@ -77,14 +83,18 @@ def open_tar(base: str, name: str) -> BinaryIO:
         return open(f"{base}/{name}", "rb", buffering=2**20)
     import fsspec
 
-    return fsspec.open(f"{base}/{urllib.parse.quote(name)}" if base.startswith("http") else f"{base}/{name}", "rb").open()
+    return fsspec.open(
+        f"{base}/{urllib.parse.quote(name)}" if base.startswith("http") else f"{base}/{name}", "rb"
+    ).open()
 
 
 def _make_sample(key: str, members: dict[str, Member], image: str | None, labels: Labels) -> Found:
     extension = next((name for name in members if name == image or (image is None and name in IMAGES)), None)
     if extension is None:
         wanted = image or ", .".join(IMAGES)
-        return Found(key, reason=f"no member .{wanted}, but {', '.join('.' + name for name in list(members)[:5])}")
+        return Found(
+            key, reason=f"no member .{wanted}, but {', '.join('.' + name for name in list(members)[:5])}"
+        )
     member = members[extension]
     try:
         if member.data is None:

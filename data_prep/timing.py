@@ -56,9 +56,13 @@ def format_table(section: Section, timings: dict[str, list[Timing]]) -> str:
     ]
     for row in section.rows:
         found = timings[row.name]
-        wall, cpu = (statistics.median(values) for values in zip(*((t.wall_s, t.cpu_s) for t in found), strict=True))
+        wall, cpu = (
+            statistics.median(values) for values in zip(*((t.wall_s, t.cpu_s) for t in found), strict=True)
+        )
         speed = statistics.median(first.wall_s / own.wall_s for first, own in zip(base, found, strict=True))
-        cheap = statistics.median(first.cpu_s / max(own.cpu_s, 1e-9) for first, own in zip(base, found, strict=True))
+        cheap = statistics.median(
+            first.cpu_s / max(own.cpu_s, 1e-9) for first, own in zip(base, found, strict=True)
+        )
         lines.append(
             f"{row.name:<{width}}  {section.num_items / wall:>10,.0f}  {cpu / section.num_items * 1e6:>7.1f}  {speed:>6.2f}  {cheap:>6.2f}"
         )

@@ -18,7 +18,16 @@ from data_prep.scan import BLOCK
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
 from data_prep.workers import Workers, check_parent
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.shards import MANIFEST, RECORD, SKIPPED, SOURCES, ShardError, crc32, index_name, ustar_header
+from dmae_ds.data.shards import (
+    MANIFEST,
+    RECORD,
+    SKIPPED,
+    SOURCES,
+    ShardError,
+    crc32,
+    index_name,
+    ustar_header,
+)
 
 MAX_SHOWN = 20
 
@@ -39,8 +48,12 @@ def verify_shards(dst: Path, *, sample: float = 1.0, workers: int = 1) -> None:
         print(difference)
     if differences:
         more = f", the first {MAX_SHOWN} above" if len(differences) > MAX_SHOWN else " above"
-        raise ShardError(f"DST '{dst}' differs from its manifest in {len(differences):,} places{more}; copy those shards again")
-    print(f"{dst}: {num_read:,} of {shard_set.num_samples:,} samples in {len(jobs):,} shards read, all as written")
+        raise ShardError(
+            f"DST '{dst}' differs from its manifest in {len(differences):,} places{more}; copy those shards again"
+        )
+    print(
+        f"{dst}: {num_read:,} of {shard_set.num_samples:,} samples in {len(jobs):,} shards read, all as written"
+    )
 
 
 def _work(job: tuple) -> tuple[tuple[list[str], int], Callable[[], None]]:
@@ -84,7 +97,9 @@ def _check_shard(shard_set: ShardSet, made: dict, number: int, sample: float) ->
     try:
         with open_tar(base, shard.name) as file:
             if sample < 1:
-                chosen = random.Random(number).sample(range(len(records)), max(1, round(len(records) * sample)) if len(records) else 0)
+                chosen = random.Random(number).sample(
+                    range(len(records)), max(1, round(len(records) * sample)) if len(records) else 0
+                )
                 return list(_look_up(shard.name, file, records[sorted(chosen)], ours)), len(chosen)
             return _read_all(shard.name, file, shard.bytes, records, made, ours), len(records)
     except Exception as error:  # a remote file system has errors of its own
@@ -113,7 +128,9 @@ def _read_all(name: str, file, size: int, records: np.ndarray, made: dict, ours:
                 continue
             for field, value in zip(RECORD.names[1:], found.record(0)[1:], strict=True):
                 if row[field] != value:
-                    differences.append(f"{name}: sample {key}: {field} is {value}, its index says {row[field]}")
+                    differences.append(
+                        f"{name}: sample {key}: {field} is {value}, its index says {row[field]}"
+                    )
     except ValueError as error:
         return [*differences, f"{name}: {error}"]
     missing = sum(1 for _ in rows)
@@ -154,5 +171,3 @@ class _Counted:
         if self._left < 0 or (not data and size and self._left):
             raise ValueError(f"it is {abs(self._left):,} bytes too {'long' if self._left < 0 else 'short'}")
         return data
-
-

@@ -35,7 +35,9 @@ class Workers:
         for _ in range(count):
             ours, theirs = context.Pipe()
             self._pipes.append(ours)
-            inherited = list(self._pipes) if forks else []  # while a worker holds our ends, it never sees theirs close
+            inherited = (
+                list(self._pipes) if forks else []
+            )  # while a worker holds our ends, it never sees theirs close
             process = context.Process(target=_serve, args=(theirs, work, os.getpid(), inherited), daemon=True)
             process.start()
             theirs.close()

@@ -38,7 +38,9 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
 
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
-            raise UserError(f"{world.name()} has no GPU of its own: {torch.cuda.device_count()} here; start at most one rank a GPU")
+            raise UserError(
+                f"{world.name()} has no GPU of its own: {torch.cuda.device_count()} here; start at most one rank a GPU"
+            )
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     else:
@@ -47,7 +49,10 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
     _timeout_s = timeout_s
     life = "0"
     if not distributed.is_initialized():
-        options: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo", "timeout": timeout()}
+        options: dict[str, Any] = {
+            "backend": "nccl" if device.type == "cuda" else "gloo",
+            "timeout": timeout(),
+        }
         if world.size == 1:
             # Alone, nobody has to be found: no port is opened.
             options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
@@ -61,9 +66,18 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
             if not isinstance(error, TimeoutError) and not lost_a_rank(error):
                 raise
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise RunFailed(f"{world.name()} did not meet all {world.size} ranks at {place} within {timeout_s:g} s: {reason_of(error)}") from None
+            raise RunFailed(
+                f"{world.name()} did not meet all {world.size} ranks at {place} within {timeout_s:g} s: {reason_of(error)}"
+            ) from None
     if world.size > 1 and _watch is None:
-        _watch = Heartbeat(rank=world.rank, size=world.size, local_rank=world.local_rank, local_size=world.local_size, life=life, timeout_s=timeout_s)
+        _watch = Heartbeat(
+            rank=world.rank,
+            size=world.size,
+            local_rank=world.local_rank,
+            local_size=world.local_size,
+            life=life,
+            timeout_s=timeout_s,
+        )
     return device
 
 
@@ -83,9 +97,17 @@ def joined(world: World, *, timeout_s: float) -> Iterator[torch.device]:
             stop()
         elif isinstance(error, RuntimeError) and not isinstance(error, RunFailed) and lost_a_rank(error):
             ask_who_is_missing(error)
-            raise RankLost(f"another rank is gone or stuck, as {world.name()} found: {reason_of(error)}; continue with --resume auto") from None
+            raise RankLost(
+                f"another rank is gone or stuck, as {world.name()} found: {reason_of(error)}; continue with --resume auto"
+            ) from None
         else:
-            give_up((str(error) if isinstance(error, (UserError, RunFailed)) else f"{type(error).__name__}: {error}").split("\n")[0])
+            give_up(
+                (
+                    str(error)
+                    if isinstance(error, (UserError, RunFailed))
+                    else f"{type(error).__name__}: {error}"
+                ).split("\n")[0]
+            )
         raise
     stop()
 
@@ -100,7 +122,9 @@ def bound_every_wait() -> None:
     from torch import distributed
     from torch.distributed import distributed_c10d
 
-    set_timeout = getattr(distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout  # torch 2.15; before it
+    set_timeout = (
+        getattr(distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    )  # torch 2.15; before it
     for group in list(distributed_c10d._world.pg_map):
         set_timeout(timeout(), group)
 
@@ -227,7 +251,10 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     import torch
     from torch import distributed
 
-    found = [torch.empty_like(rows, requires_grad=False, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    found = [
+        torch.empty_like(rows, requires_grad=False, memory_format=torch.contiguous_format)
+        for _ in range(world_size())
+    ]
     distributed.all_gather(found, rows.detach().contiguous())
     return torch.cat(found)
 
@@ -270,7 +297,9 @@ def together(step: Callable[[], T]) -> T:
     if not failed:
         return result
     host, first = messages[failed[0]]
-    error = UserError(first if len(failed) == len(messages) else f"{first} (met by rank {failed[0]} on {host})")
+    error = UserError(
+        first if len(failed) == len(messages) else f"{first} (met by rank {failed[0]} on {host})"
+    )
     error.on_every_rank = True
     raise error
 

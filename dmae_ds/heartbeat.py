@@ -50,8 +50,16 @@ class Heartbeat:
     timeout_s: bound on silence, and on waiting for a rank
     """
 
-    def __init__(self, *, rank: int, size: int, local_rank: int, local_size: int, life: str, timeout_s: float):
-        self.rank, self.size, self.local_rank, self.life, self.timeout_s = rank, size, local_rank, life, timeout_s
+    def __init__(
+        self, *, rank: int, size: int, local_rank: int, local_size: int, life: str, timeout_s: float
+    ):
+        self.rank, self.size, self.local_rank, self.life, self.timeout_s = (
+            rank,
+            size,
+            local_rank,
+            life,
+            timeout_s,
+        )
         self._host, self._launcher = socket.gethostname(), Launcher()
         self._place = f"{self._host}/{os.stat('/proc/self/ns/pid').st_ino if os.path.exists('/proc/self/ns/pid') else 0}"
         self._neighbour = rank - local_rank + (local_rank + 1) % local_size
@@ -63,7 +71,10 @@ class Heartbeat:
         self._rounds, self._zero = 0, Report(0)
         self._waits_since: tuple[float, float] | None = None
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (its last beat, when it came)
-        self._threads = [threading.Thread(target=target, name=f"heartbeat-{target.__name__}", daemon=True) for target in (self._beat, self._count)]
+        self._threads = [
+            threading.Thread(target=target, name=f"heartbeat-{target.__name__}", daemon=True)
+            for target in (self._beat, self._count)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -79,7 +90,9 @@ class Heartbeat:
 
     def fail(self, reason: str) -> None:
         """Tell the others that this rank ends, and why; returns when that is known, or can't be made known."""
-        self._reason = f"rank {self.rank} ({self._host}) ended after step {self._step}, {self._doing}: {reason}"
+        self._reason = (
+            f"rank {self.rank} ({self._host}) ended after step {self._step}, {self._doing}: {reason}"
+        )
         self._wake.set()
         self._told.wait(2 * GONE_S)
 
@@ -118,7 +131,9 @@ class Heartbeat:
         from torch import distributed
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self.timeout_s), wait_for_workers=False)
+        store = distributed.TCPStore(
+            address, port, is_master=False, timeout=timedelta(seconds=self.timeout_s), wait_for_workers=False
+        )
         self._store = distributed.PrefixStore(f"dmae-ds/{self.life}", store)
 
     def _write(self, beats: int) -> None:
@@ -129,10 +144,22 @@ class Heartbeat:
             self._waits_since = (self._since, now)
         else:
             waits_s = now - self._waits_since[1]
-        self._store.set(str(self.rank), json.dumps({
-            "beats": beats, "host": self._host, "pid": os.getpid(), "place": self._place, "step": self._step, "doing": self._doing, "idle_s": now - self._since,
-            "waits_s": waits_s, "broken": self._broken,
-        }))  # fmt: skip
+        self._store.set(
+            str(self.rank),
+            json.dumps(
+                {
+                    "beats": beats,
+                    "host": self._host,
+                    "pid": os.getpid(),
+                    "place": self._place,
+                    "step": self._step,
+                    "doing": self._doing,
+                    "idle_s": now - self._since,
+                    "waits_s": waits_s,
+                    "broken": self._broken,
+                }
+            ),
+        )
 
     def _waits(self) -> bool:
         """Whether this rank stands in a collective, as far as its frames show."""
@@ -140,7 +167,9 @@ class Heartbeat:
         for number, frame in frames.items():
             if any(part in frame.f_code.co_filename for part in _COLLECTIVES):
                 return True
-            if number == self._main and any(call in _line(frame.f_code.co_filename, frame.f_lineno) for call in _WAITING_CALLS):
+            if number == self._main and any(
+                call in _line(frame.f_code.co_filename, frame.f_lineno) for call in _WAITING_CALLS
+            ):
                 return True
         return False
 
@@ -166,7 +195,9 @@ class Heartbeat:
         elif 0 in reports:
             self._zero = reports[0]
             # Rank 0's waiting and its judgement are its own; what it can't judge is its own silence.
-            reports = {0: Report(**{**vars(reports[0]), "waits_s": 0.0, "idle_s": 0.0})} | ({self.rank: Report(self.rank, broken="closed")} if self._broken else {})
+            reports = {0: Report(**{**vars(reports[0]), "waits_s": 0.0, "idle_s": 0.0})} | (
+                {self.rank: Report(self.rank, broken="closed")} if self._broken else {}
+            )
         verdict = judge(list(reports.values()), timeout_s=self.timeout_s) if reports else None
         if verdict is not None:
             self._end(verdict, own=True, num_lost=int(not verdict.startswith("rank 0 ")))
@@ -180,7 +211,11 @@ class Heartbeat:
         if beats != said["beats"]:
             heard = now
         self._heard[rank] = said["beats"], heard
-        return Report(rank, silent_s=now - heard, **{name: said[name] for name in ("host", "step", "doing", "idle_s", "waits_s", "broken")})
+        return Report(
+            rank,
+            silent_s=now - heard,
+            **{name: said[name] for name in ("host", "step", "doing", "idle_s", "waits_s", "broken")},
+        )
 
     def _end(self, verdict: str, *, own: bool, num_lost: int) -> None:
         """Publish a verdict, wait until it is read by all but num_lost if the store may end with this process, and go."""
@@ -189,7 +224,11 @@ class Heartbeat:
         if self.rank != 0:
             self._store.add("read", 1)
         end = time.monotonic() + GONE_S
-        while self.rank == 0 and time.monotonic() < end and self._store.add("read", 0) < self.size - 1 - num_lost:
+        while (
+            self.rank == 0
+            and time.monotonic() < end
+            and self._store.add("read", 0) < self.size - 1 - num_lost
+        ):
             time.sleep(0.05)
         if self._reason is not None:
             self._done = True  # the rank's own thread says it, and ends the process
@@ -214,7 +253,10 @@ class Heartbeat:
             quiet = 0 if self._rounds != rounds else quiet + 1
             rounds = self._rounds
             if quiet * BEAT_S > self.timeout_s and not self._done:
-                self._say(f"{self._zero.name()} has not been heard of for {quiet * BEAT_S:.0f} s; {self._zero.last()}", own=True)
+                self._say(
+                    f"{self._zero.name()} has not been heard of for {quiet * BEAT_S:.0f} s; {self._zero.last()}",
+                    own=True,
+                )
             if launched and self._launcher.is_gone():
                 launched = False
                 self._stop_soon("what started it is gone")
@@ -226,7 +268,10 @@ class Heartbeat:
     def _say(self, verdict: str, *, own: bool) -> None:
         """End the process: a line from whoever found it, and one a node. Past all locks, which a stuck thread may hold."""
         if own or self.local_rank == 0:
-            os.write(2, f"\ndmae-ds: error{f' (rank {self.rank})' if self.rank else ''}: {verdict}; {CONTINUE}\n".encode())
+            os.write(
+                2,
+                f"\ndmae-ds: error{f' (rank {self.rank})' if self.rank else ''}: {verdict}; {CONTINUE}\n".encode(),
+            )
         os._exit(1)
 
 

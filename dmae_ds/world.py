@@ -38,15 +38,21 @@ def world_from_env() -> World:
     found = {name: os.environ[name] for name in names if name in os.environ}
     if "WORLD_SIZE" not in found and "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         # accelerate 1.15 does so with --cpu and more than one process, and says nothing.
-        raise UserError("`accelerate launch --cpu` started one process though more were asked for; start with deepspeed or torchrun on CPUs")
+        raise UserError(
+            "`accelerate launch --cpu` started one process though more were asked for; start with deepspeed or torchrun on CPUs"
+        )
     if "WORLD_SIZE" not in found or int(found["WORLD_SIZE"]) == 1:
         return World()
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"WORLD_SIZE is {found['WORLD_SIZE']} but {', '.join(missing)} is not set; start with deepspeed, torchrun or accelerate launch")
+        raise UserError(
+            f"WORLD_SIZE is {found['WORLD_SIZE']} but {', '.join(missing)} is not set; start with deepspeed, torchrun or accelerate launch"
+        )
     rank, size, local_rank = int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
     # torchrun says LOCAL_WORLD_SIZE, and so does accelerate through it; DeepSpeed's launcher says LOCAL_SIZE.
-    return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size))))
+    return World(
+        rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+    )
 
 
 def whole_lines() -> None:

@@ -23,7 +23,9 @@ def main() -> None:
         folder = out / ("train" if number < NUM_TRAIN else "val") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         gray = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
-        gray.resize((40, 40), Image.Resampling.BICUBIC).convert("RGB").save(folder / f"{number:04d}.jpg", quality=95)
+        gray.resize((40, 40), Image.Resampling.BICUBIC).convert("RGB").save(
+            folder / f"{number:04d}.jpg", quality=95
+        )
     print(f"{number + 1} images in {out}")
 
 

@@ -1,6 +1,6 @@
 """Draw the README's figure from quickstart's runs of several seeds: what a student sees, and what a teacher is worth to it.
 
-    python launch/figure.py OUT.png runs/digits-seed0 runs/digits-seed1 runs/digits-seed2
+python launch/figure.py OUT.png runs/digits-seed0 runs/digits-seed1 runs/digits-seed2
 """
 
 import sys
@@ -21,10 +21,15 @@ def main() -> None:
     """Read every seed's k-NN and the first seed's pictures; write one PNG."""
     out, *seeds = sys.argv[1:]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1.6, 1], layout="constrained")
-    left.imshow(plt.imread(Path(seeds[0]) / "dmae" / "figures" / "pictures-dmae.png"), interpolation="nearest")
+    left.imshow(
+        plt.imread(Path(seeds[0]) / "dmae" / "figures" / "pictures-dmae.png"), interpolation="nearest"
+    )
     left.set_axis_off()
     for row, (label, run) in enumerate(RUNS.items()):
-        top1 = [[result["top1"] for result in read_results(Path(seed) / run) if result["metric"] == "knn"][-1] for seed in seeds]
+        top1 = [
+            [result["top1"] for result in read_results(Path(seed) / run) if result["metric"] == "knn"][-1]
+            for seed in seeds
+        ]
         mean = sum(top1) / len(top1)
         right.barh(row, mean, color=COLOURS[row], height=0.6)
         right.plot(top1, [row] * len(top1), "o", color="black", markersize=4)

@@ -28,9 +28,22 @@ def oracles() -> Path:
 def digits(tmp_path_factory) -> Path:
     """scikit-learn's digits as shards: the folder holds `train` (1,400 images) and `val` (397)."""
     folder = tmp_path_factory.mktemp("digits")
-    subprocess.run([sys.executable, REPOSITORY / "launch" / "digits.py", folder / "images"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, REPOSITORY / "launch" / "digits.py", folder / "images"],
+        check=True,
+        capture_output=True,
+    )
     for part in ("train", "val"):
-        command = [sys.executable, "-m", "data_prep.cli", "make", folder / "images" / part, folder / part, "--samples-per-shard", "500"]
+        command = [
+            sys.executable,
+            "-m",
+            "data_prep.cli",
+            "make",
+            folder / "images" / part,
+            folder / part,
+            "--samples-per-shard",
+            "500",
+        ]
         subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
     return folder
 
@@ -45,13 +58,28 @@ def tiny_recipe(digits, tmp_path_factory) -> list[str]:
 
     weights = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
-    save_file(build_student("vit_tiny_patch16_224", shape, generator=torch.Generator().manual_seed(7)).state_dict(), weights)
+    save_file(
+        build_student("vit_tiny_patch16_224", shape, generator=torch.Generator().manual_seed(7)).state_dict(),
+        weights,
+    )
     return [
-        "digits_dmae", f"data.train={digits / 'train'}", f"data.val={digits / 'val'}", f"teacher.weights={weights}", "teacher.format=timm",
-        "teacher.embed_dim=48", "teacher.depth=4", "teacher.num_heads=3", "student.embed_dim=32", "student.num_heads=2",
-        "optim.global_batch=16", f"optim.epochs={20 * 16 / 1400}", "optim.warmup_epochs=0.05", "optim.base_lr=1e-2",
-        "log.every_steps=5", "log.trackers=[]",
-    ]  # fmt: skip
+        "digits_dmae",
+        f"data.train={digits / 'train'}",
+        f"data.val={digits / 'val'}",
+        f"teacher.weights={weights}",
+        "teacher.format=timm",
+        "teacher.embed_dim=48",
+        "teacher.depth=4",
+        "teacher.num_heads=3",
+        "student.embed_dim=32",
+        "student.num_heads=2",
+        "optim.global_batch=16",
+        f"optim.epochs={20 * 16 / 1400}",
+        "optim.warmup_epochs=0.05",
+        "optim.base_lr=1e-2",
+        "log.every_steps=5",
+        "log.trackers=[]",
+    ]
 
 
 def pytest_collection_modifyitems(items):

@@ -13,7 +13,9 @@ own = shares[world.rank].clone().requires_grad_()
 
 gathered = dist.gather_rows(own)
 assert torch.equal(gathered, shares.flatten(0, 1)) and not gathered.requires_grad
-assert not dist.mean_over_ranks(own).requires_grad and torch.equal(dist.mean_over_ranks(own), shares.mean(dim=0))
+assert not dist.mean_over_ranks(own).requires_grad and torch.equal(
+    dist.mean_over_ranks(own), shares.mean(dim=0)
+)
 
 # L = mean over ranks of (rank + 1) * sum(mean^3): what a rank gets back, averaged over ranks as DeepSpeed does, is dL / dx
 whole = shares.clone().requires_grad_()
@@ -25,7 +27,11 @@ assert torch.equal(mean, shares.mean(dim=0))
 torch.testing.assert_close(own.grad / 2, whole.grad[world.rank])
 
 with dist.alone():
-    assert (dist.world_size(), dist.rank()) == (1, 0) and torch.equal(dist.gather_rows(own), own) and dist.mean_over_ranks_with_gradient(own) is own
+    assert (
+        (dist.world_size(), dist.rank()) == (1, 0)
+        and torch.equal(dist.gather_rows(own), own)
+        and dist.mean_over_ranks_with_gradient(own) is own
+    )
 assert (dist.world_size(), dist.rank()) == (2, world.rank)
 print("checked", world.rank, flush=True)
 dist.stop()

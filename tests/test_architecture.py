@@ -36,15 +36,51 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-KNOWS_DEEPSPEED = {"dmae_ds/train/engine.py", "dmae_ds/train/checkpoint_files.py", "dmae_ds/train/whole_state.py", "dmae_ds/train/moving.py",
-                   "dmae_ds/checkpoint_tools/convert.py", "dmae_ds/teacher/sharded.py", "dmae_ds/bench/pipeline_engine.py",
-                   "dmae_ds/deepspeed_import.py"}  # fmt: skip
-COMMUNICATES = {"dmae_ds/dist.py", "dmae_ds/heartbeat.py", "dmae_ds/rendezvous.py", "dmae_ds/vote.py", "dmae_ds/teacher/pipeline.py", "dmae_ds/bench/pipeline_engine.py",
-                "dmae_ds/doctor/meeting.py"}  # before there are ranks
-TORCH_FREE = ["dmae_ds/config", "dmae_ds/data/shards.py", "dmae_ds/data/shard_set.py", "dmae_ds/data/order.py", "dmae_ds/data/storage.py", "dmae_ds/data/cache.py",
-              "dmae_ds/data/reader.py", "dmae_ds/data/foreign.py", "dmae_ds/data/corrupt.py", "dmae_ds/train/preflight.py", "dmae_ds/train/checkpoint_folder.py",
-              "dmae_ds/evaluate/results.py", "dmae_ds/evaluate/subsets.py", "dmae_ds/errors.py", "dmae_ds/world.py", "dmae_ds/cli.py", "dmae_ds/cli_eval.py", "dmae_ds/cli_checkpoint.py",
-              "dmae_ds/checkpoint_tools/find.py", "dmae_ds/checkpoint_tools/inspect.py", "dmae_ds/cli_bench.py", "dmae_ds/cli_doctor.py", "dmae_ds/doctor", "data_prep"]  # fmt: skip
+KNOWS_DEEPSPEED = {
+    "dmae_ds/train/engine.py",
+    "dmae_ds/train/checkpoint_files.py",
+    "dmae_ds/train/whole_state.py",
+    "dmae_ds/train/moving.py",
+    "dmae_ds/checkpoint_tools/convert.py",
+    "dmae_ds/teacher/sharded.py",
+    "dmae_ds/bench/pipeline_engine.py",
+    "dmae_ds/deepspeed_import.py",
+}
+COMMUNICATES = {
+    "dmae_ds/dist.py",
+    "dmae_ds/heartbeat.py",
+    "dmae_ds/rendezvous.py",
+    "dmae_ds/vote.py",
+    "dmae_ds/teacher/pipeline.py",
+    "dmae_ds/bench/pipeline_engine.py",
+    "dmae_ds/doctor/meeting.py",
+}  # before there are ranks
+TORCH_FREE = [
+    "dmae_ds/config",
+    "dmae_ds/data/shards.py",
+    "dmae_ds/data/shard_set.py",
+    "dmae_ds/data/order.py",
+    "dmae_ds/data/storage.py",
+    "dmae_ds/data/cache.py",
+    "dmae_ds/data/reader.py",
+    "dmae_ds/data/foreign.py",
+    "dmae_ds/data/corrupt.py",
+    "dmae_ds/train/preflight.py",
+    "dmae_ds/train/checkpoint_folder.py",
+    "dmae_ds/evaluate/results.py",
+    "dmae_ds/evaluate/subsets.py",
+    "dmae_ds/errors.py",
+    "dmae_ds/world.py",
+    "dmae_ds/cli.py",
+    "dmae_ds/cli_eval.py",
+    "dmae_ds/cli_checkpoint.py",
+    "dmae_ds/checkpoint_tools/find.py",
+    "dmae_ds/checkpoint_tools/inspect.py",
+    "dmae_ds/cli_bench.py",
+    "dmae_ds/cli_doctor.py",
+    "dmae_ds/doctor",
+    "data_prep",
+]
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
 
 SOURCES = sorted(path for folder in ("dmae_ds", "data_prep") for path in (REPOSITORY / folder).rglob("*.py"))
@@ -96,7 +132,11 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", [path for path in SOURCES if "data_prep" in path.parts], ids=name_of)
 def test_the_shard_tool_knows_the_shard_format_alone(path):
     # the benchmark of reading measures the reader
-    known = ("dmae_ds.data.",) if path.name == "bench_reading.py" else ("dmae_ds.data.shards.", "dmae_ds.data.shard_set.")
+    known = (
+        ("dmae_ds.data.",)
+        if path.name == "bench_reading.py"
+        else ("dmae_ds.data.shards.", "dmae_ds.data.shard_set.")
+    )
     assert all(name.startswith(known) for name in imports_of(path) if name.startswith("dmae_ds"))
 
 
@@ -105,12 +145,18 @@ def test_few_files_know_deepspeed_and_fewer_communicate(path):
     names = imports_of(path)
     if any(name.split(".")[0] == "deepspeed" for name in names):
         assert name_of(path) in KNOWS_DEEPSPEED or name_of(path).startswith("dmae_ds/teacher/")
-    communicates = any(name.startswith("torch.distributed") for name in names) or "torch.distributed" in path.read_text()
+    communicates = (
+        any(name.startswith("torch.distributed") for name in names) or "torch.distributed" in path.read_text()
+    )
     assert not communicates or name_of(path) in COMMUNICATES
 
 
 def test_what_a_recipe_is_checked_with_imports_nothing_heavy():
-    files = [path for entry in TORCH_FREE for path in ([REPOSITORY / entry] if entry.endswith(".py") else (REPOSITORY / entry).rglob("*.py"))]
+    files = [
+        path
+        for entry in TORCH_FREE
+        for path in ([REPOSITORY / entry] if entry.endswith(".py") else (REPOSITORY / entry).rglob("*.py"))
+    ]
     assert len(files) > 10
     for path in files:
         heavy = {name.split(".")[0] for name in imports_of(path, top_level_only=True)} & HEAVY
@@ -123,15 +169,23 @@ def schema_classes() -> set[type[Section]]:
         children = todo.pop().__subclasses__()
         classes |= set(children)
         todo += children
-    return {cls for cls in classes if cls.__module__ in (run_schemas.__name__, objective_schemas.__name__, evaluation_schemas.__name__)}
+    return {
+        cls
+        for cls in classes
+        if cls.__module__ in (run_schemas.__name__, objective_schemas.__name__, evaluation_schemas.__name__)
+    }
 
 
 def test_every_config_field_is_read_somewhere():
     read = set()
     for path in SOURCES:
         if "config" not in path.parts:
-            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    overrides = set(run_schemas.ModelConfig.model_fields) - {"name"}  # handed on whole, by ModelConfig.overrides
+            read |= {
+                node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+            }
+    overrides = set(run_schemas.ModelConfig.model_fields) - {
+        "name"
+    }  # handed on whole, by ModelConfig.overrides
     assert "overrides" in read
     fields = {field for cls in schema_classes() for field in cls.model_fields}
     assert len(fields) > 30
@@ -150,8 +204,16 @@ def test_the_tables_are_the_schemas():
     def choices(cls, field):
         return set(get_args(cls.model_fields[field].annotation))
 
-    named = [cls for cls in schema_classes() if cls.__module__ == objective_schemas.__name__ and "name" in cls.model_fields]
-    assert set(OBJECTIVES) == {name for cls in named for name in choices(cls, "name")} == set(shipped_objectives())
+    named = [
+        cls
+        for cls in schema_classes()
+        if cls.__module__ == objective_schemas.__name__ and "name" in cls.model_fields
+    ]
+    assert (
+        set(OBJECTIVES)
+        == {name for cls in named for name in choices(cls, "name")}
+        == set(shipped_objectives())
+    )
     assert set(HEADS) == choices(objective_schemas.DmaeConfig, "head")
     assert set(DISTANCES) == choices(objective_schemas.DmaeConfig, "distance")
     assert set(FORMATS) == set(run_schemas.TEACHER_FORMATS)
@@ -164,7 +226,9 @@ def test_the_tables_are_the_schemas():
 WIRE = ("train", "data", "teacher", "models", "plan", "bench")
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.relative_to(REPOSITORY).parts[1] in WIRE], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.relative_to(REPOSITORY).parts[1] in WIRE], ids=name_of
+)
 def test_those_who_wire_an_objective_name_none(path):
     """Neither in a string, nor as an identifier, nor by importing its file. Plain MAE is exempt: a format of teachers, and bench step's yardstick."""
     from dmae_ds.objectives import OBJECTIVES
@@ -173,13 +237,21 @@ def test_those_who_wire_an_objective_name_none(path):
     in_text = names - {"dmae"} | {"g2sd"}  # as a word of a longer string dmae is this program
     identifiers = {name.replace("_", "") for name in in_text | {"dmae"}}
     tree = ast.parse(path.read_text())
-    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    documentation = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
-            assert node.value not in names and not in_text & set(re.findall(r"[a-z0-9_]+", node.value.lower())), f"{name_of(path)} says {node.value!r}"
+            assert node.value not in names and not in_text & set(
+                re.findall(r"[a-z0-9_]+", node.value.lower())
+            ), f"{name_of(path)} says {node.value!r}"
         for field in ("id", "attr", "name", "arg"):
             found = getattr(node, field, None)
-            assert not isinstance(found, str) or found.lower().replace("_", "") not in identifiers, f"{name_of(path)} names {found}"
+            assert not isinstance(found, str) or found.lower().replace("_", "") not in identifiers, (
+                f"{name_of(path)} names {found}"
+            )
     files = {objective.__module__ for name, objective in OBJECTIVES.items() if name != "mae"}
     imported = {name.rpartition(".")[0] for name in imports_of(path)} & files
     assert not imported, f"{name_of(path)} imports {imported}"
@@ -198,7 +270,11 @@ def readme() -> str:
 
 
 def test_every_path_in_the_readme_exists():
-    paths = set(re.findall(r"(?<![\w/.-])((?:dmae_ds|ds_configs|data_prep|launch|tests|\.ci|\.github)/[\w./-]*\w)", readme()))
+    paths = set(
+        re.findall(
+            r"(?<![\w/.-])((?:dmae_ds|ds_configs|data_prep|launch|tests|\.ci|\.github)/[\w./-]*\w)", readme()
+        )
+    )
     assert len(paths) > 5
     missing = {path for path in paths if not (REPOSITORY / path).exists()}
     assert not missing
@@ -206,17 +282,30 @@ def test_every_path_in_the_readme_exists():
 
 def test_every_file_is_in_the_readme_s_tree():
     named = {path.name for path in SOURCES if path.name != "__init__.py"}
-    named |= {path.name for folder in ("launch", "launch/recipes", "ds_configs") for path in (REPOSITORY / folder).iterdir() if path.is_file()}
+    named |= {
+        path.name
+        for folder in ("launch", "launch/recipes", "ds_configs")
+        for path in (REPOSITORY / folder).iterdir()
+        if path.is_file()
+    }
     assert not {name for name in named if name not in readme()}
 
 
 def test_every_command_in_the_readme_exists():
     from dmae_ds.cli import parser
 
-    commands = re.findall(r"dmae-ds ((?:train|(?:eval|teacher|bench|checkpoint) [\w-]+|report|[a-z]+))", readme())
+    commands = re.findall(
+        r"dmae-ds ((?:train|(?:eval|teacher|bench|checkpoint) [\w-]+|report|[a-z]+))", readme()
+    )
     assert {"train", "report", "eval knn"} <= set(commands)
     for line in set(commands):
-        positionals = {"teacher slice": ["x", "y"], "checkpoint convert": ["x", "y"], "bench teacher-load": [], "bench knn": [], "export": ["x", "--to", "timm"]}.get(line, ["x"])
+        positionals = {
+            "teacher slice": ["x", "y"],
+            "checkpoint convert": ["x", "y"],
+            "bench teacher-load": [],
+            "bench knn": [],
+            "export": ["x", "--to", "timm"],
+        }.get(line, ["x"])
         assert parser().parse_args([*line.split(), *positionals]).command
     for recipe in re.findall(r"(?:dmae-ds|dmae_ds) train (\w+)", readme()):
         assert (REPOSITORY / "launch" / "recipes" / f"{recipe}.yaml").exists()

@@ -23,7 +23,9 @@ for queries in (256, 1024):
 
 
 def test_the_peak_is_the_computed_one_and_grows_with_the_block():
-    lines = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        [sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     small, large = (tuple(map(int, line.split())) for line in lines)
     assert large[0] > small[0] + SLACK > 2 * SLACK - small[0]
     for computed, peak in (small, large):
@@ -31,9 +33,29 @@ def test_the_peak_is_the_computed_one_and_grows_with_the_block():
 
 
 def test_the_command_prints_both_and_the_whole_problem_s(capsys):
-    assert main(["bench", "knn", "--train", "5000", "--queries", "300", "--dim", "16", "--classes", "10", "--memory-gib", "0.5"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "knn",
+                "--train",
+                "5000",
+                "--queries",
+                "300",
+                "--dim",
+                "16",
+                "--classes",
+                "10",
+                "--memory-gib",
+                "0.5",
+            ]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("300 queries against 5,000 training rows of width 16 (0.00 GiB), k 20, 10 classes, on ")
+    assert lines[0].startswith(
+        "300 queries against 5,000 training rows of width 16 (0.00 GiB), k 20, 10 classes, on "
+    )
     assert "blocks of 512 x 8,192" in lines[1] and "within --memory-gib 0.5 and 64 MiB: yes" in lines[1]
     assert "comparisons/s" in lines[2] and lines[3].startswith("50,000 queries: blocks of ")
 

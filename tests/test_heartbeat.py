@@ -23,32 +23,59 @@ LIMIT_S = 120  # a bound on hangs
 
 
 def reports(**of_rank_2) -> list[Report]:
-    return [Report(0, "a", 7, "training"), Report(1, "a", 7, "training"), Report(2, "b", 7, "saving", **of_rank_2)]
+    return [
+        Report(0, "a", 7, "training"),
+        Report(1, "a", 7, "training"),
+        Report(2, "b", 7, "saving", **of_rank_2),
+    ]
 
 
-@pytest.mark.parametrize("quiet", [{}, {"silent_s": 59}, {"idle_s": 3600}, {"waits_s": 59, "idle_s": 3600}], ids=str)
+@pytest.mark.parametrize(
+    "quiet", [{}, {"silent_s": 59}, {"idle_s": 3600}, {"waits_s": 59, "idle_s": 3600}], ids=str
+)
 def test_nobody_is_accused_while_nobody_waits_too_long(quiet):
     assert judge(reports(**quiet), timeout_s=60) is None
 
 
 def test_the_silent_rank_is_named_with_its_host_and_last_step():
-    assert judge(reports(silent_s=61), timeout_s=60) == "rank 2 (b) has not been heard of for 61 s; its last report was step 7, saving"
+    assert (
+        judge(reports(silent_s=61), timeout_s=60)
+        == "rank 2 (b) has not been heard of for 61 s; its last report was step 7, saving"
+    )
 
 
 def test_once_a_collective_broke_a_short_silence_is_enough():
     met = [Report(0, "a", 7, "training", broken="closed"), Report(1, "a", 7, "training")]
     assert judge([*met, Report(2, "b", 6, "training", silent_s=1)], timeout_s=60) is None
-    assert judge([*met, Report(2, "b", 6, "training", silent_s=GONE_S + 1)], timeout_s=60).startswith("rank 2 (b) has not been heard of for 5 s")
+    assert judge([*met, Report(2, "b", 6, "training", silent_s=GONE_S + 1)], timeout_s=60).startswith(
+        "rank 2 (b) has not been heard of for 5 s"
+    )
 
 
-@pytest.mark.parametrize("waiting", [{"waits_s": 61, "idle_s": 62}, {"broken": "timed out", "idle_s": 61}], ids=str)
+@pytest.mark.parametrize(
+    "waiting", [{"waits_s": 61, "idle_s": 62}, {"broken": "timed out", "idle_s": 61}], ids=str
+)
 def test_the_rank_that_does_not_wait_is_the_one_that_is_waited_for(waiting):
-    found = judge([Report(0, "a", 7, "training", **waiting), Report(1, "b", 7, "waiting for data", idle_s=63), Report(2, "b", 7, "training", waits_s=60)], timeout_s=60)
+    found = judge(
+        [
+            Report(0, "a", 7, "training", **waiting),
+            Report(1, "b", 7, "waiting for data", idle_s=63),
+            Report(2, "b", 7, "training", waits_s=60),
+        ],
+        timeout_s=60,
+    )
     assert found.startswith("rank 1 (b) is stuck") and "step 7, waiting for data, 63 s ago" in found
 
 
 def test_of_ranks_that_all_wait_the_one_furthest_behind_is_named():
-    found = judge([Report(0, "a", 8, "training", waits_s=61), Report(1, "b", 7, "saving", waits_s=61), Report(2, "b", 8, "training", waits_s=61)], timeout_s=60)
+    found = judge(
+        [
+            Report(0, "a", 8, "training", waits_s=61),
+            Report(1, "b", 7, "saving", waits_s=61),
+            Report(2, "b", 8, "training", waits_s=61),
+        ],
+        timeout_s=60,
+    )
     assert found.startswith("rank 1 (b) is stuck")
 
 
@@ -56,25 +83,68 @@ def start(fates: list[str], *, timeout_s: float) -> list[subprocess.Popen]:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    common = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(fates)), "CUDA_VISIBLE_DEVICES": ""}
+    common = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(len(fates)),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return [
-        subprocess.Popen([sys.executable, REPOSITORY / "tests" / "heartbeat_driver.py", str(timeout_s), str(rank), fate], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, REPOSITORY / "tests" / "heartbeat_driver.py", str(timeout_s), str(rank), fate],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank, fate in enumerate(fates)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
     "fates, line",
     [
         (["goes on", "dies"], r"rank 1 \(HOST\) is gone; its last report was step 2, training"),
-        (["is stopped", "goes on"], r"rank 0 \(HOST\) has not been heard of for \d+ s; its last report was step 2, training"),
-        pytest.param(["goes on", "hangs"], r"rank 1 \(HOST\) is stuck: others have waited \d+ s for it; its last report was step 2, waiting for data, \d+ s ago", marks=pytest.mark.slow),
-        pytest.param(["goes on", "is stopped"], r"rank 1 \(HOST\) has not been heard of for \d+ s; its last report was step 2, training", marks=pytest.mark.slow),
-        pytest.param(["computes", "dies"], r"rank 1 \(HOST\) is gone; its last report was step 2, training", marks=pytest.mark.slow),
-        pytest.param(["dies", "computes"], r"rank 0 \(HOST\) is gone( \(.+\))?; its last report was step 2, training", marks=pytest.mark.slow),
-        pytest.param(["computes", "is stopped"], r"rank 1 \(HOST\) has not been heard of for \d+ s; its last report was step 2, training", marks=pytest.mark.slow),
-        pytest.param(["hangs", "goes on"], r"rank 0 \(HOST\) is stuck: others have waited \d+ s", marks=pytest.mark.slow),
-        pytest.param(["computes", "fails"], r"rank 1 \(HOST\) ended after step 2, training: no space left", marks=pytest.mark.slow),
+        (
+            ["is stopped", "goes on"],
+            r"rank 0 \(HOST\) has not been heard of for \d+ s; its last report was step 2, training",
+        ),
+        pytest.param(
+            ["goes on", "hangs"],
+            r"rank 1 \(HOST\) is stuck: others have waited \d+ s for it; its last report was step 2, waiting for data, \d+ s ago",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["goes on", "is stopped"],
+            r"rank 1 \(HOST\) has not been heard of for \d+ s; its last report was step 2, training",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["computes", "dies"],
+            r"rank 1 \(HOST\) is gone; its last report was step 2, training",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["dies", "computes"],
+            r"rank 0 \(HOST\) is gone( \(.+\))?; its last report was step 2, training",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["computes", "is stopped"],
+            r"rank 1 \(HOST\) has not been heard of for \d+ s; its last report was step 2, training",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["hangs", "goes on"],
+            r"rank 0 \(HOST\) is stuck: others have waited \d+ s",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["computes", "fails"],
+            r"rank 1 \(HOST\) ended after step 2, training: no space left",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -85,11 +155,17 @@ def test_the_others_end_with_a_line_that_names_it(fates, line):
         said = ranks[1 - lost].communicate(timeout=LIMIT_S)[1]
         assert ranks[1 - lost].returncode == 1
         ranks[lost].kill()
-        said += ranks[lost].communicate()[1]  # a rank that hears its own name ends too, and may be the one that speaks for its node
+        said += ranks[lost].communicate()[
+            1
+        ]  # a rank that hears its own name ends too, and may be the one that speaks for its node
         (found,) = [text for text in said.splitlines() if text.startswith("dmae-ds: error")]
         host = re.escape(socket.gethostname())
-        assert re.search(line.replace("HOST", host), found) and found.endswith("continue with --resume auto"), said
-        assert "fails" in fates or "Traceback" not in said  # no command stands around this driver, to make a line of its own error
+        assert re.search(line.replace("HOST", host), found) and found.endswith(
+            "continue with --resume auto"
+        ), said
+        assert (
+            "fails" in fates or "Traceback" not in said
+        )  # no command stands around this driver, to make a line of its own error
     finally:
         for process in ranks:
             process.kill()
@@ -98,7 +174,10 @@ def test_the_others_end_with_a_line_that_names_it(fates, line):
 def test_ranks_that_end_together_miss_nobody():
     ranks = start(["goes on", "goes on", "goes on"], timeout_s=5)
     try:
-        assert [(process.communicate(timeout=LIMIT_S)[1].count("dmae-ds"), process.returncode) for process in ranks] == [(0, 0)] * 3
+        assert [
+            (process.communicate(timeout=LIMIT_S)[1].count("dmae-ds"), process.returncode)
+            for process in ranks
+        ] == [(0, 0)] * 3
     finally:
         for process in ranks:
             process.kill()

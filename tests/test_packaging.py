@@ -28,7 +28,9 @@ def installed(tmp_path_factory) -> Path:
 
 
 def run_installed(installed: Path, cwd: Path, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
 
 
 def test_every_recipe_and_deepspeed_file_is_found(installed, tmp_path):
@@ -42,7 +44,9 @@ def test_every_recipe_and_deepspeed_file_is_found(installed, tmp_path):
 
 
 def test_nothing_but_the_two_packages_is_installed(installed):
-    assert {path.name for path in installed.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")} == {"dmae_ds", "data_prep", "bin"}
+    assert {
+        path.name for path in installed.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")
+    } == {"dmae_ds", "data_prep", "bin"}
 
 
 @pytest.mark.parametrize("program", ["dmae-ds", "dmae-shards"])

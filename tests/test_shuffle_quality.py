@@ -21,7 +21,9 @@ def test_every_way_shuffles_a_set_without_repeating_itself(way):
     for epoch in (0, 1):
         ids = WAYS[way](epoch).reshape(-1)
         assert 0 <= ids.min() and ids.max() < N and ids.size > 0.8 * N
-        assert way.startswith("block") or len(np.unique(ids)) == ids.size  # ours are cut at batches, not at epochs
+        assert (
+            way.startswith("block") or len(np.unique(ids)) == ids.size
+        )  # ours are cut at batches, not at epochs
 
 
 def test_figures_of_ours_are_a_uniform_shuffle_s_and_those_of_buffers_are_not():
@@ -33,6 +35,9 @@ def test_figures_of_ours_are_a_uniform_shuffle_s_and_those_of_buffers_are_not():
 
 
 def test_it_prints_a_table(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["shuffle_quality", "--classes", "20", "--shard-size", "200", "--batch", "128", "--readers", "4"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["shuffle_quality", "--classes", "20", "--shard-size", "200", "--batch", "128", "--readers", "4"],
+    )
     main()
     assert len(capsys.readouterr().out.splitlines()) == 11

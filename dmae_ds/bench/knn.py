@@ -29,10 +29,14 @@ class Measured:
     device: str
 
 
-def bench_knn(*, num_train: int, num_queries: int, dim: int, k: int, num_classes: int, memory_gib: float) -> str:
+def bench_knn(
+    *, num_train: int, num_queries: int, dim: int, k: int, num_classes: int, memory_gib: float
+) -> str:
     """Search and vote once; returns the figures, to print. Raises UserError off Linux without a GPU, or for memory that won't do."""
     if not torch.cuda.is_available() and sys.platform != "linux":
-        raise UserError("bench knn reads Linux's /proc/self/status, which is not here; run it on Linux or with a GPU")
+        raise UserError(
+            "bench knn reads Linux's /proc/self/status, which is not here; run it on Linux or with a GPU"
+        )
     sizes = {"num_train": num_train, "dim": dim, "k": k, "num_classes": num_classes}
     blocks = choose_blocks(num_queries=num_queries, memory_gib=memory_gib, **sizes)
     measured = measure(blocks, num_queries=num_queries, **sizes)
@@ -50,20 +54,30 @@ def bench_knn(*, num_train: int, num_queries: int, dim: int, k: int, num_classes
     return "\n".join(lines)
 
 
-def measure(blocks: Blocks, *, num_train: int, num_queries: int, dim: int, k: int, num_classes: int) -> Measured:
+def measure(
+    blocks: Blocks, *, num_train: int, num_queries: int, dim: int, k: int, num_classes: int
+) -> Measured:
     """Run it on random features, on a GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
-    train, queries = (torch.empty(num, dim, device=device).normal_(generator=generator) for num in (num_train, num_queries))
+    train, queries = (
+        torch.empty(num, dim, device=device).normal_(generator=generator) for num in (num_train, num_queries)
+    )
     labels = torch.randint(num_classes, (num_train,), generator=generator, device=device)
     options = {"ks": [k], "temperature": 0.07, "num_classes": num_classes}
     few = slice(0, max(k, TILE.queries))
-    knn_predict(train[few], labels[few], queries[few], blocks=TILE, **options)  # libraries set themselves up once
+    knn_predict(
+        train[few], labels[few], queries[few], blocks=TILE, **options
+    )  # libraries set themselves up once
     before, start = _begin(device), time.perf_counter()
     knn_predict(train, labels, queries, blocks=blocks, **options)
     peak = _peak(device) - before
     computed = extra_bytes(blocks, num_train=num_train, dim=dim, k=k, num_classes=num_classes)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"a CPU, {torch.get_num_threads()} threads"
+    )
     return Measured(computed, peak, time.perf_counter() - start, name)
 
 

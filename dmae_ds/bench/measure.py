@@ -49,7 +49,11 @@ def measure(path: Path, *, name: str, last_block: int, blocks: range) -> Load:
     To be the first thing that a process does: the most memory that it ever held is the peak.
     """
     vit = meta_teacher(name, {}, last_block)
-    needed = {key: tensor for key, tensor in vit.state_dict().items() if block_of(key) is None or block_of(key) in blocks}
+    needed = {
+        key: tensor
+        for key, tensor in vit.state_dict().items()
+        if block_of(key) is None or block_of(key) in blocks
+    }
     num_bytes = sum(tensor.nbytes for tensor in needed.values())
 
     evict(path)
@@ -61,15 +65,27 @@ def measure(path: Path, *, name: str, last_block: int, blocks: range) -> Load:
     resident, before, start = _memory("VmRSS"), _io(), time.perf_counter()
     weights = open_weights(path, "mae")
     parts = fill(
-        vit, weights, whole_blocks=last_block, may_resize=False, dtype=torch.float32, device=torch.device("cpu"), blocks=blocks
-    )  # fmt: skip
+        vit,
+        weights,
+        whole_blocks=last_block,
+        may_resize=False,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        blocks=blocks,
+    )
     load_s, after = time.perf_counter() - start, _io()
 
     assert num_bytes == weights.num_bytes(list(needed)), f"{path}: not in float32, or not of this network"
     return Load(
-        needed=num_bytes, read=after["rchar"] - before["rchar"], disk=after["read_bytes"] - before["read_bytes"],
-        kept=parts.kept_bytes, peak=_memory("VmHWM") - resident, load_s=load_s, floor_s=floor_s, floor_disk=floor_disk,
-    )  # fmt: skip
+        needed=num_bytes,
+        read=after["rchar"] - before["rchar"],
+        disk=after["read_bytes"] - before["read_bytes"],
+        kept=parts.kept_bytes,
+        peak=_memory("VmHWM") - resident,
+        load_s=load_s,
+        floor_s=floor_s,
+        floor_disk=floor_disk,
+    )
 
 
 def evict(path: Path) -> None:

@@ -32,7 +32,9 @@ def make_files(folder: Path, name: str, shapes: Shapes) -> list[Path]:
         _write_safetensors(safetensors, shapes)
     if not is_whole(pth, shapes):
         with _writing(pth) as file:
-            torch.save({"model": dict(open_container(safetensors))}, file)  # the one moment that all of it is in memory
+            torch.save(
+                {"model": dict(open_container(safetensors))}, file
+            )  # the one moment that all of it is in memory
     return [pth, safetensors]
 
 
@@ -45,7 +47,11 @@ def mae_shapes(name: str) -> Shapes:
     shapes |= {"decoder_embed.weight": (DECODER_DIM, vit.embed_dim), "decoder_embed.bias": (DECODER_DIM,)}
     with torch.device("meta"):
         block = Block(DECODER_DIM, DECODER_HEADS, qkv_bias=True).state_dict()
-    shapes |= {f"decoder_blocks.{number}.{key}": tuple(tensor.shape) for number in range(DECODER_DEPTH) for key, tensor in block.items()}
+    shapes |= {
+        f"decoder_blocks.{number}.{key}": tuple(tensor.shape)
+        for number in range(DECODER_DEPTH)
+        for key, tensor in block.items()
+    }
     shapes |= {"decoder_norm.weight": (DECODER_DIM,), "decoder_norm.bias": (DECODER_DIM,)}
     return shapes | {"decoder_pred.weight": (3 * patch**2, DECODER_DIM), "decoder_pred.bias": (3 * patch**2,)}
 

@@ -42,31 +42,68 @@ def bench_save(config: RunConfig, world: dist.World, *, steps: int, rounds: int,
     steps: optimiser steps in a round; folder: where to write, on the disk that is meant (default: a temporary folder), and nothing stays there
     Raises UserError for a recipe that can't be.
     """
-    with dist.joined(world, timeout_s=config.dist.timeout_s) as device, tempfile.TemporaryDirectory(dir=folder) as mine:
+    with (
+        dist.joined(world, timeout_s=config.dist.timeout_s) as device,
+        tempfile.TemporaryDirectory(dir=folder) as mine,
+    ):
         run_dir = Path(dist.main_says(mine))
         check_precision(config.precision, device)
-        micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
+        micro_batch, accumulation = split_batch(
+            config.optim.global_batch, config.optim.micro_batch, world.size
+        )
         deepspeed = load_deepspeed(
-            config.deepspeed, micro_batch=micro_batch, accumulation=accumulation, world_size=world.size, clip_grad=config.optim.clip_grad, precision=config.precision,
-        )  # fmt: skip
+            config.deepspeed,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            world_size=world.size,
+            clip_grad=config.optim.clip_grad,
+            precision=config.precision,
+        )
         objective, shape = build_objective(config)
         if any(not tap.startswith("block/") for tap in objective.taps):
-            raise UserError(f"bench save makes up the features of encoder blocks alone, and the objective taps {', '.join(objective.taps)}; take a recipe of another objective")
-        twin = None if objective.twin is None else TwinKeeper(objective, precision=config.precision, device=device)
+            raise UserError(
+                f"bench save makes up the features of encoder blocks alone, and the objective taps {', '.join(objective.taps)}; take a recipe of another objective"
+            )
+        twin = (
+            None
+            if objective.twin is None
+            else TwinKeeper(objective, precision=config.precision, device=device)
+        )
         objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
         num_parameters = sum(parameter.numel() for parameter in objective.parameters())
-        batches = list(random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device))
-        sees = objective.num_visible if config.teacher is None or config.teacher.sees == "visible" else objective.student.num_patches
-        features = {tap: torch.randn(micro_batch, 1 + sees, shape.embed_dim, device=device) for tap in objective.taps}
+        batches = list(
+            random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device)
+        )
+        sees = (
+            objective.num_visible
+            if config.teacher is None or config.teacher.sees == "visible"
+            else objective.student.num_patches
+        )
+        features = {
+            tap: torch.randn(micro_batch, 1 + sees, shape.embed_dim, device=device) for tap in objective.taps
+        }
         engine = Engine(objective, build_optimizer(objective, config.optim), deepspeed, device)
-        identity = {"world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "global_batch": config.optim.global_batch}
-        checkpoints = Checkpoints(CheckpointFolder(run_dir), config.checkpoint.model_copy(update={"keep": 1}), identity=identity, student_metadata={"format": "pt"}, twin=twin)
+        identity = {
+            "world_size": world.size,
+            "zero_stage": zero_stage(deepspeed),
+            "precision": config.precision,
+            "global_batch": config.optim.global_batch,
+        }
+        checkpoints = Checkpoints(
+            CheckpointFolder(run_dir),
+            config.checkpoint.model_copy(update={"keep": 1}),
+            identity=identity,
+            student_metadata={"format": "pt"},
+            twin=twin,
+        )
         engine.set_lr(1e-5)
 
         def step() -> None:
             for number in range(steps * accumulation):
                 masked = batches[number % len(batches)]
-                engine.train_micro_batch(masked, features if twin is None else features | twin.features(masked))
+                engine.train_micro_batch(
+                    masked, features if twin is None else features | twin.features(masked)
+                )
             if twin is not None:
                 twin.update(engine, 0.99)
             settle()
@@ -76,12 +113,18 @@ def bench_save(config: RunConfig, world: dist.World, *, steps: int, rounds: int,
         for number in range(1, rounds + 1):
             times["step"].append(_time(step) / steps)
             times["save"].append(_time(lambda: checkpoints.save(engine, step=number, position=number)))
-            saved = {"parts": bytes_in(checkpoints.folder.latest()), "plain files": sum((run_dir / f"{name}.safetensors").stat().st_size for name in PLAIN)}
+            saved = {
+                "parts": bytes_in(checkpoints.folder.latest()),
+                "plain files": sum((run_dir / f"{name}.safetensors").stat().st_size for name in PLAIN),
+            }
             share = sum(saved.values()) // world.size
             times["write"].append(_time(lambda: _write(run_dir / f"write-{world.rank}", share)))
         dist.barrier()  # before the folder goes
     step_s, save_s, write_s = (statistics.median(times[name]) for name in ("step", "save", "write"))
-    total, kept = sum(saved.values()), (KEPT + 4) * num_parameters  # the plain files hold the weights once more
+    total, kept = (
+        sum(saved.values()),
+        (KEPT + 4) * num_parameters,
+    )  # the plain files hold the weights once more
     alone = "" if config.teacher is None else " without its teacher"
     lines = [
         f"{config.student.name}, {num_parameters / 1e6:.1f} M trained parameters, {config.deepspeed}, {config.precision}; {world.size} ranks x {micro_batch} x {accumulation} images; "
@@ -98,9 +141,13 @@ def bench_save(config: RunConfig, world: dist.World, *, steps: int, rounds: int,
 def _share(config: RunConfig, step_s: float, save_s: float) -> str:
     said = []
     if config.checkpoint.every_minutes is not None:
-        said.append(f"every {config.checkpoint.every_minutes:g} minutes that is {save_s / (save_s + 60 * config.checkpoint.every_minutes):.3%} of a run's time")
+        said.append(
+            f"every {config.checkpoint.every_minutes:g} minutes that is {save_s / (save_s + 60 * config.checkpoint.every_minutes):.3%} of a run's time"
+        )
     if config.checkpoint.every_steps is not None:
-        said.append(f"every {config.checkpoint.every_steps} steps that is {save_s / (save_s + config.checkpoint.every_steps * step_s):.3%} of a run's time")
+        said.append(
+            f"every {config.checkpoint.every_steps} steps that is {save_s / (save_s + config.checkpoint.every_steps * step_s):.3%} of a run's time"
+        )
     return ", ".join(said) or "the recipe saves only at its end"
 
 

@@ -27,13 +27,26 @@ def ours(num_samples: int, batch: int, *, block: int) -> Epochs:
     def epoch(number: int) -> np.ndarray:
         first = number * num_samples // batch + 1
         steps = range(first, first + num_samples // batch - 1)
-        return np.stack([
-            sample_ids(
-                batch_positions(step, global_batch=batch, rank=0, world_size=1, micro_batch=batch, accumulation_step=0, num_samples=num_samples, block=block),
-                num_samples=num_samples, seed=0, block=block,
-            )[1]
-            for step in steps
-        ])  # fmt: skip
+        return np.stack(
+            [
+                sample_ids(
+                    batch_positions(
+                        step,
+                        global_batch=batch,
+                        rank=0,
+                        world_size=1,
+                        micro_batch=batch,
+                        accumulation_step=0,
+                        num_samples=num_samples,
+                        block=block,
+                    ),
+                    num_samples=num_samples,
+                    seed=0,
+                    block=block,
+                )[1]
+                for step in steps
+            ]
+        )
 
     return epoch
 
@@ -61,7 +74,10 @@ def webdataset(num_samples: int, batch: int, *, shard_size: int, readers: int, b
     def epoch(number: int) -> np.ndarray:
         shards = list(range(num_samples // shard_size))
         random.Random(number).shuffle(shards)
-        streams = [np.fromiter(read(shards[reader::readers], random.Random(f"{number} {reader}")), np.int64) for reader in range(readers)]
+        streams = [
+            np.fromiter(read(shards[reader::readers], random.Random(f"{number} {reader}")), np.int64)
+            for reader in range(readers)
+        ]
         shortest = min(map(len, streams)) // (batch // readers) * (batch // readers)
         # [readers, batches, batch / readers] -> [batches, batch]
         parts = np.stack([stream[:shortest] for stream in streams]).reshape(readers, -1, batch // readers)
@@ -70,7 +86,9 @@ def webdataset(num_samples: int, batch: int, *, shard_size: int, readers: int, b
     return epoch
 
 
-def streaming_py1e(num_samples: int, batch: int, *, shard_size: int, nodes: int, block: int = 2**18) -> Epochs:
+def streaming_py1e(
+    num_samples: int, batch: int, *, shard_size: int, nodes: int, block: int = 2**18
+) -> Epochs:
     """A sample's place in its node's span is moved by up to half a block; batches take from all nodes in turn."""
 
     def epoch(number: int) -> np.ndarray:
@@ -80,7 +98,9 @@ def streaming_py1e(num_samples: int, batch: int, *, shard_size: int, nodes: int,
         spans = []
         for span in np.array_split(ids, nodes):
             half = block / 2
-            spans.append(span[np.argsort(np.arange(len(span)) + rng.uniform(-half, half, len(span)), kind="stable")])
+            spans.append(
+                span[np.argsort(np.arange(len(span)) + rng.uniform(-half, half, len(span)), kind="stable")]
+            )
         shortest = min(map(len, spans))
         return _cut(np.stack([span[:shortest] for span in spans], axis=1).reshape(-1), batch)
 
@@ -105,7 +125,9 @@ def measure(epochs: Epochs, *, num_classes: int, shard_size: int) -> tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Mixing of batches, ours and others', where every shard holds one class.")
+    parser = argparse.ArgumentParser(
+        description="Mixing of batches, ours and others', where every shard holds one class."
+    )
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--shard-size", type=int, default=1281)
     parser.add_argument("--batch", type=int, default=4096)
@@ -115,10 +137,20 @@ def main() -> None:
     ways = {
         "uniform shuffle": uniform(n, batch),
         **{f"ours, block {block}": ours(n, batch, block=block) for block in (1, 16, 64, 256)},
-        **{f"streaming py1e, {nodes} canonical nodes": streaming_py1e(n, batch, shard_size=size, nodes=nodes) for nodes in (1, 8)},
-        **{f"webdataset, buffer {buffer}": webdataset(n, batch, shard_size=size, readers=args.readers, buffer=buffer) for buffer in (1000, 5000)},
+        **{
+            f"streaming py1e, {nodes} canonical nodes": streaming_py1e(n, batch, shard_size=size, nodes=nodes)
+            for nodes in (1, 8)
+        },
+        **{
+            f"webdataset, buffer {buffer}": webdataset(
+                n, batch, shard_size=size, readers=args.readers, buffer=buffer
+            )
+            for buffer in (1000, 5000)
+        },
     }
-    print(f"{args.classes} shards x {size}, one class each, batch {batch}, {args.readers} readers of webdataset")
+    print(
+        f"{args.classes} shards x {size}, one class each, batch {batch}, {args.readers} readers of webdataset"
+    )
     print(f"{'':<36}{'classes':>9}{'chi2/dof':>10}{'pairs':>8}")
     for name, epochs in ways.items():
         classes, chi_square, pairs = measure(epochs, num_classes=args.classes, shard_size=size)

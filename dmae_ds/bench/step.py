@@ -51,7 +51,14 @@ class Contestant:
 
 
 def bench_step(
-    config: RunConfig, world: dist.World, *, against_mae: bool = False, variants: dict[str, RunConfig] | None = None, data: bool, rounds: int, as_json: bool
+    config: RunConfig,
+    world: dist.World,
+    *,
+    against_mae: bool = False,
+    variants: dict[str, RunConfig] | None = None,
+    data: bool,
+    rounds: int,
+    as_json: bool,
 ) -> str:
     """Measure and return the table, or JSON, to print on rank 0. Collective; the process group is made here.
 
@@ -59,28 +66,48 @@ def bench_step(
     Raises UserError for a recipe that can't be built, and for plain MAE beside itself.
     """
     if against_mae and config.objective.name == "mae":
-        raise UserError("--against mae compares a recipe with plain mae, and this recipe is that; take one of another objective")
+        raise UserError(
+            "--against mae compares a recipe with plain mae, and this recipe is that; take one of another objective"
+        )
     with dist.joined(world, timeout_s=config.dist.timeout_s) as device:
         import_deepspeed(device)  # before memory is counted
-        recipes = {config.objective.name: config} | (variants or {}) | ({"mae": as_plain_mae(config)} if against_mae else {})
+        recipes = (
+            {config.objective.name: config}
+            | (variants or {})
+            | ({"mae": as_plain_mae(config)} if against_mae else {})
+        )
         contestants = [contestant(name, recipe, world, device, data=data) for name, recipe in recipes.items()]
         dtypes = {dtype for one in contestants for _, dtype in one.work.values()}
-        rates = take_turns(contestants, {dtype: gemm_rate(dtype, device) for dtype in dtypes}, rounds=rounds, device=device)
+        rates = take_turns(
+            contestants, {dtype: gemm_rate(dtype, device) for dtype in dtypes}, rounds=rounds, device=device
+        )
         found = {
-            "recipe": describe(config, world, contestants[0]), "device": device_name(device), "threads": torch.get_num_threads(), "rounds": rounds,
-            "gemm_gflops": {_short(dtype): rate / 1e9 for dtype, rate in rates.items()}, "steps": [figures(one, rates) for one in contestants],
-        }  # fmt: skip
+            "recipe": describe(config, world, contestants[0]),
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "rounds": rounds,
+            "gemm_gflops": {_short(dtype): rate / 1e9 for dtype, rate in rates.items()},
+            "steps": [figures(one, rates) for one in contestants],
+        }
         return json.dumps(found) if as_json else table(found)
 
 
 def as_plain_mae(config: RunConfig) -> RunConfig:
     """The same student and batch under plain MAE, with the objective's own mask and decoder where it has them, else MAE's."""
-    shared = {name: getattr(config.objective, name) for name in MaskedPixels.model_fields if hasattr(config.objective, name)}
+    shared = {
+        name: getattr(config.objective, name)
+        for name in MaskedPixels.model_fields
+        if hasattr(config.objective, name)
+    }
     optim = config.optim.model_copy(update={"layer_decay": 1.0})  # it tells no layers apart
-    return config.model_copy(update={"objective": MaeConfig(name="mae", **shared), "teacher": None, "optim": optim})
+    return config.model_copy(
+        update={"objective": MaeConfig(name="mae", **shared), "teacher": None, "optim": optim}
+    )
 
 
-def contestant(name: str, config: RunConfig, world: dist.World, device: torch.device, *, data: bool) -> Contestant:
+def contestant(
+    name: str, config: RunConfig, world: dist.World, device: torch.device, *, data: bool
+) -> Contestant:
     """Build one step, take it twice, and read off its memory."""
     watch = MemoryWatch(device)
     step = TrainingStep(config, world=world, device=device, data=data)
@@ -91,7 +118,9 @@ def contestant(name: str, config: RunConfig, world: dist.World, device: torch.de
     return Contestant(name, step, work, config.optim.global_batch, first, peak)
 
 
-def take_turns(contestants: list[Contestant], gemms: dict[torch.dtype, object], *, rounds: int, device: torch.device) -> dict[torch.dtype, float]:
+def take_turns(
+    contestants: list[Contestant], gemms: dict[torch.dtype, object], *, rounds: int, device: torch.device
+) -> dict[torch.dtype, float]:
     """Measure everybody in every round; returns the rate of matrix products by dtype, in FLOP/s."""
     found: dict[torch.dtype, list[float]] = {dtype: [] for dtype in gemms}
     for _ in range(rounds):
@@ -118,29 +147,68 @@ def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
         parts[part] = {"seconds": spent}
         if part in one.work:
             flops, dtype = one.work[part]
-            parts[part] |= {"gflop": flops / 1e9, "dtype": _short(dtype), "of_peak": flops / rates[dtype] / spent}
+            parts[part] |= {
+                "gflop": flops / 1e9,
+                "dtype": _short(dtype),
+                "of_peak": flops / rates[dtype] / spent,
+            }
     speed = Speed(one.work, rates)
     return {
-        "name": one.name, "seconds": seconds, "round_seconds": each, "first_seconds": one.first, "exchange_seconds": one.exchange, "images_per_s": one.images / seconds, "gflop": speed.flops / 1e9,
-        "floor_seconds": speed.floor_s, "of_peak": speed.at(seconds)["of_peak"], "peak_gib": None if one.peak is None else one.peak / GIB, "parts": parts,
-    }  # fmt: skip
+        "name": one.name,
+        "seconds": seconds,
+        "round_seconds": each,
+        "first_seconds": one.first,
+        "exchange_seconds": one.exchange,
+        "images_per_s": one.images / seconds,
+        "gflop": speed.flops / 1e9,
+        "floor_seconds": speed.floor_s,
+        "of_peak": speed.at(seconds)["of_peak"],
+        "peak_gib": None if one.peak is None else one.peak / GIB,
+        "parts": parts,
+    }
 
 
 def table(found: dict) -> str:
     """For a person: a table a contestant, then the ratios."""
     rates = ", ".join(f"{dtype} {rate:,.0f}" for dtype, rate in found["gemm_gflops"].items())
-    lines = [f"{found['recipe']}; {found['device']}, {found['threads']} threads; median of {found['rounds']} rounds", f"matrix products here: {rates} GFLOP/s"]
+    lines = [
+        f"{found['recipe']}; {found['device']}, {found['threads']} threads; median of {found['rounds']} rounds",
+        f"matrix products here: {rates} GFLOP/s",
+    ]
     for step in found["steps"]:
         rows = [(step["name"], "seconds", "share", "GFLOP", "dtype", "of peak")]
         for part, row in step["parts"].items():
-            counted = (f"{row['gflop']:.1f}", row["dtype"], f"{row['of_peak']:.0%}") if "gflop" in row else ("", "", "")
+            counted = (
+                (f"{row['gflop']:.1f}", row["dtype"], f"{row['of_peak']:.0%}")
+                if "gflop" in row
+                else ("", "", "")
+            )
             rows.append((part, f"{row['seconds']:.3f}", f"{row['seconds'] / step['seconds']:.1%}", *counted))
-        rows.append(("step", f"{step['seconds']:.3f}", "100.0%", f"{step['gflop']:.1f}", "", f"{step['of_peak']:.0%}"))
+        rows.append(
+            ("step", f"{step['seconds']:.3f}", "100.0%", f"{step['gflop']:.1f}", "", f"{step['of_peak']:.0%}")
+        )
         widths = [max(map(len, column)) for column in zip(*rows)]
-        lines += ["", *("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows)]
+        lines += [
+            "",
+            *(
+                "  ".join(
+                    [
+                        row[0].ljust(widths[0]),
+                        *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
+                    ]
+                ).rstrip()
+                for row in rows
+            ),
+        ]
         memory = "" if step["peak_gib"] is None else f", peak memory {step['peak_gib']:.2f} GiB a rank"
-        exchange = f"; exchange {step['exchange_seconds']:.3f} s, within these parts" if step["exchange_seconds"] else ""
-        lines.append(f"{step['images_per_s']:.2f} images/s{memory}; floor {step['floor_seconds']:.3f} s; first step {step['first_seconds']:.1f} s{exchange}")
+        exchange = (
+            f"; exchange {step['exchange_seconds']:.3f} s, within these parts"
+            if step["exchange_seconds"]
+            else ""
+        )
+        lines.append(
+            f"{step['images_per_s']:.2f} images/s{memory}; floor {step['floor_seconds']:.3f} s; first step {step['first_seconds']:.1f} s{exchange}"
+        )
     *others, last = found["steps"]
     lines += [""] if others else []
     for one in others:
@@ -154,7 +222,11 @@ def table(found: dict) -> str:
 
 def describe(config: RunConfig, world: dist.World, one: Contestant) -> str:
     """What was measured, in one line."""
-    teacher = "no teacher" if config.teacher is None else f"{config.teacher.name} ({one.step.teacher}, {config.teacher.dtype})"
+    teacher = (
+        "no teacher"
+        if config.teacher is None
+        else f"{config.teacher.name} ({one.step.teacher}, {config.teacher.dtype})"
+    )
     kernels = "".join(f"; {text}" for text in (one.step.kernels,) if text)
     return (
         f"{teacher} -> {config.student.name}, {one.step.objective.describe()}; {one.images} images a step on {world.size} ranks; "

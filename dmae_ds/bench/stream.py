@@ -61,7 +61,15 @@ class Contestant:
         return getattr(self.teacher, "waited_s", 0.0)
 
 
-def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | None, sleep_ms: float | None, clocks: int, rounds: int) -> str:
+def bench_stream(
+    config: RunConfig,
+    world: dist.World,
+    *,
+    stages: list[int] | None,
+    sleep_ms: float | None,
+    clocks: int,
+    rounds: int,
+) -> str:
     """Measure every contestant and return the table, to print on rank 0. Collective; the process group is made here.
 
     clocks: micro-batches a rank and round, rounded up to twice the longest pipeline
@@ -74,14 +82,24 @@ def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | No
         objective, shape = build_objective(config, device="meta")
         depth, _ = needed_depths(objective.taps, shape.depth)
         stages = dist.together(lambda: _check_stages(stages, world=world.size, depth=depth))
-        clocks = -(-clocks // (2 * max(stages))) * 2 * max(stages)  # whole calls of whoever takes several batches at once
-        micro_batch, _ = dist.together(lambda: split_batch(config.optim.global_batch, config.optim.micro_batch, world.size))
-        batches = list(random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device))
+        clocks = (
+            -(-clocks // (2 * max(stages))) * 2 * max(stages)
+        )  # whole calls of whoever takes several batches at once
+        micro_batch, _ = dist.together(
+            lambda: split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
+        )
+        batches = list(
+            random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device)
+        )
 
         def build(held: range | None) -> MaskedViT:
             return random_teacher(config, depth, held, device=device, sleep_ms=sleep_ms)
 
-        common = {"sees": config.teacher.sees, "view": resized_view(config, device), "top": random_top(config, objective, device=device)}
+        common = {
+            "sees": config.teacher.sees,
+            "view": resized_view(config, device),
+            "top": random_top(config, objective, device=device),
+        }
         contestants = list(_contestants(build, objective.taps, depth, stages, batches, common))
         seconds, waited = measure(contestants, clocks=clocks, rounds=rounds)
         plural = "sleep" if sleep_ms else "are real"
@@ -94,7 +112,9 @@ def bench_stream(config: RunConfig, world: dist.World, *, stages: list[int] | No
         return about + "\n\n" + table(contestants, seconds, waited, images=world.size * micro_batch * clocks)
 
 
-def measure(contestants: list[Contestant], *, clocks: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+def measure(
+    contestants: list[Contestant], *, clocks: int, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """({name: median seconds of a round}, {name: share of all rounds spent waiting for an exchange, mean over ranks})."""
     bar = tqdm(total=rounds * len(contestants), unit="turn", disable=not dist.is_main())
     for contestant in contestants:
@@ -119,29 +139,73 @@ def measure(contestants: list[Contestant], *, clocks: int, rounds: int) -> tuple
     return {name: statistics.median(times) for name, times in spent.items()}, dict(zip(shares, means))
 
 
-def table(contestants: list[Contestant], seconds: dict[str, float], waited: dict[str, float], *, images: int) -> str:
+def table(
+    contestants: list[Contestant], seconds: dict[str, float], waited: dict[str, float], *, images: int
+) -> str:
     """One row a contestant. `of replicated` and `of eval_batch`: ratios of images/s within this run."""
-    rows = [("teacher", "P", "weights a rank MiB", "ahead", "images/s", "of replicated", "of eval_batch", "waiting", "bubble by schedule")]
+    rows = [
+        (
+            "teacher",
+            "P",
+            "weights a rank MiB",
+            "ahead",
+            "images/s",
+            "of replicated",
+            "of eval_batch",
+            "waiting",
+            "bubble by schedule",
+        )
+    ]
     replicated = seconds[contestants[0].name]
     for one in contestants:
         own = seconds[one.name]
-        rival = next((seconds[other.name] for other in contestants if other.num_stages == one.num_stages and other.name.startswith("eval_batch")), None)
-        rows.append((
-            one.name.split(",")[0], f"{one.num_stages}", f"{one.num_bytes / MIB:.1f}", f"{one.ahead}", f"{images / own:.1f}", f"{replicated / own:.3f}",
-            f"{rival / own:.2f}" if rival and one.num_stages > 1 else "", f"{waited[one.name]:.1%}" if isinstance(one.teacher, StreamedTeacher) else "", f"{one.bubble:.0%}",
-        ))  # fmt: skip
+        rival = next(
+            (
+                seconds[other.name]
+                for other in contestants
+                if other.num_stages == one.num_stages and other.name.startswith("eval_batch")
+            ),
+            None,
+        )
+        rows.append(
+            (
+                one.name.split(",")[0],
+                f"{one.num_stages}",
+                f"{one.num_bytes / MIB:.1f}",
+                f"{one.ahead}",
+                f"{images / own:.1f}",
+                f"{replicated / own:.3f}",
+                f"{rival / own:.2f}" if rival and one.num_stages > 1 else "",
+                f"{waited[one.name]:.1%}" if isinstance(one.teacher, StreamedTeacher) else "",
+                f"{one.bubble:.0%}",
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        ).rstrip()
+        for row in rows
+    )
 
 
-def random_teacher(config: RunConfig, depth: int, held: range | None, *, device: torch.device, sleep_ms: float | None) -> MaskedViT:
+def random_teacher(
+    config: RunConfig, depth: int, held: range | None, *, device: torch.device, sleep_ms: float | None
+) -> MaskedViT:
     """The cut teacher with random weights that depend on their names alone; of a stage, only the blocks `held`."""
     vit = meta_teacher(config.teacher.name, config.teacher.overrides(), depth)
     for number in range(depth):
         if sleep_ms is not None:
             vit.blocks[number] = _Sleeping(vit.blocks[number], sleep_ms / 1000)
-    unneeded = [] if held is None else [block for number, block in enumerate(vit.blocks) if number not in held]
-    fill_randomly(vit, [module for block in unneeded for module in block.modules()], dtype=DTYPES[config.teacher.dtype], device=device)
+    unneeded = (
+        [] if held is None else [block for number, block in enumerate(vit.blocks) if number not in held]
+    )
+    fill_randomly(
+        vit,
+        [module for block in unneeded for module in block.modules()],
+        dtype=DTYPES[config.teacher.dtype],
+        device=device,
+    )
     return vit.to(device).eval() if held is None else vit.eval()
 
 
@@ -149,14 +213,23 @@ def random_top(config: RunConfig, objective: Objective, *, device: torch.device)
     """What stands on the teacher's encoder, likewise; its shape is the recipe's."""
     vit = meta_teacher(config.teacher.name, config.teacher.overrides(), keep_norm=True)
     _, decoder_depth = needed_depths(objective.taps, vit.depth, config.teacher.decoder_depth)
-    top = meta_top(config.teacher, vit, vit.norm, taps=objective.taps, decoder_depth=decoder_depth, num_classes=objective.num_classes)
+    top = meta_top(
+        config.teacher,
+        vit,
+        vit.norm,
+        taps=objective.taps,
+        decoder_depth=decoder_depth,
+        num_classes=objective.num_classes,
+    )
     if top is not None:
         fill_randomly(top, [], dtype=DTYPES[config.teacher.dtype], device=device)
         top.eval()
     return top
 
 
-def fill_randomly(network: nn.Module, unneeded: list[nn.Module], *, dtype: torch.dtype, device: torch.device) -> None:
+def fill_randomly(
+    network: nn.Module, unneeded: list[nn.Module], *, dtype: torch.dtype, device: torch.device
+) -> None:
     """Give every meta tensor outside the modules `unneeded` random entries that depend on its name alone."""
     for name, module in network.named_modules():
         if not any(module is other for other in unneeded):
@@ -170,20 +243,28 @@ def resized_view(config: RunConfig, device: torch.device) -> PatchView:
     """The student's patches at the teacher's size, in the data's own statistics."""
     teacher = meta_teacher(config.teacher.name, config.teacher.overrides(), 1)
     statistics = {"mean": config.data.mean, "std": config.data.std}
-    return PatchView(teacher.patch_size, **statistics, teacher_mean=config.data.mean, teacher_std=config.data.std).to(device)
+    return PatchView(
+        teacher.patch_size, **statistics, teacher_mean=config.data.mean, teacher_std=config.data.std
+    ).to(device)
 
 
 def _check_stages(stages: list[int] | None, *, world: int, depth: int) -> list[int]:
     possible = [number for number in range(2, min(world, depth) + 1) if world % number == 0]
     if not possible:
-        raise UserError(f"bench stream needs ranks to put stages on; found {world}: start it with `deepspeed --num_gpus 4 --module dmae_ds bench stream RECIPE`")
+        raise UserError(
+            f"bench stream needs ranks to put stages on; found {world}: start it with `deepspeed --num_gpus 4 --module dmae_ds bench stream RECIPE`"
+        )
     for number in stages or ():
         if number not in possible:
-            raise UserError(f"--stages {number} is not possible with {world} ranks and {depth} blocks; choose from {', '.join(map(str, possible))}")
+            raise UserError(
+                f"--stages {number} is not possible with {world} ranks and {depth} blocks; choose from {', '.join(map(str, possible))}"
+            )
     return stages or possible
 
 
-def random_batches(objective: Objective, config: RunConfig, *, micro_batch: int, rank: int, device: torch.device) -> Iterator[MaskedBatch]:
+def random_batches(
+    objective: Objective, config: RunConfig, *, micro_batch: int, rank: int, device: torch.device
+) -> Iterator[MaskedBatch]:
     """Four prepared batches of random pixels; a contestant goes round them."""
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     for index in range(4):
@@ -194,16 +275,42 @@ def random_batches(objective: Objective, config: RunConfig, *, micro_batch: int,
 def random_batch(objective: Objective, micro_batch: int, generator: torch.Generator) -> Batch:
     """A batch of random pixels in the views that an objective asks for; labels are all 0."""
     own = objective.student.grid[0] * objective.student.patch_size
-    views = [torch.randint(256, (micro_batch, 3, view.size or own, view.size or own), dtype=torch.uint8, generator=generator) for view in objective.views]
+    views = [
+        torch.randint(
+            256, (micro_batch, 3, view.size or own, view.size or own), dtype=torch.uint8, generator=generator
+        )
+        for view in objective.views
+    ]
     noise = torch.rand(micro_batch, objective.student.num_patches, generator=generator)
     zeros = torch.zeros(micro_batch, dtype=torch.int64)
-    return Batch(views[0], noise, labels=zeros, sample_ids=torch.arange(micro_batch), epochs=zeros, more_views=tuple(views[1:]))
+    return Batch(
+        views[0],
+        noise,
+        labels=zeros,
+        sample_ids=torch.arange(micro_batch),
+        epochs=zeros,
+        more_views=tuple(views[1:]),
+    )
 
 
-def _contestants(build: Callable, taps: tuple[str, ...], depth: int, stages: list[int], batches: list[MaskedBatch], common: dict) -> Iterator[Contestant]:
+def _contestants(
+    build: Callable,
+    taps: tuple[str, ...],
+    depth: int,
+    stages: list[int],
+    batches: list[MaskedBatch],
+    common: dict,
+) -> Iterator[Contestant]:
     replicated = FrozenTeacher(build(None), taps, None, **common)
     turns = itertools.cycle(batches)
-    yield Contestant("replicated", 1, replicated, lambda count: [replicated.features(next(turns)) for _ in range(count)], 0, 0.0)
+    yield Contestant(
+        "replicated",
+        1,
+        replicated,
+        lambda count: [replicated.features(next(turns)) for _ in range(count)],
+        0,
+        0.0,
+    )
     for num_stages in stages:
         group = join_group(num_stages)
         held = held_blocks(depth, num_stages)[group.stage]
@@ -211,7 +318,14 @@ def _contestants(build: Callable, taps: tuple[str, ...], depth: int, stages: lis
             streamed = StreamedTeacher(build(held), taps, None, **common, group=group, overlap=overlap)
             running = streamed.stream((None, batch) for batch in itertools.cycle(batches))
             ahead = num_stages * (2 if overlap else 1)
-            yield Contestant(f"{name}, P {num_stages}", num_stages, streamed, lambda count, running=running: [next(running) for _ in range(count)], ahead, 0.0)
+            yield Contestant(
+                f"{name}, P {num_stages}",
+                num_stages,
+                streamed,
+                lambda count, running=running: [next(running) for _ in range(count)],
+                ahead,
+                0.0,
+            )
         if replicated.vit.rope is None and len(taps) == 1 and taps[0] == f"block/{depth}":
             # As DeepSpeed's schedule has it: one micro-batch of every rank; then as far ahead as the stream looks.
             vit = build(None)
@@ -219,9 +333,21 @@ def _contestants(build: Callable, taps: tuple[str, ...], depth: int, stages: lis
             rival = FrozenTeacher(vit, taps, None)
             _check_equal(engine, replicated, batches[0])
             for name, ahead in (("eval_batch", 1), ("eval_batch looking ahead", 2 * num_stages)):
-                advance = _in_calls_of(ahead, lambda count, engine=engine: engine.features([_embed(replicated, next(turns)) for _ in range(count)]))
+                advance = _in_calls_of(
+                    ahead,
+                    lambda count, engine=engine: engine.features(
+                        [_embed(replicated, next(turns)) for _ in range(count)]
+                    ),
+                )
                 micro_batches = ahead * num_stages
-                yield Contestant(f"{name}, P {num_stages}", num_stages, rival, advance, ahead, (num_stages - 1) / (micro_batches + num_stages - 1))
+                yield Contestant(
+                    f"{name}, P {num_stages}",
+                    num_stages,
+                    rival,
+                    advance,
+                    ahead,
+                    (num_stages - 1) / (micro_batches + num_stages - 1),
+                )
 
 
 def _check_equal(engine: EvalBatch, replicated: FrozenTeacher, batch: MaskedBatch) -> None:

@@ -40,7 +40,9 @@ def bench_teacher_load(name: str, *, last_block: int | None, stages: list[int], 
     Raises UserError for a network or a cut that there isn't, a folder that can't be written, and off Linux.
     """
     if sys.platform != "linux" or not os.access("/proc/self/io", os.R_OK):
-        raise UserError("bench teacher-load reads Linux's /proc/self/io, which is not to be read here; run it on Linux")
+        raise UserError(
+            "bench teacher-load reads Linux's /proc/self/io, which is not to be read here; run it on Linux"
+        )
     shapes, depth = mae_shapes(name), meta_teacher(name, {}).depth
     last_block = max(1, depth * 3 // 4) if last_block is None else last_block
     if not 1 <= last_block <= depth:
@@ -51,7 +53,9 @@ def bench_teacher_load(name: str, *, last_block: int | None, stages: list[int], 
         for path in make_files(place, name, shapes):
             for num_stages, cut in cuts.items():
                 for stage, blocks in enumerate(cut, start=1):
-                    loads[path.suffix, num_stages, stage, f"{blocks.start + 1}-{blocks.stop}"] = _measure_apart(path, name, last_block, blocks)
+                    loads[path.suffix, num_stages, stage, f"{blocks.start + 1}-{blocks.stop}"] = (
+                        _measure_apart(path, name, last_block, blocks)
+                    )
     about = f"{name}: blocks 1-{last_block} of {depth} in fp32, from a whole MAE file of {num_bytes(shapes) / MIB:.0f} MiB"
     return "\n\n".join([about, table(loads), verdicts(loads)])
 
@@ -67,23 +71,34 @@ def _open_folder(folder: Path | None) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
     except OSError as error:
-        raise UserError(f"the weights files can't be made: {error}; choose a --folder that can be written and has the room") from None
+        raise UserError(
+            f"the weights files can't be made: {error}; choose a --folder that can be written and has the room"
+        ) from None
 
 
 def _measure_apart(path: Path, name: str, last_block: int, blocks: range) -> Load:
     """`measure` in a fresh process, whose memory has not been higher before."""
     words = json.dumps([str(path), name, last_block, blocks.start, blocks.stop])
-    command = [sys.executable, "-c", "from dmae_ds.bench.teacher_load import measure_here; measure_here()", words]
+    command = [
+        sys.executable,
+        "-c",
+        "from dmae_ds.bench.teacher_load import measure_here; measure_here()",
+        words,
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RunFailed(f"measuring blocks {blocks.start + 1}-{blocks.stop} of {path} ended with exit code {done.returncode}; its own words stand above")
+        raise RunFailed(
+            f"measuring blocks {blocks.start + 1}-{blocks.stop} of {path} ended with exit code {done.returncode}; its own words stand above"
+        )
     return Load(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure_here() -> None:
     """The fresh process's side of `_measure_apart`."""
     path, name, last_block, first, stop = json.loads(sys.argv[1])
-    print(json.dumps(asdict(measure(Path(path), name=name, last_block=last_block, blocks=range(first, stop)))))
+    print(
+        json.dumps(asdict(measure(Path(path), name=name, last_block=last_block, blocks=range(first, stop))))
+    )
 
 
 def _ratios(load: Load) -> tuple[float, ...]:
@@ -92,18 +107,53 @@ def _ratios(load: Load) -> tuple[float, ...]:
 
 def table(loads: Loads) -> str:
     """One row a stage, then the worst of each ratio for every container and length, in aligned columns."""
-    rows = [("file", "P", "stage", "blocks", "needed", "read", "disk", "kept", "peak", "load", "floor", "read/needed", "disk/needed", "peak/kept", "load/floor")]
+    rows = [
+        (
+            "file",
+            "P",
+            "stage",
+            "blocks",
+            "needed",
+            "read",
+            "disk",
+            "kept",
+            "peak",
+            "load",
+            "floor",
+            "read/needed",
+            "disk/needed",
+            "peak/kept",
+            "load/floor",
+        )
+    ]
     rows += [("", "", "", "", *["MiB"] * 5, "s", "s", *[""] * 4)]
     worst: dict[tuple[str, int], tuple[float, ...]] = {}
     for (container, num_stages, stage, blocks), load in loads.items():
         sizes = [f"{size / MIB:.1f}" for size in (load.needed, load.read, load.disk, load.kept, load.peak)]
         seconds = [f"{load.load_s:.2f}", f"{load.floor_s:.2f}"]
-        rows.append((container, f"{num_stages}", f"{stage}", blocks, *sizes, *seconds, *(f"{ratio:.3f}" for ratio in _ratios(load))))
-        worst[container, num_stages] = tuple(map(max, _ratios(load), worst.get((container, num_stages), _ratios(load))))
+        rows.append(
+            (
+                container,
+                f"{num_stages}",
+                f"{stage}",
+                blocks,
+                *sizes,
+                *seconds,
+                *(f"{ratio:.3f}" for ratio in _ratios(load)),
+            )
+        )
+        worst[container, num_stages] = tuple(
+            map(max, _ratios(load), worst.get((container, num_stages), _ratios(load)))
+        )
     for (container, num_stages), ratios in worst.items():
         rows.append((container, f"{num_stages}", "worst", *[""] * 8, *(f"{ratio:.3f}" for ratio in ratios)))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        ).rstrip()
+        for row in rows
+    )
 
 
 def verdicts(loads: Loads) -> str:
@@ -117,7 +167,9 @@ def verdicts(loads: Loads) -> str:
         f"{loads[highest].peak / MIB:.0f} MiB for {loads[highest].kept / MIB:.0f} kept where it is closest ({_name(highest)})",
     ]
     if not all(load.was_cold for load in loads.values()):
-        lines.append("the page cache did not let go of the files: the columns disk, load and floor mean nothing here (a file system in memory?)")
+        lines.append(
+            "the page cache did not let go of the files: the columns disk, load and floor mean nothing here (a file system in memory?)"
+        )
     return "\n".join(lines)
 
 

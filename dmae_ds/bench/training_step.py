@@ -43,21 +43,40 @@ class TrainingStep:
     def __init__(self, config: RunConfig, *, world: dist.World, device: torch.device, data: bool):
         check_precision(config.precision, device)
         self.device = device
-        self.micro_batch, self.accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch, world.size, together=max(config.data.repeat, config.objective.neighbours))
+        self.micro_batch, self.accumulation = split_batch(
+            config.optim.global_batch,
+            config.optim.micro_batch,
+            world.size,
+            together=max(config.data.repeat, config.objective.neighbours),
+        )
         self.objective, shape = build_objective(config)
-        self.twin = None if self.objective.twin is None else TwinKeeper(self.objective, precision=config.precision, device=device)
+        self.twin = (
+            None
+            if self.objective.twin is None
+            else TwinKeeper(self.objective, precision=config.precision, device=device)
+        )
         self._progress = Progress(0, NUM_STEPS, 0.0, config.optim.epochs)
         self.objective.start_step(self._progress)
         self.teacher = NoTeacher()
         if config.teacher is not None:
             self.teacher = _random_teacher(config, self.objective, shape.depth, device)
         deepspeed = load_deepspeed(
-            config.deepspeed, micro_batch=self.micro_batch, accumulation=self.accumulation, world_size=world.size, clip_grad=config.optim.clip_grad,
+            config.deepspeed,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            world_size=world.size,
+            clip_grad=config.optim.clip_grad,
             precision=config.precision,
-        )  # fmt: skip
+        )
         self.kernels = choose_kernels(
-            config, self.objective, None if config.teacher is None else self.teacher.vit, device, zero_stage=zero_stage(deepspeed), large=True, twin=None if self.twin is None else self.twin.twin,
-        ).text  # fmt: skip
+            config,
+            self.objective,
+            None if config.teacher is None else self.teacher.vit,
+            device,
+            zero_stage=zero_stage(deepspeed),
+            large=True,
+            twin=None if self.twin is None else self.twin.twin,
+        ).text
         self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
         self.engine.set_lr(0.0)
         self.normalize = Normalize(config.data.mean, config.data.std).to(device)
@@ -88,17 +107,27 @@ class TrainingStep:
 
     def _random(self, rank: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(1000 + rank)
-        return itertools.cycle([random_batch(self.objective, self.micro_batch, generator).to(self.device) for _ in range(4)])
+        return itertools.cycle(
+            [random_batch(self.objective, self.micro_batch, generator).to(self.device) for _ in range(4)]
+        )
 
     def _loaded(self, config: RunConfig, world: dist.World) -> Iterator[Batch]:
         batches = training_batches(
-            config, self.objective, open_train(config.data, allow_pipe=False), world=world, device=self.device, micro_batch=self.micro_batch, accumulation=self.accumulation,
+            config,
+            self.objective,
+            open_train(config.data, allow_pipe=False),
+            world=world,
+            device=self.device,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
             stop_step=NUM_STEPS,
-        )  # fmt: skip
+        )
         return copied(batches, self.device)
 
 
-def _random_teacher(config: RunConfig, objective: Objective, whole_blocks: int, device: torch.device) -> FrozenTeacher:
+def _random_teacher(
+    config: RunConfig, objective: Objective, whole_blocks: int, device: torch.device
+) -> FrozenTeacher:
     """The cut teacher with random weights, replicated."""
     if config.teacher.placement != "replicated":
         raise UserError(
@@ -110,7 +139,14 @@ def _random_teacher(config: RunConfig, objective: Objective, whole_blocks: int, 
     vit = random_teacher(config, depth, None, device=device, sleep_ms=None)
     if config.teacher.dtype == "fp8":
         quantize_blocks(vit.blocks)
-    return _Cut(vit, objective.taps, None, view=resized_view(config, device), sees=config.teacher.sees, top=random_top(config, objective, device=device))
+    return _Cut(
+        vit,
+        objective.taps,
+        None,
+        view=resized_view(config, device),
+        sees=config.teacher.sees,
+        top=random_top(config, objective, device=device),
+    )
 
 
 class _Cut(FrozenTeacher):

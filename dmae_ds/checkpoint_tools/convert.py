@@ -35,21 +35,32 @@ def convert(path: Path, out: Path) -> str:
     folder.check_bytes(checkpoint)
     state = folder.read_state(checkpoint)
     if state["version"] < 3 and state["zero_stage"] == 0:
-        raise UserError(f"checkpoint '{checkpoint}' was written by a program that did not note which optimiser state is whose; continue it as it was written, and convert the next one")
+        raise UserError(
+            f"checkpoint '{checkpoint}' was written by a program that did not note which optimiser state is whose; continue it as it was written, and convert the next one"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = 2 * bytes_in(checkpoint), shutil.disk_usage(out.parent).free  # DeepSpeed's converter writes slices first
+    needed, free = (
+        2 * bytes_in(checkpoint),
+        shutil.disk_usage(out.parent).free,
+    )  # DeepSpeed's converter writes slices first
     if free < needed:
-        raise UserError(f"converting needs {needed / 2**20:,.0f} MiB in {out.parent}, {free / 2**20:,.0f} are free; make room, or choose another place")
+        raise UserError(
+            f"converting needs {needed / 2**20:,.0f} MiB in {out.parent}, {free / 2**20:,.0f} are free; make room, or choose another place"
+        )
     import_deepspeed(torch.device("cpu"))
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        (_convert_plain if state["zero_stage"] == 0 else _convert_parted)(checkpoint, temporary / checkpoint.name)
+        (_convert_plain if state["zero_stage"] == 0 else _convert_parted)(
+            checkpoint, temporary / checkpoint.name
+        )
         (temporary / "latest_universal").write_text(checkpoint.name)
         _sync(temporary)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "failed writing" not in str(error):  # torch.save's word for a full disk
+        if isinstance(error, RuntimeError) and "failed writing" not in str(
+            error
+        ):  # torch.save's word for a full disk
             raise
         raise UserError(f"'{out}' could not be written: {error}") from None
     finally:
@@ -65,9 +76,19 @@ def _convert_parted(checkpoint: Path, out: Path) -> None:
 
     # One worker each: without processes of its own. What a dense model lacks of its schema it may put in.
     options = Namespace(
-        input_folder=str(checkpoint), output_folder=str(out), num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
-    )  # fmt: skip
-    with _unpickling_nothing(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        input_folder=str(checkpoint),
+        output_folder=str(out),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with (
+        _unpickling_nothing(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         ds_to_universal.main(options)
 
 
@@ -102,7 +123,10 @@ def _convert_plain(checkpoint: Path, out: Path) -> None:
         torch.save(torch.tensor(state.step), folder / "step.pt")
     (model,) = checkpoint.glob("*_model_states.pt")
     file = load_file(model)
-    torch.save({DS_VERSION: file[DS_VERSION], PARAM_GROUPS: file["optimizer"][PARAM_GROUPS]}, out / "zero" / "optimizer_state.pt")
+    torch.save(
+        {DS_VERSION: file[DS_VERSION], PARAM_GROUPS: file["optimizer"][PARAM_GROUPS]},
+        out / "zero" / "optimizer_state.pt",
+    )
     shutil.copy2(model, out)
 
 

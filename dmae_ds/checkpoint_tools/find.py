@@ -32,5 +32,7 @@ def find_one(path: Path) -> tuple[CheckpointFolder, Path]:
         return folder, checkpoints[0]
     latest = folder.latest()
     if latest is None:
-        raise UserError(f"'{folder.path}' has no file `latest`: nothing was ever saved whole; name one checkpoint")
+        raise UserError(
+            f"'{folder.path}' has no file `latest`: nothing was ever saved whole; name one checkpoint"
+        )
     return folder, latest

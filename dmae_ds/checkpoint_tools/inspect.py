@@ -23,12 +23,37 @@ def inspect(path: Path) -> str:
         condition = "; ".join(wrong) or "sizes right"
         epoch = f"{state['position'] / state['num_samples']:.2f}" if "num_samples" in state else "?"
         cells = [state.get(key, "?") for key in ("step", "position", "world_size", "zero_stage", "precision")]
-        step, position, ranks, stage, precision = (f"{cell:,}" if isinstance(cell, int) else cell for cell in cells)
+        step, position, ranks, stage, precision = (
+            f"{cell:,}" if isinstance(cell, int) else cell for cell in cells
+        )
         mark = ", latest" if checkpoint.name == latest else ""
-        rows.append((checkpoint.name, step, position, epoch, ranks, stage, precision, f"{bytes_in(checkpoint) / 2**20:,.1f}", str(state.get("seconds", "?")), condition + mark))
+        rows.append(
+            (
+                checkpoint.name,
+                step,
+                position,
+                epoch,
+                ranks,
+                stage,
+                precision,
+                f"{bytes_in(checkpoint) / 2**20:,.1f}",
+                str(state.get("seconds", "?")),
+                condition + mark,
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
-    lines = ["  ".join(cell.ljust(width) if column in (0, 6, 9) else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    if latest is not None and len(checkpoints) > 1 and latest not in {checkpoint.name for checkpoint in checkpoints}:
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in (0, 6, 9) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+    if (
+        latest is not None
+        and len(checkpoints) > 1
+        and latest not in {checkpoint.name for checkpoint in checkpoints}
+    ):
         lines.append(f"`latest` names {latest}, which is not there")
     return "\n".join([str(folder.path), *lines])
 
@@ -42,8 +67,14 @@ def verify(path: Path) -> str:
         broken += [f"{checkpoint.name}: {what}" for what in wrong]
         if not wrong:
             files = state["files"].values()
-            unknown = ", sizes alone: it is older than checksums" if any(written.crc32 is None for written in files) else ""
-            lines.append(f"{checkpoint.name}: whole, {len(files)} files, {sum(written.bytes for written in files) / 2**20:,.1f} MiB{unknown}")
+            unknown = (
+                ", sizes alone: it is older than checksums"
+                if any(written.crc32 is None for written in files)
+                else ""
+            )
+            lines.append(
+                f"{checkpoint.name}: whole, {len(files)} files, {sum(written.bytes for written in files) / 2**20:,.1f} MiB{unknown}"
+            )
     if broken:
         raise UserError("; ".join([*broken, *lines]))
     return "\n".join(lines)

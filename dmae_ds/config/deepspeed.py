@@ -29,7 +29,9 @@ KNOWN: dict[str, Any] = {
             "stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
             "log_trace_cache_warnings enable_sanity_checks".split()
         ),
-        "offload_param": dict.fromkeys("device nvme_path buffer_count buffer_size max_in_cpu pin_memory".split()),
+        "offload_param": dict.fromkeys(
+            "device nvme_path buffer_count buffer_size max_in_cpu pin_memory".split()
+        ),
         "offload_optimizer": dict.fromkeys(
             "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio".split()
         ),
@@ -39,11 +41,15 @@ KNOWN: dict[str, Any] = {
     ),
     "bf16": dict.fromkeys("enabled immediate_grad_update check_grad_overflow".split()),
     "torch_autocast": dict.fromkeys("enabled dtype lower_precision_safe_modules".split()),
-    "aio": dict.fromkeys("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split()),
+    "aio": dict.fromkeys(
+        "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split()
+    ),
     "comms_logger": dict.fromkeys("enabled verbose prof_all prof_ops debug".split()),
     "data_types": dict.fromkeys("grad_accum_dtype".split()),
     "timers": {"throughput": dict.fromkeys("enabled synchronized".split())},
-    "checkpoint": dict.fromkeys("tag_validation parallel_write".split()),  # use_node_local_storage: all nodes share the run folder
+    "checkpoint": dict.fromkeys(
+        "tag_validation parallel_write".split()
+    ),  # use_node_local_storage: all nodes share the run folder
     **dict.fromkeys(
         "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print "
         "wall_clock_breakdown memory_breakdown dump_state communication_data_type prescale_gradients gradient_predivide_factor "
@@ -62,7 +68,9 @@ OWNED_ELSEWHERE = {
 }
 
 
-def load_deepspeed(name: str, *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, precision: str) -> dict:
+def load_deepspeed(
+    name: str, *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, precision: str
+) -> dict:
     """The complete DeepSpeed config of a run.
 
     name: a shipped file's name or a path; the other arguments are the recipe's.
@@ -74,14 +82,18 @@ def load_deepspeed(name: str, *, micro_batch: int, accumulation: int, world_size
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path}: found {type(config).__name__}, expected an object with keys such as zero_optimization")
+        raise UserError(
+            f"{path}: found {type(config).__name__}, expected an object with keys such as zero_optimization"
+        )
     _check_keys(config, KNOWN, path, prefix="")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
     if precision == "bf16" and stage == 0:
         # Measured with DeepSpeed 0.19.8: its first Adam update is about 3/4 of the right one.
-        raise UserError(f"precision bf16 is wrong under ZeRO 0 in DeepSpeed ({path.name}); use precision=bf16_autocast, or deepspeed=zero1 or higher")
+        raise UserError(
+            f"precision bf16 is wrong under ZeRO 0 in DeepSpeed ({path.name}); use precision=bf16_autocast, or deepspeed=zero1 or higher"
+        )
     for key, value, owner in _owned_by_recipe(micro_batch, accumulation, world_size, clip_grad, precision):
         _put(config, key.split("."), value, owner, path)
     _spare_waits(config, world_size)
@@ -117,7 +129,9 @@ def _check_keys(found: dict, known: dict, path: Path, prefix: str) -> None:
     for key, value in found.items():
         if key not in known:
             if not prefix and key in OWNED_ELSEWHERE:
-                raise UserError(f"{path}: '{key}' belongs to {OWNED_ELSEWHERE[key]} here; remove it from the DeepSpeed file")
+                raise UserError(
+                    f"{path}: '{key}' belongs to {OWNED_ELSEWHERE[key]} here; remove it from the DeepSpeed file"
+                )
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
             raise UserError(f"{path}: {prefix}{key} is unknown to this trainer; {hint}")
@@ -127,7 +141,9 @@ def _check_keys(found: dict, known: dict, path: Path, prefix: str) -> None:
             _check_keys(value, known[key], path, prefix=f"{prefix}{key}.")
 
 
-def _owned_by_recipe(micro_batch: int, accumulation: int, world_size: int, clip_grad: float, precision: str) -> list[tuple[str, Any, str]]:
+def _owned_by_recipe(
+    micro_batch: int, accumulation: int, world_size: int, clip_grad: float, precision: str
+) -> list[tuple[str, Any, str]]:
     return [
         ("train_batch_size", micro_batch * accumulation * world_size, "optim.global_batch"),
         ("train_micro_batch_size_per_gpu", micro_batch, "optim.micro_batch"),
@@ -147,6 +163,6 @@ def _put(config: dict, keys: list[str], value: Any, owner: str, path: Path) -> N
     found = config.get(last, "auto")
     if found != "auto" and found != value:
         raise UserError(
-            f"{path}: {'.'.join(keys)} is {found!r}, but the recipe's {owner} gives {value!r}; remove it from the DeepSpeed file or write \"auto\""
+            f'{path}: {".".join(keys)} is {found!r}, but the recipe\'s {owner} gives {value!r}; remove it from the DeepSpeed file or write "auto"'
         )
     config[last] = value

@@ -8,10 +8,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from dmae_ds.config.objectives import AugmentConfig, Section
-from dmae_ds.config.run import DataConfig, ModelConfig, OptimConfig, RunSection, ScheduleConfig, Unit, known_format
+from dmae_ds.config.run import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunSection,
+    ScheduleConfig,
+    Unit,
+    known_format,
+)
 
 
 class ClassifierConfig(Section):
@@ -49,7 +65,9 @@ class DistillConfig(Section):
 
     # deit_soft, deit_hard: through a distillation token (DeiT, Sec. 4); logits: Hinton's; features: squared error of the pooled ones
     method: Literal["deit_soft", "deit_hard", "logits", "features"]
-    teacher: str  # a classifier's weights: best.safetensors of `eval finetune`, or another file with distill.name
+    teacher: (
+        str  # a classifier's weights: best.safetensors of `eval finetune`, or another file with distill.name
+    )
     name: str | None = None  # its timm name, where the file doesn't say: mae_finetuned_vit_large.pth
     format: str = "auto"
     pool: Literal["mean", "cls"] = "mean"  # of a file that doesn't say
@@ -65,7 +83,9 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _temperature_where_it_is_used(self):
         if (self.temperature is not None) != (self.method in ("deit_soft", "logits")):
-            raise ValueError(f"distill.method {self.method} with temperature {self.temperature}; deit_soft and logits need one, the others have none")
+            raise ValueError(
+                f"distill.method {self.method} with temperature {self.temperature}; deit_soft and logits need one, the others have none"
+            )
         return self
 
 
@@ -74,7 +94,9 @@ class FinetuneConfig(ClassifierConfig):
 
     init: Literal["weights", "random"] = "weights"  # random: the same network from scratch
     drop_path: Unit = 0.1  # of the last block; the first has none
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step; its weights are then those validated and kept
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # decay a step; its weights are then those validated and kept
+    )
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     augment: AugmentConfig = AugmentConfig()
     distill: DistillConfig | None = None
@@ -82,7 +104,9 @@ class FinetuneConfig(ClassifierConfig):
     @model_validator(mode="after")
     def _token_beside_cls(self):
         if self.distill is not None and self.distill.method.startswith("deit") and self.pool != "cls":
-            raise ValueError(f"distill.method {self.distill.method} puts a distillation token beside CLS; set pool=cls")
+            raise ValueError(
+                f"distill.method {self.distill.method} puts a distillation token beside CLS; set pool=cls"
+            )
         return self
 
 

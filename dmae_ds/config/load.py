@@ -20,7 +20,14 @@ from dmae_ds.errors import UserError
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def load_config(recipe: str, overrides: list[str] = (), *, schema: type[Schema] = RunConfig, kind: str = "recipe", below: dict | None = None) -> Schema:
+def load_config(
+    recipe: str,
+    overrides: list[str] = (),
+    *,
+    schema: type[Schema] = RunConfig,
+    kind: str = "recipe",
+    below: dict | None = None,
+) -> Schema:
     """Read a recipe (path or shipped name) and apply overrides such as `objective.mask_ratio=0.9`.
 
     schema, kind: the root, and where its shipped recipes are (shipped.py); below: values that the recipe's own stand over
@@ -29,12 +36,16 @@ def load_config(recipe: str, overrides: list[str] = (), *, schema: type[Schema] 
     path = find_file(kind, recipe)
     values = _read_yaml(path.read_text(encoding="utf-8"), where=str(path))
     if not isinstance(values, dict):
-        raise UserError(f"{path}: found {type(values).__name__}, expected a mapping of sections such as `student:`")
+        raise UserError(
+            f"{path}: found {type(values).__name__}, expected a mapping of sections such as `student:`"
+        )
     values = _lay_over(below or {}, values)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UserError(f"'{override}' is not an override; write key=value, for example objective.mask_ratio=0.9")
+            raise UserError(
+                f"'{override}' is not an override; write key=value, for example objective.mask_ratio=0.9"
+            )
         _set(values, key, _read_yaml(text, where=f"override {key}"))
     try:
         return schema.model_validate(values)
@@ -60,7 +71,9 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with floats as people write them, and without silently doubled keys."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _mapping_without_doubles(loader: _Loader, node: yaml.MappingNode) -> dict:
@@ -80,7 +93,9 @@ def _read_yaml(text: str, *, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(
+            f"{where}{line}: not readable as YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
 
 
 def _set(values: dict, dotted: str, value: Any) -> None:
@@ -105,7 +120,11 @@ def _explain(item: dict, schema: type[BaseModel]) -> str:
         known = _known_keys(item["loc"][:-1], schema)
         near = get_close_matches(location[-1], known, n=1, cutoff=0.5)
         prefix = ".".join(location[:-1])
-        hint = f"did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else f"known here: {', '.join(known)}"
+        hint = (
+            f"did you mean {'.'.join(filter(None, [prefix, near[0]]))}?"
+            if near
+            else f"known here: {', '.join(known)}"
+        )
         return f"{key} is unknown; {hint}"
     if item["type"] == "missing":
         return f"{key} is missing; set it in the recipe or as {key}=..."
@@ -121,9 +140,16 @@ def _known_keys(location: tuple, schema: type[BaseModel]) -> list[str]:
     """Fields of the section at a location, found by walking the schema's annotations."""
     models: list[type[BaseModel]] = [schema]
     for part in location:
-        children = [child for model in models if part in model.model_fields for child in _models_in(model.model_fields[part].annotation)]
+        children = [
+            child
+            for model in models
+            if part in model.model_fields
+            for child in _models_in(model.model_fields[part].annotation)
+        ]
         # The tag of a discriminated union names one of its members and no field.
-        models = children or [model for model in models if part in get_args(model.model_fields.get("name", _NoField).annotation)]
+        models = children or [
+            model for model in models if part in get_args(model.model_fields.get("name", _NoField).annotation)
+        ]
     return sorted({field for model in models for field in model.model_fields})
 
 
@@ -141,7 +167,9 @@ def read_saved_config(run_dir: Path) -> RunConfig:
     """The resolved config of a run folder. Raises UserError where there is none."""
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise UserError(f"'{run_dir}' is not a run folder: no config.yaml in it; name a folder that `dmae-ds train` wrote")
+        raise UserError(
+            f"'{run_dir}' is not a run folder: no config.yaml in it; name a folder that `dmae-ds train` wrote"
+        )
     return load_config(str(path))
 
 

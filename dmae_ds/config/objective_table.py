@@ -11,7 +11,11 @@ from dmae_ds.config.shipped import shipped_files
 def shipped_objectives() -> dict[str, type[ObjectiveSection]]:
     """The schemas by their names, in the schema's order."""
     union, _ = get_args(ShippedObjective)
-    return {name: schema for schema in get_args(union) for name in get_args(schema.model_fields["name"].annotation)}
+    return {
+        name: schema
+        for schema in get_args(union)
+        for name in get_args(schema.model_fields["name"].annotation)
+    }
 
 
 def objective_table() -> str:
@@ -23,4 +27,11 @@ def objective_table() -> str:
         rows.append((name, teacher, "yes" if schema.needs_labels else "no", schema.__doc__.splitlines()[0]))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"recipes: {', '.join(shipped_files('recipe'))}", "train one: dmae-ds train RECIPE [key=value ...]"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"recipes: {', '.join(shipped_files('recipe'))}",
+            "train one: dmae-ds train RECIPE [key=value ...]",
+        ]
+    )

@@ -10,7 +10,20 @@ import importlib
 import re
 from typing import Annotated, Any, Callable, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, ValidationError, WrapValidator, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 Momentum = Annotated[float, Field(ge=0, le=1)]
 RAND_AUGMENT = r"rand(-(m\d+|n\d+|p0?\.\d+|mstd\d*\.?\d+|mmax\d+|inc[01]))*"
@@ -116,17 +129,26 @@ class SdaeConfig(MaskedPatches):
     # whole picture; or one crop of the masked patches, `crop_ratio` of them (Table 1, Figure 4b).
     teacher_sees: Literal["folds", "masked", "all", "crop"] = "folds"
     folds: Annotated[int, Field(ge=2)] | None = None  # null: 3 (Sec. 4.3), with teacher_sees folds
-    crop_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None  # null: 1/3, as large as one of three folds, with teacher_sees crop
+    crop_ratio: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # null: 1/3, as large as one of three folds, with teacher_sees crop
+    )
     # channels: the paper's Eq. 4, token by token; tokens: what the published code computes, for each channel over a fold's tokens.
     cosine_over: Literal["channels", "tokens"] = "channels"
-    momentum: tuple[Momentum, Momentum] = (0.96, 0.99)  # Eq. 7: of the first and of the last update, by half a cosine
-    momentum_every: Literal["epoch", "step"] = "epoch"  # the paper's Sec. 4.2: once a step is very sensitive to its value
+    momentum: tuple[Momentum, Momentum] = (
+        0.96,
+        0.99,
+    )  # Eq. 7: of the first and of the last update, by half a cosine
+    momentum_every: Literal["epoch", "step"] = (
+        "epoch"  # the paper's Sec. 4.2: once a step is very sensitive to its value
+    )
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
         for name, sees in (("folds", "folds"), ("crop_ratio", "crop")):
             if getattr(self, name) is not None and self.teacher_sees != sees:
-                raise ValueError(f"{name} is of no use to teacher_sees {self.teacher_sees}; set objective.teacher_sees={sees}, or remove it")
+                raise ValueError(
+                    f"{name} is of no use to teacher_sees {self.teacher_sees}; set objective.teacher_sees={sees}, or remove it"
+                )
         return self
 
 
@@ -144,7 +166,10 @@ class DinoConfig(ObjectiveSection):
     local_scale: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.25)  # share of the picture's area
     photometric: bool = True  # colours, blur and solarisation as in BYOL; false: crops and flips alone
     student_temperature: PositiveFloat = 0.1
-    teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)  # of the first step, and after the warm-up
+    teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (
+        0.04,
+        0.07,
+    )  # of the first step, and after the warm-up
     teacher_temperature_warmup_epochs: NonNegativeFloat = 50.0
     momentum: Momentum = 0.996  # of the first step; rises to 1 by half a cosine
     center_momentum: Momentum = 0.9
@@ -158,13 +183,17 @@ class DinoConfig(ObjectiveSection):
     def check_epochs(self, epochs: float) -> None:
         warmup = self.teacher_temperature_warmup_epochs
         if warmup > epochs:
-            raise ValueError(f"objective.teacher_temperature_warmup_epochs {warmup:g} is above optim.epochs {epochs:g}; shorten the warm-up or train longer")
+            raise ValueError(
+                f"objective.teacher_temperature_warmup_epochs {warmup:g} is above optim.epochs {epochs:g}; shorten the warm-up or train longer"
+            )
 
     @model_validator(mode="after")
     def _crops_can_be(self):
         low, high = self.local_scale
         if not low <= high <= 1:
-            raise ValueError(f"local_scale [{low:g}, {high:g}] is not a range of area shares; give 0 < low <= high <= 1")
+            raise ValueError(
+                f"local_scale [{low:g}, {high:g}] is not a range of area shares; give 0 < low <= high <= 1"
+            )
         for name in ("local_size", "local_scale"):
             if self.local_crops == 0 and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is of no use without local_crops; set that above 0, or remove it")
@@ -209,7 +238,9 @@ class G2sdGenericConfig(MaskedPatches):
     needs_teacher: ClassVar[bool] = True
     name: Literal["g2sd_generic"]
     target: Literal["features", "reconstruction", "reconstruction_and_pixels"] = "features"  # Table 4
-    decoder_block: PositiveInt | None = None  # of the teacher's decoder, from 1, with target features; null: half of it, which is 4 of 8
+    decoder_block: PositiveInt | None = (
+        None  # of the teacher's decoder, from 1, with target features; null: half of it, which is 4 of 8
+    )
     # all: every patch and CLS, as the published script; masked: the paper's text. null: all; masked for a reconstruction, which has no other.
     tokens: Literal["all", "masked"] | None = None
     norm_pix: bool = False  # with reconstruction_and_pixels: whether the teacher paints normalised patches, as mae_pretrain_*_full.pth does
@@ -217,11 +248,17 @@ class G2sdGenericConfig(MaskedPatches):
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
         if self.target != "features" and self.decoder_block is not None:
-            raise ValueError(f"decoder_block is of no use to target {self.target}; set objective.target=features, or remove it")
+            raise ValueError(
+                f"decoder_block is of no use to target {self.target}; set objective.target=features, or remove it"
+            )
         if self.target != "features" and self.tokens == "all":
-            raise ValueError(f"tokens all with target {self.target}: it has targets at masked patches alone; set objective.tokens=masked")
+            raise ValueError(
+                f"tokens all with target {self.target}: it has targets at masked patches alone; set objective.tokens=masked"
+            )
         if self.target != "reconstruction_and_pixels" and self.norm_pix:
-            raise ValueError(f"norm_pix is of no use to target {self.target}; set objective.target=reconstruction_and_pixels, or remove it")
+            raise ValueError(
+                f"norm_pix is of no use to target {self.target}; set objective.target=reconstruction_and_pixels, or remove it"
+            )
         return self
 
 
@@ -248,9 +285,13 @@ def find_own(name: str) -> type | None:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"name '{name}' can't be imported ({error}); give module:Class, or the name of a shipped objective") from None
+        raise ValueError(
+            f"name '{name}' can't be imported ({error}); give module:Class, or the name of a shipped objective"
+        ) from None
     if not issubclass(getattr(found, "Config", Section), ObjectiveSection):
-        raise ValueError(f"name '{name}' has no schema: give the class a `Config`, a subclass of dmae_ds.config.objectives.ObjectiveSection")
+        raise ValueError(
+            f"name '{name}' has no schema: give the class a `Config`, a subclass of dmae_ds.config.objectives.ObjectiveSection"
+        )
     return found
 
 
@@ -266,5 +307,8 @@ def _read_own(value: Any, shipped: Callable[[Any], Any]) -> Any:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-ShippedObjective = Annotated[MaeConfig | DmaeConfig | MoCoV3Config | SdaeConfig | DinoConfig | G2sdGenericConfig | G2sdSpecificConfig, Field(discriminator="name")]
+ShippedObjective = Annotated[
+    MaeConfig | DmaeConfig | MoCoV3Config | SdaeConfig | DinoConfig | G2sdGenericConfig | G2sdSpecificConfig,
+    Field(discriminator="name"),
+]
 ObjectiveConfig = Annotated[ShippedObjective, WrapValidator(_read_own), SerializeAsAny()]

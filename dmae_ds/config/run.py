@@ -10,7 +10,15 @@ import re
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from dmae_ds.config.objectives import ObjectiveConfig, Section
 
@@ -40,7 +48,14 @@ class StudentConfig(ModelConfig):
     weights: str | None = None  # a run folder, or a file of any of TEACHER_FORMATS; null: drawn from run.seed
 
 
-TEACHER_FORMATS = ("timm", "mae", "hf", "dinov2", "dinov3", "dmae_ds")  # explained in dmae_ds/teacher/formats.py
+TEACHER_FORMATS = (
+    "timm",
+    "mae",
+    "hf",
+    "dinov2",
+    "dinov3",
+    "dmae_ds",
+)  # explained in dmae_ds/teacher/formats.py
 IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
@@ -48,13 +63,17 @@ def known_format(value: str) -> str:
     """The name of a key map, as it was given. Raises ValueError for one that can't be."""
     if value not in (*TEACHER_FORMATS, "auto") and not re.fullmatch(IMPORT_PATH, value):
         near = get_close_matches(value, TEACHER_FORMATS, n=1)
-        raise ValueError(f"'{value}' is unknown; {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(TEACHER_FORMATS)}, auto, or module:function")
+        raise ValueError(
+            f"'{value}' is unknown; {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(TEACHER_FORMATS)}, auto, or module:function"
+        )
     return value
 
 
 def looks_like_hub_id(weights: str) -> bool:
     """`owner/name`, which a path of a weights file never is."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights)) and not weights.endswith((".safetensors", ".pth", ".pt", ".bin", ".json"))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights)) and not weights.endswith(
+        (".safetensors", ".pth", ".pt", ".bin", ".json")
+    )
 
 
 class TeacherConfig(ModelConfig):
@@ -63,10 +82,16 @@ class TeacherConfig(ModelConfig):
     `name` may also be `module:function` of your own, which returns a timm VisionTransformer or Eva.
     """
 
-    weights: str | None = None  # a file, an index of parts, a folder, or a hub id such as facebook/vit-mae-large
+    weights: str | None = (
+        None  # a file, an index of parts, a folder, or a hub id such as facebook/vit-mae-large
+    )
     pretrained: bool = False  # the weights that timm knows under a tagged name: vit_large_patch16_224.mae
-    format: str = "timm"  # one of TEACHER_FORMATS; auto, where exactly one fits; or module:function of your own
-    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"  # fp8: matrix products in float8, by torchao (dmae_ds/teacher/fp8.py)
+    format: str = (
+        "timm"  # one of TEACHER_FORMATS; auto, where exactly one fits; or module:function of your own
+    )
+    dtype: Literal["fp32", "bf16", "fp8"] = (
+        "fp32"  # fp8: matrix products in float8, by torchao (dmae_ds/teacher/fp8.py)
+    )
     # visible: the student's patches, as masked autoencoders were trained; all: the whole picture, for teachers that never
     # met dropped tokens. The loss takes the student's patches either way.
     sees: Literal["visible", "all"] = "visible"
@@ -81,26 +106,40 @@ class TeacherConfig(ModelConfig):
     decoder_depth: PositiveInt = 8
     decoder_embed_dim: PositiveInt = 512
     decoder_num_heads: PositiveInt = 16
-    pool: Literal["mean", "cls"] = "mean"  # what a classifier sees, where the objective taps its logits: the patch tokens' mean, or CLS
+    pool: Literal["mean", "cls"] = (
+        "mean"  # what a classifier sees, where the objective taps its logits: the patch tokens' mean, or CLS
+    )
     # What its features are turned into before they are compared: zscore and phi_s need `dmae-ds teacher stats` once.
     standardize: Literal["none", "layer_norm", "zscore", "phi_s"] = "none"
     stats: str | None = None  # the file of `dmae-ds teacher stats`; null: beside the weights
-    license: str | None = None  # of its weights, for the cards of exports, where timm or a card beside the weights doesn't say it: cc-by-nc-4.0
+    license: str | None = (
+        None  # of its weights, for the cards of exports, where timm or a card beside the weights doesn't say it: cc-by-nc-4.0
+    )
 
     @model_validator(mode="after")
     def _weights_from_one_place(self):
         if self.pretrained == (self.weights is not None):
-            raise ValueError("give either teacher.weights, or teacher.pretrained=true with a tagged name such as vit_large_patch16_224.mae")
+            raise ValueError(
+                "give either teacher.weights, or teacher.pretrained=true with a tagged name such as vit_large_patch16_224.mae"
+            )
         if self.pretrained and ("." not in self.name or self.format != "timm"):
-            raise ValueError(f"teacher.pretrained needs a name with timm's tag, such as vit_large_patch16_224.mae, and format timm; found {self.name}, {self.format}")
+            raise ValueError(
+                f"teacher.pretrained needs a name with timm's tag, such as vit_large_patch16_224.mae, and format timm; found {self.name}, {self.format}"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("give both teacher.mean and teacher.std, or neither")
         if (self.placement == "pipeline") != (self.stages is not None):
-            raise ValueError(f"teacher.placement {self.placement} with teacher.stages {self.stages}; a pipeline needs a number of stages, and nothing else has one")
+            raise ValueError(
+                f"teacher.placement {self.placement} with teacher.stages {self.stages}; a pipeline needs a number of stages, and nothing else has one"
+            )
         if self.dtype == "fp8" and self.placement != "replicated":
-            raise ValueError(f"teacher.dtype fp8 works with teacher.placement replicated alone, found {self.placement}; set that, or teacher.dtype=bf16")
+            raise ValueError(
+                f"teacher.dtype fp8 works with teacher.placement replicated alone, found {self.placement}; set that, or teacher.dtype=bf16"
+            )
         if self.stats is not None and self.standardize not in ("zscore", "phi_s"):
-            raise ValueError(f"teacher.stats is of no use to standardize {self.standardize}; set teacher.standardize=zscore or phi_s, or remove it")
+            raise ValueError(
+                f"teacher.stats is of no use to standardize {self.standardize}; set teacher.standardize=zscore or phi_s, or remove it"
+            )
         return self
 
     @field_validator("format")
@@ -148,7 +187,9 @@ class DataConfig(Section):
     def _scale_is_a_range(self):
         low, high = self.crop_scale
         if not low <= high <= 1:
-            raise ValueError(f"crop_scale [{low:g}, {high:g}] is not a range of area shares; give 0 < low <= high <= 1")
+            raise ValueError(
+                f"crop_scale [{low:g}, {high:g}] is not a range of area shares; give 0 < low <= high <= 1"
+            )
         return self
 
     @model_validator(mode="after")
@@ -162,7 +203,9 @@ class DataConfig(Section):
             if getattr(self, name) != defaults[name] and not met:
                 raise ValueError(f"data.{name} is of no use without {needs}; set that too, or remove it")
         if self.num_samples is not None and self.repeat > 1:
-            raise ValueError("data.repeat works with indexed shards alone, and data.num_samples is for tars without an index; remove one of the two (`dmae-shards index` makes one)")
+            raise ValueError(
+                "data.repeat works with indexed shards alone, and data.num_samples is for tars without an index; remove one of the two (`dmae-shards index` makes one)"
+            )
         return self
 
 
@@ -179,7 +222,9 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _warmup_ends(self):
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} is not below epochs {self.epochs:g}; shorten the warm-up or train longer")
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs:g} is not below epochs {self.epochs:g}; shorten the warm-up or train longer"
+            )
         return self
 
 
@@ -211,7 +256,9 @@ class LogConfig(Section):
 class DistConfig(Section):
     """How ranks look after each other (dmae_ds/heartbeat.py)."""
 
-    timeout_s: PositiveFloat = 600.0  # that anybody waits for a rank, in any collective; longer than the slowest save
+    timeout_s: PositiveFloat = (
+        600.0  # that anybody waits for a rank, in any collective; longer than the slowest save
+    )
 
 
 class EvalConfig(Section):
@@ -224,15 +271,23 @@ class EvalConfig(Section):
     knn_k: PositiveInt = 20
     knn_temperature: PositiveFloat = 0.07
     knn_pool: Literal["mean", "cls"] = "mean"
-    knn_labels: str = "all"  # training pictures that vote: 10% costs about a tenth (dmae_ds/evaluate/subsets.py; seed 0)
+    knn_labels: str = (
+        "all"  # training pictures that vote: 10% costs about a tenth (dmae_ds/evaluate/subsets.py; seed 0)
+    )
     batch_size: PositiveInt = 64  # pictures a rank embeds at once
     memory_gib: PositiveFloat = 1.0  # for the search, beyond the features
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
         if self.knn_every is None and self.model_fields_set - {"knn_every"} and self != EvalConfig():
-            changed = next(name for name in type(self).model_fields if getattr(self, name) != type(self).model_fields[name].default)
-            raise ValueError(f"eval.{changed} is of no use without eval.knn_every; set that too, or remove it")
+            changed = next(
+                name
+                for name in type(self).model_fields
+                if getattr(self, name) != type(self).model_fields[name].default
+            )
+            raise ValueError(
+                f"eval.{changed} is of no use without eval.knn_every; set that too, or remove it"
+            )
         return self
 
 
@@ -247,7 +302,9 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     # fp32; bf16 and fp16: DeepSpeed's engines with fp32 masters; bf16_autocast: fp32 weights, bf16 matrix products.
     precision: Literal["fp32", "bf16", "bf16_autocast", "fp16"] = "fp32"
-    compile: bool = False  # torch.compile for the blocks of student, decoder and teacher (dmae_ds/models/compiled.py)
+    compile: bool = (
+        False  # torch.compile for the blocks of student, decoder and teacher (dmae_ds/models/compiled.py)
+    )
     # Linear layers in fp32 on CPUs: auto tries oneDNN against torch and takes the clearly faster one (dmae_ds/models/onednn.py).
     linear: Literal["auto", "torch", "onednn"] = "auto"
     deepspeed: str = "zero2"  # a file of ds_configs/ by name, or the path of your own JSON

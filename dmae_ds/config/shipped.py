@@ -27,7 +27,11 @@ def shipped_files(kind: str) -> dict[str, Path]:
     checkout, installed, suffix = _FOLDERS[kind]
     folder = installed if installed.is_dir() else checkout
     files = {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
-    return {name: path for name, path in files.items() if name.startswith(_OF_EVALUATIONS) == (kind == "evaluation recipe")}
+    return {
+        name: path
+        for name, path in files.items()
+        if name.startswith(_OF_EVALUATIONS) == (kind == "evaluation recipe")
+    }
 
 
 def find_file(kind: str, name: str) -> Path:
@@ -43,4 +47,6 @@ def find_file(kind: str, name: str) -> Path:
         return files[name]
     near = get_close_matches(name, files, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"{kind} '{name}' is neither a file nor a shipped name; {hint}shipped: {', '.join(files)}")
+    raise UserError(
+        f"{kind} '{name}' is neither a file nor a shipped name; {hint}shipped: {', '.join(files)}"
+    )

@@ -57,12 +57,28 @@ class Batch:
         """Training batches one behind the other."""
         if len(parts) == 1:
             return parts[0]
-        columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)}
-        return cls(**{name: tuple(map(torch.cat, zip(*values))) if name == "more_views" else torch.cat(values) for name, values in columns.items()})
+        columns = {
+            field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)
+        }
+        return cls(
+            **{
+                name: tuple(map(torch.cat, zip(*values))) if name == "more_views" else torch.cat(values)
+                for name, values in columns.items()
+            }
+        )
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: tuple(map(function, value)) if isinstance(value, tuple) else None if value is None else function(value) for name, value in fields.items()})
+        return Batch(
+            **{
+                name: tuple(map(function, value))
+                if isinstance(value, tuple)
+                else None
+                if value is None
+                else function(value)
+                for name, value in fields.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -122,37 +138,67 @@ def load_train_batch(
     noise = np.empty((len(ids) * repeat, num_patches), np.float32)
     labels, shown, corrupt = np.empty(len(ids), np.int64), ids.copy(), []
     for row, (epoch, sample_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
-        stand_ins = _stand_ins(int(places[row]), epoch=epoch, num_samples=num_samples, seed=seed, subset=subset)
-        sample, image, found = _read_whole(reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins)
+        stand_ins = _stand_ins(
+            int(places[row]), epoch=epoch, num_samples=num_samples, seed=seed, subset=subset
+        )
+        sample, image, found = _read_whole(
+            reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins
+        )
         corrupt += found
         for number in range(repeat):
             key = {"seed": seed, "epoch": epoch, "sample_id": sample_id}
-            drawn = draw_views(image, views, **key, number=number, img_size=img_size, crop_scale=crop_scale, flip=flip, crop=crop)
+            drawn = draw_views(
+                image,
+                views,
+                **key,
+                number=number,
+                img_size=img_size,
+                crop_scale=crop_scale,
+                flip=flip,
+                crop=crop,
+            )
             for place, view in enumerate(drawn):
                 view_key = number * len(views) + place
                 if augment is not None:
                     view = augment(view, sample_rng(**key, stream=AUGMENT_STREAM, view=view_key))
-                pixels[place][row * repeat + number] = torch.from_numpy(view)  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
+                pixels[place][row * repeat + number] = torch.from_numpy(
+                    view
+                )  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
             mask_rng = sample_rng(**key, stream=MASK_STREAM, view=number * len(views))
             noise[row * repeat + number] = mask_rng.random(num_patches, dtype=np.float32)
         labels[row], shown[row] = sample.label, sample.sample_id
     per_view = (np.repeat(found, repeat) for found in (labels, shown, epochs))
-    return Loaded(Batch(pixels[0], torch.from_numpy(noise), *map(torch.from_numpy, per_view), more_views=tuple(pixels[1:])), corrupt)
+    return Loaded(
+        Batch(
+            pixels[0], torch.from_numpy(noise), *map(torch.from_numpy, per_view), more_views=tuple(pixels[1:])
+        ),
+        corrupt,
+    )
 
 
 def empty_views(views: tuple[View, ...], num: int, *, img_size: int) -> list[torch.Tensor]:
     """Room for each view of `num` pictures: [num, 3, S, S] uint8."""
-    return [torch.empty((num, 3, view.size or img_size, view.size or img_size), dtype=torch.uint8) for view in views]
+    return [
+        torch.empty((num, 3, view.size or img_size, view.size or img_size), dtype=torch.uint8)
+        for view in views
+    ]
 
 
-def _stand_ins(place: int, *, epoch: int, num_samples: int, seed: int, subset: np.ndarray | None) -> Iterator[int]:
+def _stand_ins(
+    place: int, *, epoch: int, num_samples: int, seed: int, subset: np.ndarray | None
+) -> Iterator[int]:
     """The ids that may stand for a sample, of the same subset. Nothing is computed before the first is asked for."""
     for candidate in replacements(place, epoch=epoch, num_samples=num_samples, seed=seed):
         yield candidate if subset is None else int(subset[candidate])
 
 
 def _read_whole(
-    reader: SampleReader, sample_id: int, *, span: tuple[int, int] | None, epoch: int, stand_ins: Iterator[int]
+    reader: SampleReader,
+    sample_id: int,
+    *,
+    span: tuple[int, int] | None,
+    epoch: int,
+    stand_ins: Iterator[int],
 ) -> tuple[Sample, np.ndarray, list[Corrupt]]:
     """A sample and its picture, or where it is corrupt those that stand for it (corrupt.py), and what was corrupt."""
     try:
@@ -167,7 +213,11 @@ def _read_whole(
         except CorruptSample as error:
             found.append(error)
             continue
-        return sample, image, [Corrupt(e.shard, e.key, e.sample_id, e.reason, epoch, candidate) for e in found]
+        return (
+            sample,
+            image,
+            [Corrupt(e.shard, e.key, e.sample_id, e.reason, epoch, candidate) for e in found],
+        )
     raise first
 
 

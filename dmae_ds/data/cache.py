@@ -35,7 +35,9 @@ def make_cache(folder: Path, fingerprint: str, *, limit_bytes: int) -> "ChunkCac
         with cache.locked() as usage:
             usage.value = _tidy(cache.root, keep=cache.folder.name, limit_bytes=limit_bytes)
     except OSError as error:
-        raise ShardError(f"data.cache_dir '{folder}' cannot be used: {error.strerror}; choose another, or null") from None
+        raise ShardError(
+            f"data.cache_dir '{folder}' cannot be used: {error.strerror}; choose another, or null"
+        ) from None
     return cache
 
 
@@ -51,7 +53,9 @@ class ChunkCache:
         self.root, self.limit_bytes = folder / FOLDER, limit_bytes
         self.folder = self.root / fingerprint[:16]
 
-    def read(self, name: str, offset: int, size: int, *, file_size: int, fetch: Callable[[int, int], bytes]) -> bytes:
+    def read(
+        self, name: str, offset: int, size: int, *, file_size: int, fetch: Callable[[int, int], bytes]
+    ) -> bytes:
         """Bytes [offset, offset + size) of a file, from chunks that are here and `fetch(offset, size)` for the others."""
         first, last = offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES
         chunks = {number: self._load(name, number, file_size) for number in range(first, last + 1)}
@@ -141,9 +145,14 @@ def _tidy(root: Path, *, keep: str, limit_bytes: int) -> int:
                     path.unlink()
                 elif not path.is_dir():
                     used[folder] += status.st_size
-    others = sorted((folder for folder in used if folder.name != keep), key=lambda folder: folder.stat().st_mtime)
+    others = sorted(
+        (folder for folder in used if folder.name != keep), key=lambda folder: folder.stat().st_mtime
+    )
     for folder in others:
-        if sum(used.values()) - used.get(root / keep, 0) <= limit_bytes // 2 and sum(used.values()) <= limit_bytes:
+        if (
+            sum(used.values()) - used.get(root / keep, 0) <= limit_bytes // 2
+            and sum(used.values()) <= limit_bytes
+        ):
             break
         shutil.rmtree(folder, ignore_errors=True)
         del used[folder]

@@ -71,11 +71,16 @@ class CorruptLog:
                     f"{self.max_corrupt} ({count} so far{where}); mend the shards (`dmae-shards verify` names what differs), or raise it"
                 )
             if is_new:
-                instead = f"sample id {corrupt.replaced_by} stands for it" if corrupt.replaced_by >= 0 else "it is left out"
+                instead = (
+                    f"sample id {corrupt.replaced_by} stands for it"
+                    if corrupt.replaced_by >= 0
+                    else "it is left out"
+                )
                 print(
                     f"WARNING: {corrupt.shard}: sample {corrupt.key} is corrupt ({corrupt.reason}), {instead}; {count} of at most {self.max_corrupt}",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _catch_up(self) -> None:
         """Read what other ranks, and the run before a resume, have written since."""
@@ -96,7 +101,9 @@ class CorruptLog:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)  # a line is one append: never mixed
+        descriptor = os.open(
+            self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+        )  # a line is one append: never mixed
         try:
             os.write(descriptor, json.dumps(asdict(corrupt)).encode() + b"\n")
         finally:

@@ -17,8 +17,12 @@ from dmae_ds.data.reader import CorruptSample, Sample
 from dmae_ds.data.shards import SOURCES
 
 MAX_PIXELS = 2**26  # 67 M: 200 MB of RGB, under 1 GiB in every decoder; a photograph has 1 to 50 M
-MAX_SCANNED_PIXELS = 2**30  # pixels x scans of a progressive JPEG: thousands of scans are an attack, ten are usual
-COUNT_FROM = 2**36  # pixels x bytes below which no number of scans takes seconds; counting them costs 5% of decoding
+MAX_SCANNED_PIXELS = (
+    2**30
+)  # pixels x scans of a progressive JPEG: thousands of scans are an attack, ten are usual
+COUNT_FROM = (
+    2**36
+)  # pixels x bytes below which no number of scans takes seconds; counting them costs 5% of decoding
 PLAIN = {"YCbCr", "Gray", "RGB"}
 
 
@@ -50,7 +54,9 @@ def _decode_with_pil(data: bytes) -> np.ndarray:
         raise
     except UnidentifiedImageError:  # its own text is a memory address
         raise ValueError("not a JPEG or PNG image") from None
-    except Exception as error:  # PIL's decoders let nearly everything escape: OSError, SyntaxError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # PIL's decoders let nearly everything escape: OSError, SyntaxError, struct.error, ...
         raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
 
 
@@ -62,8 +68,11 @@ def decode(sample: Sample) -> np.ndarray:
         raise CorruptSample(
             f"{sample.shard}: sample {sample.key} cannot be decoded ({error}); take its source "
             f"(line {int(sample.key) + 1} of {SOURCES}) out and make the shards again",
-            sample_id=sample.sample_id, key=sample.key, shard=sample.shard, reason=str(error),
-        )  # fmt: skip
+            sample_id=sample.sample_id,
+            key=sample.key,
+            shard=sample.shard,
+            reason=str(error),
+        )
 
 
 class TooLarge(ValueError):
@@ -76,4 +85,6 @@ def _count_scans(data: bytes, num_pixels: int) -> int:
 
 def _check_size(width: int, height: int, *, scans: int) -> None:
     if width * height > MAX_PIXELS or width * height * scans > MAX_SCANNED_PIXELS:
-        raise TooLarge(f"{width}x{height} pixels in {scans} scans; at most {MAX_PIXELS:,} pixels are read, times scans {MAX_SCANNED_PIXELS:,}")
+        raise TooLarge(
+            f"{width}x{height} pixels in {scans} scans; at most {MAX_PIXELS:,} pixels are read, times scans {MAX_SCANNED_PIXELS:,}"
+        )

@@ -70,25 +70,50 @@ def train_batches(
             f"x world_size {world_size} = {micro_batch * accumulation * world_size}"
         )
     if micro_batch % repeat:
-        raise UserError(f"data.repeat {repeat} does not divide the {micro_batch} images that a rank sees at once; take another, or another optim.micro_batch")
+        raise UserError(
+            f"data.repeat {repeat} does not divide the {micro_batch} images that a rank sees at once; take another, or another optim.micro_batch"
+        )
     if subset is not None and block > 1:
-        raise UserError(f"data.block {block} reads many consecutive samples for the few that are asked for; set data.block=1")
+        raise UserError(
+            f"data.block {block} reads many consecutive samples for the few that are asked for; set data.block=1"
+        )
     if isinstance(shard_set, ForeignShards):
-        assert subset is None and augment is None and repeat == 1  # those who ask for them open indexed shards
+        assert (
+            subset is None and augment is None and repeat == 1
+        )  # those who ask for them open indexed shards
         from dmae_ds.data.stream import StreamedBatches, stream_batches  # webdataset takes a second to import
 
         streamed = StreamedBatches(
-            shard_set, img_size, num_patches, crop_scale, flip, views, seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, start_step=start_step
+            shard_set,
+            img_size,
+            num_patches,
+            crop_scale,
+            flip,
+            views,
+            seed=seed,
+            micro_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
         )
         num_batches = (stop_step - start_step) * accumulation
-        return stream_batches(streamed, num_batches=num_batches, num_workers=num_workers, pin_memory=pin_memory, max_corrupt=max_corrupt, corrupt_log=corrupt_log)
+        return stream_batches(
+            streamed,
+            num_batches=num_batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            max_corrupt=max_corrupt,
+            corrupt_log=corrupt_log,
+        )
     if block > 1:
         _check_buffer(shard_set, block=block, world_size=world_size, buffer_gib=buffer_gib)
     # With blocks, every worker loads its own lanes' part of every micro-batch, so that a block is read by one worker.
     parts = max(1, min(num_workers, micro_batch // repeat)) if block > 1 else 1
     load = functools.partial(
         load_train_batch,
-        reader=SampleReader(shard_set, block=block, buffer_bytes=int(buffer_gib * 2**30) // max(1, num_workers)),
+        reader=SampleReader(
+            shard_set, block=block, buffer_bytes=int(buffer_gib * 2**30) // max(1, num_workers)
+        ),
         img_size=img_size,
         num_patches=num_patches,
         crop_scale=crop_scale,

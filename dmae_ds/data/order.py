@@ -75,7 +75,9 @@ def num_held(num_samples: int, block: int) -> int:
     return num_lanes(num_samples, block) * block * (WINDOW_BLOCKS + 2) // 2
 
 
-def sample_ids(positions: np.ndarray, *, num_samples: int, seed: int, block: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def sample_ids(
+    positions: np.ndarray, *, num_samples: int, seed: int, block: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns (epochs, ids) of positions, both int64 in the shape of `positions`, which may straddle epochs."""
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
     keys = epoch_key(seed, epochs)
@@ -90,7 +92,9 @@ def sample_ids(positions: np.ndarray, *, num_samples: int, seed: int, block: int
     return epochs, (_rotation(keys, num_samples) + number * block + offset) % num_samples
 
 
-def block_spans(epochs: np.ndarray, ids: np.ndarray, *, num_samples: int, seed: int, block: int) -> list[tuple[int, int]]:
+def block_spans(
+    epochs: np.ndarray, ids: np.ndarray, *, num_samples: int, seed: int, block: int
+) -> list[tuple[int, int]]:
     """The block of each (epoch, id): (its first id, how many), to be read in one go. Ids wrap at num_samples."""
     if block == 1:
         return [(sample_id, 1) for sample_id in ids.tolist()]
@@ -108,7 +112,10 @@ def _shuffle_lanes(places: np.ndarray, num_samples: int, block: int, keys: np.nd
     start, length = lane * length + np.minimum(lane, longer), length + (lane < longer)
     first = _first_window(lane, lanes, window)
     number = np.where(row < first, 0, 1 + (row - first) // window)
-    low, high = np.where(number == 0, 0, first + (number - 1) * window), np.minimum(length, first + number * window)
+    low, high = (
+        np.where(number == 0, 0, first + (number - 1) * window),
+        np.minimum(length, first + number * window),
+    )
     window_key = _mix(_mix(_mix(keys + np.uint64(3)) + lane.astype(np.uint64)) + number.astype(np.uint64))
     return start + low + permute(row - low, high - low, window_key)
 

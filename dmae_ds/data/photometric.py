@@ -47,7 +47,12 @@ class Photometric:
 def _jitter(image: Image.Image, factors: tuple[float, ...], order: np.ndarray) -> Image.Image:
     from torchvision.transforms import functional  # a second to import, for those who need it
 
-    changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, functional.adjust_hue)
+    changes = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
     for number in order:
         image = changes[number](image, factors[number])
     return image

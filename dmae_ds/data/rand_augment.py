@@ -18,7 +18,14 @@ class RandAugment:
     def __init__(self, spec: str, *, img_size: int, mean: tuple[float, float, float]):
         # as timm.data.create_transform has it: shifts of at most .45 of the side, bicubic, the data's mean colour
         fill = tuple(min(255, round(255 * value)) for value in mean)
-        self.transform = rand_augment_transform(spec, {"translate_const": int(img_size * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC})
+        self.transform = rand_augment_transform(
+            spec,
+            {
+                "translate_const": int(img_size * 0.45),
+                "img_mean": fill,
+                "interpolation": Image.Resampling.BICUBIC,
+            },
+        )
         for op in self.transform.ops:
             if op.name.startswith("Posterize"):
                 op.aug_fn = _posterize

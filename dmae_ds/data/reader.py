@@ -57,11 +57,17 @@ class SampleReader:
         self.shard_set, self.block, self.buffer_bytes = shard_set, block, buffer_bytes
         # shard -> (its tar, index), the one that was opened longest ago first
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int], dict[int, bytes | ShardError]] = OrderedDict()  # span -> id -> bytes
+        self._blocks: OrderedDict[tuple[int, int], dict[int, bytes | ShardError]] = (
+            OrderedDict()
+        )  # span -> id -> bytes
         self._held = 0  # bytes in self._blocks
 
     def __reduce__(self):
-        return _new_reader, (self.shard_set, self.block, self.buffer_bytes)  # a spawned worker opens its own files
+        return _new_reader, (
+            self.shard_set,
+            self.block,
+            self.buffer_bytes,
+        )  # a spawned worker opens its own files
 
     @property
     def reads_ahead(self) -> bool:
@@ -74,10 +80,14 @@ class SampleReader:
         for span in spans:
             if span in self._blocks:
                 self._blocks.move_to_end(span)
-        pieces = [(span, *piece) for span in spans if span not in self._blocks for piece in self._pieces(*span)]
+        pieces = [
+            (span, *piece) for span in spans if span not in self._blocks for piece in self._pieces(*span)
+        ]
         opened = self._open_shards({shard for _, shard, _, _ in pieces})
         jobs = [(opened[shard], self._first_id(shard) + row, row, end) for _, shard, row, end in pieces]
-        for (span, *_), samples in zip(pieces, _map(_read_rows, jobs, at_once=self.shard_set.tars.is_remote), strict=True):
+        for (span, *_), samples in zip(
+            pieces, _map(_read_rows, jobs, at_once=self.shard_set.tars.is_remote), strict=True
+        ):
             self._blocks.setdefault(span, {}).update(samples)
             self._held += sum(len(data) for data in samples.values() if isinstance(data, bytes))
         while self._held > self.buffer_bytes and next(iter(self._blocks)) not in spans:
@@ -103,8 +113,11 @@ class SampleReader:
             raise CorruptSample(
                 f"{file.path}: sample {sample.key} is corrupt (its bytes do not have the index's crc32); copy the shard again, "
                 f"or make it again from line {number + 1} of {SOURCES}",
-                sample_id=sample_id, key=sample.key, shard=file.path, reason="crc32",
-            )  # fmt: skip
+                sample_id=sample_id,
+                key=sample.key,
+                shard=file.path,
+                reason="crc32",
+            )
         return sample
 
     def _take(self, span: tuple[int, int] | None, sample_id: int) -> bytes | ShardError | None:
@@ -146,7 +159,9 @@ class SampleReader:
         for shard, index in zip(missing, indexes, strict=True):
             entry = self.shard_set.shards[shard]
             records = memoryview(index.view(np.uint8))
-            self._open[shard] = OpenShard(self.shard_set.tars.open(entry.name, size=entry.bytes), index, records)
+            self._open[shard] = OpenShard(
+                self.shard_set.tars.open(entry.name, size=entry.bytes), index, records
+            )
         opened = {shard: self._open[shard] for shard in shards}
         while len(self._open) > (MAX_OPEN_REMOTE if self.shard_set.indexes.is_remote else MAX_OPEN_SHARDS):
             self._open.popitem(last=False)
@@ -180,4 +195,3 @@ def _read_rows(job: tuple[OpenShard, int, int, int]) -> dict[int, bytes | ShardE
 
 def _new_reader(shard_set: ShardSet, block: int, buffer_bytes: int) -> SampleReader:
     return SampleReader(shard_set, block=block, buffer_bytes=buffer_bytes)
-

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dmae_ds.data.shards import MANIFEST, RECORD, VERSION, Shard, ShardError, compute_fingerprint, index_name, is_shard_name
+from dmae_ds.data.shards import (
+    MANIFEST,
+    RECORD,
+    VERSION,
+    Shard,
+    ShardError,
+    compute_fingerprint,
+    index_name,
+    is_shard_name,
+)
 from dmae_ds.data.storage import Access, LocalFolder, RemoteFolder, is_url, open_folder
 
 MANIFEST_BYTES = 2**28  # more is none: a million shards need 2**27
@@ -43,7 +52,11 @@ class ShardSet:
         Raises ShardError, one line, for a folder that cannot be used.
         """
         folder = str(folder).rstrip("/") if is_url(folder) else Path(folder)
-        make = "`dmae-shards make SRC DST`, and copy DST there" if is_url(folder) else f"`dmae-shards make SRC {folder}`"
+        make = (
+            "`dmae-shards make SRC DST`, and copy DST there"
+            if is_url(folder)
+            else f"`dmae-shards make SRC {folder}`"
+        )
         indexes = open_folder(folder, access=access, label=label)
         try:
             text = indexes.read_all(MANIFEST, limit=MANIFEST_BYTES)
@@ -60,10 +73,16 @@ class ShardSet:
                 f"{label} '{folder}': {MANIFEST} is unusable: {error}; make it again with {make}"
             ) from None
         shards, base = parsed["shards"], parsed["base"]
-        tars = indexes if base is None else open_folder(base, access=access, label=f"{label}: base of {MANIFEST}")
+        tars = (
+            indexes
+            if base is None
+            else open_folder(base, access=access, label=f"{label}: base of {MANIFEST}")
+        )
         if tars.is_remote:
             tars.use_cache(parsed["fingerprint"])
-        _check_files(shards, indexes, tars, where=f"{label} '{folder}'", way_out=f"copy it again or run {make}")
+        _check_files(
+            shards, indexes, tars, where=f"{label} '{folder}'", way_out=f"copy it again or run {make}"
+        )
         ends = list(itertools.accumulate(shard.num_samples for shard in shards))
         return cls(folder=folder, ends=ends, indexes=indexes, tars=tars, checked=set(), **parsed)
 
@@ -96,8 +115,14 @@ class ShardSet:
                         _check_digest(file, digest)
                     file.seek(0)
                     start = _check_header(file.read(HEADER_BYTES), count)
-                records = np.memmap(path, RECORD, mode="r", offset=start, shape=(count,)) if count else np.empty(0, RECORD)
-                records = records.view(np.ndarray)  # the same memory; a memmap's own indexing takes microseconds
+                records = (
+                    np.memmap(path, RECORD, mode="r", offset=start, shape=(count,))
+                    if count
+                    else np.empty(0, RECORD)
+                )
+                records = records.view(
+                    np.ndarray
+                )  # the same memory; a memmap's own indexing takes microseconds
         except (OSError, ValueError) as error:
             raise ShardError(f"{path}: the index cannot be read ({error}); copy it again") from None
         if shard not in self.checked:
@@ -107,7 +132,12 @@ class ShardSet:
 
 
 def _check_files(
-    shards: list[Shard], indexes: LocalFolder | RemoteFolder, tars: LocalFolder | RemoteFolder, *, where: str, way_out: str
+    shards: list[Shard],
+    indexes: LocalFolder | RemoteFolder,
+    tars: LocalFolder | RemoteFolder,
+    *,
+    where: str,
+    way_out: str,
 ) -> None:
     """A shard that is missing or cut is found now, and not in the ninth hour."""
     names, tar_names = [index_name(shard.name) for shard in shards], [shard.name for shard in shards]
@@ -142,7 +172,9 @@ def _check_records(records: np.ndarray, num_bytes: int, path: str) -> None:
     offset, size = records["offset"], records["size"].astype(np.uint64)
     inside = (size <= num_bytes) & (offset <= np.uint64(num_bytes) - np.minimum(size, np.uint64(num_bytes)))
     if not inside.all():
-        raise ShardError(f"{path}: row {int(np.argmin(inside))} lies outside its tar of {num_bytes:,} bytes; index the tars again")
+        raise ShardError(
+            f"{path}: row {int(np.argmin(inside))} lies outside its tar of {num_bytes:,} bytes; index the tars again"
+        )
 
 
 def _check_header(data: bytes, count: int) -> int:
@@ -174,17 +206,25 @@ def _parse_manifest(text: bytes) -> dict:
     version = manifest.get("version")
     check(version == VERSION, f"found format version {version!r}, expected {VERSION}")
     classes, seed, entries = manifest.get("classes"), manifest.get("seed"), manifest.get("shards")
-    check(isinstance(classes, list) and all(isinstance(c, str) for c in classes), "classes is not a list of names")
+    check(
+        isinstance(classes, list) and all(isinstance(c, str) for c in classes),
+        "classes is not a list of names",
+    )
     check(seed is None or type(seed) is int, f"seed is {seed!r}, expected an integer or null")
     images, base = manifest.get("images"), manifest.get("base")
     check(isinstance(images, str), f"images is {images!r}, expected a text")
-    good = base is None or isinstance(base, str) and re.match("/|https?://|s3://|gs://|hf://", base) is not None
+    good = (
+        base is None or isinstance(base, str) and re.match("/|https?://|s3://|gs://|hf://", base) is not None
+    )
     check(good, f"base is {base!r}, expected null, an absolute path or a URL")
     check(isinstance(entries, list), "shards is not a list")
     shards = []
     fields = list(Shard.__dataclass_fields__)
     for number, entry in enumerate(entries):
-        check(isinstance(entry, dict) and set(entry) == set(fields), f"shard {number} has not the fields {fields}")
+        check(
+            isinstance(entry, dict) and set(entry) == set(fields),
+            f"shard {number} has not the fields {fields}",
+        )
         shard = Shard(**entry)
         check(is_shard_name(shard.name), f"shard {number} is named {shard.name!r}, expected NAME.tar")
         good = is_count(shard.num_samples) and is_count(shard.bytes)
@@ -195,7 +235,9 @@ def _parse_manifest(text: bytes) -> dict:
     check(total > 0, "it lists no samples")
     check(found == total, f"num_samples is {found!r}, its shards hold {total}")
     fingerprint = compute_fingerprint(classes, shards)
-    check(manifest.get("fingerprint") == fingerprint, "it does not match its own fingerprint (was it edited?)")
+    check(
+        manifest.get("fingerprint") == fingerprint, "it does not match its own fingerprint (was it edited?)"
+    )
     return {
         "classes": classes,
         "seed": seed,

@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from isal.isal_zlib import crc32  # zlib's, 7 to 14 times as fast (measured): at zlib's speed it would cost half the time
+from isal.isal_zlib import (
+    crc32,
+)  # zlib's, 7 to 14 times as fast (measured): at zlib's speed it would cost half the time
 
 from dmae_ds.errors import UserError
 
@@ -37,16 +39,20 @@ MANIFEST, SOURCES, SKIPPED = "manifest.json", "sources.txt", "skipped.jsonl"
 JOURNAL = "journal.jsonl"  # of a conversion that is not finished
 SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
 FOREIGN_NAME = re.compile(r"[^./\\:][^/\\:]*\.tar")
-RECORD = np.dtype([
-    ("number", "<u8"),  # the key
-    ("offset", "<u8"),  # of the image's first byte in the tar
-    ("size", "<u4"),  # of the image in bytes
-    ("crc32", "<u4"),  # of the image's bytes
-    ("width", "<u4"),
-    ("height", "<u4"),
-    ("label", "<i4"),
-])
-UNPACK_RECORD = struct.Struct("<QQIIIIi").unpack_from  # (buffer, offset) -> a RECORD's fields: a third of numpy's time for one
+RECORD = np.dtype(
+    [
+        ("number", "<u8"),  # the key
+        ("offset", "<u8"),  # of the image's first byte in the tar
+        ("size", "<u4"),  # of the image in bytes
+        ("crc32", "<u4"),  # of the image's bytes
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("label", "<i4"),
+    ]
+)
+UNPACK_RECORD = struct.Struct(
+    "<QQIIIIi"
+).unpack_from  # (buffer, offset) -> a RECORD's fields: a third of numpy's time for one
 
 
 class ShardError(UserError):
@@ -68,7 +74,9 @@ class NewSample(NamedTuple):
 
     number: int
     extension: str  # jpg or png
-    data: bytes | memoryview  # used before the next sample is asked for, so it may be a view of a buffer used again
+    data: (
+        bytes | memoryview
+    )  # used before the next sample is asked for, so it may be a view of a buffer used again
     width: int
     height: int
     label: int
@@ -81,7 +89,12 @@ def index_name(shard_name: str) -> str:
 
 def is_shard_name(name: object) -> bool:
     """Whether a tar may be called so: ours, or a foreign one's plain file name. Never a path, hidden, or unprintable."""
-    return isinstance(name, str) and len(name) <= 200 and FOREIGN_NAME.fullmatch(name) is not None and name.isprintable()
+    return (
+        isinstance(name, str)
+        and len(name) <= 200
+        and FOREIGN_NAME.fullmatch(name) is not None
+        and name.isprintable()
+    )
 
 
 @contextmanager

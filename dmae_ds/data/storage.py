@@ -44,7 +44,9 @@ class Access:
     @classmethod
     def of(cls, data: "DataConfig") -> "Access":
         cache_dir = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
-        return cls(retries=data.retries, timeout_s=data.timeout_s, cache_dir=cache_dir, cache_gib=data.cache_gib)
+        return cls(
+            retries=data.retries, timeout_s=data.timeout_s, cache_dir=cache_dir, cache_gib=data.cache_gib
+        )
 
 
 def is_url(location: str | Path) -> bool:
@@ -126,7 +128,9 @@ class RemoteFolder:
         self.url, self.access, self.label = url.rstrip("/"), access, label
         self.scheme = url.partition("://")[0]
         if self.scheme not in PACKAGES:
-            raise ShardError(f"{label} '{url}': {self.scheme}:// is unknown; give a folder, or a URL of {', '.join(PACKAGES)}")
+            raise ShardError(
+                f"{label} '{url}': {self.scheme}:// is unknown; give a folder, or a URL of {', '.join(PACKAGES)}"
+            )
         self.cache: ChunkCache | None = None
         self._system: tuple[int, Any] | None = None  # (process, fsspec's file system)
         self.system()
@@ -137,7 +141,9 @@ class RemoteFolder:
     def use_cache(self, fingerprint: str) -> None:
         """Keep what is read under access.cache_dir, if that was asked for."""
         if self.access.cache_dir is not None:
-            self.cache = make_cache(self.access.cache_dir, fingerprint, limit_bytes=int(self.access.cache_gib * 2**30))
+            self.cache = make_cache(
+                self.access.cache_dir, fingerprint, limit_bytes=int(self.access.cache_gib * 2**30)
+            )
 
     def path(self, name: str) -> str:
         return f"{self.url}/{quote(name) if self.scheme.startswith('http') else name}"
@@ -199,7 +205,9 @@ class RemoteFolder:
             except FileNotFoundError:
                 return name, None
             if info.get("size") is None:
-                raise ShardError(f"{self.path(name)}: the server does not say how long it is; it cannot be read by ranges")
+                raise ShardError(
+                    f"{self.path(name)}: the server does not say how long it is; it cannot be read by ranges"
+                )
             return name, info["size"]
 
         with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -211,12 +219,16 @@ class RemoteFolder:
     def _fetch(self, name: str, offset: int, size: int) -> bytes:
         data = self._call(self.system().cat_file, self.path(name), start=offset, end=offset + size)
         if len(data) > size:
-            raise ShardError(f"{self.path(name)}: asked for {size} bytes, {len(data)} came; the server does not serve byte ranges")
+            raise ShardError(
+                f"{self.path(name)}: asked for {size} bytes, {len(data)} came; the server does not serve byte ranges"
+            )
         return data
 
     def _call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.system(), "async_impl", False):
-            kwargs["timeout"] = self.access.timeout_s  # fsspec cancels the request; the others have limits of their own
+            kwargs["timeout"] = (
+                self.access.timeout_s
+            )  # fsspec cancels the request; the others have limits of their own
         return function(*args, **kwargs)
 
     def _try(self, what: str, call: Callable[[], T]) -> T:
@@ -227,7 +239,9 @@ class RemoteFolder:
             except (FileNotFoundError, ShardError):
                 raise
             except PermissionError as error:
-                raise ShardError(f"{what}: not allowed ({error}); check the credentials of {self.scheme}://") from None
+                raise ShardError(
+                    f"{what}: not allowed ({error}); check the credentials of {self.scheme}://"
+                ) from None
             except Exception as error:  # every library has exceptions of its own for a connection that failed
                 status = getattr(error, "status", None)
                 reason = f"{type(error).__name__} {' '.join(str(error).split())}".strip()[:200]
@@ -235,7 +249,9 @@ class RemoteFolder:
                     raise ShardError(f"{what}: the server refused it ({reason})") from None
                 if not tries_left:
                     tries = self.access.retries + 1
-                    raise ShardError(f"{what} cannot be read: {tries} tries, the last: {reason}; see data.retries and data.timeout_s") from None
+                    raise ShardError(
+                        f"{what} cannot be read: {tries} tries, the last: {reason}; see data.retries and data.timeout_s"
+                    ) from None
             time.sleep(wait * jitter.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_WAIT_S)
         raise AssertionError("unreachable")
@@ -254,7 +270,11 @@ class RemoteFile:
         if self.folder.cache is None:
             return self.folder.read_range(self.name, offset, size)
         return self.folder.cache.read(
-            self.name, offset, size, file_size=self.size, fetch=lambda start, count: self.folder.read_range(self.name, start, count)
+            self.name,
+            offset,
+            size,
+            file_size=self.size,
+            fetch=lambda start, count: self.folder.read_range(self.name, start, count),
         )
 
     def forget(self, offset: int, size: int) -> bool:

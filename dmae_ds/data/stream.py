@@ -76,35 +76,68 @@ class StreamedBatches(IterableDataset):
         """Raises ShardError where a whole pass gives nothing."""
         for number in itertools.count(self.start_step):  # a resumed run draws other passes
             tars = random.Random(f"{self.seed} {number}").sample(self.shards.tars, len(self.shards.tars))
-            shuffle = webdataset.shuffle(self.shards.shuffle_buffer, rng=random.Random(f"{self.seed} {number} {reader}"))
+            shuffle = webdataset.shuffle(
+                self.shards.shuffle_buffer, rng=random.Random(f"{self.seed} {number} {reader}")
+            )
             empty = True
             for sample in shuffle(_samples_of(tars[reader::num_readers], number, corrupt)):
                 try:
-                    decoded = StreamedSample(decode_bytes(sample["data"]), sample["label"], sample["id"], number)
+                    decoded = StreamedSample(
+                        decode_bytes(sample["data"]), sample["label"], sample["id"], number
+                    )
                 except ValueError as error:
-                    corrupt.append(Corrupt(sample["tar"], sample["key"], sample["id"], str(error), number, -1))
+                    corrupt.append(
+                        Corrupt(sample["tar"], sample["key"], sample["id"], str(error), number, -1)
+                    )
                     continue
                 empty = False
                 yield decoded
             if empty:
                 last = f" (the last: {corrupt[-1].shard}: {corrupt[-1].reason})" if corrupt else ""
-                raise ShardError(f"{tars[reader][1]} and the other tars of its reader hold no image that can be read{last}")
+                raise ShardError(
+                    f"{tars[reader][1]} and the other tars of its reader hold no image that can be read{last}"
+                )
 
     def _batch(self, samples: list[StreamedSample]) -> Batch:
         pixels = empty_views(self.views, len(samples), img_size=self.img_size)
         noise = torch.empty((len(samples), self.num_patches))
         for row, sample in enumerate(samples):
             key = {"seed": self.seed, "epoch": sample.epoch, "sample_id": sample.sample_id}
-            drawn = draw_views(sample.image, self.views, **key, img_size=self.img_size, crop_scale=self.crop_scale, flip=self.flip)
+            drawn = draw_views(
+                sample.image,
+                self.views,
+                **key,
+                img_size=self.img_size,
+                crop_scale=self.crop_scale,
+                flip=self.flip,
+            )
             for place, view in enumerate(drawn):
                 pixels[place][row] = torch.from_numpy(view)
-            noise[row] = torch.from_numpy(sample_rng(**key, stream=MASK_STREAM).random(self.num_patches, dtype=np.float32))
-        fields = {name: torch.tensor([getattr(sample, name) for sample in samples]) for name in ("label", "sample_id", "epoch")}
-        return Batch(pixels[0], noise, fields["label"], fields["sample_id"], fields["epoch"], more_views=tuple(pixels[1:]))
+            noise[row] = torch.from_numpy(
+                sample_rng(**key, stream=MASK_STREAM).random(self.num_patches, dtype=np.float32)
+            )
+        fields = {
+            name: torch.tensor([getattr(sample, name) for sample in samples])
+            for name in ("label", "sample_id", "epoch")
+        }
+        return Batch(
+            pixels[0],
+            noise,
+            fields["label"],
+            fields["sample_id"],
+            fields["epoch"],
+            more_views=tuple(pixels[1:]),
+        )
 
 
 def stream_batches(
-    dataset: StreamedBatches, *, num_batches: int, num_workers: int, pin_memory: bool, max_corrupt: int, corrupt_log: Path | None
+    dataset: StreamedBatches,
+    *,
+    num_batches: int,
+    num_workers: int,
+    pin_memory: bool,
+    max_corrupt: int,
+    corrupt_log: Path | None,
 ) -> Iterator[Batch]:
     """Raises ShardError above max_corrupt, and where there are fewer tars than readers."""
     num_tars, num_readers = len(dataset.shards.tars), dataset.world_size * max(1, num_workers)
@@ -114,7 +147,14 @@ def stream_batches(
             f"data.num_workers, or run `dmae-shards index`"
         )
     log = CorruptLog(corrupt_log, max_corrupt=max_corrupt)
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=end_with_parent, pin_memory=pin_memory, generator=torch.Generator())
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=end_with_parent,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
     for item in itertools.islice(loader, num_batches):
         if isinstance(item, ShardError):
             raise item
@@ -132,13 +172,35 @@ def _samples_of(tars: list, number: int, corrupt: list[Corrupt]) -> Iterator[dic
                     found = [sample[extension] for extension in EXTENSIONS if extension in sample]
                     if not found:
                         continue
-                    digest = hashlib.blake2b(f"{url}/{sample['__key__']}".encode(errors="replace"), digest_size=8).digest()
+                    digest = hashlib.blake2b(
+                        f"{url}/{sample['__key__']}".encode(errors="replace"), digest_size=8
+                    ).digest()
                     sample_id = int.from_bytes(digest, "little") >> 1
-                    yield {"tar": url, "key": sample["__key__"], "data": found[0], "label": _label(sample.get("cls")), "id": sample_id}
-        except (tarfile.TarError, ValueError, OSError, EOFError) as error:  # ValueError: also what group_by_keys raises
+                    yield {
+                        "tar": url,
+                        "key": sample["__key__"],
+                        "data": found[0],
+                        "label": _label(sample.get("cls")),
+                        "id": sample_id,
+                    }
+        except (
+            tarfile.TarError,
+            ValueError,
+            OSError,
+            EOFError,
+        ) as error:  # ValueError: also what group_by_keys raises
             if isinstance(error, ShardError):
                 raise
-            corrupt.append(Corrupt(url, "the rest of the tar", -1, " ".join(f"{type(error).__name__}: {error}".split())[:200], number, -1))
+            corrupt.append(
+                Corrupt(
+                    url,
+                    "the rest of the tar",
+                    -1,
+                    " ".join(f"{type(error).__name__}: {error}".split())[:200],
+                    number,
+                    -1,
+                )
+            )
 
 
 def _members(file: BinaryIO, url: str, number: int, corrupt: list[Corrupt]) -> Iterator[dict[str, Any]]:

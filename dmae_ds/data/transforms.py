@@ -29,7 +29,17 @@ def sample_rng(seed: int, epoch: int, sample_id: int, stream: int, *, view: int 
 
 
 def draw_views(
-    image: np.ndarray, views: tuple[View, ...], *, seed: int, epoch: int, sample_id: int, number: int = 0, img_size: int, crop_scale: tuple[float, float], flip: bool, crop: str = "torchvision"
+    image: np.ndarray,
+    views: tuple[View, ...],
+    *,
+    seed: int,
+    epoch: int,
+    sample_id: int,
+    number: int = 0,
+    img_size: int,
+    crop_scale: tuple[float, float],
+    flip: bool,
+    crop: str = "torchvision",
 ) -> list[np.ndarray]:
     """The views that an objective asks for of a picture, uint8 [H, W, 3]: each uint8 [3, S, S].
 
@@ -38,22 +48,43 @@ def draw_views(
     drawn = []
     for key, view in enumerate(views, start=number * len(views)):
         rng = sample_rng(seed, epoch, sample_id, CROP_STREAM, view=key)
-        pixels = train_view(image, rng, img_size=view.size or img_size, crop_scale=view.scale or crop_scale, flip=flip, crop=crop)
+        pixels = train_view(
+            image,
+            rng,
+            img_size=view.size or img_size,
+            crop_scale=view.scale or crop_scale,
+            flip=flip,
+            crop=crop,
+        )
         change = PHOTOMETRIC[view.photometric]
-        drawn.append(pixels if change is None else change(pixels, sample_rng(seed, epoch, sample_id, PHOTOMETRIC_STREAM, view=key)))
+        drawn.append(
+            pixels
+            if change is None
+            else change(pixels, sample_rng(seed, epoch, sample_id, PHOTOMETRIC_STREAM, view=key))
+        )
     return drawn
 
 
 def train_view(
-    image: np.ndarray, rng: np.random.Generator, *, img_size: int, crop_scale: tuple[float, float], flip: bool, crop: str = "torchvision"
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    img_size: int,
+    crop_scale: tuple[float, float],
+    flip: bool,
+    crop: str = "torchvision",
 ) -> np.ndarray:
     """A random crop of uint8 [H, W, 3], resized, flipped half of the time: uint8 [3, img_size, img_size].
 
     crop: one of CROPS
     """
     height, width, _ = image.shape
-    left, top, right, bottom = CROPS[crop](rng, width=width, height=height, scale=crop_scale, ratio=CROP_RATIO)
-    view = _resize(image[top:bottom, left:right], width=img_size, height=img_size)  # no pixel outside the box is seen
+    left, top, right, bottom = CROPS[crop](
+        rng, width=width, height=height, scale=crop_scale, ratio=CROP_RATIO
+    )
+    view = _resize(
+        image[top:bottom, left:right], width=img_size, height=img_size
+    )  # no pixel outside the box is seen
     return (view.flip(2) if flip and rng.random() < 0.5 else view).numpy()
 
 
@@ -74,7 +105,12 @@ def _resize(image: np.ndarray, *, width: int, height: int) -> torch.Tensor:
 
 
 def crop_box(
-    rng: np.random.Generator, *, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+    rng: np.random.Generator,
+    *,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """torchvision's RandomResizedCrop: (left, top, right, bottom).
 
@@ -99,12 +135,20 @@ def crop_box(
 
 
 def clamped_crop_box(
-    rng: np.random.Generator, *, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+    rng: np.random.Generator,
+    *,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """TensorFlow's way, which MAE's linear probe takes: one draw, and what sticks out of the picture is cut off."""
     area = width * height * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    w, h = (max(1, min(round(side), most)) for side, most in ((math.sqrt(area * aspect), width), (math.sqrt(area / aspect), height)))
+    w, h = (
+        max(1, min(round(side), most))
+        for side, most in ((math.sqrt(area * aspect), width), (math.sqrt(area / aspect), height))
+    )
     left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
     return left, top, left + w, top + h
 

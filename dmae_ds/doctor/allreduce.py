@@ -50,7 +50,10 @@ def main() -> None:
 
 
 def say(stage: str, world: dist.World, **more) -> None:
-    print(f"\n{MARK}{json.dumps({'stage': stage, 'rank': world.rank, 'host': socket.gethostname(), **more})}", flush=True)
+    print(
+        f"\n{MARK}{json.dumps({'stage': stage, 'rank': world.rank, 'host': socket.gethostname(), **more})}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -38,4 +38,6 @@ def guarded(part: Callable[[], dict]) -> dict:
         return part()
     except Exception as error:  # whatever a strange machine does: it is a fact
         ours = type(error).__module__.startswith("dmae_ds")
-        return {"error": str(error) if ours else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        return {
+            "error": str(error) if ours else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        }

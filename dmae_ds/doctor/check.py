@@ -29,15 +29,22 @@ def verdict_line(checks: list[Check]) -> str:
     """How many passed, failed and were skipped."""
     count = {verdict: sum(check.verdict == verdict for check in checks) for verdict in (OK, WARN, FAIL, SKIP)}
     done = len(checks) - count[SKIP]
-    notes = [f"{count[WARN]} with a warning" if count[WARN] else "", f"{count[SKIP]} skipped" if count[SKIP] else ""]
+    notes = [
+        f"{count[WARN]} with a warning" if count[WARN] else "",
+        f"{count[SKIP]} skipped" if count[SKIP] else "",
+    ]
     note = f" ({', '.join(filter(None, notes))})" if any(notes) else ""
-    return f"{count[FAIL]} of {done} checks failed{note}" if count[FAIL] else f"all {done} checks passed{note}"
+    return (
+        f"{count[FAIL]} of {done} checks failed{note}" if count[FAIL] else f"all {done} checks passed{note}"
+    )
 
 
 def names(nodes: Iterable[str]) -> str:
     """node1, node2, ... in a readable number."""
     nodes = list(nodes)
-    shown = nodes if len(nodes) <= MOST_NAMES + 1 else [*nodes[:MOST_NAMES], f"{len(nodes) - MOST_NAMES} more"]
+    shown = (
+        nodes if len(nodes) <= MOST_NAMES + 1 else [*nodes[:MOST_NAMES], f"{len(nodes) - MOST_NAMES} more"]
+    )
     return ", ".join(shown)
 
 

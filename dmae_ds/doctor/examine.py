@@ -49,7 +49,11 @@ class Table:
             print(render(check), flush=True)
 
     def failed(self, among: set[str] | None = None) -> list[str]:
-        return [check.name for check in self.checks if check.verdict == FAIL and (among is None or check.name in among)]
+        return [
+            check.name
+            for check in self.checks
+            if check.verdict == FAIL and (among is None or check.name in among)
+        ]
 
 
 def find_nodes(question: Question) -> list[Node]:
@@ -57,12 +61,24 @@ def find_nodes(question: Question) -> list[Node]:
     if question.hostfile is not None:
         nodes = read_hostfile(question.hostfile)
         if question.num_nodes not in (None, len(nodes)):
-            raise UserError(f"--num_nodes {question.num_nodes}, but {question.hostfile} names {len(nodes)}; remove one of the two")
+            raise UserError(
+                f"--num_nodes {question.num_nodes}, but {question.hostfile} names {len(nodes)}; remove one of the two"
+            )
         if question.num_ranks is not None:
-            raise UserError(f"--num_gpus is of no use beside --hostfile; write slots={question.num_ranks} into {question.hostfile}")
+            raise UserError(
+                f"--num_gpus is of no use beside --hostfile; write slots={question.num_ranks} into {question.hostfile}"
+            )
     else:
         slots = question.num_ranks or count_gpus(dict(os.environ)) or 1
-        nodes = [Node(socket.gethostname() if index == question.node_rank or question.node_rank is None else f"node {index}", slots) for index in range(question.num_nodes or 1)]
+        nodes = [
+            Node(
+                socket.gethostname()
+                if index == question.node_rank or question.node_rank is None
+                else f"node {index}",
+                slots,
+            )
+            for index in range(question.num_nodes or 1)
+        ]
     if question.node_rank is not None and not 0 <= question.node_rank < len(nodes):
         raise UserError(f"--node_rank {question.node_rank} of {len(nodes)} nodes; give 0 to {len(nodes) - 1}")
     return nodes
@@ -71,20 +87,42 @@ def find_nodes(question: Question) -> list[Node]:
 def count_gpus(environment: dict[str, str]) -> int:
     """Without a library, which would take seconds; the probe looks again."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len([part for part in visible.split(",") if part not in ("", "-1")])
+    return (
+        len(list(Path("/dev").glob("nvidia[0-9]*")))
+        if visible is None
+        else len([part for part in visible.split(",") if part not in ("", "-1")])
+    )
 
 
-def judge(table: Table, facts: Facts, meetings: Facts, clocks: dict[str, tuple[float, float]], asked: Asked, *, port_is_judged: bool = False) -> None:
+def judge(
+    table: Table,
+    facts: Facts,
+    meetings: Facts,
+    clocks: dict[str, tuple[float, float]],
+    asked: Asked,
+    *,
+    port_is_judged: bool = False,
+) -> None:
     """All checks that need no start."""
     if not facts:
         return
-    table.add(machines.judge_versions(facts), machines.judge_code(facts), machines.judge_devices(facts, asked))
+    table.add(
+        machines.judge_versions(facts), machines.judge_code(facts), machines.judge_devices(facts, asked)
+    )
     if not port_is_judged:
         table.add(judge_port(facts, asked))
     if len(asked.nodes) > 1:
         table.add(judge_master(facts, meetings, asked), judge_interface(facts, meetings, asked))
     table.add(*judge_recipe(facts, meetings, asked))
-    shards = max((part["shards"] for found in facts.values() for part in found.get("shards", {}).values() if isinstance(part, dict)), default=0)
+    shards = max(
+        (
+            part["shards"]
+            for found in facts.values()
+            for part in found.get("shards", {}).values()
+            if isinstance(part, dict)
+        ),
+        default=0,
+    )
     needs = next((found["needs"] for found in facts.values() if "batches" in found.get("needs", {})), {})
     if needs:
         needs = {**needs, "batches_a_node": needs["batches"] * max(node.slots for node in asked.nodes)}
@@ -103,9 +141,17 @@ def head(question: Question, nodes: list[Node]) -> None:
 def look(question: Question, nodes: list[Node], index: int, *, word: str, port: int | None) -> dict:
     """A node's request for the first round. port: to be looked at on the first node; None: not at all."""
     return {
-        "round": "look", "word": word, "index": index, "nodes": len(nodes), "slots": nodes[index].slots, "world": sum(node.slots for node in nodes), "port": port,
-        "recipe": question.recipe, "overrides": question.overrides, "allow_pipe": question.allow_pipe,
-    }  # fmt: skip
+        "round": "look",
+        "word": word,
+        "index": index,
+        "nodes": len(nodes),
+        "slots": nodes[index].slots,
+        "world": sum(node.slots for node in nodes),
+        "port": port,
+        "recipe": question.recipe,
+        "overrides": question.overrides,
+        "allow_pipe": question.allow_pipe,
+    }
 
 
 def later(name: str, request: dict, found: dict) -> dict:
@@ -124,7 +170,15 @@ def start(table: Table, question: Question, launch: Launch, facts: Facts, *, wor
     elif launch.world == 1:
         table.add(Check("start", SKIP, "one rank: nobody to talk to"))
     else:
-        table.add(try_start(launch, num_bytes=needs.get("gradients", ALLREDUCE_BYTES), word=word, limit_s=question.limit_s, cwd=cwd))
+        table.add(
+            try_start(
+                launch,
+                num_bytes=needs.get("gradients", ALLREDUCE_BYTES),
+                word=word,
+                limit_s=question.limit_s,
+                cwd=cwd,
+            )
+        )
 
 
 def finish(table: Table, question: Question, launch: Launch) -> bool:
@@ -133,5 +187,8 @@ def finish(table: Table, question: Question, launch: Launch) -> bool:
         print(f"\n{verdict_line(table.checks)}", flush=True)
         return False
     every = ", on every node with its own --node_rank" if launch.kind in ("no_ssh", "torchrun") else ""
-    print(f"\n{verdict_line(table.checks)}; start with{every}:\n{launch.command(question.recipe, question.overrides)}", flush=True)
+    print(
+        f"\n{verdict_line(table.checks)}; start with{every}:\n{launch.command(question.recipe, question.overrides)}",
+        flush=True,
+    )
     return True

@@ -27,7 +27,9 @@ def read_hostfile(path: Path) -> list[Node]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--hostfile '{path}' cannot be read ({getattr(error, 'strerror', None) or error}); write one line a node: NAME slots=RANKS") from None
+        raise UserError(
+            f"--hostfile '{path}' cannot be read ({getattr(error, 'strerror', None) or error}); write one line a node: NAME slots=RANKS"
+        ) from None
     nodes: dict[str, Node] = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -35,9 +37,13 @@ def read_hostfile(path: Path) -> list[Node]:
             continue
         match = re.match(r"(\S+)\s+slots=(\d+)", line)
         if match is None or int(match[2]) == 0:
-            raise UserError(f"{path}, line {number}: '{line}' is no node; write NAME slots=RANKS, for example node1 slots=8")
+            raise UserError(
+                f"{path}, line {number}: '{line}' is no node; write NAME slots=RANKS, for example node1 slots=8"
+            )
         if match[1] in nodes:
-            raise UserError(f"{path}, line {number}: {match[1]} stands there twice; give every node one line with all of its slots")
+            raise UserError(
+                f"{path}, line {number}: {match[1]} stands there twice; give every node one line with all of its slots"
+            )
         nodes[match[1]] = Node(match[1], int(match[2]))
     if not nodes:
         raise UserError(f"--hostfile '{path}' names no node; write one line a node: NAME slots=RANKS")
@@ -49,13 +55,20 @@ def exported_environment(environment: dict[str, str], *, cwd: Path, home: Path) 
 
     Raises UserError for a line of those that is no NAME=VALUE; DeepSpeed ends with a traceback there.
     """
-    environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [str(cwd), environment.get("PYTHONPATH")]))}
-    found = {name: value for name, value in environment.items() if name.startswith(EXPORTED + EXPORTED_WITH_GPUS)}
+    environment = {
+        **environment,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(cwd), environment.get("PYTHONPATH")])),
+    }
+    found = {
+        name: value for name, value in environment.items() if name.startswith(EXPORTED + EXPORTED_WITH_GPUS)
+    }
     for path in environment_files(environment, cwd=cwd, home=home):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             name, equals, value = line.partition("=")
             if not equals or not name.strip():
-                raise UserError(f"{path}, line {number}: '{line}' is not NAME=VALUE, and DeepSpeed's launcher stops at it; remove it (blank lines too)")
+                raise UserError(
+                    f"{path}, line {number}: '{line}' is not NAME=VALUE, and DeepSpeed's launcher stops at it; remove it (blank lines too)"
+                )
             found[name.strip()] = value.strip()
     return found
 

@@ -18,7 +18,12 @@ def judge_port(facts: Facts, asked: Asked) -> Check:
     busy = facts[first]["port"]["busy"]
     if busy is None:
         return Check("port", OK, f"{asked.port} is free on {first}")
-    return Check("port", FAIL, f"{asked.port} is taken on {first} ({busy})", "choose another: --master_port 29501; or end that process, perhaps a run that was left behind")
+    return Check(
+        "port",
+        FAIL,
+        f"{asked.port} is taken on {first} ({busy})",
+        "choose another: --master_port 29501; or end that process, perhaps a run that was left behind",
+    )
 
 
 def judge_master(facts: Facts, meetings: Facts, asked: Asked) -> Check:
@@ -29,12 +34,25 @@ def judge_master(facts: Facts, meetings: Facts, asked: Asked) -> Check:
     if not meetings or facts[first].get("port", {}).get("busy"):
         return Check("master", SKIP, "nobody listens: see port")
     if silent := facts.keys() - meetings.keys():
-        return Check("master", FAIL, f"no second answer from {names(sorted(silent))}", "start the doctor again; look at those nodes if it stays so")
+        return Check(
+            "master",
+            FAIL,
+            f"no second answer from {names(sorted(silent))}",
+            "start the doctor again; look at those nodes if it stays so",
+        )
     address = asked.master_address
-    bad = {node: meeting["reached"][address]["error"] for node, meeting in meetings.items() if "error" in meeting["reached"][address]}
+    bad = {
+        node: meeting["reached"][address]["error"]
+        for node, meeting in meetings.items()
+        if "error" in meeting["reached"][address]
+    }
     if not bad:
         return Check("master", OK, f"{address}:{asked.port} ({first}) is reached from {names(meetings)}")
-    good = [other for other in next(iter(meetings.values()))["reached"] if all("error" not in meeting["reached"][other] for meeting in meetings.values())]
+    good = [
+        other
+        for other in next(iter(meetings.values()))["reached"]
+        if all("error" not in meeting["reached"][other] for meeting in meetings.values())
+    ]
     if good:
         mend = f"start with --master_addr {good[0]}, which every node reaches"
     elif address is not None and _is_loopback(address):
@@ -56,12 +74,22 @@ def judge_interface(facts: Facts, meetings: Facts, asked: Asked) -> Check:
         route = _route(node, part, meetings, asked)
         value = network["asked"][name]
         if value:
-            fitting = [interface for interface in network["interfaces"] if matches(value, interface, nccl=gpus)]
+            fitting = [
+                interface for interface in network["interfaces"] if matches(value, interface, nccl=gpus)
+            ]
             taken[node] = f"{name}={value}"
             if not fitting:
-                wrong[node] = f"{name}={value}, but there {'is' if len(network['interfaces']) == 1 else 'are'} {names(network['interfaces'])}", route
-            elif all(_is_loopback(address) for interface in fitting for address in network["interfaces"][interface]):
-                wrong[node] = f"{name}={value} is this node's own loopback, which no other node reaches", route
+                wrong[node] = (
+                    f"{name}={value}, but there {'is' if len(network['interfaces']) == 1 else 'are'} {names(network['interfaces'])}",
+                    route,
+                )
+            elif all(
+                _is_loopback(address) for interface in fitting for address in network["interfaces"][interface]
+            ):
+                wrong[node] = (
+                    f"{name}={value} is this node's own loopback, which no other node reaches",
+                    route,
+                )
             elif route is not None and route not in fitting:
                 loose[node] = f"{name}={value}, but {asked.nodes[0].name} is reached over {route}", route
         elif gpus:
@@ -70,10 +98,18 @@ def judge_interface(facts: Facts, meetings: Facts, asked: Asked) -> Check:
             # gloo binds to whatever the host's own name resolves to.
             own = [address for address in network["own_name"] if not _is_loopback(address)]
             if not own:
-                wrong[node] = f"the host name resolves to {names(network['own_name']) or 'nothing'}, which gloo would tell the others,", route
+                wrong[node] = (
+                    f"the host name resolves to {names(network['own_name']) or 'nothing'}, which gloo would tell the others,",
+                    route,
+                )
             else:
                 taken[node] = interface_of(own[0], network["interfaces"]) or own[0]
-    mend = "; ".join(dict.fromkeys(_mend(name, node, route, asked, same=len({route for _, route in (wrong or loose).values()}) == 1) for node, (_, route) in (wrong or loose).items()))
+    mend = "; ".join(
+        dict.fromkeys(
+            _mend(name, node, route, asked, same=len({route for _, route in (wrong or loose).values()}) == 1)
+            for node, (_, route) in (wrong or loose).items()
+        )
+    )
     if wrong:
         return Check("interface", FAIL, by_value({node: text for node, (text, _) in wrong.items()}), mend)
     if loose:
@@ -103,7 +139,14 @@ def _route(node: str, part: dict, meetings: Facts, asked: Asked) -> str | None:
 
 def interface_of(address: str, interfaces: dict[str, list[str]]) -> str | None:
     """The interface that has an address."""
-    return next((name for name, addresses in interfaces.items() if address in [item.partition("%")[0] for item in addresses]), None)
+    return next(
+        (
+            name
+            for name, addresses in interfaces.items()
+            if address in [item.partition("%")[0] for item in addresses]
+        ),
+        None,
+    )
 
 
 def matches(value: str, interface: str, *, nccl: bool) -> bool:

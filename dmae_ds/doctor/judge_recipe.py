@@ -16,7 +16,14 @@ def judge_recipe(facts: Facts, meetings: Facts, asked: Asked) -> list[Check]:
     facts = {node: part for node, part in facts.items() if "error" not in part["recipe"]}
     if not facts:
         return [read]
-    return [read, _shards(facts), _teacher(facts), _start(facts, asked), _shared(facts, meetings), _space(facts)]
+    return [
+        read,
+        _shards(facts),
+        _teacher(facts),
+        _start(facts, asked),
+        _shared(facts, meetings),
+        _space(facts),
+    ]
 
 
 def _failed(name: str, facts: Facts, part: str, mend: str) -> Check | None:
@@ -27,7 +34,11 @@ def _failed(name: str, facts: Facts, part: str, mend: str) -> Check | None:
     kinds = {error: nodes for error, nodes in groups(found).items()}
     error, nodes = next(iter(kinds.items()))
     text, own_mend = split_mend(error)
-    more = f" (and otherwise on {names(node for other, those in kinds.items() if other != error for node in those)})" if len(kinds) > 1 else ""
+    more = (
+        f" (and otherwise on {names(node for other, those in kinds.items() if other != error for node in those)})"
+        if len(kinds) > 1
+        else ""
+    )
     where = "every node" if len(nodes) == len(facts) > 1 else names(nodes)
     return Check(name, FAIL, f"{where}: {text}{more}", own_mend or mend)
 
@@ -38,8 +49,17 @@ def _recipe(facts: Facts) -> Check:
     digests = {node: part["recipe"]["digest"] for node, part in facts.items()}
     if len(set(digests.values())) > 1:
         _, *others = groups(digests).values()
-        return Check("recipe", FAIL, f"it says other things on other nodes: {by_value(digests)}", f"copy it to {names(node for nodes in others for node in nodes)}; {SHARE}")
-    return Check("recipe", OK, f"the same on {names(facts)} ({next(iter(digests.values()))})" if len(facts) > 1 else "readable")
+        return Check(
+            "recipe",
+            FAIL,
+            f"it says other things on other nodes: {by_value(digests)}",
+            f"copy it to {names(node for nodes in others for node in nodes)}; {SHARE}",
+        )
+    return Check(
+        "recipe",
+        OK,
+        f"the same on {names(facts)} ({next(iter(digests.values()))})" if len(facts) > 1 else "readable",
+    )
 
 
 def _shards(facts: Facts) -> Check:
@@ -48,9 +68,19 @@ def _shards(facts: Facts) -> Check:
     for name in next(iter(facts.values()))["shards"]:
         prints = {node: part["shards"][name]["fingerprint"] for node, part in facts.items()}
         if len(set(prints.values())) > 1:
-            return Check("shards", FAIL, f"{name} holds other data on other nodes: {by_value(prints)}", f"copy one of them everywhere; {SHARE}")
+            return Check(
+                "shards",
+                FAIL,
+                f"{name} holds other data on other nodes: {by_value(prints)}",
+                f"copy one of them everywhere; {SHARE}",
+            )
     parts = next(iter(facts.values()))["shards"]
-    return Check("shards", OK, ", ".join(f"{name} {part['samples']:,} in {part['shards']:,} tars" for name, part in parts.items()) + ", of the right size")
+    return Check(
+        "shards",
+        OK,
+        ", ".join(f"{name} {part['samples']:,} in {part['shards']:,} tars" for name, part in parts.items())
+        + ", of the right size",
+    )
 
 
 def _teacher(facts: Facts) -> Check:
@@ -60,8 +90,12 @@ def _teacher(facts: Facts) -> Check:
     if len(set(sizes.values())) > 1:
         _, *others = groups(sizes).values()
         path = next(iter(facts.values()))["teacher"].get("path")
-        return Check("teacher", FAIL, f"{path}: {by_value({node: f'{count:,} bytes' if count is not None else 'none' for node, count in sizes.items()})}",
-                     f"copy it to {names(node for nodes in others for node in nodes)} again")  # fmt: skip
+        return Check(
+            "teacher",
+            FAIL,
+            f"{path}: {by_value({node: f'{count:,} bytes' if count is not None else 'none' for node, count in sizes.items()})}",
+            f"copy it to {names(node for nodes in others for node in nodes)} again",
+        )
     found = next(iter(sizes.values()))
     if found is None:
         return Check("teacher", SKIP, "no file of weights in the recipe")
@@ -77,7 +111,11 @@ def _start(facts: Facts, asked: Asked) -> Check:
         return Check("batch", SKIP, "needs shards and teacher")
     first = parts[0]
     resumes = f", resumes from {first['resumes']}" if first["resumes"] else ""
-    return Check("batch", OK, f"{asked.world} x {first['micro_batch']} images x {first['accumulation']} accumulated, {first['steps']:,} steps{resumes}")
+    return Check(
+        "batch",
+        OK,
+        f"{asked.world} x {first['micro_batch']} images x {first['accumulation']} accumulated, {first['steps']:,} steps{resumes}",
+    )
 
 
 def _shared(facts: Facts, meetings: Facts) -> Check:
@@ -88,27 +126,55 @@ def _shared(facts: Facts, meetings: Facts) -> Check:
     path = next(iter(paths.values()))
     if all(part["run_dir"].get("cannot_write") == "disk full" for part in facts.values()):
         return Check("run folder", SKIP, "nothing can be written: see disk")
-    if closed := {node: part["run_dir"]["cannot_write"] for node, part in facts.items() if "cannot_write" in part["run_dir"]}:
-        return Check("run folder", FAIL, f"{path} cannot be written: {by_value(closed)}", "free space or mend its permissions and quota; or choose another run.dir")
+    if closed := {
+        node: part["run_dir"]["cannot_write"]
+        for node, part in facts.items()
+        if "cannot_write" in part["run_dir"]
+    }:
+        return Check(
+            "run folder",
+            FAIL,
+            f"{path} cannot be written: {by_value(closed)}",
+            "free space or mend its permissions and quota; or choose another run.dir",
+        )
     if holders := [part["run_dir"]["held"] for part in facts.values() if part["run_dir"]["held"]]:
-        return Check("run folder", FAIL, f"{path} is in use by {holders[0]}", "wait for it or stop it, or choose another run.dir")
+        return Check(
+            "run folder",
+            FAIL,
+            f"{path} is in use by {holders[0]}",
+            "wait for it or stop it, or choose another run.dir",
+        )
     if len(facts) == 1:
         return Check("run folder", OK, f"{path} can be written")
     if len(set(paths.values())) > 1:
-        return Check("run folder", FAIL, f"run.dir is another folder on other nodes: {by_value(paths)}", "give an absolute path that all nodes share")
+        return Check(
+            "run folder",
+            FAIL,
+            f"run.dir is another folder on other nodes: {by_value(paths)}",
+            "give an absolute path that all nodes share",
+        )
     seen = {node: meeting["tokens"].get("seen") for node, meeting in meetings.items() if node in facts}
     if not seen:
         return Check("run folder", SKIP, "the nodes did not meet")
     alone = [node for node, tokens in seen.items() if tokens is None or len(tokens) < len(facts)]
     if alone:
-        return Check("run folder", FAIL, f"{path} is not the same folder on {names(seen)}", "set run.dir to a file system that all nodes share (NFS, Lustre): a checkpoint has parts of every rank")
+        return Check(
+            "run folder",
+            FAIL,
+            f"{path} is not the same folder on {names(seen)}",
+            "set run.dir to a file system that all nodes share (NFS, Lustre): a checkpoint has parts of every rank",
+        )
     return Check("run folder", OK, f"{path} is shared by {names(seen)}")
 
 
 def _space(facts: Facts) -> Check:
     needs = next((part["needs"] for part in facts.values() if "needs" in part), {})
     if "save" not in needs:
-        return Check("disk", FAIL, f"the size of a checkpoint is not known: {needs['error']}", "mend the recipe") if needs else Check("disk", SKIP, "the first node did not answer")
+        return (
+            Check("disk", FAIL, f"the size of a checkpoint is not known: {needs['error']}", "mend the recipe")
+            if needs
+            else Check("disk", SKIP, "the first node did not answer")
+        )
     needed = needs["save"] * (needs["keep"] + 1)
     free = {node: part["run_dir"]["free"] for node, part in facts.items() if "free" in part["run_dir"]}
     if not free:
@@ -116,7 +182,12 @@ def _space(facts: Facts) -> Check:
     node, least = min(free.items(), key=lambda item: item[1])
     what = f"{needs['keep']} + 1 checkpoints of {size(needs['save'])}"
     if least < needed:
-        return Check("disk", FAIL, f"{size(least)} free in {facts[node]['run_dir']['path']} on {node}; {what} need {size(needed)}", "free some, choose another run.dir, or lower checkpoint.keep")
+        return Check(
+            "disk",
+            FAIL,
+            f"{size(least)} free in {facts[node]['run_dir']['path']} on {node}; {what} need {size(needed)}",
+            "free some, choose another run.dir, or lower checkpoint.keep",
+        )
     return Check("disk", OK, f"{size(least)} free for {what}")
 
 

@@ -29,11 +29,23 @@ class Meeting:
                 wait_until_open(address, port, limit_s)
             with _quiet_torch():
                 from torch.distributed import TCPStore
-            self._store = TCPStore(address, port, is_master=index == 0, wait_for_workers=False, timeout=timedelta(seconds=limit_s))
+            self._store = TCPStore(
+                address,
+                port,
+                is_master=index == 0,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=limit_s),
+            )
         except (OSError, RuntimeError) as error:  # torch's DistError is a RuntimeError
-            who = "this node cannot listen there" if index == 0 else f"node 0 does not answer within {limit_s:g} s"
+            who = (
+                "this node cannot listen there"
+                if index == 0
+                else f"node 0 does not answer within {limit_s:g} s"
+            )
             reason = str(error).splitlines()[0][:120]
-            raise RunFailed(f"{address}:{port}: {who} ({reason}); --master_addr must be node 0's, the port open, and the doctor running there") from None
+            raise RunFailed(
+                f"{address}:{port}: {who} ({reason}); --master_addr must be node 0's, the port open, and the doctor running there"
+            ) from None
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """Every node's value, in their order."""
@@ -42,7 +54,9 @@ class Meeting:
         missing = list(range(self.size))
         while missing := [index for index in missing if not self._store.check([f"{name}/{index}"])]:
             if time.monotonic() > end:
-                raise RunFailed(f"node {', '.join(map(str, missing))} did not come within {self.limit_s:g} s; start the doctor on every node at about the same time, each with its own --node_rank")
+                raise RunFailed(
+                    f"node {', '.join(map(str, missing))} did not come within {self.limit_s:g} s; start the doctor on every node at about the same time, each with its own --node_rank"
+                )
             time.sleep(POLL_S)
         return [json.loads(self._store.get(f"{name}/{index}")) for index in range(self.size)]
 

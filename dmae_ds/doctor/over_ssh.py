@@ -30,7 +30,10 @@ def examine(question: Question) -> bool:
     word = secrets.token_hex(8)  # marks what is this doctor's: tokens, processes, the answer on the port
     table = Table()
     head(question, nodes)
-    requests = {node.name: look(question, nodes, index, word=word, port=question.port) for index, node in enumerate(nodes)}
+    requests = {
+        node.name: look(question, nodes, index, word=word, port=question.port)
+        for index, node in enumerate(nodes)
+    }
     facts: Facts = {}
     try:
         answers = reach.ask_all(requests)
@@ -43,8 +46,19 @@ def examine(question: Question) -> bool:
             asked = replace(asked, master_address=(facts[first]["network"].get("addresses") or [None])[0])
         meetings = _meet(reach, requests, facts, asked) if len(nodes) > 1 and facts else {}
         launch = Launch(asked.kind, nodes, question.port, asked.master_address, hostfile)
-        if over_ssh and (changed := [word for word in [question.recipe or "", *question.overrides] if not survives_pdsh(word)]):
-            table.add(Check("arguments", FAIL, f"the launcher leaves {names(changed)} to the shells on the nodes, which would change that", "write it into the recipe file"))
+        if over_ssh and (
+            changed := [
+                word for word in [question.recipe or "", *question.overrides] if not survives_pdsh(word)
+            ]
+        ):
+            table.add(
+                Check(
+                    "arguments",
+                    FAIL,
+                    f"the launcher leaves {names(changed)} to the shells on the nodes, which would change that",
+                    "write it into the recipe file",
+                )
+            )
         judge(table, facts, meetings, {node: meeting["clock"] for node, meeting in meetings.items()}, asked)
         start(table, question, launch, facts, word=word, cwd=cwd)
     finally:
@@ -57,8 +71,18 @@ def _meet(reach: Reach, requests: dict[str, dict], facts: Facts, asked: Asked) -
     """The second round: every node calls the first one, looks for the others' tokens, and says the time."""
     first = asked.nodes[0].name
     listening = first in facts and facts[first].get("port", {}).get("busy", "unknown") is None
-    addresses = dict.fromkeys(filter(None, [asked.master_address, *facts.get(first, {}).get("network", {}).get("addresses", [])][: MOST_ADDRESSES + 1]))
-    calls = {node: {**later("meet", requests[node], found), "addresses": list(addresses), "listening": listening} for node, found in facts.items()}
+    addresses = dict.fromkeys(
+        filter(
+            None,
+            [asked.master_address, *facts.get(first, {}).get("network", {}).get("addresses", [])][
+                : MOST_ADDRESSES + 1
+            ],
+        )
+    )
+    calls = {
+        node: {**later("meet", requests[node], found), "addresses": list(addresses), "listening": listening}
+        for node, found in facts.items()
+    }
     if listening:
         with reach.listening(first, {**requests[first], "round": "listen"}):
             answers = reach.ask_all(calls)

@@ -36,7 +36,12 @@ PACKAGE = Path(dmae_ds.__file__).resolve().parent
 
 def look(request: dict) -> dict:
     """Everything that can be seen from this node alone."""
-    facts = {"hostname": socket.gethostname(), "machine": guarded(machine), "code": guarded(code), "network": guarded(network)}
+    facts = {
+        "hostname": socket.gethostname(),
+        "machine": guarded(machine),
+        "code": guarded(code),
+        "network": guarded(network),
+    }
     if request["index"] == 0 and request["port"] is not None:
         facts["port"] = guarded(lambda: port(request["port"]))  # before a library opens one
     facts["versions"] = guarded(versions)
@@ -53,9 +58,11 @@ def machine() -> dict:
 
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     return {
-        "cores": len(os.sched_getaffinity(0)), "memory": psutil.virtual_memory().available, "shm": None if shm is None else shm.free,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": psutil.virtual_memory().available,
+        "shm": None if shm is None else shm.free,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-    }  # fmt: skip
+    }
 
 
 def versions() -> dict:
@@ -92,10 +99,23 @@ def requirements() -> list[str]:
 def code() -> dict:
     """A digest of every file that decides what a run does: the package, recipes, DeepSpeed files."""
     shipped = [PACKAGE / "shipped_recipes", PACKAGE / "shipped_ds_configs"]
-    folders = shipped if shipped[0].is_dir() else [PACKAGE.parent / "launch" / "recipes", PACKAGE.parent / "ds_configs"]
+    folders = (
+        shipped
+        if shipped[0].is_dir()
+        else [PACKAGE.parent / "launch" / "recipes", PACKAGE.parent / "ds_configs"]
+    )
     files = {str(path.relative_to(PACKAGE.parent)): path for path in PACKAGE.rglob("*.py")}
-    files |= {f"{folder.name.removeprefix('shipped_')}/{path.name}": path for folder in folders for path in folder.iterdir() if path.is_file()}
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in sorted(files.items()) if path.suffix != ".pyc"}
+    files |= {
+        f"{folder.name.removeprefix('shipped_')}/{path.name}": path
+        for folder in folders
+        for path in folder.iterdir()
+        if path.is_file()
+    }
+    digests = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for name, path in sorted(files.items())
+        if path.suffix != ".pyc"
+    }
     return {"folder": str(PACKAGE), "files": digests}
 
 
@@ -114,7 +134,9 @@ def devices() -> dict:
 
 
 def _nvidia_smi(query: str) -> list[str]:
-    done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=SMI_S)
+    done = subprocess.run(
+        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=SMI_S
+    )
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
@@ -124,19 +146,26 @@ def network() -> dict:
 
     states = psutil.net_if_stats()
     interfaces = {
-        name: [address.address for address in addresses if address.family in (socket.AF_INET, socket.AF_INET6)]
-        for name, addresses in psutil.net_if_addrs().items() if name in states and states[name].isup
-    }  # fmt: skip
+        name: [
+            address.address for address in addresses if address.family in (socket.AF_INET, socket.AF_INET6)
+        ]
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in states and states[name].isup
+    }
     try:
         own = sorted({item[4][0] for item in socket.getaddrinfo(socket.gethostname(), None)})
     except OSError:
         own = []
     # `hostname -I`, which DeepSpeed takes the master's address from: the first one.
-    listed = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=CONNECT_S).stdout.split()
+    listed = subprocess.run(
+        ["hostname", "-I"], capture_output=True, text=True, timeout=CONNECT_S
+    ).stdout.split()
     return {
-        "interfaces": interfaces, "own_name": own, "addresses": listed,
+        "interfaces": interfaces,
+        "own_name": own,
+        "addresses": listed,
         "asked": {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
-    }  # fmt: skip
+    }
 
 
 def port(number: int) -> dict:
@@ -154,8 +183,14 @@ def _listener(number: int) -> str | None:
     import psutil
 
     try:
-        owners = [item.pid for item in psutil.net_connections("inet") if item.status == psutil.CONN_LISTEN and item.laddr.port == number and item.pid]
-        return f"process {owners[0]}: {' '.join(psutil.Process(owners[0]).cmdline())[:80]}" if owners else None
+        owners = [
+            item.pid
+            for item in psutil.net_connections("inet")
+            if item.status == psutil.CONN_LISTEN and item.laddr.port == number and item.pid
+        ]
+        return (
+            f"process {owners[0]}: {' '.join(psutil.Process(owners[0]).cmdline())[:80]}" if owners else None
+        )
     except psutil.Error:
         return None  # somebody else's
 

@@ -41,7 +41,9 @@ def meet(request: dict) -> dict:
     """
     reached = {}
     for address in request["addresses"]:
-        reached[address] = guarded(lambda: call(address, request["port"], request["word"])) if request["listening"] else {}
+        reached[address] = (
+            guarded(lambda: call(address, request["port"], request["word"])) if request["listening"] else {}
+        )
         reached[address] |= {"from": own_address(address, request["port"])}
     tokens = guarded(lambda: {"seen": see_tokens(request)}) if request["run_dir"] else None
     return {"reached": reached, "tokens": tokens}
@@ -70,7 +72,9 @@ def call(address: str, port: int, word: str) -> dict:
 def own_address(address: str, port: int) -> str | None:
     """The address that packets to another one leave from; none is sent."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as packets:
+        with socket.socket(
+            socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM
+        ) as packets:
             packets.connect((address, port))
             return packets.getsockname()[0]
     except OSError:

@@ -52,9 +52,13 @@ def shards(config: RunConfig, *, allow_pipe: bool) -> dict:
     if config.data.val is not None:
         found["data.val"] = ShardSet.open(config.data.val, label="data.val", access=Access.of(config.data))
     return {
-        name: {"fingerprint": part.fingerprint[:12], "samples": part.num_samples, "shards": len(getattr(part, "shards", None) or part.tars)}
+        name: {
+            "fingerprint": part.fingerprint[:12],
+            "samples": part.num_samples,
+            "shards": len(getattr(part, "shards", None) or part.tars),
+        }
         for name, part in found.items()
-    }  # fmt: skip
+    }
 
 
 def teacher(config: RunConfig) -> dict:
@@ -69,7 +73,15 @@ def teacher(config: RunConfig) -> dict:
         if looks_like_hub_id(config.teacher.weights):
             return {}
         raise UserError(f"teacher.weights '{path}' is not there; copy it, or put it where every node sees it")
-    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".pth", ".bin", ".json")]
+    files = (
+        [path]
+        if path.is_file()
+        else [
+            file
+            for file in sorted(path.iterdir())
+            if file.suffix in (".safetensors", ".pth", ".bin", ".json")
+        ]
+    )
     return {"path": str(path), "bytes": sum(file.stat().st_size for file in files)}
 
 
@@ -114,7 +126,12 @@ def start(config: RunConfig, request: dict) -> dict:
     world = World(rank=0, size=request["world"], local_rank=0, local_size=request["slots"])
     plan = prepare(config, world, resume="auto", allow_pipe=request["allow_pipe"])
     resumes = None if plan.resume_from is None else plan.resume_from.name
-    return {"micro_batch": plan.micro_batch, "accumulation": plan.accumulation, "steps": plan.num_steps, "resumes": resumes}
+    return {
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "steps": plan.num_steps,
+        "resumes": resumes,
+    }
 
 
 def needs(config: RunConfig, world: int) -> dict:
@@ -129,4 +146,9 @@ def needs(config: RunConfig, world: int) -> dict:
     # Every worker has two batches under way (torch's prefetch_factor), uint8, and a float of noise for every patch.
     batches = 2 * workers * micro_batch * (3 * side**2 + 4 * student.num_patches)
     # A save: weights, fp32 masters, Adam's two moments, and once more the weights as student and decoder.
-    return {"save": 20 * parameters, "keep": config.checkpoint.keep, "gradients": 4 * parameters, "batches": batches}
+    return {
+        "save": 20 * parameters,
+        "keep": config.checkpoint.keep,
+        "gradients": 4 * parameters,
+        "batches": batches,
+    }

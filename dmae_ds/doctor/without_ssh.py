@@ -34,12 +34,16 @@ def examine(question: Question) -> bool:
         if table.failed():
             return finish(table, question, Launch(kind, nodes, question.port))
     meeting = Meeting(question.address, question.port, index=index, size=len(nodes), limit_s=question.limit_s)
-    seats = meeting.gather("seat", {"word": secrets.token_hex(8), "host": socket.gethostname(), "slots": nodes[index].slots})
+    seats = meeting.gather(
+        "seat", {"word": secrets.token_hex(8), "host": socket.gethostname(), "slots": nodes[index].slots}
+    )
     word = seats[0]["word"]
     if question.hostfile is None:
         nodes = [Node(seat["host"], seat["slots"]) for seat in seats]
     if len({node.name for node in nodes}) < len(nodes):
-        raise RunFailed(f"two nodes are called {', '.join(node.name for node in nodes)}; give each its own host name")
+        raise RunFailed(
+            f"two nodes are called {', '.join(node.name for node in nodes)}; give each its own host name"
+        )
     launch = Launch(kind, nodes, question.port, question.address, str(question.hostfile), index)
     asked = Asked(nodes, kind, question.address, question.port, question.recipe)
     reach = Reach(local=True, limit_s=question.limit_s, cwd=cwd)
@@ -50,12 +54,21 @@ def examine(question: Question) -> bool:
     try:
         found = meeting.gather("facts", mine)
         facts = {node.name: part for node, part in zip(nodes, found, strict=True) if "trouble" not in part}
-        call = {**later("meet", request, mine), "port": question.port, "addresses": [question.address], "listening": False}
+        call = {
+            **later("meet", request, mine),
+            "port": question.port,
+            "addresses": [question.address],
+            "listening": False,
+        }
         answer = reach.ask(nodes[index].name, call) if "trouble" not in mine else None
         answers = meeting.gather("meet", None if isinstance(answer, Trouble) else answer)
-        clocks = dict(zip([node.name for node in nodes], meeting.gather("clock", meeting.clock()), strict=True))
+        clocks = dict(
+            zip([node.name for node in nodes], meeting.gather("clock", meeting.clock()), strict=True)
+        )
         _judge_probes(table, nodes, found)
-        meetings = {node.name: answer for node, answer in zip(nodes, answers, strict=True) if answer is not None}
+        meetings = {
+            node.name: answer for node, answer in zip(nodes, answers, strict=True) if answer is not None
+        }
         judge(table, facts, meetings, clocks, asked, port_is_judged=True)
         meeting.close()  # the ranks meet at the same port
         start(table, question, launch, facts, word=word, cwd=cwd)
@@ -64,10 +77,18 @@ def examine(question: Question) -> bool:
             reach.ask(nodes[index].name, later("leave", request, mine))
     if index == 0:
         return finish(table, question, launch)
-    print("\n".join(render(check) for check in table.checks if check.verdict == FAIL) or "nothing failed; node 0 prints the checks and the command", flush=True)
+    print(
+        "\n".join(render(check) for check in table.checks if check.verdict == FAIL)
+        or "nothing failed; node 0 prints the checks and the command",
+        flush=True,
+    )
     return not table.failed()
 
 
 def _judge_probes(table: Table, nodes: list[Node], found: list[dict]) -> None:
     troubles = [part["trouble"] for part in found if "trouble" in part]
-    table.add(Check("python", FAIL, *troubles[0]) if troubles else Check("python", OK, f"{len(nodes)} nodes met, and the probe ran on each"))
+    table.add(
+        Check("python", FAIL, *troubles[0])
+        if troubles
+        else Check("python", OK, f"{len(nodes)} nodes met, and the probe ran on each")
+    )

@@ -23,7 +23,9 @@ def cka_grid(rows: Iterable[Tensor], columns: Iterable[Tensor]) -> Tensor:
     """
     # [n, n] each; columns come one by one, so that their features needn't all exist at once
     grams = torch.stack([_direction(features) for features in rows])
-    return torch.stack([torch.einsum("bij,ij->b", grams, _direction(features)) for features in columns], dim=1)
+    return torch.stack(
+        [torch.einsum("bij,ij->b", grams, _direction(features)) for features in columns], dim=1
+    )
 
 
 def u_centred_gram(features: Tensor) -> Tensor:

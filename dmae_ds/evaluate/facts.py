@@ -25,7 +25,13 @@ JUDGED_FROM = 2 / 3  # of the epochs
 # Of an EMA twin's targets (objectives/spread.py): the share of them that differs from picture to picture. On digits a MoCo-v3 that
 # learned (k-NN 78%) ended at .007, SdAE at .04 to .2; a DINO that fell to one distribution for all pictures was at .0002 after 6 epochs.
 DEAD_SPREAD = 1e-3
-METRICS = {"knn": "k-NN", "linear": "linear probe", "probe": "logistic probe", "finetune": "fine-tuning", "supervised": "supervised"}
+METRICS = {
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "probe": "logistic probe",
+    "finetune": "fine-tuning",
+    "supervised": "supervised",
+}
 
 
 class Fact(NamedTuple):
@@ -43,13 +49,30 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
         "k-NN top-1": _knn(record),
         **_other_results(record),
         **{f"{name} at the end": _loss(record, name) for name in record.losses},
-        **{f"share of distillation, block {block_of(name)}": _share(record.last_tenth(name)) for name in record.named("share/")},
-        **({f"effective rank of {TOKENS[config.objective.judged_by]}": _rank(rank_of(record))} if record.named("rank/") else {}),
-        **({"spread of the targets": _spread(record.last_tenth("target/spread"))} if record.named("target/") else {}),
+        **{
+            f"share of distillation, block {block_of(name)}": _share(record.last_tenth(name))
+            for name in record.named("share/")
+        },
+        **(
+            {f"effective rank of {TOKENS[config.objective.judged_by]}": _rank(rank_of(record))}
+            if record.named("rank/")
+            else {}
+        ),
+        **(
+            {"spread of the targets": _spread(record.last_tenth("target/spread"))}
+            if record.named("target/")
+            else {}
+        ),
         "objective": Fact(config.objective.name, objective.describe()),
-        "student": Fact(config.student.name, _joined(f"{num_parameters / 1e6:.3g} M parameters", _overrides(config.student))),
+        "student": Fact(
+            config.student.name,
+            _joined(f"{num_parameters / 1e6:.3g} M parameters", _overrides(config.student)),
+        ),
         "teacher": _teacher(record, objective, shape),
-        "steps": Fact(f"{last['step']:,}", f"{last['epoch']:.3g} of {config.optim.epochs:g} epochs, {config.optim.global_batch:,} images a step"),
+        "steps": Fact(
+            f"{last['step']:,}",
+            f"{last['epoch']:.3g} of {config.optim.epochs:g} epochs, {config.optim.global_batch:,} images a step",
+        ),
         "images/s, median": Fact(f"{median(record.column('images_per_s')):,.0f}", _time_split(record)),
         "DeepSpeed, precision": Fact(f"{config.deepspeed}, {config.precision}"),
         "seed": Fact(str(config.run.seed)),
@@ -58,7 +81,9 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
 
 def find_dead_terms(record: RunRecord, name: str) -> list[str]:
     """A sentence for every distilled block whose share of the gradient has died; `name` is what the reader calls the run."""
-    distill = getattr(record.config.objective, "distill", None)  # a section of its own, or the objective itself
+    distill = getattr(
+        record.config.objective, "distill", None
+    )  # a section of its own, or the objective itself
     section = "objective" if distill is None else "objective.distill"
     advice = f"raise {section}.alpha"
     if getattr(distill or record.config.objective, "normalize", "none") != "none":
@@ -76,7 +101,9 @@ def find_dead_terms(record: RunRecord, name: str) -> list[str]:
 
 def find_collapses(record: RunRecord, name: str) -> list[str]:
     """A sentence where a run's features have collapsed, and where its EMA twin's targets have; `name` is what the reader calls the run."""
-    if record.rows[-1]["epoch"] < JUDGED_FROM * record.config.optim.epochs:  # a healthy run passes low ranks on its way
+    if (
+        record.rows[-1]["epoch"] < JUDGED_FROM * record.config.optim.epochs
+    ):  # a healthy run passes low ranks on its way
         return []
     found = []
     if record.last_tenth("target/spread") < DEAD_SPREAD:
@@ -108,7 +135,11 @@ def _knn(record: RunRecord) -> Fact:
     knn, step = record.knn, record.rows[-1]["step"]
     if knn is None:
         return Fact("not measured", f"dmae-ds eval knn {record.path}")
-    stale = f"measured at step {knn['step']:,}, before the last" if knn["step"] < step else f"step {knn['step']:,}"
+    stale = (
+        f"measured at step {knn['step']:,}, before the last"
+        if knn["step"] < step
+        else f"step {knn['step']:,}"
+    )
     return Fact(
         f"{knn['top1']:.1f}%",
         f"k {knn['settings']['k']}, T {knn['settings']['temperature']:g}, {knn['settings']['pool']} pool; "
@@ -122,8 +153,12 @@ def _other_results(record: RunRecord) -> dict[str, Fact]:
     for result in record.results:
         if result is not record.knn and (result["metric"], result["labels"]) != ("knn", "all"):
             labels = "" if result["labels"] == "all" else f", {result['labels']} of the labels"
-            settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value is not None)
-            note = _joined(settings if len(settings) < 90 else settings[:90] + " ...", f"step {result['step']:,}")
+            settings = ", ".join(
+                f"{key} {value}" for key, value in result["settings"].items() if value is not None
+            )
+            note = _joined(
+                settings if len(settings) < 90 else settings[:90] + " ...", f"step {result['step']:,}"
+            )
             facts[f"{METRICS[result['metric']]} top-1{labels}"] = Fact(f"{result['top1']:.1f}%", note)
     return facts
 
@@ -133,22 +168,34 @@ def _rank(rank: float) -> Fact:
 
 
 def _spread(spread: float) -> Fact:
-    return Fact("not finite" if math.isnan(spread) else f"{spread:.2%}", "collapsed" if spread < DEAD_SPREAD else "")
+    return Fact(
+        "not finite" if math.isnan(spread) else f"{spread:.2%}", "collapsed" if spread < DEAD_SPREAD else ""
+    )
 
 
 def _time_split(record: RunRecord) -> str:
     seconds = record.seconds()
     total = sum(seconds.values())
-    return f"{total:.2g} s a step: " + ", ".join(f"{part} {value / total:.0%}" for part, value in seconds.items()) if total else ""
+    return (
+        f"{total:.2g} s a step: "
+        + ", ".join(f"{part} {value / total:.0%}" for part, value in seconds.items())
+        if total
+        else ""
+    )
 
 
 def _loss(record: RunRecord, name: str) -> Fact:
     other_units = name == "pixel" and getattr(record.config.objective, "norm_pix", False)
-    return Fact(f"{record.last_tenth(name):.4f}", "of normalised patches; not comparable with raw pixels" if other_units else "")
+    return Fact(
+        f"{record.last_tenth(name):.4f}",
+        "of normalised patches; not comparable with raw pixels" if other_units else "",
+    )
 
 
 def _share(share: float) -> Fact:
-    return Fact("not finite" if math.isnan(share) else f"{share:.1%}", "dead term" if share < DEAD_SHARE else "")
+    return Fact(
+        "not finite" if math.isnan(share) else f"{share:.1%}", "dead term" if share < DEAD_SHARE else ""
+    )
 
 
 def _teacher(record: RunRecord, objective: nn.Module, shape: TeacherShape | None) -> Fact:
@@ -156,7 +203,10 @@ def _teacher(record: RunRecord, objective: nn.Module, shape: TeacherShape | None
     if teacher is None:
         return Fact("none")
     blocks, _ = needed_depths(objective.taps, shape.depth)
-    return Fact(teacher.name, _joined(f"cut after block {blocks} of {shape.depth}", teacher.dtype, _overrides(teacher)))
+    return Fact(
+        teacher.name,
+        _joined(f"cut after block {blocks} of {shape.depth}", teacher.dtype, _overrides(teacher)),
+    )
 
 
 def _overrides(model: ModelConfig) -> str:

@@ -40,16 +40,35 @@ class FeatureCache:
         self.student = fingerprint(student) if gib else None
 
     def embed(
-        self, student: VisionTransformer, shard_set: ShardSet, data: DataConfig, *, processes: Processes, pool: str, batch_size: int, title: str,
+        self,
+        student: VisionTransformer,
+        shard_set: ShardSet,
+        data: DataConfig,
+        *,
+        processes: Processes,
+        pool: str,
+        batch_size: int,
+        title: str,
         subset: np.ndarray | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """`extract_features`, or what it gave before. Collective; a file counts only where every process can read it."""
         made_of = {
-            "version": VERSION, "student": self.student, "data": shard_set.fingerprint, "crop_pct": data.crop_pct, "mean": data.mean, "std": data.std,
-            "pool": pool, "img_size": student.patch_embed.img_size, "precision": precision_of(processes),
-        }  # fmt: skip
+            "version": VERSION,
+            "student": self.student,
+            "data": shard_set.fingerprint,
+            "crop_pct": data.crop_pct,
+            "mean": data.mean,
+            "std": data.std,
+            "pool": pool,
+            "img_size": student.patch_embed.img_size,
+            "precision": precision_of(processes),
+        }
         # The whole set's features hold every subset's.
-        ways = [(None, made_of)] + ([] if subset is None else [(subset, {**made_of, "subset": hashlib.sha256(subset.tobytes()).hexdigest()})])
+        ways = [(None, made_of)] + (
+            []
+            if subset is None
+            else [(subset, {**made_of, "subset": hashlib.sha256(subset.tobytes()).hexdigest()})]
+        )
         for ids, key in ways if self.gib else []:
             found = self._read(key)
             here = torch.tensor([found is not None], device=processes.device)
@@ -57,9 +76,17 @@ class FeatureCache:
                 rows = slice(None) if ids is subset else torch.from_numpy(subset)
                 return tuple(tensor[rows].to(processes.device) for tensor in found)
         features, labels = extract_features(
-            student, shard_set, accelerator=processes, normalize=Normalize(data.mean, data.std).to(processes.device), crop_pct=data.crop_pct, pool=pool,
-            batch_size=batch_size, num_workers=data.num_workers, title=title, subset=subset,
-        )  # fmt: skip
+            student,
+            shard_set,
+            accelerator=processes,
+            normalize=Normalize(data.mean, data.std).to(processes.device),
+            crop_pct=data.crop_pct,
+            pool=pool,
+            batch_size=batch_size,
+            num_workers=data.num_workers,
+            title=title,
+            subset=subset,
+        )
         if self.gib and processes.is_main_process:
             self._write(ways[-1][1], {"features": features.cpu(), "labels": labels.cpu()})
         return features, labels
@@ -83,7 +110,10 @@ class FeatureCache:
     def _write(self, made_of: dict, tensors: dict[str, Tensor]) -> None:
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if num_bytes > self.gib * GIB:
-            print(f"features of {num_bytes / GIB:.1f} GiB are not kept: --cache-gib is {self.gib:g}", file=sys.stderr)
+            print(
+                f"features of {num_bytes / GIB:.1f} GiB are not kept: --cache-gib is {self.gib:g}",
+                file=sys.stderr,
+            )
             return
         self.folder.mkdir(exist_ok=True)
         self._make_room(num_bytes)

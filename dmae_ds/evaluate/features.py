@@ -45,7 +45,9 @@ class Processes(Protocol):
 
     def autocast(self) -> AbstractContextManager: ...
 
-    def gather(self, tensor: Tensor) -> Tensor: ...  # [n, ...] of each of P processes -> [P * n, ...], one after the other
+    def gather(
+        self, tensor: Tensor
+    ) -> Tensor: ...  # [n, ...] of each of P processes -> [P * n, ...], one after the other
 
     def reduce(self, tensor: Tensor) -> Tensor: ...  # the sum over processes
 
@@ -74,14 +76,18 @@ def load_student(run: Path) -> VisionTransformer:
     config = read_saved_config(run).student
     path = run / "student.safetensors"
     if not path.is_file():
-        raise UserError(f"'{path}' is not there; a run writes it with its first checkpoint: wait for one, or set checkpoint.every_steps lower")
+        raise UserError(
+            f"'{path}' is not there; a run writes it with its first checkpoint: wait for one, or set checkpoint.every_steps lower"
+        )
     student = build_timm(config)
     try:
         student.load_state_dict(load_file(path), strict=True)
     except SafetensorError as error:
         raise UserError(f"'{path}' is not a whole safetensors file ({error}); copy it again") from None
     except RuntimeError as error:  # torch lists every key that doesn't fit; the first says enough
-        raise UserError(f"'{path}' doesn't fit the student of config.yaml ({' '.join(str(error).split())[:200]}); is it another run's file?") from None
+        raise UserError(
+            f"'{path}' doesn't fit the student of config.yaml ({' '.join(str(error).split())[:200]}); is it another run's file?"
+        ) from None
     return student.eval()
 
 
@@ -111,10 +117,21 @@ def extract_features(
     features = torch.zeros(num_rows, student.num_features, device=accelerator.device)
     labels = torch.zeros(num_rows, dtype=torch.int64, device=accelerator.device)
     batches = eval_batches(
-        shard_set, img_size=student.patch_embed.img_size[0], crop_pct=crop_pct, batch_size=batch_size,
-        rank=accelerator.process_index, world_size=num_processes, num_workers=num_workers, subset=subset,
-    )  # fmt: skip
-    bar = tqdm(total=num_rows * num_processes, desc=title, unit="img", disable=title is None or not accelerator.is_main_process)
+        shard_set,
+        img_size=student.patch_embed.img_size[0],
+        crop_pct=crop_pct,
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world_size=num_processes,
+        num_workers=num_workers,
+        subset=subset,
+    )
+    bar = tqdm(
+        total=num_rows * num_processes,
+        desc=title,
+        unit="img",
+        disable=title is None or not accelerator.is_main_process,
+    )
     stop = 0
     with bar:
         for batch in batches:
@@ -126,7 +143,9 @@ def extract_features(
                 features[rows] = POOLS[pool](tokens.float())
             labels[rows] = batch.labels
             bar.update(len(batch.labels) * num_processes)
-    return tuple(_in_id_order(accelerator.gather(rows), num_processes)[:num_samples] for rows in (features, labels))
+    return tuple(
+        _in_id_order(accelerator.gather(rows), num_processes)[:num_samples] for rows in (features, labels)
+    )
 
 
 def _in_id_order(gathered: Tensor, num_processes: int) -> Tensor:

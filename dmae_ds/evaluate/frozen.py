@@ -30,7 +30,15 @@ class FrozenFeatures:
 
 
 def open_frozen(
-    run: Path, *, labels: str, subset_seed: int | None, pool: str, batch_size: int, cache_gib: float, processes: Processes, least_train: int = 1
+    run: Path,
+    *,
+    labels: str,
+    subset_seed: int | None,
+    pool: str,
+    batch_size: int,
+    cache_gib: float,
+    processes: Processes,
+    least_train: int = 1,
 ) -> FrozenFeatures:
     """Read a run's student and embed its data, or take both from RUN/features. Collective.
 
@@ -39,23 +47,35 @@ def open_frozen(
     Raises UserError for a run without labelled data, or numbers that mean nothing.
     """
     if batch_size < 1 or cache_gib < 0 or pool not in POOLS:
-        raise UserError(f"batch size {batch_size}, cache {cache_gib:g} GiB, pool {pool}: expected 1 or more, 0 or more, and one of {', '.join(POOLS)}")
+        raise UserError(
+            f"batch size {batch_size}, cache {cache_gib:g} GiB, pool {pool}: expected 1 or more, 0 or more, and one of {', '.join(POOLS)}"
+        )
     seed = check_labels(labels, subset_seed)
     data = read_saved_config(run).data
     train, val = open_labelled(data)
     ids = open_subset(run, train, labels=labels, seed=seed, write=processes.is_main_process)
     if len(ids) < least_train:
-        raise UserError(f"{least_train} labelled training pictures are asked for (--k?), labels {labels} gives {len(ids)}; ask for fewer, or for more labels")
+        raise UserError(
+            f"{least_train} labelled training pictures are asked for (--k?), labels {labels} gives {len(ids)}; ask for fewer, or for more labels"
+        )
     step, student = read_step(run) if (run / "student.safetensors").is_file() else 0, load_student(run)
     cache = FeatureCache(run, student, gib=cache_gib)
     student.to(processes.device)
     options = {"processes": processes, "pool": pool, "batch_size": batch_size}
-    train_features, train_labels = cache.embed(student, train, data, subset=None if labels == ALL else ids, title="train features", **options)
+    train_features, train_labels = cache.embed(
+        student, train, data, subset=None if labels == ALL else ids, title="train features", **options
+    )
     val_features, val_labels = cache.embed(student, val, data, title="val features", **options)
     about = {
-        "labels": labels, "subset_seed": seed, "step": step, "num_train": len(ids), "num_val": val.num_samples, "data": train.fingerprint,
-        "device": device_name(processes.device), "world_size": processes.num_processes,
-    }  # fmt: skip
+        "labels": labels,
+        "subset_seed": seed,
+        "step": step,
+        "num_train": len(ids),
+        "num_val": val.num_samples,
+        "data": train.fingerprint,
+        "device": device_name(processes.device),
+        "world_size": processes.num_processes,
+    }
     return FrozenFeatures(train_features, train_labels, val_features, val_labels, len(train.classes), about)
 
 
@@ -64,9 +84,18 @@ def settings_of(processes: Processes, *, pool: str) -> dict:
     return {"pool": pool, "precision": precision_of(processes)}
 
 
-def write_result(run: Path, about: dict, *, metric: str, top1: float, top5: float | None, settings: dict, since: float) -> dict:
+def write_result(
+    run: Path, about: dict, *, metric: str, top1: float, top5: float | None, settings: dict, since: float
+) -> dict:
     """Complete a result, add it to RUN/results.jsonl and return it. since: of time.monotonic(). By one process alone."""
-    result = {"metric": metric, "top1": top1, "top5": top5, "settings": settings, "seconds": round(time.monotonic() - since, 3), **about}
+    result = {
+        "metric": metric,
+        "top1": top1,
+        "top5": top5,
+        "settings": settings,
+        "seconds": round(time.monotonic() - since, 3),
+        **about,
+    }
     return append_result(run, result)
 
 

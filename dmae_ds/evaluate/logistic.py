@@ -43,11 +43,20 @@ class Probe:
 
     def scores(self, features: Tensor) -> Tensor:
         """[n, D] float32 -> [n, C] float32, higher is likelier."""
-        return _scores(_standardise(features, self.mean, self.std, dtype=torch.float32), self.weight, self.bias)
+        return _scores(
+            _standardise(features, self.mean, self.std, dtype=torch.float32), self.weight, self.bias
+        )
 
 
 def fit_probe(
-    features: Tensor, labels: Tensor, *, l2: float, num_classes: int, max_iterations: int = 500, start: Probe | None = None, processes=Alone()
+    features: Tensor,
+    labels: Tensor,
+    *,
+    l2: float,
+    num_classes: int,
+    max_iterations: int = 500,
+    start: Probe | None = None,
+    processes=Alone(),
 ) -> Probe:
     """Fit to features [n, D] float32 and labels [n] int64. Collective: each process holds all rows and works on its share.
 
@@ -60,17 +69,33 @@ def fit_probe(
     # [C, D + 1]: weights, and the bias in the last column
     parameters = torch.zeros(num_classes, features.shape[1] + 1, dtype=torch.float64, device=features.device)
     if start is not None:
-        parameters.copy_(torch.cat([start.weight * (std / start.std), (start.bias + start.weight @ ((mean - start.mean) / start.std))[:, None]], dim=1))
+        parameters.copy_(
+            torch.cat(
+                [
+                    start.weight * (std / start.std),
+                    (start.bias + start.weight @ ((mean - start.mean) / start.std))[:, None],
+                ],
+                dim=1,
+            )
+        )
     parameters.requires_grad_()
     dtype = torch.float64 if num * parameters.numel() < MANY_PRODUCTS else torch.float32
     optimizer = torch.optim.LBFGS(
-        [parameters], lr=1, max_iter=max_iterations, max_eval=25 * max_iterations, tolerance_grad=1e-6, tolerance_change=1e-10,
-        history_size=10, line_search_fn="strong_wolfe",
-    )  # fmt: skip
+        [parameters],
+        lr=1,
+        max_iter=max_iterations,
+        max_eval=25 * max_iterations,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
         weight, bias = parameters.detach()[:, :-1], parameters.detach()[:, -1]
-        total = torch.zeros(1 + parameters.numel(), dtype=torch.float64, device=parameters.device)  # the loss, then its gradient
+        total = torch.zeros(
+            1 + parameters.numel(), dtype=torch.float64, device=parameters.device
+        )  # the loss, then its gradient
         for rows, classes in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
             rows = _standardise(rows, mean, std, dtype=dtype)
             logs = _scores(rows, weight, bias).log_softmax(dim=1)
@@ -87,7 +112,9 @@ def fit_probe(
     closure()
     weight, bias = parameters.detach()[:, :-1].clone(), parameters.detach()[:, -1].clone()
     iterations = optimizer.state[parameters]["n_iter"]
-    return Probe(weight, bias, mean, std, parameters.grad.abs().max().item(), iterations, iterations < max_iterations)
+    return Probe(
+        weight, bias, mean, std, parameters.grad.abs().max().item(), iterations, iterations < max_iterations
+    )
 
 
 def _scores(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -101,8 +128,12 @@ def _standardise(rows: Tensor, mean: Tensor, std: Tensor, *, dtype: torch.dtype)
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population deviation [D] float64; 1 where a feature is constant."""
     mean = sum(rows.double().sum(dim=0) for rows in features.split(BLOCK)) / len(features)
-    variance = sum((rows.double() - mean).square().sum(dim=0) for rows in features.split(BLOCK)) / len(features)
+    variance = sum((rows.double() - mean).square().sum(dim=0) for rows in features.split(BLOCK)) / len(
+        features
+    )
     if not variance.isfinite().all():
-        raise UserError("the student's features are not finite, so nothing can be learnt from them; was its training broken?")
+        raise UserError(
+            "the student's features are not finite, so nothing can be learnt from them; was its training broken?"
+        )
     std = variance.sqrt()
     return mean, std.where(std > 1e-6 * mean.abs().clamp_min(1e-12), 1.0)

@@ -43,24 +43,36 @@ def extra_bytes(blocks: Blocks, *, num_train: int, dim: int, k: int, num_classes
     squares = TILE.train * dim * 8
     picked = blocks.queries * (blocks.train + candidates) * 8 + blocks.queries * candidates * (8 + 8)
     tile = TILE.queries * TILE.train * (4 + 4) + (TILE.queries + TILE.train) * dim * 4
-    decided = blocks.queries * candidates * 8 + TILE.queries * (3 * dim * 8 + candidates * 5 * 8 + num_classes * (8 + 8 + 8))
+    decided = blocks.queries * candidates * 8 + TILE.queries * (
+        3 * dim * 8 + candidates * 5 * 8 + num_classes * (8 + 8 + 8)
+    )
     return norms + max(squares, picked + max(tile, decided))
 
 
-def choose_blocks(*, num_queries: int, num_train: int, dim: int, k: int, num_classes: int, memory_gib: float) -> Blocks:
+def choose_blocks(
+    *, num_queries: int, num_train: int, dim: int, k: int, num_classes: int, memory_gib: float
+) -> Blocks:
     """The largest blocks whose `extra_bytes` stay within memory_gib. Raises UserError where the smallest don't."""
     sizes = {"num_train": num_train, "dim": dim, "k": k, "num_classes": num_classes}
-    wanted = Blocks(_round_up(max(1, num_queries), TILE.queries), min(_WIDEST, _round_up(num_train, TILE.train)))
+    wanted = Blocks(
+        _round_up(max(1, num_queries), TILE.queries), min(_WIDEST, _round_up(num_train, TILE.train))
+    )
     train = wanted.train
     while True:
         # Bytes grow linearly with the queries of a block.
         least = extra_bytes(Blocks(TILE.queries, train), **sizes)
         each = extra_bytes(Blocks(2 * TILE.queries, train), **sizes) - least
-        tiles = 1 + max(0, math.floor((memory_gib * GIB - least) / each)) if each else wanted.queries // TILE.queries
+        tiles = (
+            1 + max(0, math.floor((memory_gib * GIB - least) / each))
+            if each
+            else wanted.queries // TILE.queries
+        )
         if least <= memory_gib * GIB:
             return Blocks(min(wanted.queries, tiles * TILE.queries), train)
         if train == TILE.train:
-            raise UserError(f"--memory-gib {memory_gib:g}: {num_train:,} training rows of width {dim} need at least {least / GIB:.2f} GiB beside the features; give that")
+            raise UserError(
+                f"--memory-gib {memory_gib:g}: {num_train:,} training rows of width {dim} need at least {least / GIB:.2f} GiB beside the features; give that"
+            )
         train = max(TILE.train, _round_up(train // 2, TILE.train))
 
 
@@ -137,7 +149,9 @@ def _sum_in_order(terms: Tensor) -> Tensor:
 def _pack(similar: Tensor, first: int, *, out: Tensor) -> None:
     """[b, n] float32 of training rows first, first + 1, ... -> into `out` int64 keys that sort like (similar, -row)."""
     bits = similar.view(torch.int32)
-    bits = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # as whole numbers, floats below 0 rise where they should fall
+    bits = (
+        (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    )  # as whole numbers, floats below 0 rise where they should fall
     places = torch.arange(first, first + similar.shape[1], device=similar.device)
     out.copy_(bits).bitwise_left_shift_(_ID_BITS).add_((1 << _ID_BITS) - 1 - places)
 

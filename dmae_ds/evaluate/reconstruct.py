@@ -17,22 +17,39 @@ from dmae_ds.models.patches import Normalize, patchify, unpatchify
 GREY = 128  # a masked patch: seen on a light and on a dark page
 
 
-def choose_pictures(shard_set: ShardSet, *, num: int, seed: int, img_size: int, num_patches: int, crop_pct: float) -> tuple[Tensor, Tensor]:
+def choose_pictures(
+    shard_set: ShardSet, *, num: int, seed: int, img_size: int, num_patches: int, crop_pct: float
+) -> tuple[Tensor, Tensor]:
     """`num` pictures (or all, if there are fewer) and the noise of their masks, keyed by the seed: the same for every run.
 
     Returns images [N, 3, H, W] uint8 and noise [N, L] float32.
     """
     reader = SampleReader(shard_set)
     chosen = np.random.default_rng(seed).permutation(shard_set.num_samples)[:num].tolist()
-    images = np.stack([eval_view(decode(reader.read(sample_id)), img_size=img_size, crop_pct=crop_pct) for sample_id in chosen])
-    noise = np.stack([sample_rng(seed, 0, sample_id, MASK_STREAM).random(num_patches, dtype=np.float32) for sample_id in chosen])
+    images = np.stack(
+        [
+            eval_view(decode(reader.read(sample_id)), img_size=img_size, crop_pct=crop_pct)
+            for sample_id in chosen
+        ]
+    )
+    noise = np.stack(
+        [
+            sample_rng(seed, 0, sample_id, MASK_STREAM).random(num_patches, dtype=np.float32)
+            for sample_id in chosen
+        ]
+    )
     return torch.from_numpy(images), torch.from_numpy(noise)
 
 
 @torch.inference_mode()
 def reconstruct(
-    objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize, *, num_visible: int | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    objective: nn.Module,
+    images: Tensor,
+    noise: Tensor,
+    normalize: Normalize,
+    *,
+    num_visible: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Mask pictures and let an objective with a pixel decoder fill them in.
 
     images [N, 3, H, W] uint8, noise [N, L]
@@ -42,13 +59,17 @@ def reconstruct(
     batch = objective.prepare(Batch(images, noise), normalize, num_visible=num_visible)
     latent, _ = objective.student(batch.visible, batch.ids_keep)
     pixels = objective.decoder(latent, batch.ids_keep, batch.ids_masked).float()  # [N, L - K, P, P, 3]
-    if objective.norm_pix:  # the decoder painted each patch in units of its own contrast: lend it the original's
+    if (
+        objective.norm_pix
+    ):  # the decoder painted each patch in units of its own contrast: lend it the original's
         variance, mean = torch.var_mean(batch.masked, dim=(-3, -2, -1), keepdim=True)
         pixels = pixels * (variance + 1e-6).sqrt() + mean
     painted = ((pixels - normalize.shift) / normalize.scale).round().clamp(0, 255).to(torch.uint8)
     patches = patchify(images, objective.student.patch_size)  # [N, L, P, P, 3]
     grey = torch.full_like(gather_patches(patches, batch.ids_masked), GREY)
-    return tuple(_with_patches(patches, batch.ids_masked, new, objective.student.grid) for new in (grey, painted))
+    return tuple(
+        _with_patches(patches, batch.ids_masked, new, objective.student.grid) for new in (grey, painted)
+    )
 
 
 def _with_patches(patches: Tensor, ids: Tensor, new: Tensor, grid: tuple[int, int]) -> Tensor:

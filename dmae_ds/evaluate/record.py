@@ -30,12 +30,23 @@ class RunRecord:
     @property
     def knn(self) -> dict | None:
         """The newest k-NN with all labels; None before `dmae-ds eval knn`."""
-        return next((result for result in reversed(self.results) if result["metric"] == "knn" and result["labels"] == "all"), None)
+        return next(
+            (
+                result
+                for result in reversed(self.results)
+                if result["metric"] == "knn" and result["labels"] == "all"
+            ),
+            None,
+        )
 
     @property
     def losses(self) -> list[str]:
         """`loss`, then its named parts."""
-        return [name for name in self.rows[0] if name not in _NOT_LOSSES and not name.startswith(_NOT_LOSSES_EITHER)]
+        return [
+            name
+            for name in self.rows[0]
+            if name not in _NOT_LOSSES and not name.startswith(_NOT_LOSSES_EITHER)
+        ]
 
     def named(self, prefix: str) -> list[str]:
         """Columns that any step has, such as those of `share/`: how much of the gradient at a student block comes from distillation."""
@@ -68,7 +79,9 @@ def read_record(path: Path) -> RunRecord:
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     rows = [row for row in map(_parse, lines) if row is not None]
     if not rows:
-        raise UserError(f"run '{path}' has no metrics yet: they come every log.every_steps = {config.log.every_steps} steps; wait for the first, or train it")
+        raise UserError(
+            f"run '{path}' has no metrics yet: they come every log.every_steps = {config.log.every_steps} steps; wait for the first, or train it"
+        )
     return RunRecord(path, config, rows, read_results(path))
 
 

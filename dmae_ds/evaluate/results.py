@@ -90,7 +90,9 @@ def _newest(results: list[dict], *names: str) -> list[dict]:
 
 def _check(result: dict) -> None:
     if not isinstance(result, dict) or set(result) != set(FIELDS):
-        raise ValueError(f"found {sorted(result) if isinstance(result, dict) else result!r}, expected the fields {', '.join(FIELDS)}")
+        raise ValueError(
+            f"found {sorted(result) if isinstance(result, dict) else result!r}, expected the fields {', '.join(FIELDS)}"
+        )
     for name, types in FIELDS.items():
         if not isinstance(result[name], types) or isinstance(result[name], bool):
             raise ValueError(f"{name} is {result[name]!r}")

@@ -28,16 +28,27 @@ _SHARE, _SHOTS = re.compile(r"(\d+(?:\.\d+)?)%"), re.compile(r"([1-9]\d*)-shot")
 def open_labelled(data: DataConfig) -> tuple[ShardSet, ShardSet]:
     """data.train and data.val, of the same classes. Raises UserError where pictures have no labels or there are none to classify."""
     if data.val is None:
-        raise UserError("data.val is null: an evaluation needs labelled pictures that nobody was trained on; give data.val=SHARDS, or write it into the run's config.yaml")
+        raise UserError(
+            "data.val is null: an evaluation needs labelled pictures that nobody was trained on; give data.val=SHARDS, or write it into the run's config.yaml"
+        )
     if data.num_samples is not None:
-        raise UserError("data.num_samples streams tars without an index, whose labels can't be counted before; make one with `dmae-shards index`, and leave it out")
+        raise UserError(
+            "data.num_samples streams tars without an index, whose labels can't be counted before; make one with `dmae-shards index`, and leave it out"
+        )
     access = Access.of(data)
-    sets = ShardSet.open(data.train, label="data.train", access=access), ShardSet.open(data.val, label="data.val", access=access)
+    sets = (
+        ShardSet.open(data.train, label="data.train", access=access),
+        ShardSet.open(data.val, label="data.val", access=access),
+    )
     for name, shard_set in zip(("data.train", "data.val"), sets, strict=True):
         if len(shard_set.classes) < 2:
-            raise UserError(f"{name} '{shard_set.folder}' has {len(shard_set.classes)} classes, so there is nothing to tell apart; make the shards from one folder a class")
+            raise UserError(
+                f"{name} '{shard_set.folder}' has {len(shard_set.classes)} classes, so there is nothing to tell apart; make the shards from one folder a class"
+            )
     if sets[0].classes != sets[1].classes:
-        raise UserError(f"data.train and data.val number different classes ({len(sets[0].classes)} and {len(sets[1].classes)}); make both from the same class folders")
+        raise UserError(
+            f"data.train and data.val number different classes ({len(sets[0].classes)} and {len(sets[1].classes)}); make both from the same class folders"
+        )
     return sets
 
 
@@ -45,9 +56,13 @@ def check_labels(labels: str, seed: int | None) -> int | None:
     """The seed that a draw uses: None for `all`, otherwise the one given, or 0. Raises UserError for words that mean nothing."""
     share, shots = _SHARE.fullmatch(labels), _SHOTS.fullmatch(labels)
     if labels != ALL and not shots and not (share and 0 < float(share[1]) < 100):
-        raise UserError(f"labels '{labels}': expected all, a share below 100% such as 1% or 10%, or a number a class such as 5-shot")
+        raise UserError(
+            f"labels '{labels}': expected all, a share below 100% such as 1% or 10%, or a number a class such as 5-shot"
+        )
     if labels == ALL and seed is not None:
-        raise UserError(f"subset seed {seed} is of no use with labels all: nothing is drawn; choose labels such as 10%, or leave the seed out")
+        raise UserError(
+            f"subset seed {seed} is of no use with labels all: nothing is drawn; choose labels such as 10%, or leave the seed out"
+        )
     if seed is not None and seed < 0:
         raise UserError(f"subset seed {seed}: expected a whole number of at least 0")
     return None if labels == ALL else seed or 0
@@ -63,10 +78,15 @@ def open_subset(run: Path, shard_set: ShardSet, *, labels: str, seed: int | None
     ids = draw_subset(shard_set, labels, seed or 0)
     if not write or labels == ALL:
         return ids
-    path, content = run / "subsets" / f"{labels}-seed{seed}.txt", _list_keys(shard_set, ids, labels=labels, seed=seed)
+    path, content = (
+        run / "subsets" / f"{labels}-seed{seed}.txt",
+        _list_keys(shard_set, ids, labels=labels, seed=seed),
+    )
     if path.is_file():
         if path.read_bytes() != content:
-            raise UserError(f"'{path}' holds another draw than labels {labels}, seed {seed} of data.train as it is now; were the shards made again? Move the file away")
+            raise UserError(
+                f"'{path}' holds another draw than labels {labels}, seed {seed} of data.train as it is now; were the shards made again? Move the file away"
+            )
         return ids
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as file:
@@ -98,25 +118,37 @@ def draw_subset(shard_set: ShardSet, labels: str, seed: int) -> np.ndarray:
 
 def read_labels(shard_set: ShardSet) -> np.ndarray:
     """Every sample's class [num_samples] int64, out of the indexes; -1: unlabelled."""
-    return np.concatenate([shard_set.open_index(shard)["label"] for shard in range(len(shard_set.shards))]).astype(np.int64)
+    return np.concatenate(
+        [shard_set.open_index(shard)["label"] for shard in range(len(shard_set.shards))]
+    ).astype(np.int64)
 
 
 def _take(counts: np.ndarray, labels: str, shard_set: ShardSet) -> np.ndarray:
     """How many of each class."""
     if share := _SHARE.fullmatch(labels):
-        return np.minimum(counts, np.maximum(1, np.floor(counts * float(share[1]) / 100 + 0.5))).astype(np.int64)
+        return np.minimum(counts, np.maximum(1, np.floor(counts * float(share[1]) / 100 + 0.5))).astype(
+            np.int64
+        )
     shots = int(_SHOTS.fullmatch(labels)[1])
     if (counts < shots).any():
         short = int(np.argmin(counts))
-        raise UserError(f"labels {labels}: class '{shard_set.classes[short]}' of '{shard_set.folder}' has {counts[short]} samples; ask for at most {counts.min()}-shot")
+        raise UserError(
+            f"labels {labels}: class '{shard_set.classes[short]}' of '{shard_set.folder}' has {counts[short]} samples; ask for at most {counts.min()}-shot"
+        )
     return np.full(len(counts), shots)
 
 
 def _list_keys(shard_set: ShardSet, ids: np.ndarray, *, labels: str, seed: int) -> bytes:
     """The file's content: a line that says what was drawn, then `<tar>/<key>` a line."""
-    lines = [f"# labels {labels}, seed {seed}: {len(ids)} of {shard_set.num_samples} samples of data with fingerprint {shard_set.fingerprint}"]
+    lines = [
+        f"# labels {labels}, seed {seed}: {len(ids)} of {shard_set.num_samples} samples of data with fingerprint {shard_set.fingerprint}"
+    ]
     bounds = np.searchsorted(ids, [0, *shard_set.ends])
     for shard, (entry, first, stop) in enumerate(zip(shard_set.shards, bounds, bounds[1:], strict=False)):
         rows = ids[first:stop] - (shard_set.ends[shard] - entry.num_samples)
-        lines += [f"{entry.name}/{number:09d}" for number in shard_set.open_index(shard)["number"][rows]] if len(rows) else []
+        lines += (
+            [f"{entry.name}/{number:09d}" for number in shard_set.open_index(shard)["number"][rows]]
+            if len(rows)
+            else []
+        )
     return ("\n".join(lines) + "\n").encode()

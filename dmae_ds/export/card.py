@@ -19,26 +19,49 @@ CARD_VERSION = 1
 LIBRARIES = ("torch", "timm", "safetensors", "transformers", "onnx", "onnxruntime", "onnxscript")
 
 
-def make_card(source: Source, *, to: str, differences: dict[str, float], limits: dict[str, float], license: str) -> dict:
+def make_card(
+    source: Source, *, to: str, differences: dict[str, float], limits: dict[str, float], license: str
+) -> dict:
     """Everything that is known of an export. differences, limits: of each output, as `export.export` has them."""
     data = source.evaluation["data"] if source.evaluation else source.config.data.model_dump(mode="json")
     fingerprint, fingerprint_from = _fingerprint_of_data(source, data["train"])
     return {
         "version": CARD_VERSION,
-        "name": (source.run or source.results).resolve().name, "what": source.what, "to": to, "license": license,
+        "name": (source.run or source.results).resolve().name,
+        "what": source.what,
+        "to": to,
+        "license": license,
         "student": {
-            "name": source.name, "overrides": source.overrides, "keys": source.keys, "img_size": source.img_size, "patch_size": source.patch_size,
+            "name": source.name,
+            "overrides": source.overrides,
+            "keys": source.keys,
+            "img_size": source.img_size,
+            "patch_size": source.patch_size,
             "parameters": sum(parameter.numel() for parameter in source.vit.parameters()),
         },
         "step": source.step,
         "teacher": _teacher_facts(source),
-        "data": {"train": data["train"], "val": data["val"], "fingerprint": fingerprint, "fingerprint_from": fingerprint_from},
+        "data": {
+            "train": data["train"],
+            "val": data["val"],
+            "fingerprint": fingerprint,
+            "fingerprint_from": fingerprint_from,
+        },
         "metrics": read_results(source.results),
-        "check": {"differences": differences, "largest": max(differences.values()), "limits": limits, "inputs": "standard normal pixels, float32, on the CPU"},
-        "versions": {"dmae-ds": __version__, "python": platform.python_version(), **{name: found for name in LIBRARIES if (found := _version(name))}},
+        "check": {
+            "differences": differences,
+            "largest": max(differences.values()),
+            "limits": limits,
+            "inputs": "standard normal pixels, float32, on the CPU",
+        },
+        "versions": {
+            "dmae-ds": __version__,
+            "python": platform.python_version(),
+            **{name: found for name in LIBRARIES if (found := _version(name))},
+        },
         "config": None if source.config is None else source.config.model_dump(mode="json"),
         "evaluation": source.evaluation,
-    }  # fmt: skip
+    }
 
 
 def _teacher_facts(source: Source) -> dict | None:
@@ -46,8 +69,15 @@ def _teacher_facts(source: Source) -> dict | None:
     if source.config is not None:
         return describe_teacher(source.config)
     weights = {key: None for key in ("sha256", "fingerprint", "teacher")}
-    return {"name": source.name, "overrides": source.overrides, "weights": source.evaluation["weights"], "format": source.evaluation["format"],
-            "license": UNKNOWN, "license_from": "the weights that were fine-tuned are no run of ours", **weights}  # fmt: skip
+    return {
+        "name": source.name,
+        "overrides": source.overrides,
+        "weights": source.evaluation["weights"],
+        "format": source.evaluation["format"],
+        "license": UNKNOWN,
+        "license_from": "the weights that were fine-tuned are no run of ours",
+        **weights,
+    }
 
 
 def _fingerprint_of_data(source: Source, train: str) -> tuple[str, str]:
@@ -65,7 +95,9 @@ def _fingerprint_of_data(source: Source, train: str) -> tuple[str, str]:
     path = Path(train).expanduser()
     if path.is_dir():  # shards behind a URL are not asked
         try:
-            return ShardSet.open(str(path), label="data.train").fingerprint, "the shards in data.train, as they are now"
+            return ShardSet.open(
+                str(path), label="data.train"
+            ).fingerprint, "the shards in data.train, as they are now"
         except UserError as error:
             reasons.append(str(error))
     return UNKNOWN, "; ".join(reasons)
@@ -89,7 +121,10 @@ def render_card(card: dict, usage: str) -> str:
     student, check = card["student"], card["check"]
     library = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "safetensors": "timm"}[card["to"]]
     overrides = ", ".join(f"{key} {value}" for key, value in student["overrides"].items())
-    differences = ", ".join(f"{name} {value:.1e} (at most {check['limits'][name]:.1e})" for name, value in check["differences"].items())
+    differences = ", ".join(
+        f"{name} {value:.1e} (at most {check['limits'][name]:.1e})"
+        for name, value in check["differences"].items()
+    )
     rows = {
         "network": f"{student['name']}{f' ({overrides})' if overrides else ''}, {student['parameters'] / 1e6:.3g} M parameters, {student['img_size']} px, patches of {student['patch_size']} px",
         "part": card["what"],
@@ -100,19 +135,54 @@ def render_card(card: dict, usage: str) -> str:
         "compared with the trained network": f"largest difference on random pictures, float32: {differences}",
     }
     task = "image-classification" if card["what"] == "classifier" else "image-feature-extraction"
-    lines = ["---", f"license: {card['license']}", f"library_name: {library}", f"pipeline_tag: {task}", "tags:", "- dmae-ds", "---", "", f"# {card['name']}", ""]
+    lines = [
+        "---",
+        f"license: {card['license']}",
+        f"library_name: {library}",
+        f"pipeline_tag: {task}",
+        "tags:",
+        "- dmae-ds",
+        "---",
+        "",
+        f"# {card['name']}",
+        "",
+    ]
     if card["license"] == UNKNOWN:
-        lines += ["Nobody has said under which licence these weights may be used; the teacher's is below.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(text)} |" for name, text in rows.items()), "", "```python", usage, "```", "", "## Measured", ""]
+        lines += [
+            "Nobody has said under which licence these weights may be used; the teacher's is below.",
+            "",
+        ]
+    lines += [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_cell(text)} |" for name, text in rows.items()),
+        "",
+        "```python",
+        usage,
+        "```",
+        "",
+        "## Measured",
+        "",
+    ]
     if card["metrics"]:
         lines += ["| metric | labels | top-1 | settings | step | device |", "|---|---|---|---|---|---|"]
         for result in card["metrics"]:
             settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
-            labels = result["labels"] if result["subset_seed"] is None else f"{result['labels']}, seed {result['subset_seed']}"
-            lines.append(f"| {result['metric']} | {labels} | {result['top1']:.2f}% | {_cell(settings)} | {result['step']} | {_cell(result['device'])} |")
+            labels = (
+                result["labels"]
+                if result["subset_seed"] is None
+                else f"{result['labels']}, seed {result['subset_seed']}"
+            )
+            lines.append(
+                f"| {result['metric']} | {labels} | {result['top1']:.2f}% | {_cell(settings)} | {result['step']} | {_cell(result['device'])} |"
+            )
     else:
         lines += ["Nothing has been measured with these weights yet."]
-    lines += ["", "The whole recipe, the teacher's identity and the libraries' versions stand in card.json.", ""]
+    lines += [
+        "",
+        "The whole recipe, the teacher's identity and the libraries' versions stand in card.json.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -123,7 +193,10 @@ def _training(card: dict) -> str:
         parts.append(f"objective {objective['name']}, mask ratio {objective['mask_ratio']:g}")
     if evaluation is not None:
         distill = evaluation.get("distill")
-        parts.append(f"then as a classifier, with {evaluation['labels']} labels" + (f", {distill['method']} from {distill['teacher']}" if distill else ""))
+        parts.append(
+            f"then as a classifier, with {evaluation['labels']} labels"
+            + (f", {distill['method']} from {distill['teacher']}" if distill else "")
+        )
     return "; ".join([*parts, f"step {card['step']:,}"])
 
 

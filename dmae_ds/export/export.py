@@ -40,13 +40,29 @@ class Target:
 
 TARGETS = {
     "timm": Target(("encoder", "classifier"), (), to_timm.write_timm, to_timm.ask_timm, to_timm.explain_timm),
-    "hf": Target(("encoder", "mae", "classifier"), ("transformers",), to_hf.write_hf, to_hf.ask_hf, to_hf.explain_hf),
-    "onnx": Target(("encoder", "classifier"), ("onnx", "onnxscript", "onnxruntime"), to_onnx.write_onnx, to_onnx.ask_onnx, to_onnx.explain_onnx),
-    "safetensors": Target(("encoder", "classifier"), (), to_timm.write_safetensors, to_timm.ask_safetensors, to_timm.explain_safetensors),
+    "hf": Target(
+        ("encoder", "mae", "classifier"), ("transformers",), to_hf.write_hf, to_hf.ask_hf, to_hf.explain_hf
+    ),
+    "onnx": Target(
+        ("encoder", "classifier"),
+        ("onnx", "onnxscript", "onnxruntime"),
+        to_onnx.write_onnx,
+        to_onnx.ask_onnx,
+        to_onnx.explain_onnx,
+    ),
+    "safetensors": Target(
+        ("encoder", "classifier"),
+        (),
+        to_timm.write_safetensors,
+        to_timm.ask_safetensors,
+        to_timm.explain_safetensors,
+    ),
 }
 
 
-def export(run: Path, *, to: str, what: str = "encoder", out: Path | None = None, license: str = "unknown") -> tuple[Path, dict]:
+def export(
+    run: Path, *, to: str, what: str = "encoder", out: Path | None = None, license: str = "unknown"
+) -> tuple[Path, dict]:
     """Export a part of a run, or the classifier of an evaluation's folder; returns the folder (default RUN/export/<to>, or <to>-mae) and its card.
 
     Raises UserError for a part or a library that is not there, RunFailed where the answers differ by more than LIMIT and more than rounding explains.
@@ -54,10 +70,14 @@ def export(run: Path, *, to: str, what: str = "encoder", out: Path | None = None
     target = TARGETS[to]
     if what not in target.parts:
         fitting = [name for name, other in TARGETS.items() if what in other.parts]
-        raise UserError(f"--to {to} holds no {what}; choose --what {' or '.join(target.parts)}, or --to {' or '.join(fitting)}")
+        raise UserError(
+            f"--to {to} holds no {what}; choose --what {' or '.join(target.parts)}, or --to {' or '.join(fitting)}"
+        )
     missing = [name for name in target.needs if find_spec(name) is None]
     if missing:
-        raise UserError(f"--to {to} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; pip install 'dmae-ds[export]'")
+        raise UserError(
+            f"--to {to} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; pip install 'dmae-ds[export]'"
+        )
     out = out or run / "export" / (f"{to}-mae" if what == "mae" else to)
     if out.exists():
         raise UserError(f"'{out}' exists already; delete it, or choose another --out")
@@ -70,10 +90,17 @@ def export(run: Path, *, to: str, what: str = "encoder", out: Path | None = None
         inputs = source.inputs()
         with torch.no_grad():
             differences = compare(target.ask(source, temporary, inputs), source.answers(inputs))
-        limits = {name: max(LIMIT, ROUNDINGS * rounding) for name, rounding in source.rounding(inputs).items()}
+        limits = {
+            name: max(LIMIT, ROUNDINGS * rounding) for name, rounding in source.rounding(inputs).items()
+        }
         if not all(differences[name] <= limits[name] for name in limits):  # NaN is not
-            found = ", ".join(f"{name} by {value:.1e} where {limits[name]:.1e} is allowed" for name, value in differences.items())
-            raise RunFailed(f"the {to} export of '{run}' answers differently from the trained network: {found}; nothing was written")
+            found = ", ".join(
+                f"{name} by {value:.1e} where {limits[name]:.1e} is allowed"
+                for name, value in differences.items()
+            )
+            raise RunFailed(
+                f"the {to} export of '{run}' answers differently from the trained network: {found}; nothing was written"
+            )
         card = make_card(source, to=to, differences=differences, limits=limits, license=license)
         write_card(card, target.explain(source, out.name), temporary)
         _settle(temporary)
@@ -95,7 +122,9 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
     """The largest absolute difference of each output; NaN where either is."""
     assert found.keys() == expected.keys(), (found.keys(), expected.keys())
     assert all(found[name].shape == right.shape for name, right in expected.items())
-    return {name: float((found[name].double() - right.double()).abs().max()) for name, right in expected.items()}
+    return {
+        name: float((found[name].double() - right.double()).abs().max()) for name, right in expected.items()
+    }
 
 
 def describe(out: Path, card: dict) -> str:

@@ -121,43 +121,87 @@ def open_source(folder: Path, what: str) -> Source:
 
 def _open_student(run: Path, what: str) -> Source:
     config = read_saved_config(run)
-    tensors, metadata = _read(run / "student.safetensors", "a run writes it with its first checkpoint: wait for one, or set checkpoint.every_steps lower")
+    tensors, metadata = _read(
+        run / "student.safetensors",
+        "a run writes it with its first checkpoint: wait for one, or set checkpoint.every_steps lower",
+    )
     if what == "encoder":
-        model: nn.Module = build_student(config.student.name, config.student.overrides(), generator=torch.Generator().manual_seed(0))
+        model: nn.Module = build_student(
+            config.student.name, config.student.overrides(), generator=torch.Generator().manual_seed(0)
+        )
         weights, vit = tensors, model
     else:
         rest, rest_metadata = _read(run / "decoder.safetensors", "a run writes it with its first checkpoint")
         if rest_metadata.get("step") != metadata.get("step"):
-            raise UserError(f"student.safetensors is of step {metadata.get('step')}, decoder.safetensors of {rest_metadata.get('step')}: the run is saving; try again")
+            raise UserError(
+                f"student.safetensors is of step {metadata.get('step')}, decoder.safetensors of {rest_metadata.get('step')}: the run is saving; try again"
+            )
         model, _ = build_objective(config)
         if not model.paints:
-            raise UserError(f"objective {config.objective.name} trains no pixel decoder; export --what encoder")
-        weights, vit = {**{f"student.{name}": tensor for name, tensor in tensors.items()}, **rest}, model.student
-        tensors = {**tensors, **{name: tensor for name, tensor in rest.items() if name.startswith("decoder.")}}
+            raise UserError(
+                f"objective {config.objective.name} trains no pixel decoder; export --what encoder"
+            )
+        weights, vit = (
+            {**{f"student.{name}": tensor for name, tensor in tensors.items()}, **rest},
+            model.student,
+        )
+        tensors = {
+            **tensors,
+            **{name: tensor for name, tensor in rest.items() if name.startswith("decoder.")},
+        }
     _fill(model, weights, run)
     return Source(
-        what=what, run=run, results=run, config=config, name=config.student.name, overrides=config.student.overrides(), keys={"num_classes": 0},
-        pixels=Pixels(config.data.mean, config.data.std, config.data.crop_pct), model=model.float().eval(), vit=vit, patch_size=vit.patch_size, grid=vit.grid,
-        tensors=_plain(tensors), step=int(metadata.get("step", 0)),
-    )  # fmt: skip
+        what=what,
+        run=run,
+        results=run,
+        config=config,
+        name=config.student.name,
+        overrides=config.student.overrides(),
+        keys={"num_classes": 0},
+        pixels=Pixels(config.data.mean, config.data.std, config.data.crop_pct),
+        model=model.float().eval(),
+        vit=vit,
+        patch_size=vit.patch_size,
+        grid=vit.grid,
+        tensors=_plain(tensors),
+        step=int(metadata.get("step", 0)),
+    )
 
 
 def _open_classifier(folder: Path) -> Source:
     path = folder / CLASSIFIER_FILE
-    tensors, metadata = _read(path, f"name the folder that `dmae-ds eval finetune` or `linear` wrote{_evaluations(folder)}")
+    tensors, metadata = _read(
+        path, f"name the folder that `dmae-ds eval finetune` or `linear` wrote{_evaluations(folder)}"
+    )
     evaluation = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     about = json.loads(metadata["classifier"])
     name, overrides, keys = metadata["timm_name"], json.loads(metadata["timm_overrides"]), about["keys"]
     model = timm.create_model(name, **overrides, **keys)
     _fill(model, tensors, folder)
-    run = folder.parent if (folder.parent / "config.yaml").is_file() and (folder.parent / "student.safetensors").is_file() else None
+    run = (
+        folder.parent
+        if (folder.parent / "config.yaml").is_file() and (folder.parent / "student.safetensors").is_file()
+        else None
+    )
     config = None if run is None else read_saved_config(run)
     return Source(
-        what="classifier", run=run, results=run or folder, config=config, name=name, overrides=overrides, keys=keys,
-        pixels=Pixels(tuple(about["mean"]), tuple(about["std"]), evaluation["data"]["crop_pct"]), model=model.float().eval(), vit=model,
-        patch_size=model.patch_embed.patch_size[0], grid=tuple(model.patch_embed.grid_size), tensors=_plain(tensors), step=int(metadata.get("step", 0)),
-        evaluation=evaluation, classes=_classes(evaluation["data"]["train"]),
-    )  # fmt: skip
+        what="classifier",
+        run=run,
+        results=run or folder,
+        config=config,
+        name=name,
+        overrides=overrides,
+        keys=keys,
+        pixels=Pixels(tuple(about["mean"]), tuple(about["std"]), evaluation["data"]["crop_pct"]),
+        model=model.float().eval(),
+        vit=model,
+        patch_size=model.patch_embed.patch_size[0],
+        grid=tuple(model.patch_embed.grid_size),
+        tensors=_plain(tensors),
+        step=int(metadata.get("step", 0)),
+        evaluation=evaluation,
+        classes=_classes(evaluation["data"]["train"]),
+    )
 
 
 def _evaluations(folder: Path) -> str:
@@ -179,7 +223,9 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:  # torch lists every key; the first says enough
-        raise UserError(f"the weights in '{folder}' don't fit its config.yaml ({' '.join(str(error).split())[:200]}); are they another run's?") from None
+        raise UserError(
+            f"the weights in '{folder}' don't fit its config.yaml ({' '.join(str(error).split())[:200]}); are they another run's?"
+        ) from None
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

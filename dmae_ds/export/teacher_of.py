@@ -33,22 +33,39 @@ def describe_teacher(config: RunConfig) -> dict | None:
     above = describe_teacher(read_saved_config(run)) if run is not None else None
     licence, said_by = _licence(teacher, path, run, above)
     return {
-        "name": teacher.name, "overrides": teacher.overrides(), "weights": teacher.weights or f"timm's {teacher.name}", "format": teacher.format,
-        "sha256": _sha256(path), "fingerprint": _fingerprint(path), "license": licence, "license_from": said_by, "teacher": above,
-    }  # fmt: skip
+        "name": teacher.name,
+        "overrides": teacher.overrides(),
+        "weights": teacher.weights or f"timm's {teacher.name}",
+        "format": teacher.format,
+        "sha256": _sha256(path),
+        "fingerprint": _fingerprint(path),
+        "license": licence,
+        "license_from": said_by,
+        "teacher": above,
+    }
 
 
-def _licence(teacher: TeacherConfig, path: Path | None, run: Path | None, above: dict | None) -> tuple[str, str]:
+def _licence(
+    teacher: TeacherConfig, path: Path | None, run: Path | None, above: dict | None
+) -> tuple[str, str]:
     if teacher.license is not None:
         return teacher.license, "teacher.license of the recipe"
     if teacher.pretrained:
         return timm.get_pretrained_cfg(teacher.name).license or UNKNOWN, "timm's entry of the weights"
     if run is not None:
-        return (above["license"], "the teacher's own teacher") if above else ("none of others", f"trained by dmae-ds without a teacher, {run.name}")
+        return (
+            (above["license"], "the teacher's own teacher")
+            if above
+            else ("none of others", f"trained by dmae-ds without a teacher, {run.name}")
+        )
     if path is not None and not path.exists() and looks_like_hub_id(teacher.weights):
         found = try_to_load_from_cache(teacher.weights, "README.md")  # what is here; an export asks nobody
-        return _licence_of_card(Path(found) if isinstance(found, str) else None), "the card on the hub, as far as it was fetched"
-    return _licence_of_card(None if path is None else (path if path.is_dir() else path.parent) / "README.md"), "a card beside the weights"
+        return _licence_of_card(
+            Path(found) if isinstance(found, str) else None
+        ), "the card on the hub, as far as it was fetched"
+    return _licence_of_card(
+        None if path is None else (path if path.is_dir() else path.parent) / "README.md"
+    ), "a card beside the weights"
 
 
 def _licence_of_card(path: Path | None) -> str:
@@ -65,7 +82,9 @@ def _run_of(path: Path | None) -> Path | None:
     if path is None:
         return None
     folder = path if path.is_dir() else path.parent
-    return folder if (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file() else None
+    return (
+        folder if (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file() else None
+    )
 
 
 def _sha256(path: Path | None) -> str | None:

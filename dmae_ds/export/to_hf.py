@@ -25,18 +25,32 @@ BICUBIC = 3  # PIL's number
 CLASSES = {"encoder": "ViTModel", "mae": "ViTMAEForPreTraining", "classifier": "ViTForImageClassification"}
 
 _BLOCK = {
-    "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-}  # fmt: skip
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 _ENCODER = {
-    "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings", "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias", "norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias",
-}  # fmt: skip
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
 _AROUND = {
-    "decoder.embed.weight": "decoder.decoder_embed.weight", "decoder.embed.bias": "decoder.decoder_embed.bias", "decoder.mask_token": "decoder.mask_token",
-    "decoder.pos_embed": "decoder.decoder_pos_embed", "decoder.norm.weight": "decoder.decoder_norm.weight", "decoder.norm.bias": "decoder.decoder_norm.bias",
-    "decoder.pred.weight": "decoder.decoder_pred.weight", "decoder.pred.bias": "decoder.decoder_pred.bias",
-    "head.weight": "classifier.weight", "head.bias": "classifier.bias",
-}  # fmt: skip
+    "decoder.embed.weight": "decoder.decoder_embed.weight",
+    "decoder.embed.bias": "decoder.decoder_embed.bias",
+    "decoder.mask_token": "decoder.mask_token",
+    "decoder.pos_embed": "decoder.decoder_pos_embed",
+    "decoder.norm.weight": "decoder.decoder_norm.weight",
+    "decoder.norm.bias": "decoder.decoder_norm.bias",
+    "decoder.pred.weight": "decoder.decoder_pred.weight",
+    "decoder.pred.bias": "decoder.decoder_pred.bias",
+    "head.weight": "classifier.weight",
+    "head.bias": "classifier.bias",
+}
 
 
 def to_transformers(tensors: dict[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
@@ -49,32 +63,56 @@ def to_transformers(tensors: dict[str, Tensor], *, prefix: str = "") -> dict[str
     for name, tensor in tensors.items():
         block = re.fullmatch(r"(decoder\.)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
         if block is None:
-            target = _AROUND.get(name) or (_ENCODER[name] and prefix + _ENCODER[name] if name in _ENCODER else None)
+            target = _AROUND.get(name) or (
+                _ENCODER[name] and prefix + _ENCODER[name] if name in _ENCODER else None
+            )
             parts = {target: tensor}
         else:
             of_decoder, number, layer, kind = block.groups()
             stem = f"decoder.decoder_layers.{number}" if of_decoder else f"{prefix}encoder.layer.{number}"
             if layer == "attn.qkv":
-                parts = {f"{stem}.attention.attention.{part}.{kind}": third for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True)}
+                parts = {
+                    f"{stem}.attention.attention.{part}.{kind}": third
+                    for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+                }
             else:
                 parts = {f"{stem}.{_BLOCK[layer]}.{kind}" if layer in _BLOCK else None: tensor}
         if None in parts:
-            raise UserError(f"transformers' ViT has no place for '{name}'; export --to timm, safetensors or onnx")
-        found |= {target: part.clone().contiguous() for target, part in parts.items()}  # shared storage can't be saved
+            raise UserError(
+                f"transformers' ViT has no place for '{name}'; export --to timm, safetensors or onnx"
+            )
+        found |= {
+            target: part.clone().contiguous() for target, part in parts.items()
+        }  # shared storage can't be saved
     return found
 
 
 def write_hf(source: Source, folder: Path) -> None:
     """config.json, model.safetensors, preprocessor_config.json."""
     if source.keys.get("global_pool", "token") != "token":
-        raise UserError("transformers' ViT classifies by CLS, this classifier by the mean of the patches; export --to timm, safetensors or onnx, or fine-tune with pool=cls")
-    save_file(to_transformers(source.tensors, prefix="" if source.what == "encoder" else "vit."), folder / "model.safetensors", metadata={"format": "pt"})
+        raise UserError(
+            "transformers' ViT classifies by CLS, this classifier by the mean of the patches; export --to timm, safetensors or onnx, or fine-tune with pool=cls"
+        )
+    save_file(
+        to_transformers(source.tensors, prefix="" if source.what == "encoder" else "vit."),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     pixels, size = source.pixels, source.img_size
     preprocessor = {
-        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": round(size / pixels.crop_pct)}, "resample": BICUBIC,
-        "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(pixels.mean), "image_std": list(pixels.std),
-    }  # fmt: skip
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(size / pixels.crop_pct)},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+    }
     for name, content in (("config", _config(source)), ("preprocessor_config", preprocessor)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -84,29 +122,54 @@ def _config(source: Source) -> dict:
     epsilons = {module.eps for module in source.model.modules() if isinstance(module, nn.LayerNorm)}
     activation = ACTIVATIONS.get(type(block.mlp.act))
     if len(epsilons) != 1 or activation is None:
-        raise UserError(f"transformers' ViT has one epsilon and GELU; this student has {sorted(epsilons)}, {type(block.mlp.act).__name__}; export --to timm, safetensors or onnx")
+        raise UserError(
+            f"transformers' ViT has one epsilon and GELU; this student has {sorted(epsilons)}, {type(block.mlp.act).__name__}; export --to timm, safetensors or onnx"
+        )
     config = {
-        "architectures": [CLASSES[source.what]], "model_type": "vit_mae" if source.what == "mae" else "vit", "hidden_size": vit.embed_dim, "num_hidden_layers": len(vit.blocks),
-        "num_attention_heads": block.attn.num_heads, "intermediate_size": block.mlp.fc1.out_features, "hidden_act": activation, "layer_norm_eps": epsilons.pop(),
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "image_size": source.img_size, "patch_size": source.patch_size, "num_channels": 3,
-        "qkv_bias": block.attn.qkv.bias is not None, "torch_dtype": "float32",
-    }  # fmt: skip
+        "architectures": [CLASSES[source.what]],
+        "model_type": "vit_mae" if source.what == "mae" else "vit",
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": activation,
+        "layer_norm_eps": epsilons.pop(),
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "image_size": source.img_size,
+        "patch_size": source.patch_size,
+        "num_channels": 3,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "torch_dtype": "float32",
+    }
     if source.what == "classifier":
         names = source.classes or [f"LABEL_{number}" for number in range(source.keys["num_classes"])]
-        config |= {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+        config |= {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
     if source.what == "mae":
         decoder = source.model.decoder
         config |= {
-            "decoder_hidden_size": decoder.embed.out_features, "decoder_num_hidden_layers": len(decoder.blocks), "decoder_num_attention_heads": decoder.blocks[0].attn.num_heads,
-            "decoder_intermediate_size": decoder.blocks[0].mlp.fc1.out_features, "norm_pix_loss": source.model.norm_pix,
-            "mask_ratio": truncating_ratio(source.config.objective.mask_ratio, source.num_patches, source.model.num_visible),
-        }  # fmt: skip
+            "decoder_hidden_size": decoder.embed.out_features,
+            "decoder_num_hidden_layers": len(decoder.blocks),
+            "decoder_num_attention_heads": decoder.blocks[0].attn.num_heads,
+            "decoder_intermediate_size": decoder.blocks[0].mlp.fc1.out_features,
+            "norm_pix_loss": source.model.norm_pix,
+            "mask_ratio": truncating_ratio(
+                source.config.objective.mask_ratio, source.num_patches, source.model.num_visible
+            ),
+        }
     return config
 
 
 def truncating_ratio(mask_ratio: float, num_patches: int, num_visible: int) -> float:
     """A mask ratio whose int(L * (1 - ratio)), as transformers counts, is the number of patches that this student saw: the recipe's where it is."""
-    return mask_ratio if int(num_patches * (1 - mask_ratio)) == num_visible else 1 - (num_visible + 0.5) / num_patches
+    return (
+        mask_ratio
+        if int(num_patches * (1 - mask_ratio)) == num_visible
+        else 1 - (num_visible + 0.5) / num_patches
+    )
 
 
 def ask_hf(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
@@ -115,7 +178,9 @@ def ask_hf(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
 
     transformers.utils.logging.disable_progress_bar()
     options = {"add_pooling_layer": False} if source.what == "encoder" else {}
-    model, info = getattr(transformers, CLASSES[source.what]).from_pretrained(folder, output_loading_info=True, **options)
+    model, info = getattr(transformers, CLASSES[source.what]).from_pretrained(
+        folder, output_loading_info=True, **options
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     transformers.AutoImageProcessor.from_pretrained(folder)
     model = model.float().eval()
@@ -132,9 +197,10 @@ def explain_hf(source: Source, name: str) -> str:
     """Python that loads it."""
     option = ", add_pooling_layer=False" if source.what == "encoder" else ""
     answer = {
-        "encoder": "tokens = model(**inputs).last_hidden_state  # CLS first", "classifier": "logits = model(**inputs).logits",
+        "encoder": "tokens = model(**inputs).last_hidden_state  # CLS first",
+        "classifier": "logits = model(**inputs).logits",
         "mae": "out = model(**inputs)  # out.loss, out.logits [N, L, P * P * 3], out.mask",
-    }[source.what]  # fmt: skip
+    }[source.what]
     return f"""from transformers import AutoImageProcessor, {CLASSES[source.what]}
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = {CLASSES[source.what]}.from_pretrained("{name}"{option}).eval()

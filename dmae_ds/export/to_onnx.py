@@ -44,9 +44,15 @@ def write_onnx(source: Source, folder: Path) -> None:
         warnings.simplefilter("ignore")
         logging.getLogger("onnxscript").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            _Network(source).eval(), (source.inputs().pixels,), dynamo=True, dynamic_shapes={"pixel_values": {0: batch}}, input_names=["pixel_values"],
-            output_names=[_output(source)], opset_version=OPSET, verbose=False,
-        )  # fmt: skip
+            _Network(source).eval(),
+            (source.inputs().pixels,),
+            dynamo=True,
+            dynamic_shapes={"pixel_values": {0: batch}},
+            input_names=["pixel_values"],
+            output_names=[_output(source)],
+            opset_version=OPSET,
+            verbose=False,
+        )
         program.save(folder / FILE, external_data=size > MAX_ONE_FILE)
 
 
@@ -55,13 +61,20 @@ def ask_onnx(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
-    parts = [session.run(None, {"pixel_values": part.numpy()})[0] for part in (inputs.pixels[:1], inputs.pixels[1:])]
+    parts = [
+        session.run(None, {"pixel_values": part.numpy()})[0]
+        for part in (inputs.pixels[:1], inputs.pixels[1:])
+    ]
     return {_output(source): torch.cat([torch.from_numpy(part) for part in parts])}
 
 
 def explain_onnx(source: Source, name: str) -> str:
     """Python that runs it."""
-    shape = f"[N, {source.keys['num_classes']}]" if source.what == "classifier" else f"[N, {1 + source.num_patches}, {source.vit.embed_dim}]"
+    shape = (
+        f"[N, {source.keys['num_classes']}]"
+        if source.what == "classifier"
+        else f"[N, {1 + source.num_patches}, {source.vit.embed_dim}]"
+    )
     return f"""import onnxruntime
 session = onnxruntime.InferenceSession("{name}/{FILE}")
 ({_output(source)},) = session.run(None, {{"pixel_values": pixels}})  # float32 [N, 3, {source.img_size}, {source.img_size}] -> {shape}"""

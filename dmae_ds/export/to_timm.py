@@ -25,9 +25,14 @@ OLDEST = (1, 0, 26)  # before it, timm unpickled whatever it found in a local fo
 def write_timm(source: Source, folder: Path) -> None:
     """model.safetensors and config.json. Raises UserError for a timm that couldn't read them."""
     if not reads_folders(timm.__version__):
-        raise UserError(f"timm {timm.__version__} reads no safetensors out of a folder; pip install 'timm>={'.'.join(map(str, OLDEST))}', or export --to safetensors")
+        raise UserError(
+            f"timm {timm.__version__} reads no safetensors out of a folder; pip install 'timm>={'.'.join(map(str, OLDEST))}', or export --to safetensors"
+        )
     _write_weights(source, folder / WEIGHTS)
-    num_classes, head = source.keys["num_classes"], {key: value for key, value in source.keys.items() if key != "num_classes"}
+    num_classes, head = (
+        source.keys["num_classes"],
+        {key: value for key, value in source.keys.items() if key != "num_classes"},
+    )
     size, pixels = [3, source.img_size, source.img_size], source.pixels
     config = {
         "architecture": _architecture(source),
@@ -37,11 +42,20 @@ def write_timm(source: Source, folder: Path) -> None:
         **({} if source.classes is None else {"label_names": source.classes}),
         "model_args": {**source.overrides, **head},
         "pretrained_cfg": {
-            "custom_load": False, "input_size": size, "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": pixels.crop_pct, "crop_mode": "center",
-            "mean": list(pixels.mean), "std": list(pixels.std), "num_classes": num_classes, "pool_size": None, "first_conv": "patch_embed.proj",
+            "custom_load": False,
+            "input_size": size,
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": pixels.crop_pct,
+            "crop_mode": "center",
+            "mean": list(pixels.mean),
+            "std": list(pixels.std),
+            "num_classes": num_classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
             "classifier": ["head", "head_dist"] if "head_dist.weight" in source.tensors else "head",
         },
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -79,7 +93,9 @@ def ask_safetensors(source: Source, folder: Path, inputs: Inputs) -> dict[str, T
     path = folder / plain_file(source)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    model = timm.create_model(metadata["timm_name"], **json.loads(metadata["timm_overrides"]), **json.loads(metadata["timm_keys"]))
+    model = timm.create_model(
+        metadata["timm_name"], **json.loads(metadata["timm_overrides"]), **json.loads(metadata["timm_keys"])
+    )
     model.load_state_dict(load_file(path), strict=True)
     return _answer(source, model, inputs)
 
@@ -94,7 +110,11 @@ model.load_state_dict(safetensors.torch.load_file("{name}/{plain_file(source)}")
 
 def _answer(source: Source, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     model.eval()
-    return {"logits": model(inputs.pixels)} if source.what == "classifier" else {"tokens": model.forward_features(inputs.pixels)}
+    return (
+        {"logits": model(inputs.pixels)}
+        if source.what == "classifier"
+        else {"tokens": model.forward_features(inputs.pixels)}
+    )
 
 
 def _call(source: Source) -> str:
@@ -110,12 +130,18 @@ def _arguments(source: Source) -> str:
 def _write_weights(source: Source, path: Path) -> None:
     _architecture(source)
     metadata = {
-        "format": "pt", "timm_name": source.name, "timm_overrides": json.dumps(source.overrides), "timm_keys": json.dumps(source.keys), "step": str(source.step),
-    }  # fmt: skip
+        "format": "pt",
+        "timm_name": source.name,
+        "timm_overrides": json.dumps(source.overrides),
+        "timm_keys": json.dumps(source.keys),
+        "step": str(source.step),
+    }
     save_file(source.tensors, path, metadata=metadata)
 
 
 def _architecture(source: Source) -> str:
     if ":" in source.name:
-        raise UserError(f"student.name '{source.name}' is a network of your own, which timm can't build by name; export --to onnx or hf")
+        raise UserError(
+            f"student.name '{source.name}' is a network of your own, which timm can't build by name; export --to onnx or hf"
+        )
     return source.name.partition(".")[0]

@@ -28,11 +28,32 @@ class Prepare:
     augment None: normalised pictures and their labels, nothing else
     """
 
-    def __init__(self, augment: AugmentConfig | None, normalize: Normalize, *, num_classes: int, seed: int, device: torch.device):
+    def __init__(
+        self,
+        augment: AugmentConfig | None,
+        normalize: Normalize,
+        *,
+        num_classes: int,
+        seed: int,
+        device: torch.device,
+    ):
         self.normalize, self.seed = normalize, seed
-        self.erasing = RandomErasing(augment.erase, mode="pixel", device=device) if augment is not None and augment.erase else None
+        self.erasing = (
+            RandomErasing(augment.erase, mode="pixel", device=device)
+            if augment is not None and augment.erase
+            else None
+        )
         mixes = augment is not None and augment.mixes
-        self.mix = Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=num_classes) if mixes else None
+        self.mix = (
+            Mixup(
+                augment.mixup,
+                augment.cutmix,
+                label_smoothing=augment.label_smoothing,
+                num_classes=num_classes,
+            )
+            if mixes
+            else None
+        )
         # mixed labels are smoothed by the mixing
         self.label_smoothing = 0.0 if augment is None or mixes else augment.label_smoothing
 

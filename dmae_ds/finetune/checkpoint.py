@@ -1,6 +1,6 @@
 """What a killed run continues from: one file, written whole after every epoch, read without running a pickle's code.
 
-    OUT/resume.pt    network, optimiser, averaged weights, the epochs' figures; no random state: all draws are keyed
+OUT/resume.pt    network, optimiser, averaged weights, the epochs' figures; no random state: all draws are keyed
 """
 
 from __future__ import annotations
@@ -19,12 +19,24 @@ RESUME_FILE = "resume.pt"
 VERSION = 1
 
 
-def save_resume(path: Path, *, task: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None, identity: dict, **state: object) -> None:
+def save_resume(
+    path: Path,
+    *,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ModelEmaV3 | None,
+    identity: dict,
+    **state: object,
+) -> None:
     """Write everything; `state` holds plain values. By one process."""
     content = {
-        "version": VERSION, "identity": identity, "task": _own_tensors(task), "optimizer": optimizer.state_dict(),
-        "ema": None if ema is None else ema.module.state_dict(), **state,
-    }  # fmt: skip
+        "version": VERSION,
+        "identity": identity,
+        "task": _own_tensors(task),
+        "optimizer": optimizer.state_dict(),
+        "ema": None if ema is None else ema.module.state_dict(),
+        **state,
+    }
     with replacing(path) as file:
         torch.save(content, file)
 
@@ -37,16 +49,24 @@ def read_resume(path: Path, identity: dict) -> dict | None:
         found = torch.load(path, map_location="cpu", weights_only=True)
         version, saved = found["version"], found["identity"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
-        raise UserError(f"'{path}' can't be read ({type(error).__name__}); delete it to start again") from None
+        raise UserError(
+            f"'{path}' can't be read ({type(error).__name__}); delete it to start again"
+        ) from None
     if version != VERSION:
-        raise UserError(f"'{path}' has format version {version}, this program reads {VERSION}; use the program that wrote it")
+        raise UserError(
+            f"'{path}' has format version {version}, this program reads {VERSION}; use the program that wrote it"
+        )
     for key in sorted(saved.keys() | identity.keys()):
         if saved.get(key) != identity.get(key):
-            raise UserError(f"'{path}' was written with {key} {saved.get(key)}, now it is {identity.get(key)}; set it back, or choose another run.dir")
+            raise UserError(
+                f"'{path}' was written with {key} {saved.get(key)}, now it is {identity.get(key)}; set it back, or choose another run.dir"
+            )
     return found
 
 
-def restore(found: dict, *, task: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None) -> None:
+def restore(
+    found: dict, *, task: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None
+) -> None:
     """Put a saved state back. `task` must be on its device, and not yet wrapped."""
     missing, unexpected = task.load_state_dict(found["task"], strict=False)
     assert not unexpected and all(name.startswith("teacher.") for name in missing)

@@ -48,4 +48,8 @@ class LinearProbe(nn.Module):
         """The network's tensors with the batch norm's running statistics inside the head: timm alone computes the same."""
         scale = (self.norm.running_var + NORM_EPS).rsqrt()  # [D]
         weight = self.head.weight * scale
-        return {**self.network.state_dict(), "head.weight": weight, "head.bias": self.head.bias - weight @ self.norm.running_mean}
+        return {
+            **self.network.state_dict(),
+            "head.weight": weight,
+            "head.bias": self.head.bias - weight @ self.norm.running_mean,
+        }

@@ -23,9 +23,15 @@ CHECK_EVERY = 50  # steps between two looks at the loss, which wait for the devi
 
 
 def take_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, pieces: Iterable[tuple[Tensor, Tensor]], *, lr: float, accumulation: int, clip_grad: float,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pieces: Iterable[tuple[Tensor, Tensor]],
+    *,
+    lr: float,
+    accumulation: int,
+    clip_grad: float,
     accelerator: Accelerator,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """One optimiser step over `accumulation` micro-batches (images, labels), whose gradients are averaged.
 
     clip_grad: largest global gradient norm; 0: not clipped
@@ -61,20 +67,35 @@ class Losses:
 
     def mean(self, step: int) -> dict[str, float]:
         """{"loss", "grad_norm"}, the same on every rank. Collective. Raises RunFailed, on every rank, unless the loss is finite."""
-        sums = torch.stack([torch.as_tensor(self.total), torch.as_tensor(self.norm)]).float().to(self.accelerator.device) / max(1, self.steps)
+        sums = torch.stack([torch.as_tensor(self.total), torch.as_tensor(self.norm)]).float().to(
+            self.accelerator.device
+        ) / max(1, self.steps)
         loss, norm = self.accelerator.reduce(sums, reduction="mean").tolist()
         if not math.isfinite(loss):
-            error = RunFailed(f"the loss of one of the {self.steps} steps up to {step} is not finite; the last checkpoint is untouched: lower optim.base_lr, or set precision=fp32")
+            error = RunFailed(
+                f"the loss of one of the {self.steps} steps up to {step} is not finite; the last checkpoint is untouched: lower optim.base_lr, or set precision=fp32"
+            )
             error.on_every_rank = True
             raise error
         return {"loss": loss, "grad_norm": norm}
 
 
 def train(
-    task: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], *, prepare: Prepare, accelerator: Accelerator, lr_at: Callable[[int], float],
-    start_step: int, num_steps: int, accumulation: int, clip_grad: float, epoch_ends: set[int], after_step: Callable[[], None],
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    *,
+    prepare: Prepare,
+    accelerator: Accelerator,
+    lr_at: Callable[[int], float],
+    start_step: int,
+    num_steps: int,
+    accumulation: int,
+    clip_grad: float,
+    epoch_ends: set[int],
+    after_step: Callable[[], None],
     after_epoch: Callable[[int, dict[str, float]], None],
-) -> None:  # fmt: skip
+) -> None:
     """Run from start_step to num_steps; `batches` yields `accumulation` micro-batches of this rank a step.
 
     lr_at: finished steps -> the rate of the next one; epoch_ends: numbers of finished steps after which an epoch is over
@@ -94,7 +115,17 @@ def train(
                 prepare.seed_drop_path(**place)
                 yield prepared
 
-        losses.add(*take_step(model, optimizer, pieces(), lr=lr_at(step), accumulation=accumulation, clip_grad=clip_grad, accelerator=accelerator))
+        losses.add(
+            *take_step(
+                model,
+                optimizer,
+                pieces(),
+                lr=lr_at(step),
+                accumulation=accumulation,
+                clip_grad=clip_grad,
+                accelerator=accelerator,
+            )
+        )
         after_step()
         if step + 1 in epoch_ends:
             after_epoch(step + 1, losses.mean(step + 1))
@@ -105,16 +136,27 @@ def train(
 
 
 @torch.inference_mode()
-def validate(network: nn.Module, batches: Iterable[Batch], *, normalize: Normalize, num_classes: int, accelerator: Accelerator) -> tuple[float, float | None]:
+def validate(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    normalize: Normalize,
+    num_classes: int,
+    accelerator: Accelerator,
+) -> tuple[float, float | None]:
     """Top-1 and top-5 in percent over all ranks' batches, every picture once; top-5 is None with five classes or fewer. Collective."""
     network.eval()
-    counts = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # right at once, right among five, pictures
+    counts = torch.zeros(
+        3, dtype=torch.float64, device=accelerator.device
+    )  # right at once, right among five, pictures
     for batch in batches:
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
             logits = network(normalized(batch.images, normalize))
         best = logits.float().topk(min(5, num_classes), dim=1).indices  # [N, 5]
         hits = best == batch.labels[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), torch.tensor(len(hits), device=hits.device)])
+        counts += torch.stack(
+            [hits[:, 0].sum(), hits.any(dim=1).sum(), torch.tensor(len(hits), device=hits.device)]
+        )
     right, among_five, pictures = accelerator.reduce(counts, reduction="sum").tolist()
     return 100 * right / pictures, (100 * among_five / pictures if num_classes > 5 else None)

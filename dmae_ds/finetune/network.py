@@ -44,17 +44,29 @@ def classifier_keys(pool: str, num_classes: int, *, norm_first: bool = False, dr
     return keys | ({"drop_path_rate": drop_path} if drop_path else {})
 
 
-def build_classifier(network: ModelConfig, keys: dict, *, seed: int, mean: tuple, std: tuple, where: str = "network") -> VisionTransformer:
+def build_classifier(
+    network: ModelConfig, keys: dict, *, seed: int, mean: tuple, std: tuple, where: str = "network"
+) -> VisionTransformer:
     """timm's own network with a head for these classes; initial weights are timm's, drawn from `seed`, and a head near zero.
 
     keys: of `classifier_keys`. Raises UserError for a name or numbers that timm can't build, or another kind of network.
     """
-    if not isinstance(build_timm_vit(network.name, network.overrides(), where=where), VisionTransformer) or ":" in network.name:
-        raise UserError(f"{where}.name '{network.name}' is not a VisionTransformer of timm's; classifiers are trained on those, such as vit_base_patch16_224")
+    if (
+        not isinstance(build_timm_vit(network.name, network.overrides(), where=where), VisionTransformer)
+        or ":" in network.name
+    ):
+        raise UserError(
+            f"{where}.name '{network.name}' is not a VisionTransformer of timm's; classifiers are trained on those, such as vit_base_patch16_224"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # tasks read the data's statistics out of pretrained_cfg
-        model = timm.create_model(network.name, **network.overrides(), **keys, pretrained_cfg_overlay={"mean": tuple(mean), "std": tuple(std)})
+        model = timm.create_model(
+            network.name,
+            **network.overrides(),
+            **keys,
+            pretrained_cfg_overlay={"mean": tuple(mean), "std": tuple(std)},
+        )
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
         nn.init.zeros_(model.head.bias)
     return model
@@ -67,15 +79,25 @@ def fill_trunk(model: VisionTransformer, path: Path, format: str, network: Model
     Returns (the step that the file says it was trained to, or 0; a line about what was left in the file or changed).
     Raises UserError where the file doesn't fit.
     """
-    needed = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("head.", "fc_norm."))}
+    needed = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("head.", "fc_norm."))
+    }
     weights, dropped, notes = _read_strictly(model, needed, path, format, network, "network")
-    left = [f"{len(part)} tensors of {name}" for name, part in (("decoder", dropped.decoder), ("head and norm", dropped.rest)) if part]
+    left = [
+        f"{len(part)} tensors of {name}"
+        for name, part in (("decoder", dropped.decoder), ("head and norm", dropped.rest))
+        if part
+    ]
     notes += [f"left in the file: {', '.join(left)}"] if left else []
     step = weights.container.metadata.get("step", "0")
     return (int(step) if step.isdigit() else 0), "; ".join(notes)
 
 
-def load_teacher(config: DistillConfig, *, num_classes: int, img_size: int, mean: tuple, std: tuple) -> VisionTransformer:
+def load_teacher(
+    config: DistillConfig, *, num_classes: int, img_size: int, mean: tuple, std: tuple
+) -> VisionTransformer:
     """A fine-tuned classifier, frozen, in eval mode; its pretrained_cfg has the statistics of its own pixels.
 
     mean, std: of the data, for a file that doesn't say its own
@@ -86,18 +108,34 @@ def load_teacher(config: DistillConfig, *, num_classes: int, img_size: int, mean
     weights = _said(lambda: open_weights(path, "dmae_ds"), "distill.") if config.name is None else None
     own = None if weights is None else said_network(weights.container)
     if config.name is None and (own is None or "classifier" not in weights.container.metadata):
-        raise UserError(f"distill.teacher '{path}' doesn't say what it is; give best.safetensors of an `eval finetune`, or set distill.name, such as vit_large_patch16_224")
+        raise UserError(
+            f"distill.teacher '{path}' doesn't say what it is; give best.safetensors of an `eval finetune`, or set distill.name, such as vit_large_patch16_224"
+        )
     if own is None:
-        network, keys = ModelConfig(name=config.name, img_size=img_size), classifier_keys(config.pool, num_classes)
+        network, keys = (
+            ModelConfig(name=config.name, img_size=img_size),
+            classifier_keys(config.pool, num_classes),
+        )
     else:
         about = json.loads(weights.container.metadata["classifier"])
-        network, keys, mean, std = ModelConfig(name=own[0], **own[1]), about["keys"], about["mean"], about["std"]
+        network, keys, mean, std = (
+            ModelConfig(name=own[0], **own[1]),
+            about["keys"],
+            about["mean"],
+            about["std"],
+        )
     if keys["num_classes"] != num_classes:
-        raise UserError(f"distill.teacher '{path}' tells {keys['num_classes']} classes apart, data.train has {num_classes}; fine-tune a teacher on the same classes")
+        raise UserError(
+            f"distill.teacher '{path}' tells {keys['num_classes']} classes apart, data.train has {num_classes}; fine-tune a teacher on the same classes"
+        )
     model = build_classifier(network, keys, seed=0, mean=mean, std=std, where="distill")
     if model.patch_embed.img_size[0] != img_size:
-        raise UserError(f"distill.teacher '{path}' sees pictures of {model.patch_embed.img_size[0]} px, the network of {img_size} px; both see the same ones: set network.img_size")
-    _read_strictly(model, model.state_dict(), path, config.format if own is None else "dmae_ds", network, "distill")
+        raise UserError(
+            f"distill.teacher '{path}' sees pictures of {model.patch_embed.img_size[0]} px, the network of {img_size} px; both see the same ones: set network.img_size"
+        )
+    _read_strictly(
+        model, model.state_dict(), path, config.format if own is None else "dmae_ds", network, "distill"
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -110,28 +148,51 @@ def said_network(container: Container) -> tuple[str, dict] | None:
 
 
 def _read_strictly(
-    model: VisionTransformer, needed: dict[str, Tensor], path: Path, format: str, network: ModelConfig, where: str
+    model: VisionTransformer,
+    needed: dict[str, Tensor],
+    path: Path,
+    format: str,
+    network: ModelConfig,
+    where: str,
 ) -> tuple[Weights, Dropped, list[str]]:
     def read() -> tuple[Weights, Dropped]:
         depth = len(model.blocks)
-        weights = choose_format(path, fits(needed, depth=depth, may_resize=True), needed.keys()) if format == "auto" else open_weights(path, format)
+        weights = (
+            choose_format(path, fits(needed, depth=depth, may_resize=True), needed.keys())
+            if format == "auto"
+            else open_weights(path, format)
+        )
         return weights, check_fit(needed, weights, depth=depth, may_resize=True)
 
     prefix = "" if where == "network" else f"{where}."
     weights, dropped = _said(read, prefix)
     if dropped.blocks:
-        raise UserError(f"{prefix}weights '{path}' has more blocks than the {len(model.blocks)} of {network.name}; make {where}.name and its numbers agree with the file")
+        raise UserError(
+            f"{prefix}weights '{path}' has more blocks than the {len(model.blocks)} of {network.name}; make {where}.name and its numbers agree with the file"
+        )
     own = said_network(weights.container)
     if own is not None:  # heads and the like can't be told from shapes
-        said, expected = ((name.split(".")[0], {k: v for k, v in keys.items() if k != "img_size"}) for name, keys in (own, (network.name, network.overrides())))
+        said, expected = (
+            (name.split(".")[0], {k: v for k, v in keys.items() if k != "img_size"})
+            for name, keys in (own, (network.name, network.overrides()))
+        )
         if said != expected:
-            raise UserError(f"{prefix}weights '{path}' holds {said[0]} {said[1] or ''}, {where} is {expected[0]} {expected[1] or ''}; make them agree, or leave {where}.name out")
+            raise UserError(
+                f"{prefix}weights '{path}' holds {said[0]} {said[1] or ''}, {where} is {expected[0]} {expected[1] or ''}; make them agree, or leave {where}.name out"
+            )
     tensors, notes = {name: weights[name].float() for name in needed}, []
     if "pos_embed" in needed and tensors["pos_embed"].shape != needed["pos_embed"].shape:
         num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        tensors["pos_embed"], note = _said(lambda: fit_positions(tensors["pos_embed"], num_prefix=num_prefix, grid=model.patch_embed.grid_size), prefix)
+        tensors["pos_embed"], note = _said(
+            lambda: fit_positions(
+                tensors["pos_embed"], num_prefix=num_prefix, grid=model.patch_embed.grid_size
+            ),
+            prefix,
+        )
         notes.append(note)
-    model.load_state_dict(tensors, strict=False)  # `needed` was all there; the rest stays as it was initialised
+    model.load_state_dict(
+        tensors, strict=False
+    )  # `needed` was all there; the rest stays as it was initialised
     return weights, dropped, notes
 
 
@@ -140,8 +201,16 @@ def _said(step: Callable[[], T], prefix: str) -> T:
     try:
         return step()
     except UserError as error:
-        text = str(error).replace("teacher.weights", f"{prefix}weights").replace("teacher.format", f"{prefix}format")
-        raise UserError(text.replace("teacher.name", "network.name" if not prefix else f"{prefix}name").replace("teacher.img_size", "network.img_size")) from None
+        text = (
+            str(error)
+            .replace("teacher.weights", f"{prefix}weights")
+            .replace("teacher.format", f"{prefix}format")
+        )
+        raise UserError(
+            text.replace("teacher.name", "network.name" if not prefix else f"{prefix}name").replace(
+                "teacher.img_size", "network.img_size"
+            )
+        ) from None
 
 
 def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[VisionTransformer, ModelConfig]:
@@ -151,14 +220,24 @@ def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[Vis
     """
     block = model.blocks[0]
     numbers = ModelConfig(
-        name="deit_base_distilled_patch16_224", img_size=model.patch_embed.img_size[0], patch_size=model.patch_embed.patch_size[0], embed_dim=model.embed_dim,
-        depth=len(model.blocks), num_heads=block.attn.num_heads, mlp_ratio=block.mlp.fc1.out_features / model.embed_dim,
-    )  # fmt: skip
-    keys = {"num_classes": model.num_classes, "drop_path_rate": getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0)}
+        name="deit_base_distilled_patch16_224",
+        img_size=model.patch_embed.img_size[0],
+        patch_size=model.patch_embed.patch_size[0],
+        embed_dim=model.embed_dim,
+        depth=len(model.blocks),
+        num_heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / model.embed_dim,
+    )
+    keys = {
+        "num_classes": model.num_classes,
+        "drop_path_rate": getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0),
+    }
     statistics = {key: model.pretrained_cfg[key] for key in ("mean", "std")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = timm.create_model(numbers.name, **numbers.overrides(), **keys, pretrained_cfg_overlay=statistics)
+        network = timm.create_model(
+            numbers.name, **numbers.overrides(), **keys, pretrained_cfg_overlay=statistics
+        )
         nn.init.trunc_normal_(network.head_dist.weight, std=HEAD_STD)
         nn.init.zeros_(network.head_dist.bias)
     positions = model.pos_embed.detach()
@@ -167,16 +246,36 @@ def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[Vis
     try:
         network.load_state_dict({**network.state_dict(), **model.state_dict(), "pos_embed": both})
     except RuntimeError as error:  # registers, layer scale
-        raise UserError(f"a distillation token goes beside the CLS of a plain ViT, not into this network ({' '.join(str(error).split())[:160]}); choose distill.method logits or features") from None
+        raise UserError(
+            f"a distillation token goes beside the CLS of a plain ViT, not into this network ({' '.join(str(error).split())[:160]}); choose distill.method logits or features"
+        ) from None
     return network, numbers
 
 
-def save_classifier(path: Path, tensors: dict[str, Tensor], network: ModelConfig, keys: dict, *, mean: tuple, std: tuple, **said: object) -> None:
+def save_classifier(
+    path: Path,
+    tensors: dict[str, Tensor],
+    network: ModelConfig,
+    keys: dict,
+    *,
+    mean: tuple,
+    std: tuple,
+    **said: object,
+) -> None:
     """Write a classifier in timm's names, whole or not at all; `said` goes into the metadata as text."""
-    about = {"keys": {name: value for name, value in keys.items() if name != "drop_path_rate"}, "mean": list(mean), "std": list(std)}
+    about = {
+        "keys": {name: value for name, value in keys.items() if name != "drop_path_rate"},
+        "mean": list(mean),
+        "std": list(std),
+    }
     metadata = {
-        "format": "pt", "timm_name": network.name, "timm_overrides": json.dumps(network.overrides()), "classifier": json.dumps(about),
+        "format": "pt",
+        "timm_name": network.name,
+        "timm_overrides": json.dumps(network.overrides()),
+        "classifier": json.dumps(about),
         **{name: str(value) for name, value in said.items()},
-    }  # fmt: skip
+    }
     with replacing(path) as file:
-        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+        file.write(
+            save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+        )

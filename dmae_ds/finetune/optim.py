@@ -13,12 +13,21 @@ from dmae_ds.config.evaluation import FinetuneOptimConfig, LinearOptimConfig
 from dmae_ds.train.optim import peak_lr
 
 
-def build_adamw(network: VisionTransformer, task: nn.Module, config: FinetuneOptimConfig) -> torch.optim.AdamW:
+def build_adamw(
+    network: VisionTransformer, task: nn.Module, config: FinetuneOptimConfig
+) -> torch.optim.AdamW:
     """AdamW over the network's layers, and over what a task trains beside it (a projection), at the full rate."""
     groups = layer_groups(network, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
     inside = {id(parameter) for parameter in network.parameters()}
-    beside = [parameter for parameter in task.parameters() if parameter.requires_grad and id(parameter) not in inside]
-    for decay, parameters in ((config.weight_decay, [p for p in beside if p.ndim > 1]), (0.0, [p for p in beside if p.ndim <= 1])):
+    beside = [
+        parameter
+        for parameter in task.parameters()
+        if parameter.requires_grad and id(parameter) not in inside
+    ]
+    for decay, parameters in (
+        (config.weight_decay, [p for p in beside if p.ndim > 1]),
+        (0.0, [p for p in beside if p.ndim <= 1]),
+    ):
         groups += [{"params": parameters, "lr_scale": 1.0, "weight_decay": decay}] if parameters else []
     return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.betas)
 

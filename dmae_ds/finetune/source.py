@@ -28,7 +28,15 @@ class Source:
     results: Path
 
 
-def find_source(word: str, *, schema: type[Config], recipe: str, overrides: list[str], labels: str, subset_seed: int | None) -> Source:
+def find_source(
+    word: str,
+    *,
+    schema: type[Config],
+    recipe: str,
+    overrides: list[str],
+    labels: str,
+    subset_seed: int | None,
+) -> Source:
     """Join what the weights say of themselves, the recipe and the overrides, the later over the earlier.
 
     word: a run folder, which gives network, data, seed and the place of the result; or a weights file or hub id, for which the
@@ -41,12 +49,15 @@ def find_source(word: str, *, schema: type[Config], recipe: str, overrides: list
     if run is not None:
         file = run / "student.safetensors"
         if not file.is_file():
-            raise UserError(f"'{file}' is not there; a training run writes it with its first checkpoint; for the result of an evaluation name its best.safetensors")
+            raise UserError(
+                f"'{file}' is not there; a training run writes it with its first checkpoint; for the result of an evaluation name its best.safetensors"
+            )
         trained = read_saved_config(run)
         below |= {
-            "run": {"dir": _BESIDE, "seed": trained.run.seed}, "network": trained.student.model_dump(exclude_none=True, exclude={"weights"}),
+            "run": {"dir": _BESIDE, "seed": trained.run.seed},
+            "network": trained.student.model_dump(exclude_none=True, exclude={"weights"}),
             "data": trained.data.model_dump(mode="json"),
-        }  # fmt: skip
+        }
     else:
         file = _find_file(word)
         own = said_network(open_container(file)) if file.suffix == ".safetensors" else None
@@ -54,14 +65,18 @@ def find_source(word: str, *, schema: type[Config], recipe: str, overrides: list
     config = load_config(recipe, overrides, schema=schema, kind="evaluation recipe", below=below)
     if config.run.dir == _BESIDE:
         drawn = "" if config.labels == "all" else f"-{config.labels}-seed{config.subset_seed or 0}"
-        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run / f"{stem}{drawn}")})})
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"dir": str(run / f"{stem}{drawn}")})}
+        )
     folder = Path(config.run.dir).expanduser()
     return Source(config, stem, file, run if run is not None else folder)
 
 
 def _find_file(word: str) -> Path:
     if not Path(word).expanduser().exists() and not looks_like_hub_id(word):
-        raise UserError(f"'{word}' is neither a run folder nor a weights file; give one that `dmae-ds train` wrote, a .safetensors or .pth file, or a hub id")
+        raise UserError(
+            f"'{word}' is neither a run folder nor a weights file; give one that `dmae-ds train` wrote, a .safetensors or .pth file, or a hub id"
+        )
     try:
         return locate(TeacherConfig(name="-", weights=word))
     except UserError as error:

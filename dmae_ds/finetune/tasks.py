@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+)
 from torch import nn
 
 from dmae_ds.config.evaluation import DistillConfig
 
 TASKS = {
     # DeiT, Sec. 4, Eq. 2: KL at a temperature, through the second token's head
-    "deit_soft": lambda config: (TokenDistillationTask, {"distill_type": "soft", "temperature": config.temperature}),
+    "deit_soft": lambda config: (
+        TokenDistillationTask,
+        {"distill_type": "soft", "temperature": config.temperature},
+    ),
     # Eq. 3: the teacher's decision as a label
     "deit_hard": lambda config: (TokenDistillationTask, {"distill_type": "hard"}),
     # Hinton et al. 2015
@@ -25,7 +33,13 @@ TASKS = {
 
 
 def build_task(
-    network: nn.Module, criterion: nn.Module, *, distill: DistillConfig | None, teacher: VisionTransformer | None, seed: int, device: torch.device
+    network: nn.Module,
+    criterion: nn.Module,
+    *,
+    distill: DistillConfig | None,
+    teacher: VisionTransformer | None,
+    seed: int,
+    device: torch.device,
 ) -> nn.Module:
     """The module to train: its trainable parameters are the network's and, for features of other width, a projection's.
 
@@ -38,7 +52,13 @@ def build_task(
         torch.manual_seed(seed)
         # built on the CPU, so that a projection is the same on every device
         built = task(
-            network.cpu(), teacher.cpu(), criterion=criterion, distill_loss_weight=distill.weight, task_loss_weight=distill.task_weight, verbose=False, **keys
+            network.cpu(),
+            teacher.cpu(),
+            criterion=criterion,
+            distill_loss_weight=distill.weight,
+            task_loss_weight=distill.task_weight,
+            verbose=False,
+            **keys,
         )
     built.teacher.requires_grad_(False)
     return built.to(device)

@@ -44,9 +44,15 @@ def find_runs(folders: list[Path]) -> list[Run]:
     found: dict[Path, Run] = {}
     for folder in folders:
         # student.safetensors tells a run from an evaluation, whose folder has a config.yaml and metrics of its own
-        inside = [path.parent for path in folder.rglob("config.yaml") if all((path.parent / name).is_file() for name in ("student.safetensors", "metrics.jsonl"))]
+        inside = [
+            path.parent
+            for path in folder.rglob("config.yaml")
+            if all((path.parent / name).is_file() for name in ("student.safetensors", "metrics.jsonl"))
+        ]
         if not inside:
-            raise UserError(f"'{folder}' holds no run; name run folders that `dmae-ds train` wrote, or a folder of some")
+            raise UserError(
+                f"'{folder}' holds no run; name run folders that `dmae-ds train` wrote, or a folder of some"
+            )
         found |= {run.resolve(): read_run(run) for run in inside}
     return [found[path] for path in sorted(found, key=lambda path: (found[path].config.run.seed, path))]
 
@@ -56,8 +62,20 @@ def read_run(path: Path) -> Run:
     record = read_record(path)
     last = record.rows[-1]["step"]
     # one that starts from random weights lies beside the run, and has no step of it
-    results = [result for result in record.results if result["step"] == last or result["settings"].get("init") == "random"]
-    return Run(path, record.config, facts_of(record.config, _num_images(record), last), results, _hours(record), _world_size(path), rank_of(record))
+    results = [
+        result
+        for result in record.results
+        if result["step"] == last or result["settings"].get("init") == "random"
+    ]
+    return Run(
+        path,
+        record.config,
+        facts_of(record.config, _num_images(record), last),
+        results,
+        _hours(record),
+        _world_size(path),
+        rank_of(record),
+    )
 
 
 def facts_of(config: RunConfig, num_images: int, step: int) -> dict[str, object]:
@@ -65,14 +83,27 @@ def facts_of(config: RunConfig, num_images: int, step: int) -> dict[str, object]
     objective, teacher, optim = config.objective, config.teacher, config.optim
     term = getattr(objective, "distill", None) or objective  # which imitates a teacher's blocks
     return {
-        "objective": objective.name, "student": _name(config.student), "teacher": None if teacher is None else _name(teacher), "pairs": _pairs(config),
-        **{field: getattr(objective, field, None) for field in ("mask_ratio", "target", "teacher_sees", "cosine_over")},
+        "objective": objective.name,
+        "student": _name(config.student),
+        "teacher": None if teacher is None else _name(teacher),
+        "pairs": _pairs(config),
+        **{
+            field: getattr(objective, field, None)
+            for field in ("mask_ratio", "target", "teacher_sees", "cosine_over")
+        },
         **{field: getattr(term, field, None) for field in ("head", "distance", "alpha", "normalize")},
-        "decoder_depth": objective.decoder.depth if hasattr(objective, "decoder") else None, "distilled": objective.needs_teacher,
+        "decoder_depth": objective.decoder.depth if hasattr(objective, "decoder") else None,
+        "distilled": objective.needs_teacher,
         "standardize": None if teacher is None else teacher.standardize,
-        "epochs": optim.epochs, "warmup_epochs": optim.warmup_epochs, "global_batch": optim.global_batch, "base_lr": optim.base_lr, "weight_decay": optim.weight_decay,
-        "betas": tuple(optim.betas), "num_images": num_images, "finished": step * optim.global_batch > optim.epochs * num_images - optim.global_batch,
-    }  # fmt: skip
+        "epochs": optim.epochs,
+        "warmup_epochs": optim.warmup_epochs,
+        "global_batch": optim.global_batch,
+        "base_lr": optim.base_lr,
+        "weight_decay": optim.weight_decay,
+        "betas": tuple(optim.betas),
+        "num_images": num_images,
+        "finished": step * optim.global_batch > optim.epochs * num_images - optim.global_batch,
+    }
 
 
 def _name(model: ModelConfig) -> str:
@@ -91,7 +122,10 @@ def _pairs(config: RunConfig) -> tuple | None:
         return tuple(sorted(tuple(pair) for pair in pairs))
     if config.teacher is None or not hasattr(term, "pairs"):
         return None
-    depths = [model.depth or DEPTHS.get(model.name.split("_")[1] if "_" in model.name else "") for model in (config.student, config.teacher)]
+    depths = [
+        model.depth or DEPTHS.get(model.name.split("_")[1] if "_" in model.name else "")
+        for model in (config.student, config.teacher)
+    ]
     return None if None in depths else (tuple(max(1, depth * 3 // 4) for depth in depths),)
 
 

@@ -21,15 +21,28 @@ class TokenDecoder(nn.Module):
     tokens stay in the order of the mask instead of being put back on the grid.
     """
 
-    def __init__(self, *, encoder_dim: int, grid: tuple[int, int], depth: int, embed_dim: int, num_heads: int, generator: torch.Generator):
+    def __init__(
+        self,
+        *,
+        encoder_dim: int,
+        grid: tuple[int, int],
+        depth: int,
+        embed_dim: int,
+        num_heads: int,
+        generator: torch.Generator,
+    ):
         super().__init__()
         if embed_dim % num_heads:
-            raise UserError(f"objective.decoder.embed_dim {embed_dim} is not a multiple of objective.decoder.num_heads {num_heads}")
+            raise UserError(
+                f"objective.decoder.embed_dim {embed_dim} is not a multiple of objective.decoder.num_heads {num_heads}"
+            )
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_positions(embed_dim, grid))
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
         initialize_as_mae(self, generator)
 
     def forward(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
@@ -52,10 +65,25 @@ class Decoder(TokenDecoder):
     """
 
     def __init__(
-        self, *, encoder_dim: int, patch_size: int, grid: tuple[int, int], depth: int, embed_dim: int, num_heads: int, generator: torch.Generator,
+        self,
+        *,
+        encoder_dim: int,
+        patch_size: int,
+        grid: tuple[int, int],
+        depth: int,
+        embed_dim: int,
+        num_heads: int,
+        generator: torch.Generator,
         feature_dim: int | None = None,
-    ):  # fmt: skip
-        super().__init__(encoder_dim=encoder_dim, grid=grid, depth=depth, embed_dim=embed_dim, num_heads=num_heads, generator=generator)
+    ):
+        super().__init__(
+            encoder_dim=encoder_dim,
+            grid=grid,
+            depth=depth,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            generator=generator,
+        )
         self.shape = (patch_size, patch_size, 3) if feature_dim is None else (feature_dim,)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.pred = nn.Linear(embed_dim, math.prod(self.shape))

@@ -28,7 +28,11 @@ class OneDnnLinear(nn.Linear):
 
 def use_onednn(network: nn.Module) -> int:
     """Let every plain fp32 linear layer under a network run through oneDNN; returns how many there are. Names stay."""
-    layers = [module for module in network.modules() if type(module) is nn.Linear and module.weight.dtype == torch.float32]
+    layers = [
+        module
+        for module in network.modules()
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32
+    ]
     for layer in layers:
         layer.__class__ = OneDnnLinear
     return len(layers)

@@ -14,7 +14,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     """
     num, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
-    assert (rows * patch_size, columns * patch_size) == (height, width), f"{height}x{width} is no grid of {patch_size} px patches"
+    assert (rows * patch_size, columns * patch_size) == (height, width), (
+        f"{height}x{width} is no grid of {patch_size} px patches"
+    )
     # [N, C, H, W] -> [N, C, rows, P, columns, P] -> [N, rows, columns, P, P, C] -> [N, L, P, P, C]
     patches = images.reshape(num, channels, rows, patch_size, columns, patch_size)
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(num, rows * columns, patch_size, patch_size, channels)

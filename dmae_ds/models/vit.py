@@ -23,7 +23,9 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.positions import sincos_positions
 
 
-def build_timm_vit(name: str, overrides: dict, *, depth: int | None = None, where: str = "student") -> VisionTransformer | Eva:
+def build_timm_vit(
+    name: str, overrides: dict, *, depth: int | None = None, where: str = "student"
+) -> VisionTransformer | Eva:
     """timm's network without a classifier; `depth` builds only the first blocks.
 
     name: a timm model, or `module:function`, called with the overrides, that returns a VisionTransformer or Eva
@@ -40,12 +42,20 @@ def build_timm_vit(name: str, overrides: dict, *, depth: int | None = None, wher
         with init_empty_weights(include_buffers=False):
             vit = create(num_classes=0, **overrides)
     except (AssertionError, TypeError) as error:
-        raise UserError(f"{where}: '{name}' can't be built with {overrides}: {error}; check its numbers, or use a vision transformer such as vit_base_patch16_224") from None
-    except RuntimeError as error:  # it computes with its weights: rotary frequencies that are learned, a convolutional stem
-        raise UserError(f"{where}.name '{name}' can't be built without its weights ({error}); use a vision transformer such as vit_base_patch16_224") from None
+        raise UserError(
+            f"{where}: '{name}' can't be built with {overrides}: {error}; check its numbers, or use a vision transformer such as vit_base_patch16_224"
+        ) from None
+    except (
+        RuntimeError
+    ) as error:  # it computes with its weights: rotary frequencies that are learned, a convolutional stem
+        raise UserError(
+            f"{where}.name '{name}' can't be built without its weights ({error}); use a vision transformer such as vit_base_patch16_224"
+        ) from None
     problem = _why_not(vit)
     if problem:
-        raise UserError(f"{where}.name '{name}' {problem}; use a vision transformer such as vit_base_patch16_224")
+        raise UserError(
+            f"{where}.name '{name}' {problem}; use a vision transformer such as vit_base_patch16_224"
+        )
     return vit
 
 
@@ -55,14 +65,21 @@ def _find_builder(name: str, where: str):
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"{where}.name '{name}' can't be imported ({error}); give module:function, or a timm name") from None
+            raise UserError(
+                f"{where}.name '{name}' can't be imported ({error}); give module:function, or a timm name"
+            ) from None
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
-        raise UserError(f"{where}.name '{name}' is unknown to timm {timm.__version__}; " + (f"near: {', '.join(near)}" if near else "see timm.list_models('vit*')"))
+        raise UserError(
+            f"{where}.name '{name}' is unknown to timm {timm.__version__}; "
+            + (f"near: {', '.join(near)}" if near else "see timm.list_models('vit*')")
+        )
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UserError(f"{where}.name '{name}': {error} See timm.list_pretrained('{name.split('.')[0]}*')") from None
+        raise UserError(
+            f"{where}.name '{name}': {error} See timm.list_pretrained('{name.split('.')[0]}*')"
+        ) from None
     return lambda **keys: timm.create_model(name, **keys)
 
 
@@ -110,15 +127,22 @@ class MaskedViT(nn.Module):
         conv = vit.patch_embed.proj
         self.patch_embed = nn.Module()
         self.patch_embed.proj = PatchProjection(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=conv.bias is not None,
-            device=conv.weight.device, dtype=conv.weight.dtype,
-        )  # fmt: skip
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            bias=conv.bias is not None,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
         self.patch_embed.proj.load_state_dict(conv.state_dict(), assign=True)
         self.patch_embed.proj.requires_grad_(True)
         self.cls_token, self.reg_token = vit.cls_token, vit.reg_token
         self.register_buffer("pos_embed", None if vit.pos_embed is None else vit.pos_embed.detach())
         # Rows of pos_embed that belong to CLS and registers.
-        self.num_prefix_positions = 0 if vit.no_embed_class or vit.pos_embed is None else vit.num_prefix_tokens
+        self.num_prefix_positions = (
+            0 if vit.no_embed_class or vit.pos_embed is None else vit.num_prefix_tokens
+        )
         self.register_buffer("rope", _rotary_angles(vit, self.grid), persistent=False)
         self.norm_pre = vit.norm_pre
         self.blocks = nn.ModuleList(vit.blocks)
@@ -136,7 +160,11 @@ class MaskedViT(nn.Module):
     @property
     def is_plain(self) -> bool:
         """One CLS token, position codes for it and for every patch, nothing rotary."""
-        return self.cls_token is not None and self.num_prefix == self.num_prefix_positions == 1 and self.rope is None
+        return (
+            self.cls_token is not None
+            and self.num_prefix == self.num_prefix_positions == 1
+            and self.rope is None
+        )
 
     def positions(self, grid: tuple[int, int] | None, like: Tensor) -> Tensor | None:
         """Position codes of patches [L, D], in the dtype of `like`.
@@ -159,7 +187,9 @@ class MaskedViT(nn.Module):
         tokens = self.patch_embed.proj(visible)
         split = self.num_prefix_positions
         if self.cls_token is not None and self.cls_token.dtype != self.patch_embed.proj.weight.dtype:
-            tokens = tokens.to(self.cls_token.dtype)  # a frozen projection is a buffer, and DeepSpeed casts parameters alone
+            tokens = tokens.to(
+                self.cls_token.dtype
+            )  # a frozen projection is a buffer, and DeepSpeed casts parameters alone
         positions = self.positions(grid, tokens)
         if positions is not None:
             tokens = tokens + positions[ids_keep]
@@ -174,10 +204,18 @@ class MaskedViT(nn.Module):
         """One block; with rotary positions every kept patch keeps its own angles."""
         if self.rope is None:
             return block(tokens)
-        return block(tokens, rope=self.rope[ids_keep].unsqueeze(1))  # [N, 1, K, 2 * D / heads]: alike for all heads
+        return block(
+            tokens, rope=self.rope[ids_keep].unsqueeze(1)
+        )  # [N, 1, K, 2 * D / heads]: alike for all heads
 
     def forward(
-        self, visible: Tensor, ids_keep: Tensor, taps: Iterable[int] = (), *, grid: tuple[int, int] | None = None, appended: Tensor | None = None
+        self,
+        visible: Tensor,
+        ids_keep: Tensor,
+        taps: Iterable[int] = (),
+        *,
+        grid: tuple[int, int] | None = None,
+        appended: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all blocks; `taps` are block numbers counted from 1; grid: of pictures of another size, see `positions`.
 
@@ -202,7 +240,9 @@ class MaskedViT(nn.Module):
         if tokens.requires_grad:
             norms = self.gradient_norms.setdefault(number, {})
             for name, branch in (("tap", tap), ("trunk", trunk)):
-                branch.register_hook(lambda gradient, name=name: norms.update({name: gradient.detach().float().norm()}))
+                branch.register_hook(
+                    lambda gradient, name=name: norms.update({name: gradient.detach().float().norm()})
+                )
         return tap, trunk
 
 
@@ -212,14 +252,22 @@ def _rotary_angles(vit: VisionTransformer | Eva, grid: tuple[int, int]) -> Tenso
     if rope is None:
         return None
     rope.eval()  # some move the places at random while they train
-    return rope.get_embed() if getattr(rope, "feat_shape", None) is not None else rope.get_embed(shape=list(grid))
+    return (
+        rope.get_embed()
+        if getattr(rope, "feat_shape", None) is not None
+        else rope.get_embed(shape=list(grid))
+    )
 
 
-def build_student(name: str, overrides: dict, *, generator: torch.Generator, device: str = "cpu") -> MaskedViT:
+def build_student(
+    name: str, overrides: dict, *, generator: torch.Generator, device: str = "cpu"
+) -> MaskedViT:
     """A student with MAE's initialisation and fixed sin-cos positions (MAE, Sec. 3 and A.1); on `meta`, its geometry alone."""
     student = MaskedViT(build_timm_vit(name, overrides))
     if not student.is_plain:
-        raise UserError(f"student.name '{name}' is not a plain vision transformer with one CLS token and position codes; use a vit_* such as vit_base_patch16_224")
+        raise UserError(
+            f"student.name '{name}' is not a plain vision transformer with one CLS token and position codes; use a vit_* such as vit_base_patch16_224"
+        )
     student.to_empty(device=device)
     student.pos_embed = sincos_positions(student.embed_dim, student.grid)
     initialize_as_mae(student, generator)

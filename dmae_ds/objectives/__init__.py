@@ -15,7 +15,15 @@ from dmae_ds.objectives.mae import Mae
 from dmae_ds.objectives.mocov3 import MoCoV3
 from dmae_ds.objectives.sdae import Sdae
 
-OBJECTIVES = {"mae": Mae, "dmae": Dmae, "mocov3": MoCoV3, "sdae": Sdae, "dino": Dino, "g2sd_generic": G2sdGeneric, "g2sd_specific": G2sdSpecific}
+OBJECTIVES = {
+    "mae": Mae,
+    "dmae": Dmae,
+    "mocov3": MoCoV3,
+    "sdae": Sdae,
+    "dino": Dino,
+    "g2sd_generic": G2sdGeneric,
+    "g2sd_specific": G2sdSpecific,
+}
 
 
 def find_objective(name: str) -> type[Objective]:

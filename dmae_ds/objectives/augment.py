@@ -41,7 +41,13 @@ class MixedPictures:
 
     def __init__(self, config: AugmentConfig, *, num_classes: int, seed: int):
         self.config, self.num_classes, self.seed = config, num_classes, seed
-        self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes) if config.mixes else None
+        self.mix = (
+            Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes
+            )
+            if config.mixes
+            else None
+        )
 
     def __str__(self) -> str:
         config = self.config
@@ -51,21 +57,32 @@ class MixedPictures:
         """Returns images [N, 3, H, W] and targets [N, C], float32. Reseeds the global generators. N is even where pictures are mixed."""
         images = normalized(batch.images, normalize)
         if self.config.erase:
-            erase_rectangles(RandomErasing(self.config.erase, mode="pixel", device=images.device), images, batch, seed=self.seed)
+            erase_rectangles(
+                RandomErasing(self.config.erase, mode="pixel", device=images.device),
+                images,
+                batch,
+                seed=self.seed,
+            )
         if self.mix is None:
-            return images, mixup_target(batch.labels, self.num_classes, lam=1.0, smoothing=self.config.label_smoothing)
+            return images, mixup_target(
+                batch.labels, self.num_classes, lam=1.0, smoothing=self.config.label_smoothing
+            )
         assert len(images) % 2 == 0, "the schema keeps two neighbours in one micro-batch"
         epochs, ids, targets = batch.epochs.tolist(), batch.sample_ids.tolist(), []
         for first in range(0, len(images), 2):
             seed_globals(sample_rng(self.seed, epochs[first], ids[first], MIX_STREAM))
-            _, found = self.mix(images[first : first + 2], batch.labels[first : first + 2])  # the pictures in place
+            _, found = self.mix(
+                images[first : first + 2], batch.labels[first : first + 2]
+            )  # the pictures in place
             targets.append(found)
         return images, torch.cat(targets)
 
 
 def erase_rectangles(erasing: RandomErasing, images: Tensor, batch: Batch, *, seed: int) -> None:
     """Random erasing of images [N, 3, H, W], in place, each keyed by its sample. Reseeds the global generators."""
-    for row, (epoch, sample_id) in enumerate(zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)):
+    for row, (epoch, sample_id) in enumerate(
+        zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)
+    ):
         seed_globals(sample_rng(seed, epoch, sample_id, ERASE_STREAM))
         erasing(images[row])
 

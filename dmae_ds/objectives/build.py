@@ -19,7 +19,9 @@ from dmae_ds.teacher.grid import check_grids
 IMAGENET_CLASSES = 1000
 
 
-def build_objective(config: RunConfig, *, num_classes: int | None = None, device: str = "cpu") -> tuple[Objective, TeacherShape | None]:
+def build_objective(
+    config: RunConfig, *, num_classes: int | None = None, device: str = "cpu"
+) -> tuple[Objective, TeacherShape | None]:
     """The objective with its student, initialised by run.seed alone: the same weights on every rank. student.weights is read by whoever starts a run (initial.py).
 
     num_classes: of the labels, for an objective whose schema says `needs_labels`; None: as `count_classes` finds
@@ -27,7 +29,9 @@ def build_objective(config: RunConfig, *, num_classes: int | None = None, device
     Raises ValueError (one line) for numbers that don't fit together.
     """
     generator = torch.Generator().manual_seed(config.run.seed)
-    student = build_student(config.student.name, config.student.overrides(), generator=generator, device=device)
+    student = build_student(
+        config.student.name, config.student.overrides(), generator=generator, device=device
+    )
     parts = {"student": student, "generator": generator}
     if config.objective.needs_labels:
         parts["num_classes"] = num_classes or count_classes(config.data)
@@ -35,9 +39,18 @@ def build_objective(config: RunConfig, *, num_classes: int | None = None, device
     if config.teacher is not None:
         teacher = meta_teacher(config.teacher.name, config.teacher.overrides())
         check_grids(
-            student_grid=student.grid, student_patch=student.patch_size, teacher_grid=teacher.grid, teacher_patch=teacher.patch_size,
-        )  # fmt: skip
-        shape = TeacherShape(teacher.depth, teacher.embed_dim, config.teacher.decoder_depth, config.teacher.decoder_embed_dim, teacher.patch_size)
+            student_grid=student.grid,
+            student_patch=student.patch_size,
+            teacher_grid=teacher.grid,
+            teacher_patch=teacher.patch_size,
+        )
+        shape = TeacherShape(
+            teacher.depth,
+            teacher.embed_dim,
+            config.teacher.decoder_depth,
+            config.teacher.decoder_embed_dim,
+            teacher.patch_size,
+        )
         parts["teacher"] = shape
     with torch.device(device):
         objective = find_objective(config.objective.name)(config.objective, **parts)
@@ -50,14 +63,22 @@ def check_teacher_keys(teacher: TeacherConfig, taps: tuple[str, ...]) -> None:
     """Raise UserError for keys of the teacher's section that these taps leave without effect."""
     kinds = {split_tap(tap)[0] for tap in taps}
     for names, needed, taps_of in (
-        (("decoder_depth", "decoder_embed_dim", "decoder_num_heads"), {"decoder", "prediction"}, "the teacher's decoder"),
+        (
+            ("decoder_depth", "decoder_embed_dim", "decoder_num_heads"),
+            {"decoder", "prediction"},
+            "the teacher's decoder",
+        ),
         (("pool",), {"logits"}, "a classifier's logits"),
     ):
         for name in names:
             if getattr(teacher, name) != type(teacher).model_fields[name].default and not kinds & needed:
-                raise UserError(f"teacher.{name} is of no use to an objective that does not tap {taps_of}; remove it, or choose another objective.name")
+                raise UserError(
+                    f"teacher.{name} is of no use to an objective that does not tap {taps_of}; remove it, or choose another objective.name"
+                )
     if teacher.standardize != "none" and kinds & {"prediction", "logits"}:
-        raise UserError(f"teacher.standardize {teacher.standardize} is for features, and the objective taps {', '.join(taps)}; set teacher.standardize=none")
+        raise UserError(
+            f"teacher.standardize {teacher.standardize} is for features, and the objective taps {', '.join(taps)}; set teacher.standardize=none"
+        )
 
 
 def count_classes(data: DataConfig) -> int:

@@ -42,16 +42,26 @@ def distilled_classifier(objective: nn.Module) -> Classifier:
     student = objective.student
     block = student.blocks[0]
     numbers = {
-        "img_size": student.grid[0] * student.patch_size, "patch_size": student.patch_size, "embed_dim": student.embed_dim, "depth": student.depth,
-        "num_heads": block.attn.num_heads, "mlp_ratio": block.mlp.fc1.out_features / student.embed_dim,
-    }  # fmt: skip
+        "img_size": student.grid[0] * student.patch_size,
+        "patch_size": student.patch_size,
+        "embed_dim": student.embed_dim,
+        "depth": student.depth,
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / student.embed_dim,
+    }
     found = Classifier(NAME, numbers, {"num_classes": objective.head.out_features}, timm_names)
     with init_empty_weights():
         known = found.build().state_dict()
     own = timm_names({name: tensor.to("meta") for name, tensor in objective.state_dict().items()})
-    different = sorted(name for name in known.keys() | own.keys() if name not in known or name not in own or known[name].shape != own[name].shape)
+    different = sorted(
+        name
+        for name in known.keys() | own.keys()
+        if name not in known or name not in own or known[name].shape != own[name].shape
+    )
     if different:
-        raise UserError(f"a distillation token goes beside the CLS of a plain ViT, and this student's {', '.join(different[:3])} are not of one; choose student.name=vit_base_patch16_224, say")
+        raise UserError(
+            f"a distillation token goes beside the CLS of a plain ViT, and this student's {', '.join(different[:3])} are not of one; choose student.name=vit_base_patch16_224, say"
+        )
     return found
 
 
@@ -60,5 +70,7 @@ def timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     named = {name.removeprefix("student."): tensor for name, tensor in weights.items()}
     positions = named["pos_embed"]
     # [1, 1 + L, D] -> [1, 2 + L, D]: CLS, the distillation token, patches
-    named["pos_embed"] = torch.cat([positions[:, :1], torch.zeros_like(positions[:, :1]), positions[:, 1:]], dim=1)
+    named["pos_embed"] = torch.cat(
+        [positions[:, :1], torch.zeros_like(positions[:, :1]), positions[:, 1:]], dim=1
+    )
     return named

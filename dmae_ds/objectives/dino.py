@@ -49,19 +49,36 @@ class Dino(Objective):
     Raises UserError for local crops that are not whole patches.
     """
 
-    def __init__(self, config: DinoConfig, *, student: MaskedViT, generator: torch.Generator, teacher: TeacherShape | None = None):
+    def __init__(
+        self,
+        config: DinoConfig,
+        *,
+        student: MaskedViT,
+        generator: torch.Generator,
+        teacher: TeacherShape | None = None,
+    ):
         super().__init__(student)
         if config.local_crops and config.local_size % student.patch_size:
-            raise UserError(f"objective.local_size {config.local_size} is not a multiple of the student's patch_size {student.patch_size}")
+            raise UserError(
+                f"objective.local_size {config.local_size} is not a multiple of the student's patch_size {student.patch_size}"
+            )
         self.config = config
         self.local_grid = (config.local_size // student.patch_size,) * 2
         names = ("dino1", "dino2", "dino_local") if config.photometric else ("none",) * 3
         local = View(size=config.local_size, scale=config.local_scale, photometric=names[2])
         self.views = (View(photometric=names[0]), View(photometric=names[1]), *[local] * config.local_crops)
         self.head = DinoHead(
-            student.embed_dim, hidden_dim=config.hidden_dim, bottleneck_dim=config.bottleneck_dim, num_prototypes=config.num_prototypes, generator=generator
+            student.embed_dim,
+            hidden_dim=config.hidden_dim,
+            bottleneck_dim=config.bottleneck_dim,
+            num_prototypes=config.num_prototypes,
+            generator=generator,
         )
-        self.heads = None if config.distill is None else FeatureTerm(config.distill, student=student, teacher=teacher, generator=generator)
+        self.heads = (
+            None
+            if config.distill is None
+            else FeatureTerm(config.distill, student=student, teacher=teacher, generator=generator)
+        )
         self.taps, self.pairs = ((), []) if self.heads is None else (self.heads.taps, self.heads.pairs)
         self.twin = Twin(parts=("student", "head"), momentum=self.momentum_at)
         # Adam's averages fill while the last layer is held, so that it doesn't jump when it is let go.
@@ -81,7 +98,9 @@ class Dino(Objective):
     def start_step(self, progress: Progress) -> None:
         """Temperature of the twin, linear in the epoch (published: in steps of an epoch); the last layer, held at first."""
         (first, last), warmup = self.config.teacher_temperature, self.config.teacher_temperature_warmup_epochs
-        self.teacher_temperature = last if progress.epoch >= warmup else first + (last - first) * progress.epoch / warmup
+        self.teacher_temperature = (
+            last if progress.epoch >= warmup else first + (last - first) * progress.epoch / warmup
+        )
         self.lr_scales["head.prototypes"] = float(progress.epoch >= self.config.freeze_last_layer_epochs)
         self._step_begins = True
 
@@ -94,7 +113,11 @@ class Dino(Objective):
 
     def twin_state(self) -> dict[str, Tensor]:
         """centre [K]; and of the step that is being taken, the sum over its micro-batches of the mean logits [K], and their number."""
-        return {"centre": torch.zeros(self.config.num_prototypes), "logits": torch.zeros(self.config.num_prototypes), "micro_batches": torch.zeros(())}
+        return {
+            "centre": torch.zeros(self.config.num_prototypes),
+            "logits": torch.zeros(self.config.num_prototypes),
+            "micro_batches": torch.zeros(()),
+        }
 
     def twin_features(self, twin: nn.Module, batch: Crops) -> dict[str, Tensor]:
         """{"twin/targets": [2, N, K]}: the twin's distributions for both global crops. Collective."""
@@ -105,18 +128,26 @@ class Dino(Objective):
         logits = at_least_float32(twin.head(twin.student(batch.visible, batch.ids_keep)[0][:, 0]))
         state["logits"] += dist.mean_over_ranks(logits.mean(dim=0))
         state["micro_batches"] += 1
-        return {"twin/targets": ((logits - state["centre"]) / self.teacher_temperature).softmax(dim=-1).unflatten(0, (NUM_GLOBAL, -1))}
+        return {
+            "twin/targets": ((logits - state["centre"]) / self.teacher_temperature)
+            .softmax(dim=-1)
+            .unflatten(0, (NUM_GLOBAL, -1))
+        }
 
     def forward(self, batch: Crops, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss", "cross_entropy", "align/9-18" with distill, "target/spread"}, scalars."""
-        latent, tapped = self.student(batch.visible, batch.ids_keep, taps=() if self.heads is None else self.heads.blocks)
+        latent, tapped = self.student(
+            batch.visible, batch.ids_keep, taps=() if self.heads is None else self.heads.blocks
+        )
         cls = latent[:, 0]
         if batch.local is not None:
             ids = all_places(len(batch.local), self.local_grid, cls.device)
             cls = torch.cat([cls, self.student(batch.local, ids, grid=self.local_grid)[0][:, 0]])
         targets = features["twin/targets"]
         logits = self.head(cls).unflatten(0, (-1, targets.shape[1]))
-        loss = cross_entropy = view_cross_entropy(logits, targets, temperature=self.config.student_temperature)
+        loss = cross_entropy = view_cross_entropy(
+            logits, targets, temperature=self.config.student_temperature
+        )
         parts = {"cross_entropy": cross_entropy.detach()}
         if self.heads is not None:
             for name, align in self.heads(tapped, features).items():
@@ -133,7 +164,9 @@ def move_centre(state: dict[str, Tensor], momentum: float) -> None:
     steps = state["micro_batches"]
     mean = state["logits"] / steps.clamp(min=1)
     # where instead of if: the number stays on the device
-    state["centre"].copy_(torch.where(steps > 0, momentum * state["centre"] + (1 - momentum) * mean, state["centre"]))
+    state["centre"].copy_(
+        torch.where(steps > 0, momentum * state["centre"] + (1 - momentum) * mean, state["centre"])
+    )
     state["logits"].zero_()
     steps.zero_()
 

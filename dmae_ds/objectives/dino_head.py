@@ -21,10 +21,22 @@ class Prototypes(nn.Linear):
 class DinoHead(nn.Module):
     """Three linear layers with GELU between them, l2 normalisation, prototypes: [..., D] -> [..., K] in -1 to 1."""
 
-    def __init__(self, embed_dim: int, *, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, generator: torch.Generator):
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_prototypes: int,
+        generator: torch.Generator,
+    ):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
+            nn.Linear(embed_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
         )
         self.prototypes = Prototypes(bottleneck_dim, num_prototypes, bias=False)
         for name, parameter in self.named_parameters():

@@ -17,7 +17,9 @@ __all__ = ["Dmae", "TeacherShape", "resolve_pairs"]
 class Dmae(Mae):
     """Mae plus one projection head for each aligned pair of blocks."""
 
-    def __init__(self, config: DmaeConfig, *, student: MaskedViT, teacher: TeacherShape, generator: torch.Generator):
+    def __init__(
+        self, config: DmaeConfig, *, student: MaskedViT, teacher: TeacherShape, generator: torch.Generator
+    ):
         super().__init__(config, student=student, generator=generator)
         self.heads = FeatureTerm(config, student=student, teacher=teacher, generator=generator)
         self.taps, self.pairs = self.heads.taps, self.heads.pairs

@@ -25,18 +25,35 @@ class G2sdGeneric(MaskedObjective):
     the same MLP ends in a patch's pixels, compared by the same distance; pixels beside them add MAE's loss of the same prediction.
     """
 
-    def __init__(self, config: G2sdGenericConfig, *, student: MaskedViT, teacher: TeacherShape, generator: torch.Generator):
+    def __init__(
+        self,
+        config: G2sdGenericConfig,
+        *,
+        student: MaskedViT,
+        teacher: TeacherShape,
+        generator: torch.Generator,
+    ):
         super().__init__(config, student=student)
         self.target, self.norm_pix = config.target, config.norm_pix
         self.decoder = TokenDecoder(
-            encoder_dim=student.embed_dim, grid=student.grid, depth=config.decoder.depth, embed_dim=config.decoder.embed_dim,
-            num_heads=config.decoder.num_heads, generator=generator,
-        )  # fmt: skip
+            encoder_dim=student.embed_dim,
+            grid=student.grid,
+            depth=config.decoder.depth,
+            embed_dim=config.decoder.embed_dim,
+            num_heads=config.decoder.num_heads,
+            generator=generator,
+        )
         if self.target == "features":
             block = config.decoder_block or max(1, teacher.decoder_depth // 2)
             if block > teacher.decoder_depth:
-                raise UserError(f"objective.decoder_block is {block}, the teacher's decoder has {teacher.decoder_depth} (teacher.decoder_depth); blocks count from 1")
-            self.taps, self.tokens, out_dim = (f"decoder/{block}",), config.tokens or "all", teacher.decoder_dim
+                raise UserError(
+                    f"objective.decoder_block is {block}, the teacher's decoder has {teacher.decoder_depth} (teacher.decoder_depth); blocks count from 1"
+                )
+            self.taps, self.tokens, out_dim = (
+                (f"decoder/{block}",),
+                config.tokens or "all",
+                teacher.decoder_dim,
+            )
         else:
             if teacher.patch_size != student.patch_size:
                 raise UserError(
@@ -44,7 +61,11 @@ class G2sdGeneric(MaskedObjective):
                     "give a teacher with patches of the same size, or set objective.target=features"
                 )
             self.taps, self.tokens, out_dim = ("prediction",), "masked", teacher.patch_size**2 * 3
-        self.head = nn.Sequential(nn.Linear(config.decoder.embed_dim, teacher.decoder_dim), nn.GELU(), nn.Linear(teacher.decoder_dim, out_dim))
+        self.head = nn.Sequential(
+            nn.Linear(config.decoder.embed_dim, teacher.decoder_dim),
+            nn.GELU(),
+            nn.Linear(teacher.decoder_dim, out_dim),
+        )
         initialize_as_mae(self.head, generator)
 
     def describe(self) -> str:
@@ -56,7 +77,9 @@ class G2sdGeneric(MaskedObjective):
         Returns {"loss", "generic"}, and with pixels "pixel", scalars.
         """
         latent, _ = self.student(batch.visible, batch.ids_keep)
-        tokens = self.decoder(latent, batch.ids_keep, batch.ids_masked)  # [N, 1 + L, D_d]: CLS, visible, masked
+        tokens = self.decoder(
+            latent, batch.ids_keep, batch.ids_masked
+        )  # [N, 1 + L, D_d]: CLS, visible, masked
         if self.tokens == "masked":
             tokens = tokens[:, 1 + batch.ids_keep.shape[1] :]
         predicted = self.head(tokens).float()

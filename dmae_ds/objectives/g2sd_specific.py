@@ -27,9 +27,19 @@ class G2sdSpecific(Objective):
 
     taps = ("logits",)
     labels = True
-    no_weight_decay = ("student.cls_token",)  # as timm's classifiers; the distillation token decays, as published
+    no_weight_decay = (
+        "student.cls_token",
+    )  # as timm's classifiers; the distillation token decays, as published
 
-    def __init__(self, config: G2sdSpecificConfig, *, student: MaskedViT, teacher: TeacherShape, generator: torch.Generator, num_classes: int):
+    def __init__(
+        self,
+        config: G2sdSpecificConfig,
+        *,
+        student: MaskedViT,
+        teacher: TeacherShape,
+        generator: torch.Generator,
+        num_classes: int,
+    ):
         super().__init__(student)
         self.num_classes, self.rand_augment = num_classes, config.augment.rand_augment
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
@@ -47,7 +57,9 @@ class G2sdSpecific(Objective):
         images, targets = self.mixed(batch, normalize)
         patches = patchify(images, self.student.patch_size)
         ids = all_places(len(patches), self.student.grid, patches.device)
-        return LabelledBatch(visible=patches, masked=patches[:, :0], ids_keep=ids, ids_masked=ids[:, :0], targets=targets)
+        return LabelledBatch(
+            visible=patches, masked=patches[:, :0], ids_keep=ids, ids_masked=ids[:, :0], targets=targets
+        )
 
     def describe(self) -> str:
         return f"{self.head.out_features} classes; half CLS against labels ({self.mixed}), half the distillation token against the teacher's decision"
@@ -56,7 +68,11 @@ class G2sdSpecific(Objective):
         """0: embedding and CLS; i: block i; depth + 1: final norm, distillation token and heads (MAE's published fine-tuning)."""
         if name.startswith("student.blocks."):
             return 1 + int(name.split(".")[2])
-        return 0 if name.startswith("student.") and not name.startswith("student.norm.") else 1 + self.student.depth
+        return (
+            0
+            if name.startswith("student.") and not name.startswith("student.norm.")
+            else 1 + self.student.depth
+        )
 
     def logits(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Of the CLS and of the distillation head, both [N, C], float32."""
@@ -73,7 +89,12 @@ class G2sdSpecific(Objective):
         label = functional.cross_entropy(ours, batch.targets)
         hard = functional.cross_entropy(distilled, decision)
         follows = (distilled.argmax(dim=1) == decision).float().mean()
-        return {"loss": (label + hard) / 2, "label": label.detach(), "hard": hard.detach(), "follows": follows}
+        return {
+            "loss": (label + hard) / 2,
+            "label": label.detach(),
+            "hard": hard.detach(),
+            "follows": follows,
+        }
 
     def classifier(self) -> Classifier:
         """timm's distilled ViT, whose evaluation is the mean of the two heads."""

@@ -20,11 +20,20 @@ def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> None
     Position codes of another grid are fitted. Raises UserError (one line) where the file isn't there or doesn't fit.
     """
     if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
-        raise UserError(f"student.weights '{weights}' is neither a run folder nor a weights file; give one that `dmae-ds train` wrote, a .safetensors or .pth file, or a hub id")
+        raise UserError(
+            f"student.weights '{weights}' is neither a run folder nor a weights file; give one that `dmae-ds train` wrote, a .safetensors or .pth file, or a hub id"
+        )
     try:
         _fill(student, locate(TeacherConfig(name="-", weights=weights)), network)
     except UserError as error:  # the teacher's room speaks of its own keys
-        raise UserError(str(error).replace("teacher", "student").replace("; set student.name and student.format", "; make student.name and its numbers agree with the file")) from None
+        raise UserError(
+            str(error)
+            .replace("teacher", "student")
+            .replace(
+                "; set student.name and student.format",
+                "; make student.name and its numbers agree with the file",
+            )
+        ) from None
 
 
 def _fill(student: MaskedViT, path: Path, network: ModelConfig) -> None:
@@ -32,7 +41,9 @@ def _fill(student: MaskedViT, path: Path, network: ModelConfig) -> None:
     found = choose_format(path, fits(needed, depth=student.depth, may_resize=True), needed.keys())
     dropped = check_fit(needed, found, depth=student.depth, may_resize=True)
     if dropped.blocks:
-        raise UserError(f"student.weights '{path}' has more than {student.depth} blocks; make student.depth agree with the file")
+        raise UserError(
+            f"student.weights '{path}' has more than {student.depth} blocks; make student.depth agree with the file"
+        )
     own = own_network(found.container)
     if own is not None:
         check_same_network(path, own, (network.name, network.overrides()))

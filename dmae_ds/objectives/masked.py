@@ -39,9 +39,17 @@ class MaskedObjective(Objective):
         return f"{self.num_visible} of {self.student.num_patches} patches visible"
 
 
-def build_decoder(config: DecoderConfig, *, student: MaskedViT, generator: torch.Generator, feature_dim: int | None = None) -> Decoder:
+def build_decoder(
+    config: DecoderConfig, *, student: MaskedViT, generator: torch.Generator, feature_dim: int | None = None
+) -> Decoder:
     """The decoder behind a student, of pixels or of `feature_dim` numbers a patch; `generator` draws its initial weights."""
     return Decoder(
-        encoder_dim=student.embed_dim, patch_size=student.patch_size, grid=student.grid, depth=config.depth,
-        embed_dim=config.embed_dim, num_heads=config.num_heads, generator=generator, feature_dim=feature_dim,
-    )  # fmt: skip
+        encoder_dim=student.embed_dim,
+        patch_size=student.patch_size,
+        grid=student.grid,
+        depth=config.depth,
+        embed_dim=config.embed_dim,
+        num_heads=config.num_heads,
+        generator=generator,
+        feature_dim=feature_dim,
+    )

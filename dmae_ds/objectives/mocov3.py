@@ -33,16 +33,32 @@ from dmae_ds.objectives.with_features import FeatureTerm, TeacherShape, gradient
 class MoCoV3(Objective):
     """Student, projector and predictor; the momentum encoder is a twin of student and projector, moved after every step."""
 
-    def __init__(self, config: MoCoV3Config, *, student: MaskedViT, generator: torch.Generator, teacher: TeacherShape | None = None):
+    def __init__(
+        self,
+        config: MoCoV3Config,
+        *,
+        student: MaskedViT,
+        generator: torch.Generator,
+        teacher: TeacherShape | None = None,
+    ):
         super().__init__(student)
         self.temperature, self.momentum = config.temperature, config.momentum
-        self.views = tuple(View(photometric=name) for name in (("moco1", "moco2") if config.photometric else ("none", "none")))
+        self.views = tuple(
+            View(photometric=name)
+            for name in (("moco1", "moco2") if config.photometric else ("none", "none"))
+        )
         self.twin = Twin(parts=("student", "projector"), momentum=self.momentum_at)
-        self.projector = build_mlp([student.embed_dim, config.hidden_dim, config.hidden_dim, config.output_dim])
+        self.projector = build_mlp(
+            [student.embed_dim, config.hidden_dim, config.hidden_dim, config.output_dim]
+        )
         self.predictor = build_mlp([config.output_dim, config.hidden_dim, config.output_dim])
         for head in (self.projector, self.predictor):
             initialize_as_mae(head, generator)
-        self.heads = None if config.distill is None else FeatureTerm(config.distill, student=student, teacher=teacher, generator=generator)
+        self.heads = (
+            None
+            if config.distill is None
+            else FeatureTerm(config.distill, student=student, teacher=teacher, generator=generator)
+        )
         self.taps, self.pairs = ((), []) if self.heads is None else (self.heads.taps, self.heads.pairs)
         if config.freeze_patch_projection:
             freeze(self.student.patch_embed.proj)
@@ -69,16 +85,22 @@ class MoCoV3(Objective):
 
     def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss", "contrast", "align/9-18" with distill, "target/spread"}, scalars. Collective."""
-        latent, tapped = self.student(batch.visible, batch.ids_keep, taps=[] if self.heads is None else self.heads.blocks)
+        latent, tapped = self.student(
+            batch.visible, batch.ids_keep, taps=[] if self.heads is None else self.heads.blocks
+        )
         queries = unit(self.predictor(self.projector(by_view(latent[:, 0]))))
         keys = features["twin/keys"]
         first, second = dist.gather_rows(keys[0]), dist.gather_rows(keys[1])
         own = dist.rank() * keys.shape[1]
-        contrast = info_nce(queries[0], second, own=own, temperature=self.temperature) + info_nce(queries[1], first, own=own, temperature=self.temperature)
+        contrast = info_nce(queries[0], second, own=own, temperature=self.temperature) + info_nce(
+            queries[1], first, own=own, temperature=self.temperature
+        )
         loss, parts = contrast, {"contrast": contrast.detach()}
         if self.heads is not None:
             for name, align in self.heads(tapped, features).items():
-                loss = loss + self.heads.alpha * align  # DMAE's Eq. 3, with MoCo-v3's loss in the place of MAE's
+                loss = (
+                    loss + self.heads.alpha * align
+                )  # DMAE's Eq. 3, with MoCo-v3's loss in the place of MAE's
                 parts[name] = align.detach()
         # Of the tokens, not of the keys: batch norm pulls keys apart whatever they are made of.
         return {"loss": loss, **parts, "target/spread": spread(features["twin/cls"][0])}

@@ -40,28 +40,44 @@ class Sdae(MaskedObjective):
         super().__init__(config, student=student)
         self.sees, self.cosine_over = config.teacher_sees, config.cosine_over
         self.folds, self.fold_size = cut(config, student.num_patches - self.num_visible)
-        self.decoder = build_decoder(config.decoder, student=student, generator=generator, feature_dim=student.embed_dim)
+        self.decoder = build_decoder(
+            config.decoder, student=student, generator=generator, feature_dim=student.embed_dim
+        )
         self.momentum = config.momentum
         self.twin = Twin(parts=("student",), momentum=self.momentum_at, every=config.momentum_every)
 
     def describe(self) -> str:
-        seen = {"folds": f"{self.folds} folds of {self.fold_size}", "masked": f"all {self.fold_size}", "crop": f"a crop of {self.fold_size}"}
+        seen = {
+            "folds": f"{self.folds} folds of {self.fold_size}",
+            "masked": f"all {self.fold_size}",
+            "crop": f"a crop of {self.fold_size}",
+        }
         sees = f"{seen[self.sees]} masked patches" if self.sees in seen else "the whole picture"
         first, last = self.momentum
         return f"{super().describe()}; the twin sees {sees}, cosine over {self.cosine_over}, momentum {first:g} to {last:g} once a{'n' if self.twin.every == 'epoch' else ''} {self.twin.every}"
 
     def momentum_at(self, progress: Progress) -> float:
         """Eq. 7's eta; once an epoch it is constant within the epoch, as published."""
-        share = math.floor(progress.epoch) / progress.epochs if self.twin.every == "epoch" else progress.step / progress.num_steps
+        share = (
+            math.floor(progress.epoch) / progress.epochs
+            if self.twin.every == "epoch"
+            else progress.step / progress.num_steps
+        )
         return half_cosine(*self.momentum, share)
 
     def twin_features(self, twin: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
         """{"twin/targets": [N, folds * fold_size, D]}: each token after the final norm, normalised over channels (Eq. 3)."""
         if self.sees == "all":
-            patches, ids = torch.cat([batch.visible, batch.masked], dim=1), torch.cat([batch.ids_keep, batch.ids_masked], dim=1)
+            patches, ids = (
+                torch.cat([batch.visible, batch.masked], dim=1),
+                torch.cat([batch.ids_keep, batch.ids_masked], dim=1),
+            )
             tokens = twin.student(patches, ids)[0][:, 1 + self.num_visible :]
         else:
-            patches, ids = (tensor[:, : self.folds * self.fold_size].unflatten(1, (self.folds, -1)).flatten(0, 1) for tensor in (batch.masked, batch.ids_masked))
+            patches, ids = (
+                tensor[:, : self.folds * self.fold_size].unflatten(1, (self.folds, -1)).flatten(0, 1)
+                for tensor in (batch.masked, batch.ids_masked)
+            )
             # [N * folds, 1 + fold_size, D] -> [N, folds * fold_size, D]
             tokens = twin.student(patches, ids)[0][:, 1:].unflatten(0, (-1, self.folds)).flatten(1, 2)
         return {"twin/targets": standardize_tokens(tokens)}
@@ -80,13 +96,17 @@ def cut(config: SdaeConfig, num_masked: int) -> tuple[int, int]:
     if config.teacher_sees == "folds":
         folds = config.folds or FOLDS
         if folds > num_masked:
-            raise UserError(f"objective.folds {folds} is above the {num_masked} masked patches of objective.mask_ratio {config.mask_ratio:g}; mask more, or take fewer folds")
+            raise UserError(
+                f"objective.folds {folds} is above the {num_masked} masked patches of objective.mask_ratio {config.mask_ratio:g}; mask more, or take fewer folds"
+            )
         size = num_masked // folds
     else:
         ratio = config.crop_ratio or CROP_RATIO
         folds, size = 1, max(1, round(num_masked * ratio)) if config.teacher_sees == "crop" else num_masked
     if config.cosine_over == "tokens" and size == 1:
-        raise UserError("objective.cosine_over tokens has a single token to go over here, whose cosine is 1 or -1 whatever is predicted; mask more, take fewer folds, or cosine_over channels")
+        raise UserError(
+            "objective.cosine_over tokens has a single token to go over here, whose cosine is 1 or -1 whatever is predicted; mask more, take fewer folds, or cosine_over channels"
+        )
     return folds, size
 
 
@@ -103,5 +123,9 @@ def cosine_distance(predicted: Tensor, targets: Tensor, *, over: str, fold_size:
     over: `channels`, the mean over tokens (Eq. 4); `tokens`, the mean over folds and channels of what two columns of a fold are apart
     """
     # [N, folds * fold_size, D] -> [N, folds, fold_size, D]
-    predicted, targets = (at_least_float32(tensor).unflatten(1, (-1, fold_size)) for tensor in (predicted, targets))
-    return 1 - functional.cosine_similarity(predicted, targets, dim={"channels": -1, "tokens": -2}[over]).mean()
+    predicted, targets = (
+        at_least_float32(tensor).unflatten(1, (-1, fold_size)) for tensor in (predicted, targets)
+    )
+    return (
+        1 - functional.cosine_similarity(predicted, targets, dim={"channels": -1, "tokens": -2}[over]).mean()
+    )

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.objectives.base import Objective
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "bf16_autocast": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of the twin's products
+AUTOCAST = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "bf16_autocast": torch.bfloat16,
+    "fp16": torch.float16,
+}  # precision -> dtype of the twin's products
 
 
 class TwinModule(nn.Module):
@@ -24,12 +29,16 @@ class TwinModule(nn.Module):
         super().__init__()
         for name in objective.twin.parts:
             self.add_module(name, copy.deepcopy(getattr(objective, name)))
-        self.state: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in objective.twin_state().items()}
+        self.state: dict[str, Tensor] = {
+            name: tensor.detach().clone() for name, tensor in objective.twin_state().items()
+        }
         self.requires_grad_(False)
 
 
 @torch.no_grad()
-def twin_features(objective: Objective, twin: TwinModule, masked: MaskedBatch, *, precision: str) -> dict[str, Tensor]:
+def twin_features(
+    objective: Objective, twin: TwinModule, masked: MaskedBatch, *, precision: str
+) -> dict[str, Tensor]:
     """What the objective wants of its twin for a micro-batch; names begin with "twin/".
 
     precision: the recipe's; the weights are fp32 whatever it says, the matrix products as it says
@@ -37,5 +46,7 @@ def twin_features(objective: Objective, twin: TwinModule, masked: MaskedBatch, *
     dtype = AUTOCAST[precision]
     with contextlib.nullcontext() if dtype is None else torch.autocast(masked.visible.device.type, dtype):
         found = objective.twin_features(twin, masked)
-    assert all(name.startswith("twin/") for name in found), f"twin_features gave {', '.join(found)}; names begin with twin/"
+    assert all(name.startswith("twin/") for name in found), (
+        f"twin_features gave {', '.join(found)}; names begin with twin/"
+    )
     return found

@@ -28,16 +28,23 @@ class TeacherShape(NamedTuple):
     patch_size: int = 0
 
 
-def resolve_pairs(pairs: list[tuple[int, int]] | None, *, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
+def resolve_pairs(
+    pairs: list[tuple[int, int]] | None, *, student_depth: int, teacher_depth: int
+) -> list[tuple[int, int]]:
     """The aligned (student block, teacher block), counted from 1; None: three quarters of both depths (DMAE, Sec. 4.1).
 
     Raises UserError for a block that doesn't exist and for a pair given twice.
     """
     if pairs is None:
         return [(max(1, student_depth * 3 // 4), max(1, teacher_depth * 3 // 4))]
-    for side, depth, blocks in (("student", student_depth, [s for s, _ in pairs]), ("teacher", teacher_depth, [t for _, t in pairs])):
+    for side, depth, blocks in (
+        ("student", student_depth, [s for s, _ in pairs]),
+        ("teacher", teacher_depth, [t for _, t in pairs]),
+    ):
         if max(blocks) > depth:
-            raise UserError(f"objective.pairs names {side} block {max(blocks)}, but the {side} has {depth}; blocks count from 1")
+            raise UserError(
+                f"objective.pairs names {side} block {max(blocks)}, but the {side} has {depth}; blocks count from 1"
+            )
     if len(set(pairs)) < len(pairs):
         raise UserError(f"objective.pairs {[list(pair) for pair in pairs]} names a pair twice")
     return list(pairs)
@@ -50,13 +57,25 @@ class FeatureTerm(nn.ModuleList):
     Raises UserError as `resolve_pairs` does.
     """
 
-    def __init__(self, config: FeatureTermConfig, *, student: MaskedViT, teacher: TeacherShape, generator: torch.Generator):
+    def __init__(
+        self,
+        config: FeatureTermConfig,
+        *,
+        student: MaskedViT,
+        teacher: TeacherShape,
+        generator: torch.Generator,
+    ):
         pairs = resolve_pairs(config.pairs, student_depth=student.depth, teacher_depth=teacher.depth)
         super().__init__(build_head(config.head, student.embed_dim, teacher.embed_dim) for _ in pairs)
         initialize_as_mae(self, generator)
         self.pairs, self.blocks = pairs, [block for block, _ in pairs]
         self.taps = tuple(f"block/{block}" for block in sorted({block for _, block in pairs}))
-        self.head, self.alpha, self.distance, self.normalize = config.head, config.alpha, config.distance, config.normalize
+        self.head, self.alpha, self.distance, self.normalize = (
+            config.head,
+            config.alpha,
+            config.distance,
+            config.normalize,
+        )
 
     def forward(self, tapped: dict[int, Tensor], features: dict[str, Tensor]) -> dict[str, Tensor]:
         """How far each pair is apart: {"align/9-18": scalar, ...}, with gradients, not yet times alpha.
@@ -68,7 +87,9 @@ class FeatureTerm(nn.ModuleList):
         for (student_block, teacher_block), head in zip(self.pairs, self, strict=True):
             target = features[f"block/{teacher_block}"]
             projected = head(tapped[student_block][:, -target.shape[1] :])
-            found[f"align/{student_block}-{teacher_block}"] = distance(self.distance, projected, target, normalize=self.normalize)
+            found[f"align/{student_block}-{teacher_block}"] = distance(
+                self.distance, projected, target, normalize=self.normalize
+            )
         return found
 
     def describe(self) -> str:
@@ -80,4 +101,7 @@ class FeatureTerm(nn.ModuleList):
 def gradient_shares(student: MaskedViT) -> dict[str, Tensor]:
     """After backward: {"share/9": norm of distillation's gradient at student block 9 / (that + norm of the rest's)}."""
     norms = student.gradient_norms
-    return {f"share/{block}": norms[block]["tap"] / (norms[block]["tap"] + norms[block]["trunk"]) for block in sorted(norms)}
+    return {
+        f"share/{block}": norms[block]["tap"] / (norms[block]["tap"] + norms[block]["trunk"])
+        for block in sorted(norms)
+    }

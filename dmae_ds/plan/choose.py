@@ -45,12 +45,21 @@ def placements(geometry: Geometry, *, gpus: int, gpus_per_node: int) -> list[tup
         return [("replicated", None)]
     powers = [2**power for power in range(1, gpus.bit_length())]
     largest = 2 * gpus_per_node
-    lengths = [stages for stages in powers if gpus % stages == 0 and stages <= min(geometry.teacher.depth, largest)]
+    lengths = [
+        stages for stages in powers if gpus % stages == 0 and stages <= min(geometry.teacher.depth, largest)
+    ]
     return [("replicated", None), *(("pipeline", stages) for stages in lengths), ("zero3", None)]
 
 
 def candidates(
-    geometry: Geometry, machine: Machine, zeros: dict[str, Zero], *, precision: str, accumulation: int, gpu: bool, room: float | None = None
+    geometry: Geometry,
+    machine: Machine,
+    zeros: dict[str, Zero],
+    *,
+    precision: str,
+    accumulation: int,
+    gpu: bool,
+    room: float | None = None,
 ) -> list[Candidate]:
     """The whole table, in the order of `placements` and `zeros`. room: bytes a rank may use; default: memory_gib less headroom."""
     room = machine.memory_gib * GIB * (1 - HEADROOM) if room is None else room
@@ -58,10 +67,27 @@ def candidates(
     for placement, stages in placements(geometry, gpus=machine.gpus, gpus_per_node=machine.gpus_per_node):
         for name, zero in zeros.items():
             memory = rank_memory(
-                geometry, zero, precision=precision, ranks=machine.gpus, accumulation=accumulation, placement=placement, stages=stages, gpu=gpu
+                geometry,
+                zero,
+                precision=precision,
+                ranks=machine.gpus,
+                accumulation=accumulation,
+                placement=placement,
+                stages=stages,
+                gpu=gpu,
             )
-            cost = step_cost(geometry, zero, PRECISIONS[precision], machine, accumulation=accumulation, placement=placement, stages=stages)
-            rows.append(Candidate(placement, stages, name, geometry.micro_batch, memory, cost, memory.total <= room))
+            cost = step_cost(
+                geometry,
+                zero,
+                PRECISIONS[precision],
+                machine,
+                accumulation=accumulation,
+                placement=placement,
+                stages=stages,
+            )
+            rows.append(
+                Candidate(placement, stages, name, geometry.micro_batch, memory, cost, memory.total <= room)
+            )
     return rows
 
 

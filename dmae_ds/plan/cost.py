@@ -58,7 +58,14 @@ class Cost:
 
 
 def step_cost(
-    geometry: Geometry, zero: Zero, precision: Precision, machine: Machine, *, accumulation: int, placement: str, stages: int | None = None
+    geometry: Geometry,
+    zero: Zero,
+    precision: Precision,
+    machine: Machine,
+    *,
+    accumulation: int,
+    placement: str,
+    stages: int | None = None,
 ) -> Cost:
     """Predicted cost of a step.
 
@@ -86,11 +93,15 @@ def step_cost(
     if zero.stage == 3:
         gather, again = over(w * n), over(w * max(0, n - zero.reuse_distance // 2 - zero.prefetch))
         micro = gather + again + reduce
-        student_s = accumulation * (max(forward, _transfer(gather, machine)) + max(backward, _transfer(again + reduce, machine)))
+        student_s = accumulation * (
+            max(forward, _transfer(gather, machine)) + max(backward, _transfer(again + reduce, machine))
+        )
         traffic, optimizer_s = micro.times(accumulation), 0.0
     else:
         reductions = accumulation if zero.stage == 2 else 1  # stages 0 and 1 reduce once a step
-        exposed = max(0.0, _transfer(reduce, machine) - backward) if zero.overlap else _transfer(reduce, machine)
+        exposed = (
+            max(0.0, _transfer(reduce, machine) - backward) if zero.overlap else _transfer(reduce, machine)
+        )
         student_s = accumulation * (forward + backward) + reductions * exposed
         gather = over(w * n) if zero.stage else Traffic()
         traffic, optimizer_s = reduce.times(reductions) + gather, _transfer(gather, machine)
@@ -101,13 +112,17 @@ def step_cost(
         optimizer_s += (g * accumulation + w) * share / HOST_GB_S / 1e9
     if zero.offload_parameters:
         optimizer_s += 2 * w * share * accumulation / HOST_GB_S / 1e9
-    if geometry.twin is not None:  # it runs once a micro-batch, and follows the student once a step: read twice, written once
+    if (
+        geometry.twin is not None
+    ):  # it runs once a micro-batch, and follows the student once a step: read twice, written once
         teacher_s += _compute(geometry.twin.flops, machine)
         optimizer_s += 3 * geometry.twin.weight_bytes / DEVICE_GB_S / 1e9
         if zero.stage == 3:
             followed = over(geometry.twin.weight_bytes)
             traffic, optimizer_s = traffic + followed, optimizer_s + _transfer(followed, machine)
-    return Cost(traffic + teacher_traffic.times(accumulation), accumulation * teacher_s, student_s, optimizer_s)
+    return Cost(
+        traffic + teacher_traffic.times(accumulation), accumulation * teacher_s, student_s, optimizer_s
+    )
 
 
 def ring(num_bytes: float, machine: Machine) -> Traffic:
@@ -116,7 +131,9 @@ def ring(num_bytes: float, machine: Machine) -> Traffic:
     Rings pass through a node, so a node's way out carries what one rank sends, whatever the number of its GPUs.
     """
     sent = num_bytes * (machine.gpus - 1) / machine.gpus
-    return Traffic(sent if machine.gpus_per_node > 1 else 0, sent if machine.gpus > machine.gpus_per_node else 0)
+    return Traffic(
+        sent if machine.gpus_per_node > 1 else 0, sent if machine.gpus > machine.gpus_per_node else 0
+    )
 
 
 def stream_traffic(teacher: TeacherGeometry, stages: int, machine: Machine) -> Traffic:
@@ -139,5 +156,8 @@ def _compute(flops: float, machine: Machine) -> float:
 
 
 def _transfer(traffic: Traffic, machine: Machine) -> float:
-    seconds = traffic.inside / (machine.node_link_gbps / 8 * 1e9), traffic.between / (machine.link_gbps / 8 * 1e9)
+    seconds = (
+        traffic.inside / (machine.node_link_gbps / 8 * 1e9),
+        traffic.between / (machine.link_gbps / 8 * 1e9),
+    )
     return max(seconds) / LINK_EFFICIENCY

@@ -26,14 +26,21 @@ from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_d
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.top import Top, meta_top
 
-WEIGHTS = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHTS = {
+    "fp32": torch.float32,
+    "bf16_autocast": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
 class TeacherGeometry:
     """The frozen teacher up to its deepest tap. Bytes are those of its dtype, FLOPs and work of one micro-batch."""
 
-    embedding_bytes: int  # patch projection, tokens, position codes, and a tapped decoder or classifier: on every rank
+    embedding_bytes: (
+        int  # patch projection, tokens, position codes, and a tapped decoder or classifier: on every rank
+    )
     block_bytes: tuple[int, ...]  # of every block that is built
     flops: int
     working_bytes: int  # alive at most while it runs, on top of the weights
@@ -83,12 +90,20 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
     ids = torch.zeros(micro_batch, dtype=torch.int64)  # real ones: they key draws on the host
     twin = None if objective.twin is None else TwinModule(objective)
     objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
-    autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16_autocast" else contextlib.nullcontext()
+    autocast = (
+        torch.autocast("cpu", torch.bfloat16)
+        if config.precision == "bf16_autocast"
+        else contextlib.nullcontext()
+    )
     objective.to(dtype)
     with dist.alone(), FakeTensorMode(allow_non_fake_inputs=True):
         objective.to_empty(device="cpu")
         batch, pixel_bytes = _batch(objective, config, ids)
-        teacher, features = (None, {}) if built is None else _measure_teacher(*built, objective.taps, batch, sees=config.teacher.sees)
+        teacher, features = (
+            (None, {})
+            if built is None
+            else _measure_teacher(*built, objective.taps, batch, sees=config.teacher.sees)
+        )
         batch_bytes = _bytes(vars(batch).values()) + pixel_bytes
         twin_geometry = None
         if twin is not None:
@@ -100,7 +115,15 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
                 return objective(batch, features)["loss"]
 
         trace = trace_training(objective, forward)
-    return Geometry(micro_batch, trace, student_parameters, _bytes(objective.buffers()), batch_bytes, teacher, twin_geometry)
+    return Geometry(
+        micro_batch,
+        trace,
+        student_parameters,
+        _bytes(objective.buffers()),
+        batch_bytes,
+        teacher,
+        twin_geometry,
+    )
 
 
 def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
@@ -110,15 +133,27 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
         return round(value * micro_batch / geometry.micro_batch)
 
     student, teacher = geometry.student, geometry.teacher
-    gradients = tuple(replace(gradient, before=at(gradient.before), after=at(gradient.after)) for gradient in student.gradients)
+    gradients = tuple(
+        replace(gradient, before=at(gradient.before), after=at(gradient.after))
+        for gradient in student.gradients
+    )
     if teacher is not None:
         per_image = ("flops", "working_bytes", "token_bytes", "id_bytes", "feature_bytes")
         teacher = replace(teacher, **{name: at(getattr(teacher, name)) for name in per_image})
     twin = geometry.twin
     if twin is not None:
-        twin = replace(twin, **{name: at(getattr(twin, name)) for name in ("flops", "working_bytes", "feature_bytes")})
+        twin = replace(
+            twin, **{name: at(getattr(twin, name)) for name in ("flops", "working_bytes", "feature_bytes")}
+        )
     student = Trace(at(student.forward_flops), at(student.backward_flops), gradients)
-    return replace(geometry, micro_batch=micro_batch, student=student, batch_bytes=at(geometry.batch_bytes), teacher=teacher, twin=twin)
+    return replace(
+        geometry,
+        micro_batch=micro_batch,
+        student=student,
+        batch_bytes=at(geometry.batch_bytes),
+        teacher=teacher,
+        twin=twin,
+    )
 
 
 def _batch(objective: Objective, config: RunConfig, ids: torch.Tensor) -> tuple[MaskedBatch, int]:
@@ -127,36 +162,55 @@ def _batch(objective: Objective, config: RunConfig, ids: torch.Tensor) -> tuple[
     sizes = [view.size or own for view in objective.views]
     images, *more = (torch.zeros(len(ids), 3, size, size, dtype=torch.uint8) for size in sizes)
     labels = torch.zeros(len(ids), dtype=torch.int64)
-    batch = Batch(images, torch.zeros(len(ids), objective.student.num_patches), labels, ids, ids, more_views=tuple(more))
-    return objective.prepare(batch, Normalize(config.data.mean, config.data.std)), _bytes([*batch.views, batch.noise])
+    batch = Batch(
+        images, torch.zeros(len(ids), objective.student.num_patches), labels, ids, ids, more_views=tuple(more)
+    )
+    return objective.prepare(batch, Normalize(config.data.mean, config.data.std)), _bytes(
+        [*batch.views, batch.noise]
+    )
 
 
-def _measure_twin(objective: Objective, twin: TwinModule, batch: MaskedBatch, *, precision: str) -> tuple[TwinGeometry, dict[str, torch.Tensor]]:
+def _measure_twin(
+    objective: Objective, twin: TwinModule, batch: MaskedBatch, *, precision: str
+) -> tuple[TwinGeometry, dict[str, torch.Tensor]]:
     twin.to_empty(device="cpu")
     twin.state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in twin.state.items()}
     found: dict[str, torch.Tensor] = {}
-    flops, working = trace_inference(lambda: found.update(twin_features(objective, twin, batch, precision=precision)))
+    flops, working = trace_inference(
+        lambda: found.update(twin_features(objective, twin, batch, precision=precision))
+    )
     return TwinGeometry(_bytes(twin.state_dict().values()), flops, working, _bytes(found.values())), found
 
 
 def _meta_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, Top | None]:
     """The teacher as far as it is needed, in its dtype, on the meta device."""
     name, overrides, taps = config.teacher.name, config.teacher.overrides(), objective.taps
-    depth, decoder_depth = needed_depths(taps, meta_teacher(name, overrides).depth, config.teacher.decoder_depth)
+    depth, decoder_depth = needed_depths(
+        taps, meta_teacher(name, overrides).depth, config.teacher.decoder_depth
+    )
     vit = meta_teacher(name, overrides, depth, keep_norm=needs_top(taps))
     norm, vit.norm = vit.norm, None
-    top = meta_top(config.teacher, vit, norm, taps=taps, decoder_depth=decoder_depth, num_classes=objective.num_classes)
+    top = meta_top(
+        config.teacher, vit, norm, taps=taps, decoder_depth=decoder_depth, num_classes=objective.num_classes
+    )
     rope, dtype = vit.rope, DTYPES[config.teacher.dtype]
     vit.to(dtype)
     vit.rope = rope  # angles stay in float32, as frozen.py leaves them
     return vit, None if top is None else top.to(dtype)
 
 
-def _measure_teacher(vit: MaskedViT, top: Top | None, taps: tuple[str, ...], batch: MaskedBatch, *, sees: str) -> tuple[TeacherGeometry, dict[str, torch.Tensor]]:
+def _measure_teacher(
+    vit: MaskedViT, top: Top | None, taps: tuple[str, ...], batch: MaskedBatch, *, sees: str
+) -> tuple[TeacherGeometry, dict[str, torch.Tensor]]:
     for part in (vit,) if top is None else (vit, top):
         part.to_empty(device="cpu")
     block_bytes = tuple(_bytes(block.state_dict().values()) for block in vit.blocks)
-    statistics = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "teacher_mean": (0.0,) * 3, "teacher_std": (1.0,) * 3}
+    statistics = {
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+        "teacher_mean": (0.0,) * 3,
+        "teacher_std": (1.0,) * 3,
+    }
     teacher = FrozenTeacher(vit, taps, None, view=PatchView(vit.patch_size, **statistics), sees=sees, top=top)
     found: dict[str, torch.Tensor] = {}
     flops, working = trace_inference(lambda: found.update(teacher.features(batch)))
@@ -164,9 +218,16 @@ def _measure_teacher(vit: MaskedViT, top: Top | None, taps: tuple[str, ...], bat
     with torch.no_grad():
         tokens = vit.embed(teacher.view(patches), ids)
     return TeacherGeometry(
-        embedding_bytes=_bytes(vit.state_dict().values()) - sum(block_bytes) + (0 if top is None else _bytes(top.state_dict().values())), block_bytes=block_bytes, flops=flops, working_bytes=working,
-        token_bytes=_bytes([tokens]), id_bytes=_bytes([ids]), feature_bytes=_bytes(found.values()),
-    ), found  # fmt: skip
+        embedding_bytes=_bytes(vit.state_dict().values())
+        - sum(block_bytes)
+        + (0 if top is None else _bytes(top.state_dict().values())),
+        block_bytes=block_bytes,
+        flops=flops,
+        working_bytes=working,
+        token_bytes=_bytes([tokens]),
+        id_bytes=_bytes([ids]),
+        feature_bytes=_bytes(found.values()),
+    ), found
 
 
 def _bytes(tensors) -> int:

@@ -27,7 +27,9 @@ LIBRARIES_CPU = {0: 42 * MIB, 1: 96 * MIB, 2: 96 * MIB, 3: 110 * MIB}
 LIBRARIES_GPU = 1024 * MIB
 ADAM = 8  # bytes a parameter: two moments in fp32
 MASTER = 4
-_ALL_REDUCE_ELEMENTS = 500_000_000  # DeepSpeed's flat copy of gradients without ZeRO, a constant of its engine
+_ALL_REDUCE_ELEMENTS = (
+    500_000_000  # DeepSpeed's flat copy of gradients without ZeRO, a constant of its engine
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Zero:
     reuse_distance: int = 1_000_000_000
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    reduce_once: bool = False  # reduce to the owner alone, instead of all-reducing a bucket (use_multi_rank_bucket_allreduce)
+    reduce_once: bool = (
+        False  # reduce to the owner alone, instead of all-reducing a bucket (use_multi_rank_bucket_allreduce)
+    )
 
     @classmethod
     def of(cls, config: dict) -> Zero:
@@ -49,12 +53,15 @@ class Zero:
         found = config.get("zero_optimization", {})
         stage = found.get("stage", 0)
         return cls(
-            stage=stage, reduce_bucket=int(found.get("reduce_bucket_size", cls.reduce_bucket)), overlap=found.get("overlap_comm", stage == 3) is True,
-            prefetch=int(found.get("stage3_prefetch_bucket_size", cls.prefetch)), reuse_distance=int(found.get("stage3_max_reuse_distance", cls.reuse_distance)),
+            stage=stage,
+            reduce_bucket=int(found.get("reduce_bucket_size", cls.reduce_bucket)),
+            overlap=found.get("overlap_comm", stage == 3) is True,
+            prefetch=int(found.get("stage3_prefetch_bucket_size", cls.prefetch)),
+            reuse_distance=int(found.get("stage3_max_reuse_distance", cls.reuse_distance)),
             offload_optimizer=found.get("offload_optimizer", {}).get("device", "none") != "none",
             offload_parameters=found.get("offload_param", {}).get("device", "none") != "none",
             reduce_once=not found.get("use_multi_rank_bucket_allreduce", True),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,12 @@ class Precision:
     comm_dtypes: int = 1  # buckets under autocast: one for what is multiplied in bf16, one for the rest
 
 
-PRECISIONS = {"fp32": Precision(4, 4), "bf16_autocast": Precision(4, 4, 2), "bf16": Precision(2, 2), "fp16": Precision(2, 2)}
+PRECISIONS = {
+    "fp32": Precision(4, 4),
+    "bf16_autocast": Precision(4, 4, 2),
+    "bf16": Precision(2, 2),
+    "fp16": Precision(2, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -87,22 +99,40 @@ class Memory:
         return sum(getattr(self, part) for part in PARTS)
 
     def __add__(self, other: Memory) -> Memory:
-        return Memory(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+        return Memory(
+            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        )
 
 
 PARTS = tuple(field.name for field in fields(Memory) if field.name != "host")
 
 
 def rank_memory(
-    geometry: Geometry, zero: Zero, *, precision: str, ranks: int, accumulation: int, placement: str, stages: int | None = None, gpu: bool
+    geometry: Geometry,
+    zero: Zero,
+    *,
+    precision: str,
+    ranks: int,
+    accumulation: int,
+    placement: str,
+    stages: int | None = None,
+    gpu: bool,
 ) -> Memory:
     """Memory of the rank that needs most. placement: replicated, pipeline (with `stages`) or zero3."""
-    student = student_memory(geometry.student, zero, PRECISIONS[precision], ranks=ranks, accumulation=accumulation, gpu=gpu)
+    student = student_memory(
+        geometry.student, zero, PRECISIONS[precision], ranks=ranks, accumulation=accumulation, gpu=gpu
+    )
     libraries = LIBRARIES_GPU if gpu else LIBRARIES_CPU[zero.stage]
-    beside = Memory(teacher=teacher_bytes(geometry.teacher, placement, stages, ranks), stream=stream_bytes(geometry, stages), libraries=libraries)
+    beside = Memory(
+        teacher=teacher_bytes(geometry.teacher, placement, stages, ranks),
+        stream=stream_bytes(geometry, stages),
+        libraries=libraries,
+    )
     if geometry.twin is not None:
         beside = beside + Memory(teacher=geometry.twin.weight_bytes, stream=geometry.twin.feature_bytes)
-    working = max((part.working_bytes for part in (geometry.teacher, geometry.twin) if part is not None), default=0)
+    working = max(
+        (part.working_bytes for part in (geometry.teacher, geometry.twin) if part is not None), default=0
+    )
     if working > student.activations:  # it runs before the student's activations exist, in the same memory
         student = student + Memory(activations=working - student.activations)
     return student + beside + Memory(parameters=geometry.buffer_bytes)
@@ -113,7 +143,10 @@ def teacher_bytes(teacher: TeacherGeometry | None, placement: str, stages: int |
     if teacher is None:
         return 0
     if placement == "pipeline":
-        shares = [sum(teacher.block_bytes[number] for number in blocks) for blocks in held_blocks(teacher.depth, stages)]
+        shares = [
+            sum(teacher.block_bytes[number] for number in blocks)
+            for blocks in held_blocks(teacher.depth, stages)
+        ]
         return teacher.embedding_bytes + max(shares)
     if placement == "zero3":
         return teacher.embedding_bytes + sum(teacher.block_bytes) / ranks + max(teacher.block_bytes)
@@ -130,57 +163,111 @@ def stream_bytes(geometry: Geometry, stages: int | None) -> float:
     if stages is None or teacher is None:
         return geometry.batch_bytes + (0 if teacher is None else teacher.feature_bytes)
     travelling = teacher.token_bytes + teacher.id_bytes
-    message = max(sum(message_bytes(teacher, stages, source=s, target=t) for t in range(stages)) for s in range(stages))
-    received = max(sum(message_bytes(teacher, stages, source=s, target=t) for s in range(stages)) for t in range(stages))
-    return (2 * stages + 1) * geometry.batch_bytes + 2 * stages * teacher.feature_bytes + message + 2 * received + stages * travelling
+    message = max(
+        sum(message_bytes(teacher, stages, source=s, target=t) for t in range(stages)) for s in range(stages)
+    )
+    received = max(
+        sum(message_bytes(teacher, stages, source=s, target=t) for s in range(stages)) for t in range(stages)
+    )
+    return (
+        (2 * stages + 1) * geometry.batch_bytes
+        + 2 * stages * teacher.feature_bytes
+        + message
+        + 2 * received
+        + stages * travelling
+    )
 
 
 def message_bytes(teacher: TeacherGeometry, stages: int, *, source: int, target: int) -> int:
     """What stage `source` sends to stage `target` at a clock. Features are counted at the last stage, where most taps are."""
     travelling = teacher.token_bytes + teacher.id_bytes
-    return ((target == 0) + stages * (target == source + 1)) * travelling + (source == stages - 1) * teacher.feature_bytes
+    return ((target == 0) + stages * (target == source + 1)) * travelling + (
+        source == stages - 1
+    ) * teacher.feature_bytes
 
 
-def student_memory(trace: Trace, zero: Zero, precision: Precision, *, ranks: int, accumulation: int, gpu: bool) -> Memory:
+def student_memory(
+    trace: Trace, zero: Zero, precision: Precision, *, ranks: int, accumulation: int, gpu: bool
+) -> Memory:
     """Weights, gradients, optimiser and activations of what is trained, at the worst moment."""
     n, share = trace.parameters, trace.parameters / ranks
     static = _static(n, zero, precision, ranks)
     moments = _backward(trace, zero, precision, ranks=ranks, accumulation=accumulation, gpu=gpu)
     if gpu:
-        worst = max((moment for moment in (*moments, _reduce(n, zero, precision, ranks, accumulation, gpu), _step(trace, zero, precision, ranks, gpu))), key=lambda m: m.total)
+        worst = max(
+            (
+                moment
+                for moment in (
+                    *moments,
+                    _reduce(n, zero, precision, ranks, accumulation, gpu),
+                    _step(trace, zero, precision, ranks, gpu),
+                )
+            ),
+            key=lambda m: m.total,
+        )
         return static + worst
     # glibc: the heap's worst moment stays, the mapped buffers' worst moment comes on top.
     small = max(moments, key=lambda moment: moment.total)
-    freed = {0: 0, 1: n, 2: n, 3: n + share}[zero.stage] * precision.weight  # the weights as they were before DeepSpeed flattened them
+    freed = {0: 0, 1: n, 2: n, 3: n + share}[
+        zero.stage
+    ] * precision.weight  # the weights as they were before DeepSpeed flattened them
     if freed > small.total:
         small = small + Memory(activations=freed - small.total)
-    large = max((_reduce(n, zero, precision, ranks, accumulation, gpu), _step(trace, zero, precision, ranks, gpu)), key=lambda moment: moment.total)
+    large = max(
+        (_reduce(n, zero, precision, ranks, accumulation, gpu), _step(trace, zero, precision, ranks, gpu)),
+        key=lambda moment: moment.total,
+    )
     return static + small + large
 
 
 def _static(n: int, zero: Zero, precision: Precision, ranks: int) -> Memory:
     """What is there from the first step to the last."""
     if zero.stage == 0:
-        return Memory(parameters=precision.weight * n, optimizer=(ADAM + (0 if precision.weight == 4 else MASTER)) * n)
+        return Memory(
+            parameters=precision.weight * n, optimizer=(ADAM + (0 if precision.weight == 4 else MASTER)) * n
+        )
     states, share = (ADAM + MASTER) * n / ranks, precision.weight * n / (ranks if zero.stage == 3 else 1)
-    gradients = precision.gradient * n / ranks if zero.stage == 3 else 0  # stage 3 keeps its partition of them
-    host = (states + gradients + (precision.weight * n / ranks if zero.stage < 3 else 0) if zero.offload_optimizer else 0) + (share if zero.offload_parameters else 0)
+    gradients = (
+        precision.gradient * n / ranks if zero.stage == 3 else 0
+    )  # stage 3 keeps its partition of them
+    host = (
+        states + gradients + (precision.weight * n / ranks if zero.stage < 3 else 0)
+        if zero.offload_optimizer
+        else 0
+    ) + (share if zero.offload_parameters else 0)
     on_host = zero.offload_optimizer
-    return Memory(parameters=0 if zero.offload_parameters else share, optimizer=0 if on_host else states, gradients=0 if on_host else gradients, host=host)
+    return Memory(
+        parameters=0 if zero.offload_parameters else share,
+        optimizer=0 if on_host else states,
+        gradients=0 if on_host else gradients,
+        host=host,
+    )
 
 
-def _backward(trace: Trace, zero: Zero, precision: Precision, *, ranks: int, accumulation: int, gpu: bool) -> list[Memory]:
+def _backward(
+    trace: Trace, zero: Zero, precision: Precision, *, ranks: int, accumulation: int, gpu: bool
+) -> list[Memory]:
     """A moment for every gradient: activations, gathered weights, gradients so far. On a CPU, small tensors alone."""
     n, done, moments = trace.parameters, 0, []
     in_grad = zero.stage == 0 or (zero.stage == 1 and not zero.overlap)  # gradients stay whole until the step
     buckets = _bucket_bytes(n, zero, precision, gpu) if gpu else 0
-    waiting = precision.gradient * n / ranks if zero.stage in (1, 2) and not in_grad and accumulation > 1 and not zero.offload_optimizer else 0
+    waiting = (
+        precision.gradient * n / ranks
+        if zero.stage in (1, 2) and not in_grad and accumulation > 1 and not zero.offload_optimizer
+        else 0
+    )
     for gradient in trace.gradients:
         gathered = 0
-        if zero.stage == 3:  # the layer at hand, those on their way, and those that backward needs again within the reuse distance
-            gathered = precision.weight * min(n - done, max(zero.reuse_distance // 2 + zero.prefetch, gradient.numel))
+        if (
+            zero.stage == 3
+        ):  # the layer at hand, those on their way, and those that backward needs again within the reuse distance
+            gathered = precision.weight * min(
+                n - done, max(zero.reuse_distance // 2 + zero.prefetch, gradient.numel)
+            )
         whole = precision.gradient * (n if accumulation > 1 else done) if in_grad else 0
-        moments.append(Memory(activations=gradient.before, parameters=gathered, gradients=whole + buckets + waiting))
+        moments.append(
+            Memory(activations=gradient.before, parameters=gathered, gradients=whole + buckets + waiting)
+        )
         done += gradient.numel
     return moments
 
@@ -194,17 +281,25 @@ def _reduce(n: int, zero: Zero, precision: Precision, ranks: int, accumulation: 
     bucket = g * min(n, zero.reduce_bucket)
     # Stages 1, 2: a flat copy is all-reduced. Stage 3: a copy sorted by rank is reduce-scattered; gloo clones it once more.
     copies = bucket * (2 if zero.stage == 3 and not gpu else 1)
-    partition = g * share * (2 if accumulation > 1 else 1) if zero.stage in (1, 2) and not zero.offload_optimizer else 0
+    partition = (
+        g * share * (2 if accumulation > 1 else 1)
+        if zero.stage in (1, 2) and not zero.offload_optimizer
+        else 0
+    )
     return Memory(gradients=_bucket_bytes(n, zero, precision, gpu) + max(copies, partition))
 
 
 def _step(trace: Trace, zero: Zero, precision: Precision, ranks: int, gpu: bool) -> Memory:
     """AdamW: fp32 gradients in one piece, and its temporaries (a CPU's takes two of a tensor's size, a GPU's foreach one)."""
     n = trace.parameters
-    kept = _bucket_bytes(n, zero, precision, gpu) if zero.stage == 3 else 0  # stage 3 never gives its bucket back
+    kept = (
+        _bucket_bytes(n, zero, precision, gpu) if zero.stage == 3 else 0
+    )  # stage 3 never gives its bucket back
     if zero.stage == 0:
         largest = max(gradient.numel for gradient in trace.gradients)
-        return Memory(gradients=precision.gradient * n if gpu else 0, optimizer=4 * n if gpu else 2 * 4 * largest)
+        return Memory(
+            gradients=precision.gradient * n if gpu else 0, optimizer=4 * n if gpu else 2 * 4 * largest
+        )
     if zero.offload_optimizer:
         return Memory(gradients=kept)
     flat = MASTER * n / ranks

@@ -16,10 +16,20 @@ from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS, Zero
 
 IMAGENET = 1_281_167
 SHARDINGS = ("zero1", "zero2", "zero3", "zero3_offload")
-_HEADS = {"parameters": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activ.", "teacher": "teacher", "stream": "stream", "libraries": "libs"}
+_HEADS = {
+    "parameters": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activ.",
+    "teacher": "teacher",
+    "stream": "stream",
+    "libraries": "libs",
+}
 
 
-def plan(config: RunConfig, machine: Machine, *, recipe: str, overrides: list[str], images: int | None) -> str:
+def plan(
+    config: RunConfig, machine: Machine, *, recipe: str, overrides: list[str], images: int | None
+) -> str:
     """The whole answer as text. Neither weights nor shards nor a GPU are needed.
 
     images: of an epoch, where data.train isn't there; default ImageNet-1k's
@@ -32,7 +42,9 @@ def plan(config: RunConfig, machine: Machine, *, recipe: str, overrides: list[st
     zeros = _shardings(config, micro_batch=asked, accumulation=accumulation, ranks=machine.gpus)
 
     def rows_of(geometry: Geometry) -> list[Candidate]:
-        return candidates(geometry, machine, zeros, precision=config.precision, accumulation=accumulation, gpu=True)
+        return candidates(
+            geometry, machine, zeros, precision=config.precision, accumulation=accumulation, gpu=True
+        )
 
     geometry, micro_batch = measure(config, asked), asked
     rows = rows_of(geometry)
@@ -55,12 +67,27 @@ def plan(config: RunConfig, machine: Machine, *, recipe: str, overrides: list[st
     ]
     if best is None:
         least = min(rows, key=lambda row: row.memory.total)
-        lines.append(f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with {least.deepspeed}, {least.memory.total / GIB:.1f} GiB a rank")
+        lines.append(
+            f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with {least.deepspeed}, {least.memory.total / GIB:.1f} GiB a rank"
+        )
     else:
         if changed:
-            lines.append(f"nothing fits with optim.micro_batch={asked}; {micro_batch} is the largest of its halves with which something does")
-        lines.append(f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, {best.cost.seconds:.3g} s a step")
-        lines.append(command(best, machine, recipe=recipe, overrides=overrides, has_teacher=config.teacher is not None, micro_batch=micro_batch if changed else None))
+            lines.append(
+                f"nothing fits with optim.micro_batch={asked}; {micro_batch} is the largest of its halves with which something does"
+            )
+        lines.append(
+            f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, {best.cost.seconds:.3g} s a step"
+        )
+        lines.append(
+            command(
+                best,
+                machine,
+                recipe=recipe,
+                overrides=overrides,
+                has_teacher=config.teacher is not None,
+                micro_batch=micro_batch if changed else None,
+            )
+        )
     lines += ["", _assumptions(machine)]
     return "\n".join(lines)
 
@@ -69,26 +96,43 @@ def _shardings(config: RunConfig, *, micro_batch: int, accumulation: int, ranks:
     """The recipe's own DeepSpeed file first, then the shipped ones."""
     batch = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": ranks}
     names = dict.fromkeys((config.deepspeed, *SHARDINGS))
-    return {name: Zero.of(load_deepspeed(name, **batch, clip_grad=config.optim.clip_grad, precision=config.precision)) for name in names}
+    return {
+        name: Zero.of(
+            load_deepspeed(name, **batch, clip_grad=config.optim.clip_grad, precision=config.precision)
+        )
+        for name in names
+    }
 
 
 def check_machine(machine: Machine) -> None:
     """Raise UserError for numbers that are no machine."""
-    numbers = {"--gpus": machine.gpus, "--gpus-per-node": machine.gpus_per_node, "--gpu-memory-gib": machine.memory_gib, "--tflops": machine.tflops,
-               "--link-gbps": machine.link_gbps, "--node-link-gbps": machine.node_link_gbps}  # fmt: skip
+    numbers = {
+        "--gpus": machine.gpus,
+        "--gpus-per-node": machine.gpus_per_node,
+        "--gpu-memory-gib": machine.memory_gib,
+        "--tflops": machine.tflops,
+        "--link-gbps": machine.link_gbps,
+        "--node-link-gbps": machine.node_link_gbps,
+    }
     for name, value in numbers.items():
         if value <= 0:
             raise UserError(f"{name} is {value:g}; give a number above 0")
     if machine.gpus % machine.gpus_per_node:
-        raise UserError(f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; every node has equally many")
+        raise UserError(
+            f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; every node has equally many"
+        )
 
 
 def check_teacher(config: RunConfig) -> None:
     """Raise UserError where objective and teacher don't go together, as training does."""
     if config.objective.needs_teacher and config.teacher is None:
-        raise UserError(f"objective {config.objective.name} needs a teacher; give teacher.name and teacher.weights")
+        raise UserError(
+            f"objective {config.objective.name} needs a teacher; give teacher.name and teacher.weights"
+        )
     if config.teacher is not None and not config.objective.needs_teacher:
-        raise UserError(f"objective {config.objective.name} has no use for a teacher; remove the teacher section, or choose another objective.name")
+        raise UserError(
+            f"objective {config.objective.name} has no use for a teacher; remove the teacher section, or choose another objective.name"
+        )
 
 
 def whole_split(config: RunConfig, ranks: int) -> tuple[int, int]:
@@ -99,7 +143,9 @@ def whole_split(config: RunConfig, ranks: int) -> tuple[int, int]:
         micro_batch = micro_batch or batch // ranks
         return micro_batch, batch // (ranks * micro_batch)
     what = f"{ranks} ranks" + (f" x optim.micro_batch {micro_batch}" if micro_batch else "")
-    raise UserError(f"optim.global_batch {batch} doesn't divide by {what} = {unit}; set another optim.micro_batch or optim.global_batch")
+    raise UserError(
+        f"optim.global_batch {batch} doesn't divide by {what} = {unit}; set another optim.micro_batch or optim.global_batch"
+    )
 
 
 def count_images(train: str, images: int | None) -> tuple[int, str]:
@@ -113,41 +159,94 @@ def count_images(train: str, images: int | None) -> tuple[int, str]:
     return IMAGENET, f"ImageNet-1k's: data.train '{train}' is not here, and no --images was given"
 
 
-def command(best: Candidate, machine: Machine, *, recipe: str, overrides: list[str], has_teacher: bool, micro_batch: int | None) -> str:
+def command(
+    best: Candidate,
+    machine: Machine,
+    *,
+    recipe: str,
+    overrides: list[str],
+    has_teacher: bool,
+    micro_batch: int | None,
+) -> str:
     """What starts it: one node by number of GPUs, more by a hostfile."""
     chosen = {}
     if has_teacher:
-        chosen |= {"teacher.placement": best.placement} | ({"teacher.stages": best.stages} if best.stages else {})
+        chosen |= {"teacher.placement": best.placement} | (
+            {"teacher.stages": best.stages} if best.stages else {}
+        )
     chosen |= {"deepspeed": best.deepspeed} | ({"optim.micro_batch": micro_batch} if micro_batch else {})
     owned = {*chosen, "teacher.placement", "teacher.stages"}
     kept = [override for override in overrides if override.partition("=")[0] not in owned]
     where = f"--num_gpus {machine.gpus}" if machine.gpus == machine.gpus_per_node else "--hostfile hostfile"
-    return " ".join(["deepspeed", where, "--module dmae_ds train", recipe, *kept, *(f"{key}={value}" for key, value in chosen.items())])
+    return " ".join(
+        [
+            "deepspeed",
+            where,
+            "--module dmae_ds train",
+            recipe,
+            *kept,
+            *(f"{key}={value}" for key, value in chosen.items()),
+        ]
+    )
 
 
 def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> list[str]:
     student, teacher = geometry.student, geometry.teacher
     tera = accumulation / 1e12
-    flops = f"student forward {student.forward_flops * tera:.3g}, backward {student.backward_flops * tera:.3g}"
-    lines = [f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}"]
+    flops = (
+        f"student forward {student.forward_flops * tera:.3g}, backward {student.backward_flops * tera:.3g}"
+    )
+    lines = [
+        f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}"
+    ]
     if teacher is not None:
-        lines.append(f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB in {config.teacher.dtype}")
+        lines.append(
+            f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB in {config.teacher.dtype}"
+        )
         flops = f"teacher {teacher.flops * tera:.3g}, {flops}"
     return [*lines, f"TFLOP a step and rank: {flops}"]
 
 
 def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -> list[str]:
-    heads = ["placement", "deepspeed", *(_HEADS[part] for part in PARTS), "GiB", "host", "fits", "in node", "between", "s/step", "images/s", "GPU h"]
+    heads = [
+        "placement",
+        "deepspeed",
+        *(_HEADS[part] for part in PARTS),
+        "GiB",
+        "host",
+        "fits",
+        "in node",
+        "between",
+        "s/step",
+        "images/s",
+        "GPU h",
+    ]
     cells = [heads]
     for row in rows:
         memory, cost = row.memory, row.cost
-        cells.append([
-            row.name, row.deepspeed, *(f"{getattr(memory, part) / GIB:.2f}" for part in PARTS), f"{memory.total / GIB:.2f}", f"{memory.host / GIB:.2f}",
-            "yes" if row.fits else "no", f"{cost.traffic.inside / 1e9:.2f}", f"{cost.traffic.between / 1e9:.2f}", f"{cost.seconds:.3f}",
-            f"{config.optim.global_batch / cost.seconds:,.0f}", f"{steps * cost.seconds * gpus / 3600:,.0f}",
-        ])  # fmt: skip
+        cells.append(
+            [
+                row.name,
+                row.deepspeed,
+                *(f"{getattr(memory, part) / GIB:.2f}" for part in PARTS),
+                f"{memory.total / GIB:.2f}",
+                f"{memory.host / GIB:.2f}",
+                "yes" if row.fits else "no",
+                f"{cost.traffic.inside / 1e9:.2f}",
+                f"{cost.traffic.between / 1e9:.2f}",
+                f"{cost.seconds:.3f}",
+                f"{config.optim.global_batch / cost.seconds:,.0f}",
+                f"{steps * cost.seconds * gpus / 3600:,.0f}",
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(cell.ljust(width) if index < 2 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in cells
+    ]
 
 
 def _assumptions(machine: Machine) -> str:

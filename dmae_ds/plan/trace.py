@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 # The CPU's fused attention, which FlopCounterMode doesn't know before torch 2.13; fake CPU tensors take no other kernel.
 _ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
+        sdpa_flop_count(query, key, value)
+    ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
     ),
@@ -98,7 +100,11 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        inputs = {tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        inputs = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_iter((args, kwargs))
+            if isinstance(tensor, torch.Tensor)
+        }
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor.untyped_storage(), inputs)

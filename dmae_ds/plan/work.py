@@ -8,7 +8,12 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.teacher.frozen import DTYPES
 
-PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16_autocast": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of the products
+PRODUCTS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16_autocast": torch.bfloat16,
+    "fp16": torch.float16,
+}  # precision -> dtype of the products
 
 Work = dict[str, tuple[int, torch.dtype]]
 
@@ -16,7 +21,10 @@ Work = dict[str, tuple[int, torch.dtype]]
 def step_work(config: RunConfig, geometry: Geometry, accumulation: int) -> Work:
     """{part: (FLOP of a rank's step, dtype of its products)}. A pipeline's stages have as much to do each as a replicated teacher."""
     products = PRODUCTS[config.precision]
-    work = {"forward": (geometry.student.forward_flops, products), "backward": (geometry.student.backward_flops, products)}
+    work = {
+        "forward": (geometry.student.forward_flops, products),
+        "backward": (geometry.student.backward_flops, products),
+    }
     if geometry.teacher is not None:
         work["teacher"] = (geometry.teacher.flops, DTYPES[config.teacher.dtype])
     if geometry.twin is not None:

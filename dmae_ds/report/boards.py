@@ -28,9 +28,14 @@ class Board:
     def html(self) -> str:
         """A <div> of pictures that stand side by side on any width."""
         columns = len(self.rows[0][1])
-        cells = [f"<span></span>{''.join(f'<b>{escape(head)}</b>' for head in self.heads)}"] if self.heads else []
+        cells = (
+            [f"<span></span>{''.join(f'<b>{escape(head)}</b>' for head in self.heads)}"] if self.heads else []
+        )
         for label, pictures in self.rows:
-            images = "".join(f'<img alt="{escape(label)}, {number}" src="{data_url(picture)}">' for number, picture in enumerate(pictures, start=1))
+            images = "".join(
+                f'<img alt="{escape(label)}, {number}" src="{data_url(picture)}">'
+                for number, picture in enumerate(pictures, start=1)
+            )
             cells.append(f"<span>{escape(label)}</span>{images}")
         return f'<div class="board" style="--columns:{columns}">{"".join(cells)}</div>'
 

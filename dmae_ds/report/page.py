@@ -20,11 +20,19 @@ class Section:
     body: str
 
 
-def render_page(names: list[str], alarms: list[tuple[str, str]], columns: list[dict[str, Fact]], sections: list[Section]) -> str:
+def render_page(
+    names: list[str], alarms: list[tuple[str, str]], columns: list[dict[str, Fact]], sections: list[Section]
+) -> str:
     """The whole page. alarms: (what, sentence); columns: a run's facts each; a section's body is HTML, all else is text to be escaped."""
     title = escape(", ".join(names)) if len(names) < 4 else f"{len(names)} runs"
-    warnings = "".join(f'<p class="alarm" role="alert"><b>{escape(what)}.</b> {escape(sentence)}</p>' for what, sentence in alarms)
-    parts = "".join(f'<section><h2>{escape(part.title)}</h2><p class="note">{escape(part.note)}</p>{part.body}</section>' for part in sections)
+    warnings = "".join(
+        f'<p class="alarm" role="alert"><b>{escape(what)}.</b> {escape(sentence)}</p>'
+        for what, sentence in alarms
+    )
+    parts = "".join(
+        f'<section><h2>{escape(part.title)}</h2><p class="note">{escape(part.note)}</p>{part.body}</section>'
+        for part in sections
+    )
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{title} - dmae-ds report</title><style>{style()}</style></head>
@@ -60,7 +68,10 @@ def _table(names: list[str], columns: list[dict[str, Fact]]) -> str:
     rows = []
     for question in dict.fromkeys(question for column in columns for question in column):
         facts = [column.get(question, Fact("-")) for column in columns]
-        cells = "".join(f"<td>{escape(fact.text)}{f'<small>{escape(fact.note)}</small>' if fact.note else ''}</td>" for fact in facts)
+        cells = "".join(
+            f"<td>{escape(fact.text)}{f'<small>{escape(fact.note)}</small>' if fact.note else ''}</td>"
+            for fact in facts
+        )
         rows.append(f'<tr><th scope="row">{escape(question)}</th>{cells}</tr>')
     return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 

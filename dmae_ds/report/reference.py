@@ -52,12 +52,17 @@ class Teachers:
     """The teachers of a page's runs; a run without one borrows the first run's that has one, to see what distillation changed."""
 
     def __init__(self, records: dict[str, RunRecord]):
-        self._lender = next(((name, record.config) for name, record in records.items() if record.config.teacher is not None), None)
+        self._lender = next(
+            ((name, record.config) for name, record in records.items() if record.config.teacher is not None),
+            None,
+        )
         self._lent: Wanted | None = None
         self._key: str | None = None  # of the last one that was loaded: runs of a page mostly share theirs
         self._loaded: tuple[FrozenTeacher | UserError, str] | None = None
 
-    def of(self, record: RunRecord, objective: nn.Module, shape: TeacherShape | None, *, device: torch.device) -> Reference | None:
+    def of(
+        self, record: RunRecord, objective: nn.Module, shape: TeacherShape | None, *, device: torch.device
+    ) -> Reference | None:
         """The run's teacher, or a borrowed one; None where no run of the page has one. objective, shape: of the run.
 
         Raises UserError, a sentence for the page, where its file is gone, it is too large, or a borrowed one doesn't fit.
@@ -67,8 +72,13 @@ class Teachers:
             wanted, name = Wanted(record.config, objective.taps, shape, grid), "its teacher"
         elif self._lender is not None:
             wanted, name = self._borrow(), f"{self._lender[0]}'s teacher"
-            if wanted.grid != grid or (wanted.config.data.mean, wanted.config.data.std) != (data.mean, data.std):
-                raise UserError(f"it has no teacher, and {self._lender[0]}'s cuts or normalises pictures differently")
+            if wanted.grid != grid or (wanted.config.data.mean, wanted.config.data.std) != (
+                data.mean,
+                data.std,
+            ):
+                raise UserError(
+                    f"it has no teacher, and {self._lender[0]}'s cuts or normalises pictures differently"
+                )
         else:
             return None
         key = str((wanted.config.teacher, wanted.taps, data.mean, data.std))
@@ -78,7 +88,13 @@ class Teachers:
         teacher, note = self._loaded
         if isinstance(teacher, UserError):
             raise teacher
-        return Reference(teacher, name=name, own=shape is not None, tapped=needed_depths(wanted.taps, wanted.shape.depth)[0], note=note)
+        return Reference(
+            teacher,
+            name=name,
+            own=shape is not None,
+            tapped=needed_depths(wanted.taps, wanted.shape.depth)[0],
+            note=note,
+        )
 
     def _borrow(self) -> Wanted:
         if self._lent is None:
@@ -90,18 +106,33 @@ class Teachers:
 def _load(wanted: Wanted, device: torch.device) -> tuple[FrozenTeacher | UserError, str]:
     """The teacher with all its blocks or, from a file that holds fewer, those that the objective taps; and what to say of it."""
     config, depth = wanted.config, wanted.shape.depth
-    size, largest = 12 * depth * wanted.shape.embed_dim**2, LARGEST[device.type]  # of the blocks' matrices, with an MLP of ratio 4
+    size, largest = (
+        12 * depth * wanted.shape.embed_dim**2,
+        LARGEST[device.type],
+    )  # of the blocks' matrices, with an MLP of ratio 4
     if size > largest:
-        return UserError(f"its teacher has about {size / 1e9:.1f} B parameters; on this machine the report looks at teachers of up to {largest / 1e9:g} B"), ""
+        return UserError(
+            f"its teacher has about {size / 1e9:.1f} B parameters; on this machine the report looks at teachers of up to {largest / 1e9:g} B"
+        ), ""
     errors = []
     for blocks in dict.fromkeys((depth, needed_depths(wanted.taps, depth)[0])):
         try:
             teacher = build_frozen_teacher(
-                config.teacher, taps=tuple(f"block/{block}" for block in range(1, blocks + 1)), whole_blocks=depth, mean=config.data.mean,
-                std=config.data.std, device=device, standardize=False,
-            )  # fmt: skip
+                config.teacher,
+                taps=tuple(f"block/{block}" for block in range(1, blocks + 1)),
+                whole_blocks=depth,
+                mean=config.data.mean,
+                std=config.data.std,
+                device=device,
+                standardize=False,
+            )
         except UserError as error:
             errors.append(error)
             continue
-        return teacher, "" if blocks == depth else f"its teacher's file holds {blocks} of {depth} blocks; the others can't be compared"
+        return (
+            teacher,
+            ""
+            if blocks == depth
+            else f"its teacher's file holds {blocks} of {depth} blocks; the others can't be compared",
+        )
     return UserError(f"its teacher can't be loaded: {errors[0]}"), ""

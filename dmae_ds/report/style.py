@@ -7,7 +7,9 @@ from dmae_ds.figures import COLOURS
 
 def style() -> str:
     """The page's CSS."""
-    light, dark = ("".join(f"{variable}:{pair[side]};" for variable, pair in COLOURS.items()) for side in (0, 1))
+    light, dark = (
+        "".join(f"{variable}:{pair[side]};" for variable, pair in COLOURS.items()) for side in (0, 1)
+    )
     return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{_STYLE}"
 
 

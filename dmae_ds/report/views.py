@@ -63,9 +63,13 @@ def look(record: RunRecord, objective: nn.Module, shape: TeacherShape | None, te
     views = Views()
     if objective.paints:
         views.boards["pictures"] = _painted(objective, images[:NUM_SHOWN], noise[:NUM_SHOWN], normalize)
-        views.boards["ratios"] = _painted_at_ratios(objective, images[:NUM_AT_RATIOS], noise[:NUM_AT_RATIOS], normalize, record.config)
+        views.boards["ratios"] = _painted_at_ratios(
+            objective, images[:NUM_AT_RATIOS], noise[:NUM_AT_RATIOS], normalize, record.config
+        )
     else:
-        views.missing |= dict.fromkeys(("pictures", "ratios"), f"{record.config.objective.name} predicts no pixels")
+        views.missing |= dict.fromkeys(
+            ("pictures", "ratios"), f"{record.config.objective.name} predicts no pixels"
+        )
     patches = normalize(patchify(images, objective.student.patch_size))  # [N, L, P, P, 3]
     latent, student = _student_features(objective.student, patches)
     try:
@@ -92,9 +96,13 @@ def _prepare(record: RunRecord, objective: nn.Module) -> tuple[Tensor, Tensor]:
     shard_set = ShardSet.open(data.val, label="data.val", access=Access.of(data))
     _load_weights(record, objective)
     return choose_pictures(
-        shard_set, num=NUM_COMPARED, seed=PICTURE_SEED, img_size=student.grid[0] * student.patch_size, num_patches=student.num_patches,
+        shard_set,
+        num=NUM_COMPARED,
+        seed=PICTURE_SEED,
+        img_size=student.grid[0] * student.patch_size,
+        num_patches=student.num_patches,
         crop_pct=data.crop_pct,
-    )  # fmt: skip
+    )
 
 
 def _load_weights(record: RunRecord, objective: nn.Module) -> None:
@@ -110,7 +118,9 @@ def _load_weights(record: RunRecord, objective: nn.Module) -> None:
     try:
         objective.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise UserError(f"the weights don't fit config.yaml ({' '.join(str(error).split())[:160]}); are the files another run's?") from None
+        raise UserError(
+            f"the weights don't fit config.yaml ({' '.join(str(error).split())[:160]}); are the files another run's?"
+        ) from None
 
 
 # ---- what the decoder paints
@@ -118,13 +128,25 @@ def _load_weights(record: RunRecord, objective: nn.Module) -> None:
 
 def _painted(objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize) -> Board:
     masked, painted = reconstruct(objective, images, noise, normalize)
-    return Board([("original", _pictures(images)), ("what it saw", _pictures(masked)), ("what it painted", _pictures(painted))])
+    return Board(
+        [
+            ("original", _pictures(images)),
+            ("what it saw", _pictures(masked)),
+            ("what it painted", _pictures(painted)),
+        ]
+    )
 
 
-def _painted_at_ratios(objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize, config: RunConfig) -> Board:
+def _painted_at_ratios(
+    objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize, config: RunConfig
+) -> Board:
     """Each picture at every ratio: what was seen above what was painted; the first column is the original."""
     total = objective.student.num_patches
-    counts = {ratio: num_visible(total, ratio, config.objective.patch_count) for ratio in RATIOS if 0 < round(total * (1 - ratio)) < total}
+    counts = {
+        ratio: num_visible(total, ratio, config.objective.patch_count)
+        for ratio in RATIOS
+        if 0 < round(total * (1 - ratio)) < total
+    }
     found = [reconstruct(objective, images, noise, normalize, num_visible=count) for count in counts.values()]
     rows = []
     for number, original in enumerate(_pictures(images)):
@@ -147,7 +169,9 @@ def _compare(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> np.ndarr
     """[student blocks, teacher blocks] of CKA, over the same tokens of both: patches, and CLS where both have it."""
     num_tokens = min(next(iter(student.values())).shape[1], next(iter(teacher.values())).shape[1])
     num_rows = len(student[1]) * num_tokens
-    chosen = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:NUM_TOKENS].to(student[1].device)
+    chosen = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:NUM_TOKENS].to(
+        student[1].device
+    )
 
     def rows(features: dict[int, Tensor]):
         # [N, T, D] -> [N * T, D], a teacher without CLS has the patches alone: both from the end
@@ -157,8 +181,13 @@ def _compare(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> np.ndarr
 
 
 def _coloured(
-    objective: nn.Module, images: Tensor, latent: Tensor, student: dict[int, Tensor], teacher: dict[int, Tensor], reference: Reference | None
-) -> Board:  # fmt: skip
+    objective: nn.Module,
+    images: Tensor,
+    latent: Tensor,
+    student: dict[int, Tensor],
+    teacher: dict[int, Tensor],
+    reference: Reference | None,
+) -> Board:
     """The pictures above their patch features: the student's last, and where there is a teacher the deepest distilled pair."""
     grid = objective.student.grid
     brightness = patchify(images, objective.student.patch_size).float().mean(dim=(-3, -2, -1))  # [N, L]
@@ -179,7 +208,17 @@ def _attended(student: nn.Module, images: Tensor, patches: Tensor) -> Board:
     maps = cls_attention(student, patches, student.depth).cpu()  # [N, heads, L]
     rows = [("original", _pictures(images)), ("all heads", maps.mean(dim=1))]
     rows += [(f"head {head + 1}", maps[:, head]) for head in telling_heads(maps, NUM_HEADS)]
-    return Board([(label, found if label == "original" else [heat_picture(one.numpy()) for one in found.unflatten(1, student.grid)]) for label, found in rows])
+    return Board(
+        [
+            (
+                label,
+                found
+                if label == "original"
+                else [heat_picture(one.numpy()) for one in found.unflatten(1, student.grid)],
+            )
+            for label, found in rows
+        ]
+    )
 
 
 def _pictures(images: Tensor) -> list[np.ndarray]:

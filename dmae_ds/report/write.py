@@ -83,10 +83,21 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
         objective, shape = build_objective(record.config)
         columns[name] = list_facts(record, objective, shape)
         views[name] = look(record, objective, shape, teachers)
-    alarms = [("Dead term", sentence) for name, record in records.items() for sentence in find_dead_terms(record, name)]
-    alarms += [("Collapse", sentence) for name, record in records.items() for sentence in find_collapses(record, name)]
+    alarms = [
+        ("Dead term", sentence)
+        for name, record in records.items()
+        for sentence in find_dead_terms(record, name)
+    ]
+    alarms += [
+        ("Collapse", sentence)
+        for name, record in records.items()
+        for sentence in find_collapses(record, name)
+    ]
     sections = [
-        *(_section_of_charts(key, draw(records), folder) for key, draw in (("losses", draw_losses), ("health", draw_health), ("times", draw_times))),
+        *(
+            _section_of_charts(key, draw(records), folder)
+            for key, draw in (("losses", draw_losses), ("health", draw_health), ("times", draw_times))
+        ),
         *(_section_of_boards(key, views, columns, folder) for key in ("pictures", "ratios")),
         _section_of_cka(views, folder),
         *(_section_of_boards(key, views, columns, folder) for key in ("patches", "attention")),
@@ -110,10 +121,18 @@ def _section_of_charts(key: str, charts: Charts, folder: Path) -> Section:
     title, note = NOTES[key]
     for stem, figure in charts.items():
         _save_figure(folder, stem, figure)
-    return Section(title, note, figures([to_svg(figure) for figure in charts.values()]) if charts else missing("These runs were trained before this was measured"))
+    return Section(
+        title,
+        note,
+        figures([to_svg(figure) for figure in charts.values()])
+        if charts
+        else missing("These runs were trained before this was measured"),
+    )
 
 
-def _section_of_boards(key: str, views: dict[str, Views], columns: dict[str, dict[str, Fact]], folder: Path) -> Section:
+def _section_of_boards(
+    key: str, views: dict[str, Views], columns: dict[str, dict[str, Fact]], folder: Path
+) -> Section:
     title, note = NOTES[key]
     parts = []
     for name, found in views.items():
@@ -123,7 +142,13 @@ def _section_of_boards(key: str, views: dict[str, Views], columns: dict[str, dic
             continue
         board = found.boards[key]
         parts.append((name, small, board.html()))
-        _save_figure(folder, f"{key}-{file_name(name)}", draw_mosaic(f"{name} {small}".strip(), board.mosaic(light("--surface")), board.labels, board.heads))
+        _save_figure(
+            folder,
+            f"{key}-{file_name(name)}",
+            draw_mosaic(
+                f"{name} {small}".strip(), board.mosaic(light("--surface")), board.labels, board.heads
+            ),
+        )
     return Section(title, note, side_by_side(parts))
 
 
@@ -133,7 +158,13 @@ def _section_of_cka(views: dict[str, Views], folder: Path) -> Section:
     for name, found in views.items():
         body = missing(found.missing["cka"]) if "cka" in found.missing else ""
         if found.cka is not None:
-            figure = draw_grid(f"{name} beside {found.teacher}", found.cka, rows="student's block", columns="teacher's block", marked=found.pairs)
+            figure = draw_grid(
+                f"{name} beside {found.teacher}",
+                found.cka,
+                rows="student's block",
+                columns="teacher's block",
+                marked=found.pairs,
+            )
             _save_figure(folder, f"cka-{file_name(name)}", figure)
             body = figures([to_svg(figure)]) + body
         parts.append((name, "", body or missing("No run of this page has a teacher")))

@@ -31,13 +31,38 @@ from dmae_ds.errors import UserError
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # What a folder may hold, the first that is there wins: transformers' and our own names.
 IN_A_FOLDER = (
-    "student.safetensors", "model.safetensors.index.json", "model.safetensors",
-    "pytorch_model.bin.index.json", "pytorch_model.bin",
-)  # fmt: skip
+    "student.safetensors",
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # What a damaged pickle or zip directory was seen to raise.
-_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, EOFError, OSError)  # fmt: skip
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+_DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    OSError,
+)
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +137,9 @@ def _read_into(place: Place, buffer: memoryview) -> int:
         while done < len(buffer):
             count = os.preadv(file.fileno(), [buffer[done : done + (1 << 26)]], place.offset + done)
             if count == 0:
-                raise UserError(f"teacher.weights '{place.path}' ends at byte {place.offset + done}, inside a tensor; copy it again")
+                raise UserError(
+                    f"teacher.weights '{place.path}' ends at byte {place.offset + done}, inside a tensor; copy it again"
+                )
             done += count
     return done
 
@@ -126,7 +153,9 @@ def _open_for_places(path: Path) -> BinaryIO:
     return file
 
 
-def open_container(path: Path, entries: tuple[str, ...] = (), formats: dict[str, list[str]] | None = None) -> Container:
+def open_container(
+    path: Path, entries: tuple[str, ...] = (), formats: dict[str, list[str]] | None = None
+) -> Container:
     """Open a weights file, an index of parts, or a folder that holds one of IN_A_FOLDER.
 
     entries: names under which a .pth may hold its weights; the first that is there wins, else the top level itself
@@ -136,21 +165,29 @@ def open_container(path: Path, entries: tuple[str, ...] = (), formats: dict[str,
     if path.is_dir():
         found = next((path / name for name in IN_A_FOLDER if (path / name).is_file()), None)
         if found is None:
-            raise UserError(f"teacher.weights '{path}' is a folder with none of {', '.join(IN_A_FOLDER)}; give the weights file itself")
+            raise UserError(
+                f"teacher.weights '{path}' is a folder with none of {', '.join(IN_A_FOLDER)}; give the weights file itself"
+            )
         path = found
     if not path.is_file():
-        raise UserError(f"teacher.weights '{path}' is not a file; give the path of a {', '.join(SUFFIXES)} file, an index, or a folder")
+        raise UserError(
+            f"teacher.weights '{path}' is not a file; give the path of a {', '.join(SUFFIXES)} file, an index, or a folder"
+        )
     if path.name.endswith(".index.json"):
         names = parts_of_index(path)
         here = [name for name in names if (path.parent / name).is_file()]
-        joined = join_containers(path, [open_container(path.parent / name, entries, formats) for name in here])
+        joined = join_containers(
+            path, [open_container(path.parent / name, entries, formats) for name in here]
+        )
         joined.absent = [name for name in names if name not in here]
         return joined
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in SUFFIXES:
         return _open_torch(path, entries, formats or {})
-    raise UserError(f"teacher.weights '{path}' ends in '{path.suffix}'; known are {', '.join(SUFFIXES)} and .index.json")
+    raise UserError(
+        f"teacher.weights '{path}' ends in '{path.suffix}'; known are {', '.join(SUFFIXES)} and .index.json"
+    )
 
 
 def join_containers(path: Path, parts: list[Container]) -> Container:
@@ -167,10 +204,14 @@ def parts_of_index(path: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"teacher.weights '{path}' is not an index of parts ({type(error).__name__}: {error}); copy it again") from None
+        raise UserError(
+            f"teacher.weights '{path}' is not an index of parts ({type(error).__name__}: {error}); copy it again"
+        ) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in SUFFIXES:
-            raise UserError(f"teacher.weights '{path}' names the part {name!r}, which is not the plain name of a weights file; the index can't be trusted")
+            raise UserError(
+                f"teacher.weights '{path}' names the part {name!r}, which is not the plain name of a weights file; the index can't be trusted"
+            )
     return names
 
 
@@ -188,14 +229,20 @@ def _open_safetensors(path: Path) -> Container:
             if entry["dtype"] not in _SAFETENSORS_DTYPES:
                 raise ValueError(f"{name} is {entry['dtype']}, known are {', '.join(_SAFETENSORS_DTYPES)}")
             dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-            places[name] = Place(path, dtype, shape, torch.empty(shape, device="meta").stride(), 8 + length + end)
+            places[name] = Place(
+                path, dtype, shape, torch.empty(shape, device="meta").stride(), 8 + length + end
+            )
             if (first, last) != (end, end + places[name].num_bytes):
-                raise ValueError(f"{name} is at {first}-{last} instead of {end}-{end + places[name].num_bytes}")
+                raise ValueError(
+                    f"{name} is at {first}-{last} instead of {end}-{end + places[name].num_bytes}"
+                )
             end = last
         if size != 8 + length + end:
             raise ValueError(f"{size} bytes instead of {8 + length + end}")
     except (OSError, struct.error, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise UserError(f"teacher.weights '{path}' is not a whole safetensors file ({_reason(error)}); copy it again, or save it anew") from None
+        raise UserError(
+            f"teacher.weights '{path}' is not a whole safetensors file ({_reason(error)}); copy it again, or save it anew"
+        ) from None
     return Container(path, places, metadata)
 
 
@@ -214,23 +261,59 @@ def _open_torch(path: Path, entries: tuple[str, ...], formats: dict[str, list[st
             f"teacher.weights '{path}' can't be read as plain tensors, and nothing in it was run ({_reason(error)}); copy it again, or where you trust it "
             "save its state dict as .safetensors with safetensors.torch.save_file"
         ) from None
-    tensors = next((content[entry] for entry in entries if isinstance(content, dict) and isinstance(content.get(entry), dict)), content)
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) and isinstance(name, str) for name, value in tensors.items()):
-        found = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+    tensors = next(
+        (
+            content[entry]
+            for entry in entries
+            if isinstance(content, dict) and isinstance(content.get(entry), dict)
+        ),
+        content,
+    )
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(value, Tensor) and isinstance(name, str) for name, value in tensors.items())
+    ):
+        found = (
+            ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+        )
         wanted = " or ".join([*(f"an entry '{entry}'" for entry in entries), "a plain dict of tensors"])
-        better = next((formats[entry] for entry in formats if isinstance(content, dict) and isinstance(content.get(entry), dict)), None)
-        raise UserError(f"teacher.weights '{path}' holds {found or 'nothing'}, expected {wanted}; " + (f"try teacher.format={' or '.join(better)}" if better else "is teacher.format right?"))
+        better = next(
+            (
+                formats[entry]
+                for entry in formats
+                if isinstance(content, dict) and isinstance(content.get(entry), dict)
+            ),
+            None,
+        )
+        raise UserError(
+            f"teacher.weights '{path}' holds {found or 'nothing'}, expected {wanted}; "
+            + (f"try teacher.format={' or '.join(better)}" if better else "is teacher.format right?")
+        )
     # torch maps the file as a whole: a storage's address says which record it is.
     base = min((_address(value) for value in _tensors_in(content)), default=0) - min(records, default=0)
     places = {}
     for name, value in tensors.items():
         start = 0
-        if not _is_plain(value) or value.numel() and (base % mmap.PAGESIZE or records.get(start := _address(value) - base) != value.untyped_storage().nbytes()):
+        if (
+            not _is_plain(value)
+            or value.numel()
+            and (
+                base % mmap.PAGESIZE
+                or records.get(start := _address(value) - base) != value.untyped_storage().nbytes()
+            )
+        ):
             raise UserError(
                 f"teacher.weights '{path}' holds '{name}' in a way that can't be read by places in the file (sparse, quantised or compressed, say); "
                 "save its plain tensors as .safetensors with safetensors.torch.save_file"
             )
-        places[name] = Place(path, value.dtype, tuple(value.shape), value.stride(), start + value.storage_offset() * value.dtype.itemsize)
+        places[name] = Place(
+            path,
+            value.dtype,
+            tuple(value.shape),
+            value.stride(),
+            start + value.storage_offset() * value.dtype.itemsize,
+        )
     return Container(path, places)
 
 
@@ -244,7 +327,10 @@ def _is_zip(path: Path) -> bool:
 def _reason(error: Exception) -> str:
     """The kind of error and the telling line of what may be a long message of torch's."""
     lines = str(error).splitlines()
-    telling = next((line.strip() for line in lines if "Unsupported" in line or "Trying" in line), lines[0] if lines else "")
+    telling = next(
+        (line.strip() for line in lines if "Unsupported" in line or "Trying" in line),
+        lines[0] if lines else "",
+    )
     return f"{type(error).__name__}: {telling[:200]}"
 
 
@@ -254,13 +340,21 @@ def _address(tensor: Tensor) -> int:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Entries in the file are the tensor's values: no sparse, quantised or conjugated one."""
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def _tensors_in(content: object) -> Iterator[Tensor]:
     """Every tensor of a nested checkpoint that has bytes in the file."""
     if isinstance(content, Tensor):
-        if content.layout is torch.strided and content.untyped_storage().nbytes() and content.device.type == "cpu":
+        if (
+            content.layout is torch.strided
+            and content.untyped_storage().nbytes()
+            and content.device.type == "cpu"
+        ):
             yield content
     elif isinstance(content, (dict, list, tuple, set, argparse.Namespace)):
         items = vars(content) if isinstance(content, argparse.Namespace) else content
@@ -276,5 +370,7 @@ def _records(path: Path) -> dict[int, int]:
             if "/data/" in record.filename and record.file_size:
                 # A local header ends with the lengths of name and extra field.
                 name, extra = struct.unpack("<HH", os.pread(file.fileno(), 4, record.header_offset + 26))
-                records[record.header_offset + 30 + name + extra] = record.file_size if record.compress_type == zipfile.ZIP_STORED else -1
+                records[record.header_offset + 30 + name + extra] = (
+                    record.file_size if record.compress_type == zipfile.ZIP_STORED else -1
+                )
     return records

@@ -21,14 +21,27 @@ class TeacherDecoder(nn.Module):
     patch_size: given, the decoder is whole and paints pixels; None: it ends after its last block
     """
 
-    def __init__(self, norm: nn.Module, *, encoder_dim: int, embed_dim: int, depth: int, num_heads: int, num_patches: int, patch_size: int | None = None):
+    def __init__(
+        self,
+        norm: nn.Module,
+        *,
+        encoder_dim: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_patches: int,
+        patch_size: int | None = None,
+    ):
         super().__init__()
         self.norm = norm
         self.decoder_embed = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.register_buffer("decoder_pos_embed", torch.empty(1, 1 + num_patches, embed_dim))
         layer_norm = partial(nn.LayerNorm, eps=1e-6)
-        self.decoder_blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth))
+        self.decoder_blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=layer_norm)
+            for _ in range(depth)
+        )
         self.patch_size = patch_size
         if patch_size is not None:
             self.decoder_norm = layer_norm(embed_dim)
@@ -54,7 +67,15 @@ class TeacherDecoder(nn.Module):
 
 
 def meta_decoder(
-    weights: Weights | None, norm: nn.Module, *, encoder_dim: int, embed_dim: int, depth: int, num_heads: int, num_patches: int, patch_size: int | None = None
+    weights: Weights | None,
+    norm: nn.Module,
+    *,
+    encoder_dim: int,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    num_patches: int,
+    patch_size: int | None = None,
 ) -> TeacherDecoder:
     """The decoder's first `depth` blocks on the meta device; with `patch_size`, all of it. weights: the file to hold them against, if any.
 
@@ -63,10 +84,18 @@ def meta_decoder(
     if weights is not None:
         _check(weights, embed_dim=embed_dim, depth=depth, whole=patch_size is not None)
     if embed_dim % num_heads:
-        raise UserError(f"teacher.decoder_num_heads {num_heads} does not divide teacher.decoder_embed_dim {embed_dim}")
+        raise UserError(
+            f"teacher.decoder_num_heads {num_heads} does not divide teacher.decoder_embed_dim {embed_dim}"
+        )
     with init_empty_weights(include_buffers=True):
         return TeacherDecoder(
-            norm, encoder_dim=encoder_dim, embed_dim=embed_dim, depth=depth, num_heads=num_heads, num_patches=num_patches, patch_size=patch_size
+            norm,
+            encoder_dim=encoder_dim,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            num_patches=num_patches,
+            patch_size=patch_size,
         )
 
 
@@ -79,6 +108,10 @@ def _check(weights: Weights, *, embed_dim: int, depth: int, whole: bool) -> None
         )
     found = weights.like("decoder_embed.weight").shape[0]
     if found != embed_dim:
-        raise UserError(f"teacher.decoder_embed_dim is {embed_dim}, the decoder in '{weights.path}' is {found} wide; set teacher.decoder_embed_dim={found}")
+        raise UserError(
+            f"teacher.decoder_embed_dim is {embed_dim}, the decoder in '{weights.path}' is {found} wide; set teacher.decoder_embed_dim={found}"
+        )
     if whole and any(name.startswith(f"decoder_blocks.{depth}.") for name in weights):
-        raise UserError(f"teacher.decoder_depth is {depth}, the decoder in '{weights.path}' has more blocks; set teacher.decoder_depth to its number of blocks")
+        raise UserError(
+            f"teacher.decoder_depth is {depth}, the decoder in '{weights.path}' has more blocks; set teacher.decoder_depth to its number of blocks"
+        )

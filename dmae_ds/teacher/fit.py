@@ -56,7 +56,9 @@ def check_fit(needed: dict[str, Tensor], weights: Weights, *, depth: int, may_re
     problems, parts = _compare(needed, weights, depth, may_resize)
     if any(problems.values()):
         raise UserError(_explain(weights, needed, problems, depth, may_resize))
-    left = {key for part in parts.values() for name in part for key in weights.sources[name].names} | set(weights.ignored)
+    left = {key for part in parts.values() for name in part for key in weights.sources[name].names} | set(
+        weights.ignored
+    )
     num_bytes = sum(weights.container.places[key].num_bytes for key in left)
     return Dropped(**parts, num_bytes=num_bytes)
 
@@ -66,7 +68,9 @@ def fits(needed: dict[str, Tensor], *, depth: int, may_resize: bool) -> Callable
     return lambda weights: not any(_compare(needed, weights, depth, may_resize)[0].values())
 
 
-def _compare(needed: dict[str, Tensor], weights: Weights, depth: int, may_resize: bool) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
+def _compare(
+    needed: dict[str, Tensor], weights: Weights, depth: int, may_resize: bool
+) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
     """What is wrong: {"missing" | "misshapen" | "unexpected": names}; and what is left out: {part: {name: entries}}."""
     missing = [name for name in needed if name not in weights]
     misshapen = [
@@ -77,7 +81,9 @@ def _compare(needed: dict[str, Tensor], weights: Weights, depth: int, may_resize
     parts: dict[str, dict[str, int]] = {"blocks": {}, "decoder": {}, "rest": {}}
     unexpected = []
     # DINOv2 and DINOv3 have a mask token and no decoder.
-    of_decoder = ("decoder_", "mask_token") if any(name.startswith("decoder_") for name in weights) else ("decoder_",)
+    of_decoder = (
+        ("decoder_", "mask_token") if any(name.startswith("decoder_") for name in weights) else ("decoder_",)
+    )
     for name in weights:
         if name in needed:
             continue
@@ -98,7 +104,12 @@ def _same_shape(name: str, weights: Weights, tensor: Tensor, may_resize: bool) -
         return False  # parts of it don't go together
     if found.shape == tensor.shape:
         return True
-    if not (name in ("pos_embed", "decoder_pos_embed") and may_resize and found.ndim == 3 and found.shape[2] == tensor.shape[2]):
+    if not (
+        name in ("pos_embed", "decoder_pos_embed")
+        and may_resize
+        and found.ndim == 3
+        and found.shape[2] == tensor.shape[2]
+    ):
         return False
     return any(square_side(found.shape[1] - prefix) for prefix in (0, 1))
 
@@ -107,7 +118,9 @@ def _shape_of(name: str, weights: Weights) -> str:
     try:
         return str(list(weights.like(name).shape))
     except (RuntimeError, IndexError):
-        return " + ".join(str(list(weights.container.places[key].shape)) for key in weights.sources[name].names)
+        return " + ".join(
+            str(list(weights.container.places[key].shape)) for key in weights.sources[name].names
+        )
 
 
 def _num_entries(name: str, weights: Weights) -> int:
@@ -117,7 +130,9 @@ def _num_entries(name: str, weights: Weights) -> int:
         return sum(weights.container.like(key).numel() for key in weights.sources[name].names)
 
 
-def _explain(weights: Weights, needed: dict[str, Tensor], problems: dict[str, list[str]], depth: int, may_resize: bool) -> str:
+def _explain(
+    weights: Weights, needed: dict[str, Tensor], problems: dict[str, list[str]], depth: int, may_resize: bool
+) -> str:
     lists = "; ".join(f"{label} {len(names)}: {_first(names)}" for label, names in problems.items() if names)
     hint = ""
     if weights.container.absent:
@@ -135,7 +150,9 @@ def _explain(weights: Weights, needed: dict[str, Tensor], problems: dict[str, li
     return f"teacher.weights '{weights.path}' does not fit the teacher as format {weights.format}: {lists}{hint}; check teacher.name, teacher.format and the file"
 
 
-def _better_format(weights: Weights, needed: dict[str, Tensor], names_are_missing: bool, depth: int, may_resize: bool) -> str | None:
+def _better_format(
+    weights: Weights, needed: dict[str, Tensor], names_are_missing: bool, depth: int, may_resize: bool
+) -> str | None:
     """Another format under which the file fits; else, where names are missing, one that has them all, whatever the shapes."""
     others = []
     for format in FORMATS:
@@ -152,11 +169,17 @@ def _better_format(weights: Weights, needed: dict[str, Tensor], names_are_missin
 # What published files are called by their names; the first that matches says it. (pattern that some name has, what it is)
 _KINDS = (
     (r"^decoder\.decoder_(embed|pred)", "transformers' ViT-MAE with its decoder (format hf)"),
-    (r"^(\w+\.)?encoder\.layer\.\d+\.attention\.attention\.query", "transformers' ViT or DINOv2 encoder (format hf)"),
+    (
+        r"^(\w+\.)?encoder\.layer\.\d+\.attention\.attention\.query",
+        "transformers' ViT or DINOv2 encoder (format hf)",
+    ),
     (r"^(model\.)?layer\.\d+\.attention\.q_proj", "transformers' DINOv3 (format hf)"),
     (r"^storage_tokens$", "a published DINOv3 (format dinov3)"),
     (r"^register_tokens$|^backbone\.", "a published DINOv2 (format dinov2)"),
-    (r"^(visual\.)?transformer\.resblocks\.|^visual\.", "an OpenAI or OpenCLIP checkpoint; save its image tower under timm's names"),
+    (
+        r"^(visual\.)?transformer\.resblocks\.|^visual\.",
+        "an OpenAI or OpenCLIP checkpoint; save its image tower under timm's names",
+    ),
     (r"^student\.|^decoder\.blocks\.", "a file of ours that holds no teacher; use student.safetensors"),
     (r"^module\.", "a DataParallel state dict; strip `module.` from its names"),
     (r"^decoder_embed\.", "a whole MAE, encoder and decoder (format mae)"),
@@ -174,6 +197,8 @@ def _first(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def read_needed(needed: list[str], weights: Weights, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def read_needed(
+    needed: list[str], weights: Weights, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
     """Read exactly these tensors, one at a time: the peak is what is kept and one tensor of the file."""
     return {name: weights[name].to(device=device, dtype=dtype) for name in needed}

@@ -99,7 +99,10 @@ def _split_masked_bias(sources: Sources) -> Sources:
 
 # transformers' ViT, ViTMAE, DINOv2 (with registers or without) and DINOv3, as published and as saved by version 5.
 _rename_hf = _rules(
-    (r"^(?=(blocks|patch_embed)\.|(pos_embed|cls_token|reg_token)$)", "not_transformers."),  # timm's names are another format
+    (
+        r"^(?=(blocks|patch_embed)\.|(pos_embed|cls_token|reg_token)$)",
+        "not_transformers.",
+    ),  # timm's names are another format
     (r"^decoder\.mask_token$", "mask_token"),
     (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder_blocks."),
     (r"^decoder\.(decoder_)?", "decoder_"),
@@ -148,27 +151,48 @@ def _finish_hf(sources: Sources) -> Sources:
 
 FORMATS: dict[str, Format] = {
     "timm": Format("timm's own names", _only, entries=("state_dict",)),
-    "mae": Format("the published MAE and DMAE files (timm's names in an entry `model`, decoder_* beside them)", _only, entries=("model",)),
-    "hf": Format("transformers' ViT-MAE, ViT, DINOv2 and DINOv3, a folder or a hub id", _rename_hf, finish=_finish_hf),
+    "mae": Format(
+        "the published MAE and DMAE files (timm's names in an entry `model`, decoder_* beside them)",
+        _only,
+        entries=("model",),
+    ),
+    "hf": Format(
+        "transformers' ViT-MAE, ViT, DINOv2 and DINOv3, a folder or a hub id", _rename_hf, finish=_finish_hf
+    ),
     "dinov2": Format(
         "the published dinov2_*_pretrain.pth, and the teacher of a DINOv2 run",
         _rules(
-            (r"^(dino_head|ibot_head)\.", None), (r"^backbone\.", ""), (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."), (r"^register_tokens$", "reg_token"),
-            (r"mlp\.w12\.", "mlp.fc1."), (r"mlp\.w3\.", "mlp.fc2."),
+            (r"^(dino_head|ibot_head)\.", None),
+            (r"^backbone\.", ""),
+            (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+            (r"^register_tokens$", "reg_token"),
+            (r"mlp\.w12\.", "mlp.fc1."),
+            (r"mlp\.w3\.", "mlp.fc2."),
         ),
-        entries=("teacher",), finish=_registers_stand_apart,
+        entries=("teacher",),
+        finish=_registers_stand_apart,
     ),
     "dinov3": Format(
         "the published dinov3_*_pretrain*.pth",
         _rules(
-            (r"^(dino_head|ibot_head)\.", None), (r"^backbone\.", ""),
-            (r"^(rope_embed\.periods|local_cls_norm\..*)$|\.bias_mask$", None), (r"^storage_tokens$", "reg_token"), (r"ls(\d)\.gamma", r"gamma_\1"),
-            (r"mlp\.w12\.", "mlp.fc1."), (r"mlp\.w1\.", "mlp.fc1_g."), (r"mlp\.w2\.", "mlp.fc1_x."), (r"mlp\.w3\.", "mlp.fc2."),
+            (r"^(dino_head|ibot_head)\.", None),
+            (r"^backbone\.", ""),
+            (r"^(rope_embed\.periods|local_cls_norm\..*)$|\.bias_mask$", None),
+            (r"^storage_tokens$", "reg_token"),
+            (r"ls(\d)\.gamma", r"gamma_\1"),
+            (r"mlp\.w12\.", "mlp.fc1."),
+            (r"mlp\.w1\.", "mlp.fc1_g."),
+            (r"mlp\.w2\.", "mlp.fc1_x."),
+            (r"mlp\.w3\.", "mlp.fc2."),
         ),
-        entries=("teacher",), finish=_split_masked_bias,
+        entries=("teacher",),
+        finish=_split_masked_bias,
     ),
-    "dmae_ds": Format("our own student.safetensors, a run folder that holds one, or a folder made by `dmae-ds teacher slice`", _only),
-}  # fmt: skip
+    "dmae_ds": Format(
+        "our own student.safetensors, a run folder that holds one, or a folder made by `dmae-ds teacher slice`",
+        _only,
+    ),
+}
 
 
 class Weights(Mapping):
@@ -216,11 +240,15 @@ def find_format(name: str) -> Format:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"teacher.format '{name}' can't be imported ({error}); choose {', '.join(FORMATS)}, auto, or module:function") from None
+        raise UserError(
+            f"teacher.format '{name}' can't be imported ({error}); choose {', '.join(FORMATS)}, auto, or module:function"
+        ) from None
     if isinstance(found, Format):
         return found
     if not callable(found):
-        raise UserError(f"teacher.format '{name}' is a {type(found).__name__}; give a function from the file's names to timm's, or a dmae_ds.teacher.formats.Format")
+        raise UserError(
+            f"teacher.format '{name}' is a {type(found).__name__}; give a function from the file's names to timm's, or a dmae_ds.teacher.formats.Format"
+        )
     return Format(f"your own, {name}", found)
 
 
@@ -237,9 +265,12 @@ def map_names(container: Container, format: str) -> Weights:
             stem, _, part = name.partition("#")
             other = parts.setdefault(stem, {}).setdefault(int(part or 0), key)
             if other != key:
-                raise UserError(f"teacher.weights '{container.path}' holds {name} twice as format {format}: '{other}' and '{key}'; keep the one that is meant")
+                raise UserError(
+                    f"teacher.weights '{container.path}' holds {name} twice as format {format}: '{other}' and '{key}'; keep the one that is meant"
+                )
     sources = {
-        name: Source(tuple(keys[part] for part in sorted(keys)), _only if len(keys) == 1 else _stack_parts) for name, keys in parts.items()
+        name: Source(tuple(keys[part] for part in sorted(keys)), _only if len(keys) == 1 else _stack_parts)
+        for name, keys in parts.items()
     }
     return Weights(container, format, chosen.finish(sources), ignored)
 
@@ -263,17 +294,33 @@ _OWN_DECODER = re.compile(r"decoder\.((?:embed|pos_embed|blocks|norm|pred)(?:\.|
 def with_own_decoder(weights: Weights) -> Weights:
     """A student of ours together with the decoder that lies beside it, in decoder.safetensors; other files as they are."""
     beside = (weights.path if weights.path.is_dir() else weights.path.parent) / "decoder.safetensors"
-    if weights.format != "dmae_ds" or any(name.startswith("decoder_") for name in weights) or not beside.is_file():
+    if (
+        weights.format != "dmae_ds"
+        or any(name.startswith("decoder_") for name in weights)
+        or not beside.is_file()
+    ):
         return weights
     decoder = open_container(beside)
-    names = {name: "mask_token" if name == "decoder.mask_token" else _OWN_DECODER.sub(r"decoder_\1", name) for name in decoder}
+    names = {
+        name: "mask_token" if name == "decoder.mask_token" else _OWN_DECODER.sub(r"decoder_\1", name)
+        for name in decoder
+    }
     names = {name: ours for name, ours in names.items() if ours != name}
-    joined = join_containers(weights.path, [weights.container, Container(beside, {name: decoder.places[name] for name in names})])
+    joined = join_containers(
+        weights.path, [weights.container, Container(beside, {name: decoder.places[name] for name in names})]
+    )
     joined.absent = weights.container.absent
-    return Weights(joined, weights.format, weights.sources | {ours: Source((name,), _only) for name, ours in names.items()}, weights.ignored)
+    return Weights(
+        joined,
+        weights.format,
+        weights.sources | {ours: Source((name,), _only) for name, ours in names.items()},
+        weights.ignored,
+    )
 
 
-def choose_format(path: Path, fits: Callable[[Weights], bool], needed: KeysView[str] | frozenset = frozenset()) -> Weights:
+def choose_format(
+    path: Path, fits: Callable[[Weights], bool], needed: KeysView[str] | frozenset = frozenset()
+) -> Weights:
     """`format: auto`: the one map under which the file fits; several that name the same tensors are one.
 
     needed: the names that are looked for, to say which format came nearest
@@ -289,7 +336,11 @@ def choose_format(path: Path, fits: Callable[[Weights], bool], needed: KeysView[
             errors.append(error)
             continue
         opened.append(weights)
-        same = any({name: source.names for name, source in weights.sources.items()} == {name: source.names for name, source in other.sources.items()} for other in found)
+        same = any(
+            {name: source.names for name, source in weights.sources.items()}
+            == {name: source.names for name, source in other.sources.items()}
+            for other in found
+        )
         if fits(weights) and not same:
             found.append(weights)
     if len(found) == 1:
@@ -297,8 +348,16 @@ def choose_format(path: Path, fits: Callable[[Weights], bool], needed: KeysView[
     if len(errors) == len(FORMATS):
         raise errors[0]
     if found:
-        raise UserError(f"teacher.weights '{path}' fits the formats {', '.join(w.format for w in found)}, with different tensors; set teacher.format to the right one")
+        raise UserError(
+            f"teacher.weights '{path}' fits the formats {', '.join(w.format for w in found)}, with different tensors; set teacher.format to the right one"
+        )
     nearest = min(opened, key=lambda weights: len(needed - weights.keys()))
     missing = [name for name in needed if name not in nearest]
-    said = f"missing {len(missing)}: {', '.join(missing[:3])}" if missing else "with other shapes, or names left over"
-    raise UserError(f"teacher.weights '{path}' fits the teacher under no known format; nearest is {nearest.format}, {said}; set teacher.name and teacher.format")
+    said = (
+        f"missing {len(missing)}: {', '.join(missing[:3])}"
+        if missing
+        else "with other shapes, or names left over"
+    )
+    raise UserError(
+        f"teacher.weights '{path}' fits the teacher under no known format; nearest is {nearest.format}, {said}; set teacher.name and teacher.format"
+    )

@@ -24,7 +24,9 @@ CAPABILITY = (8, 9)
 def check_fp8(device: torch.device) -> None:
     """Raise UserError where teacher.dtype=fp8 can't be had: no such hardware, or no torchao."""
     if device.type != "cuda":
-        raise UserError("teacher.dtype fp8 needs a GPU that multiplies float8, and this rank has none; use teacher.dtype=bf16")
+        raise UserError(
+            "teacher.dtype fp8 needs a GPU that multiplies float8, and this rank has none; use teacher.dtype=bf16"
+        )
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise UserError(
@@ -32,14 +34,18 @@ def check_fp8(device: torch.device) -> None:
             "use teacher.dtype=bf16"
         )
     if importlib.util.find_spec("torchao") is None:
-        raise UserError("teacher.dtype fp8 needs torchao, which isn't installed; pip install torchao, or use teacher.dtype=bf16")
+        raise UserError(
+            "teacher.dtype fp8 needs torchao, which isn't installed; pip install torchao, or use teacher.dtype=bf16"
+        )
 
 
 def quantize_blocks(blocks: nn.ModuleList) -> None:
     """Turn every linear layer of these blocks into a float8 one, in place."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    quantize_(blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
+    quantize_(
+        blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    )
 
 
 def to_fp8(teacher: FrozenTeacher, quantize: Callable[[nn.ModuleList], None] = quantize_blocks) -> str:
@@ -47,5 +53,10 @@ def to_fp8(teacher: FrozenTeacher, quantize: Callable[[nn.ModuleList], None] = q
     before = teacher.probe().features
     quantize(teacher.vit.blocks)
     after = teacher.probe().features
-    errors = {number: ((after[number] - before[number]).norm() / before[number].norm()).item() for number in sorted(teacher.tapped)}
-    return "float8 changes features of a fixed input by " + ", ".join(f"{error:.2%} at block {number}" for number, error in errors.items())
+    errors = {
+        number: ((after[number] - before[number]).norm() / before[number].norm()).item()
+        for number in sorted(teacher.tapped)
+    }
+    return "float8 changes features of a fixed input by " + ", ".join(
+        f"{error:.2%} at block {number}" for number, error in errors.items()
+    )

@@ -24,7 +24,11 @@ from dmae_ds.teacher.grid import fit_positions
 from dmae_ds.teacher.identity import Probe, probe
 from dmae_ds.teacher.top import Top
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: of all but the matrix products (fp8.py)
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}  # fp8: of all but the matrix products (fp8.py)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class TeacherParts:
     def saved_compute(self, *, tokens: int, num_patches: int) -> float:
         """The share of the whole teacher's matrix products that is never done, for `tokens` tokens in the encoder and all
         patches in the decoder, where the file has one. Attention's own products are left out (a few percent)."""
-        above = tokens * sum(self.dropped.blocks.values()) + (1 + num_patches) * sum(self.dropped.decoder.values())
+        above = tokens * sum(self.dropped.blocks.values()) + (1 + num_patches) * sum(
+            self.dropped.decoder.values()
+        )
         done = tokens * self.block_parameters + (1 + num_patches) * self.decoder_parameters
         return above / (above + done)
 
@@ -59,7 +65,11 @@ class TeacherParts:
         if self.dropped.decoder:
             parts.append("upper decoder blocks" if self.decoder_parameters else "decoder")
         parts += sorted({name.split(".")[0] for name in self.dropped.rest})
-        return f"{', '.join(parts)}: {self.dropped.parameters / 1e6:.1f} M parameters, {size_text(self.dropped.num_bytes)}" if parts else ""
+        return (
+            f"{', '.join(parts)}: {self.dropped.parameters / 1e6:.1f} M parameters, {size_text(self.dropped.num_bytes)}"
+            if parts
+            else ""
+        )
 
 
 class FrozenTeacher:
@@ -72,13 +82,32 @@ class FrozenTeacher:
     """
 
     def __init__(
-        self, vit: MaskedViT, taps: tuple[str, ...], parts: TeacherParts, *, view: Callable[[Tensor], Tensor] | None = None,
-        sees: str = "visible", target: Callable[[str, Tensor], Tensor] | None = None, top: Top | None = None, path: Path | None = None,
-    ):  # fmt: skip
-        self.vit, self.taps, self.parts, self.sees, self.target, self.top, self.path = vit, taps, parts, sees, target, top, path
+        self,
+        vit: MaskedViT,
+        taps: tuple[str, ...],
+        parts: TeacherParts,
+        *,
+        view: Callable[[Tensor], Tensor] | None = None,
+        sees: str = "visible",
+        target: Callable[[str, Tensor], Tensor] | None = None,
+        top: Top | None = None,
+        path: Path | None = None,
+    ):
+        self.vit, self.taps, self.parts, self.sees, self.target, self.top, self.path = (
+            vit,
+            taps,
+            parts,
+            sees,
+            target,
+            top,
+            path,
+        )
         self.view = view or (lambda patches: patches)
         # The encoder's own taps: the last block's output is what a top stands on.
-        self.tapped = sorted({split_tap(tap)[1] for tap in taps if split_tap(tap)[0] == "block"} | ({vit.depth} if top is not None else set()))
+        self.tapped = sorted(
+            {split_tap(tap)[1] for tap in taps if split_tap(tap)[0] == "block"}
+            | ({vit.depth} if top is not None else set())
+        )
         self.encoder_taps = tuple(f"block/{number}" for number in self.tapped)
 
     without_gradients = torch.inference_mode  # nothing is ever recorded of a teacher
@@ -95,7 +124,13 @@ class FrozenTeacher:
         with self.without_gradients():
             patches, ids = self.inputs(batch)
             tapped = self.run(self.view(patches), ids)
-            found = self.finish({tap: self.select(tapped[split_tap(tap)[1]], batch.ids_keep.shape[1]) for tap in self.encoder_taps}, batch)
+            found = self.finish(
+                {
+                    tap: self.select(tapped[split_tap(tap)[1]], batch.ids_keep.shape[1])
+                    for tap in self.encoder_taps
+                },
+                batch,
+            )
         # What inference mode made can't be part of a loss: copies can, and are small beside the teacher's work.
         return {tap: tokens.clone() if tokens.is_inference() else tokens for tap, tokens in found.items()}
 
@@ -106,15 +141,25 @@ class FrozenTeacher:
     def finish(self, encoded: dict[str, Tensor], batch: MaskedBatch) -> dict[str, Tensor]:
         """Features at the encoder's taps -> what the student is to imitate, by tap. On the rank whose batch it is."""
         with torch.no_grad():
-            above = {} if self.top is None else self.top(encoded[f"block/{self.vit.depth}"], batch.ids_keep, batch.ids_masked)
+            above = (
+                {}
+                if self.top is None
+                else self.top(encoded[f"block/{self.vit.depth}"], batch.ids_keep, batch.ids_masked)
+            )
             found = {tap: (above if tap in above else encoded)[tap] for tap in self.taps}
-            return found if self.target is None else {tap: self.target(tap, tokens) for tap, tokens in found.items()}
+            return (
+                found
+                if self.target is None
+                else {tap: self.target(tap, tokens) for tap, tokens in found.items()}
+            )
 
     def inputs(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Patches that the teacher looks at and their places, the student's visible ones first."""
         if self.sees == "visible":
             return batch.visible, batch.ids_keep
-        return torch.cat([batch.visible, batch.masked], dim=1), torch.cat([batch.ids_keep, batch.ids_masked], dim=1)
+        return torch.cat([batch.visible, batch.masked], dim=1), torch.cat(
+            [batch.ids_keep, batch.ids_masked], dim=1
+        )
 
     def select(self, tokens: Tensor, num_visible: int) -> Tensor:
         """CLS, where there is one, and the student's visible patches, out of everything that the teacher ran on."""
@@ -167,7 +212,14 @@ def split_tap(tap: str) -> tuple[str, int]:
 def needed_depths(taps: Iterable[str], whole_blocks: int, whole_decoder: int = 0) -> tuple[int, int]:
     """How many encoder and decoder blocks these taps need; whatever stands on the encoder needs all of it, a prediction the whole decoder."""
     found = [split_tap(tap) for tap in taps]
-    decoder = max((whole_decoder if kind == "prediction" else number for kind, number in found if kind in ("decoder", "prediction")), default=0)
+    decoder = max(
+        (
+            whole_decoder if kind == "prediction" else number
+            for kind, number in found
+            if kind in ("decoder", "prediction")
+        ),
+        default=0,
+    )
     return (whole_blocks if needs_top(taps) else max((number for _, number in found), default=0)), decoder
 
 
@@ -176,23 +228,39 @@ def needs_top(taps: Iterable[str]) -> bool:
     return any(split_tap(tap)[0] != "block" for tap in taps)
 
 
-def meta_teacher(name: str, overrides: dict, depth: int | None = None, *, keep_norm: bool = False) -> MaskedViT:
+def meta_teacher(
+    name: str, overrides: dict, depth: int | None = None, *, keep_norm: bool = False
+) -> MaskedViT:
     """A teacher's geometry without a byte of weights: on the meta device, its first `depth` blocks, no final norm."""
     return MaskedViT(build_timm_vit(name, overrides, depth=depth, where="teacher"), keep_norm=keep_norm)
 
 
 def fill(
-    vit: MaskedViT, weights: Weights, *, whole_blocks: int, may_resize: bool, dtype: torch.dtype, device: torch.device,
-    said: tuple[str, dict] | None = None, blocks: range | None = None, top: Top | None = None,
-) -> TeacherParts:  # fmt: skip
+    vit: MaskedViT,
+    weights: Weights,
+    *,
+    whole_blocks: int,
+    may_resize: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    said: tuple[str, dict] | None = None,
+    blocks: range | None = None,
+    top: Top | None = None,
+) -> TeacherParts:
     """Give a teacher on the meta device its tensors; `blocks`, counted from 0, reads a stage: the embedding and these alone.
 
     said: (name, overrides) of the recipe, held against what a file of ours says of itself
     """
     check_own_metadata(weights, said)
     whole = vit.state_dict() | ({} if top is None else top.state_dict())
-    needed = {name: tensor for name, tensor in whole.items() if blocks is None or block_of(name) is None or block_of(name) in blocks}
-    dropped = check_fit(whole if not weights.container.absent else needed, weights, depth=vit.depth, may_resize=may_resize)
+    needed = {
+        name: tensor
+        for name, tensor in whole.items()
+        if blocks is None or block_of(name) is None or block_of(name) in blocks
+    }
+    dropped = check_fit(
+        whole if not weights.container.absent else needed, weights, depth=vit.depth, may_resize=may_resize
+    )
     tensors = read_needed(list(needed), weights, dtype=dtype, device=device)
     notes = []
     for name, num_prefix in (("pos_embed", vit.num_prefix_positions), ("decoder_pos_embed", 1)):
@@ -207,12 +275,17 @@ def fill(
         move_buffers(module, dtype, device)
         module.eval().requires_grad_(False)
     return TeacherParts(
-        blocks=vit.depth, whole_blocks=whole_blocks, kept=sum(tensor.numel() for tensor in tensors.values()),
+        blocks=vit.depth,
+        whole_blocks=whole_blocks,
+        kept=sum(tensor.numel() for tensor in tensors.values()),
         kept_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         block_parameters=sum(tensor.numel() for name, tensor in whole.items() if block_of(name) is not None),
-        decoder_parameters=sum(tensor.numel() for name, tensor in whole.items() if name.startswith("decoder_blocks.")),
-        dropped=dropped, notes=tuple(notes),
-    )  # fmt: skip
+        decoder_parameters=sum(
+            tensor.numel() for name, tensor in whole.items() if name.startswith("decoder_blocks.")
+        ),
+        dropped=dropped,
+        notes=tuple(notes),
+    )
 
 
 def move_buffers(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -220,7 +293,9 @@ def move_buffers(network: nn.Module, dtype: torch.dtype, device: torch.device) -
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(device=device, dtype=buffer.dtype if name == "rope" else dtype)
+                module._buffers[name] = buffer.to(
+                    device=device, dtype=buffer.dtype if name == "rope" else dtype
+                )
 
 
 def own_network(container: Container) -> tuple[str, dict] | None:
@@ -230,7 +305,9 @@ def own_network(container: Container) -> tuple[str, dict] | None:
     try:
         return container.metadata["timm_name"], dict(json.loads(container.metadata["timm_overrides"]))
     except (KeyError, ValueError, TypeError):
-        raise UserError(f"teacher.weights '{container.path}' was written by an early version of this project; set teacher.format to timm") from None
+        raise UserError(
+            f"teacher.weights '{container.path}' was written by an early version of this project; set teacher.format to timm"
+        ) from None
 
 
 def check_own_metadata(weights: Weights, said: tuple[str, dict] | None) -> None:
@@ -239,7 +316,9 @@ def check_own_metadata(weights: Weights, said: tuple[str, dict] | None) -> None:
         return
     own = own_network(weights.container)
     if own is None:
-        raise UserError(f"teacher.weights '{weights.path}' was not written by this project (it names no network); set teacher.format to timm or to what it is")
+        raise UserError(
+            f"teacher.weights '{weights.path}' was not written by this project (it names no network); set teacher.format to timm or to what it is"
+        )
     if said is not None:
         check_same_network(weights.path, own, said)
 
@@ -247,7 +326,9 @@ def check_own_metadata(weights: Weights, said: tuple[str, dict] | None) -> None:
 def check_same_network(path: Path, own: tuple[str, dict], said: tuple[str, dict]) -> None:
     """Raise UserError unless (name, overrides) of a file are those of the recipe."""
     # The picture's size is the recipe's to choose: the position codes follow it. A tag names weights, not a network.
-    (found_name, found), (name, expected) = ((name.split(".")[0], {k: v for k, v in keys.items() if k != "img_size"}) for name, keys in (own, said))
+    (found_name, found), (name, expected) = (
+        (name.split(".")[0], {k: v for k, v in keys.items() if k != "img_size"}) for name, keys in (own, said)
+    )
     if (found_name, found) != (name, expected):
         raise UserError(
             f"teacher.weights '{path}' holds {found_name} {found or ''}, the recipe's teacher is {name} {expected or ''}; "

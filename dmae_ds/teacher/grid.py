@@ -22,7 +22,9 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.positions import sincos_positions
 
 
-def check_grids(*, student_grid: tuple[int, int], student_patch: int, teacher_grid: tuple[int, int], teacher_patch: int) -> None:
+def check_grids(
+    *, student_grid: tuple[int, int], student_patch: int, teacher_grid: tuple[int, int], teacher_patch: int
+) -> None:
     """Raise UserError unless teacher and student cut the picture into the same rows and columns."""
     if student_grid == teacher_grid:
         return
@@ -54,7 +56,9 @@ class PatchView(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.same_pixels = tuple(mean) == tuple(teacher_mean) and tuple(std) == tuple(teacher_std)
-        mean, std, teacher_mean, teacher_std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std, teacher_mean, teacher_std))
+        mean, std, teacher_mean, teacher_std = (
+            torch.tensor(values, dtype=torch.float64) for values in (mean, std, teacher_mean, teacher_std)
+        )
         self.register_buffer("scale", (std / teacher_std).float(), persistent=False)
         self.register_buffer("shift", ((mean - teacher_mean) / teacher_std).float(), persistent=False)
 
@@ -63,7 +67,9 @@ class PatchView(nn.Module):
         if patches.shape[2] != self.patch_size:
             # [N, K, P, P, 3] -> [N * K, 3, P, P] -> [N * K, 3, P_t, P_t] -> [N, K, P_t, P_t, 3]
             pictures = patches.flatten(0, 1).permute(0, 3, 1, 2)
-            resized = nn.functional.interpolate(pictures, size=(self.patch_size, self.patch_size), mode="bicubic", antialias=True)
+            resized = nn.functional.interpolate(
+                pictures, size=(self.patch_size, self.patch_size), mode="bicubic", antialias=True
+            )
             patches = resized.permute(0, 2, 3, 1).unflatten(0, patches.shape[:2])
         return patches if self.same_pixels else torch.addcmul(self.shift, patches, self.scale)
 
@@ -76,12 +82,24 @@ def fit_positions(positions: Tensor, *, num_prefix: int, grid: tuple[int, int]) 
     """
     side = square_side(positions.shape[1] - num_prefix)
     if side is None:
-        raise UserError(f"teacher.weights has {positions.shape[1]} position codes, which are no square of patches after {num_prefix} for CLS; check teacher.name")
+        raise UserError(
+            f"teacher.weights has {positions.shape[1]} position codes, which are no square of patches after {num_prefix} for CLS; check teacher.name"
+        )
     source, dim = (side, side), positions.shape[2]
-    if num_prefix == 1 and dim % 4 == 0 and torch.allclose(positions.float(), sincos_positions(dim, source), rtol=0, atol=1e-4):
-        return sincos_positions(dim, grid).to(positions.dtype), f"sin-cos positions computed anew: {side}x{side} -> {grid[0]}x{grid[1]}"
-    resized = resample_abs_pos_embed(positions.float(), new_size=list(grid), old_size=list(source), num_prefix_tokens=num_prefix)
-    return resized.to(positions.dtype), f"learned positions interpolated: {side}x{side} -> {grid[0]}x{grid[1]} (bicubic)"
+    if (
+        num_prefix == 1
+        and dim % 4 == 0
+        and torch.allclose(positions.float(), sincos_positions(dim, source), rtol=0, atol=1e-4)
+    ):
+        return sincos_positions(dim, grid).to(
+            positions.dtype
+        ), f"sin-cos positions computed anew: {side}x{side} -> {grid[0]}x{grid[1]}"
+    resized = resample_abs_pos_embed(
+        positions.float(), new_size=list(grid), old_size=list(source), num_prefix_tokens=num_prefix
+    )
+    return resized.to(
+        positions.dtype
+    ), f"learned positions interpolated: {side}x{side} -> {grid[0]}x{grid[1]} (bicubic)"
 
 
 def square_side(num_patches: int) -> int | None:

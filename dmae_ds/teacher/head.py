@@ -22,7 +22,16 @@ class TeacherHead(nn.Module):
     over patches or `cls`.
     """
 
-    def __init__(self, norm: nn.Module, *, embed_dim: int, num_classes: int, pool: str, norm_after_pool: bool, has_cls: bool):
+    def __init__(
+        self,
+        norm: nn.Module,
+        *,
+        embed_dim: int,
+        num_classes: int,
+        pool: str,
+        norm_after_pool: bool,
+        has_cls: bool,
+    ):
         super().__init__()
         self.pool, self.norm_name, self.num_prefix = pool, NORMS[norm_after_pool], int(has_cls)
         setattr(self, self.norm_name, norm)
@@ -36,7 +45,9 @@ class TeacherHead(nn.Module):
         return {"logits": self.head(norm(pooled) if self.norm_name == "fc_norm" else pooled)}
 
 
-def meta_head(weights: Weights | None, vit: MaskedViT, norm: nn.Module, *, pool: str, num_classes: int | None) -> TeacherHead:
+def meta_head(
+    weights: Weights | None, vit: MaskedViT, norm: nn.Module, *, pool: str, num_classes: int | None
+) -> TeacherHead:
     """A classifier on the meta device. norm: the encoder's own final norm; weights: the file to hold it against, if any.
 
     pool: of a file that doesn't say; num_classes: of the data, None: whatever the file has
@@ -50,8 +61,19 @@ def meta_head(weights: Weights | None, vit: MaskedViT, norm: nn.Module, *, pool:
         num_classes, after = weights.like("head.weight").shape[0], "fc_norm.weight" in weights
     with init_empty_weights():
         # A network that timm builds without a final norm has that of its blocks: the same kind, width and epsilon.
-        norm = type(vit.blocks[0].norm1)(vit.embed_dim, eps=vit.blocks[0].norm1.eps) if isinstance(norm, nn.Identity) else norm
-        return TeacherHead(norm, embed_dim=vit.embed_dim, num_classes=num_classes, pool=pool, norm_after_pool=after, has_cls=vit.cls_token is not None)
+        norm = (
+            type(vit.blocks[0].norm1)(vit.embed_dim, eps=vit.blocks[0].norm1.eps)
+            if isinstance(norm, nn.Identity)
+            else norm
+        )
+        return TeacherHead(
+            norm,
+            embed_dim=vit.embed_dim,
+            num_classes=num_classes,
+            pool=pool,
+            norm_after_pool=after,
+            has_cls=vit.cls_token is not None,
+        )
 
 
 def _check(weights: Weights, *, pool: str, num_classes: int | None) -> None:
@@ -63,12 +85,18 @@ def _check(weights: Weights, *, pool: str, num_classes: int | None) -> None:
         )
     found = weights.like("head.weight").shape[0]
     if num_classes is not None and found != num_classes:
-        raise UserError(f"teacher.weights '{path}' tells {found} classes apart, data.train has {num_classes}; give a teacher that was fine-tuned on the same classes")
+        raise UserError(
+            f"teacher.weights '{path}' tells {found} classes apart, data.train has {num_classes}; give a teacher that was fine-tuned on the same classes"
+        )
     said = said_pool(weights)
     if said is not None and said != pool:
-        raise UserError(f"teacher.pool is {pool}, teacher.weights '{path}' says {said}; set teacher.pool={said}")
+        raise UserError(
+            f"teacher.pool is {pool}, teacher.weights '{path}' says {said}; set teacher.pool={said}"
+        )
     if pool == "cls" and "fc_norm.weight" in weights:
-        raise UserError(f"teacher.pool is cls, and teacher.weights '{path}' norms what it has pooled (fc_norm), as classifiers of the mean do; set teacher.pool=mean")
+        raise UserError(
+            f"teacher.pool is cls, and teacher.weights '{path}' norms what it has pooled (fc_norm), as classifiers of the mean do; set teacher.pool=mean"
+        )
 
 
 def said_pool(weights: Weights) -> str | None:

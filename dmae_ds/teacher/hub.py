@@ -14,7 +14,12 @@ from dmae_ds.config.run import TeacherConfig, looks_like_hub_id
 from dmae_ds.errors import UserError
 from dmae_ds.teacher.containers import parts_of_index
 
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def locate(config: TeacherConfig) -> Path:
@@ -38,7 +43,9 @@ def pixel_statistics(config: TeacherConfig, mean: tuple, std: tuple) -> tuple[tu
 def _timm_repository(name: str) -> str:
     known = _timm_tag(name)
     if known is None or not known.hf_hub_id:
-        raise UserError(f"teacher.name '{name}' has no weights on the hub that timm knows; give teacher.weights, or a tag of timm.list_pretrained()")
+        raise UserError(
+            f"teacher.name '{name}' has no weights on the hub that timm knows; give teacher.weights, or a tag of timm.list_pretrained()"
+        )
     return known.hf_hub_id
 
 
@@ -52,7 +59,13 @@ def _timm_tag(name: str) -> PretrainedCfg | None:
 
 def _fetch(repository: str, who: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     reason = None
     for name in FILES:
@@ -70,5 +83,11 @@ def _fetch(repository: str, who: str) -> Path:
             reason = error
             break
     reason = (reason.__cause__ or reason) if reason else None
-    said = (str(reason).splitlines() or [type(reason).__name__])[0][:160] if reason else f"it holds none of {', '.join(FILES)}"
-    raise UserError(f"{who} is no file here, and {repository} could not be fetched from the hub ({said}); give the path of a file or folder")
+    said = (
+        (str(reason).splitlines() or [type(reason).__name__])[0][:160]
+        if reason
+        else f"it holds none of {', '.join(FILES)}"
+    )
+    raise UserError(
+        f"{who} is no file here, and {repository} could not be fetched from the hub ({said}); give the path of a file or folder"
+    )

@@ -47,7 +47,11 @@ def probe(vit: MaskedViT, blocks: Iterable[nn.Module] | None = None) -> Probe:
     slow = torch.sin(torch.arange(torch.Size(size).numel(), dtype=torch.float64) / 97)
     pixels = (2 * noise - 1 + slow).reshape(size).to(device=weight.device, dtype=torch.float32)
     tokens = vit.patch_embed.proj(pixels)
-    in_front = [token.to(tokens.dtype).expand(2, -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    in_front = [
+        token.to(tokens.dtype).expand(2, -1, -1)
+        for token in (vit.cls_token, vit.reg_token)
+        if token is not None
+    ]
     tokens = vit.norm_pre(torch.cat([*in_front, tokens], dim=1))
     rope = None
     if vit.rope is not None:  # sine 0, cosine 1: no rotation
@@ -66,7 +70,10 @@ def probe_top(top: nn.Module, vit: MaskedViT, tokens: Tensor) -> dict[str, Tenso
     """{tap: [2, ...] float32} of what stands on the encoder, on the same input, with every patch but the fixed ones masked. tokens: after the last block."""
     kept = min(NUM_PATCHES, vit.num_patches - 1)
     ids = torch.arange(vit.num_patches, device=tokens.device).expand(2, -1)
-    cls, patches = tokens[:, : int(vit.cls_token is not None)], tokens[:, vit.num_prefix : vit.num_prefix + kept]
+    cls, patches = (
+        tokens[:, : int(vit.cls_token is not None)],
+        tokens[:, vit.num_prefix : vit.num_prefix + kept],
+    )
     encoded = torch.cat([cls, patches], dim=1).to(next(top.parameters()).dtype)
     return {tap: found.float() for tap, found in top(encoded, ids[:, :kept], ids[:, kept:]).items()}
 
@@ -88,7 +95,9 @@ def fingerprint(features: dict[int, Tensor]) -> Fingerprint:
         signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(len(mean) // 2 + 1)[: len(mean)]
         groups = torch.arange(len(mean)) * 7919 % NUM_FIGURES
         figures = torch.zeros(NUM_FIGURES, dtype=torch.float64).index_add_(0, groups, mean * signs)
-        found[f"block/{number}"] = [float(f"{value:.9g}") for value in figures / sqrt(len(mean) / NUM_FIGURES)]
+        found[f"block/{number}"] = [
+            float(f"{value:.9g}") for value in figures / sqrt(len(mean) / NUM_FIGURES)
+        ]
     return found
 
 
@@ -97,7 +106,9 @@ def check_fingerprint(found: Fingerprint, stored: Fingerprint, *, dtype: torch.d
     for tap, figures in found.items():
         if tap in stored:
             expected = torch.tensor(stored[tap], dtype=torch.float64)
-            difference = (torch.tensor(figures, dtype=torch.float64) - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-12)
+            difference = (
+                torch.tensor(figures, dtype=torch.float64) - expected
+            ).abs().max() / expected.square().mean().sqrt().clamp(min=1e-12)
             if not difference <= TOLERANCE[dtype]:
                 raise UserError(
                     f"the teacher's features at {tap} differ from the fingerprint in {where} by {difference:.2g} of its size; "
@@ -109,12 +120,16 @@ def check_alive(features: dict[str, Tensor]) -> None:
     """features: {tap: [2, T, ...], or [2, C] logits} of the fixed input. Raise UserError unless they are finite and tell tokens and pictures apart."""
     for tap, tokens in features.items():
         if not torch.isfinite(tokens).all():
-            raise UserError(f"the teacher's features at {tap} are not finite on a fixed input; the weights are damaged, or teacher.dtype is too narrow for them")
+            raise UserError(
+                f"the teacher's features at {tap} are not finite on a fixed input; the weights are damaged, or teacher.dtype is too narrow for them"
+            )
         # CLS and registers stand in front, and always differ; logits are one token a picture
         patches = tokens[:, None] if tokens.ndim == 2 else tokens[:, -NUM_PATCHES:].flatten(2)
         spread, size = patches.std(dim=(0, 1)).mean(), patches.square().mean().sqrt()
         if not spread > 1e-5 * size:
-            raise UserError(f"the teacher's features at {tap} are the same for every patch of a fixed input; the weights are damaged or empty")
+            raise UserError(
+                f"the teacher's features at {tap} are the same for every patch of a fixed input; the weights are damaged or empty"
+            )
 
 
 def find_untrained(vit: MaskedViT, found: Probe) -> str:
@@ -127,7 +142,10 @@ def find_untrained(vit: MaskedViT, found: Probe) -> str:
     if found.pristine:
         return "every norm's gain is 1 and every bias 0, as before any training"
     grown = _growth(found.features)
-    for init, spread in (("timm's", lambda fan_in, fan_out: 0.02), ("MAE's", lambda fan_in, fan_out: sqrt(2 / (fan_in + fan_out)))):
+    for init, spread in (
+        ("timm's", lambda fan_in, fan_out: 0.02),
+        ("MAE's", lambda fan_in, fan_out: sqrt(2 / (fan_in + fan_out))),
+    ):
         twin = _growth(_probe_twin(vit, found.features[0], spread))
         if (grown - twin).abs().max() < 0.25:
             return f"features grow from block to block as with {init} initial weights ({grown.exp()[-1]:.2f} times; a fresh twin {twin.exp()[-1]:.2f})"
@@ -158,7 +176,9 @@ def _probe_twin(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], flo
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
             else:
                 # Layer scale begins at 1e-5 (DINOv2, DINOv3, EVA), norms at one, biases at zero.
-                nn.init.constant_(parameter, 1e-5 if "gamma" in name else float("norm" in name and name.endswith("weight")))
+                nn.init.constant_(
+                    parameter, 1e-5 if "gamma" in name else float("norm" in name and name.endswith("weight"))
+                )
         tokens = twin(tokens)
         features[number] = tokens
     return features
@@ -178,4 +198,6 @@ def read_sidecar(path: Path) -> dict | None:
         known = json.loads(file.read_text(encoding="utf-8"))
         return {**known, "fingerprint": dict(known["fingerprint"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{file}' is not readable ({type(error).__name__}: {error}); write it again with dmae-ds teacher inspect --write, or delete it") from None
+        raise UserError(
+            f"'{file}' is not readable ({type(error).__name__}: {error}); write it again with dmae-ds teacher inspect --write, or delete it"
+        ) from None

@@ -75,10 +75,20 @@ class Layout:
         return self.header + tokens * self.travelling + len(self.taps_of[target][source]) * self.home
 
     def write(
-        self, message: Tensor, *, source: int, target: int, clock: int, mine: Travelling | None, outputs: dict[int, Travelling], home: dict[str, Tensor]
+        self,
+        message: Tensor,
+        *,
+        source: int,
+        target: int,
+        clock: int,
+        mine: Travelling | None,
+        outputs: dict[int, Travelling],
+        home: dict[str, Tensor],
     ) -> None:
         """Fill [size] uint8. outputs: what stage `source` computed, by owner; home: features for owner `target`, by tap."""
-        assert mine is None or len(mine.tokens) <= self.micro_batch, "a later micro-batch is larger than the first"
+        assert mine is None or len(mine.tokens) <= self.micro_batch, (
+            "a later micro-batch is larger than the first"
+        )
         forward = outputs if target == source + 1 else {}
         counts = [len(forward[owner].tokens) if owner in forward else 0 for owner in range(self.num_stages)]
         cursor = _Cursor(message)
@@ -98,7 +108,9 @@ class Layout:
         length = 8 * self.header_shape[0]
         return torch.stack([message[:length].view(torch.int64) for message in received.split(sizes)])
 
-    def read_work(self, received: Tensor, headers: list[list[int]], *, target: int, clock: int) -> dict[int, Travelling]:
+    def read_work(
+        self, received: Tensor, headers: list[list[int]], *, target: int, clock: int
+    ) -> dict[int, Travelling]:
         """What stage `target` is to run on, by owner: views into `received`. headers: of all messages, on the host.
 
         Raises RunFailed where a rank of the group is at another clock.
@@ -107,12 +119,18 @@ class Layout:
         work: dict[int, Travelling] = {}
         for source, (message, (found, mine, *counts)) in enumerate(zip(received.split(sizes), headers)):
             if found != clock:
-                raise RunFailed(f"the teacher's stream is out of step: stage {target + 1} of the group is at clock {clock}, stage {source + 1} at {found}")
+                raise RunFailed(
+                    f"the teacher's stream is out of step: stage {target + 1} of the group is at clock {clock}, stage {source + 1} at {found}"
+                )
             cursor = _Cursor(message, self.header)
             if target == 0 and mine:
                 work[source] = self._read_travelling(cursor, mine)
             if target == source + 1:
-                work |= {owner: travelling for owner, count in enumerate(counts) if (travelling := self._read_travelling(cursor, count)) is not None}
+                work |= {
+                    owner: travelling
+                    for owner, count in enumerate(counts)
+                    if (travelling := self._read_travelling(cursor, count)) is not None
+                }
         return work
 
     def read_home(self, received: Tensor, *, source: int, owner: int, count: int) -> dict[str, Tensor]:
@@ -120,7 +138,10 @@ class Layout:
         sizes = [self.size(stage, owner) for stage in range(self.num_stages)]
         tokens = (owner == 0) + self.num_stages * (owner == source + 1)
         cursor = _Cursor(received.split(sizes)[source], self.header + tokens * self.travelling)
-        return {tap: cursor.read(self.dtype, (count, *self.home_shape), self.home) for tap in self.taps_of[owner][source]}
+        return {
+            tap: cursor.read(self.dtype, (count, *self.home_shape), self.home)
+            for tap in self.taps_of[owner][source]
+        }
 
     def _write_travelling(self, cursor: _Cursor, travelling: Travelling | None) -> None:
         cursor.write(None if travelling is None else travelling.tokens, self._tokens)

@@ -73,8 +73,12 @@ class StreamedTeacher(FrozenTeacher):
         # [owner][stage]
         self.routes = [route(self.vit.depth, group.num_stages, owner) for owner in range(group.num_stages)]
         self.taps_of = tuple(
-            tuple(tuple(tap for tap in self.encoder_taps if split_tap(tap)[1] - 1 in blocks) for blocks in stages) for stages in self.routes
-        )  # fmt: skip
+            tuple(
+                tuple(tap for tap in self.encoder_taps if split_tap(tap)[1] - 1 in blocks)
+                for blocks in stages
+            )
+            for stages in self.routes
+        )
 
     def __str__(self) -> str:
         blocks = held_blocks(self.vit.depth, self.group.num_stages)[self.group.stage]
@@ -89,8 +93,9 @@ class StreamedTeacher(FrozenTeacher):
         first = self.group.rank - self.group.stage
         blocks = [
             _SharedBlock(block, mine=stage == self.group.stage, source=first + stage, group=self.group.handle)
-            for stage, numbers in enumerate(self.routes[0]) for block in [self.vit.blocks[number] for number in numbers]
-        ]  # fmt: skip
+            for stage, numbers in enumerate(self.routes[0])
+            for block in [self.vit.blocks[number] for number in numbers]
+        ]
         return probe(self.vit, blocks)
 
     def stream(self, batches: Iterable) -> Iterator[tuple]:
@@ -175,12 +180,21 @@ class _Stream:
         """Sizes, and buffers that every clock uses again: what arrived is read while the next exchange fills the other one."""
         self.num_visible = num_visible
         home = self.teacher.select(tokens[:1], num_visible).shape[1:]
-        self.layout = Layout(self.teacher.taps_of, len(tokens), tuple(tokens.shape[1:]), ids.shape[1], tuple(home), tokens.dtype)
+        self.layout = Layout(
+            self.teacher.taps_of,
+            len(tokens),
+            tuple(tokens.shape[1:]),
+            ids.shape[1],
+            tuple(home),
+            tokens.dtype,
+        )
         stage, stages = self.group.stage, range(self.group.num_stages)
         self.send_sizes = [self.layout.size(stage, target) for target in stages]
         self.receive_sizes = [self.layout.size(source, stage) for source in stages]
         self.send = torch.empty(sum(self.send_sizes), dtype=torch.uint8, device=tokens.device)
-        self.receive = [torch.empty(sum(self.receive_sizes), dtype=torch.uint8, device=tokens.device) for _ in range(2)]
+        self.receive = [
+            torch.empty(sum(self.receive_sizes), dtype=torch.uint8, device=tokens.device) for _ in range(2)
+        ]
 
     @torch.inference_mode()
     def _run(self, arrived: _Arrived | None) -> None:
@@ -195,17 +209,32 @@ class _Stream:
                 tokens = teacher.vit.run_block(teacher.vit.blocks[number], tokens, ids)
                 tapped[f"block/{number + 1}"] = tokens
             self.outputs[owner] = Travelling(tokens, ids)
-            self.finished[owner] = {tap: teacher.select(tapped[tap], self.num_visible) for tap in teacher.taps_of[owner][stage]}
+            self.finished[owner] = {
+                tap: teacher.select(tapped[tap], self.num_visible) for tap in teacher.taps_of[owner][stage]
+            }
 
     def _start(self, mine: Travelling | None):
         """Pack what I have for everybody, and send it off."""
         for target, message in enumerate(self.send.split(self.send_sizes)):
             self.layout.write(
-                message, source=self.group.stage, target=target, clock=self.now, mine=mine, outputs=self.outputs, home=self.finished.get(target, {})
+                message,
+                source=self.group.stage,
+                target=target,
+                clock=self.now,
+                mine=mine,
+                outputs=self.outputs,
+                home=self.finished.get(target, {}),
             )
         received = self.receive[self.now % 2]
         with _named(self.teacher):
-            work = distributed.all_to_all_single(received, self.send, self.receive_sizes, self.send_sizes, group=self.group.handle, async_op=True)
+            work = distributed.all_to_all_single(
+                received,
+                self.send,
+                self.receive_sizes,
+                self.send_sizes,
+                group=self.group.handle,
+                async_op=True,
+            )
         return work, received
 
     def _finish(self, exchange) -> _Arrived:
@@ -220,7 +249,9 @@ class _Stream:
             index = self.now - self.lag * (source + 1) - self.first
             if 0 <= index < len(self.owned):
                 owned = self.owned[index]
-                home = self.layout.read_home(received, source=source, owner=self.group.stage, count=len(owned.batch.ids_keep))
+                home = self.layout.read_home(
+                    received, source=source, owner=self.group.stage, count=len(owned.batch.ids_keep)
+                )
                 owned.features |= {tap: tokens.clone() for tap, tokens in home.items()}
         return _Arrived(received, self.layout.headers(received, self.group.stage), self.now)
 
@@ -252,4 +283,6 @@ def _named(teacher: StreamedTeacher) -> Iterator[None]:
     except RuntimeError as error:
         ask_who_is_missing(error)
         where = f"rank {teacher.group.rank}, {teacher.where()}"
-        raise RankLost(f"the teacher's stream broke at {where}: {reason_of(error)}; a rank of its group is gone or stuck") from None
+        raise RankLost(
+            f"the teacher's stream broke at {where}: {reason_of(error)}; a rank of its group is gone or stuck"
+        ) from None

@@ -28,7 +28,9 @@ class ShardedTeacher(FrozenTeacher):
     weights: checked against the network already; rank 0 alone reads the blocks
     """
 
-    without_gradients = torch.no_grad  # DeepSpeed's fetched weights outlive a call, and would be inference mode's for ever
+    without_gradients = (
+        torch.no_grad
+    )  # DeepSpeed's fetched weights outlive a call, and would be inference mode's for ever
 
     def __init__(self, *args, weights: Weights, dtype: torch.dtype, device: torch.device, **keys):
         super().__init__(*args, **keys)
@@ -49,14 +51,29 @@ class ShardedTeacher(FrozenTeacher):
             move_buffers(block, self._dtype, self._device)
             block.eval().requires_grad_(False)
             pristine = is_pristine(block) if dist.is_main() else False
-            deepspeed.zero.Init(module=block, dtype=self._dtype, config_dict_or_path={"zero_optimization": {"stage": 3}, "train_batch_size": dist.world_size()})
+            deepspeed.zero.Init(
+                module=block,
+                dtype=self._dtype,
+                config_dict_or_path={
+                    "zero_optimization": {"stage": 3},
+                    "train_batch_size": dist.world_size(),
+                },
+            )
             self.blocks.append(_Fetched(block, dist.main_says(pristine), deepspeed.zero.GatheredParameters))
 
     def _read(self, number: int, block: nn.Module) -> dict[str, Tensor]:
         names = list(block.state_dict())
         if not dist.is_main():  # filled by the broadcast
-            return {name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device) for name, tensor in block.state_dict().items()}
-        tensors = read_needed([f"blocks.{number}.{name}" for name in names], self._weights, dtype=self._dtype, device=self._device)
+            return {
+                name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
+                for name, tensor in block.state_dict().items()
+            }
+        tensors = read_needed(
+            [f"blocks.{number}.{name}" for name in names],
+            self._weights,
+            dtype=self._dtype,
+            device=self._device,
+        )
         return dict(zip(names, tensors.values(), strict=True))
 
     def run(self, patches: Tensor, ids: Tensor) -> dict[int, Tensor]:

@@ -23,7 +23,9 @@ def route(num_blocks: int, num_stages: int, owner: int) -> list[range]:
     Raises UserError unless every stage gets a block.
     """
     if not 1 <= num_stages <= num_blocks:
-        raise UserError(f"{num_blocks} blocks can't be cut into {num_stages} stages; set teacher.stages to 1-{num_blocks}")
+        raise UserError(
+            f"{num_blocks} blocks can't be cut into {num_stages} stages; set teacher.stages to 1-{num_blocks}"
+        )
     borders = [(stage * num_blocks + owner) // num_stages for stage in range(num_stages + 1)]
     return [range(first, last) for first, last in zip(borders, borders[1:])]
 

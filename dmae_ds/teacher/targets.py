@@ -25,7 +25,11 @@ STATS_VERSION = 1
 
 def stats_path(weights: Path) -> Path:
     """Where `dmae-ds teacher stats` writes unless told otherwise."""
-    return weights / "stats.safetensors" if weights.is_dir() else weights.with_name(weights.name + ".stats.safetensors")
+    return (
+        weights / "stats.safetensors"
+        if weights.is_dir()
+        else weights.with_name(weights.name + ".stats.safetensors")
+    )
 
 
 class LayerNorm:
@@ -74,7 +78,9 @@ def hadamard(order: int) -> Tensor:
         if matrix is not None:
             break
         if core % 2:
-            raise UserError(f"teacher.standardize=phi_s needs a Hadamard matrix of order {order}, which neither Sylvester's nor Paley's construction gives; take zscore")
+            raise UserError(
+                f"teacher.standardize=phi_s needs a Hadamard matrix of order {order}, which neither Sylvester's nor Paley's construction gives; take zscore"
+            )
         doublings, core = doublings + 1, core // 2
     for _ in range(doublings):
         matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
@@ -93,7 +99,10 @@ def _paley(order: int) -> Tensor | None:
     if _is_prime(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
         symmetric = _jacobsthal(order // 2 - 1, sign=1.0)
         eye = torch.eye(len(symmetric), dtype=torch.float64)
-        plus, minus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        plus, minus = (
+            torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64),
+            torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64),
+        )
         return torch.kron(symmetric, plus) + torch.kron(eye, minus)
     return None
 
@@ -116,23 +125,37 @@ def _is_prime(number: int) -> bool:
 def read_stats(path: Path, taps: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
     """Tensors `<tap>.mean` [D], `<tap>.covariance` [D, D] and what the file says of itself. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"teacher.standardize needs the statistics file '{path}', which is not there; make it with: dmae-ds teacher stats RECIPE")
+        raise UserError(
+            f"teacher.standardize needs the statistics file '{path}', which is not there; make it with: dmae-ds teacher stats RECIPE"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["about"])
             if about["version"] != STATS_VERSION:
-                raise UserError(f"'{path}' has format version {about['version']}, this program reads {STATS_VERSION}; make it again with dmae-ds teacher stats")
+                raise UserError(
+                    f"'{path}' has format version {about['version']}, this program reads {STATS_VERSION}; make it again with dmae-ds teacher stats"
+                )
             missing = [tap for tap in taps if f"{tap}.mean" not in file.keys()]
             if missing:
-                raise UserError(f"'{path}' has statistics of {', '.join(about['taps'])}, not of {', '.join(missing)}; make it again with dmae-ds teacher stats")
-            return {f"{tap}.{part}": file.get_tensor(f"{tap}.{part}") for tap in taps for part in ("mean", "covariance")}, about
+                raise UserError(
+                    f"'{path}' has statistics of {', '.join(about['taps'])}, not of {', '.join(missing)}; make it again with dmae-ds teacher stats"
+                )
+            return {
+                f"{tap}.{part}": file.get_tensor(f"{tap}.{part}")
+                for tap in taps
+                for part in ("mean", "covariance")
+            }, about
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"'{path}' is not a whole statistics file ({error}); make it again with dmae-ds teacher stats") from None
+        raise UserError(
+            f"'{path}' is not a whole statistics file ({error}); make it again with dmae-ds teacher stats"
+        ) from None
 
 
-def build_target(kind: str, taps: tuple[str, ...], stats: dict[str, Tensor] | None, device: torch.device) -> LayerNorm | Affine | None:
+def build_target(
+    kind: str, taps: tuple[str, ...], stats: dict[str, Tensor] | None, device: torch.device
+) -> LayerNorm | Affine | None:
     """(tap, tokens [..., D_t]) -> what is imitated, float32; None leaves features as they are."""
     if kind == "none":
         return None
@@ -140,5 +163,6 @@ def build_target(kind: str, taps: tuple[str, ...], stats: dict[str, Tensor] | No
         return LayerNorm()
     make = {"zscore": zscore_scale, "phi_s": phi_s_matrix}[kind]
     return Affine(
-        {tap: stats[f"{tap}.mean"].float().to(device) for tap in taps}, {tap: make(stats[f"{tap}.covariance"]).to(device) for tap in taps},
-    )  # fmt: skip
+        {tap: stats[f"{tap}.mean"].float().to(device) for tap in taps},
+        {tap: make(stats[f"{tap}.covariance"]).to(device) for tap in taps},
+    )

@@ -18,8 +18,15 @@ Top = TeacherDecoder | TeacherHead
 
 
 def meta_top(
-    config: TeacherConfig, vit: MaskedViT, norm: nn.Module | None, *, taps: tuple[str, ...], decoder_depth: int, num_classes: int | None, weights: Weights | None = None
-) -> Top | None:  # fmt: skip
+    config: TeacherConfig,
+    vit: MaskedViT,
+    norm: nn.Module | None,
+    *,
+    taps: tuple[str, ...],
+    decoder_depth: int,
+    num_classes: int | None,
+    weights: Weights | None = None,
+) -> Top | None:
     """On the meta device, without a byte of weights.
 
     norm: the encoder's own final one; decoder_depth: as `needed_depths` finds it; num_classes: of the data
@@ -32,6 +39,12 @@ def meta_top(
     if not decoder_depth:
         return None
     return meta_decoder(
-        weights, norm, encoder_dim=vit.embed_dim, embed_dim=config.decoder_embed_dim, depth=decoder_depth, num_heads=config.decoder_num_heads,
-        num_patches=vit.num_patches, patch_size=vit.patch_size if "prediction" in taps else None,
-    )  # fmt: skip
+        weights,
+        norm,
+        encoder_dim=vit.embed_dim,
+        embed_dim=config.decoder_embed_dim,
+        depth=decoder_depth,
+        num_heads=config.decoder_num_heads,
+        num_patches=vit.num_patches,
+        patch_size=vit.patch_size if "prediction" in taps else None,
+    )

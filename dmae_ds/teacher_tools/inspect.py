@@ -26,13 +26,27 @@ from dmae_ds.train.checkpoint_folder import write_atomically
 SIDECAR_VERSION = 1
 
 
-def inspect(path: Path, *, name: str | None = None, overrides: list[str] = (), format: str = "auto", write: bool = False) -> str:
+def inspect(
+    path: Path,
+    *,
+    name: str | None = None,
+    overrides: list[str] = (),
+    format: str = "auto",
+    write: bool = False,
+) -> str:
     """A page about a weights file; `write` stores its fingerprint beside it. Raises UserError where no network fits."""
     network = identify(path.expanduser(), name=name, overrides=list(overrides), format=format)
     vit, weights = network.vit, network.weights
-    dropped = check_fit(vit.state_dict(), weights, depth=vit.depth, may_resize="img_size" in network.overrides)
+    dropped = check_fit(
+        vit.state_dict(), weights, depth=vit.depth, may_resize="img_size" in network.overrides
+    )
     blocks = {key: tensor for key, tensor in vit.state_dict().items() if block_of(key) is not None}
-    (cut,) = {teacher for _, teacher in resolve_pairs(None, student_depth=1, teacher_depth=meta_teacher(network.name, network.overrides).depth)}
+    (cut,) = {
+        teacher
+        for _, teacher in resolve_pairs(
+            None, student_depth=1, teacher_depth=meta_teacher(network.name, network.overrides).depth
+        )
+    }
     needed = [key for key in vit.state_dict() if block_of(key) is None or block_of(key) < cut]
     numbers = ", ".join(f"{key}={value:g}" for key, value in network.overrides.items())
     probed = probe_by_block(network)
@@ -43,16 +57,22 @@ def inspect(path: Path, *, name: str | None = None, overrides: list[str] = (), f
         "kind": describe_kind(weights.container),
         "network": f"{network.name}{f' with {numbers}' if numbers else ''}: width {vit.embed_dim}, {vit.depth} blocks, {_describe_tokens(network)}",
         "fits too": ", ".join(network.others),
-        "parts": ", ".join([
-            f"blocks {_millions(sum(tensor.numel() for tensor in blocks.values()))}",
-            f"embedding {_millions(sum(tensor.numel() for key, tensor in vit.state_dict().items() if key not in blocks))}",
-            *(f"{label} {_millions(sum(part.values()))}" for label, part in _group(dropped.decoder, dropped.rest).items()),
-        ]),
+        "parts": ", ".join(
+            [
+                f"blocks {_millions(sum(tensor.numel() for tensor in blocks.values()))}",
+                f"embedding {_millions(sum(tensor.numel() for key, tensor in vit.state_dict().items() if key not in blocks))}",
+                *(
+                    f"{label} {_millions(sum(part.values()))}"
+                    for label, part in _group(dropped.decoder, dropped.rest).items()
+                ),
+            ]
+        ),
         "needed": f"{min(cut, vit.depth)} blocks (three quarters of the depth): {size_text(weights.num_bytes(needed))} are read of it",
-        "recipes": ", ".join(serving_recipes(path.expanduser(), network)) or "none of the shipped ones; set teacher.name and its numbers in your own",
+        "recipes": ", ".join(serving_recipes(path.expanduser(), network))
+        or "none of the shipped ones; set teacher.name and its numbers in your own",
         "features": _look(vit, probed),
         "fingerprint": _compare_or_write(path.expanduser(), network, found, write=write),
-    }  # fmt: skip
+    }
     return "\n".join(f"{label:<12}{text}" for label, text in rows.items() if text)
 
 
@@ -60,21 +80,38 @@ def probe_by_block(network: Network) -> identity.Probe:
     """The fixed input's features with one block in memory at a time, in float32."""
     vit, cpu = network.vit, torch.device("cpu")
     resize = "img_size" in network.overrides
-    fill(vit, network.weights, whole_blocks=vit.depth, may_resize=resize, dtype=torch.float32, device=cpu, blocks=range(0))
+    fill(
+        vit,
+        network.weights,
+        whole_blocks=vit.depth,
+        may_resize=resize,
+        dtype=torch.float32,
+        device=cpu,
+        blocks=range(0),
+    )
     return identity.probe(vit, _one_by_one(vit, network.weights))
 
 
 def _one_by_one(vit: MaskedViT, weights: Weights) -> Iterator[nn.Module]:
     for number, block in enumerate(vit.blocks):
         prefix = f"blocks.{number}."
-        block.load_state_dict({key: weights[prefix + key].float() for key in block.state_dict()}, strict=True, assign=True)
+        block.load_state_dict(
+            {key: weights[prefix + key].float() for key in block.state_dict()}, strict=True, assign=True
+        )
         yield block.eval()
         block.to("meta")
 
 
 def write_sidecar(file: Path, network: Network, found: identity.Fingerprint, **more: object) -> None:
     """What every run is to compare its teacher with, beside the weights."""
-    known = {"version": SIDECAR_VERSION, "dmae_ds": __version__, "name": network.name, "overrides": network.overrides, "fingerprint": found, **more}
+    known = {
+        "version": SIDECAR_VERSION,
+        "dmae_ds": __version__,
+        "name": network.name,
+        "overrides": network.overrides,
+        "fingerprint": found,
+        **more,
+    }
     write_atomically(file, json.dumps(known, indent=1).encode())
 
 
@@ -88,8 +125,12 @@ def serving_recipes(path: Path, network: Network) -> list[str]:
         objective, shape = build_objective(config, device="meta")
         cut, decoder_depth = needed_depths(objective.taps, shape.depth, config.teacher.decoder_depth)
         needed = meta_teacher(config.teacher.name, config.teacher.overrides(), cut).state_dict()
-        top = "decoder_embed.weight" if decoder_depth else "head.weight" if needs_top(objective.taps) else None
-        if (top is None or top in network.weights) and fits(needed, depth=cut, may_resize=config.teacher.img_size is not None)(network.weights):
+        top = (
+            "decoder_embed.weight" if decoder_depth else "head.weight" if needs_top(objective.taps) else None
+        )
+        if (top is None or top in network.weights) and fits(
+            needed, depth=cut, may_resize=config.teacher.img_size is not None
+        )(network.weights):
             names.append(f"{file.stem} (teacher.format={network.weights.format})")
     return names
 
@@ -100,7 +141,9 @@ def _compare_or_write(path: Path, network: Network, found: identity.Fingerprint,
     text = f"{last} {' '.join(f'{figure:.4g}' for figure in found[last][:4])} ..."
     if write:
         if path.is_dir() and file.exists():
-            raise UserError(f"'{file}' was written by dmae-ds teacher slice and is not overwritten; slice again")
+            raise UserError(
+                f"'{file}' was written by dmae-ds teacher slice and is not overwritten; slice again"
+            )
         write_sidecar(file, network, found)
         return f"{text}; written to {file}"
     known = identity.read_sidecar(path)
@@ -114,7 +157,11 @@ def _look(vit: nn.Module, probed: identity.Probe) -> str:
     deepest = max(probed.features)
     identity.check_alive({f"block/{deepest}": probed.features[deepest]})
     untrained = identity.find_untrained(vit, probed)
-    return f"WARNING: THIS TEACHER LOOKS UNTRAINED: {untrained}" if untrained else "finite, different for every patch, unlike a freshly initialised network's"
+    return (
+        f"WARNING: THIS TEACHER LOOKS UNTRAINED: {untrained}"
+        if untrained
+        else "finite, different for every patch, unlike a freshly initialised network's"
+    )
 
 
 def _describe_tokens(network: Network) -> str:

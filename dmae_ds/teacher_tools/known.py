@@ -20,14 +20,41 @@ from dmae_ds.teacher.grid import square_side
 
 # Tried in this order where no --name is given. Their pictures' size is taken from the file's position codes.
 NETWORKS = (
-    "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224", "vit_giant_patch14_224",
-    "vit_small_patch14_dinov2", "vit_base_patch14_dinov2", "vit_large_patch14_dinov2", "vit_giant_patch14_dinov2",
-    "vit_small_patch14_reg4_dinov2", "vit_base_patch14_reg4_dinov2", "vit_large_patch14_reg4_dinov2", "vit_giant_patch14_reg4_dinov2",
-    "vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3", "vit_base_patch16_dinov3", "vit_large_patch16_dinov3", "vit_huge_plus_patch16_dinov3",
-    "vit_small_patch16_dinov3_qkvb", "vit_base_patch16_dinov3_qkvb", "vit_large_patch16_dinov3_qkvb", "vit_huge_plus_patch16_dinov3_qkvb", "vit_7b_patch16_dinov3",
-    "vit_base_patch16_clip_224", "vit_large_patch14_clip_224", "vit_huge_patch14_clip_224", "vit_base_patch16_siglip_224", "vit_so400m_patch14_siglip_224",
-    "eva02_tiny_patch14_224", "eva02_small_patch14_224", "eva02_base_patch14_224", "eva02_large_patch14_224", "eva_giant_patch14_224",
-)  # fmt: skip
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+    "vit_base_patch16_224",
+    "vit_large_patch16_224",
+    "vit_huge_patch14_224",
+    "vit_giant_patch14_224",
+    "vit_small_patch14_dinov2",
+    "vit_base_patch14_dinov2",
+    "vit_large_patch14_dinov2",
+    "vit_giant_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch14_reg4_dinov2",
+    "vit_large_patch14_reg4_dinov2",
+    "vit_giant_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "vit_small_plus_patch16_dinov3",
+    "vit_base_patch16_dinov3",
+    "vit_large_patch16_dinov3",
+    "vit_huge_plus_patch16_dinov3",
+    "vit_small_patch16_dinov3_qkvb",
+    "vit_base_patch16_dinov3_qkvb",
+    "vit_large_patch16_dinov3_qkvb",
+    "vit_huge_plus_patch16_dinov3_qkvb",
+    "vit_7b_patch16_dinov3",
+    "vit_base_patch16_clip_224",
+    "vit_large_patch14_clip_224",
+    "vit_huge_patch14_clip_224",
+    "vit_base_patch16_siglip_224",
+    "vit_so400m_patch14_siglip_224",
+    "eva02_tiny_patch14_224",
+    "eva02_small_patch14_224",
+    "eva02_base_patch14_224",
+    "eva02_large_patch14_224",
+    "eva_giant_patch14_224",
+)
 
 
 @dataclass(frozen=True)
@@ -57,19 +84,29 @@ def identify(path: Path, *, name: str | None, overrides: list[str], format: str)
     opened = _open_all(path, format)
     found = [fit for candidate in NETWORKS for fit in [_try(candidate, keys, opened)] if fit is not None]
     if not found:
-        raise UserError(f"'{path}' holds {_geometry(opened)}; none of the {len(NETWORKS)} known networks fits: give --name NAME and numbers such as embed_dim=128 depth=8")
+        raise UserError(
+            f"'{path}' holds {_geometry(opened)}; none of the {len(NETWORKS)} known networks fits: give --name NAME and numbers such as embed_dim=128 depth=8"
+        )
     first = found[0]
-    return Network(first.name, first.overrides, first.vit, first.weights, tuple(other.name for other in found[1:]))
+    return Network(
+        first.name, first.overrides, first.vit, first.weights, tuple(other.name for other in found[1:])
+    )
 
 
 def _read_overrides(name: str | None, overrides: list[str]) -> dict:
     pairs = dict(text.partition("=")[::2] for text in overrides)
     try:
-        return ModelConfig(name=name or "unnamed", **{key: yaml.safe_load(value) for key, value in pairs.items()}).overrides()
+        return ModelConfig(
+            name=name or "unnamed", **{key: yaml.safe_load(value) for key, value in pairs.items()}
+        ).overrides()
     except (ValidationError, yaml.YAMLError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": overrides, "msg": str(error)}
+        first = (
+            error.errors()[0] if isinstance(error, ValidationError) else {"loc": overrides, "msg": str(error)}
+        )
         known = ", ".join(field for field in ModelConfig.model_fields if field != "name")
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}; numbers of a network are {known}") from None
+        raise UserError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}; numbers of a network are {known}"
+        ) from None
 
 
 def _open_own(path: Path) -> Container | None:
@@ -85,7 +122,9 @@ def _named(path: Path, name: str, keys: dict, format: str, last_block: str | Non
     vit = meta_teacher(name, keys, int(last_block) if last_block else None)
     resize = "img_size" in keys
     if format == "auto":
-        weights = choose_format(path, fits(vit.state_dict(), depth=vit.depth, may_resize=resize), vit.state_dict().keys())
+        weights = choose_format(
+            path, fits(vit.state_dict(), depth=vit.depth, may_resize=resize), vit.state_dict().keys()
+        )
     else:
         weights = open_weights(path, format)
     check_fit(vit.state_dict(), weights, depth=vit.depth, may_resize=resize)
@@ -112,7 +151,11 @@ def _try(name: str, keys: dict, opened: list[Weights]) -> Network | None:
         return None
     vit = meta_teacher(name, keys)
     for weights in opened:
-        size = {} if "img_size" in keys or vit.pos_embed is None or "pos_embed" not in weights else _own_size(vit, weights)
+        size = (
+            {}
+            if "img_size" in keys or vit.pos_embed is None or "pos_embed" not in weights
+            else _own_size(vit, weights)
+        )
         sized = meta_teacher(name, {**keys, **size}) if size else vit
         if fits(sized.state_dict(), depth=sized.depth, may_resize="img_size" in keys)(weights):
             return Network(name, {**keys, **size}, sized, weights)

@@ -28,9 +28,16 @@ from dmae_ds.teacher_tools.known import Network, identify
 
 
 def slice_teacher(
-    path: Path, out: Path, *, num_stages: int, name: str | None = None, overrides: list[str] = (), format: str = "auto", dtype: str | None = None,
+    path: Path,
+    out: Path,
+    *,
+    num_stages: int,
+    name: str | None = None,
+    overrides: list[str] = (),
+    format: str = "auto",
+    dtype: str | None = None,
     last_block: int | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Cut a teacher; returns a line about what was written. The peak of memory is one stage.
 
     last_block: the deepest block that is tapped; None: three quarters of the depth (DMAE, Sec. 4.1)
@@ -45,8 +52,15 @@ def slice_teacher(
     if last_block is None:
         ((_, last_block),) = resolve_pairs(None, student_depth=1, teacher_depth=whole_blocks)
     if not 1 <= last_block <= network.vit.depth:
-        raise UserError(f"--last-block {last_block} is not one of the {network.vit.depth} blocks that '{path}' holds; blocks count from 1")
-    cut = Network(network.name, network.overrides, meta_teacher(network.name, network.overrides, last_block), network.weights)
+        raise UserError(
+            f"--last-block {last_block} is not one of the {network.vit.depth} blocks that '{path}' holds; blocks count from 1"
+        )
+    cut = Network(
+        network.name,
+        network.overrides,
+        meta_teacher(network.name, network.overrides, last_block),
+        network.weights,
+    )
     stages = held_blocks(last_block, num_stages)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".tmp")
@@ -58,9 +72,15 @@ def slice_teacher(
         stored = Network(cut.name, cut.overrides, cut.vit, open_weights(unfinished, "dmae_ds"))
         found = identity.fingerprint(probe_by_block(stored).features)
         write_sidecar(
-            unfinished / "teacher.json", cut, found, blocks=last_block, whole_blocks=whole_blocks, stages=[[stage.start + 1, stage.stop] for stage in stages],
-            source=path.name, source_format=network.weights.format,
-        )  # fmt: skip
+            unfinished / "teacher.json",
+            cut,
+            found,
+            blocks=last_block,
+            whole_blocks=whole_blocks,
+            stages=[[stage.start + 1, stage.stop] for stage in stages],
+            source=path.name,
+            source_format=network.weights.format,
+        )
         os.replace(unfinished, out)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -72,12 +92,19 @@ def _write_stages(cut: Network, stages: list[range], folder: Path, dtype: str | 
     names = list(cut.vit.state_dict())
     weight_map: dict[str, str] = {}
     num_bytes = 0
-    metadata = {"format": "pt", "timm_name": cut.name, "timm_overrides": json.dumps(cut.overrides), "last_block": str(stages[-1].stop)}
+    metadata = {
+        "format": "pt",
+        "timm_name": cut.name,
+        "timm_overrides": json.dumps(cut.overrides),
+        "last_block": str(stages[-1].stop),
+    }
     for number, stage in enumerate(stages, start=1):
         file = f"stage-{number}-of-{len(stages)}.safetensors"
         mine = [name for name in names if block_of(name) is None or block_of(name) in stage]
         tensors = {name: cut.weights[name].to(DTYPES[dtype]) if dtype else cut.weights[name] for name in mine}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, metadata=metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, metadata=metadata
+        )
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         for name in mine:
             weight_map.setdefault(name, file)
@@ -89,5 +116,3 @@ def _write_stages(cut: Network, stages: list[range], folder: Path, dtype: str | 
         with open(file, "rb") as written:
             os.fsync(written.fileno())
     return num_bytes
-
-

@@ -42,8 +42,17 @@ class FinalAccuracy:
     """
 
     def __init__(
-        self, classifier: Classifier, config: RunConfig, train: ShardSet, *, run_dir: Path, engine: Engine, recorder: Recorder, ranks: TrainingRanks, num_steps: int
-    ):  # fmt: skip
+        self,
+        classifier: Classifier,
+        config: RunConfig,
+        train: ShardSet,
+        *,
+        run_dir: Path,
+        engine: Engine,
+        recorder: Recorder,
+        ranks: TrainingRanks,
+        num_steps: int,
+    ):
         self.classifier, self.config, self.train, self.run_dir = classifier, config, train, run_dir
         self.engine, self.recorder, self.ranks, self.num_steps = engine, recorder, ranks, num_steps
 
@@ -62,44 +71,91 @@ class FinalAccuracy:
         if data.val is None:
             return
         val = ShardSet.open(data.val, label="data.val", access=Access.of(data))
-        top1, top5 = measure(network.eval().to(device), val, self.config, ranks=self.ranks, img_size=self.classifier.numbers["img_size"])
+        top1, top5 = measure(
+            network.eval().to(device),
+            val,
+            self.config,
+            ranks=self.ranks,
+            img_size=self.classifier.numbers["img_size"],
+        )
         seconds = time.monotonic() - start
         found = {"accuracy/top1": top1} if top5 is None else {"accuracy/top1": top1, "accuracy/top5": top5}
         if self.ranks.is_main_process:
-            said = {"top1": top1, "top5": top5, "step": step, "num_val": val.num_samples, "data": self.train.fingerprint}
-            write_atomically(self.run_dir / ACCURACY_FILE, json.dumps({**said, "val": val.fingerprint}).encode() + b"\n")
+            said = {
+                "top1": top1,
+                "top5": top5,
+                "step": step,
+                "num_val": val.num_samples,
+                "data": self.train.fingerprint,
+            }
+            write_atomically(
+                self.run_dir / ACCURACY_FILE, json.dumps({**said, "val": val.fingerprint}).encode() + b"\n"
+            )
             begun = self.config.student.weights is not None
             settings = {
-                "recipe": self.config.objective.name, "init": "weights" if begun else "random", "epochs": self.config.optim.epochs,
-                "img_size": self.classifier.numbers["img_size"], "precision": self.ranks.mixed_precision,
-            }  # fmt: skip
-            append_result(self.run_dir, {
-                **said, "metric": "finetune" if begun else "supervised", "labels": "all", "subset_seed": None, "settings": settings,
-                "num_train": self.train.num_samples, "seconds": seconds, "device": device_name(device), "world_size": self.ranks.num_processes,
-            })  # fmt: skip
+                "recipe": self.config.objective.name,
+                "init": "weights" if begun else "random",
+                "epochs": self.config.optim.epochs,
+                "img_size": self.classifier.numbers["img_size"],
+                "precision": self.ranks.mixed_precision,
+            }
+            append_result(
+                self.run_dir,
+                {
+                    **said,
+                    "metric": "finetune" if begun else "supervised",
+                    "labels": "all",
+                    "subset_seed": None,
+                    "settings": settings,
+                    "num_train": self.train.num_samples,
+                    "seconds": seconds,
+                    "device": device_name(device),
+                    "world_size": self.ranks.num_processes,
+                },
+            )
         self.recorder.note(found, seconds=seconds)
 
     def _metadata(self, step: int) -> dict[str, str]:
-        about = {"keys": self.classifier.keys, "mean": list(self.config.data.mean), "std": list(self.config.data.std)}
+        about = {
+            "keys": self.classifier.keys,
+            "mean": list(self.config.data.mean),
+            "std": list(self.config.data.std),
+        }
         return {
-            "format": "pt", "timm_name": self.classifier.name, "timm_overrides": json.dumps(self.classifier.numbers), "classifier": json.dumps(about), "step": str(step),
-        }  # fmt: skip
+            "format": "pt",
+            "timm_name": self.classifier.name,
+            "timm_overrides": json.dumps(self.classifier.numbers),
+            "classifier": json.dumps(about),
+            "step": str(step),
+        }
 
 
 @torch.no_grad()
-def measure(network: nn.Module, val: ShardSet, config: RunConfig, *, ranks: TrainingRanks, img_size: int) -> tuple[float, float | None]:
+def measure(
+    network: nn.Module, val: ShardSet, config: RunConfig, *, ranks: TrainingRanks, img_size: int
+) -> tuple[float, float | None]:
     """Top-1 and top-5 in percent over all ranks' pictures, each seen once; top-5 is None with five classes or fewer. Collective."""
     data, num_classes = config.data, len(val.classes)
     normalize = Normalize(data.mean, data.std).to(ranks.device)
     batches = eval_batches(
-        val, img_size=img_size, crop_pct=data.crop_pct, batch_size=BATCH_SIZE, rank=ranks.process_index, world_size=ranks.num_processes, num_workers=data.num_workers
+        val,
+        img_size=img_size,
+        crop_pct=data.crop_pct,
+        batch_size=BATCH_SIZE,
+        rank=ranks.process_index,
+        world_size=ranks.num_processes,
+        num_workers=data.num_workers,
     )
-    counts = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # right at once, right among five, pictures
+    counts = torch.zeros(
+        3, dtype=torch.float64, device=ranks.device
+    )  # right at once, right among five, pictures
     for batch in batches:
         batch = batch.to(ranks.device)
         with ranks.autocast():
             logits = network(normalized(batch.images, normalize))
         hits = logits.float().topk(min(5, num_classes), dim=1).indices == batch.labels[:, None]  # [N, 5]
-        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), torch.tensor(len(hits), device=hits.device)])
+        counts += torch.stack(
+            [hits[:, 0].sum(), hits.any(dim=1).sum(), torch.tensor(len(hits), device=hits.device)]
+        )
     right, among_five, pictures = ranks.reduce(counts).tolist()
     return 100 * right / pictures, (100 * among_five / pictures if num_classes > 5 else None)

@@ -35,8 +35,14 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: CheckpointFolder, config: CheckpointConfig, *, identity: dict, student_metadata: dict[str, str], twin: TwinKeeper | None = None
-    ):  # fmt: skip
+        self,
+        folder: CheckpointFolder,
+        config: CheckpointConfig,
+        *,
+        identity: dict,
+        student_metadata: dict[str, str],
+        twin: TwinKeeper | None = None,
+    ):
         self.folder, self.config = folder, config
         self.identity, self.student_metadata, self.twin = identity, student_metadata, twin
         self._last_save_s = time.monotonic()
@@ -48,7 +54,10 @@ class Checkpoints:
 
     def due_by_time(self) -> bool:
         """Whether this rank's clock says so; ranks may differ, so only rank 0 is to be heard."""
-        return self.config.every_minutes is not None and time.monotonic() - self._last_save_s > 60 * self.config.every_minutes
+        return (
+            self.config.every_minutes is not None
+            and time.monotonic() - self._last_save_s > 60 * self.config.every_minutes
+        )
 
     def save(self, engine: Engine, *, step: int, position: int) -> None:
         """Save everything at a step; nothing to do at a step that is saved already. Collective.
@@ -63,19 +72,32 @@ class Checkpoints:
         weights = engine.full_weights()
         if dist.is_main():
             for path, tensors in self._plain_files(weights).items():
-                files.attempt(lambda: save_plain(path, tensors, {**self.student_metadata, "step": str(step)}), path)
+                files.attempt(
+                    lambda: save_plain(path, tensors, {**self.student_metadata, "step": str(step)}), path
+                )
             if self.twin is not None:
                 self.twin.save(self.folder.path / self.folder.tag(step), files)
         found = dist.gather_objects((socket.gethostname(), files.problem, self._relative(files, step)))
-        problems = [f"rank {rank} ({host}) {problem}" for rank, (host, problem, _) in enumerate(found) if problem is not None]
+        problems = [
+            f"rank {rank} ({host}) {problem}"
+            for rank, (host, problem, _) in enumerate(found)
+            if problem is not None
+        ]
         self._give_up_if(problems[0] if problems else None, step)
         written = {name: file for _, _, part in found for name, file in part.items()}
-        state = {"step": step, "position": position, **self.identity, "seconds": round(time.perf_counter() - started, 3)}
+        state = {
+            "step": step,
+            "position": position,
+            **self.identity,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
         self._give_up_if(self._main_does(lambda: self.folder.commit(step, state, written)), step)
         self._last_save_s, self._last_step = time.monotonic(), step
         problem = self._main_does(self._finish)
         if problem is not None:
-            raise self._failed(f"step {step} is saved, but what came before it could not be cleared away: {problem}")
+            raise self._failed(
+                f"step {step} is saved, but what came before it could not be cleared away: {problem}"
+            )
 
     def load(self, engine: Engine, checkpoint: Path) -> int:
         """Restore a save that preflight found fit for this run; returns its step. Collective.
@@ -86,10 +108,19 @@ class Checkpoints:
         state = self.folder.read_state(checkpoint)
         step = state["step"]
         if self.folder.moves(state, self.identity):
-            engine.load_moved(checkpoint, stage=state["zero_stage"], step=step, global_batch=self.identity["global_batch"])
+            engine.load_moved(
+                checkpoint, stage=state["zero_stage"], step=step, global_batch=self.identity["global_batch"]
+            )
             if dist.is_main():
-                was, now = (f"{of['world_size']} ranks, ZeRO stage {of['zero_stage']}" for of in (state, self.identity))
-                print(f"checkpoint {checkpoint.name} moved: written by {was}; this run has {now}", file=sys.stderr, flush=True)
+                was, now = (
+                    f"{of['world_size']} ranks, ZeRO stage {of['zero_stage']}"
+                    for of in (state, self.identity)
+                )
+                print(
+                    f"checkpoint {checkpoint.name} moved: written by {was}; this run has {now}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         else:
             engine.load(str(self.folder.path), checkpoint.name)
         if self.twin is not None:
@@ -122,14 +153,25 @@ class Checkpoints:
 
     def _plain_files(self, weights: dict[str, Tensor]) -> dict[Path, dict[str, Tensor]]:
         """RUN/student.safetensors loads into timm strictly; RUN/decoder.safetensors holds what else was trained."""
-        student = {name.removeprefix("student."): tensor for name, tensor in weights.items() if name.startswith("student.")}
+        student = {
+            name.removeprefix("student."): tensor
+            for name, tensor in weights.items()
+            if name.startswith("student.")
+        }
         rest = {name: tensor for name, tensor in weights.items() if not name.startswith("student.")}
-        return {self.folder.run_dir / f"{name}.safetensors": tensors for name, tensors in zip(PLAIN, (student, rest), strict=True)}
+        return {
+            self.folder.run_dir / f"{name}.safetensors": tensors
+            for name, tensors in zip(PLAIN, (student, rest), strict=True)
+        }
 
     def _relative(self, files: CheckpointFiles, step: int) -> dict:
         folder = self.folder.path / self.folder.tag(step)
-        copied = (folder / "offloaded_tensors" / f"rank{dist.rank():02d}").rglob("*")  # from NVMe, by DeepSpeed itself
-        written = files.written | {path: Written(path.stat().st_size, crc32_of(path)) for path in copied if path.is_file()}
+        copied = (folder / "offloaded_tensors" / f"rank{dist.rank():02d}").rglob(
+            "*"
+        )  # from NVMe, by DeepSpeed itself
+        written = files.written | {
+            path: Written(path.stat().st_size, crc32_of(path)) for path in copied if path.is_file()
+        }
         return {str(path.relative_to(folder)): file for path, file in written.items()}
 
     def _main_does(self, action: Callable[[], None]) -> str | None:
@@ -156,8 +198,16 @@ class Checkpoints:
 
         untidy = self._main_does(tidy)
         left = "" if untidy is None else f"what it had written is still there ({untidy}); "
-        before = f"{self.folder.tag(self._last_step)} is untouched" if self._last_step is not None else "nothing was saved before"
-        raise self._failed(dist.main_says(f"step {step} could not be saved: {problem}; {''.join(free)}{left}{before}; make room and continue with --resume auto"))
+        before = (
+            f"{self.folder.tag(self._last_step)} is untouched"
+            if self._last_step is not None
+            else "nothing was saved before"
+        )
+        raise self._failed(
+            dist.main_says(
+                f"step {step} could not be saved: {problem}; {''.join(free)}{left}{before}; make room and continue with --resume auto"
+            )
+        )
 
     def _failed(self, message: str) -> RunFailed:
         error = RunFailed(message)

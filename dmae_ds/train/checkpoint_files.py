@@ -97,7 +97,9 @@ class _Counted:
     def __exit__(self, *exc: object) -> None:
         if self._file is not None:
             self._files.attempt(lambda: os.fsync(self._file.fileno()), self._path)
-            self._files.attempt(self._file.close, self._path)  # a network's file system may speak up only here
+            self._files.attempt(
+                self._file.close, self._path
+            )  # a network's file system may speak up only here
             self._file.close()
         if self._files.problem is None and exc[0] is None:
             self._files.written[self._path] = Written(self._bytes, self._crc32)
@@ -116,7 +118,9 @@ def load_file(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False
         except Exception as error:
             if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
                 raise
-            raise RunFailed(f"{path} holds an object that no checkpoint of this trainer needs, and was not read: {str(error).splitlines()[0]}") from None
+            raise RunFailed(
+                f"{path} holds an object that no checkpoint of this trainer needs, and was not read: {str(error).splitlines()[0]}"
+            ) from None
 
 
 def allowed_classes() -> list[type]:

@@ -79,7 +79,9 @@ class CheckpointFolder:
         try:
             state = parse_state(folder)
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"checkpoint '{folder}' has no readable state.json ({error}); {self.way_back(folder)}") from None
+            raise UserError(
+                f"checkpoint '{folder}' has no readable state.json ({error}); {self.way_back(folder)}"
+            ) from None
         for name, written in state["files"].items():
             self._refuse(folder, what_is_wrong(folder / name, written, read=False))
         return state
@@ -100,8 +102,12 @@ class CheckpointFolder:
                 self.check_bytes(older)
             except UserError:
                 continue
-            return f"{older.name} before it is whole; to take that: echo {older.name} > {self.path / 'latest'}"
-        return "no older one is whole; choose another run.dir, or delete this run's checkpoints to start again"
+            return (
+                f"{older.name} before it is whole; to take that: echo {older.name} > {self.path / 'latest'}"
+            )
+        return (
+            "no older one is whole; choose another run.dir, or delete this run's checkpoints to start again"
+        )
 
     def check_same_run(self, folder: Path, identity: dict) -> None:
         """Raise UserError unless a checkpoint can continue as the run with this identity: MUST_AGREE's keys, world_size and zero_stage."""
@@ -109,7 +115,9 @@ class CheckpointFolder:
         for key, way_out in MUST_AGREE.items():
             found = state[key] if key in state else OLDER[key]
             if found != identity[key]:
-                raise UserError(f"checkpoint '{folder}' has {key} {_short(found)}, this run {_short(identity[key])}; {way_out}")
+                raise UserError(
+                    f"checkpoint '{folder}' has {key} {_short(found)}, this run {_short(identity[key])}; {way_out}"
+                )
         if not self.moves(state, identity):
             return
         wrote = f"{state['world_size']} ranks with ZeRO stage {state['zero_stage']}"
@@ -121,7 +129,9 @@ class CheckpointFolder:
             why = "holds tensors that were offloaded to NVMe, which do not move"
         else:
             return
-        raise UserError(f"checkpoint '{folder}' {why} to another world size or ZeRO stage; start with {wrote}, as it was written")
+        raise UserError(
+            f"checkpoint '{folder}' {why} to another world size or ZeRO stage; start with {wrote}, as it was written"
+        )
 
     @staticmethod
     def moves(state: dict, identity: dict) -> bool:
@@ -138,14 +148,20 @@ class CheckpointFolder:
         for before in self.all()[-1:]:
             needed, free = bytes_in(before), shutil.disk_usage(self.path).free
             if free < needed:
-                raise RunFailed(f"{before.name} took {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free in {self.path}")
+                raise RunFailed(
+                    f"{before.name} took {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free in {self.path}"
+                )
 
     def commit(self, step: int, state: dict, files: dict[str, Written]) -> None:
         """Seal a checkpoint whose files are all on the disk, and move the pointer to it. Raises OSError."""
         folder = self.path / self.tag(step)
         for written in (folder, self.path, self.run_dir):  # the names of its files, and its own
             sync_folder(written)
-        content = {"version": STATE_VERSION, **state, "files": {name: written._asdict() for name, written in sorted(files.items())}}
+        content = {
+            "version": STATE_VERSION,
+            **state,
+            "files": {name: written._asdict() for name, written in sorted(files.items())},
+        }
         write_atomically(folder / "state.json", json.dumps(content, indent=1).encode())
         write_atomically(self.path / "latest", self.tag(step).encode())
 
@@ -160,7 +176,9 @@ class CheckpointFolder:
         newest = (self.path / "latest").read_text().strip()
         stay = [path for path in self.all() if path.name <= newest][-keep:]
         for old in sorted(self.path.glob("step-*")):
-            if old not in stay and old.name < newest:  # later ones, of a run that went back, are for a person to judge
+            if (
+                old not in stay and old.name < newest
+            ):  # later ones, of a run that went back, are for a person to judge
                 self.remove(old)
 
     def remove(self, folder: Path) -> None:
@@ -175,8 +193,13 @@ def parse_state(folder: Path) -> dict:
     """A checkpoint's state.json, its files a {name: Written}. Raises OSError, JSONDecodeError; UserError for another version."""
     state = json.loads((folder / "state.json").read_text())
     if state.get("version") not in READABLE:
-        raise UserError(f"checkpoint '{folder}' has format version {state.get('version')}, this program reads {' and '.join(map(str, READABLE))}; use the program that wrote it")
-    state["files"] = {name: Written(**entry) if isinstance(entry, dict) else Written(entry, None) for name, entry in state["files"].items()}
+        raise UserError(
+            f"checkpoint '{folder}' has format version {state.get('version')}, this program reads {' and '.join(map(str, READABLE))}; use the program that wrote it"
+        )
+    state["files"] = {
+        name: Written(**entry) if isinstance(entry, dict) else Written(entry, None)
+        for name, entry in state["files"].items()
+    }
     return state
 
 
@@ -193,7 +216,11 @@ def what_is_wrong(path: Path, written: Written, *, read: bool) -> str | None:
         crc = crc32_of(path)
     except OSError as error:
         return f"{path.name} can't be read: {error.strerror}"
-    return None if crc == written.crc32 else f"{path.name} is damaged: its crc32 is {crc:08x} instead of {written.crc32:08x}"
+    return (
+        None
+        if crc == written.crc32
+        else f"{path.name} is damaged: its crc32 is {crc:08x} instead of {written.crc32:08x}"
+    )
 
 
 def bytes_in(folder: Path) -> int:

@@ -34,7 +34,12 @@ def logged_collectives() -> Iterator[Callable[[], float]]:
     comms_logger.comms_dict = {}
     try:
         # {operation: {bytes: [how often, [milliseconds], ...]}}
-        yield lambda: sum(sum(entry[1]) for sizes in comms_logger.comms_dict.values() for entry in sizes.values()) / 1000
+        yield (
+            lambda: (
+                sum(sum(entry[1]) for sizes in comms_logger.comms_dict.values() for entry in sizes.values())
+                / 1000
+            )
+        )
     finally:
         comms_logger.enabled = False
 
@@ -45,19 +50,28 @@ class Engine:
     The process group must exist. `stage` is the ZeRO stage.
     """
 
-    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, config: dict, device: torch.device):
+    def __init__(
+        self, objective: Objective, optimizer: torch.optim.Optimizer, config: dict, device: torch.device
+    ):
         deepspeed = import_deepspeed(device)
         self.stage = zero_stage(config)
         self.objective, self.device = objective, device
         self._fp32_weights = not (config["bf16"]["enabled"] or config["fp16"]["enabled"])
         self._deepspeed = deepspeed
-        self._offloads_to_disk = any(config.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device") == "nvme" for what in ("param", "optimizer"))
+        self._offloads_to_disk = any(
+            config.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device") == "nvme"
+            for what in ("param", "optimizer")
+        )
         names = {parameter: name for name, parameter in objective.named_parameters()}
-        self._groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        self._groups = [
+            [names[parameter] for parameter in group["params"]] for group in optimizer.param_groups
+        ]
         # Buffers are constants here; DeepSpeed casts its own copies to the engine's precision.
         self._buffers = {name: buffer.detach().cpu().clone() for name, buffer in objective.named_buffers()}
         # DeepSpeed reads LOCAL_RANK and takes the process group that exists.
-        self._engine, _, _, _ = deepspeed.initialize(model=objective.to(device), optimizer=optimizer, config=config, dist_init_required=False)
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=objective.to(device), optimizer=optimizer, config=config, dist_init_required=False
+        )
         from dmae_ds.train.checkpoint_files import CheckpointFiles
 
         self._engine.checkpoint_engine = self._files = CheckpointFiles()
@@ -70,7 +84,9 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0) * scales.get(group.get("scaled_by"), 1.0)
 
-    def train_micro_batch(self, batch, features: dict[str, Tensor], *, lap: Callable[[str], None] = lambda part: None) -> dict[str, Tensor]:
+    def train_micro_batch(
+        self, batch, features: dict[str, Tensor], *, lap: Callable[[str], None] = lambda part: None
+    ) -> dict[str, Tensor]:
         """Forward and backward; at an accumulation boundary also the optimiser's step. Returns the loss's parts, detached.
 
         lap: is told when "forward", "backward" and "optimizer" are over, for who takes the time
@@ -117,7 +133,11 @@ class Engine:
             if master is not None:
                 yield master.detach().float()
                 return
-        with self._deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext():
+        with (
+            self._deepspeed.zero.GatheredParameters([parameter])
+            if self.stage == 3
+            else contextlib.nullcontext()
+        ):
             yield parameter.detach().float()
 
     def save(self, folder: str, tag: str) -> CheckpointFiles:
@@ -145,6 +165,8 @@ class Engine:
         from dmae_ds.train.whole_state import WholeState
 
         if self._offloads_to_disk:
-            raise UserError(f"checkpoint '{checkpoint}' does not move into an optimiser that is offloaded to NVMe; offload to cpu, or start as it was written")
+            raise UserError(
+                f"checkpoint '{checkpoint}' does not move into an optimiser that is offloaded to NVMe; offload to cpu, or start as it was written"
+            )
         load_whole(self._engine, dict(self.objective.named_parameters()), WholeState(checkpoint, stage=stage))
         self._engine.global_steps, self._engine.global_samples = step, step * global_batch

@@ -27,7 +27,9 @@ def finished(config: RunConfig, *, allow_pipe: bool = False) -> bool:
     if latest is None:
         return False
     shards = open_train(config.data, allow_pipe=allow_pipe)
-    return folder.read_state(latest)["step"] >= num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
+    return folder.read_state(latest)["step"] >= num_steps(
+        config.optim.epochs, shards.num_samples, config.optim.global_batch
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -37,9 +39,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--allow-pipe", action="store_true")
     parser.add_argument("--resume", help=argparse.SUPPRESS)
-    args, more = parser.parse_known_args(arguments)  # as in cli.py: argparse gives up on positionals behind an option
+    args, more = parser.parse_known_args(
+        arguments
+    )  # as in cli.py: argparse gives up on positionals behind an option
     try:
-        return 0 if finished(load_config(args.recipe, args.overrides + more), allow_pipe=args.allow_pipe) else NOT_YET
+        return (
+            0
+            if finished(load_config(args.recipe, args.overrides + more), allow_pipe=args.allow_pipe)
+            else NOT_YET
+        )
     except UserError:
         return NOT_YET
 

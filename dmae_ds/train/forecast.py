@@ -35,9 +35,13 @@ def resolve_placement(preflight: Preflight, device: torch.device) -> tuple[Prefl
     if teacher is None or teacher.placement != "auto":
         return preflight, ""
     room = min(dist.gather_objects(free_bytes(device, preflight.world.local_size)))
-    found = dist.together(lambda: _choose(preflight, room, gpu=device.type == "cuda") if preflight.world.is_main else None)
+    found = dist.together(
+        lambda: _choose(preflight, room, gpu=device.type == "cuda") if preflight.world.is_main else None
+    )
     placement, stages, reason = dist.main_says(found)
-    chosen = preflight.config.model_copy(update={"teacher": teacher.model_copy(update={"placement": placement, "stages": stages})})
+    chosen = preflight.config.model_copy(
+        update={"teacher": teacher.model_copy(update={"placement": placement, "stages": stages})}
+    )
     return dataclasses.replace(preflight, config=chosen), reason
 
 
@@ -52,10 +56,15 @@ def predict(preflight: Preflight, geometry: Geometry, *, gpu: bool) -> Memory:
     """What the planner expects a rank to need. No collective."""
     config, teacher = preflight.config, preflight.config.teacher
     return rank_memory(
-        geometry, Zero.of(preflight.deepspeed), precision=config.precision, ranks=preflight.world.size,
-        accumulation=preflight.accumulation, placement="replicated" if teacher is None else teacher.placement,
-        stages=None if teacher is None else teacher.stages, gpu=gpu,
-    )  # fmt: skip
+        geometry,
+        Zero.of(preflight.deepspeed),
+        precision=config.precision,
+        ranks=preflight.world.size,
+        accumulation=preflight.accumulation,
+        placement="replicated" if teacher is None else teacher.placement,
+        stages=None if teacher is None else teacher.stages,
+        gpu=gpu,
+    )
 
 
 class MemoryReport:
@@ -90,15 +99,29 @@ def _choose(preflight: Preflight, room: float, *, gpu: bool) -> tuple[str, int |
     if world.size == 1:
         return "replicated", None, "replicated (chosen by auto: one rank)"
     geometry = measure(config, preflight.micro_batch)
-    machine = Machine(gpus=world.size, gpus_per_node=world.local_size, memory_gib=room / GIB, **({} if gpu else CPU))
+    machine = Machine(
+        gpus=world.size, gpus_per_node=world.local_size, memory_gib=room / GIB, **({} if gpu else CPU)
+    )
     zeros = {config.deepspeed: Zero.of(preflight.deepspeed)}
-    rows = candidates(geometry, machine, zeros, precision=config.precision, accumulation=preflight.accumulation, gpu=gpu, room=room)
+    rows = candidates(
+        geometry,
+        machine,
+        zeros,
+        precision=config.precision,
+        accumulation=preflight.accumulation,
+        gpu=gpu,
+        room=room,
+    )
     best = choose(rows, room=room)
     return best.placement, best.stages, _reason(best, rows, room)
 
 
 def _reason(best: Candidate, rows: list[Candidate], room: float) -> str:
-    others = [f"{row.name} {row.memory.total / GIB:.2f} GiB{'' if row.fits else ' (too much)'}, {row.cost.seconds:.3g} s" for row in rows if row is not best]
+    others = [
+        f"{row.name} {row.memory.total / GIB:.2f} GiB{'' if row.fits else ' (too much)'}, {row.cost.seconds:.3g} s"
+        for row in rows
+        if row is not best
+    ]
     return (
         f"{best.name} (chosen by auto: of what fits into {room / GIB:.2f} GiB a rank the fastest, equals in the table's order; predicted {best.memory.total / GIB:.2f} GiB, "
         f"{best.cost.seconds:.3g} s a step; {'; '.join(others)})"

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from dmae_ds.models.vit import MaskedViT
 
-LEAST_ROWS = 16  # of a rank's pictures: the rank of fewer is the rank of a small sample, whatever the features
+LEAST_ROWS = (
+    16  # of a rank's pictures: the rank of fewer is the rank of a small sample, whatever the features
+)
 MAX_ROWS = 1024  # of a rank's pictures: bounds the eigenvalues' cost to a 1024 x 1024 matrix
-POINT = 1e-6  # spread over size (both squared) below which features are one point: rounding alone has a full rank
+POINT = (
+    1e-6  # spread over size (both squared) below which features are one point: rounding alone has a full rank
+)
 
 
 def effective_rank(features: Tensor) -> Tensor:
@@ -26,7 +30,9 @@ def effective_rank(features: Tensor) -> Tensor:
     """
     features = features.float()
     finite = features.isfinite().all()
-    features = torch.where(finite, features, torch.zeros_like(features))  # eigenvalues of NaNs are an error, which belongs to the loss
+    features = torch.where(
+        finite, features, torch.zeros_like(features)
+    )  # eigenvalues of NaNs are an error, which belongs to the loss
     centred = features - features.mean(dim=0)
     # The smaller of [N, N] and [D, D]: both have the same eigenvalues but for zeros.
     matrix = centred @ centred.T if len(centred) <= centred.shape[1] else centred.T @ centred
@@ -59,17 +65,29 @@ class FeatureWatch:
     def measure(self) -> dict[str, Tensor]:
         """Scalars on the device by name; {} where nothing was seen."""
         pooled = {pool: torch.cat(rows) for pool, rows in self._pooled.items()}
-        found = {f"rank/{pool}": effective_rank(features[:MAX_ROWS]) for pool, features in pooled.items() if len(features) >= LEAST_ROWS}
+        found = {
+            f"rank/{pool}": effective_rank(features[:MAX_ROWS])
+            for pool, features in pooled.items()
+            if len(features) >= LEAST_ROWS
+        }
         found |= {name: torch.stack(norms).mean() for name, norms in sorted(self._norms.items())}
         self._pooled, self._norms = {}, {}
         return found
 
     @torch.no_grad()
-    def _see_student(self, student: MaskedViT, inputs: tuple, options: dict, output: tuple[Tensor, dict[int, Tensor]]) -> None:
-        if not (self.active and student.training) or options.get("grid") not in (None, student.grid):  # small crops are other pictures
+    def _see_student(
+        self, student: MaskedViT, inputs: tuple, options: dict, output: tuple[Tensor, dict[int, Tensor]]
+    ) -> None:
+        if not (self.active and student.training) or options.get("grid") not in (
+            None,
+            student.grid,
+        ):  # small crops are other pictures
             return
         latent, tapped = output
-        for pool, features in (("mean", latent[:, 1:].float().mean(dim=1)), ("cls", latent[:, 0].float().clone())):
+        for pool, features in (
+            ("mean", latent[:, 1:].float().mean(dim=1)),
+            ("cls", latent[:, 0].float().clone()),
+        ):
             self._pooled.setdefault(pool, []).append(features)
         for number, tokens in tapped.items():
             self._add_norm(number, tokens)

@@ -18,16 +18,45 @@ from dmae_ds.world import World
 
 
 def training_batches(
-    config: RunConfig, objective: Objective, shards: ShardSet | ForeignShards, *, world: World, device: torch.device, micro_batch: int, accumulation: int,
-    start_step: int = 0, stop_step: int, max_corrupt: int = 0, corrupt_log: Path | None = None,
-) -> Iterator[Batch]:  # fmt: skip
+    config: RunConfig,
+    objective: Objective,
+    shards: ShardSet | ForeignShards,
+    *,
+    world: World,
+    device: torch.device,
+    micro_batch: int,
+    accumulation: int,
+    start_step: int = 0,
+    stop_step: int,
+    max_corrupt: int = 0,
+    corrupt_log: Path | None = None,
+) -> Iterator[Batch]:
     """This rank's micro-batches of steps [start_step, stop_step), on the host (data/loader.py says what is raised)."""
     data, student = config.data, objective.student
     img_size = student.grid[0] * student.patch_size
     return train_batches(
-        shards, img_size=img_size, num_patches=student.num_patches, crop_scale=data.crop_scale, flip=data.flip, seed=config.run.seed,
-        global_batch=config.optim.global_batch, micro_batch=micro_batch, accumulation=accumulation, rank=world.rank, world_size=world.size,
-        start_step=start_step, stop_step=stop_step, num_workers=data.num_workers, pin_memory=device.type == "cuda", block=data.block, repeat=data.repeat,
-        buffer_gib=data.buffer_gib, max_corrupt=max_corrupt, corrupt_log=corrupt_log, views=objective.views,
-        augment=None if objective.rand_augment is None else RandAugment(objective.rand_augment, img_size=img_size, mean=data.mean),
-    )  # fmt: skip
+        shards,
+        img_size=img_size,
+        num_patches=student.num_patches,
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+        seed=config.run.seed,
+        global_batch=config.optim.global_batch,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start_step,
+        stop_step=stop_step,
+        num_workers=data.num_workers,
+        pin_memory=device.type == "cuda",
+        block=data.block,
+        repeat=data.repeat,
+        buffer_gib=data.buffer_gib,
+        max_corrupt=max_corrupt,
+        corrupt_log=corrupt_log,
+        views=objective.views,
+        augment=None
+        if objective.rand_augment is None
+        else RandAugment(objective.rand_augment, img_size=img_size, mean=data.mean),
+    )

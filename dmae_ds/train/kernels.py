@@ -28,9 +28,16 @@ class Kernels(NamedTuple):
 
 
 def choose_kernels(
-    config: RunConfig, objective: nn.Module, teacher: nn.Module | None, device: torch.device, *,
-    zero_stage: int, large: bool, twin: nn.Module | None = None, before: str | None = None,
-) -> Kernels:  # fmt: skip
+    config: RunConfig,
+    objective: nn.Module,
+    teacher: nn.Module | None,
+    device: torch.device,
+    *,
+    zero_stage: int,
+    large: bool,
+    twin: nn.Module | None = None,
+    before: str | None = None,
+) -> Kernels:
     """Prepare the networks as the recipe says, before an engine takes them.
 
     large: whether it is worth the time to try what `linear: auto` might take
@@ -41,7 +48,10 @@ def choose_kernels(
     why_not = _why_not_onednn(config, device, zero_stage=zero_stage)
     dist.together(lambda: _refuse(config, why_not))
     if config.compile:
-        return Kernels("torch", f"{sum(map(compile_blocks, networks))} blocks, compiled by torch.compile in their first step")
+        return Kernels(
+            "torch",
+            f"{sum(map(compile_blocks, networks))} blocks, compiled by torch.compile in their first step",
+        )
     wanted = before if config.linear == "auto" and before is not None else config.linear
     if wanted == "torch" or why_not or not (large or wanted == "onednn"):
         return Kernels("torch")
@@ -50,7 +60,10 @@ def choose_kernels(
     speedup = dist.main_says(onednn_speedup())  # on all ranks at once, as they share their cores in training
     if wanted == "auto" and speedup < FASTER:
         return Kernels("torch")
-    return Kernels("onednn", f"{sum(map(use_onednn, networks))} linear layers through oneDNN, {speedup:.2f} times as fast here as torch's")
+    return Kernels(
+        "onednn",
+        f"{sum(map(use_onednn, networks))} linear layers through oneDNN, {speedup:.2f} times as fast here as torch's",
+    )
 
 
 def _refuse(config: RunConfig, why_not: str) -> None:
@@ -88,4 +101,6 @@ class WarmUp:
             first, _, third = self._seconds
             self._seconds = None
             if dist.is_main():
-                tqdm.write(f"compile   the first step took {first:.1f} s, the third {third:.3g} s", file=sys.stderr)
+                tqdm.write(
+                    f"compile   the first step took {first:.1f} s, the third {third:.3g} s", file=sys.stderr
+                )

@@ -33,9 +33,16 @@ class TrainingRanks:
     """The ranks of a training run, as evaluation sees processes (`evaluate.features.Processes`)."""
 
     def __init__(self, world: dist.World, device: torch.device, *, precision: str):
-        self.num_processes, self.process_index, self.is_main_process, self.device = world.size, world.rank, world.is_main, device
+        self.num_processes, self.process_index, self.is_main_process, self.device = (
+            world.size,
+            world.rank,
+            world.is_main,
+            device,
+        )
         self._dtype = AUTOCAST.get(precision)
-        self.mixed_precision = "no" if self._dtype is None else {torch.bfloat16: "bf16", torch.float16: "fp16"}[self._dtype]
+        self.mixed_precision = (
+            "no" if self._dtype is None else {torch.bfloat16: "bf16", torch.float16: "fp16"}[self._dtype]
+        )
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
@@ -54,24 +61,41 @@ class KnnDuringTraining:
     """
 
     def __init__(
-        self, config: EvalConfig, data: DataConfig, student: ModelConfig, *, run_dir: Path, engine: Engine, recorder: Recorder, ranks: TrainingRanks,
-        steps_per_epoch: float, num_steps: int,
-    ):  # fmt: skip
+        self,
+        config: EvalConfig,
+        data: DataConfig,
+        student: ModelConfig,
+        *,
+        run_dir: Path,
+        engine: Engine,
+        recorder: Recorder,
+        ranks: TrainingRanks,
+        steps_per_epoch: float,
+        num_steps: int,
+    ):
         self.config, self.data, self.student, self.run_dir = config, data, student, run_dir
         self.engine, self.recorder, self.ranks = engine, recorder, ranks
         self.steps_per_epoch, self.num_steps = steps_per_epoch, num_steps
         self.sets = open_labelled(data)
         self.seed = check_labels(config.knn_labels, None)
-        self.ids = open_subset(run_dir, self.sets[0], labels=config.knn_labels, seed=self.seed, write=ranks.is_main_process)
+        self.ids = open_subset(
+            run_dir, self.sets[0], labels=config.knn_labels, seed=self.seed, write=ranks.is_main_process
+        )
 
     def __call__(self, step: int) -> None:
-        if not is_due(step, every=self.config.knn_every, steps_per_epoch=self.steps_per_epoch, num_steps=self.num_steps):
+        if not is_due(
+            step, every=self.config.knn_every, steps_per_epoch=self.steps_per_epoch, num_steps=self.num_steps
+        ):
             return
         start, device = time.monotonic(), self.ranks.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             frozen = self._embed(step)
         try:
-            options = {"temperature": self.config.knn_temperature, "memory_gib": self.config.memory_gib, "processes": self.ranks}
+            options = {
+                "temperature": self.config.knn_temperature,
+                "memory_gib": self.config.memory_gib,
+                "processes": self.ranks,
+            }
             ((k, (top1, top5)),) = classify(frozen, ks=[self.config.knn_k], **options).items()
         except UserError as error:
             self.recorder.flush()  # a loss that isn't finite says more
@@ -79,28 +103,54 @@ class KnnDuringTraining:
             failure.on_every_rank = True
             raise failure from None
         if self.ranks.is_main_process:
-            settings = {"k": k, "temperature": self.config.knn_temperature, **settings_of(self.ranks, pool=self.config.knn_pool)}
-            write_result(self.run_dir, frozen.about, metric="knn", top1=top1, top5=top5, settings=settings, since=start)
+            settings = {
+                "k": k,
+                "temperature": self.config.knn_temperature,
+                **settings_of(self.ranks, pool=self.config.knn_pool),
+            }
+            write_result(
+                self.run_dir, frozen.about, metric="knn", top1=top1, top5=top5, settings=settings, since=start
+            )
         found = {"knn/top1": top1} if top5 is None else {"knn/top1": top1, "knn/top5": top5}
         self.recorder.note(found, seconds=time.monotonic() - start)
 
     def _embed(self, step: int) -> FrozenFeatures:
         student = build_timm(self.student)
         prefix = "student."
-        weights = {name.removeprefix(prefix): tensor for name, tensor in self.engine.full_weights(on_every_rank=True).items() if name.startswith(prefix)}
+        weights = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.engine.full_weights(on_every_rank=True).items()
+            if name.startswith(prefix)
+        }
         student.load_state_dict(weights, strict=True)
         student.eval().to(self.ranks.device)
         normalize = Normalize(self.data.mean, self.data.std).to(self.ranks.device)
         found = []
-        for shard_set, subset in zip(self.sets, (None if self.config.knn_labels == ALL else self.ids, None), strict=True):
+        for shard_set, subset in zip(
+            self.sets, (None if self.config.knn_labels == ALL else self.ids, None), strict=True
+        ):
             found += extract_features(
-                student, shard_set, accelerator=self.ranks, normalize=normalize, crop_pct=self.data.crop_pct, pool=self.config.knn_pool,
-                batch_size=self.config.batch_size, num_workers=self.data.num_workers, title=None, subset=subset,
-            )  # fmt: skip
+                student,
+                shard_set,
+                accelerator=self.ranks,
+                normalize=normalize,
+                crop_pct=self.data.crop_pct,
+                pool=self.config.knn_pool,
+                batch_size=self.config.batch_size,
+                num_workers=self.data.num_workers,
+                title=None,
+                subset=subset,
+            )
         about = {
-            "labels": self.config.knn_labels, "subset_seed": self.seed, "step": step, "num_train": len(self.ids), "num_val": self.sets[1].num_samples,
-            "data": self.sets[0].fingerprint, "device": device_name(self.ranks.device), "world_size": self.ranks.num_processes,
-        }  # fmt: skip
+            "labels": self.config.knn_labels,
+            "subset_seed": self.seed,
+            "step": step,
+            "num_train": len(self.ids),
+            "num_val": self.sets[1].num_samples,
+            "data": self.sets[0].fingerprint,
+            "device": device_name(self.ranks.device),
+            "world_size": self.ranks.num_processes,
+        }
         return FrozenFeatures(*found, len(self.sets[0].classes), about)
 
 

@@ -22,7 +22,9 @@ from dmae_ds.train.twin import TwinKeeper
 from dmae_ds.vote import Vote
 
 
-def masked_batches(batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device) -> Iterator[tuple[Batch, MaskedBatch]]:
+def masked_batches(
+    batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device
+) -> Iterator[tuple[Batch, MaskedBatch]]:
     """Move each micro-batch to the device and draw its mask there."""
     for batch in copied(batches, device):
         yield batch, prepare(batch, normalize)
@@ -98,7 +100,9 @@ def train(
             with recorder.clock.booking("save"):
                 checkpoints.save(engine, step=step, position=step * global_batch)
         if stopped and not last:
-            error = Requeue(f"after step {step}, as it was told to; saved, and the same command with --resume auto goes on")
+            error = Requeue(
+                f"after step {step}, as it was told to; saved, and the same command with --resume auto goes on"
+            )
             error.on_every_rank = True
             raise error
         dist.report(step, "waiting for data")

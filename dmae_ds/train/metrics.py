@@ -49,12 +49,28 @@ class Recorder:
     """
 
     def __init__(
-        self, run_dir: Path, *, is_main: bool, accumulation: int, global_batch: int, num_samples: int, log_every: int, watch: FeatureWatch,
-        clock: Clock, speed: Speed | None, trackers: list,
-    ):  # fmt: skip
+        self,
+        run_dir: Path,
+        *,
+        is_main: bool,
+        accumulation: int,
+        global_batch: int,
+        num_samples: int,
+        log_every: int,
+        watch: FeatureWatch,
+        clock: Clock,
+        speed: Speed | None,
+        trackers: list,
+    ):
         self.path, self.is_main = run_dir / "metrics.jsonl", is_main
         self.accumulation, self.global_batch, self.num_samples = accumulation, global_batch, num_samples
-        self.log_every, self.watch, self.clock, self.speed, self.trackers = log_every, watch, clock, speed, trackers
+        self.log_every, self.watch, self.clock, self.speed, self.trackers = (
+            log_every,
+            watch,
+            clock,
+            speed,
+            trackers,
+        )
         self.step = 0  # the last finished one
         self._names: list[str] = []
         self._sums: Tensor | None = None  # of the step under way
@@ -92,7 +108,9 @@ class Recorder:
         """Close a step: `step` counts the finished ones, `lr` is the rate that it was taken with."""
         self.step = step
         seen = self.watch.measure()
-        values = torch.cat([self._sums / self.accumulation, *(value.float().reshape(1) for value in seen.values())])
+        values = torch.cat(
+            [self._sums / self.accumulation, *(value.float().reshape(1) for value in seen.values())]
+        )
         self._rows.append(_Row(step, lr, [*self._names, *seen], values, self.clock.lap(), self._ids))
         self._sums, self._ids = None, []
         self._look_at_next()
@@ -113,7 +131,10 @@ class Recorder:
         if not self._rows:
             return
         # Every rank's steps have the same numbers, so all of them travel as one row of numbers.
-        seconds = torch.tensor([second for row in self._rows for second in row.seconds.values()], device=self._rows[0].values.device)
+        seconds = torch.tensor(
+            [second for row in self._rows for second in row.seconds.values()],
+            device=self._rows[0].values.device,
+        )
         means = iter(dist.mean_over_ranks(torch.cat([*(row.values for row in self._rows), seconds])).tolist())
         scalars = [dict(zip(row.names, means)) for row in self._rows]
         waits = [dict(zip(row.seconds, means)) for row in self._rows]
@@ -125,7 +146,19 @@ class Recorder:
         for row, found, wait in zip(self._rows, scalars, waits, strict=True):
             losses = {name: found.pop(name) for name in self._names}
             epoch = row.step * self.global_batch / self.num_samples
-            records.append({"step": row.step, "epoch": epoch, "lr": row.lr, **losses, "images_per_s": images_per_s, **speed, **wait, **found, **self._notes.pop(row.step, {})})
+            records.append(
+                {
+                    "step": row.step,
+                    "epoch": epoch,
+                    "lr": row.lr,
+                    **losses,
+                    "images_per_s": images_per_s,
+                    **speed,
+                    **wait,
+                    **found,
+                    **self._notes.pop(row.step, {}),
+                }
+            )
         bad = next((i for i, record in enumerate(records) if not math.isfinite(record["loss"])), None)
         if self.is_main:
             self._write(records[: len(records) if bad is None else bad])
@@ -151,17 +184,27 @@ class Recorder:
                 self._told.result()  # raises what went wrong there
             self._told = self._teller.submit(self._tell, records)
         if self._bar is not None and records:
-            shown = {name: f"{records[-1][name]:.4f}" for name in self._names if not name.startswith("share/")}
-            waited, spent = (sum(record[name] for record in records for name in record if name.startswith(kind)) for kind in ("seconds/data", "seconds/"))
+            shown = {
+                name: f"{records[-1][name]:.4f}" for name in self._names if not name.startswith("share/")
+            }
+            waited, spent = (
+                sum(record[name] for record in records for name in record if name.startswith(kind))
+                for kind in ("seconds/data", "seconds/")
+            )
             shown |= {"img/s": f"{records[-1]['images_per_s']:.0f}", "data": f"{waited / spent:.0%}"}
             if self.speed is not None:
-                shown |= {"TFLOP/s": f"{records[-1]['tflops']:.3g}", "of peak": f"{records[-1]['of_peak']:.0%}"}
+                shown |= {
+                    "TFLOP/s": f"{records[-1]['tflops']:.3g}",
+                    "of peak": f"{records[-1]['of_peak']:.0%}",
+                }
             self._bar.set_postfix(shown, refresh=False)
 
     def _tell(self, records: list[dict]) -> None:
         for record in records:
             for tracker in self.trackers:
-                tracker.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+                tracker.log(
+                    {name: value for name, value in record.items() if name != "step"}, step=record["step"]
+                )
 
     def _look_at_next(self) -> None:
         self.watch.active = (self.step + 1) % self.log_every == 0 or self.step + 1 == self._num_steps
@@ -170,7 +213,9 @@ class Recorder:
         mine = torch.cat(row.ids).tolist() if not row.values[row.names.index("loss")].isfinite() else []
         samples = dist.gather_objects(mine)
         where = "; ".join(f"rank {rank}: {_short(ids)}" for rank, ids in enumerate(samples) if ids)
-        error = RunFailed(f"the loss of step {row.step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched")
+        error = RunFailed(
+            f"the loss of step {row.step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched"
+        )
         error.on_every_rank = True
         raise error
 
@@ -184,7 +229,9 @@ def build_trackers(names: list[str], run_dir: Path) -> list:
     trackers = []
     for name in names:
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
-        directory = {"logging_dir": run_dir / "tensorboard"} if tracker_class.requires_logging_directory else {}
+        directory = (
+            {"logging_dir": run_dir / "tensorboard"} if tracker_class.requires_logging_directory else {}
+        )
         tracker = tracker_class(run_dir.name, **directory)
         tracker.start()
         trackers.append(tracker)

@@ -10,7 +10,12 @@ import math
 
 import torch
 from deepspeed import zero
-from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state, safe_set_local_fp32_param, safe_set_local_optimizer_state
+from deepspeed.utils import (
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 
 from dmae_ds import dist
@@ -19,7 +24,9 @@ from dmae_ds.train.whole_state import MOMENTS, WholeState
 
 def load_whole(engine, parameters: dict[str, nn.Parameter], state: WholeState) -> None:
     """Put a whole state into a new DeepSpeed engine. Collective; every rank reads what it needs."""
-    assert set(state.names) == set(parameters), f"the checkpoint has other parameters: {set(state.names) ^ set(parameters)}"
+    assert set(state.names) == set(parameters), (
+        f"the checkpoint has other parameters: {set(state.names) ^ set(parameters)}"
+    )
     stage = engine.zero_optimization_stage()
     if stage == 0:
         _load_plain(engine.optimizer, parameters, state)
@@ -29,16 +36,23 @@ def load_whole(engine, parameters: dict[str, nn.Parameter], state: WholeState) -
         _load_scattered(engine.optimizer, parameters, state)
 
 
-def _load_plain(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: WholeState) -> None:
+def _load_plain(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: WholeState
+) -> None:
     for name, parameter in parameters.items():
         values = state.read(name)
         parameter.data.copy_(values["fp32"])
-        optimizer.state[parameter] = {"step": torch.tensor(state.step), **{moment: values[moment].to(parameter.device) for moment in MOMENTS}}
+        optimizer.state[parameter] = {
+            "step": torch.tensor(state.step),
+            **{moment: values[moment].to(parameter.device) for moment in MOMENTS},
+        }
 
 
 def _load_sliced(optimizer, parameters: dict[str, nn.Parameter], state: WholeState) -> None:
     """Stages 1 and 2, and DeepSpeed's optimiser for bf16: a group is one flat tensor of fp32 masters, cut over the ranks."""
-    _make_moments(optimizer.optimizer, [group["params"][0] for group in optimizer.optimizer.param_groups], state.step)
+    _make_moments(
+        optimizer.optimizer, [group["params"][0] for group in optimizer.optimizer.param_groups], state.step
+    )
     optimizer._lazy_init_hp_params_optimizer_state()  # tells each parameter where in the flat tensors it is
     for name, parameter in parameters.items():
         values = {key: value.to(parameter.device) for key, value in state.read(name).items()}
@@ -66,9 +80,14 @@ def _load_scattered(optimizer, parameters: dict[str, nn.Parameter], state: Whole
 
 def _make_moments(optimizer: torch.optim.Optimizer, flats: list[Tensor], step: float) -> None:
     for flat in flats:
-        optimizer.state[flat] = {"step": torch.tensor(step), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+        optimizer.state[flat] = {
+            "step": torch.tensor(step),
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
 
 
 def _piece(value: Tensor, rank: int, ranks: int) -> Tensor:
     size = math.ceil(value.numel() / ranks)
-    return nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))[rank * size : (rank + 1) * size]
+    return nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))[
+        rank * size : (rank + 1) * size
+    ]

@@ -26,27 +26,37 @@ def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Ad
 def parameter_groups(objective: Objective, *, weight_decay: float, layer_decay: float) -> list[dict]:
     """timm's groups, with `lr_scale` = layer_decay^(top - layer) where that isn't 1, and split at the objective's `lr_scales`: `scaled_by` is the entry's key."""
     if layer_decay == 1:
-        groups = param_groups_weight_decay(objective, weight_decay=weight_decay, no_weight_decay_list=objective.no_weight_decay)
+        groups = param_groups_weight_decay(
+            objective, weight_decay=weight_decay, no_weight_decay_list=objective.no_weight_decay
+        )
     else:
         layers = {name: objective.layer_of(name) for name, _ in objective.named_parameters()}
         top = max((layer for layer in layers.values() if layer is not None), default=None)
         if top is None:
-            raise UserError(f"optim.layer_decay {layer_decay:g} is of no use to this objective, which tells no layers apart; set optim.layer_decay=1")
+            raise UserError(
+                f"optim.layer_decay {layer_decay:g} is of no use to this objective, which tells no layers apart; set optim.layer_decay=1"
+            )
         view = SimpleNamespace(
-            named_parameters=objective.named_parameters, group_matcher=lambda coarse: lambda name: top if layers[name] is None else layers[name]
-        )  # fmt: skip
-        groups = param_groups_layer_decay(view, weight_decay, objective.no_weight_decay, layer_decay=layer_decay)
+            named_parameters=objective.named_parameters,
+            group_matcher=lambda coarse: lambda name: top if layers[name] is None else layers[name],
+        )
+        groups = param_groups_layer_decay(
+            view, weight_decay, objective.no_weight_decay, layer_decay=layer_decay
+        )
     if not objective.lr_scales:
         return groups
     prefix_of = {
-        id(parameter): next((prefix for prefix in objective.lr_scales if name.startswith(prefix)), None) for name, parameter in objective.named_parameters()
+        id(parameter): next((prefix for prefix in objective.lr_scales if name.startswith(prefix)), None)
+        for name, parameter in objective.named_parameters()
     }
     split = []
     for group in groups:
         for prefix in (None, *objective.lr_scales):
             parameters = [parameter for parameter in group["params"] if prefix_of[id(parameter)] == prefix]
             if parameters:
-                split.append({**group, "params": parameters, **({} if prefix is None else {"scaled_by": prefix})})
+                split.append(
+                    {**group, "params": parameters, **({} if prefix is None else {"scaled_by": prefix})}
+                )
     return split
 
 

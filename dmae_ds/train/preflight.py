@@ -52,14 +52,29 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     folder = CheckpointFolder(Path(config.run.dir).expanduser())
     resume_from = folder.latest() if resume == "auto" else None
     # What fitted before is what is known to fit: fewer ranks accumulate more, where the recipe says nothing and the objective bears it.
-    fitted = None if resume_from is None or config.objective.needs_whole_batch else folder.read_state(resume_from).get("micro_batch")
-    micro_batch, accumulation = split_batch(config.optim.global_batch, config.optim.micro_batch or fitted, world.size, together=max(config.data.repeat, config.objective.neighbours))
+    fitted = (
+        None
+        if resume_from is None or config.objective.needs_whole_batch
+        else folder.read_state(resume_from).get("micro_batch")
+    )
+    micro_batch, accumulation = split_batch(
+        config.optim.global_batch,
+        config.optim.micro_batch or fitted,
+        world.size,
+        together=max(config.data.repeat, config.objective.neighbours),
+    )
     deepspeed = load_deepspeed(
-        config.deepspeed, micro_batch=micro_batch, accumulation=accumulation, world_size=world.size,
-        clip_grad=config.optim.clip_grad, precision=config.precision,
-    )  # fmt: skip
+        config.deepspeed,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        world_size=world.size,
+        clip_grad=config.optim.clip_grad,
+        precision=config.precision,
+    )
     if config.compile and zero_stage(deepspeed) == 3:
-        raise UserError(f"compile=true and ZeRO 3 ({config.deepspeed}): its hooks fetch the weights that a compiled block would hold; use deepspeed=zero2, or compile=false")
+        raise UserError(
+            f"compile=true and ZeRO 3 ({config.deepspeed}): its hooks fetch the weights that a compiled block would hold; use deepspeed=zero2, or compile=false"
+        )
     check_objective(config, accumulation=accumulation)
     shards = open_train(config.data, allow_pipe=allow_pipe)
     if config.objective.needs_labels:
@@ -71,24 +86,47 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     if config.teacher is not None and config.teacher.weights is not None:
         weights = config.teacher.weights
         if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
-            raise UserError(f"teacher.weights '{weights}' is not a file; give the path of a .safetensors or .pth file, of a folder, or a hub id such as facebook/vit-mae-large")
-    if config.teacher is not None and config.teacher.stages is not None and world.size % config.teacher.stages:
+            raise UserError(
+                f"teacher.weights '{weights}' is not a file; give the path of a .safetensors or .pth file, of a folder, or a hub id such as facebook/vit-mae-large"
+            )
+    if (
+        config.teacher is not None
+        and config.teacher.stages is not None
+        and world.size % config.teacher.stages
+    ):
         fitting = ", ".join(str(number) for number in range(1, world.size + 1) if world.size % number == 0)
-        raise UserError(f"teacher.stages {config.teacher.stages} does not divide the {world.size} ranks into groups; take one of {fitting}")
+        raise UserError(
+            f"teacher.stages {config.teacher.stages} does not divide the {world.size} ranks into groups; take one of {fitting}"
+        )
     identity = {
-        "world_size": world.size, "zero_stage": zero_stage(deepspeed), "precision": config.precision, "seed": config.run.seed,
-        "fingerprint": shards.fingerprint, "num_samples": shards.num_samples, "order": {"version": ORDER_VERSION, "block": config.data.block},
+        "world_size": world.size,
+        "zero_stage": zero_stage(deepspeed),
+        "precision": config.precision,
+        "seed": config.run.seed,
+        "fingerprint": shards.fingerprint,
+        "num_samples": shards.num_samples,
+        "order": {"version": ORDER_VERSION, "block": config.data.block},
         "repeat": config.data.repeat,
-        "global_batch": config.optim.global_batch, "micro_batch": micro_batch,
-        "teacher": None if config.teacher is None else config.teacher.model_dump(mode="json", exclude={"weights", "format", "stats", "license", "placement", "stages"}),
-        "student": config.student.model_dump(mode="json", exclude={"weights"}), "objective": config.objective.model_dump(mode="json"),
-    }  # fmt: skip
+        "global_batch": config.optim.global_batch,
+        "micro_batch": micro_batch,
+        "teacher": None
+        if config.teacher is None
+        else config.teacher.model_dump(
+            mode="json", exclude={"weights", "format", "stats", "license", "placement", "stages"}
+        ),
+        "student": config.student.model_dump(mode="json", exclude={"weights"}),
+        "objective": config.objective.model_dump(mode="json"),
+    }
     if resume_from is not None:
         folder.check_same_run(resume_from, identity)
     if resume == "never" and (folder.run_dir / "config.yaml").exists():
-        raise UserError(f"run.dir '{folder.run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir")
+        raise UserError(
+            f"run.dir '{folder.run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir"
+        )
     steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
-    return Preflight(config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, identity, resume_from)
+    return Preflight(
+        config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, identity, resume_from
+    )
 
 
 def check_objective(config: RunConfig, *, accumulation: int) -> None:
@@ -97,9 +135,13 @@ def check_objective(config: RunConfig, *, accumulation: int) -> None:
     if config.objective.needs_teacher and config.teacher is None:
         raise UserError(f"objective {name} needs a teacher; give teacher.name and teacher.weights")
     if config.teacher is not None and not config.objective.needs_teacher:
-        raise UserError(f"objective {name} has no use for a teacher; remove the teacher section, or choose another objective.name")
+        raise UserError(
+            f"objective {name} has no use for a teacher; remove the teacher section, or choose another objective.name"
+        )
     if config.objective.neighbours > 1 and config.data.repeat > 1:
-        raise UserError(f"objective {name} mixes neighbouring pictures, and data.repeat {config.data.repeat} makes crops of one picture neighbours; set data.repeat=1")
+        raise UserError(
+            f"objective {name} mixes neighbouring pictures, and data.repeat {config.data.repeat} makes crops of one picture neighbours; set data.repeat=1"
+        )
     if config.objective.needs_whole_batch and accumulation > 1:
         raise UserError(
             f"objective {name} compares the pictures of a whole batch, and optim.micro_batch {config.optim.micro_batch} would cut each rank's share of "
@@ -111,14 +153,20 @@ def check_labelled(config: RunConfig, shards: ShardSet | ForeignShards) -> None:
     """Raise UserError where training pictures have no labels to learn from; a pass over the index, no picture is read."""
     name = config.objective.name
     if isinstance(shards, ForeignShards):
-        raise UserError(f"objective {name} needs labels, and data.num_samples streams tars whose labels nobody counted; make an index with `dmae-shards index`, and leave it out")
+        raise UserError(
+            f"objective {name} needs labels, and data.num_samples streams tars whose labels nobody counted; make an index with `dmae-shards index`, and leave it out"
+        )
     if len(shards.classes) < 2:
-        raise UserError(f"objective {name} needs labels, and data.train '{shards.folder}' has {len(shards.classes)} classes; make the shards from one folder a class")
+        raise UserError(
+            f"objective {name} needs labels, and data.train '{shards.folder}' has {len(shards.classes)} classes; make the shards from one folder a class"
+        )
     if config.data.val is not None:
         open_labelled(config.data)  # the same classes on both sides
     unlabelled = int((read_labels(shards) < 0).sum())
     if unlabelled:
-        raise UserError(f"objective {name} needs labels, and {unlabelled:,} of {shards.num_samples:,} samples of data.train '{shards.folder}' have none; leave them out of the shards")
+        raise UserError(
+            f"objective {name} needs labels, and {unlabelled:,} of {shards.num_samples:,} samples of data.train '{shards.folder}' have none; leave them out of the shards"
+        )
 
 
 def check_knn(config: RunConfig) -> None:
@@ -129,10 +177,14 @@ def check_knn(config: RunConfig) -> None:
     except UserError as error:
         raise UserError(f"eval.knn_every {config.eval.knn_every:g}: {error}") from None
     if num < config.eval.knn_k:
-        raise UserError(f"eval.knn_k {config.eval.knn_k} is larger than the {num} labelled training pictures of eval.knn_labels {config.eval.knn_labels}; choose a smaller one")
+        raise UserError(
+            f"eval.knn_k {config.eval.knn_k} is larger than the {num} labelled training pictures of eval.knn_labels {config.eval.knn_labels}; choose a smaller one"
+        )
 
 
-def split_batch(global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False, together: int = 1) -> tuple[int, int]:
+def split_batch(
+    global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False, together: int = 1
+) -> tuple[int, int]:
     """(images a rank sees at once, accumulated micro-batches), whose product with the ranks is global_batch.
 
     micro_batch: the most that fits into a rank's memory, of which the largest that divides is taken, so that a run can go on
@@ -141,13 +193,29 @@ def split_batch(global_batch: int, micro_batch: int | None, world_size: int, *, 
     Raises UserError where it can't be cut.
     """
     if global_batch % world_size:
-        near = sorted((number for number in range(1, global_batch + 1) if global_batch % number == 0), key=lambda number: (abs(number - world_size), number))
-        raise UserError(f"optim.global_batch {global_batch} doesn't divide by {world_size} ranks; start {' or '.join(map(str, sorted(near[:2])))} ranks, or choose another batch")
+        near = sorted(
+            (number for number in range(1, global_batch + 1) if global_batch % number == 0),
+            key=lambda number: (abs(number - world_size), number),
+        )
+        raise UserError(
+            f"optim.global_batch {global_batch} doesn't divide by {world_size} ranks; start {' or '.join(map(str, sorted(near[:2])))} ranks, or choose another batch"
+        )
     share = global_batch // world_size
-    found = max((number for number in range(together, min(micro_batch or share, share) + 1, together) if share % number == 0), default=None)
+    found = max(
+        (
+            number
+            for number in range(together, min(micro_batch or share, share) + 1, together)
+            if share % number == 0
+        ),
+        default=None,
+    )
     if found is None:
         at_most = f", at most optim.micro_batch {micro_batch} at once" if micro_batch else ""
-        raise UserError(f"{together} images stay together (data.repeat, or pictures that are mixed), which doesn't divide the {share} of a step that a rank sees{at_most}; choose another optim.global_batch")
+        raise UserError(
+            f"{together} images stay together (data.repeat, or pictures that are mixed), which doesn't divide the {share} of a step that a rank sees{at_most}; choose another optim.global_batch"
+        )
     if exact and found != (micro_batch or share):
-        raise UserError(f"optim.global_batch {global_batch} on {world_size} ranks doesn't divide by optim.micro_batch {micro_batch}; the next smaller one that does is {found}")
+        raise UserError(
+            f"optim.global_batch {global_batch} on {world_size} ranks doesn't divide by optim.micro_batch {micro_batch}; the next smaller one that does is {found}"
+        )
     return found, share // found

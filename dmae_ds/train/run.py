@@ -62,7 +62,9 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     objective, teacher = build_networks(preflight, device)
     classifier = objective.classifier()  # while its weights have their shapes
     # Before an engine flattens its weights, and anything hooks into its parts.
-    twin = None if objective.twin is None else TwinKeeper(objective, precision=config.precision, device=device)
+    twin = (
+        None if objective.twin is None else TwinKeeper(objective, precision=config.precision, device=device)
+    )
     lock = claim(preflight.run_dir)
     preflight = with_newest(preflight)
     large = sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
@@ -70,23 +72,44 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     memory = MemoryReport(watch, preflight, geometry) if large and watch.can_measure else None
     speed = own_speed(config, geometry, preflight.accumulation, device) if large else None
     kernels = choose_kernels(
-        config, objective, getattr(teacher, "vit", None), device, zero_stage=zero_stage(preflight.deepspeed), large=large, twin=None if twin is None else twin.twin,
-        before=None if preflight.resume_from is None else preflight.folder.read_state(preflight.resume_from).get("linear"),
-    )  # fmt: skip
+        config,
+        objective,
+        getattr(teacher, "vit", None),
+        device,
+        zero_stage=zero_stage(preflight.deepspeed),
+        large=large,
+        twin=None if twin is None else twin.twin,
+        before=None
+        if preflight.resume_from is None
+        else preflight.folder.read_state(preflight.resume_from).get("linear"),
+    )
     text = summary(preflight, objective, teacher, twin, placed=placed, kernels=kernels.text)
     clock, warm_up = Clock(), WarmUp(config.compile)
     recorder = Recorder(
-        preflight.run_dir, is_main=world.is_main, accumulation=preflight.accumulation,
-        global_batch=config.optim.global_batch, num_samples=preflight.shards.num_samples, log_every=config.log.every_steps,
-        watch=FeatureWatch(objective.student), clock=clock, speed=speed, trackers=[],
-    )  # fmt: skip
+        preflight.run_dir,
+        is_main=world.is_main,
+        accumulation=preflight.accumulation,
+        global_batch=config.optim.global_batch,
+        num_samples=preflight.shards.num_samples,
+        log_every=config.log.every_steps,
+        watch=FeatureWatch(objective.student),
+        clock=clock,
+        speed=speed,
+        trackers=[],
+    )
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
     dist.bound_every_wait()
     checkpoints = Checkpoints(
-        preflight.folder, config.checkpoint, identity={**preflight.identity, "linear": kernels.linear},
-        student_metadata={"format": "pt", "timm_name": config.student.name, "timm_overrides": json.dumps(config.student.overrides())},
+        preflight.folder,
+        config.checkpoint,
+        identity={**preflight.identity, "linear": kernels.linear},
+        student_metadata={
+            "format": "pt",
+            "timm_name": config.student.name,
+            "timm_overrides": json.dumps(config.student.overrides()),
+        },
         twin=twin,
-    )  # fmt: skip
+    )
     start_step = 0 if preflight.resume_from is None else checkpoints.load(engine, preflight.resume_from)
     dist.barrier()  # every rank has checked the run folder: rank 0 may write into it
     if world.is_main:
@@ -96,16 +119,27 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         print(text, file=sys.stderr, flush=True)
     recorder.start(step=start_step, num_steps=preflight.num_steps)
     batches = training_batches(
-        config, objective, preflight.shards, world=world, device=device, micro_batch=preflight.micro_batch, accumulation=preflight.accumulation,
-        start_step=start_step, stop_step=preflight.num_steps, max_corrupt=config.data.max_corrupt, corrupt_log=preflight.run_dir / "corrupt.jsonl",
-    )  # fmt: skip
+        config,
+        objective,
+        preflight.shards,
+        world=world,
+        device=device,
+        micro_batch=preflight.micro_batch,
+        accumulation=preflight.accumulation,
+        start_step=start_step,
+        stop_step=preflight.num_steps,
+        max_corrupt=config.data.max_corrupt,
+        corrupt_log=preflight.run_dir / "corrupt.jsonl",
+    )
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     inputs = masked_batches(clock.waiting("data", batches), objective.prepare, normalize, device)
     steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
     measures = evaluations(preflight, classifier, engine=engine, recorder=recorder, device=device)
 
     def progress_at(step: int) -> Progress:
-        epoch = step * config.optim.global_batch / preflight.shards.num_samples  # in this order, whole epochs are whole numbers
+        epoch = (
+            step * config.optim.global_batch / preflight.shards.num_samples
+        )  # in this order, whole epochs are whole numbers
         return Progress(step, preflight.num_steps, epoch, config.optim.epochs)
 
     def finish_step(step: int) -> None:
@@ -117,15 +151,29 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
 
     try:
         train(
-            engine, clock.waiting("teacher", teacher.stream(inputs)), recorder=recorder, checkpoints=checkpoints,
-            lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch), progress_at=progress_at, twin=twin, start_step=start_step, num_steps=preflight.num_steps,
-            accumulation=preflight.accumulation, global_batch=config.optim.global_batch, log_every=config.log.every_steps,
-            stop=stop, after_step=finish_step,
-        )  # fmt: skip
+            engine,
+            clock.waiting("teacher", teacher.stream(inputs)),
+            recorder=recorder,
+            checkpoints=checkpoints,
+            lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch),
+            progress_at=progress_at,
+            twin=twin,
+            start_step=start_step,
+            num_steps=preflight.num_steps,
+            accumulation=preflight.accumulation,
+            global_batch=config.optim.global_batch,
+            log_every=config.log.every_steps,
+            stop=stop,
+            after_step=finish_step,
+        )
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # torch's SIGCHLD handler raises it, wherever the rank just is
+        if not str(error).startswith(
+            "DataLoader worker"
+        ):  # torch's SIGCHLD handler raises it, wherever the rank just is
             raise
-        raise RunFailed(f"{str(error).splitlines()[0]} on {world.name()}; a machine short of memory kills workers first, and fewer data.num_workers need less") from None
+        raise RunFailed(
+            f"{str(error).splitlines()[0]} on {world.name()}; a machine short of memory kills workers first, and fewer data.num_workers need less"
+        ) from None
     finally:
         recorder.close()
         if lock is not None:
@@ -136,14 +184,20 @@ def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objectiv
     """The objective with its initial weights, and the teacher that it asks for, checked. Collective."""
     config = preflight.config
     # Groups are made before anything that one rank alone may stumble over.
-    group = join_group(config.teacher.stages) if config.teacher is not None and config.teacher.placement == "pipeline" else None
+    group = (
+        join_group(config.teacher.stages)
+        if config.teacher is not None and config.teacher.placement == "pipeline"
+        else None
+    )
 
     def build():
         check_precision(config.precision, device)
         objective, shape = build_objective(config, num_classes=preflight.num_classes)
         if config.student.weights is not None and preflight.resume_from is None:
             fill_student(objective.student, config.student.weights, config.student)
-        return objective, build_teacher(config, shape, objective.taps, device, group, num_classes=preflight.num_classes)
+        return objective, build_teacher(
+            config, shape, objective.taps, device, group, num_classes=preflight.num_classes
+        )
 
     objective, teacher = dist.together(build)
     if config.teacher is not None:
@@ -152,33 +206,59 @@ def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objectiv
 
 
 def build_teacher(
-    config: RunConfig, shape: TeacherShape | None, taps: tuple[str, ...], device: torch.device, group: StageGroup | None = None, *, num_classes: int | None = None
+    config: RunConfig,
+    shape: TeacherShape | None,
+    taps: tuple[str, ...],
+    device: torch.device,
+    group: StageGroup | None = None,
+    *,
+    num_classes: int | None = None,
 ) -> FrozenTeacher | NoTeacher:
     """The teacher that the taps ask for, cut after the deepest of them; of a pipeline, this rank's stage. No collective."""
     if config.teacher is None:
         return NoTeacher()
     return load_frozen_teacher(
-        config.teacher, taps=taps, whole_blocks=shape.depth, mean=config.data.mean, std=config.data.std, device=device, group=group,
-        sharded=config.teacher.placement == "zero3", num_classes=num_classes,
-    )  # fmt: skip
+        config.teacher,
+        taps=taps,
+        whole_blocks=shape.depth,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=device,
+        group=group,
+        sharded=config.teacher.placement == "zero3",
+        num_classes=num_classes,
+    )
 
 
 def with_newest(preflight: Preflight) -> Preflight:
     """Of a run that resumes, what is newest now that the folder is ours: each rank looked by itself, and the job before this one may have saved once more. Collective."""
     if not any(dist.gather_objects(preflight.resume_from is not None)):
         return preflight
-    newest = dist.main_says(dist.together(lambda: preflight.folder.latest() if preflight.world.is_main else None))
+    newest = dist.main_says(
+        dist.together(lambda: preflight.folder.latest() if preflight.world.is_main else None)
+    )
     return dataclasses.replace(preflight, resume_from=newest)
 
 
-def own_speed(config: RunConfig, geometry: Geometry | None, accumulation: int, device: torch.device) -> Speed | None:
+def own_speed(
+    config: RunConfig, geometry: Geometry | None, accumulation: int, device: torch.device
+) -> Speed | None:
     """What a step is held against, where its geometry is known (rank 0); products are timed on all ranks at once, as they share their cores in training."""
-    dtypes = {PRODUCTS[config.precision]} | (set() if config.teacher is None else {DTYPES[config.teacher.dtype]})
+    dtypes = {PRODUCTS[config.precision]} | (
+        set() if config.teacher is None else {DTYPES[config.teacher.dtype]}
+    )
     rates = {dtype: gemm_rate(dtype, device)() for dtype in dtypes}
     return None if geometry is None else Speed(step_work(config, geometry, accumulation), rates)
 
 
-def evaluations(preflight: Preflight, classifier: Classifier | None, *, engine: Engine, recorder: Recorder, device: torch.device) -> list[Callable[[int], None]]:
+def evaluations(
+    preflight: Preflight,
+    classifier: Classifier | None,
+    *,
+    engine: Engine,
+    recorder: Recorder,
+    device: torch.device,
+) -> list[Callable[[int], None]]:
     """What measures the student while it trains; each is told the number of finished steps, after each. Collective."""
     config, num_steps, found = preflight.config, preflight.num_steps, []
     if config.eval.knn_every is None and classifier is None:
@@ -191,10 +271,28 @@ def evaluations(preflight: Preflight, classifier: Classifier | None, *, engine: 
         steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
         found.append(
             KnnDuringTraining(
-                config.eval, config.data, config.student, run_dir=preflight.run_dir, engine=engine, recorder=recorder, ranks=ranks, steps_per_epoch=steps_per_epoch,
+                config.eval,
+                config.data,
+                config.student,
+                run_dir=preflight.run_dir,
+                engine=engine,
+                recorder=recorder,
+                ranks=ranks,
+                steps_per_epoch=steps_per_epoch,
                 num_steps=num_steps,
             )
-        )  # fmt: skip
+        )
     if classifier is not None:
-        found.append(FinalAccuracy(classifier, config, preflight.shards, run_dir=preflight.run_dir, engine=engine, recorder=recorder, ranks=ranks, num_steps=num_steps))
+        found.append(
+            FinalAccuracy(
+                classifier,
+                config,
+                preflight.shards,
+                run_dir=preflight.run_dir,
+                engine=engine,
+                recorder=recorder,
+                ranks=ranks,
+                num_steps=num_steps,
+            )
+        )
     return found

@@ -21,7 +21,9 @@ from dmae_ds import dist
 from dmae_ds.errors import UserError
 
 WAIT_S = 10.0  # for the ranks of a job that is just ending
-VISIBLE_S = 5.0  # until a new file is seen from another machine; NFS may keep a folder's listing for some seconds
+VISIBLE_S = (
+    5.0  # until a new file is seen from another machine; NFS may keep a folder's listing for some seconds
+)
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
 
@@ -52,14 +54,23 @@ def _lock(run_dir: Path) -> IO[str] | None:
             break
         except OSError as error:
             if error.errno not in _BUSY:
-                print(f"run.dir '{run_dir}' is on a file system without locks ({error.strerror}): nothing keeps a second job out of it", file=sys.stderr, flush=True)
+                print(
+                    f"run.dir '{run_dir}' is on a file system without locks ({error.strerror}): nothing keeps a second job out of it",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 return None
             if time.monotonic() > end:
                 file.seek(0)
-                raise UserError(f"run.dir '{run_dir}' is in use by {_holder(file.read())}; wait for it or stop it, or choose another run.dir") from None
+                raise UserError(
+                    f"run.dir '{run_dir}' is in use by {_holder(file.read())}; wait for it or stop it, or choose another run.dir"
+                ) from None
             time.sleep(0.2)
     file.truncate(0)
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}, file)
+    json.dump(
+        {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")},
+        file,
+    )
     file.flush()
     return file
 
@@ -83,5 +94,7 @@ def _look_for(token: Path, host: str) -> None:
     while not token.exists():
         if time.monotonic() > end:
             here = socket.gethostname()
-            raise UserError(f"run.dir '{token.parent}' on {here} is not the folder of {host}: it must be on a file system that all nodes share")
+            raise UserError(
+                f"run.dir '{token.parent}' on {here} is not the folder of {host}: it must be on a file system that all nodes share"
+            )
         time.sleep(0.1)

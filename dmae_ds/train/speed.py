@@ -13,7 +13,10 @@ import torch
 
 from dmae_ds.plan.work import Work
 
-SIZES = {"cpu": 1024, "cuda": 8192}  # rows = columns = inner dimension: the rate grows no more, and a fraction of a second
+SIZES = {
+    "cpu": 1024,
+    "cuda": 8192,
+}  # rows = columns = inner dimension: the rate grows no more, and a fraction of a second
 REPEATS = 3
 
 

@@ -85,10 +85,18 @@ class TwinKeeper:
         """Read what `save` wrote, on every rank. Raises UserError where it isn't there, or is of another twin."""
         path = folder / FILE
         if not path.is_file():
-            raise UserError(f"checkpoint '{folder}' has no {FILE}, the objective's EMA twin; it is not of this run")
+            raise UserError(
+                f"checkpoint '{folder}' has no {FILE}, the objective's EMA twin; it is not of this run"
+            )
         found, own = load_file(path), dict(self.tensors())
-        wrong = {name for name in found.keys() | own.keys() if name not in found or name not in own or found[name].shape != own[name].shape}
+        wrong = {
+            name
+            for name in found.keys() | own.keys()
+            if name not in found or name not in own or found[name].shape != own[name].shape
+        }
         if wrong:
-            raise UserError(f"{path} is of another EMA twin: {', '.join(sorted(wrong)[:4])} ({len(wrong)} tensors) differ; it is not of this run")
+            raise UserError(
+                f"{path} is of another EMA twin: {', '.join(sorted(wrong)[:4])} ({len(wrong)} tensors) differ; it is not of this run"
+            )
         for name, tensor in own.items():
             tensor.copy_(found[name])

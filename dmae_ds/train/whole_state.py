@@ -31,7 +31,9 @@ from torch import Tensor
 
 from dmae_ds.train.checkpoint_files import load_file
 
-GROUPS = "dmae_ds_parameter_groups"  # ours, in DeepSpeed's model files: [[names of a group's parameters], ...]
+GROUPS = (
+    "dmae_ds_parameter_groups"  # ours, in DeepSpeed's model files: [[names of a group's parameters], ...]
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = ("fp32", *MOMENTS)
 
@@ -41,9 +43,13 @@ class WholeState:
 
     def __init__(self, folder: Path, *, stage: int):
         self._shapes: dict[str, torch.Size] = {}
-        self._pieces: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # (name, state) -> flat pieces, in order
+        self._pieces: dict[tuple[str, str], list[Tensor]] = defaultdict(
+            list
+        )  # (name, state) -> flat pieces, in order
         self._steps: set[float] = set()
-        {0: self._open_whole, 1: self._open_sliced, 2: self._open_sliced, 3: self._open_scattered}[stage](folder)
+        {0: self._open_whole, 1: self._open_sliced, 2: self._open_sliced, 3: self._open_scattered}[stage](
+            folder
+        )
         assert len(self._steps) == 1, f"{folder}: Adam's step counters differ: {self._steps}"
         (self.step,) = self._steps
 
@@ -66,7 +72,9 @@ class WholeState:
         states = file["optimizer"]["state"]
         for number, name in enumerate(name for group in file[GROUPS] for name in group):
             self._shapes[name] = file["module"][name].shape
-            for state, tensor in zip(STATES, (file["module"][name], *(states[number][moment] for moment in MOMENTS)), strict=True):
+            for state, tensor in zip(
+                STATES, (file["module"][name], *(states[number][moment] for moment in MOMENTS)), strict=True
+            ):
                 self._pieces[name, state].append(tensor.flatten())
             self._steps.add(float(states[number]["step"]))
 
@@ -76,11 +84,15 @@ class WholeState:
             self._shapes |= shapes
         for file in _open(folder, "*_optim_states.pt"):
             optimizer = file[OPTIMIZER_STATE_DICT]
-            for number, (weights, slices) in enumerate(zip(optimizer[SINGLE_PARTITION_OF_FP32_GROUPS], optimizer[PARAM_SLICE_MAPPINGS], strict=True)):
+            for number, (weights, slices) in enumerate(
+                zip(optimizer[SINGLE_PARTITION_OF_FP32_GROUPS], optimizer[PARAM_SLICE_MAPPINGS], strict=True)
+            ):
                 states = optimizer[BASE_OPTIMIZER_STATE]["state"][number]
                 self._steps.add(float(states["step"]))
                 for name, where in slices.items():
-                    for state, flat in zip(STATES, (weights, *(states[moment] for moment in MOMENTS)), strict=True):
+                    for state, flat in zip(
+                        STATES, (weights, *(states[moment] for moment in MOMENTS)), strict=True
+                    ):
                         self._pieces[name, state].append(flat[where.start : where.start + where.numel])
 
     def _open_scattered(self, folder: Path) -> None:
@@ -94,7 +106,11 @@ class WholeState:
                 self._steps.add(float(states["step"]))
                 for name, shape in shapes.items():
                     stop = start + math.ceil(shape.numel() / len(files))
-                    for state, flat in zip(STATES, (optimizer[FP32_FLAT_GROUPS][number], *(states[moment] for moment in MOMENTS)), strict=True):
+                    for state, flat in zip(
+                        STATES,
+                        (optimizer[FP32_FLAT_GROUPS][number], *(states[moment] for moment in MOMENTS)),
+                        strict=True,
+                    ):
                         self._pieces[name, state].append(flat[start:stop])
                     self._shapes[name], start = shape, stop
 

@@ -22,13 +22,19 @@ def write(tmp_path, config) -> str:
 @pytest.mark.parametrize("name", shipped_files("DeepSpeed file"))
 def test_shipped_files_take_batch_clipping_and_precision_from_the_recipe(name):
     config = load_deepspeed(name, **{**RECIPE, "precision": "bf16_autocast"})
-    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (24, 4, 2)
+    assert (
+        config["train_batch_size"],
+        config["train_micro_batch_size_per_gpu"],
+        config["gradient_accumulation_steps"],
+    ) == (24, 4, 2)
     assert config["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1.0
     assert (config["bf16"]["enabled"], config["torch_autocast"]["enabled"]) == (False, True)
 
 
 def test_auto_and_equal_values_are_taken(tmp_path):
-    path = write(tmp_path, {"train_batch_size": "auto", "gradient_clipping": 0.0, "bf16": {"enabled": "auto"}})
+    path = write(
+        tmp_path, {"train_batch_size": "auto", "gradient_clipping": 0.0, "bf16": {"enabled": "auto"}}
+    )
     assert load_deepspeed(path, **RECIPE)["train_batch_size"] == 24
 
 
@@ -37,7 +43,10 @@ def test_auto_and_equal_values_are_taken(tmp_path):
     [
         ({"zero_optimisation": {"stage": 2}}, "did you mean zero_optimization?"),
         ({"zero_optimization": {"stgae": 2}}, "did you mean zero_optimization.stage?"),
-        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "did you mean zero_optimization.offload_optimizer.device?"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "did you mean zero_optimization.offload_optimizer.device?",
+        ),
         ({"zero_optimization": {"stage": 4}}, "choose 0, 1, 2 or 3"),
         ({"zero_optimization": 2}, "expected an object"),
         ({"train_batch_size": 64}, "train_batch_size is 64, but the recipe's optim.global_batch gives 24"),
@@ -68,7 +77,10 @@ def test_garbage_is_one_line(tmp_path):
 
 def test_the_table_names_nothing_that_deepspeed_does_not_have():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     zero = KNOWN["zero_optimization"]
     for known, schema in (
@@ -76,7 +88,9 @@ def test_the_table_names_nothing_that_deepspeed_does_not_have():
         (zero["offload_param"], DeepSpeedZeroOffloadParamConfig),
         (zero["offload_optimizer"], DeepSpeedZeroOffloadOptimizerConfig),
     ):
-        theirs = set(schema.model_fields) | {field.alias for field in schema.model_fields.values() if field.alias}
+        theirs = set(schema.model_fields) | {
+            field.alias for field in schema.model_fields.values() if field.alias
+        }
         assert set(known) <= theirs
 
 
@@ -84,11 +98,29 @@ def test_what_makes_the_host_wait_is_left_out_unless_the_file_asks_for_it(tmp_pa
     alone = {**RECIPE, "world_size": 1}
     zero = load_deepspeed("zero2", **alone)["zero_optimization"]
     assert zero["compute_grad_norm"] is False and zero["overlap_comm"] is False
-    assert load_deepspeed("zero2", **RECIPE)["zero_optimization"]["overlap_comm"] is True  # several ranks: there is something to overlap
+    assert (
+        load_deepspeed("zero2", **RECIPE)["zero_optimization"]["overlap_comm"] is True
+    )  # several ranks: there is something to overlap
     assert load_deepspeed("zero0", **alone)["timers"] == {"throughput": {"enabled": False}}
-    assert "compute_grad_norm" not in load_deepspeed("zero2", **{**alone, "clip_grad": 1.0})["zero_optimization"]  # the norm is needed
-    assert "compute_grad_norm" not in load_deepspeed("zero2", **{**alone, "precision": "fp16"})["zero_optimization"]
-    assert "compute_grad_norm" not in load_deepspeed("zero3", **alone)["zero_optimization"]  # DeepSpeed refuses it
-    asked = write(tmp_path, {"zero_optimization": {"stage": 1, "compute_grad_norm": True}, "timers": {"throughput": {"enabled": True}}})
+    assert (
+        "compute_grad_norm" not in load_deepspeed("zero2", **{**alone, "clip_grad": 1.0})["zero_optimization"]
+    )  # the norm is needed
+    assert (
+        "compute_grad_norm"
+        not in load_deepspeed("zero2", **{**alone, "precision": "fp16"})["zero_optimization"]
+    )
+    assert (
+        "compute_grad_norm" not in load_deepspeed("zero3", **alone)["zero_optimization"]
+    )  # DeepSpeed refuses it
+    asked = write(
+        tmp_path,
+        {
+            "zero_optimization": {"stage": 1, "compute_grad_norm": True},
+            "timers": {"throughput": {"enabled": True}},
+        },
+    )
     config = load_deepspeed(asked, **alone)
-    assert config["zero_optimization"]["compute_grad_norm"] is True and config["timers"]["throughput"]["enabled"] is True
+    assert (
+        config["zero_optimization"]["compute_grad_norm"] is True
+        and config["timers"]["throughput"]["enabled"] is True
+    )

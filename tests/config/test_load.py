@@ -45,7 +45,12 @@ def test_every_shipped_evaluation_recipe_is_valid(name):
 def test_a_recipe_lies_over_what_is_below_it(recipe, tmp_path):
     below = {"optim": {"epochs": 7, "warmup_epochs": 1}, "data": {"train": "elsewhere", "flip": False}}
     config = load_config(recipe, ["optim.epochs=8"], below=below)
-    assert (config.optim.epochs, config.optim.warmup_epochs, config.data.train, config.data.flip) == (8, 1, "shards", False)
+    assert (config.optim.epochs, config.optim.warmup_epochs, config.data.train, config.data.flip) == (
+        8,
+        1,
+        "shards",
+        False,
+    )
 
 
 def test_a_recipe_of_an_evaluation_is_none_of_training():
@@ -54,7 +59,10 @@ def test_a_recipe_of_an_evaluation_is_none_of_training():
 
 
 def test_the_paper_and_the_published_code_differ_where_they_are_known_to():
-    paper, code = load_config("dmae_vit_large_to_base").objective, load_config("dmae_published_code").objective
+    paper, code = (
+        load_config("dmae_vit_large_to_base").objective,
+        load_config("dmae_published_code").objective,
+    )
     assert (paper.head, paper.normalize, paper.patch_count) == ("mlp2", "none", "round")
     assert (code.head, code.normalize, code.patch_count) == ("linear", "l2", "int")
     assert (paper.distance, paper.alpha, paper.decoder.depth, paper.mask_ratio) == ("l1", 1.0, 8, 0.75)
@@ -73,7 +81,10 @@ def test_every_spelling_of_a_number_is_a_number(recipe, text):
 
 
 def test_an_override_makes_the_section_it_needs(recipe):
-    config = load_config(recipe, ["checkpoint.every_steps=7", "objective.decoder.depth=2", "objective.pairs=[[6, 12], [12, 24]]"])
+    config = load_config(
+        recipe,
+        ["checkpoint.every_steps=7", "objective.decoder.depth=2", "objective.pairs=[[6, 12], [12, 24]]"],
+    )
     assert (config.checkpoint.every_steps, config.objective.decoder.depth) == (7, 2)
     assert config.objective.pairs == [(6, 12), (12, 24)]
 

@@ -28,7 +28,11 @@ class FlakyServer(ThreadingHTTPServer):
     def draw(self) -> str:
         with self.lock:
             self.count["requests"] += 1
-            kind = self.random.choice(["503", "drop", "cut", "stall"]) if self.random.random() < self.trouble else "well"
+            kind = (
+                self.random.choice(["503", "drop", "cut", "stall"])
+                if self.random.random() < self.trouble
+                else "well"
+            )
             if kind != "well":
                 self.count[kind] += 1
             return kind

@@ -43,9 +43,19 @@ def test_views_of_photographs_are_the_official_recipe_s(photos, quality, subsamp
         photo = tvf.resize(photo, stored_at, tv.InterpolationMode.BICUBIC) if stored_at != 427 else photo
         data = encode(photo, quality=quality, subsampling=subsampling)
         official = Image.open(io.BytesIO(data)).convert("RGB")
-        left, top, right, bottom = crop_box(sample_rng(0, 0, number, 0), width=photo.width, height=photo.height, scale=(0.2, 1.0), ratio=CROP_RATIO)
-        official = tvf.resized_crop(official, top, left, bottom - top, right - left, [224, 224], tv.InterpolationMode.BICUBIC)
-        ours = train_view(decode_bytes(data), sample_rng(0, 0, number, 0), img_size=224, crop_scale=(0.2, 1.0), flip=False)
+        left, top, right, bottom = crop_box(
+            sample_rng(0, 0, number, 0),
+            width=photo.width,
+            height=photo.height,
+            scale=(0.2, 1.0),
+            ratio=CROP_RATIO,
+        )
+        official = tvf.resized_crop(
+            official, top, left, bottom - top, right - left, [224, 224], tv.InterpolationMode.BICUBIC
+        )
+        ours = train_view(
+            decode_bytes(data), sample_rng(0, 0, number, 0), img_size=224, crop_scale=(0.2, 1.0), flip=False
+        )
         differences.append(np.abs(ours.astype(int) - np.asarray(official).transpose(2, 0, 1)))
     assert np.mean(differences) < 0.1
     assert np.max(differences) <= 16
@@ -60,7 +70,10 @@ def test_views_of_photographs_are_the_official_recipe_s(photos, quality, subsamp
         lambda photo: encode(photo.convert("CMYK")),
         lambda photo: encode(photo, comment=b"c" * 999, icc_profile=b"p" * 70_000),
         lambda photo: encode(photo) + b"behind the end",
-        *(lambda photo, mode=mode: encode(photo.convert(mode), "PNG") for mode in ("RGB", "L", "P", "RGBA", "1", "LA")),
+        *(
+            lambda photo, mode=mode: encode(photo.convert(mode), "PNG")
+            for mode in ("RGB", "L", "P", "RGBA", "1", "LA")
+        ),
     ],
 )
 def test_every_kind_of_file_becomes_what_pil_says(photos, make):
@@ -86,8 +99,21 @@ def test_pictures_are_not_turned_by_their_exif_orientation(photos):
 def test_bytes_that_are_no_whole_picture_name_shard_and_key(shard_set, photos):
     sample = SampleReader(shard_set).read(5)
     jpeg, png = encode(photos[0]), encode(photos[0], "PNG")
-    for data in (b"", b"text", b"\xff\xd8", jpeg[:-2000], jpeg[:30], png[:-2000], png[:20], encode(photos[0], "BMP"), encode(photos[0], "GIF")):
-        with pytest.raises(CorruptSample, match=r"shard-000000.tar: sample 000000006 cannot be decoded \(.*\(line 7 of sources.txt\)") as caught:
+    for data in (
+        b"",
+        b"text",
+        b"\xff\xd8",
+        jpeg[:-2000],
+        jpeg[:30],
+        png[:-2000],
+        png[:20],
+        encode(photos[0], "BMP"),
+        encode(photos[0], "GIF"),
+    ):
+        with pytest.raises(
+            CorruptSample,
+            match=r"shard-000000.tar: sample 000000006 cannot be decoded \(.*\(line 7 of sources.txt\)",
+        ) as caught:
             decode(sample._replace(data=data))
         assert "\n" not in str(caught.value) and " 0x" not in str(caught.value)
         assert (caught.value.sample_id, caught.value.key) == (5, "000000006")
@@ -98,7 +124,12 @@ def bomb_png(width, height):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def bomb_jpeg(width, height):
@@ -107,7 +138,15 @@ def bomb_jpeg(width, height):
     return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
 
 
-@pytest.mark.parametrize("bomb", [bomb_png(100_000, 100_000), bomb_jpeg(65_500, 65_500), bomb_png(2**31 - 1, 1), bomb_jpeg(65_500, MAX_PIXELS // 65_500 + 1)])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        bomb_png(100_000, 100_000),
+        bomb_jpeg(65_500, 65_500),
+        bomb_png(2**31 - 1, 1),
+        bomb_jpeg(65_500, MAX_PIXELS // 65_500 + 1),
+    ],
+)
 def test_bombs_are_refused_by_their_header(bomb):
     with pytest.raises(ValueError, match="pixels"):
         decode_bytes(bomb)

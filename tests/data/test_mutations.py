@@ -43,8 +43,15 @@ def pictures() -> list[bytes]:
     rng = np.random.default_rng(0)
     found = []
     for number in range(NUM_SAMPLES):
-        smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((120, 90), Image.Resampling.BICUBIC)
-        kinds = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("JPEG", {"comment": b"c" * 200})]
+        smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
+            (120, 90), Image.Resampling.BICUBIC
+        )
+        kinds = [
+            ("JPEG", {}),
+            ("JPEG", {"progressive": True}),
+            ("PNG", {}),
+            ("JPEG", {"comment": b"c" * 200}),
+        ]
         kind, options = kinds[number % 4]
         image = smooth.convert("CMYK") if number == 4 else smooth.convert("L") if number == 8 else smooth
         file = io.BytesIO()
@@ -57,8 +64,14 @@ PICTURES = pictures()
 
 
 def make_folder(folder: Path) -> None:
-    samples = [NewSample(number, "png" if number % 4 == 2 else "jpg", data, 120, 90, number % 3) for number, data in enumerate(PICTURES)]
-    shards = [write_shard(folder, f"shard-{shard:06d}.tar", samples[6 * shard : 6 * shard + 6]) for shard in range(2)]
+    samples = [
+        NewSample(number, "png" if number % 4 == 2 else "jpg", data, 120, 90, number % 3)
+        for number, data in enumerate(PICTURES)
+    ]
+    shards = [
+        write_shard(folder, f"shard-{shard:06d}.tar", samples[6 * shard : 6 * shard + 6])
+        for shard in range(2)
+    ]
     write_manifest(folder, classes=["a", "b", "c"], seed=0, shards=shards)
 
 
@@ -79,7 +92,10 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
             data[at:at] = rng.bytes(int(rng.integers(1, 700)))
         elif kind == 4:  # swap two stretches
             length, other = int(rng.integers(1, 600)), int(rng.integers(0, len(data)))
-            data[at : at + length], data[other : other + length] = data[other : other + length], data[at : at + length]
+            data[at : at + length], data[other : other + length] = (
+                data[other : other + length],
+                data[at : at + length],
+            )
         elif kind == 5:
             extreme = int(rng.choice([0, 1, 2**15, 65500, 2**16 - 1, 100_000, 2**31 - 1]))
             packed = struct.pack(str(rng.choice([">H", ">I", "<I", "<Q", ">Q"])), extreme % 2**16)
@@ -97,9 +113,28 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 def mutate_number(text: str, rng: np.random.Generator) -> str:
     """A manifest with one value replaced by something wicked, its fingerprint right again half of the time."""
     manifest = json.loads(text)
-    wicked = [None, True, -1, 0, 1.5, 2**63, 10**30, "", "../x", "/etc/passwd", "a" * 300, [], {}, "pipe:touch ran", "shard-000001.tar"]
+    wicked = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        2**63,
+        10**30,
+        "",
+        "../x",
+        "/etc/passwd",
+        "a" * 300,
+        [],
+        {},
+        "pipe:touch ran",
+        "shard-000001.tar",
+    ]
     value = wicked[int(rng.integers(0, len(wicked)))]
-    shard, key = manifest["shards"][int(rng.integers(0, 2))], list(manifest)[int(rng.integers(0, len(manifest)))]
+    shard, key = (
+        manifest["shards"][int(rng.integers(0, 2))],
+        list(manifest)[int(rng.integers(0, len(manifest)))],
+    )
     if rng.random() < 0.6:
         shard[list(shard)[int(rng.integers(0, len(shard)))]] = value
     else:
@@ -107,7 +142,9 @@ def mutate_number(text: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.7:
         try:
             manifest["num_samples"] = sum(entry["num_samples"] for entry in manifest["shards"])
-            manifest["fingerprint"] = compute_fingerprint(manifest["classes"], [Shard(**entry) for entry in manifest["shards"]])
+            manifest["fingerprint"] = compute_fingerprint(
+                manifest["classes"], [Shard(**entry) for entry in manifest["shards"]]
+            )
         except (TypeError, KeyError, AttributeError):
             pass
     return json.dumps(manifest)
@@ -152,7 +189,9 @@ def _by_block(reader: SampleReader, sample_id: int):
 def try_input(number: int, folder: Path) -> str:
     """Make input `number` and read it. Returns its kind; raises whatever is not a ShardError of one line."""
     rng = np.random.default_rng(number)
-    kind = ("picture", "picture", "bomb", "tar", "index", "index and manifest", "manifest", "foreign")[number % 8]
+    kind = ("picture", "picture", "bomb", "tar", "index", "index and manifest", "manifest", "foreign")[
+        number % 8
+    ]
     if kind in ("picture", "bomb"):
         data = bomb(rng) if kind == "bomb" else PICTURES[int(rng.integers(0, NUM_SAMPLES))]
         try:
@@ -162,10 +201,16 @@ def try_input(number: int, folder: Path) -> str:
             assert "\n" not in str(error)
         return kind
     make_folder(folder)
-    tar, index, manifest = folder / "shard-000001.tar", folder / index_name("shard-000001.tar"), folder / "manifest.json"
+    tar, index, manifest = (
+        folder / "shard-000001.tar",
+        folder / index_name("shard-000001.tar"),
+        folder / "manifest.json",
+    )
     if kind == "tar":
         data = mutate(tar.read_bytes(), rng)
-        tar.write_bytes((data + bytes(tar.stat().st_size))[: tar.stat().st_size] if rng.random() < 0.8 else data)
+        tar.write_bytes(
+            (data + bytes(tar.stat().st_size))[: tar.stat().st_size] if rng.random() < 0.8 else data
+        )
     elif kind.startswith("index"):
         index.write_bytes(mutate(index.read_bytes(), rng))
         if kind != "index":  # and the manifest agrees with it
@@ -173,11 +218,15 @@ def try_input(number: int, folder: Path) -> str:
 
             content = json.loads(manifest.read_text())
             content["shards"][1]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
-            content["fingerprint"] = compute_fingerprint(content["classes"], [Shard(**entry) for entry in content["shards"]])
+            content["fingerprint"] = compute_fingerprint(
+                content["classes"], [Shard(**entry) for entry in content["shards"]]
+            )
             manifest.write_text(json.dumps(content))
     elif kind == "manifest":
         text = manifest.read_text()
-        manifest.write_bytes(mutate(text.encode(), rng) if rng.random() < 0.4 else mutate_number(text, rng).encode())
+        manifest.write_bytes(
+            mutate(text.encode(), rng) if rng.random() < 0.4 else mutate_number(text, rng).encode()
+        )
     try:
         if kind == "foreign":
             _read_foreign(folder, tar, rng)
@@ -193,7 +242,13 @@ def _read_foreign(folder: Path, tar: Path, rng: np.random.Generator) -> None:
 
     (folder / "manifest.json").unlink()
     with tarfile.open(tar, "a", format=tarfile.PAX_FORMAT) as file:  # what a hostile tar may hold
-        for name, kind in (("../escape.jpg", tarfile.REGTYPE), ("/tmp/escape.jpg", tarfile.REGTYPE), ("link.jpg", tarfile.SYMTYPE), ("x.pkl", tarfile.REGTYPE), ("ü" * 99 + ".jpg", tarfile.REGTYPE)):
+        for name, kind in (
+            ("../escape.jpg", tarfile.REGTYPE),
+            ("/tmp/escape.jpg", tarfile.REGTYPE),
+            ("link.jpg", tarfile.SYMTYPE),
+            ("x.pkl", tarfile.REGTYPE),
+            ("ü" * 99 + ".jpg", tarfile.REGTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.size = kind, "/etc/passwd", 8 if kind == tarfile.REGTYPE else 0
             file.addfile(info, io.BytesIO(b"cos\nsyst") if info.size else None)
@@ -212,9 +267,24 @@ def _forbid(folder: Path) -> None:
     """Ends the process at an event that no input may cause."""
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "socket.connect", "pickle.find_class", "exec.never"):
+        if event in (
+            "subprocess.Popen",
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "os.fork",
+            "pty.spawn",
+            "socket.connect",
+            "pickle.find_class",
+            "exec.never",
+        ):
             os._exit(FORBIDDEN)
-        if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        if (
+            event == "open"
+            and isinstance(args[0], (str, bytes, os.PathLike))
+            and isinstance(args[1], str)
+            and set(args[1]) & set("wax+")
+        ):
             if not os.path.abspath(os.fsdecode(args[0])).startswith(str(folder)):
                 os._exit(FORBIDDEN)
 
@@ -240,7 +310,9 @@ def run_in_child(numbers: range, folder: Path) -> int:
                 signal.setitimer(signal.ITIMER_PROF, CPU_S)
                 signal.setitimer(signal.ITIMER_REAL, WALL_S)
                 try_input(number, folder)
-            os.write(sender, b"memory %d\n" % (1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin)))
+            os.write(
+                sender, b"memory %d\n" % (1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin))
+            )
             os._exit(0)
         except BaseException:
             os.write(sender, traceback.format_exc().encode())
@@ -251,8 +323,15 @@ def run_in_child(numbers: range, folder: Path) -> int:
     _, status = os.waitpid(child, 0)
     lines = said.splitlines()
     code = os.waitstatus_to_exitcode(status)
-    what = {FORBIDDEN: "did what is forbidden", BROKEN: "raised", -signal.SIGPROF: "took more than 5 s", -signal.SIGALRM: "hung"}
-    assert code == 0, f"input {[line for line in lines if line.isdigit()][-1:]} {what.get(code, f'ended with {code}')}\n{said[-3000:]}"
+    what = {
+        FORBIDDEN: "did what is forbidden",
+        BROKEN: "raised",
+        -signal.SIGPROF: "took more than 5 s",
+        -signal.SIGALRM: "hung",
+    }
+    assert code == 0, (
+        f"input {[line for line in lines if line.isdigit()][-1:]} {what.get(code, f'ended with {code}')}\n{said[-3000:]}"
+    )
     return int(lines[-1].removeprefix("memory "))
 
 

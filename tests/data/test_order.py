@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from dmae_ds.data import order as order_module
-from dmae_ds.data.order import WINDOW_BLOCKS, batch_positions, block_spans, epoch_key, num_held, num_lanes, num_steps, permute, sample_ids
+from dmae_ds.data.order import (
+    WINDOW_BLOCKS,
+    batch_positions,
+    block_spans,
+    epoch_key,
+    num_held,
+    num_lanes,
+    num_steps,
+    permute,
+    sample_ids,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 255, 256, 257, 1000, 4097])
@@ -63,18 +73,20 @@ def test_every_sample_comes_once_an_epoch_and_batches_do_not_depend_on_ranks(
     steps = num_steps(3, num_samples, 12)
     seen = []
     for step in range(steps):
-        positions = np.concatenate([
-            batch_positions(
-                step,
-                global_batch=12,
-                rank=rank,
-                world_size=world_size,
-                micro_batch=micro_batch,
-                accumulation_step=accumulation_step,
-            )
-            for rank in range(world_size)
-            for accumulation_step in range(accumulation)
-        ])
+        positions = np.concatenate(
+            [
+                batch_positions(
+                    step,
+                    global_batch=12,
+                    rank=rank,
+                    world_size=world_size,
+                    micro_batch=micro_batch,
+                    accumulation_step=accumulation_step,
+                )
+                for rank in range(world_size)
+                for accumulation_step in range(accumulation)
+            ]
+        )
         assert positions.tolist() == list(range(12 * step, 12 * step + 12))
         epochs, ids = sample_ids(positions, num_samples=num_samples, seed=3)
         seen += zip(epochs.tolist(), ids.tolist(), strict=True)
@@ -115,38 +127,60 @@ def draw_setting(number):
 def part_of_a_rank(setting, step, rank, accumulation_step):
     """The positions of one micro-batch as its workers load them: in parts, put together again."""
     positions = batch_positions(
-        step, global_batch=setting["global_batch"], rank=rank, world_size=setting["world_size"], micro_batch=setting["micro_batch"],
-        accumulation_step=accumulation_step, num_samples=setting["num_samples"], block=setting["block"],
-    )  # fmt: skip
+        step,
+        global_batch=setting["global_batch"],
+        rank=rank,
+        world_size=setting["world_size"],
+        micro_batch=setting["micro_batch"],
+        accumulation_step=accumulation_step,
+        num_samples=setting["num_samples"],
+        block=setting["block"],
+    )
     size, parts = setting["micro_batch"], max(1, min(setting["num_workers"], setting["micro_batch"]))
-    return np.concatenate([positions[part * size // parts : (part + 1) * size // parts] for part in range(parts)])
+    return np.concatenate(
+        [positions[part * size // parts : (part + 1) * size // parts] for part in range(parts)]
+    )
 
 
 def check_setting(setting):
     n, block, seed, batch = (setting[key] for key in ("num_samples", "block", "seed", "global_batch"))
     order = {"num_samples": n, "seed": seed, "block": block}
-    first_step = int((setting["epoch"] + setting["resume"]) * n / batch)  # a resume point, anywhere in an epoch
+    first_step = int(
+        (setting["epoch"] + setting["resume"]) * n / batch
+    )  # a resume point, anywhere in an epoch
     for step in range(first_step, first_step + 2):
         ranks = [
-            np.concatenate([part_of_a_rank(setting, step, rank, a) for a in range(setting["accumulation"])]) for rank in range(setting["world_size"])
+            np.concatenate([part_of_a_rank(setting, step, rank, a) for a in range(setting["accumulation"])])
+            for rank in range(setting["world_size"])
         ]
         assert len({len(positions) for positions in ranks}) == 1  # equal counts
         together = np.concatenate(ranks)
         alone = batch_positions(
-            step, global_batch=batch, rank=0, world_size=1, micro_batch=batch, accumulation_step=0, num_samples=n, block=block
-        )  # fmt: skip
+            step,
+            global_batch=batch,
+            rank=0,
+            world_size=1,
+            micro_batch=batch,
+            accumulation_step=0,
+            num_samples=n,
+            block=block,
+        )
         assert np.array_equal(together, alone)  # the same global batch, in the same order, for every division
         assert np.array_equal(np.sort(together), np.arange(step * batch, (step + 1) * batch))
         epochs, ids = sample_ids(together, **order)
         one_by_one = [sample_ids(np.array([position]), **order) for position in together[:3]]
-        assert [(e[0], i[0]) for e, i in one_by_one] == list(zip(epochs[:3], ids[:3], strict=True))  # p alone decides
+        assert [(e[0], i[0]) for e, i in one_by_one] == list(
+            zip(epochs[:3], ids[:3], strict=True)
+        )  # p alone decides
         assert np.array_equal(epochs, together // n) and ids.min() >= 0 and ids.max() < n
         assert len(set(zip(epochs.tolist(), ids.tolist(), strict=True))) == batch
         for sample_id, (first, length) in zip(ids.tolist(), block_spans(epochs, ids, **order), strict=True):
             assert (sample_id - first) % n < length <= block
     if n <= 5000:  # the whole epoch, and the one after it
         _, ids = sample_ids(np.arange(setting["epoch"] * n, (setting["epoch"] + 2) * n), **order)
-        assert np.array_equal(np.sort(ids[:n]), np.arange(n)) and np.array_equal(np.sort(ids[n:]), np.arange(n))
+        assert np.array_equal(np.sort(ids[:n]), np.arange(n)) and np.array_equal(
+            np.sort(ids[n:]), np.arange(n)
+        )
     else:
         check_sampled_windows(setting)
 
@@ -168,7 +202,11 @@ def check_sampled_windows(setting):
         window = WINDOW_BLOCKS * block
         first = int(order_module._first_window(np.array(lane), lanes, window))
         number = int(rng.integers(0, 2 + (length - first) // window))
-        low, high = (0, first) if number == 0 else (first + (number - 1) * window, min(length, first + number * window))
+        low, high = (
+            (0, first)
+            if number == 0
+            else (first + (number - 1) * window, min(length, first + number * window))
+        )
         rows = np.arange(low, min(high, length))
         keys = epoch_key(setting["seed"], np.full(len(rows), epoch))
         shuffled = order_module._shuffle_lanes(rows * lanes + lane, n, block, keys)
@@ -198,8 +236,15 @@ def test_exactly_once_also_when_the_global_batch_changes_in_mid_run(block):
     n, seen, position = 1000, [], 0
     for batch in (7, 64, 333, 5, 591):  # 1000 in all
         positions = batch_positions(
-            0, global_batch=batch, rank=0, world_size=1, micro_batch=batch, accumulation_step=0, num_samples=n, block=block
-        )  # fmt: skip
+            0,
+            global_batch=batch,
+            rank=0,
+            world_size=1,
+            micro_batch=batch,
+            accumulation_step=0,
+            num_samples=n,
+            block=block,
+        )
         seen += sample_ids(position + positions, num_samples=n, seed=1, block=block)[1].tolist()
         position += batch
     assert sorted(seen) == list(range(n))
@@ -211,8 +256,15 @@ def count_reads(n, *, block, readers, batch):
     order = {"num_samples": n, "seed": 0, "block": block}
     for step in range(n // batch):
         positions = batch_positions(
-            step, global_batch=batch, rank=readers // 2, world_size=readers, micro_batch=batch // readers, accumulation_step=0, num_samples=n, block=block
-        )  # fmt: skip
+            step,
+            global_batch=batch,
+            rank=readers // 2,
+            world_size=readers,
+            micro_batch=batch // readers,
+            accumulation_step=0,
+            num_samples=n,
+            block=block,
+        )
         epochs, ids = sample_ids(positions, **order)
         for span, sample_id in zip(block_spans(epochs, ids, **order), ids.tolist(), strict=True):
             if span not in held:

@@ -32,7 +32,9 @@ def test_corrupt_byte_names_shard_and_key(shard_set):
         file.seek(offset + 40)
         file.write(bytes([byte ^ 1]))
     reader = SampleReader(shard_set)
-    with pytest.raises(ShardError, match=r"shard-000001.tar: sample 000000014 is corrupt .* line 15 of sources.txt"):
+    with pytest.raises(
+        ShardError, match=r"shard-000001.tar: sample 000000014 is corrupt .* line 15 of sources.txt"
+    ):
         reader.read(13)
     reader.read(12)
 
@@ -77,7 +79,9 @@ def test_blocks_give_the_same_samples_in_fewer_reads(shard_set, monkeypatch):
     expected = [SampleReader(shard_set).read(sample_id) for sample_id in range(23)]
     reads = []
     read = LocalFile.read
-    monkeypatch.setattr(LocalFile, "read", lambda self, offset, size: reads.append(size) or read(self, offset, size))
+    monkeypatch.setattr(
+        LocalFile, "read", lambda self, offset, size: reads.append(size) or read(self, offset, size)
+    )
     reader = SampleReader(shard_set, block=8)
     spans = [(5, 8), (13, 8), (21, 7)]  # 5-12, 13-20, 21-22 and 0-4
     reader.fetch(spans)
@@ -94,12 +98,18 @@ def test_blocks_give_the_same_samples_in_fewer_reads(shard_set, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_samples, block", [(14_000_000, 1), (14_000_000, 64), (400_000_000, 1), (400_000_000, 64)])
+@pytest.mark.parametrize(
+    "num_samples, block", [(14_000_000, 1), (14_000_000, 64), (400_000_000, 1), (400_000_000, 64)]
+)
 def test_reading_starts_anywhere_in_10_000_shards_with_little_memory(tmp_path, num_samples, block):
     """Sparse tars that hold nothing but the first sample's zeros; time and memory are printed, the latter bounded."""
     per_shard = num_samples // 10_000
     records = np.zeros(per_shard, RECORD)
-    records["size"], records["offset"], records["crc32"] = 1000, 512 + 2048 * np.arange(per_shard), zlib.crc32(bytes(1000))
+    records["size"], records["offset"], records["crc32"] = (
+        1000,
+        512 + 2048 * np.arange(per_shard),
+        zlib.crc32(bytes(1000)),
+    )
     np.save(tmp_path / "index.npy", records)
     digest, shards = hashlib.sha256((tmp_path / "index.npy").read_bytes()).hexdigest(), []
     for number in range(10_000):

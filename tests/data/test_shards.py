@@ -10,7 +10,14 @@ import pytest
 
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.shards import RECORD, ShardError, compute_fingerprint, list_files, write_manifest, write_shard
+from dmae_ds.data.shards import (
+    RECORD,
+    ShardError,
+    compute_fingerprint,
+    list_files,
+    write_manifest,
+    write_shard,
+)
 
 
 def change_manifest(folder, **changes):
@@ -21,14 +28,23 @@ def change_manifest(folder, **changes):
 def test_set_knows_its_samples(shard_set):
     assert shard_set.num_samples == 23
     assert shard_set.classes == ["ant", "bee", "cat"]
-    assert [shard_set.locate(i) for i in (0, 9, 10, 19, 20, 22)] == [(0, 0), (0, 9), (1, 0), (1, 9), (2, 0), (2, 2)]
+    assert [shard_set.locate(i) for i in (0, 9, 10, 19, 20, 22)] == [
+        (0, 0),
+        (0, 9),
+        (1, 0),
+        (1, 9),
+        (2, 0),
+        (2, 2),
+    ]
     for sample_id in (-1, 23):
         with pytest.raises(IndexError):
             shard_set.locate(sample_id)
 
 
 def test_empty_shard_is_stepped_over(shard_folder, make_picture):
-    shards = [write_shard(shard_folder, f"shard-{n:06d}.tar", [make_picture(n)] if n == 1 else []) for n in range(3)]
+    shards = [
+        write_shard(shard_folder, f"shard-{n:06d}.tar", [make_picture(n)] if n == 1 else []) for n in range(3)
+    ]
     write_manifest(shard_folder, classes=["ant"], seed=0, shards=shards)
     assert ShardSet.open(shard_folder, label="x").locate(0) == (1, 0)
 
@@ -154,17 +170,33 @@ def test_foreign_index_is_refused(shard_set):
 
 
 def test_only_names_of_the_format_are_listed(shard_folder):
-    for name in ("shard-1.tar", "notes.txt", "my-shard-000000.tar", "shard-000000.tar.bak", "shard-000009.tar.tmp"):
+    for name in (
+        "shard-1.tar",
+        "notes.txt",
+        "my-shard-000000.tar",
+        "shard-000000.tar.bak",
+        "shard-000009.tar.tmp",
+    ):
         (shard_folder / name).touch()
     (shard_folder / "skipped.jsonl").mkdir()
     names = [path.name for path in list_files(shard_folder)]
     assert names[0] == "manifest.json"
     assert sorted(names[1:]) == sorted(
-        [f"shard-00000{n}.{kind}" for n in range(3) for kind in ("tar", "index.npy")] + ["shard-000009.tar.tmp"]
+        [f"shard-00000{n}.{kind}" for n in range(3) for kind in ("tar", "index.npy")]
+        + ["shard-000009.tar.tmp"]
     )
 
 
-@pytest.mark.parametrize("change", [(b"(10,)", b"(11,)"), (b"'<u8'", b"'|O8'"), (b"False", b"True "), (b"\x93NUMPY\x01", b"\x93NUMPY\x02"), (b"'crc32'", b"'crc33'")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        (b"(10,)", b"(11,)"),
+        (b"'<u8'", b"'|O8'"),
+        (b"False", b"True "),
+        (b"\x93NUMPY\x01", b"\x93NUMPY\x02"),
+        (b"'crc32'", b"'crc33'"),
+    ],
+)
 def test_an_index_s_header_is_compared_every_time(shard_set, change):
     """Its checksum is taken the first time only; a file that changes afterwards must not be mapped as something else."""
     path = shard_set.folder / "shard-000000.index.npy"

@@ -32,15 +32,33 @@ def short_waits(monkeypatch):
 def batches(shard_set, *, num_steps, block=1, num_workers=0, world_size=1, rank=0, **settings):
     return list(
         train_batches(
-            shard_set, img_size=16, num_patches=4, crop_scale=(0.2, 1.0), flip=True, seed=5, global_batch=8, micro_batch=8 // world_size,
-            accumulation=1, rank=rank, world_size=world_size, start_step=0, stop_step=num_steps, num_workers=num_workers, pin_memory=False, block=block,
+            shard_set,
+            img_size=16,
+            num_patches=4,
+            crop_scale=(0.2, 1.0),
+            flip=True,
+            seed=5,
+            global_batch=8,
+            micro_batch=8 // world_size,
+            accumulation=1,
+            rank=rank,
+            world_size=world_size,
+            start_step=0,
+            stop_step=num_steps,
+            num_workers=num_workers,
+            pin_memory=False,
+            block=block,
             **settings,
         )
-    )  # fmt: skip
+    )
 
 
 def cached_bytes(folder):
-    return sum(path.stat().st_size for path in (folder / FOLDER).rglob("*") if path.is_file() and path.name != "usage")
+    return sum(
+        path.stat().st_size
+        for path in (folder / FOLDER).rglob("*")
+        if path.is_file() and path.name != "usage"
+    )
 
 
 @pytest.mark.parametrize("block", [1, 4, 16])
@@ -49,25 +67,40 @@ def test_batches_from_a_url_are_those_of_the_folder(shard_folder, shard_set, blo
     with serve(shard_folder) as server:
         remote = ShardSet.open(server.url, label="data.train", access=QUICK)
         assert remote.fingerprint == shard_set.fingerprint
-        ours, theirs = (batches(each, num_steps=3, block=block, num_workers=num_workers) for each in (remote, shard_set))
+        ours, theirs = (
+            batches(each, num_steps=3, block=block, num_workers=num_workers) for each in (remote, shard_set)
+        )
     for a, b in zip(ours, theirs, strict=True):
         assert a.more_views == b.more_views == ()
-        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "noise", "labels", "sample_ids", "epochs"))
+        assert all(
+            torch.equal(getattr(a, name), getattr(b, name))
+            for name in ("images", "noise", "labels", "sample_ids", "epochs")
+        )
 
 
 @pytest.mark.parametrize("block, cached", [(1, False), (16, True)])
 def test_three_epochs_over_a_bad_network(shard_folder, tmp_path, block, cached):
     """A quarter of the requests go wrong; every sample comes exactly once an epoch, and memory and cache stay bounded."""
     limit = 60_000  # about half of the tars
-    access = Access(retries=12, timeout_s=0.5, cache_dir=tmp_path / "cache" if cached else None, cache_gib=limit / 2**30)
+    access = Access(
+        retries=12, timeout_s=0.5, cache_dir=tmp_path / "cache" if cached else None, cache_gib=limit / 2**30
+    )
     with serve(shard_folder, seed=1, trouble=0.25, stall_s=1.0) as server:
         shard_set = ShardSet.open(server.url, label="data.train", access=access)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = batches(shard_set, num_steps=9, block=block)  # 72 places: three epochs of 23, and 3 of the fourth
+        found = batches(
+            shard_set, num_steps=9, block=block
+        )  # 72 places: three epochs of 23, and 3 of the fourth
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
         assert sum(server.count[kind] for kind in ("503", "drop", "cut", "stall")) > 3
-    seen = sorted((epoch, sample_id) for batch in found for epoch, sample_id in zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True))
-    assert [pair for pair in seen if pair[0] < 3] == [(epoch, sample_id) for epoch in range(3) for sample_id in range(23)]
+    seen = sorted(
+        (epoch, sample_id)
+        for batch in found
+        for epoch, sample_id in zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)
+    )
+    assert [pair for pair in seen if pair[0] < 3] == [
+        (epoch, sample_id) for epoch in range(3) for sample_id in range(23)
+    ]
     if cached:
         assert 0 < cached_bytes(tmp_path / "cache") <= limit
         assert not list((tmp_path / "cache").rglob("*.tmp"))
@@ -84,7 +117,9 @@ def test_three_epochs_over_a_worse_network_with_workers_and_ranks(shard_folder, 
         for rank in range(2):
             for batch in batches(shard_set, num_steps=9, block=block, num_workers=2, world_size=2, rank=rank):
                 seen += zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)
-    assert sorted(pair for pair in seen if pair[0] < 3) == [(epoch, sample_id) for epoch in range(3) for sample_id in range(23)]
+    assert sorted(pair for pair in seen if pair[0] < 3) == [
+        (epoch, sample_id) for epoch in range(3) for sample_id in range(23)
+    ]
     assert cached_bytes(tmp_path / "cache") <= 60_000
 
 
@@ -116,7 +151,13 @@ def test_the_cache_keeps_what_it_has_and_other_data_sets_make_room(tmp_path):
     for fingerprint in ("a" * 64, "b" * 64):
         cache = make_cache(tmp_path, fingerprint, limit_bytes=limit)
         for offset, size in ((0, 10), (CHUNK_BYTES - 3, 7), (0, len(data)), (len(data) - 2, 2)):
-            got = cache.read("x.tar", offset, size, file_size=len(data), fetch=lambda start, count: data[start : start + count])
+            got = cache.read(
+                "x.tar",
+                offset,
+                size,
+                file_size=len(data),
+                fetch=lambda start, count: data[start : start + count],
+            )
             assert got == data[offset : offset + size]
         assert 0 < cached_bytes(tmp_path) <= limit
     assert [path.name for path in (tmp_path / FOLDER).iterdir() if path.is_dir()] == ["b" * 16]
@@ -147,7 +188,9 @@ def test_a_server_that_stays_away_is_one_line(shard_folder):
         with pytest.raises(ShardError, match="cannot be read.* 3 tries, the last: ") as caught:
             SampleReader(shard_set).read(0)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ShardError, match="data.train 'ftp://x': ftp:// is unknown; give a folder, or a URL of http"):
+    with pytest.raises(
+        ShardError, match="data.train 'ftp://x': ftp:// is unknown; give a folder, or a URL of http"
+    ):
         ShardSet.open("ftp://x", label="data.train")
 
 
@@ -166,8 +209,14 @@ def test_an_index_that_is_not_the_manifest_s_is_refused(shard_folder):
 def s3_server(monkeypatch):
     """Yields (a bucket's URL, fsspec's file system of it)."""
     pytest.importorskip("s3fs", reason="s3:// is read with s3fs: dmae-ds[remote]")
-    moto = pytest.importorskip("moto.server", reason="the S3 server of these tests: pip install 'moto[server]'")
-    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+    moto = pytest.importorskip(
+        "moto.server", reason="the S3 server of these tests: pip install 'moto[server]'"
+    )
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(name, value)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -183,12 +232,16 @@ def s3_server(monkeypatch):
 @contextmanager
 def gs_server(monkeypatch):
     pytest.importorskip("gcsfs", reason="gs:// is read with gcsfs: dmae-ds[remote]")
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the server of these tests: pip install gcp-storage-emulator")
+    emulator = pytest.importorskip(
+        "gcp_storage_emulator.server", reason="the server of these tests: pip install gcp-storage-emulator"
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks by gRPC what the emulator doesn't speak
+    monkeypatch.setenv(
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+    )  # asks by gRPC what the emulator doesn't speak
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pictures")
     server.start()
     try:
@@ -205,11 +258,17 @@ def test_buckets(serve_bucket, shard_folder, shard_set, monkeypatch):
             system.pipe_file(f"{url}/{path.name}", path.read_bytes())
         remote = ShardSet.open(url, label="data.train", access=Access(retries=3, timeout_s=10))
         for block, num_workers in ((1, 0), (16, 2)):
-            ours, theirs = (batches(each, num_steps=3, block=block, num_workers=num_workers) for each in (remote, shard_set))
+            ours, theirs = (
+                batches(each, num_steps=3, block=block, num_workers=num_workers)
+                for each in (remote, shard_set)
+            )
             assert all(torch.equal(a.images, b.images) for a, b in zip(ours, theirs, strict=True))
         system.rm(f"{url}/shard-000001.tar")
         once = Access(retries=1, timeout_s=10)
-        with pytest.raises(ShardError, match="shard-000001.tar is missing; copy it again or run `dmae-shards make SRC DST`, and copy DST there"):
+        with pytest.raises(
+            ShardError,
+            match="shard-000001.tar is missing; copy it again or run `dmae-shards make SRC DST`, and copy DST there",
+        ):
             ShardSet.open(url, label="data.train", access=once)
         with pytest.raises(ShardError, match="no manifest.json there"):
             ShardSet.open(f"{bucket}/none", label="data.train", access=once)

@@ -34,7 +34,11 @@ def tars(tmp_path, make_picture):
         members = []
         for number in range(5 * shard, 5 * shard + 5):
             sample = make_picture(number)
-            members += [(f"../up/{number}.{sample.extension.upper()}", sample.data), (f"../up/{number}.cls", b"%d\n" % sample.label), (f"../up/{number}.pkl", b"cos\nsystem\n")]
+            members += [
+                (f"../up/{number}.{sample.extension.upper()}", sample.data),
+                (f"../up/{number}.cls", b"%d\n" % sample.label),
+                (f"../up/{number}.pkl", b"cos\nsystem\n"),
+            ]
         write_tar(folder / f"part-{shard:02d}.tar", members)
     return folder
 
@@ -46,10 +50,24 @@ def data(location, **settings):
 def batches(shards, *, num_steps=5, world_size=1, rank=0, num_workers=0, start_step=0, **settings):
     return list(
         train_batches(
-            shards, img_size=16, num_patches=4, crop_scale=(0.2, 1.0), flip=True, seed=0, global_batch=4 * world_size, micro_batch=4, accumulation=1,
-            rank=rank, world_size=world_size, start_step=start_step, stop_step=start_step + num_steps, num_workers=num_workers, pin_memory=False, **settings,
+            shards,
+            img_size=16,
+            num_patches=4,
+            crop_scale=(0.2, 1.0),
+            flip=True,
+            seed=0,
+            global_batch=4 * world_size,
+            micro_batch=4,
+            accumulation=1,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+            stop_step=start_step + num_steps,
+            num_workers=num_workers,
+            pin_memory=False,
+            **settings,
         )
-    )  # fmt: skip
+    )
 
 
 def test_every_sample_comes_once_a_pass_and_ranks_share_the_tars(tars):
@@ -57,7 +75,10 @@ def test_every_sample_comes_once_a_pass_and_ranks_share_the_tars(tars):
     assert isinstance(shards, ForeignShards) and "resuming starts a new shuffle" in shards.promise
     alone = torch.cat([batch.sample_ids for batch in batches(shards)])
     assert len(set(alone.tolist())) == 20
-    seen = [set(torch.cat([batch.sample_ids for batch in batches(shards, world_size=2, rank=rank)]).tolist()) for rank in (0, 1)]
+    seen = [
+        set(torch.cat([batch.sample_ids for batch in batches(shards, world_size=2, rank=rank)]).tolist())
+        for rank in (0, 1)
+    ]
     labels = torch.cat([batch.labels for batch in batches(shards)])
     assert sorted(labels.tolist()) == sorted(number % 3 for number in range(20))
     assert all(len(part) >= 10 for part in seen)
@@ -76,13 +97,17 @@ def test_the_same_tars_by_pattern_over_http_and_from_workers(tars, num_workers):
 
 
 def test_fewer_tars_than_readers_are_refused(tars):
-    with pytest.raises(ShardError, match="4 tars for 6 readers .* lower data.num_workers, or run `dmae-shards index`"):
+    with pytest.raises(
+        ShardError, match="4 tars for 6 readers .* lower data.num_workers, or run `dmae-shards index`"
+    ):
         batches(open_train(data(tars), allow_pipe=False), world_size=2, num_workers=3)
 
 
 def test_without_an_epoch_s_length_tars_are_refused_and_an_indexed_folder_is_not_streamed(tars, shard_folder):
     for location in (f"{tars}/part-{{00..03}}.tar", f"{tars}/part-00.tar"):
-        with pytest.raises(ShardError, match="names tars; give a folder with manifest.json .`dmae-shards index`"):
+        with pytest.raises(
+            ShardError, match="names tars; give a folder with manifest.json .`dmae-shards index`"
+        ):
             open_train(DataConfig(train=location), allow_pipe=False)
     with pytest.raises(ShardError, match="no manifest.json there"):
         open_train(DataConfig(train=str(tars)), allow_pipe=False)
@@ -120,7 +145,9 @@ def test_a_cut_tar_is_counted_and_not_taken_for_its_end(tars, tmp_path, num_byte
     log = tmp_path / "corrupt.jsonl"
     found = batches(shards, num_steps=4, max_corrupt=9, corrupt_log=log)
     assert len(found) == 4 and "part-02.tar" in log.read_text()
-    with pytest.raises(ShardError, match="part-02.tar: sample the rest of the tar is corrupt .*max_corrupt allows 0"):
+    with pytest.raises(
+        ShardError, match="part-02.tar: sample the rest of the tar is corrupt .*max_corrupt allows 0"
+    ):
         batches(shards, num_steps=9)
 
 
@@ -130,7 +157,10 @@ def test_a_damaged_header_is_counted(tars, tmp_path):
     second = content.index(b"../up/6")
     content[second] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ShardError, match="part-01.tar: sample the rest of the tar is corrupt .ReadError: bad checksum at byte"):
+    with pytest.raises(
+        ShardError,
+        match="part-01.tar: sample the rest of the tar is corrupt .ReadError: bad checksum at byte",
+    ):
         batches(open_train(data(tars), allow_pipe=False), num_steps=9)
 
 
@@ -144,7 +174,10 @@ def test_tars_without_a_picture_end_in_one_line(tars):
 def test_no_member_becomes_a_path_or_an_object(tars, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    names = {sample["key"] for sample in stream_module._samples_of(open_train(data(tars), allow_pipe=False).tars, 0, [])}
+    names = {
+        sample["key"]
+        for sample in stream_module._samples_of(open_train(data(tars), allow_pipe=False).tars, 0, [])
+    }
     batches(open_train(data(tars), allow_pipe=False))
     assert sorted(tmp_path.rglob("*")) == before and all(name.startswith("../up/") for name in names)
 
@@ -153,4 +186,6 @@ def test_shuffling_is_seeded(tars):
     shards = open_train(data(tars), allow_pipe=False)
     first, second = (torch.cat([batch.sample_ids for batch in batches(shards)]) for _ in range(2))
     assert torch.equal(first, second)
-    assert np.array_equal(*(np.concatenate([batch.noise for batch in itertools.islice(batches(shards), 3)]) for _ in range(2)))
+    assert np.array_equal(
+        *(np.concatenate([batch.noise for batch in itertools.islice(batches(shards), 3)]) for _ in range(2))
+    )

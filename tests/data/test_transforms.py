@@ -33,10 +33,15 @@ def test_train_view_equals_torchvision_on_the_same_box(seed):
     image = picture(97, 61)
     rng = sample_rng(seed, 0, 0, 0)
     left, top, right, bottom = box_of(rng, image)
-    theirs = tvf.resized_crop(image, top, left, bottom - top, right - left, [32, 32], tv.InterpolationMode.BICUBIC)
+    theirs = tvf.resized_crop(
+        image, top, left, bottom - top, right - left, [32, 32], tv.InterpolationMode.BICUBIC
+    )
     if rng.random() < 0.5:
         theirs = tvf.hflip(theirs)
-    assert_close(train_view(np.array(image), sample_rng(seed, 0, 0, 0), img_size=32, crop_scale=MAE_SCALE, flip=True), theirs)
+    assert_close(
+        train_view(np.array(image), sample_rng(seed, 0, 0, 0), img_size=32, crop_scale=MAE_SCALE, flip=True),
+        theirs,
+    )
 
 
 def test_flip_is_half_of_the_views_and_can_be_off():
@@ -94,7 +99,9 @@ def test_generators_differ_in_every_part_of_their_key():
 def test_the_clamped_crop_is_one_draw_cut_to_the_picture(width, height):
     for seed in range(200):
         rng = sample_rng(seed, 0, 0, 0)
-        left, top, right, bottom = clamped_crop_box(rng, width=width, height=height, scale=(0.08, 1.0), ratio=CROP_RATIO)
+        left, top, right, bottom = clamped_crop_box(
+            rng, width=width, height=height, scale=(0.08, 1.0), ratio=CROP_RATIO
+        )
         assert 0 <= left < right <= width and 0 <= top < bottom <= height
         twin = sample_rng(seed, 0, 0, 0)
         area = width * height * twin.uniform(0.08, 1.0)
@@ -102,11 +109,17 @@ def test_the_clamped_crop_is_one_draw_cut_to_the_picture(width, height):
         expected = (min(round(np.sqrt(area * aspect)), width), min(round(np.sqrt(area / aspect)), height))
         assert (right - left, bottom - top) == tuple(max(1, side) for side in expected)
     # the largest width of a tall picture is its own: torchvision would have drawn again
-    boxes = [clamped_crop_box(sample_rng(seed, 0, 0, 0), width=10, height=300, scale=(0.5, 1.0), ratio=CROP_RATIO) for seed in range(20)]
+    boxes = [
+        clamped_crop_box(sample_rng(seed, 0, 0, 0), width=10, height=300, scale=(0.5, 1.0), ratio=CROP_RATIO)
+        for seed in range(20)
+    ]
     assert {box[2] - box[0] for box in boxes} == {10}
 
 
 def test_a_view_takes_the_crop_it_is_told():
     image = np.array(picture(20, 200))
-    views = [train_view(image, sample_rng(0, 0, 0, 0), img_size=16, crop_scale=(0.9, 1.0), flip=False, crop=crop) for crop in ("torchvision", "tensorflow")]
+    views = [
+        train_view(image, sample_rng(0, 0, 0, 0), img_size=16, crop_scale=(0.9, 1.0), flip=False, crop=crop)
+        for crop in ("torchvision", "tensorflow")
+    ]
     assert not np.array_equal(*views)

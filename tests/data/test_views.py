@@ -27,21 +27,43 @@ def shards(digits) -> ShardSet:
 def batches(shards, *, world_size: int = 1, views=VIEWS, **changes) -> list[Batch]:
     """The global batches of two steps, each out of all ranks' micro-batches."""
     settings = {
-        "img_size": 32, "num_patches": 64, "crop_scale": (0.5, 1.0), "flip": True, "seed": 3, "global_batch": 8, "accumulation": 1, "start_step": 0,
-        "stop_step": 2, "num_workers": 0, "pin_memory": False, "views": views, "micro_batch": 8 // world_size, "world_size": world_size, **changes,
-    }  # fmt: skip
+        "img_size": 32,
+        "num_patches": 64,
+        "crop_scale": (0.5, 1.0),
+        "flip": True,
+        "seed": 3,
+        "global_batch": 8,
+        "accumulation": 1,
+        "start_step": 0,
+        "stop_step": 2,
+        "num_workers": 0,
+        "pin_memory": False,
+        "views": views,
+        "micro_batch": 8 // world_size,
+        "world_size": world_size,
+        **changes,
+    }
     ranks = [list(train_batches(shards, rank=rank, **settings)) for rank in range(world_size)]
     return [Batch.join(list(parts)) for parts in zip(*ranks, strict=True)]
 
 
 def same(ours: Batch, theirs: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip([*ours.views, ours.noise, ours.labels], [*theirs.views, theirs.noise, theirs.labels], strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(
+            [*ours.views, ours.noise, ours.labels], [*theirs.views, theirs.noise, theirs.labels], strict=True
+        )
+    )
 
 
 def test_each_view_has_its_size_and_the_first_is_the_plain_one(shards):
     (first, _), (plain, _) = batches(shards), batches(shards, views=(View(),))
     assert [tuple(view.shape) for view in first.views] == [(8, 3, 32, 32), (8, 3, 32, 32), (8, 3, 12, 12)]
-    assert plain.views == (plain.images,) and torch.equal(first.images, plain.images) and torch.equal(first.noise, plain.noise)
+    assert (
+        plain.views == (plain.images,)
+        and torch.equal(first.images, plain.images)
+        and torch.equal(first.noise, plain.noise)
+    )
     assert not torch.equal(first.views[1], first.images)
 
 
@@ -54,7 +76,9 @@ def test_views_do_not_depend_on_ranks_workers_or_blocks_of_a_batch(shards):
 
 def test_a_small_view_shows_less_of_the_picture(shards):
     """Nearest corners of a crop with a narrow scale vary less than those of the whole picture: compared by what a tiny scale leaves."""
-    whole, part = (batches(shards, views=(View(scale=scale),))[0].images.float() for scale in ((1.0, 1.0), (0.01, 0.02)))
+    whole, part = (
+        batches(shards, views=(View(scale=scale),))[0].images.float() for scale in ((1.0, 1.0), (0.01, 0.02))
+    )
     assert part.flatten(1).std(dim=1).mean() < 0.7 * whole.flatten(1).std(dim=1).mean()
 
 
@@ -86,16 +110,35 @@ def test_the_key_alone_says_what_changes(picture, name):
 
 
 def test_global_generators_are_neither_used_nor_advanced(picture):
-    state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    state, numpy_state, python_state = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+        random.getstate(),
+    )
     PHOTOMETRIC["dino2"](picture, sample_rng(0, 0, 0, 4))
-    assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state) and random.getstate() == python_state
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and np.array_equal(np.random.get_state()[1], numpy_state)
+        and random.getstate() == python_state
+    )
 
 
 class Draws:
     """A generator that gives what it is told: four uniform draws against the probabilities, then numbers from the middle of their ranges."""
 
-    def __init__(self, *, jitter: bool = False, grey: bool = False, blur: bool = False, solarize: bool = False, at: float = 0.5):
-        self.draws, self.at = np.array([0.0 if used else 0.999 for used in (jitter, grey, blur, solarize)]), at
+    def __init__(
+        self,
+        *,
+        jitter: bool = False,
+        grey: bool = False,
+        blur: bool = False,
+        solarize: bool = False,
+        at: float = 0.5,
+    ):
+        self.draws, self.at = (
+            np.array([0.0 if used else 0.999 for used in (jitter, grey, blur, solarize)]),
+            at,
+        )
 
     def random(self, num: int) -> np.ndarray:
         return self.draws[:num]
@@ -111,7 +154,9 @@ ALL = Photometric(blur=0.5, solarize=0.5)
 
 
 def test_solarising_inverts_what_is_bright(picture):
-    assert np.array_equal(ALL(picture, Draws(solarize=True)), np.where(picture >= 128, 255 - picture, picture))
+    assert np.array_equal(
+        ALL(picture, Draws(solarize=True)), np.where(picture >= 128, 255 - picture, picture)
+    )
     assert np.array_equal(ALL(picture, Draws()), picture)
 
 
@@ -133,7 +178,16 @@ def test_blur_keeps_the_mean_and_takes_contrast_away(picture):
     assert abs(blurred.mean() - sharp.mean()) < 3 and blurred.std() < 0.4 * picture.std()
 
 
-@pytest.mark.parametrize("name, blur, solarize", [("dino1", 1.0, 0.0), ("dino2", 0.1, 0.2), ("dino_local", 0.5, 0.0), ("moco1", 1.0, 0.0), ("moco2", 0.1, 0.2)])
+@pytest.mark.parametrize(
+    "name, blur, solarize",
+    [
+        ("dino1", 1.0, 0.0),
+        ("dino2", 0.1, 0.2),
+        ("dino_local", 0.5, 0.0),
+        ("moco1", 1.0, 0.0),
+        ("moco2", 0.1, 0.2),
+    ],
+)
 def test_probabilities_are_the_published_ones(name, blur, solarize):
     assert (PHOTOMETRIC[name].blur, PHOTOMETRIC[name].solarize, JITTER, GREY) == (blur, solarize, 0.8, 0.2)
 

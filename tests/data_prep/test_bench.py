@@ -5,7 +5,10 @@ from data_prep.timing import Row, Section, Timing, format_table, time_interleave
 
 def test_rows_take_turns_and_preparation_is_apart():
     calls = []
-    rows = [Row(name, lambda name=name: calls.append(name), lambda name=name: calls.append(name.upper())) for name in "ab"]
+    rows = [
+        Row(name, lambda name=name: calls.append(name), lambda name=name: calls.append(name.upper()))
+        for name in "ab"
+    ]
     timings = time_interleaved(rows, 3)
     assert calls == ["A", "a", "B", "b"] * 3
     assert {name: len(found) for name, found in timings.items()} == {"a": 3, "b": 3}

@@ -34,7 +34,10 @@ def test_make_and_info(src, tmp_path):
     assert "12 images in 3 shards" in result.stdout
     info = run("info", tmp_path / "dst")
     assert info.returncode == 0
-    assert dict(line.split(maxsplit=1) for line in info.stdout.splitlines()).items() >= {"samples": "12", "shards": "3"}.items()
+    assert (
+        dict(line.split(maxsplit=1) for line in info.stdout.splitlines()).items()
+        >= {"samples": "12", "shards": "3"}.items()
+    )
 
 
 def test_the_same_command_again_changes_nothing(src, tmp_path):
@@ -109,7 +112,9 @@ def test_interrupt_is_one_line_and_leaves_no_manifest(src, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background job ignores it
     )
     while not (dst / "shard-000003.tar").exists():
         assert process.poll() is None

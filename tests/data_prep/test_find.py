@@ -27,13 +27,17 @@ def lines(path, *text):
 def test_class_folders_are_numbered_by_name(src):
     listing = find_images(src)
     assert listing.classes == ["ant", "bee", "cat"]
-    assert found(listing)[:6] == [(f"ant/{name}", 0) for name in ("0.JPEG", "1.JPEG", "2.JPEG", "3.JPEG", "really-a-png.jpg", "x.png")]
+    assert found(listing)[:6] == [
+        (f"ant/{name}", 0) for name in ("0.JPEG", "1.JPEG", "2.JPEG", "3.JPEG", "really-a-png.jpg", "x.png")
+    ]
     assert found(listing)[6:] == [(f"bee/{number}.jpg", 1) for number in range(6)]
     assert dict(listing.ignored) == {".txt": 2, "hidden": 2} and listing.skipped == []
 
 
 def test_class_file_gives_the_numbers(src, tmp_path):
-    listing = find_images(src, classes_file=lines(tmp_path / "classes", "cat", "dog", "bee a bee, say", "ant"))
+    listing = find_images(
+        src, classes_file=lines(tmp_path / "classes", "cat", "dog", "bee a bee, say", "ant")
+    )
     assert listing.classes == ["cat", "dog", "bee", "ant"]
     assert set(found(listing)) >= {("ant/0.JPEG", 3), ("bee/0.jpg", 2)}
     with pytest.raises(ShardError, match="no line for the folder 'bee'"):
@@ -64,7 +68,12 @@ def test_labels_and_class_names_together(flat, tmp_path):
 
 @pytest.mark.parametrize(
     "text, reason",
-    [(["a"], "line 1: found 'a'"), (["a 1", "a 2"], "line 2: 'a' has two labels"), (["a 99999999"], "larger than"), ([""], "is empty")],
+    [
+        (["a"], "line 1: found 'a'"),
+        (["a 1", "a 2"], "line 2: 'a' has two labels"),
+        (["a 99999999"], "larger than"),
+        ([""], "is empty"),
+    ],
 )
 def test_wrong_labels_are_one_line(flat, tmp_path, text, reason):
     with pytest.raises(ShardError, match=reason):

@@ -13,7 +13,9 @@ from data_prep.header import read_header
 
 def encode(form, mode="RGB", size=(31, 17), **options):
     file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (size[1], size[0], len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8
+    )
     Image.fromarray(pixels.squeeze(), mode if mode != "L" else None).save(file, form, **options)
     return file.getvalue()
 
@@ -26,11 +28,18 @@ MODES = [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG
 
 
 @pytest.mark.parametrize(("form", "mode"), MODES)
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": EXIF}, {"comment": b"c" * 70}, {"quality": 5, "optimize": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"exif": EXIF}, {"comment": b"c" * 70}, {"quality": 5, "optimize": True}],
+)
 def test_plain_images_are_read_without_pil(form, mode, options, monkeypatch):
     data = encode(form, mode, **options)
     monkeypatch.setattr(header, "_ask_pil", None)
-    assert read_header(bytearray(data) + b"stale bytes", len(data)) == ("jpg" if form == "JPEG" else "png", 31, 17)
+    assert read_header(bytearray(data) + b"stale bytes", len(data)) == (
+        "jpg" if form == "JPEG" else "png",
+        31,
+        17,
+    )
 
 
 def test_unusual_headers_are_left_to_pil():
@@ -39,7 +48,17 @@ def test_unusual_headers_are_left_to_pil():
     assert read_header(filled, len(filled)) == ("jpg", 31, 17)
 
 
-@pytest.mark.parametrize("data", [b"GIF89a" + bytes(50), b"RIFF\x10\0\0\0WEBPVP8 ", b"x", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\0\1", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GIF89a" + bytes(50),
+        b"RIFF\x10\0\0\0WEBPVP8 ",
+        b"x",
+        b"\xff\xd8\xff",
+        b"\xff\xd8\xff\xe0\0\1",
+        b"\x89PNG\r\n\x1a\n",
+    ],
+)
 def test_other_files_are_refused(data):
     with pytest.raises(ValueError):
         read_header(data, len(data))

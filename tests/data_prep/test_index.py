@@ -49,10 +49,15 @@ def tars(tmp_path):
     folder = tmp_path / "tars"
     folder.mkdir()
     for number, form in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
-        names = [f"../x/{number}", f"/etc/{number}"] if form == tarfile.USTAR_FORMAT else [LONG, f"n0ü{number}"]
+        names = (
+            [f"../x/{number}", f"/etc/{number}"] if form == tarfile.USTAR_FORMAT else [LONG, f"n0ü{number}"]
+        )
         members = [("__info__.txt", b"x"), ("README", b"no sample")]
         for place, name in enumerate(names):
-            members += [(f"{name}.{'JPG' if place else 'png'}", picture(3 * number + place)), (f"{name}.cls", b"%d\n" % (number + place))]
+            members += [
+                (f"{name}.{'JPG' if place else 'png'}", picture(3 * number + place)),
+                (f"{name}.cls", b"%d\n" % (number + place)),
+            ]
             members += [(f"{name}.seg.png", b"a mask"), (f"{name}.json", json.dumps({"y": place}).encode())]
         write_tar(folder / f"imagenet-{number}.tar", members, form=form)
     return folder
@@ -69,11 +74,17 @@ def test_foreign_tars_are_indexed_as_webdataset_reads_them(tars):
     ours = []
     for shard in range(3):
         data = (tars / shard_set.shards[shard].name).read_bytes()
-        ours += [(data[row["offset"] : row["offset"] + row["size"]], row["label"]) for row in shard_set.open_index(shard)]
+        ours += [
+            (data[row["offset"] : row["offset"] + row["size"]], row["label"])
+            for row in shard_set.open_index(shard)
+        ]
     assert ours == theirs and len(ours) == 6
     assert shard_set.classes == ["0", "1", "2", "3"] and shard_set.seed is None and shard_set.base is None
     names = [json.loads(line) for line in (tars / "sources.txt").open()]
-    assert names[:2] == ["imagenet-0.tar/../x/0.png", "imagenet-0.tar//etc/0.JPG"] and names[2] == f"imagenet-1.tar/{LONG}.png"
+    assert (
+        names[:2] == ["imagenet-0.tar/../x/0.png", "imagenet-0.tar//etc/0.JPG"]
+        and names[2] == f"imagenet-1.tar/{LONG}.png"
+    )
     verify_shards(tars)
 
 
@@ -116,7 +127,10 @@ class Exploding:
 
 def test_pickles_are_never_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_tar(tmp_path / "a.tar", [("0.jpg", picture(1)), ("0.pyd", pickle.dumps(Exploding())), ("0.cls", pickle.dumps(Exploding()))])
+    write_tar(
+        tmp_path / "a.tar",
+        [("0.jpg", picture(1)), ("0.pyd", pickle.dumps(Exploding())), ("0.cls", pickle.dumps(Exploding()))],
+    )
     with pytest.raises(ShardError, match="its label is"):
         index(tmp_path)
     index(tmp_path, label="pyd.cls")
@@ -124,7 +138,10 @@ def test_pickles_are_never_loaded(tmp_path, monkeypatch):
 
 
 def test_unusable_samples_are_listed(tmp_path):
-    write_tar(tmp_path / "a.tar", [("0.txt", b"x"), ("1.jpg", b"no image"), ("2.jpg", picture(1)), ("3.jpg", picture(2)[:-9])])
+    write_tar(
+        tmp_path / "a.tar",
+        [("0.txt", b"x"), ("1.jpg", b"no image"), ("2.jpg", picture(1)), ("3.jpg", picture(2)[:-9])],
+    )
     with pytest.raises(ShardError, match="1 samples are usable, 3 are not"):
         index(tmp_path)
     assert index(tmp_path, max_skip=3).num_samples == 1
@@ -144,7 +161,15 @@ def test_a_cut_tar_is_an_error_not_fewer_samples(tmp_path, cut):
 
 
 def test_mutated_tars_give_samples_or_one_line(tmp_path):
-    write_tar(tmp_path / "a.tar", [(f"{LONG}{number}.{kind}", data) for number in range(3) for kind, data in (("jpg", picture(1)[:700]), ("cls", b"1"))], form=tarfile.PAX_FORMAT)  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            (f"{LONG}{number}.{kind}", data)
+            for number in range(3)
+            for kind, data in (("jpg", picture(1)[:700]), ("cls", b"1"))
+        ],
+        form=tarfile.PAX_FORMAT,
+    )
     good, rng = (tmp_path / "a.tar").read_bytes(), random.Random(0)
     for _ in range(2000):
         data = bytearray(good)

@@ -86,7 +86,9 @@ def test_unreadable_images_are_left_out_and_listed(src, tmp_path):
 
 def test_too_many_unreadable_images_leave_no_manifest(src, tmp_path):
     (src / "bee" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ShardError, match=r"first 'bee/1.jpg' \(not a JPEG or PNG image\).*skipped.jsonl.*--max-skip"):
+    with pytest.raises(
+        ShardError, match=r"first 'bee/1.jpg' \(not a JPEG or PNG image\).*skipped.jsonl.*--max-skip"
+    ):
         make(src, tmp_path / "dst")
     assert not (tmp_path / "dst" / "manifest.json").exists()
     assert "bee/1.jpg" in (tmp_path / "dst" / "skipped.jsonl").read_text()
@@ -141,7 +143,10 @@ def test_odd_files_are_kept_or_skipped_by_the_stated_rules(src, tmp_path):
         "empty.jpg": (b"", "empty"),
         "cut.jpg": (good[:-30], "truncated"),
         "text.jpg": (b"no image", "not a JPEG or PNG image"),
-        "bomb.jpg": (good[:163] + good[163:].replace(b"\0\x14\0\x1e\x03", b"\x86\xa0\x86\xa0\x03", 1), "34464 x 34464 pixels"),
+        "bomb.jpg": (
+            good[:163] + good[163:].replace(b"\0\x14\0\x1e\x03", b"\x86\xa0\x86\xa0\x03", 1),
+            "34464 x 34464 pixels",
+        ),
         "cut.png": ((src / "ant" / "x.png").read_bytes()[:-20], "truncated"),
     }
     for name, (data, _) in bad.items():
@@ -154,9 +159,16 @@ def test_odd_files_are_kept_or_skipped_by_the_stated_rules(src, tmp_path):
     with pytest.raises(ShardError, match="2 files had to be skipped"):
         make(src, tmp_path / "dst", max_skip=1)
     shard_set = make(src, tmp_path / "dst", max_skip=10)
-    reasons = {item["source"]: item["reason"] for item in map(json.loads, (tmp_path / "dst" / "skipped.jsonl").open())}
+    reasons = {
+        item["source"]: item["reason"]
+        for item in map(json.loads, (tmp_path / "dst" / "skipped.jsonl").open())
+    }
     expected = {f"bee/{name}": reason for name, (_, reason) in bad.items()}
-    expected |= {"bee/dangling.jpg": "No such file", "bee/self.jpg": "Too many levels", "bee/pipe.jpg": "not a regular file"}
+    expected |= {
+        "bee/dangling.jpg": "No such file",
+        "bee/self.jpg": "Too many levels",
+        "bee/pipe.jpg": "not a regular file",
+    }
     expected |= {"bee/loop": "a link to a folder", "beside.jpg": "outside of the class folders"}
     assert set(reasons) == set(expected)
     assert all(reasons[name].startswith(reason) for name, reason in expected.items()), reasons
@@ -167,7 +179,9 @@ def test_odd_files_are_kept_or_skipped_by_the_stated_rules(src, tmp_path):
 def test_full_verification_skips_what_cannot_be_decoded(src, tmp_path):
     path = src / "ant" / "x.png"
     data = path.read_bytes()
-    path.write_bytes(data[:60] + bytes(8) + data[68:])  # inside the compressed pixels: header and end are whole
+    path.write_bytes(
+        data[:60] + bytes(8) + data[68:]
+    )  # inside the compressed pixels: header and end are whole
     assert make(src, tmp_path / "header").num_samples == 12
     assert make(src, tmp_path / "full", verify="full", max_skip=1).num_samples == 11
     assert "it cannot be decoded" in (tmp_path / "full" / "skipped.jsonl").read_text()

@@ -23,8 +23,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(src, dst, workers, *options):
-    return [sys.executable, "-m", "data_prep.cli", "make", str(src), str(dst), "--samples-per-shard", "4",
-            "--workers", str(workers), "--max-skip", "9", *options]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "data_prep.cli",
+        "make",
+        str(src),
+        str(dst),
+        "--samples-per-shard",
+        "4",
+        "--workers",
+        str(workers),
+        "--max-skip",
+        "9",
+        *options,
+    ]
 
 
 def contents(folder):
@@ -48,16 +61,28 @@ def many(tmp_path_factory):
 
 def kill_and_resume(many, dst, rng):
     """Returns how far the killed run came: shards in the journal, or None for a finished one."""
-    process = subprocess.Popen(command(many / "src", dst, rng.choice([1, 2, 3])), cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(many / "src", dst, rng.choice([1, 2, 3])), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     time.sleep(rng.uniform(0.1, 0.7) if rng.random() < 0.3 else 0)
     stop_at = rng.randrange(0, 100)
-    while process.poll() is None and not (dst / f"shard-{stop_at:06d}.tar").exists() and not (dst / "manifest.json").exists():
+    while (
+        process.poll() is None
+        and not (dst / f"shard-{stop_at:06d}.tar").exists()
+        and not (dst / "manifest.json").exists()
+    ):
         time.sleep(0.001)
     process.kill()
     process.wait()
     journal = dst / "journal.jsonl"
     reached = journal.read_bytes().count(b"\n") - 1 if journal.exists() else None
-    done = subprocess.run(command(many / "src", dst, rng.choice([1, 2, 3])), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command(many / "src", dst, rng.choice([1, 2, 3])),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert contents(dst) == contents(many / "whole")
     return reached
@@ -116,7 +141,9 @@ def begun(many, tmp_path):
 
 def resume(src, dst, **changes):
     overwrite = changes.pop("overwrite", False)
-    make_shards(src, dst, MakeOptions(samples_per_shard=4, **changes), num_workers=2, max_skip=9, overwrite=overwrite)
+    make_shards(
+        src, dst, MakeOptions(samples_per_shard=4, **changes), num_workers=2, max_skip=9, overwrite=overwrite
+    )
 
 
 def source_of(dst, number):
@@ -146,7 +173,11 @@ def test_a_torn_journal_and_lost_or_cut_shards_are_made_good(begun, many):
 def test_other_options_are_an_error_that_names_them(begun):
     src, dst = begun
     before = contents(dst)
-    for changes, part in (({"seed": 5}, "seed: 0 there, 5 asked for"), ({"json": True}, "json"), ({"verify": "full"}, "verify")):
+    for changes, part in (
+        ({"seed": 5}, "seed: 0 there, 5 asked for"),
+        ({"json": True}, "json"),
+        ({"verify": "full"}, "verify"),
+    ):
         with pytest.raises(ShardError, match=f"an unfinished shard set made otherwise .*{part}.*--overwrite"):
             resume(src, dst, **changes)
     assert contents(dst) == before
@@ -158,7 +189,10 @@ def test_changed_sources_are_an_error(begun, many):
     src, dst = begun
     path = src / source_of(dst, 6)
     path.write_bytes((src / source_of(dst, 7)).read_bytes())
-    with pytest.raises(ShardError, match="files of SRC have changed since shard-000001.tar was made.*lines 5 to 8.*--overwrite"):
+    with pytest.raises(
+        ShardError,
+        match="files of SRC have changed since shard-000001.tar was made.*lines 5 to 8.*--overwrite",
+    ):
         resume(src, dst)
     (src / "class-0" / "new.jpg").write_bytes(path.read_bytes())
     with pytest.raises(ShardError, match="the files of SRC or their labels changed"):
@@ -185,7 +219,9 @@ def test_a_full_disk_is_one_line_and_resumable(many, tmp_path):
     dst = tmp_path / "dst"
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); import sys; sys.argv[1:] = {command(many / 'src', dst, 2)[3:]!r}; "
     limited += "from data_prep.cli import main; raise SystemExit(main())"
-    done = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "cannot be written" in done.stderr and "the same command continues" in done.stderr
     assert not list(dst.glob("*.tmp")) and not (dst / "manifest.json").exists()
@@ -219,7 +255,21 @@ def test_memory_is_flat_in_the_number_of_files(tmp_path):
         first.write_bytes(data)
         for number in range(1, 10_000):
             os.link(first, first.with_name(f"image-{number:05d}.png"))
-    process = subprocess.Popen([sys.executable, "-m", "data_prep.cli", "make", src, tmp_path / "dst", "--workers", "4", "--samples-per-shard", "10000"], cwd=ROOT)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "data_prep.cli",
+            "make",
+            src,
+            tmp_path / "dst",
+            "--workers",
+            "4",
+            "--samples-per-shard",
+            "10000",
+        ],
+        cwd=ROOT,
+    )
     peaks = {}
     while process.poll() is None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

@@ -7,7 +7,11 @@ import pytest
 from dmae_ds.doctor.hostfile import Node, exported_environment, read_hostfile
 from dmae_ds.errors import UserError
 
-HOSTFILES = ["a slots=1\n", "# all\n\n  b-1.example slots=8  \nc slots=2 # half\n", "10.0.0.1 slots=16\n10.0.0.2\tslots=16"]
+HOSTFILES = [
+    "a slots=1\n",
+    "# all\n\n  b-1.example slots=8  \nc slots=2 # half\n",
+    "10.0.0.1 slots=16\n10.0.0.2\tslots=16",
+]
 
 
 @pytest.mark.parametrize("text", HOSTFILES)
@@ -21,9 +25,14 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path, text):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("a slots=1\nb 2\n", "line 2: 'b 2' is no node"), ("a slots=0", "line 1"), ("a slots=1\n#\na slots=2", "line 3: a stands there twice"), ("# none\n", "names no node"),
-     ("a slots=x", "line 1")],
-)  # fmt: skip
+    [
+        ("a slots=1\nb 2\n", "line 2: 'b 2' is no node"),
+        ("a slots=0", "line 1"),
+        ("a slots=1\n#\na slots=2", "line 3: a stands there twice"),
+        ("# none\n", "names no node"),
+        ("a slots=x", "line 1"),
+    ],
+)
 def test_a_bad_line_is_named_with_its_number(tmp_path, text, words):
     (tmp_path / "hostfile").write_text(text)
     with pytest.raises(UserError, match=words):
@@ -40,7 +49,11 @@ def test_the_nodes_get_what_the_launcher_exports(tmp_path):
     home.mkdir(), cwd.mkdir()
     (home / ".deepspeed_env").write_text("A=1\nB=x=y\n")
     (cwd / ".deepspeed_env").write_text("A=2\n")
-    found = exported_environment({"PYTHONPATH": "/p", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "UCX_TLS": "tcp"}, cwd=cwd, home=home)
+    found = exported_environment(
+        {"PYTHONPATH": "/p", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "UCX_TLS": "tcp"},
+        cwd=cwd,
+        home=home,
+    )
     # gloo's interface is not exported by itself, which is why .deepspeed_env is needed at all
     assert found == {"PYTHONPATH": f"{cwd}:/p", "NCCL_DEBUG": "INFO", "UCX_TLS": "tcp", "A": "2", "B": "x=y"}
 

@@ -19,18 +19,60 @@ from dmae_ds.doctor.reach import Reach, Trouble, compare_clocks, end_group, expl
 from tests.train.conftest import free_port
 
 SSH = [
-    (255, "root@node1: Permission denied (publickey).", "ssh", "does not accept your ssh key", "ssh-copy-id node1"),
-    (255, "@@@@\n@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", "ssh", "host key is another", "ssh-keygen -R node1"),
-    (255, "No ED25519 host key is known for node1 and you have requested strict checking.\nHost key verification failed.", "ssh", "not in ~/.ssh/known_hosts", "ssh-keyscan node1"),
-    (255, "ssh: Could not resolve hostname node1: Name or service not known", "ssh", "no such host name", "/etc/hosts"),
+    (
+        255,
+        "root@node1: Permission denied (publickey).",
+        "ssh",
+        "does not accept your ssh key",
+        "ssh-copy-id node1",
+    ),
+    (
+        255,
+        "@@@@\n@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
+        "ssh",
+        "host key is another",
+        "ssh-keygen -R node1",
+    ),
+    (
+        255,
+        "No ED25519 host key is known for node1 and you have requested strict checking.\nHost key verification failed.",
+        "ssh",
+        "not in ~/.ssh/known_hosts",
+        "ssh-keyscan node1",
+    ),
+    (
+        255,
+        "ssh: Could not resolve hostname node1: Name or service not known",
+        "ssh",
+        "no such host name",
+        "/etc/hosts",
+    ),
     (255, "ssh: connect to host node1 port 22: Connection refused", "ssh", "no sshd answers", "--no_ssh"),
     (255, "ssh: connect to host node1 port 22: Connection timed out", "ssh", "does not answer", "port 22"),
     (255, "something new", "ssh", "something new", "ssh node1 hostname"),
-    (127, "bash: line 1: /venv/bin/python: No such file or directory", "python", "no /venv/bin/python", "same interpreter"),
-    (1, "bash: line 1: cd: /srv/work: No such file or directory", "python", "no folder /srv/work", "node1 sees too"),
-    (1, "/venv/bin/python: Error while finding module specification for 'dmae_ds.doctor.probe' (ModuleNotFoundError: No module named 'dmae_ds')", "python", "not installed", "install it"),
+    (
+        127,
+        "bash: line 1: /venv/bin/python: No such file or directory",
+        "python",
+        "no /venv/bin/python",
+        "same interpreter",
+    ),
+    (
+        1,
+        "bash: line 1: cd: /srv/work: No such file or directory",
+        "python",
+        "no folder /srv/work",
+        "node1 sees too",
+    ),
+    (
+        1,
+        "/venv/bin/python: Error while finding module specification for 'dmae_ds.doctor.probe' (ModuleNotFoundError: No module named 'dmae_ds')",
+        "python",
+        "not installed",
+        "install it",
+    ),
     (1, "Traceback ...\nMemoryError: no", "python", "exit code 1: MemoryError: no", "mend what it says"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("code, errors, where, words, mend", SSH, ids=[case[3] for case in SSH])
@@ -45,7 +87,15 @@ def test_ssh_is_called_with_pdsh_s_arguments_and_never_asks():
     assert words[3:7] == ["-F", "/my config", "-p", "2222"]
 
 
-@pytest.mark.parametrize("before, after", [("", ""), ("Welcome to cluster\nquota: 10 GB", "bye\n"), ("motd without newline", "\n[INFO] done"), (f"{MARK}not json\n", "")])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("", ""),
+        ("Welcome to cluster\nquota: 10 GB", "bye\n"),
+        ("motd without newline", "\n[INFO] done"),
+        (f"{MARK}not json\n", ""),
+    ],
+)
 def test_facts_are_found_among_noise(before, after):
     assert decode_answer(f'{before}\n{MARK}{{"a": [1]}}\n{after}') == {"a": [1]}
 
@@ -94,12 +144,18 @@ def test_the_first_node_answers_until_its_caller_is_gone_and_others_are_told_apa
     number = free_port()
     assert probe_later.call("127.0.0.1", number, "word") == {"error": "Connection refused"}
     request = {"round": "listen", "port": number, "word": "word", "limit_s": 60}
-    process = start_group([sys.executable, "-m", "dmae_ds.doctor.probe", encode(request)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = start_group(
+        [sys.executable, "-m", "dmae_ds.doctor.probe", encode(request)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         while decode_answer(process.stdout.readline().decode()) is None:
             pass
         assert probe_later.call("127.0.0.1", number, "word") == {}
-        assert probe_later.call("127.0.0.1", number, "other word") == {"error": "another program answers there"}
+        assert probe_later.call("127.0.0.1", number, "other word") == {
+            "error": "another program answers there"
+        }
         process.stdin.close()
         assert process.wait(timeout=30) == 0
     finally:
@@ -137,7 +193,17 @@ def test_leaving_takes_the_token_and_the_folders_that_were_made(tmp_path):
 
 def test_leaving_ends_what_bears_this_doctor_s_word_and_nothing_else():
     def rank(word: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "-m", "dmae_ds.doctor.allreduce", "--word", word])
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import time; time.sleep(600)",
+                "-m",
+                "dmae_ds.doctor.allreduce",
+                "--word",
+                word,
+            ]
+        )
 
     mine, other = rank("my-word"), rank("other-word")
     try:
@@ -151,7 +217,12 @@ def test_leaving_ends_what_bears_this_doctor_s_word_and_nothing_else():
 
 def test_a_probe_is_one_line_of_json():
     request = {"round": "leave", "word": "w", "run_dir": None, "made": [], "limit_s": 60}
-    done = subprocess.run([sys.executable, "-m", "dmae_ds.doctor.probe", encode(request)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dmae_ds.doctor.probe", encode(request)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     marked = [line for line in done.stdout.splitlines() if line]
     assert len(marked) == 1 and json.loads(marked[0].removeprefix(MARK))["ended"] == 0
 
@@ -162,7 +233,9 @@ def test_a_run_that_holds_its_folder_is_seen_and_left_alone(tmp_path):
         "import fcntl, json, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX);"
         "json.dump({'pid': 7, 'host': 'node3', 'since': 'noon'}, f); f.flush(); print('held', flush=True); input()"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"held\n"
     assert held_by(tmp_path) == "process 7 on node3, since noon"
     process.communicate(b"\n")

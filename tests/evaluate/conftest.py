@@ -16,7 +16,14 @@ from dmae_ds.data.shards import NewSample, write_manifest, write_shard
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.build import build_objective
 
-STUDENT = {"name": "vit_tiny_patch16_224", "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+STUDENT = {
+    "name": "vit_tiny_patch16_224",
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+}
 TEACHER = {**STUDENT, "embed_dim": 32, "depth": 4, "weights": "teacher.safetensors"}
 CLASSES = ["red", "green", "blue"]
 STEP = 30
@@ -34,41 +41,90 @@ def make_shards(folder, *, num, seed, classes=CLASSES, labels=None):
         Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
         samples.append(NewSample(number, "png", file.getvalue(), 24, 20, label))
     folder.mkdir(parents=True)
-    shards = [write_shard(folder, "shard-000000.tar", samples[:7]), write_shard(folder, "shard-000001.tar", samples[7:])]
+    shards = [
+        write_shard(folder, "shard-000000.tar", samples[:7]),
+        write_shard(folder, "shard-000001.tar", samples[7:]),
+    ]
     write_manifest(folder, classes=classes, seed=0, shards=shards)
     return folder
 
 
-def make_run(run, *, train, val, objective="dmae", share=0.5, rank=9.0, knn=None, num_steps=STEP, teacher=None, student={}, **pixels):
+def make_run(
+    run,
+    *,
+    train,
+    val,
+    objective="dmae",
+    share=0.5,
+    rank=9.0,
+    knn=None,
+    num_steps=STEP,
+    teacher=None,
+    student={},
+    **pixels,
+):
     """A run folder at `run`. share: of distillation, in every step; rank: effective, every tenth step; None: a run of an older version; knn: top-1, rising, every tenth step
 
     teacher: a weights file; student: keys that differ; pixels: further keys of the objective, such as norm_pix
     """
-    config = RunConfig.model_validate({
-        "run": {"dir": str(run)},
-        "student": {**STUDENT, **student},
-        "teacher": {**TEACHER, "weights": str(teacher or TEACHER["weights"])} if objective == "dmae" else None,
-        "objective": {"name": objective, "decoder": {"depth": 1, "embed_dim": 16, "num_heads": 2}, **pixels},
-        "data": {"train": str(train), "val": val and str(val), "num_workers": 0},
-        "optim": {"global_batch": 6, "epochs": 9, "warmup_epochs": 1},
-    })
+    config = RunConfig.model_validate(
+        {
+            "run": {"dir": str(run)},
+            "student": {**STUDENT, **student},
+            "teacher": {**TEACHER, "weights": str(teacher or TEACHER["weights"])}
+            if objective == "dmae"
+            else None,
+            "objective": {
+                "name": objective,
+                "decoder": {"depth": 1, "embed_dim": 16, "num_heads": 2},
+                **pixels,
+            },
+            "data": {"train": str(train), "val": val and str(val), "num_workers": 0},
+            "optim": {"global_batch": 6, "epochs": 9, "warmup_epochs": 1},
+        }
+    )
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(config))
     weights = build_objective(config)[0].state_dict()
-    student = {name.removeprefix("student."): tensor.contiguous() for name, tensor in weights.items() if name.startswith("student.")}
+    student = {
+        name.removeprefix("student."): tensor.contiguous()
+        for name, tensor in weights.items()
+        if name.startswith("student.")
+    }
     rest = {name: tensor.contiguous() for name, tensor in weights.items() if not name.startswith("student.")}
     for name, tensors in (("student", student), ("decoder", rest)):
         save_file(tensors, run / f"{name}.safetensors", metadata={"format": "pt", "step": str(num_steps)})
     lines = []
     for step in range(1, num_steps + 1):
         pixel = (1 if objective == "dmae" else 1.5) / step  # apart, so that no curve hides another
-        parts = {"loss": pixel + 2, "pixel": pixel, "align/1-3": 2.0, "share/1": share} if objective == "dmae" else {"loss": pixel, "pixel": pixel}
+        parts = (
+            {"loss": pixel + 2, "pixel": pixel, "align/1-3": 2.0, "share/1": share}
+            if objective == "dmae"
+            else {"loss": pixel, "pixel": pixel}
+        )
         seen = {} if rank is None else {"seconds/data": 0.01, "seconds/teacher": 0.03, "seconds/rest": 0.06}
         if rank is not None and step % 10 == 0:
-            seen |= {"rank/mean": rank, "rank/cls": 2 * rank, **({"norm/1": 10.0 + step} if objective == "dmae" else {}), "norm/2": 60.0 - step}
+            seen |= {
+                "rank/mean": rank,
+                "rank/cls": 2 * rank,
+                **({"norm/1": 10.0 + step} if objective == "dmae" else {}),
+                "norm/2": 60.0 - step,
+            }
         if knn is not None and step % 10 == 0:
             seen["knn/top1"] = knn + step
-        lines.append(json.dumps({"step": step, "epoch": step * 6 / 20, "lr": 1e-3, **parts, "images_per_s": 100.0 + step % 3, **seen}) + "\n")
+        lines.append(
+            json.dumps(
+                {
+                    "step": step,
+                    "epoch": step * 6 / 20,
+                    "lr": 1e-3,
+                    **parts,
+                    "images_per_s": 100.0 + step % 3,
+                    **seen,
+                }
+            )
+            + "\n"
+        )
     (run / "metrics.jsonl").write_text("".join(lines))
     return run
 
@@ -78,16 +134,33 @@ def make_teacher(path, *, blocks=4):
     generator = torch.Generator().manual_seed(3)
     shape = {key: value for key, value in TEACHER.items() if key not in ("name", "weights")}
     vit = build_student(TEACHER["name"], {**shape, "depth": blocks}, generator=generator)
-    save_file({name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in vit.state_dict().items()}, path)
+    save_file(
+        {
+            name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in vit.state_dict().items()
+        },
+        path,
+    )
     return path
 
 
 def knn_result(top1, *, step=STEP, k=20, labels="all", subset_seed=None):
     """A line of RUN/results.jsonl, as `eval knn` writes it."""
     return {
-        "metric": "knn", "top1": top1, "top5": None, "labels": labels, "subset_seed": subset_seed, "settings": {"k": k, "temperature": 0.07, "pool": "mean"},
-        "step": step, "num_train": 1400, "num_val": 397, "data": "0" * 64, "seconds": 1.5, "device": "cpu", "world_size": 1,
-    }  # fmt: skip
+        "metric": "knn",
+        "top1": top1,
+        "top5": None,
+        "labels": labels,
+        "subset_seed": subset_seed,
+        "settings": {"k": k, "temperature": 0.07, "pool": "mean"},
+        "step": step,
+        "num_train": 1400,
+        "num_val": 397,
+        "data": "0" * 64,
+        "seconds": 1.5,
+        "device": "cpu",
+        "world_size": 1,
+    }
 
 
 @pytest.fixture(autouse=True)

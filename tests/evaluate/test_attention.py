@@ -13,7 +13,15 @@ SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_head
 
 def rotary():
     """DINOv3's kind of network: rotary positions, registers, no position codes."""
-    return timm.create_model("vit_small_patch16_dinov3", num_classes=0, img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3).eval()
+    return timm.create_model(
+        "vit_small_patch16_dinov3",
+        num_classes=0,
+        img_size=16,
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+    ).eval()
 
 
 @pytest.fixture

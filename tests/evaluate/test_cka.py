@@ -17,7 +17,11 @@ def hsic_of_song(first, second):
     np.fill_diagonal(K, 0)
     np.fill_diagonal(L, 0)
     n, one = len(K), np.ones(len(K))
-    found = np.trace(K @ L) + (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ K @ L @ one)
+    found = (
+        np.trace(K @ L)
+        + (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (one @ K @ L @ one)
+    )
     return found / (n * (n - 3))
 
 
@@ -31,7 +35,9 @@ def plain_cka(first, second):
 def test_it_is_the_definition_by_gram_matrices(num, width, other):
     first, second = make(num, width, 0) + 1.5, make(num, other, 1)
     second[:, 0] += 2 * first[:, 0]
-    expected = hsic_of_song(first, second) / np.sqrt(hsic_of_song(first, first) * hsic_of_song(second, second))
+    expected = hsic_of_song(first, second) / np.sqrt(
+        hsic_of_song(first, first) * hsic_of_song(second, second)
+    )
     assert cka_grid([first], [second]).item() == pytest.approx(expected, rel=1e-9)
 
 

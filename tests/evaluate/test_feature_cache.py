@@ -20,7 +20,11 @@ def embedded(monkeypatch):
     """Counts the passes over the pictures."""
     passes = []
     extract = feature_cache.extract_features
-    monkeypatch.setattr(feature_cache, "extract_features", lambda *args, **options: passes.append(options["title"]) or extract(*args, **options))
+    monkeypatch.setattr(
+        feature_cache,
+        "extract_features",
+        lambda *args, **options: passes.append(options["title"]) or extract(*args, **options),
+    )
     return passes
 
 
@@ -28,7 +32,9 @@ def embed(run, *, gib=1.0, pool="mean", subset=None, part="val", **changes):
     data = read_saved_config(run).data.model_copy(update=changes)
     student = load_student(run)
     shard_set = ShardSet.open(getattr(data, part), label="data")
-    return FeatureCache(run, student, gib=gib).embed(student, shard_set, data, processes=Accelerator(), pool=pool, batch_size=4, title=part, subset=subset)
+    return FeatureCache(run, student, gib=gib).embed(
+        student, shard_set, data, processes=Accelerator(), pool=pool, batch_size=4, title=part, subset=subset
+    )
 
 
 def test_the_second_time_nothing_is_embedded_and_the_rows_are_the_same(run, embedded):
@@ -42,7 +48,13 @@ def test_the_second_time_nothing_is_embedded_and_the_rows_are_the_same(run, embe
 
 def test_whatever_the_features_depend_on_is_in_the_name(run, embedded):
     embed(run)
-    for options in ({"pool": "cls"}, {"crop_pct": 0.5}, {"mean": (0.1, 0.1, 0.1)}, {"std": (0.3, 0.3, 0.3)}, {"part": "train"}):
+    for options in (
+        {"pool": "cls"},
+        {"crop_pct": 0.5},
+        {"mean": (0.1, 0.1, 0.1)},
+        {"std": (0.3, 0.3, 0.3)},
+        {"part": "train"},
+    ):
         before = len(embedded)
         embed(run, **options)
         assert len(embedded) == before + 1
@@ -104,7 +116,11 @@ def test_a_damaged_file_is_said_and_made_again(run, embedded, capsys):
     (path,) = (run / "features").iterdir()
     path.write_bytes(path.read_bytes()[:100])
     again, _ = embed(run)
-    assert torch.equal(first, again) and embedded == ["val", "val"] and "extracted again" in capsys.readouterr().err
+    assert (
+        torch.equal(first, again)
+        and embedded == ["val", "val"]
+        and "extracted again" in capsys.readouterr().err
+    )
 
 
 def test_a_fingerprint_is_of_names_and_values(run):

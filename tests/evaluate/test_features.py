@@ -27,9 +27,16 @@ from dmae_ds.train.run import build_objective
 def _extract(run, accelerator, *, pool="mean", batch_size=4):
     config = read_saved_config(run)
     return extract_features(
-        load_student(run), ShardSet.open(config.data.val, label="data.val"), accelerator=accelerator, normalize=Normalize(config.data.mean, config.data.std),
-        crop_pct=config.data.crop_pct, pool=pool, batch_size=batch_size, num_workers=0, title="val",
-    )  # fmt: skip
+        load_student(run),
+        ShardSet.open(config.data.val, label="data.val"),
+        accelerator=accelerator,
+        normalize=Normalize(config.data.mean, config.data.std),
+        crop_pct=config.data.crop_pct,
+        pool=pool,
+        batch_size=batch_size,
+        num_workers=0,
+        title="val",
+    )
 
 
 @pytest.fixture
@@ -42,7 +49,10 @@ def _pictures(run):
     data = read_saved_config(run).data
     reader = SampleReader(ShardSet.open(data.val, label="data.val"))
     for sample in map(reader.read, range(reader.shard_set.num_samples)):
-        yield torch.from_numpy(eval_view(decode(sample), img_size=16, crop_pct=data.crop_pct).copy())[None], sample.label
+        yield (
+            torch.from_numpy(eval_view(decode(sample), img_size=16, crop_pct=data.crop_pct).copy())[None],
+            sample.label,
+        )
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
@@ -50,7 +60,9 @@ def test_features_equal_one_picture_at_a_time_in_the_order_of_ids(run, accelerat
     data, student = read_saved_config(run).data, load_student(run)
     expected, labels = [], []
     for image, label in _pictures(run):
-        pixels = (image / 255 - torch.tensor(data.mean)[:, None, None]) / torch.tensor(data.std)[:, None, None]
+        pixels = (image / 255 - torch.tensor(data.mean)[:, None, None]) / torch.tensor(data.std)[
+            :, None, None
+        ]
         with torch.no_grad():
             tokens = student.forward_features(pixels)[0]
         expected.append(tokens[1:].mean(0) if pool == "mean" else tokens[0])
@@ -91,8 +103,20 @@ def test_two_processes_gather_what_one_computes(run, accelerator):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     here = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    common = {**os.environ, "PYTHONPATH": here, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    ranks = [subprocess.Popen([sys.executable, "-c", _ON_ONE_RANK, str(run)], env={**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    common = {
+        **os.environ,
+        "PYTHONPATH": here,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _ON_ONE_RANK, str(run)], env={**common, "RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in "01"
+    ]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     finally:
@@ -111,7 +135,14 @@ def test_rows_of_three_processes_come_back_in_the_order_of_ids(run, accelerator)
 
     def ranks(gather):
         return [
-            SimpleNamespace(num_processes=3, process_index=rank, device=torch.device("cpu"), is_main_process=False, autocast=accelerator.autocast, gather=gather)
+            SimpleNamespace(
+                num_processes=3,
+                process_index=rank,
+                device=torch.device("cpu"),
+                is_main_process=False,
+                autocast=accelerator.autocast,
+                gather=gather,
+            )
             for rank in range(3)
         ]
 
@@ -127,7 +158,10 @@ def test_a_student_that_is_missing_damaged_or_anothers_is_one_line(run):
     path = run / "student.safetensors"
     weights = load_file(path)
     for break_it, message in (
-        (lambda: save_file({key: value for key, value in weights.items() if key != "norm.bias"}, path), "doesn't fit .*norm.bias"),
+        (
+            lambda: save_file({key: value for key, value in weights.items() if key != "norm.bias"}, path),
+            "doesn't fit .*norm.bias",
+        ),
         (lambda: save_file({**weights, "head.bias": torch.zeros(3)}, path), "doesn't fit .*head.bias"),
         (lambda: path.write_bytes(np.random.default_rng(0).bytes(99)), "not a whole safetensors file"),
         (path.unlink, "not there"),

@@ -19,7 +19,9 @@ from tests.evaluate.test_neighbours import random_rows
 
 def scikit_learns(train, labels, queries, *, k, temperature):
     """Its brute-force weighted vote, in float64."""
-    reference = KNeighborsClassifier(k, weights=lambda distance: np.exp((1 - distance) / temperature), metric="cosine", algorithm="brute")
+    reference = KNeighborsClassifier(
+        k, weights=lambda distance: np.exp((1 - distance) / temperature), metric="cosine", algorithm="brute"
+    )
     return reference.fit(train.double().numpy(), labels.numpy()).predict(queries.double().numpy())
 
 
@@ -30,7 +32,9 @@ def random_labels(num, *, num_classes=7):
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 1.0])
 def test_equals_scikit_learns_weighted_vote_for_every_k_at_once(temperature):
     train, labels, queries = random_rows(300, 1), random_labels(300), random_rows(101, 2)
-    found = knn_predict(train, labels, queries, ks=[1, 5, 20, 300], temperature=temperature, num_classes=7, blocks=TILE)
+    found = knn_predict(
+        train, labels, queries, ks=[1, 5, 20, 300], temperature=temperature, num_classes=7, blocks=TILE
+    )
     for k, classes in found.items():
         expected = scikit_learns(train, labels, queries, k=k, temperature=temperature)
         assert classes[:, 0].tolist() == expected.tolist()
@@ -43,7 +47,16 @@ def digits_features():
     pictures, labels = load_digits(return_X_y=True)
     pixels = torch.from_numpy(pictures).float()
     torch.manual_seed(0)
-    student = timm.create_model("vit_tiny_patch16_224", num_classes=0, in_chans=1, img_size=8, patch_size=2, embed_dim=48, depth=2, num_heads=2).eval()
+    student = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=0,
+        in_chans=1,
+        img_size=8,
+        patch_size=2,
+        embed_dim=48,
+        depth=2,
+        num_heads=2,
+    ).eval()
     with torch.inference_mode():
         features = student.forward_features(pixels.view(-1, 1, 8, 8) / 16)[:, 1:].mean(dim=1)
     return {"pixels": pixels, "features": features.clone()}, torch.from_numpy(labels)
@@ -52,9 +65,20 @@ def digits_features():
 @pytest.mark.parametrize("what", ["pixels", "features"])
 def test_equals_scikit_learns_on_the_digits_exactly(digits_features, what):
     rows, labels = digits_features[0][what], digits_features[1]
-    found = knn_predict(rows[:1400], labels[:1400], rows[1400:], ks=[1, 10, 20, 100], temperature=0.07, num_classes=10, blocks=TILE)
+    found = knn_predict(
+        rows[:1400],
+        labels[:1400],
+        rows[1400:],
+        ks=[1, 10, 20, 100],
+        temperature=0.07,
+        num_classes=10,
+        blocks=TILE,
+    )
     for k, classes in found.items():
-        assert classes[:, 0].tolist() == scikit_learns(rows[:1400], labels[:1400], rows[1400:], k=k, temperature=0.07).tolist()
+        assert (
+            classes[:, 0].tolist()
+            == scikit_learns(rows[:1400], labels[:1400], rows[1400:], k=k, temperature=0.07).tolist()
+        )
 
 
 def test_one_k_is_the_same_alone_and_among_others_and_in_any_blocks():
@@ -68,7 +92,10 @@ def test_one_k_is_the_same_alone_and_among_others_and_in_any_blocks():
 @pytest.mark.parametrize("temperature", [1e-4, 1e-9])
 def test_a_very_low_temperature_asks_the_nearest_alone(temperature):
     train, labels, queries = random_rows(90, 5), random_labels(90), random_rows(40, 6)
-    found, nearest = (knn_predict(train, labels, queries, ks=[k], temperature=t, num_classes=7, blocks=TILE)[k] for k, t in ((20, temperature), (1, 1.0)))
+    found, nearest = (
+        knn_predict(train, labels, queries, ks=[k], temperature=t, num_classes=7, blocks=TILE)[k]
+        for k, t in ((20, temperature), (1, 1.0))
+    )
     assert torch.equal(found[:, 0], nearest[:, 0])
 
 
@@ -76,42 +103,77 @@ def test_votes_by_hand():
     train = torch.tensor([[1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
     options = {"temperature": 0.07, "num_classes": 6, "blocks": TILE}
     # One near neighbour outvotes two far ones; whom nobody voted for is not among the best five.
-    assert knn_predict(train, torch.tensor([2, 1, 1]), torch.tensor([[1.0, 0.0]]), ks=[3], **options)[3].tolist() == [[2, 1, -1, -1, -1]]
+    assert knn_predict(train, torch.tensor([2, 1, 1]), torch.tensor([[1.0, 0.0]]), ks=[3], **options)[
+        3
+    ].tolist() == [[2, 1, -1, -1, -1]]
     # Equal votes go to the lowest class.
-    assert knn_predict(torch.ones(2, 2), torch.tensor([4, 1]), torch.ones(1, 2), ks=[2], **options)[2].tolist() == [[1, 4, -1, -1, -1]]
-    assert knn_predict(train, torch.tensor([2, 1, 1]), torch.empty(0, 2), ks=[2], **options)[2].shape == (0, 5)
+    assert knn_predict(torch.ones(2, 2), torch.tensor([4, 1]), torch.ones(1, 2), ks=[2], **options)[
+        2
+    ].tolist() == [[1, 4, -1, -1, -1]]
+    assert knn_predict(train, torch.tensor([2, 1, 1]), torch.empty(0, 2), ks=[2], **options)[2].shape == (
+        0,
+        5,
+    )
 
 
 def test_says_a_line_and_writes_it_down(run, capsys):
     results = evaluate_run(run, ks=[7, 3], batch_size=4)
     # Even a random student tells red from green from blue.
-    assert capsys.readouterr().out == "".join(f"knn top-1 100.0% (k {k}, T 0.07, mean pool, 20 train, 11 val)\n" for k in (3, 7))
+    assert capsys.readouterr().out == "".join(
+        f"knn top-1 100.0% (k {k}, T 0.07, mean pool, 20 train, 11 val)\n" for k in (3, 7)
+    )
     assert results == read_results(run) and [result["settings"]["k"] for result in results] == [3, 7]
     assert results[0]["settings"] == {"k": 3, "temperature": 0.07, "pool": "mean", "precision": "fp32"}
-    expected = {"metric": "knn", "top1": 100.0, "top5": None, "labels": "all", "subset_seed": None, "step": STEP, "num_train": 20, "num_val": 11}
-    assert {name: results[0][name] for name in expected} == expected and results[0]["device"] == "cpu" and results[0]["world_size"] == 1
+    expected = {
+        "metric": "knn",
+        "top1": 100.0,
+        "top5": None,
+        "labels": "all",
+        "subset_seed": None,
+        "step": STEP,
+        "num_train": 20,
+        "num_val": 11,
+    }
+    assert (
+        {name: results[0][name] for name in expected} == expected
+        and results[0]["device"] == "cpu"
+        and results[0]["world_size"] == 1
+    )
     evaluate_run(run, ks=[4], pool="cls", temperature=0.5)
-    assert read_results(run)[-1]["settings"] == {"k": 4, "temperature": 0.5, "pool": "cls", "precision": "fp32"} and len(read_results(run)) == 3
+    assert (
+        read_results(run)[-1]["settings"] == {"k": 4, "temperature": 0.5, "pool": "cls", "precision": "fp32"}
+        and len(read_results(run)) == 3
+    )
     assert not list(run.rglob("*.tmp"))
 
 
 def test_few_labels_vote_alone_and_are_kept(run, capsys):
     (result,) = evaluate_run(run, ks=[2], labels="2-shot", subset_seed=1)
-    assert capsys.readouterr().out == f"knn top-1 {result['top1']:.1f}% (k 2, T 0.07, mean pool, 6 train, 11 val, 2-shot of the labels, seed 1)\n"
+    assert (
+        capsys.readouterr().out
+        == f"knn top-1 {result['top1']:.1f}% (k 2, T 0.07, mean pool, 6 train, 11 val, 2-shot of the labels, seed 1)\n"
+    )
     assert (result["labels"], result["subset_seed"], result["num_train"]) == ("2-shot", 1, 6)
     assert len((run / "subsets" / "2-shot-seed1.txt").read_text().splitlines()) == 7
-    with pytest.raises(UserError, match="7 labelled training pictures are asked for .* labels 2-shot gives 6"):
+    with pytest.raises(
+        UserError, match="7 labelled training pictures are asked for .* labels 2-shot gives 6"
+    ):
         evaluate_run(run, ks=[7], labels="2-shot", subset_seed=1)
 
 
 def test_top1_and_top5_are_percentages_of_right_answers(tmp_path):
     classes = ["red", "green", "blue", "black", "white", "grey"]
-    train, val = make_shards(tmp_path / "train", num=19, seed=7, classes=classes), make_shards(tmp_path / "val", num=9, seed=8, classes=classes)
+    train, val = (
+        make_shards(tmp_path / "train", num=19, seed=7, classes=classes),
+        make_shards(tmp_path / "val", num=9, seed=8, classes=classes),
+    )
     run = make_run(tmp_path / "run", train=train, val=val)
     # At T = 1e6 all 19 vote alike: red, with 7 pictures the most frequent, always wins, and 3 of the 9 are red.
     (result,) = evaluate_run(run, ks=[19], temperature=1e6)
     assert result["top1"] == pytest.approx(100 / 3) and result["top5"] == 100
-    assert evaluate_run(run, ks=[1], temperature=1e6)[0]["top5"] == evaluate_run(run, ks=[1])[0]["top1"]  # one neighbour names one class
+    assert (
+        evaluate_run(run, ks=[1], temperature=1e6)[0]["top5"] == evaluate_run(run, ks=[1])[0]["top1"]
+    )  # one neighbour names one class
 
 
 def test_what_makes_no_vote_is_refused_in_one_line(tmp_path, shards):
@@ -147,7 +209,10 @@ def test_a_broken_student_is_one_line(run):
 
 def test_one_command_takes_several_runs_and_shares(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("dmae_ds.evaluate.knn.evaluate_run", lambda run, *, labels, subset_seed, **options: calls.append((run.name, labels, subset_seed)))
+    monkeypatch.setattr(
+        "dmae_ds.evaluate.knn.evaluate_run",
+        lambda run, *, labels, subset_seed, **options: calls.append((run.name, labels, subset_seed)),
+    )
     assert main(["eval", "knn", "a", "b", "--labels", "all", "10%", "--subset-seed", "3"]) == 0
     assert calls == [("a", "all", None), ("a", "10%", 3), ("b", "all", None), ("b", "10%", 3)]
     assert capsys.readouterr().out == "a: a: b: b: "

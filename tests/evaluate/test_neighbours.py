@@ -15,7 +15,9 @@ IMAGENET = {"num_train": 1_281_167, "dim": 768, "num_classes": 1000}
 def random_rows(num, seed, dim=12):
     """Float32 rows of very different lengths."""
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.normal(size=(num, dim)).astype(np.float32) * rng.uniform(0.1, 9, (num, 1)).astype(np.float32))
+    return torch.from_numpy(
+        rng.normal(size=(num, dim)).astype(np.float32) * rng.uniform(0.1, 9, (num, 1)).astype(np.float32)
+    )
 
 
 def search(train, queries, *, k, blocks):
@@ -29,7 +31,10 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(neighbours, "TILE", Blocks(8, 16))
 
 
-@pytest.mark.parametrize("num_train, num_queries, dim, k", [(300, 50, 12, 7), (16, 8, 1, 16), (17, 9, 5, 1), (1000, 1, 33, 100), (5, 30, 3, 5)])
+@pytest.mark.parametrize(
+    "num_train, num_queries, dim, k",
+    [(300, 50, 12, 7), (16, 8, 1, 16), (17, 9, 5, 1), (1000, 1, 33, 100), (5, 30, 3, 5)],
+)
 def test_finds_what_one_big_product_finds(small_tiles, num_train, num_queries, dim, k):
     train, queries = random_rows(num_train, 1, dim), random_rows(num_queries, 2, dim)
     if dim == 1:
@@ -51,7 +56,10 @@ def test_the_blocks_change_not_one_bit(small_tiles, what):
         train[:] = train[0]
     elif what == "zeros":
         train[10:480], queries[3] = 0, 0
-    first, *others = [search(train, queries, k=60, blocks=Blocks(*blocks)) for blocks in ((8, 16), (8, 512), (48, 32), (16, 160), (64, 4096))]
+    first, *others = [
+        search(train, queries, k=60, blocks=Blocks(*blocks))
+        for blocks in ((8, 16), (8, 512), (48, 32), (16, 160), (64, 4096))
+    ]
     for other in others:
         assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
     if what == "all alike":
@@ -61,13 +69,17 @@ def test_the_blocks_change_not_one_bit(small_tiles, what):
 
 def test_a_tile_as_it_is_changes_nothing_either():
     train, queries = random_rows(9000, 5), random_rows(300, 6)
-    one, other = (search(train, queries, k=20, blocks=blocks) for blocks in (Blocks(256, 4096), Blocks(512, 12288)))
+    one, other = (
+        search(train, queries, k=20, blocks=blocks) for blocks in (Blocks(256, 4096), Blocks(512, 12288))
+    )
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 def test_neighbours_that_float32_cannot_tell_apart_are_told_apart(small_tiles):
     train = -torch.ones(300, 4)
-    near = torch.arange(5, 300, 10)  # 30 rows, whose cosines to (1, 1, 1, 1) differ by 1e-10 at most: the last is the nearest
+    near = torch.arange(
+        5, 300, 10
+    )  # 30 rows, whose cosines to (1, 1, 1, 1) differ by 1e-10 at most: the last is the nearest
     train[near] = 1
     train[near, 0] += torch.linspace(3e-5, 0, 30)
     cosines, rows = search(train, torch.ones(1, 4), k=5, blocks=Blocks(8, 16))
@@ -86,16 +98,26 @@ def test_the_least_unlike_are_found_where_all_are_unlike(small_tiles):
 def test_blocks_are_the_largest_within_the_memory(memory_gib, k):
     blocks = choose_blocks(num_queries=50_000, k=k, memory_gib=memory_gib, **IMAGENET)
     assert blocks.queries % 256 == 0 == blocks.train % 4096
-    assert extra_bytes(blocks, k=k, **IMAGENET) <= memory_gib * GIB < extra_bytes(Blocks(blocks.queries + 256, blocks.train), k=k, **IMAGENET)
+    assert (
+        extra_bytes(blocks, k=k, **IMAGENET)
+        <= memory_gib * GIB
+        < extra_bytes(Blocks(blocks.queries + 256, blocks.train), k=k, **IMAGENET)
+    )
 
 
 def test_imagenet_in_four_gib_and_small_sets_in_one_block():
     blocks = choose_blocks(num_queries=50_000, k=200, memory_gib=4.0, **IMAGENET)
     assert blocks.queries > 4096 and extra_bytes(blocks, k=200, **IMAGENET) < 4 * GIB
-    assert choose_blocks(num_queries=397, num_train=1400, dim=64, k=20, num_classes=10, memory_gib=1.0) == Blocks(512, 4096)
-    assert choose_blocks(num_queries=0, num_train=3, dim=64, k=1, num_classes=10, memory_gib=1.0) == Blocks(256, 4096)
+    assert choose_blocks(
+        num_queries=397, num_train=1400, dim=64, k=20, num_classes=10, memory_gib=1.0
+    ) == Blocks(512, 4096)
+    assert choose_blocks(num_queries=0, num_train=3, dim=64, k=1, num_classes=10, memory_gib=1.0) == Blocks(
+        256, 4096
+    )
 
 
 def test_too_little_memory_says_what_it_needs():
-    with pytest.raises(UserError, match=r"--memory-gib 0.01: 1,281,167 training rows of width 768 need at least 0.0\d GiB"):
+    with pytest.raises(
+        UserError, match=r"--memory-gib 0.01: 1,281,167 training rows of width 768 need at least 0.0\d GiB"
+    ):
         choose_blocks(num_queries=50_000, k=20, memory_gib=0.01, **IMAGENET)

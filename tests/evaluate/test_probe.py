@@ -22,14 +22,19 @@ def digits_rows():
     """scikit-learn's digits through a random layer, with offsets and scales that standardising must take away; and labels."""
     pixels, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
-    rows = np.maximum(pixels @ rng.normal(size=(64, 96)) / 16, 0) * rng.uniform(0.01, 50, 96) + rng.normal(size=96) * 20
+    rows = (
+        np.maximum(pixels @ rng.normal(size=(64, 96)) / 16, 0) * rng.uniform(0.01, 50, 96)
+        + rng.normal(size=96) * 20
+    )
     rows[:, 7] = 3.25  # a feature that never changes
     return torch.from_numpy(rows).float(), torch.from_numpy(labels)
 
 
 def scikit_learns(rows, labels, *, l2):
     scaler = StandardScaler().fit(rows.double().numpy())
-    model = LogisticRegression(C=1 / (l2 * len(rows)), tol=1e-9, max_iter=5000).fit(scaler.transform(rows.double().numpy()), labels.numpy())
+    model = LogisticRegression(C=1 / (l2 * len(rows)), tol=1e-9, max_iter=5000).fit(
+        scaler.transform(rows.double().numpy()), labels.numpy()
+    )
     return model, lambda queries: model.predict_proba(scaler.transform(queries.double().numpy()))
 
 
@@ -40,7 +45,9 @@ def test_equals_scikit_learns_logistic_regression(digits_rows, l2):
     model, predict = scikit_learns(rows[:1400], labels[:1400], l2=l2)
     assert fitted.converged and fitted.gradient < 1e-4
     np.testing.assert_allclose(fitted.weight.numpy(), model.coef_, atol=2e-3)
-    np.testing.assert_allclose(fitted.scores(rows[1400:]).softmax(dim=1).numpy(), predict(rows[1400:]), atol=2e-3)
+    np.testing.assert_allclose(
+        fitted.scores(rows[1400:]).softmax(dim=1).numpy(), predict(rows[1400:]), atol=2e-3
+    )
     top1, top5 = accuracy(fitted, rows[1400:], labels[1400:])
     expected = 100 * (predict(rows[1400:]).argmax(axis=1) == labels[1400:].numpy()).mean()
     assert abs(top1 - expected) < 0.2 and 80 < top1 < top5 <= 100
@@ -93,20 +100,32 @@ def test_a_fit_that_ran_out_of_iterations_says_so(digits_rows):
 def test_a_start_is_taken_over_whatever_numbers_standardised_it(digits_rows):
     rows, labels = digits_rows[0][:900], digits_rows[1][:900]
     fitted = fit_probe(rows, labels, l2=1e-2, num_classes=10)
-    moved = replace(fitted, mean=fitted.mean + 5, std=fitted.std * 2, weight=fitted.weight * 2, bias=fitted.bias + fitted.weight @ (5 / fitted.std))
+    moved = replace(
+        fitted,
+        mean=fitted.mean + 5,
+        std=fitted.std * 2,
+        weight=fitted.weight * 2,
+        bias=fitted.bias + fitted.weight @ (5 / fitted.std),
+    )
     torch.testing.assert_close(moved.scores(rows), fitted.scores(rows), atol=1e-3, rtol=0)
     again = fit_probe(rows, labels, l2=1e-2, num_classes=10, start=moved)
     assert again.iterations < 10 < fitted.iterations
     torch.testing.assert_close(again.weight, fitted.weight, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("scores, expected", [([50, 60, 70, 80, 90, 91], 1e-5), ([50, 90, 90, 90, 20, 10], 0.1), ([0] * 6, 1.0)])
-def test_l2_is_the_best_of_the_grid_on_rows_that_were_held_out_and_of_equals_the_strongest(monkeypatch, scores, expected):
+@pytest.mark.parametrize(
+    "scores, expected", [([50, 60, 70, 80, 90, 91], 1e-5), ([50, 90, 90, 90, 20, 10], 0.1), ([0] * 6, 1.0)]
+)
+def test_l2_is_the_best_of_the_grid_on_rows_that_were_held_out_and_of_equals_the_strongest(
+    monkeypatch, scores, expected
+):
     rows, labels = torch.arange(40.0)[:, None], torch.arange(40) % 4
     held_out, starts = rows[torch.from_numpy(hold_out(labels.numpy(), 0.1))], []
 
     def fit(features, classes, *, l2, start, **options):
-        assert not set(features.flatten().tolist()) & set(held_out.flatten().tolist()) and len(features) == 36 == len(classes)
+        assert not set(features.flatten().tolist()) & set(held_out.flatten().tolist()) and len(
+            features
+        ) == 36 == len(classes)
         starts.append(start)
         return f"probe of {l2}"
 
@@ -116,7 +135,10 @@ def test_l2_is_the_best_of_the_grid_on_rows_that_were_held_out_and_of_equals_the
 
     monkeypatch.setattr(probe, "fit_probe", fit)
     monkeypatch.setattr(probe, "accuracy", score)
-    assert probe.choose_l2(rows, labels, num_classes=4, max_iterations=9) == (expected, f"probe of {expected}")
+    assert probe.choose_l2(rows, labels, num_classes=4, max_iterations=9) == (
+        expected,
+        f"probe of {expected}",
+    )
     assert starts == [None, *(f"probe of {l2}" for l2 in GRID[:-1])]
 
 
@@ -135,8 +157,15 @@ def test_says_a_line_and_writes_it_down(run, capsys):
     assert read_results(run) == [result] and result["metric"] == "probe" and result["top5"] is None
     assert result["settings"] == {"l2": 0.1, "pool": "mean", "precision": "fp32"}
     result = evaluate_run(run, labels="3-shot", pool="cls")
-    assert "from a tenth held out, cls pool, 9 train, 11 val, 3-shot of the labels, seed 0)\n" in capsys.readouterr().out
-    assert result["settings"]["l2"] == "held-out" and (result["num_train"], result["labels"]) == (9, "3-shot") and len(read_results(run)) == 2
+    assert (
+        "from a tenth held out, cls pool, 9 train, 11 val, 3-shot of the labels, seed 0)\n"
+        in capsys.readouterr().out
+    )
+    assert (
+        result["settings"]["l2"] == "held-out"
+        and (result["num_train"], result["labels"]) == (9, "3-shot")
+        and len(read_results(run)) == 2
+    )
 
 
 def test_what_fits_nothing_is_refused_in_one_line(run):

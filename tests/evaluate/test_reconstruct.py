@@ -39,7 +39,11 @@ def test_a_perfect_decoder_gives_the_original_back(tmp_path, shards, val, norm_p
     images, noise = choose_pictures(val, **CHOICE)
     normalize = Normalize(config.data.mean, config.data.std)
     target = objective.prepare(Batch(images, noise), normalize).masked
-    monkeypatch.setattr(objective.decoder, "forward", lambda latent, ids_keep, ids_masked: normalize_patches(target) if norm_pix else target)
+    monkeypatch.setattr(
+        objective.decoder,
+        "forward",
+        lambda latent, ids_keep, ids_masked: normalize_patches(target) if norm_pix else target,
+    )
     masked, painted = reconstruct(objective, images, noise, normalize)
     assert torch.equal(painted, images)
     assert not torch.equal(masked, images)
@@ -54,6 +58,10 @@ def test_visible_patches_are_the_originals_and_masked_ones_are_not(run, val):
     ids_keep, ids_masked = keep_random(noise, 4)
     for picture in range(5):
         for found in (masked, painted):
-            assert found.dtype == torch.uint8 and torch.equal(found[picture, ids_keep[picture]], original[picture, ids_keep[picture]])
+            assert found.dtype == torch.uint8 and torch.equal(
+                found[picture, ids_keep[picture]], original[picture, ids_keep[picture]]
+            )
         assert (masked[picture, ids_masked[picture]] == GREY).all()
-        assert (painted[picture, ids_masked[picture]] != original[picture, ids_masked[picture]]).float().mean() > 0.9
+        assert (
+            painted[picture, ids_masked[picture]] != original[picture, ids_masked[picture]]
+        ).float().mean() > 0.9

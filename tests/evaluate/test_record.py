@@ -18,7 +18,11 @@ def test_a_half_line_of_a_killed_run_is_left_out(run):
         file.write('{"step": 31, "lo')
     record = read_record(run)
     assert record.column("step") == list(range(1, 31))
-    assert record.losses == ["loss", "pixel", "align/1-3"] and record.named("share/") == ["share/1"] and record.knn is None
+    assert (
+        record.losses == ["loss", "pixel", "align/1-3"]
+        and record.named("share/") == ["share/1"]
+        and record.knn is None
+    )
 
 
 def test_the_last_tenth_is_of_the_steps_and_finite(run):
@@ -55,7 +59,9 @@ def test_a_term_below_a_twentieth_of_the_gradient_is_called_dead(tmp_path, shard
 
 @pytest.mark.parametrize("normalize, advised", [("l2", True), ("none", False)])
 def test_raw_features_are_advised_where_they_are_not_used_yet(tmp_path, shards, normalize, advised):
-    record = read_record(make_run(tmp_path / "run", train=shards[0], val=shards[1], share=0.02, normalize=normalize))
+    record = read_record(
+        make_run(tmp_path / "run", train=shards[0], val=shards[1], share=0.02, normalize=normalize)
+    )
     assert ("objective.normalize=none" in find_dead_terms(record, "mine")[0]) == advised
 
 
@@ -80,7 +86,9 @@ def test_facts_are_the_runs_own(run, tmp_path, shards):
     alone = read_record(make_run(tmp_path / "mae", train=shards[0], val=shards[1], objective="mae"))
     facts = list_facts(alone, *build_objective(alone.config))
     assert facts["pixel at the end"].note == ""
-    other = read_record(make_run(tmp_path / "norm", train=shards[0], val=shards[1], objective="mae", norm_pix=True))
+    other = read_record(
+        make_run(tmp_path / "norm", train=shards[0], val=shards[1], objective="mae", norm_pix=True)
+    )
     assert "not comparable" in list_facts(other, *build_objective(other.config))["pixel at the end"].note
     assert facts["teacher"] == ("none", "") and not any("distillation" in question for question in facts)
 
@@ -95,7 +103,10 @@ def test_a_knn_of_an_older_student_says_so(run, step, words):
 
 def test_columns_that_few_steps_have_keep_their_places(run):
     record = read_record(run)
-    assert record.named("norm/") == ["norm/1", "norm/2"] and record.named("rank/") == ["rank/cls", "rank/mean"]
+    assert record.named("norm/") == ["norm/1", "norm/2"] and record.named("rank/") == [
+        "rank/cls",
+        "rank/mean",
+    ]
     assert (record.epochs("norm/1"), record.column("norm/1")) == ([3, 6, 9], [20, 30, 40])
     assert record.last_tenth("norm/1") == 40
     assert replace(record, rows=[{"norm/12": 1, "norm/3": 1}]).named("norm/") == ["norm/3", "norm/12"]
@@ -106,24 +117,52 @@ def test_a_step_s_time_is_its_medians_and_nothing_where_it_was_not_measured(run,
     record.rows[0]["seconds/data"] = 1e6  # the first step waits for workers to start
     assert record.seconds() == {"data": 0.01, "teacher": 0.03, "rest": 0.06}
     facts = list_facts(record, *build_objective(record.config))
-    assert facts["images/s, median"].note == "0.1 s a step: data 10%, teacher 30%, rest 60%" and facts["effective rank of the mean of the patch tokens"] == ("9.0", "")
+    assert facts["images/s, median"].note == "0.1 s a step: data 10%, teacher 30%, rest 60%" and facts[
+        "effective rank of the mean of the patch tokens"
+    ] == ("9.0", "")
     old = read_record(make_run(tmp_path / "old", train=shards[0], val=shards[1], rank=None))
     facts = list_facts(old, *build_objective(old.config))
-    assert old.seconds() == {} and facts["images/s, median"].note == "" and not any("effective rank" in name for name in facts) and find_collapses(old, "old") == []
+    assert (
+        old.seconds() == {}
+        and facts["images/s, median"].note == ""
+        and not any("effective rank" in name for name in facts)
+        and find_collapses(old, "old") == []
+    )
 
 
-@pytest.mark.parametrize("rank, num_steps, collapsed", [(2.9, 30, True), (3.1, 30, False), (1.0, 20, True), (1.0, 19, False)])
-def test_few_directions_are_a_collapse_once_two_thirds_of_the_run_are_over(tmp_path, shards, rank, num_steps, collapsed):
-    record = read_record(make_run(tmp_path / "run", train=shards[0], val=shards[1], rank=rank, num_steps=num_steps))
+@pytest.mark.parametrize(
+    "rank, num_steps, collapsed", [(2.9, 30, True), (3.1, 30, False), (1.0, 20, True), (1.0, 19, False)]
+)
+def test_few_directions_are_a_collapse_once_two_thirds_of_the_run_are_over(
+    tmp_path, shards, rank, num_steps, collapsed
+):
+    record = read_record(
+        make_run(tmp_path / "run", train=shards[0], val=shards[1], rank=rank, num_steps=num_steps)
+    )
     sentences = find_collapses(record, "mine")
     assert len(sentences) == collapsed
     if collapsed:
-        assert sentences[0].startswith(f"mine: the student's features spread over {rank:.1f} directions only") and "lower optim.base_lr" in sentences[0]
+        assert (
+            sentences[0].startswith(f"mine: the student's features spread over {rank:.1f} directions only")
+            and "lower optim.base_lr" in sentences[0]
+        )
 
 
 def test_other_results_are_facts_too(run):
-    append_result(run, {**knn_result(50.0), "metric": "finetune", "settings": {"recipe": "mae", "epochs": 100, "note": None}, "labels": "10%", "subset_seed": 0})
+    append_result(
+        run,
+        {
+            **knn_result(50.0),
+            "metric": "finetune",
+            "settings": {"recipe": "mae", "epochs": 100, "note": None},
+            "labels": "10%",
+            "subset_seed": 0,
+        },
+    )
     append_result(run, knn_result(71.25))
     record = read_record(run)
     facts = list_facts(record, *build_objective(record.config))
-    assert facts["k-NN top-1"].text == "71.2%" and facts["fine-tuning top-1, 10% of the labels"] == ("50.0%", "recipe mae, epochs 100; step 30")
+    assert facts["k-NN top-1"].text == "71.2%" and facts["fine-tuning top-1, 10% of the labels"] == (
+        "50.0%",
+        "recipe mae, epochs 100; step 30",
+    )

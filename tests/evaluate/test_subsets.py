@@ -17,25 +17,40 @@ def made_up(labels, *, fingerprint="f", num_classes=None):
     labels = np.asarray(labels)
     parts = np.array_split(labels, 3)
     shards = [Shard(f"shard-{number:06d}.tar", len(part), 0, "") for number, part in enumerate(parts)]
-    indexes = [{"label": part.astype(np.int32), "number": (10_000 * number + 3 * np.arange(len(part))).astype(np.uint64)} for number, part in enumerate(parts)]
+    indexes = [
+        {
+            "label": part.astype(np.int32),
+            "number": (10_000 * number + 3 * np.arange(len(part))).astype(np.uint64),
+        }
+        for number, part in enumerate(parts)
+    ]
     classes = [f"class {number}" for number in range(num_classes or labels.max() + 1)]
     ends = np.cumsum([len(part) for part in parts]).tolist()
     return SimpleNamespace(
-        shards=shards, ends=ends, num_samples=len(labels), classes=classes, fingerprint=fingerprint, folder="folder", open_index=indexes.__getitem__
+        shards=shards,
+        ends=ends,
+        num_samples=len(labels),
+        classes=classes,
+        fingerprint=fingerprint,
+        folder="folder",
+        open_index=indexes.__getitem__,
     )
 
 
 SKEWED = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [1000, 250, 14, 3]))
 
 
-@pytest.mark.parametrize("labels, expected", [
-    ("1%", [10, 3, 1, 1]),  # 2.5 of 250 rounds up; a class always has one
-    ("10%", [100, 25, 1, 1]),
-    ("12.5%", [125, 31, 2, 1]),
-    ("99.9%", [999, 250, 14, 3]),
-    ("1-shot", [1, 1, 1, 1]),
-    ("3-shot", [3, 3, 3, 3]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "labels, expected",
+    [
+        ("1%", [10, 3, 1, 1]),  # 2.5 of 250 rounds up; a class always has one
+        ("10%", [100, 25, 1, 1]),
+        ("12.5%", [125, 31, 2, 1]),
+        ("99.9%", [999, 250, 14, 3]),
+        ("1-shot", [1, 1, 1, 1]),
+        ("3-shot", [3, 3, 3, 3]),
+    ],
+)
 def test_every_class_gives_its_share(labels, expected):
     ids = draw_subset(made_up(SKEWED), labels, 0)
     assert ids.dtype == np.int64 and (np.diff(ids) > 0).all()
@@ -48,21 +63,45 @@ def test_all_is_every_sample():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_draws_of_a_seed_are_nested_and_of_two_seeds_differ(seed):
-    drawn = [set(draw_subset(made_up(SKEWED), labels, seed).tolist()) for labels in ("1%", "2%", "10%", "50%", "99%")]
+    drawn = [
+        set(draw_subset(made_up(SKEWED), labels, seed).tolist())
+        for labels in ("1%", "2%", "10%", "50%", "99%")
+    ]
     assert all(small <= large for small, large in zip(drawn, drawn[1:]))
-    assert set(draw_subset(made_up(SKEWED), "1-shot", seed).tolist()) <= set(draw_subset(made_up(SKEWED), "3-shot", seed).tolist())
+    assert set(draw_subset(made_up(SKEWED), "1-shot", seed).tolist()) <= set(
+        draw_subset(made_up(SKEWED), "3-shot", seed).tolist()
+    )
     others = [set(draw_subset(made_up(SKEWED), "10%", other).tolist()) for other in range(5) if other != seed]
     assert drawn[2] not in others
 
 
 def test_a_draw_is_of_the_fingerprint_and_never_changes():
-    assert draw_subset(made_up(np.arange(1000) % 4), "1%", 0).tolist() == [292, 367, 469, 470, 481, 503, 528, 529, 550, 567, 584, 858]
-    assert draw_subset(made_up(SKEWED, fingerprint="g"), "1%", 0).tolist() != draw_subset(made_up(SKEWED), "1%", 0).tolist()
+    assert draw_subset(made_up(np.arange(1000) % 4), "1%", 0).tolist() == [
+        292,
+        367,
+        469,
+        470,
+        481,
+        503,
+        528,
+        529,
+        550,
+        567,
+        584,
+        858,
+    ]
+    assert (
+        draw_subset(made_up(SKEWED, fingerprint="g"), "1%", 0).tolist()
+        != draw_subset(made_up(SKEWED), "1%", 0).tolist()
+    )
 
 
 def test_a_draw_is_uniform_in_a_class():
     labels = np.zeros(40, dtype=np.int64)
-    counts = sum(np.bincount(draw_subset(made_up(labels, num_classes=1), "25%", seed), minlength=40) for seed in range(400))
+    counts = sum(
+        np.bincount(draw_subset(made_up(labels, num_classes=1), "25%", seed), minlength=40)
+        for seed in range(400)
+    )
     assert counts.sum() == 4000 and 60 < counts.min() and counts.max() < 145  # 100 +- 8.7 each
 
 
@@ -72,7 +111,9 @@ def test_unlabelled_samples_and_empty_classes_give_none():
 
 
 def test_a_class_with_too_few_is_named():
-    with pytest.raises(UserError, match="5-shot: class 'class 3' of 'folder' has 3 samples; ask for at most 3-shot"):
+    with pytest.raises(
+        UserError, match="5-shot: class 'class 3' of 'folder' has 3 samples; ask for at most 3-shot"
+    ):
         draw_subset(made_up(SKEWED), "5-shot", 0)
 
 
@@ -83,7 +124,9 @@ def test_words_that_mean_nothing_are_refused(labels):
 
 
 def test_the_seed_of_no_draw_is_none_and_of_a_draw_zero():
-    assert check_labels("all", None) is None and check_labels("1%", None) == 0 and check_labels("5-shot", 7) == 7
+    assert (
+        check_labels("all", None) is None and check_labels("1%", None) == 0 and check_labels("5-shot", 7) == 7
+    )
     with pytest.raises(UserError, match="seed 7 is of no use with labels all"):
         check_labels("all", 7)
     with pytest.raises(UserError, match="at least 0"):
@@ -97,7 +140,9 @@ def test_the_drawn_keys_are_kept_and_another_draw_under_their_name_is_refused(tm
     head, *keys = path.read_text().splitlines()
     assert head == f"# labels 1%, seed 0: 15 of {len(SKEWED)} samples of data with fingerprint f"
     assert len(keys) == 15 and keys[0] == f"shard-000000.tar/{3 * ids[0]:09d}"
-    assert keys[-1] == f"shard-000002.tar/{20_000 + 3 * (ids[-1] - data.ends[1]):09d}" and len(set(keys)) == 15
+    assert (
+        keys[-1] == f"shard-000002.tar/{20_000 + 3 * (ids[-1] - data.ends[1]):09d}" and len(set(keys)) == 15
+    )
     assert open_subset(tmp_path, data, labels="1%", seed=0, write=True).tolist() == ids.tolist()
     with pytest.raises(UserError, match="holds another draw"):
         open_subset(tmp_path, made_up(SKEWED, fingerprint="g"), labels="1%", seed=0, write=True)

@@ -15,25 +15,57 @@ from dmae_ds.config.run import ModelConfig, RunConfig
 from dmae_ds.finetune.network import build_classifier, classifier_keys, save_classifier
 from dmae_ds.objectives.build import build_objective
 
-STUDENT = {"name": "vit_tiny_patch16_224", "img_size": 24, "patch_size": 6, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2}
-DATA = {"train": "nowhere/train", "val": "nowhere/val", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "crop_pct": 0.8, "num_workers": 0}
+STUDENT = {
+    "name": "vit_tiny_patch16_224",
+    "img_size": 24,
+    "patch_size": 6,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 3,
+    "mlp_ratio": 2,
+}
+DATA = {
+    "train": "nowhere/train",
+    "val": "nowhere/val",
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.3, 0.25],
+    "crop_pct": 0.8,
+    "num_workers": 0,
+}
 DECODER = {"depth": 2, "embed_dim": 16, "num_heads": 2}
 STEP = 1234
 
 
 def make_run(folder, *, student=STUDENT, seed=0, **sections):
     """A run folder; mask .9 of 16 patches keeps 2, where truncating would keep 1."""
-    config = RunConfig.model_validate({
-        "run": {"dir": str(folder)}, "student": student, "data": DATA, "optim": {"epochs": 9, "warmup_epochs": 1},
-        "objective": {"name": "mae", "mask_ratio": 0.9, "norm_pix": True, "decoder": DECODER}, **sections,
-    })  # fmt: skip
+    config = RunConfig.model_validate(
+        {
+            "run": {"dir": str(folder)},
+            "student": student,
+            "data": DATA,
+            "optim": {"epochs": 9, "warmup_epochs": 1},
+            "objective": {"name": "mae", "mask_ratio": 0.9, "norm_pix": True, "decoder": DECODER},
+            **sections,
+        }
+    )
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: tensor + torch.randn(tensor.shape, generator=generator) / 16 for name, tensor in build_objective(config)[0].state_dict().items()}
-    metadata = {"timm_name": config.student.name, "timm_overrides": json.dumps(config.student.overrides()), "step": str(STEP)}
+    weights = {
+        name: tensor + torch.randn(tensor.shape, generator=generator) / 16
+        for name, tensor in build_objective(config)[0].state_dict().items()
+    }
+    metadata = {
+        "timm_name": config.student.name,
+        "timm_overrides": json.dumps(config.student.overrides()),
+        "step": str(STEP),
+    }
     for name, mine in (("student", True), ("decoder", False)):
-        tensors = {key.removeprefix("student."): tensor for key, tensor in weights.items() if key.startswith("student.") == mine}
+        tensors = {
+            key.removeprefix("student."): tensor
+            for key, tensor in weights.items()
+            if key.startswith("student.") == mine
+        }
         save_file(tensors, folder / f"{name}.safetensors", metadata=metadata)
     return folder
 
@@ -43,10 +75,28 @@ def make_classifier(folder, *, pool):
     model_config, keys = ModelConfig(**STUDENT), classifier_keys(pool, 5)
     model = build_classifier(model_config, keys, seed=0, mean=DATA["mean"], std=DATA["std"])
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: tensor + torch.randn(tensor.shape, generator=generator) / 16 for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor + torch.randn(tensor.shape, generator=generator) / 16
+        for name, tensor in model.state_dict().items()
+    }
     folder.mkdir(parents=True)
-    save_classifier(folder / "last.safetensors", tensors, model_config, keys, mean=DATA["mean"], std=DATA["std"], step=STEP)
-    evaluation = {"weights": "someone/else", "format": "auto", "labels": "10%", "data": DATA, "optim": {"epochs": 100.0}, "distill": None}
+    save_classifier(
+        folder / "last.safetensors",
+        tensors,
+        model_config,
+        keys,
+        mean=DATA["mean"],
+        std=DATA["std"],
+        step=STEP,
+    )
+    evaluation = {
+        "weights": "someone/else",
+        "format": "auto",
+        "labels": "10%",
+        "data": DATA,
+        "optim": {"epochs": 100.0},
+        "distill": None,
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(evaluation))
     return folder
 

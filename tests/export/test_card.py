@@ -21,7 +21,11 @@ TEACHER = {**STUDENT, "embed_dim": 36}
 
 
 def distilled(folder, **teacher):
-    return make_run(folder, teacher={**TEACHER, **teacher}, objective={"name": "dmae", "mask_ratio": 0.5, "decoder": DECODER})
+    return make_run(
+        folder,
+        teacher={**TEACHER, **teacher},
+        objective={"name": "dmae", "mask_ratio": 0.5, "decoder": DECODER},
+    )
 
 
 def licence(folder, **teacher):
@@ -34,7 +38,10 @@ def test_a_licence_is_the_one_that_somebody_stated(tmp_path):
     weights = tmp_path / "plain" / "mae_pretrain_vit_large.pth"
     weights.write_bytes(b"weights")
     assert licence(tmp_path / "a", weights=str(weights)) == ("unknown", "a card beside the weights")
-    assert licence(tmp_path / "b", weights=str(weights), license="cc-by-nc-4.0") == ("cc-by-nc-4.0", "teacher.license of the recipe")
+    assert licence(tmp_path / "b", weights=str(weights), license="cc-by-nc-4.0") == (
+        "cc-by-nc-4.0",
+        "teacher.license of the recipe",
+    )
     (tmp_path / "plain" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     assert licence(tmp_path / "c", weights=str(weights))[0] == "apache-2.0"
     (tmp_path / "plain" / "README.md").write_text("A folder of mine.\n")
@@ -48,10 +55,17 @@ def test_a_student_as_teacher_passes_on_what_its_own_teacher_had(tmp_path):
     first = make_run(tmp_path / "first", student=TEACHER)
     second = distilled(tmp_path / "second", weights=str(first / "student.safetensors"))
     described = describe_teacher(read_saved_config(second))
-    assert described["license"] == "none of others" and described["teacher"] is None and len(described["sha256"]) == 64
+    assert (
+        described["license"] == "none of others"
+        and described["teacher"] is None
+        and len(described["sha256"]) == 64
+    )
     limited = distilled(tmp_path / "limited", weights=str(tmp_path / "gone.pth"), license="cc-by-nc-4.0")
     third = describe_teacher(read_saved_config(distilled(tmp_path / "third", weights=str(limited))))
-    assert third["license"] == "cc-by-nc-4.0" and third["teacher"]["license_from"] == "teacher.license of the recipe"
+    assert (
+        third["license"] == "cc-by-nc-4.0"
+        and third["teacher"]["license_from"] == "teacher.license of the recipe"
+    )
     assert describe_teacher(read_saved_config(first)) is None
 
 
@@ -60,36 +74,92 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
     folder = CheckpointFolder(run)
     folder.begin(1234)
     folder.commit(1234, {"step": 1234, "fingerprint": "f" * 64}, {})
-    append_result(run, {
-        "metric": "knn", "top1": 71.25, "top5": None, "labels": "10%", "subset_seed": 3, "settings": {"k": 20}, "step": 1234, "num_train": 140, "num_val": 397,
-        "data": "f" * 64, "seconds": 1.0, "device": "cpu", "world_size": 1,
-    })  # fmt: skip
+    append_result(
+        run,
+        {
+            "metric": "knn",
+            "top1": 71.25,
+            "top5": None,
+            "labels": "10%",
+            "subset_seed": 3,
+            "settings": {"k": 20},
+            "step": 1234,
+            "num_train": 140,
+            "num_val": 397,
+            "data": "f" * 64,
+            "seconds": 1.0,
+            "device": "cpu",
+            "world_size": 1,
+        },
+    )
     out, card = export(run, to="safetensors", license="cc-by-nc-4.0")
     stored = json.loads((out / "card.json").read_text())
     assert stored == json.loads(json.dumps(card))
-    assert stored["data"]["fingerprint"] == "f" * 64 and stored["step"] == 1234 and stored["metrics"][0]["top1"] == 71.25
-    assert stored["config"] == read_saved_config(run).model_dump(mode="json") and set(stored["versions"]) >= {"torch", "timm", "dmae-ds"}
-    assert stored["check"]["largest"] == stored["check"]["differences"]["tokens"] <= stored["check"]["limits"]["tokens"] == 1e-5
+    assert (
+        stored["data"]["fingerprint"] == "f" * 64
+        and stored["step"] == 1234
+        and stored["metrics"][0]["top1"] == 71.25
+    )
+    assert stored["config"] == read_saved_config(run).model_dump(mode="json") and set(stored["versions"]) >= {
+        "torch",
+        "timm",
+        "dmae-ds",
+    }
+    assert (
+        stored["check"]["largest"]
+        == stored["check"]["differences"]["tokens"]
+        <= stored["check"]["limits"]["tokens"]
+        == 1e-5
+    )
     text = (out / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert front == {"license": "cc-by-nc-4.0", "library_name": "timm", "pipeline_tag": "image-feature-extraction", "tags": ["dmae-ds"]}
-    assert "| teacher's licence | cc-by-nc-4.0 (teacher.license of the recipe) |" in text and "| knn | 10%, seed 3 | 71.25% | k 20 | 1234 | cpu |" in text
+    assert front == {
+        "license": "cc-by-nc-4.0",
+        "library_name": "timm",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["dmae-ds"],
+    }
+    assert (
+        "| teacher's licence | cc-by-nc-4.0 (teacher.license of the recipe) |" in text
+        and "| knn | 10%, seed 3 | 71.25% | k 20 | 1234 | cpu |" in text
+    )
 
 
 def test_what_is_not_known_is_said(shared_run, tmp_path):
     out, card = export(shared_run, to="safetensors", out=tmp_path / "plain")
-    assert card["data"]["fingerprint"] == "unknown" and card["data"]["fingerprint_from"] == "no checkpoint" and card["license"] == "unknown"
+    assert (
+        card["data"]["fingerprint"] == "unknown"
+        and card["data"]["fingerprint_from"] == "no checkpoint"
+        and card["license"] == "unknown"
+    )
     text = (out / "README.md").read_text()
-    assert "Nobody has said under which licence" in text and "Nothing has been measured" in text and "| teacher | none |" in text
+    assert (
+        "Nobody has said under which licence" in text
+        and "Nothing has been measured" in text
+        and "| teacher | none |" in text
+    )
 
 
 def test_a_classifier_s_card_names_the_student_s_teacher_and_its_own_training(tmp_path):
     run = distilled(tmp_path / "run", weights="gone.pth", license="cc-by-nc-4.0")
-    out, card = export(make_classifier(run / "finetune_mae", pool="mean"), to="safetensors", what="classifier")
-    assert out == run / "finetune_mae" / "export" / "safetensors" and card["teacher"]["license"] == "cc-by-nc-4.0" and card["evaluation"]["labels"] == "10%"
-    assert "mask ratio 0.5; then as a classifier, with 10% labels; step 1,234 |" in (out / "README.md").read_text()
+    out, card = export(
+        make_classifier(run / "finetune_mae", pool="mean"), to="safetensors", what="classifier"
+    )
+    assert (
+        out == run / "finetune_mae" / "export" / "safetensors"
+        and card["teacher"]["license"] == "cc-by-nc-4.0"
+        and card["evaluation"]["labels"] == "10%"
+    )
+    assert (
+        "mask ratio 0.5; then as a classifier, with 10% labels; step 1,234 |"
+        in (out / "README.md").read_text()
+    )
     _, card = export(make_classifier(tmp_path / "own", pool="mean"), to="safetensors", what="classifier")
-    assert card["config"] is None and card["teacher"]["weights"] == "someone/else" and card["teacher"]["license"] == "unknown"
+    assert (
+        card["config"] is None
+        and card["teacher"]["weights"] == "someone/else"
+        and card["teacher"]["license"] == "unknown"
+    )
 
 
 @pytest.mark.parametrize("to", ["timm", "safetensors"])

@@ -31,14 +31,19 @@ def expect(run, what, file):
     """Inputs that the exporter did not use, and what the trained network answers, for another process."""
     source = open_source(run, what)
     inputs = source.inputs(seed=7)
-    answers = {("pixels_painted" if name == "pixels" else name): tensor.numpy() for name, tensor in source.answers(inputs).items()}
+    answers = {
+        ("pixels_painted" if name == "pixels" else name): tensor.numpy()
+        for name, tensor in source.answers(inputs).items()
+    }
     hidden = {} if what != "mae" else {"ids_masked": source.ids_masked(inputs.noise).numpy()}
     np.savez(file, pixels=inputs.pixels.numpy(), noise=inputs.noise.numpy(), **answers, **hidden)
     return file
 
 
 def read_alone(library, *arguments, cwd):
-    done = subprocess.run([sys.executable, "-I", ALONE, library, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", ALONE, library, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -47,7 +52,12 @@ WRONG = {"timm": "blocks.2.attn.qkv.bias", "transformers": "encoder.layer.1.atte
 
 
 EXPORTS = {
-    "timm": [("timm", "encoder"), ("safetensors", "encoder"), ("timm", "classifier"), ("safetensors", "classifier")],
+    "timm": [
+        ("timm", "encoder"),
+        ("safetensors", "encoder"),
+        ("timm", "classifier"),
+        ("safetensors", "classifier"),
+    ],
     "transformers": [("hf", "encoder"), ("hf", "mae"), ("hf", "classifier")],
     "onnxruntime": [("onnx", "encoder")],
 }
@@ -59,7 +69,10 @@ def needs_folders(exports):
         pytest.skip(f"timm {timm.__version__} reads no safetensors out of a folder")
 
 
-@pytest.mark.parametrize("library, exports", [*EXPORTS.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())])
+@pytest.mark.parametrize(
+    "library, exports",
+    [*EXPORTS.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())],
+)
 def test_the_other_library_alone_gives_the_trained_network_s_answers(shared_run, tmp_path, library, exports):
     needs_folders(exports)
     classifier = make_classifier(tmp_path / "finetune", pool="cls" if library == "transformers" else "mean")
@@ -74,7 +87,9 @@ def test_the_other_library_alone_gives_the_trained_network_s_answers(shared_run,
         disturb(wrong / "model.safetensors", WRONG[library])
         arguments += [wrong, arguments[1]]
     found = read_alone(library, *arguments, cwd=tmp_path)
-    assert len(found) == len(arguments) // 2 and all(difference < LIMIT for difference in found[: len(exports)])
+    assert len(found) == len(arguments) // 2 and all(
+        difference < LIMIT for difference in found[: len(exports)]
+    )
     assert library not in WRONG or found[-1] > 100 * LIMIT
 
 
@@ -112,12 +127,18 @@ def test_the_limit_gives_way_to_rounding_and_to_nothing_else(run, shared_run, tm
     source = open_source(shared_run, "encoder")
     before = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
     assert 0 < source.rounding(source.inputs())["tokens"] < LIMIT
-    assert all(torch.equal(tensor, before[name]) and tensor.dtype == torch.float32 for name, tensor in source.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) and tensor.dtype == torch.float32
+        for name, tensor in source.model.state_dict().items()
+    )
 
 
 def test_the_difference_is_the_largest():
     right = torch.zeros(2, 3)
-    assert compare({"a": right + 1e-3, "b": right}, {"a": right, "b": right}) == {"a": pytest.approx(1e-3), "b": 0}
+    assert compare({"a": right + 1e-3, "b": right}, {"a": right, "b": right}) == {
+        "a": pytest.approx(1e-3),
+        "b": 0,
+    }
     with pytest.raises(AssertionError):
         compare({"a": right[:1]}, {"a": right})
 
@@ -139,7 +160,13 @@ def test_transformers_prepares_a_picture_as_our_evaluation_does(shared_run, tmp_
     from transformers import AutoImageProcessor
 
     out, _ = export(shared_run, to="hf", out=tmp_path / "hf")
-    picture = np.random.default_rng(0).integers(0, 256, (9, 15, 3)).repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)
+    picture = (
+        np.random.default_rng(0)
+        .integers(0, 256, (9, 15, 3))
+        .repeat(8, axis=0)
+        .repeat(8, axis=1)
+        .astype(np.uint8)
+    )
     found = AutoImageProcessor.from_pretrained(out)(picture, return_tensors="pt")["pixel_values"][0].numpy()
     ours = eval_view(picture, img_size=24, crop_pct=0.8)
     mean, std = (np.array(values)[:, None, None] for values in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
@@ -162,7 +189,9 @@ def test_students_of_other_kinds_go_where_they_fit_and_are_refused_elsewhere(tmp
     assert export(own, to="hf", what="mae")[0] == own / "export" / "hf-mae"
     with pytest.raises(UserError, match="is a network of your own"):
         export(own, to="safetensors", out=tmp_path / "no")
-    assert [path.name for path in (own / "export").iterdir()] == ["hf-mae"] and [path.name for path in (clip / "export").iterdir()] == ["safetensors"]
+    assert [path.name for path in (own / "export").iterdir()] == ["hf-mae"] and [
+        path.name for path in (clip / "export").iterdir()
+    ] == ["safetensors"]
 
 
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
@@ -174,8 +203,13 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
     says("--to safetensors holds no mae; choose --what encoder or classifier, or --to hf", what="mae")
     says("not a run folder", run=tmp_path)
     make_classifier(run / "finetune_mae", pool="mean")
-    says("run/last.safetensors' is not there; name the folder that `dmae-ds eval finetune` or `linear` wrote: .*finetune_mae", what="classifier")
-    says("classifies by CLS, this classifier by the mean", run=run / "finetune_mae", what="classifier", to="hf")
+    says(
+        "run/last.safetensors' is not there; name the folder that `dmae-ds eval finetune` or `linear` wrote: .*finetune_mae",
+        what="classifier",
+    )
+    says(
+        "classifies by CLS, this classifier by the mean", run=run / "finetune_mae", what="classifier", to="hf"
+    )
     (tmp_path / "there").mkdir()
     says("'.*there' exists already", out=tmp_path / "there")
     monkeypatch.setattr(exporter, "find_spec", lambda name: None)
@@ -193,14 +227,25 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
 
 def test_an_old_timm_is_refused_before_anything_is_written(run, monkeypatch):
     monkeypatch.setattr(timm, "__version__", "1.0.25")
-    with pytest.raises(UserError, match=r"timm 1.0.25 reads no safetensors out of a folder; pip install 'timm>=1.0.26'"):
+    with pytest.raises(
+        UserError, match=r"timm 1.0.25 reads no safetensors out of a folder; pip install 'timm>=1.0.26'"
+    ):
         export(run, to="timm")
     assert not list((run / "export").iterdir())
-    assert [reads_folders(version) for version in ("0.9.16", "1.0.26.dev0", "1.0.31", "2.0.0")] == [False, True, True, True]
+    assert [reads_folders(version) for version in ("0.9.16", "1.0.26.dev0", "1.0.31", "2.0.0")] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_what_a_killed_export_left_is_no_obstacle(run):
     (run / "export" / "safetensors.tmp" / "half").mkdir(parents=True)
     out, _ = export(run, to="safetensors")
-    assert {path.name for path in out.iterdir()} == {"student.safetensors", "card.json", "README.md"} and not out.with_name("safetensors.tmp").exists()
+    assert {path.name for path in out.iterdir()} == {
+        "student.safetensors",
+        "card.json",
+        "README.md",
+    } and not out.with_name("safetensors.tmp").exists()
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}

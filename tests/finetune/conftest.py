@@ -6,7 +6,14 @@ from dmae_ds.finetune.run import evaluate
 from tests.evaluate.conftest import on_the_cpu, run, shards  # noqa: F401: fixtures
 
 # Two epochs of three steps on 20 pictures; everything random is on.
-QUICK = ["optim.global_batch=8", "optim.base_lr=0.2", "optim.epochs=2", "optim.warmup_epochs=0", "data.num_workers=0", "drop_path=0.3"]
+QUICK = [
+    "optim.global_batch=8",
+    "optim.base_lr=0.2",
+    "optim.epochs=2",
+    "optim.warmup_epochs=0",
+    "data.num_workers=0",
+    "drop_path=0.3",
+]
 PLAIN = ["augment.rand_augment=null", "augment.erase=0", "augment.mixup=0", "augment.cutmix=0", "drop_path=0"]
 
 

@@ -28,7 +28,9 @@ def batch(ids, epoch=0):
 def prepare(**changes):
     off = {"rand_augment": None, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
     normalize = Normalize((0.5,) * 3, (0.25,) * 3)
-    return Prepare(AugmentConfig(**{**off, **changes}), normalize, num_classes=4, seed=1, device=torch.device("cpu"))
+    return Prepare(
+        AugmentConfig(**{**off, **changes}), normalize, num_classes=4, seed=1, device=torch.device("cpu")
+    )
 
 
 def test_rand_augment_is_a_function_of_its_key():
@@ -42,7 +44,10 @@ def test_rand_augment_is_a_function_of_its_key():
     assert views[0][0].shape == (3, 24, 24) and views[0][0].dtype == np.uint8
     assert sum(not np.array_equal(view, VIEW) for view in views[0]) > 6
     assert len({view.tobytes() for view in views[0]}) > 6
-    other = augment(VIEW.copy(), sample_rng(1, 0, 3, AUGMENT_STREAM)), augment(VIEW.copy(), sample_rng(0, 1, 3, AUGMENT_STREAM))
+    other = (
+        augment(VIEW.copy(), sample_rng(1, 0, 3, AUGMENT_STREAM)),
+        augment(VIEW.copy(), sample_rng(0, 1, 3, AUGMENT_STREAM)),
+    )
     assert not np.array_equal(other[0], views[0][3]) or not np.array_equal(other[1], views[0][3])
 
 
@@ -77,7 +82,9 @@ def test_erasing_is_keyed_by_sample_whatever_its_batch():
 @pytest.mark.parametrize("kind", [{"mixup": 0.8}, {"cutmix": 1.0}])
 def test_mixing_is_keyed_by_step_and_piece_and_mixes_labels_as_pictures(kind):
     mix = prepare(**kind, label_smoothing=0.1)
-    outcomes = {place: mix(batch([0, 1, 2, 3]), step=place[0], piece=place[1]) for place in ((0, 0), (0, 1), (1, 0))}
+    outcomes = {
+        place: mix(batch([0, 1, 2, 3]), step=place[0], piece=place[1]) for place in ((0, 0), (0, 1), (1, 0))
+    }
     again = mix(batch([0, 1, 2, 3]), step=0, piece=1)
     assert torch.equal(again[0], outcomes[0, 1][0]) and torch.equal(again[1], outcomes[0, 1][1])
     assert len({found[1].numpy().tobytes() for found in outcomes.values()}) == 3

@@ -15,7 +15,13 @@ from dmae_ds.config.evaluation import DistillConfig
 from dmae_ds.config.run import ModelConfig
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import load_student
-from dmae_ds.finetune.network import build_classifier, classifier_keys, fill_trunk, load_teacher, save_classifier
+from dmae_ds.finetune.network import (
+    build_classifier,
+    classifier_keys,
+    fill_trunk,
+    load_teacher,
+    save_classifier,
+)
 from tests.evaluate.conftest import STEP, STUDENT
 
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.5, 0.5)}
@@ -24,7 +30,9 @@ IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 def build(pool="mean", norm_first=False, **changes):
     network = ModelConfig(**{**STUDENT, **changes})
-    return build_classifier(network, classifier_keys(pool, 3, norm_first=norm_first), seed=0, **STATISTICS), network
+    return build_classifier(
+        network, classifier_keys(pool, 3, norm_first=norm_first), seed=0, **STATISTICS
+    ), network
 
 
 @pytest.mark.parametrize("format", ["auto", "dmae_ds", "timm"])
@@ -36,7 +44,9 @@ def test_a_students_file_fills_all_but_the_head(run, format):
         model.eval()
         tokens = student.forward_features(IMAGES)
         expected = tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
-        torch.testing.assert_close(model.forward_head(model.forward_features(IMAGES), pre_logits=True), expected)
+        torch.testing.assert_close(
+            model.forward_head(model.forward_features(IMAGES), pre_logits=True), expected
+        )
         assert 0 < model.head.weight.std() < 1e-4 and not model.head.bias.any()
 
 
@@ -49,9 +59,14 @@ def test_fine_tuning_with_pooled_patches_norms_after_the_mean(run):
 
 def test_initial_weights_depend_on_the_seed_alone():
     network = ModelConfig(**STUDENT)
-    one, torch_moved_on, other = (build_classifier(network, classifier_keys("mean", 3), seed=seed, **STATISTICS).state_dict() for seed in (4, 4, 5))
+    one, torch_moved_on, other = (
+        build_classifier(network, classifier_keys("mean", 3), seed=seed, **STATISTICS).state_dict()
+        for seed in (4, 4, 5)
+    )
     assert all(torch.equal(one[name], torch_moved_on[name]) for name in one)
-    assert not torch.equal(one["head.weight"], other["head.weight"]) and not torch.equal(one["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(one["head.weight"], other["head.weight"]) and not torch.equal(
+        one["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"]
+    )
 
 
 def test_positions_are_fitted_to_another_picture_size(run):
@@ -68,7 +83,11 @@ def test_positions_are_fitted_to_another_picture_size(run):
 
 
 def test_the_published_pth_is_read_without_its_decoder(run):
-    tensors = {**load_file(run / "student.safetensors"), "mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24)}
+    tensors = {
+        **load_file(run / "student.safetensors"),
+        "mask_token": torch.zeros(1, 1, 8),
+        "decoder_embed.weight": torch.zeros(8, 24),
+    }
     torch.save({"model": tensors, "args": argparse.Namespace(lr=1)}, run / "mae.pth")
     model, network = build("cls")
     _, about = fill_trunk(model, run / "mae.pth", "mae", network)
@@ -78,9 +97,17 @@ def test_the_published_pth_is_read_without_its_decoder(run):
 def test_what_does_not_fit_is_one_line_with_this_commands_words(run):
     weights = load_file(run / "student.safetensors")
     cases = {
-        "missing": ({name: tensor for name, tensor in weights.items() if name != "cls_token"}, {}, "missing 1: cls_token"),
+        "missing": (
+            {name: tensor for name, tensor in weights.items() if name != "cls_token"},
+            {},
+            "missing 1: cls_token",
+        ),
         "deeper": (weights, {"depth": 1}, "more blocks than the 1"),
-        "wider": (weights, {"embed_dim": 32}, "fits the teacher under no known format|fits .*no known format"),
+        "wider": (
+            weights,
+            {"embed_dim": 32},
+            "fits the teacher under no known format|fits .*no known format",
+        ),
     }
     for name, (tensors, changes, message) in cases.items():
         save_file(tensors, run / f"{name}.safetensors")
@@ -88,7 +115,14 @@ def test_what_does_not_fit_is_one_line_with_this_commands_words(run):
         with pytest.raises(UserError, match=message) as error:
             fill_trunk(model, run / f"{name}.safetensors", "auto" if name == "wider" else "timm", network)
         assert "\n" not in str(error.value) and "teacher." not in str(error.value)
-    save_file(weights, run / "heads.safetensors", metadata={"timm_name": STUDENT["name"], "timm_overrides": json.dumps({k: v for k, v in STUDENT.items() if k != "name"})})
+    save_file(
+        weights,
+        run / "heads.safetensors",
+        metadata={
+            "timm_name": STUDENT["name"],
+            "timm_overrides": json.dumps({k: v for k, v in STUDENT.items() if k != "name"}),
+        },
+    )
     model, network = build("cls", num_heads=3)
     with pytest.raises(UserError, match="'num_heads': 2.*'num_heads': 3"):
         fill_trunk(model, run / "heads.safetensors", "timm", network)
@@ -110,7 +144,9 @@ def test_timm_alone_loads_a_saved_classifier(tmp_path, pool):
     model = saved(tmp_path / "best.safetensors", pool)
     with safe_open(tmp_path / "best.safetensors", "pt") as file:
         said = file.metadata()
-    alone = timm.create_model(said["timm_name"], **json.loads(said["timm_overrides"]), **json.loads(said["classifier"])["keys"])
+    alone = timm.create_model(
+        said["timm_name"], **json.loads(said["timm_overrides"]), **json.loads(said["classifier"])["keys"]
+    )
     alone.load_state_dict(load_file(tmp_path / "best.safetensors"), strict=True)
     torch.testing.assert_close(alone.eval()(IMAGES), model(IMAGES))
     assert said["step"] == "7" and said["top1"] == "12.5" and not list(tmp_path.glob("*.tmp"))
@@ -121,8 +157,13 @@ def test_a_saved_classifier_is_a_teacher_with_its_own_statistics(tmp_path):
     config = DistillConfig(method="logits", temperature=1.0, teacher=str(tmp_path / "best.safetensors"))
     teacher = load_teacher(config, num_classes=3, img_size=16, mean=(0, 0, 0), std=(1, 1, 1))
     torch.testing.assert_close(teacher(IMAGES), model(IMAGES))
-    assert tuple(teacher.pretrained_cfg["mean"]) == STATISTICS["mean"] and not any(parameter.requires_grad for parameter in teacher.parameters())
-    for arguments, message in (({"num_classes": 5, "img_size": 16}, "3 classes apart, data.train has 5"), ({"num_classes": 3, "img_size": 32}, "16 px, the network of 32 px")):
+    assert tuple(teacher.pretrained_cfg["mean"]) == STATISTICS["mean"] and not any(
+        parameter.requires_grad for parameter in teacher.parameters()
+    )
+    for arguments, message in (
+        ({"num_classes": 5, "img_size": 16}, "3 classes apart, data.train has 5"),
+        ({"num_classes": 3, "img_size": 32}, "16 px, the network of 32 px"),
+    ):
         with pytest.raises(UserError, match=message):
             load_teacher(config, **arguments, mean=(0, 0, 0), std=(1, 1, 1))
 
@@ -131,7 +172,12 @@ def test_a_foreign_classifier_is_a_teacher_by_its_name(run, tmp_path):
     foreign = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, global_pool="avg")
     torch.save({"model": foreign.state_dict()}, tmp_path / "finetuned.pth")
     keys = {"method": "features", "teacher": str(tmp_path / "finetuned.pth")}
-    teacher = load_teacher(DistillConfig(**keys, name="vit_tiny_patch16_224", format="mae"), num_classes=3, img_size=32, **STATISTICS)
+    teacher = load_teacher(
+        DistillConfig(**keys, name="vit_tiny_patch16_224", format="mae"),
+        num_classes=3,
+        img_size=32,
+        **STATISTICS,
+    )
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher(images), foreign.eval()(images))
     for changes in ({}, {"teacher": str(run / "student.safetensors")}):

@@ -23,7 +23,14 @@ LONGER = ["optim.epochs=12"]  # thirty steps, saved every two or three
 def start(launcher, run, *overrides):
     arguments = [*launcher, "-m", "dmae_ds", "eval", "finetune", str(run), *QUICK, *overrides]
     alone = {**environment(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(arguments, env=alone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        arguments,
+        env=alone,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def test_killed_with_sigkill_and_resumed_it_ends_bit_for_bit_the_same(run, tmp_path):
@@ -49,14 +56,24 @@ def test_two_processes_compute_what_one_accumulates(run, tmp_path, overrides):
     """Pieces of four: the same mixes and dropped paths, whoever computes them. A rate at which rounding stays rounding."""
     shared = [*overrides, "optim.micro_batch=4", "optim.base_lr=1e-3"]
     finetune(run, *shared, f"run.dir={tmp_path / 'one'}")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     process = start(launcher, run, *shared, f"run.dir={tmp_path / 'two'}")
     said, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, said
     assert said.count("finetune top-1") == 1
     expected, found = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.slow
@@ -64,10 +81,24 @@ def test_fine_tuning_a_digits_student_beats_its_neighbours(digits, tmp_path):
     run = tmp_path / "run"
     data = [f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
     for arguments in (
-        ["train", "digits_mae", f"run.dir={run}", *data, "optim.epochs=2", "optim.warmup_epochs=0.5", "log.trackers=[]"],
+        [
+            "train",
+            "digits_mae",
+            f"run.dir={run}",
+            *data,
+            "optim.epochs=2",
+            "optim.warmup_epochs=0.5",
+            "log.trackers=[]",
+        ],
         ["eval", "knn", str(run)],
         ["eval", "finetune", str(run), "--recipe", "finetune_digits", "optim.epochs=10"],
     ):
-        subprocess.run([sys.executable, "-m", "dmae_ds", *arguments], check=True, env=environment(), capture_output=True, timeout=LIMIT_S)
+        subprocess.run(
+            [sys.executable, "-m", "dmae_ds", *arguments],
+            check=True,
+            env=environment(),
+            capture_output=True,
+            timeout=LIMIT_S,
+        )
     top1 = {result["metric"]: result["top1"] for result in read_results(run)}
     assert top1["finetune"] > top1["knn"] + 5

@@ -21,7 +21,13 @@ from dmae_ds.finetune.run import evaluate
 from tests.evaluate.conftest import STEP, make_shards
 from tests.finetune.conftest import PLAIN, finetune
 
-LINEAR = ["optim.global_batch=20", "optim.base_lr=100", "optim.epochs=40", "optim.warmup_epochs=0", "data.num_workers=0"]
+LINEAR = [
+    "optim.global_batch=20",
+    "optim.base_lr=100",
+    "optim.epochs=40",
+    "optim.warmup_epochs=0",
+    "data.num_workers=0",
+]
 TEACHER_OF = {"supervised_deit_soft", "supervised_deit_hard", "supervised_logits", "supervised_features"}
 
 
@@ -34,13 +40,18 @@ def one_thread():
 
 
 def rows(out):
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in json.loads(line).items() if name != "seconds"}
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def assert_same_outcome(one, other):
     for name in ("last.safetensors", "best.safetensors"):
         expected, found = load_file(one / name), load_file(other / name)
-        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected), name
+        assert expected.keys() == found.keys() and all(
+            torch.equal(expected[key], found[key]) for key in expected
+        ), name
     assert rows(one) == rows(other)
 
 
@@ -50,13 +61,25 @@ def test_it_learns_and_leaves_files_that_timm_loads(run, capsys):
     assert result["top1"] == 100.0  # red from green from blue
     assert "finetune top-1 100.0%" in capsys.readouterr().out
     assert read_results(run) == [{**result, "when": read_results(run)[0]["when"]}]
-    expected = {"metric": "finetune", "labels": "all", "subset_seed": None, "step": STEP, "num_train": 20, "num_val": 11, "top5": None, "device": "cpu", "world_size": 1}
+    expected = {
+        "metric": "finetune",
+        "labels": "all",
+        "subset_seed": None,
+        "step": STEP,
+        "num_train": 20,
+        "num_val": 11,
+        "top5": None,
+        "device": "cpu",
+        "world_size": 1,
+    }
     assert {name: result[name] for name in expected} == expected
     assert [row["epoch"] for row in rows(out)] == [1, 2, 3, 4, 5, 6] and rows(out)[-1]["top1"] == 100.0
     assert rows(out)[0]["loss"] > rows(out)[-1]["loss"] > 0
     with safe_open(out / "best.safetensors", "pt") as file:
         said = file.metadata()
-    alone = timm.create_model(said["timm_name"], **json.loads(said["timm_overrides"]), **json.loads(said["classifier"])["keys"])
+    alone = timm.create_model(
+        said["timm_name"], **json.loads(said["timm_overrides"]), **json.loads(said["classifier"])["keys"]
+    )
     alone.load_state_dict(load_file(out / "best.safetensors"), strict=True)
     assert not list(out.glob("*.tmp"))
 
@@ -65,12 +88,27 @@ def test_a_probe_trains_its_head_alone(run, capsys):
     result = evaluate("linear", str(run), recipe="linear_mae", overrides=[*LINEAR, "pool=mean"])
     assert result["metric"] == "linear" and result["top1"] > 90
     kept, student = load_file(run / "linear_mae" / "last.safetensors"), load_file(run / "student.safetensors")
-    assert all(torch.equal(kept[name], student[name]) for name in student) and set(kept) - set(student) == {"head.weight", "head.bias"}
+    assert all(torch.equal(kept[name], student[name]) for name in student) and set(kept) - set(student) == {
+        "head.weight",
+        "head.bias",
+    }
 
 
 # 1: config.yaml; 2 to 5: best, last, metrics, resume of the first epoch; ...
-@pytest.mark.parametrize("overrides, writes", [([], (2, 5, 6)), (["ema=0.5", "optim.micro_batch=4", "augment.mixup=0", "augment.cutmix=0", "augment.erase=0"], (4, 8))], ids=["mixed", "averaged, accumulated, not mixed"])
-def test_killed_at_a_write_and_resumed_it_ends_bit_for_bit_the_same(run, tmp_path, monkeypatch, overrides, writes):
+@pytest.mark.parametrize(
+    "overrides, writes",
+    [
+        ([], (2, 5, 6)),
+        (
+            ["ema=0.5", "optim.micro_batch=4", "augment.mixup=0", "augment.cutmix=0", "augment.erase=0"],
+            (4, 8),
+        ),
+    ],
+    ids=["mixed", "averaged, accumulated, not mixed"],
+)
+def test_killed_at_a_write_and_resumed_it_ends_bit_for_bit_the_same(
+    run, tmp_path, monkeypatch, overrides, writes
+):
     """Nothing is kept between writes, so a kill between two of them is a kill at the second."""
     finetune(run, *overrides, f"run.dir={tmp_path / 'whole'}")
     plain = shard_format.replacing
@@ -112,7 +150,14 @@ def test_workers_change_nothing(run, tmp_path):
 def test_accumulated_micro_batches_are_one_batch(run, tmp_path):
     """Without mixing, which pairs within a micro-batch, and without draws in the network."""
     for micro in (8, 4):
-        finetune(run, *PLAIN, "optim.base_lr=1e-3", "augment.erase=0.25", f"optim.micro_batch={micro}", f"run.dir={tmp_path / str(micro)}")
+        finetune(
+            run,
+            *PLAIN,
+            "optim.base_lr=1e-3",
+            "augment.erase=0.25",
+            f"optim.micro_batch={micro}",
+            f"run.dir={tmp_path / str(micro)}",
+        )
     expected, found = (load_file(tmp_path / name / "last.safetensors") for name in ("8", "4"))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -121,7 +166,11 @@ def test_accumulated_micro_batches_are_one_batch(run, tmp_path):
 def test_few_labels_are_all_that_is_seen(run, monkeypatch):
     seen = set()
     plain = wiring.Prepare.__call__
-    monkeypatch.setattr(wiring.Prepare, "__call__", lambda self, batch, **place: seen.update(batch.sample_ids.tolist()) or plain(self, batch, **place))
+    monkeypatch.setattr(
+        wiring.Prepare,
+        "__call__",
+        lambda self, batch, **place: seen.update(batch.sample_ids.tolist()) or plain(self, batch, **place),
+    )
     result = finetune(run, labels="2-shot", subset_seed=3)
     assert result["num_train"] == 6 and result["labels"] == "2-shot" and result["subset_seed"] == 3
     assert len(seen) == 6 and (run / "finetune_mae-2-shot-seed3" / "last.safetensors").exists()
@@ -132,7 +181,17 @@ def test_a_weights_file_needs_data_and_a_place(run, tmp_path, shards):
     file = tmp_path / "copy.safetensors"
     shutil.copy(run / "student.safetensors", file)
     data = [f"data.train={shards[0]}", f"data.val={shards[1]}"]
-    geometry = [f"network.{name}={value}" for name, value in (("name", "vit_tiny_patch16_224"), ("img_size", 16), ("patch_size", 4), ("embed_dim", 24), ("depth", 2), ("num_heads", 2))]
+    geometry = [
+        f"network.{name}={value}"
+        for name, value in (
+            ("name", "vit_tiny_patch16_224"),
+            ("img_size", 16),
+            ("patch_size", 4),
+            ("embed_dim", 24),
+            ("depth", 2),
+            ("num_heads", 2),
+        )
+    ]
     with pytest.raises(UserError) as error:
         finetune(file, *data)
     assert all(f"{key} is missing" in str(error.value) for key in ("run.dir", "network.name"))
@@ -145,13 +204,28 @@ def test_a_weights_file_needs_data_and_a_place(run, tmp_path, shards):
 @pytest.mark.parametrize("recipe", sorted(TEACHER_OF))
 def test_supervised_baselines_run_on_a_fine_tuned_teacher(run, tmp_path, recipe):
     finetune(run, f"run.dir={tmp_path / 'teacher'}")
-    result = finetune(run, f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}", "drop_path=0", recipe=recipe)
-    assert result["metric"] == "supervised" and result["settings"]["distill"] == recipe.removeprefix("supervised_") and result["settings"]["init"] == "random"
+    result = finetune(
+        run, f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}", "drop_path=0", recipe=recipe
+    )
+    assert (
+        result["metric"] == "supervised"
+        and result["settings"]["distill"] == recipe.removeprefix("supervised_")
+        and result["settings"]["init"] == "random"
+    )
     assert result["step"] == 0
     if recipe == "supervised_features":  # a resumed task has its projection
         shutil.copytree(run / recipe, tmp_path / "whole")
         (run / recipe / "resume.pt").unlink()
-        assert finetune(run, f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}", "drop_path=0", recipe=recipe, resume="auto")["top1"] == result["top1"]
+        assert (
+            finetune(
+                run,
+                f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}",
+                "drop_path=0",
+                recipe=recipe,
+                resume="auto",
+            )["top1"]
+            == result["top1"]
+        )
         assert_same_outcome(tmp_path / "whole", run / recipe)
 
 
@@ -168,7 +242,11 @@ def test_mistakes_are_one_line_and_touch_nothing(run, tmp_path):
         ([], {"labels": "some"}, "labels 'some'"),
         (["distill.method=deit_hard", "distill.teacher=x"], {}, "pool=cls"),
         (["distill.method=logits", "distill.teacher=x"], {}, "temperature None"),
-        (["distill.method=features", "distill.teacher=x.safetensors"], {}, "distill.weights 'x.safetensors' is not a file"),
+        (
+            ["distill.method=features", "distill.teacher=x.safetensors"],
+            {},
+            "distill.weights 'x.safetensors' is not a file",
+        ),
         (["precision=fp64"], {}, "precision"),
     ):
         with pytest.raises(UserError, match=message) as error:
@@ -177,7 +255,9 @@ def test_mistakes_are_one_line_and_touch_nothing(run, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(UserError, match="at least two pictures"):
         evaluate("linear", str(run), recipe="linear_mae", overrides=[*LINEAR, "optim.micro_batch=1"])
-    assert not list(run.glob("*_mae*")) and not (run / "results.jsonl").exists()  # the corrected command may start
+    assert (
+        not list(run.glob("*_mae*")) and not (run / "results.jsonl").exists()
+    )  # the corrected command may start
 
 
 def test_an_evaluation_is_neither_overwritten_nor_continued_as_another(run, monkeypatch):
@@ -202,4 +282,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(run):
 
 def test_bf16_is_autocast(run):
     assert finetune(run, *PLAIN, "optim.epochs=6", "optim.global_batch=10", "precision=bf16")["top1"] > 90
-    assert {tensor.dtype for tensor in load_file(run / "finetune_mae" / "last.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(run / "finetune_mae" / "last.safetensors").values()} == {
+        torch.float32
+    }

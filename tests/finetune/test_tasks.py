@@ -19,11 +19,20 @@ OTHER = {"mean": (0.2, 0.2, 0.2), "std": (0.3, 0.3, 0.3)}
 
 def network(embed_dim, pool="mean", statistics=STATISTICS, seed=0, **more):
     numbers = {"img_size": 16, "patch_size": 4, "embed_dim": embed_dim, "depth": 2, "num_heads": 2, **more}
-    return build_classifier(ModelConfig(name="vit_tiny_patch16_224", **numbers), classifier_keys(pool, 3), seed=seed, **statistics)
+    return build_classifier(
+        ModelConfig(name="vit_tiny_patch16_224", **numbers), classifier_keys(pool, 3), seed=seed, **statistics
+    )
 
 
 def distill(method, **changes):
-    return DistillConfig(**{"method": method, "teacher": "file", "temperature": 2.0 if method in ("deit_soft", "logits") else None, **changes})
+    return DistillConfig(
+        **{
+            "method": method,
+            "teacher": "file",
+            "temperature": 2.0 if method in ("deit_soft", "logits") else None,
+            **changes,
+        }
+    )
 
 
 def build(method, *, teacher=None, seed=0, **changes):
@@ -31,7 +40,14 @@ def build(method, *, teacher=None, seed=0, **changes):
     if method.startswith("deit"):
         student, _ = with_distillation_token(student, seed=0)
     teacher = teacher or network(32, statistics=OTHER, seed=1)
-    return student, build_task(student, nn.CrossEntropyLoss(), distill=distill(method, **changes), teacher=teacher, seed=seed, device=torch.device("cpu"))
+    return student, build_task(
+        student,
+        nn.CrossEntropyLoss(),
+        distill=distill(method, **changes),
+        teacher=teacher,
+        seed=seed,
+        device=torch.device("cpu"),
+    )
 
 
 @pytest.mark.parametrize("method", TASKS)
@@ -68,8 +84,15 @@ def test_the_teacher_sees_its_own_pixel_statistics():
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         seen = (images * 0.5 + 0.5 - 0.2) / 0.3
-        expected = 4 * nn.functional.kl_div((student(images) / 2).log_softmax(1), (teacher(seen) / 2).log_softmax(1), reduction="batchmean", log_target=True)
-        assert task(images, torch.zeros(4, dtype=torch.int64))["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+        expected = 4 * nn.functional.kl_div(
+            (student(images) / 2).log_softmax(1),
+            (teacher(seen) / 2).log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        assert task(images, torch.zeros(4, dtype=torch.int64))["loss"].item() == pytest.approx(
+            expected.item(), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("method", TASKS)
@@ -84,7 +107,12 @@ def test_the_labels_loss_has_its_weight(method):
 
 
 def test_the_projection_is_drawn_from_the_seed():
-    weights = [next(p for name, p in build("features", seed=seed)[1].named_parameters() if "projection.weight" in name) for seed in (0, 0, 1)]
+    weights = [
+        next(
+            p for name, p in build("features", seed=seed)[1].named_parameters() if "projection.weight" in name
+        )
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -92,10 +120,21 @@ def test_the_distillation_token_is_put_beside_cls():
     plain = network(24, "cls")
     distilled, model = with_distillation_token(plain, seed=0)
     assert model.name == "deit_base_distilled_patch16_224" and distilled.pos_embed.shape == (1, 18, 24)
-    assert torch.equal(distilled.pos_embed[:, 2:], plain.pos_embed[:, 1:]) and not distilled.pos_embed[:, 1].any() and distilled.dist_token.any()
+    assert (
+        torch.equal(distilled.pos_embed[:, 2:], plain.pos_embed[:, 1:])
+        and not distilled.pos_embed[:, 1].any()
+        and distilled.dist_token.any()
+    )
     for name, tensor in plain.state_dict().items():
         if name != "pos_embed":
             assert torch.equal(distilled.state_dict()[name], tensor), name
     with pytest.raises(UserError, match="plain ViT"):
-        with_distillation_token(build_classifier(
-            ModelConfig(name="vit_small_patch14_dinov2", img_size=28, depth=1, embed_dim=24, num_heads=2), classifier_keys("cls", 3), seed=0, **STATISTICS), seed=0)  # fmt: skip
+        with_distillation_token(
+            build_classifier(
+                ModelConfig(name="vit_small_patch14_dinov2", img_size=28, depth=1, embed_dim=24, num_heads=2),
+                classifier_keys("cls", 3),
+                seed=0,
+                **STATISTICS,
+            ),
+            seed=0,
+        )

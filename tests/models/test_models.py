@@ -35,7 +35,9 @@ def test_normalize_is_the_usual_formula():
     torch.testing.assert_close(Normalize(mean, std)(pixels).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("ratio, rounded, truncated", [(0.75, 49, 49), (0.90, 20, 19), (0.95, 10, 9), (0.98, 4, 3)])
+@pytest.mark.parametrize(
+    "ratio, rounded, truncated", [(0.75, 49, 49), (0.90, 20, 19), (0.95, 10, 9), (0.98, 4, 3)]
+)
 def test_visible_patches_of_224_px_are_the_paper_s_and_the_code_s(ratio, rounded, truncated):
     assert num_visible(196, ratio, "round") == rounded
     assert num_visible(196, ratio, "int") == truncated
@@ -63,7 +65,9 @@ def test_student_with_every_patch_visible_is_timm_s_model():
     with torch.no_grad():
         tokens, tapped = student(patches, everything, taps=[1, 3])
         expected = reference.forward_features(images)
-        _, intermediates = reference.forward_intermediates(images, indices=[0, 2], return_prefix_tokens=True, output_fmt="NLC")
+        _, intermediates = reference.forward_intermediates(
+            images, indices=[0, 2], return_prefix_tokens=True, output_fmt="NLC"
+        )
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
     for block, (patch_tokens, cls) in zip((1, 3), intermediates, strict=True):
         torch.testing.assert_close(tapped[block], torch.cat([cls, patch_tokens], dim=1), rtol=1e-5, atol=1e-5)
@@ -74,7 +78,12 @@ def test_a_kept_patch_keeps_its_own_position():
     patches = torch.randn(1, 16, 8, 8, 3)
     whole = student.embed(patches, torch.arange(16)[None])
     some = torch.tensor([[5, 0, 11]])
-    torch.testing.assert_close(student.embed(gather_patches(patches, some), some)[:, 1:], whole[:, 1:][:, some[0]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        student.embed(gather_patches(patches, some), some)[:, 1:],
+        whole[:, 1:][:, some[0]],
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_a_smaller_picture_is_laid_over_the_whole_grid():
@@ -87,7 +96,12 @@ def test_a_smaller_picture_is_laid_over_the_whole_grid():
     for row in range(2):
         for column in range(4):
             place = {"column": column, "row": (2 * row + 2 * row + 1) / 2}  # the middle of rows 2r and 2r + 1
-            expected = [f(place[axis] * w) for axis in ("column", "row") for f in (math.sin, math.cos) for w in frequencies]
+            expected = [
+                f(place[axis] * w)
+                for axis in ("column", "row")
+                for f in (math.sin, math.cos)
+                for w in frequencies
+            ]
             torch.testing.assert_close(small[row, column], torch.tensor(expected), rtol=1e-5, atol=1e-6)
     patches, ids = torch.randn(3, 8, 8, 8, 3), torch.arange(8).expand(3, -1)
     tokens = student.embed(patches, ids, grid=(2, 4))
@@ -99,7 +113,9 @@ def test_a_smaller_picture_is_laid_over_the_whole_grid():
 def test_initial_weights_depend_on_the_seed_alone():
     def weights(seed):
         torch.rand(seed + 3)  # whatever happened to the global generator before
-        return build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(seed)).state_dict()
+        return build_student(
+            "vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(seed)
+        ).state_dict()
 
     first, again, other = weights(1), weights(1), weights(2)
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -114,7 +130,14 @@ def test_gradients_are_told_apart_at_a_tap():
     assert student.gradient_norms[2]["trunk"].item() == 0
 
 
-@pytest.mark.parametrize("name, words", [("vit_bse_patch16_224", "unknown to timm"), ("resnet18", "neither timm's VisionTransformer nor its Eva"), ("my_lab:net", "can't be imported")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("vit_bse_patch16_224", "unknown to timm"),
+        ("resnet18", "neither timm's VisionTransformer nor its Eva"),
+        ("my_lab:net", "can't be imported"),
+    ],
+)
 def test_a_name_that_can_not_be_used_is_refused(name, words):
     with pytest.raises(UserError, match=words):
         build_timm_vit(name, {})

@@ -10,7 +10,9 @@ from torch import nn
 
 from dmae_ds.models import onednn
 
-pytestmark = pytest.mark.skipif(not onednn.onednn_operator(), reason="this torch has no oneDNN linear operator")
+pytestmark = pytest.mark.skipif(
+    not onednn.onednn_operator(), reason="this torch has no oneDNN linear operator"
+)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -19,7 +21,9 @@ def test_forward_and_gradients_equal_plain_linear(bias, shape):
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(24, 40, bias=bias)
     other = copy.deepcopy(plain)
-    assert onednn.use_onednn(other := nn.Sequential(other)) == 1 and list(other.state_dict()) == [f"0.{name}" for name in plain.state_dict()]
+    assert onednn.use_onednn(other := nn.Sequential(other)) == 1 and list(other.state_dict()) == [
+        f"0.{name}" for name in plain.state_dict()
+    ]
     tokens = torch.randn(shape, generator=generator)
     weights = torch.randn(*shape[:-1], 40, generator=generator)
     found = []
@@ -47,7 +51,11 @@ def test_only_plain_fp32_layers_are_taken():
         pass
 
     network = nn.Sequential(nn.Linear(4, 4), Own(4, 4), nn.Linear(4, 4).bfloat16(), nn.Conv2d(3, 4, 2))
-    assert onednn.use_onednn(network) == 1 and type(network[0]) is onednn.OneDnnLinear and type(network[1]) is Own
+    assert (
+        onednn.use_onednn(network) == 1
+        and type(network[0]) is onednn.OneDnnLinear
+        and type(network[1]) is Own
+    )
 
 
 def test_the_speed_up_is_a_ratio_of_the_two_ways(monkeypatch):

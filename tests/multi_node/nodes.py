@@ -39,15 +39,27 @@ def available() -> str | None:
     for program in ("unshare", "nsenter", "ip", "mount", "setpriv"):
         if shutil.which(program) is None:
             return f"no `{program}`"
-    tried = subprocess.run([*UNSHARE, "ip", "link", "add", "one", "type", "veth", "peer", "name", "two"], capture_output=True, text=True)
-    return None if tried.returncode == 0 else f"namespaces or veth links are not allowed: {tried.stderr.strip()}"
+    tried = subprocess.run(
+        [*UNSHARE, "ip", "link", "add", "one", "type", "veth", "peer", "name", "two"],
+        capture_output=True,
+        text=True,
+    )
+    return (
+        None if tried.returncode == 0 else f"namespaces or veth links are not allowed: {tried.stderr.strip()}"
+    )
 
 
 @functools.cache
 def ssh_available() -> str | None:
     """Why `deepspeed --hostfile` over ssh and pdsh cannot be tried here, or None."""
-    missing = [program for program in ("ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh") if shutil.which(program) is None]
-    return available() or (f"no {', '.join(missing)} (apt-get install openssh-server pdsh)" if missing else None)
+    missing = [
+        program
+        for program in ("ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
+        if shutil.which(program) is None
+    ]
+    return available() or (
+        f"no {', '.join(missing)} (apt-get install openssh-server pdsh)" if missing else None
+    )
 
 
 class Process(subprocess.Popen):
@@ -95,12 +107,32 @@ class Node:
         """Start a command inside the node. It is killed with the returned process; what it started is not, until the node ends."""
         enter = ["nsenter", "--target", str(self.pid), "--net", "--pid", "--mount", "--uts", "--ipc"]
         # env -C, inside: what nsenter's own --wd opens is the folder as it is outside, without this node's mounts.
-        enter += ["setpriv", "--pdeathsig", "KILL", "--", "env", "-C", str(options.pop("cwd", self.folder.parent))]
-        return Process([*enter, *map(str, command)], env={**os.environ, **self.environment, **(env or {})}, **options)
+        enter += [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "--",
+            "env",
+            "-C",
+            str(options.pop("cwd", self.folder.parent)),
+        ]
+        return Process(
+            [*enter, *map(str, command)], env={**os.environ, **self.environment, **(env or {})}, **options
+        )
 
-    def run(self, command: list[str], *, env: dict[str, str] | None = None, timeout: float = LIMIT_S, check: bool = False, **options):
+    def run(
+        self,
+        command: list[str],
+        *,
+        env: dict[str, str] | None = None,
+        timeout: float = LIMIT_S,
+        check: bool = False,
+        **options,
+    ):
         """Run a command inside the node to its end; returns a CompletedProcess with its text."""
-        process = self.popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+        process = self.popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
@@ -116,9 +148,17 @@ class Node:
         own, found = os.readlink(f"/proc/{self.pid}/ns/pid"), {}
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and os.readlink(entry / "ns" / "pid") == own and int(entry.name) != self.pid:
-                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    if line and not line.startswith("sshd:") and "sshd -D" not in line:  # a zombie has no command line
+                if (
+                    entry.name.isdigit()
+                    and os.readlink(entry / "ns" / "pid") == own
+                    and int(entry.name) != self.pid
+                ):
+                    line = (
+                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                    )
+                    if (
+                        line and not line.startswith("sshd:") and "sshd -D" not in line
+                    ):  # a zombie has no command line
                         found[int(entry.name)] = line
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue  # gone meanwhile; or not ours, in a container's own process list
@@ -150,7 +190,9 @@ class Node:
         empty = self.folder / "empty"
         empty.mkdir(exist_ok=True)
         (self.folder / "empty.file").touch()
-        self.run(["mount", "--bind", empty if path.is_dir() else self.folder / "empty.file", path], check=True)
+        self.run(
+            ["mount", "--bind", empty if path.is_dir() else self.folder / "empty.file", path], check=True
+        )
 
     def close(self) -> None:
         self._init.stdin.close()
@@ -172,32 +214,63 @@ class TwoNodes:
     """
 
     def __init__(
-        self, folder: Path, *, environment: dict[str, str] | None = None, node_environment: dict[str, dict[str, str]] | None = None, ssh: bool | None = None
+        self,
+        folder: Path,
+        *,
+        environment: dict[str, str] | None = None,
+        node_environment: dict[str, dict[str, str]] | None = None,
+        ssh: bool | None = None,
     ):
         self.folder = Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.ssh = ssh_available() is None if ssh is None else ssh
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
         self.environment = {
-            "PATH": path, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": INTERFACE, "LC_ALL": "C.UTF-8", **(environment or {}),
-        }  # fmt: skip
+            "PATH": path,
+            "PYTHONPATH": str(REPOSITORY),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "LC_ALL": "C.UTF-8",
+            **(environment or {}),
+        }
         self._node_environment = node_environment or {}
         self.hostfile = self.folder / "hostfile"
         self.key = self.folder / "ssh_key"  # move it away to see what happens without
         self._sshd: list[Process] = []
 
     def __enter__(self) -> TwoNodes:
-        (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in NAMES.items()))
+        (self.folder / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in NAMES.items())
+        )
         self.hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
         # What pdsh carries to the other node: DeepSpeed reads this file from the folder that it is started in.
         carried = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
-        (self.folder / ".deepspeed_env").write_text("".join(f"{name}={self.environment[name]}\n" for name in carried))
+        (self.folder / ".deepspeed_env").write_text(
+            "".join(f"{name}={self.environment[name]}\n" for name in carried)
+        )
         if self.ssh:
             self._write_ssh()
         try:
-            self.a, self.b = (Node(name, self.folder / name, {**self.environment, **self._node_environment.get(name, {})}) for name in NAMES)
-            link = ["ip", "link", "add", INTERFACE, "netns", self.a.pid, "type", "veth", "peer", "name", INTERFACE, "netns", self.b.pid]
+            self.a, self.b = (
+                Node(name, self.folder / name, {**self.environment, **self._node_environment.get(name, {})})
+                for name in NAMES
+            )
+            link = [
+                "ip",
+                "link",
+                "add",
+                INTERFACE,
+                "netns",
+                self.a.pid,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                INTERFACE,
+                "netns",
+                self.b.pid,
+            ]
             subprocess.run([*map(str, link)], check=True)
             for node in self.nodes:
                 node.run(["ip", "address", "add", f"{node.address}/24", "dev", INTERFACE], check=True)
@@ -205,7 +278,15 @@ class TwoNodes:
                 if self.ssh:
                     self._start_sshd(node)
             for node in self.nodes if self.ssh else ():
-                node.run(["bash", "-c", f"until (exec 3<>/dev/tcp/{node.address}/22) 2>/dev/null; do sleep .05; done"], timeout=30, check=True)
+                node.run(
+                    [
+                        "bash",
+                        "-c",
+                        f"until (exec 3<>/dev/tcp/{node.address}/22) 2>/dev/null; do sleep .05; done",
+                    ],
+                    timeout=30,
+                    check=True,
+                )
         except BaseException:
             self.__exit__()
             raise
@@ -233,7 +314,9 @@ class TwoNodes:
             "SetEnv " + " ".join(f'"{name}={value}"' for name, value in node.environment.items()) + "\n"
         )
         with open(node.folder / "sshd.log", "ab") as log:
-            self._sshd.append(node.popen(["/usr/sbin/sshd", "-D", "-e", "-f", config], stdout=log, stderr=log))
+            self._sshd.append(
+                node.popen(["/usr/sbin/sshd", "-D", "-e", "-f", config], stdout=log, stderr=log)
+            )
 
     def __exit__(self, *_) -> None:
         for node in (getattr(self, name, None) for name in "ab"):

@@ -1,6 +1,6 @@
 """`dmae_ds` for launchers, with one thing more: each rank notes which samples it trained on.
 
-    deepspeed ... --module tests.multi_node.recorded train ...     writes RUN/seen/rank0.jsonl, rank1.jsonl, ...
+deepspeed ... --module tests.multi_node.recorded train ...     writes RUN/seen/rank0.jsonl, rank1.jsonl, ...
 """
 
 from __future__ import annotations

@@ -30,7 +30,13 @@ def start(nodes: TwoNodes, commands: list[list[str]], name: str) -> list[subproc
 @pytest.mark.parametrize("launcher", ["no_ssh", "torchrun"])
 def test_both_sides_of_a_cut_link_end_and_name_each_other(nodes, tiny_recipe, launcher):
     steps = 60
-    recipe = [*tiny_recipe, f"optim.epochs={steps * 16 / 1400}", "log.every_steps=1", "checkpoint.every_steps=5", f"dist.timeout_s={TIMEOUT_S}"]
+    recipe = [
+        *tiny_recipe,
+        f"optim.epochs={steps * 16 / 1400}",
+        "log.every_steps=1",
+        "checkpoint.every_steps=5",
+        f"dist.timeout_s={TIMEOUT_S}",
+    ]
 
     def commands(run_dir):
         train = ["train", *recipe, f"run.dir={run_dir}", "--resume", "auto"]
@@ -42,15 +48,25 @@ def test_both_sides_of_a_cut_link_end_and_name_each_other(nodes, tiny_recipe, la
     processes = start(nodes, commands(run_dir), "cut.log")
     metrics, end = run_dir / "metrics.jsonl", time.monotonic() + LIMIT_S
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 12:
-        assert time.monotonic() < end and all(process.poll() is None for process in processes), [(node.folder / "cut.log").read_text() for node in nodes.nodes]
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), [
+            (node.folder / "cut.log").read_text() for node in nodes.nodes
+        ]
         time.sleep(0.05)
     nodes.b.cut()
     since = time.monotonic()
     # torchrun's agent on the side that lost the store waits for it long after its rank is gone: five minutes, torch's own time-out.
-    while left := [line for node in nodes.nodes for line in node.processes().values() if launcher != "torchrun" or "torchrun" not in line]:
+    while left := [
+        line
+        for node in nodes.nodes
+        for line in node.processes().values()
+        if launcher != "torchrun" or "torchrun" not in line
+    ]:
         assert time.monotonic() - since < BOUND_S, left
         time.sleep(0.2)
-    print(f"{launcher}: all {'ranks ' if launcher == 'torchrun' else ''}gone {time.monotonic() - since:.1f} s after the cut", flush=True)
+    print(
+        f"{launcher}: all {'ranks ' if launcher == 'torchrun' else ''}gone {time.monotonic() - since:.1f} s after the cut",
+        flush=True,
+    )
     for node in nodes.nodes:
         node.kill_all()
     assert all(process.wait() != 0 for process in processes)
@@ -60,7 +76,10 @@ def test_both_sides_of_a_cut_link_end_and_name_each_other(nodes, tiny_recipe, la
         assert f"({other}) has not been heard of for" in text, text
         assert "continue with --resume auto" in text
     nodes.b.mend()
-    assert [process.wait(timeout=LIMIT_S) for process in start(nodes, commands(run_dir), "mended.log")] == [0, 0]
+    assert [process.wait(timeout=LIMIT_S) for process in start(nodes, commands(run_dir), "mended.log")] == [
+        0,
+        0,
+    ]
     assert losses(run_dir) == losses(whole)
     expected, found = load_file(whole / "student.safetensors"), load_file(run_dir / "student.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -49,12 +49,33 @@ def on_both(nodes: TwoNodes, commands: list[list[str]]) -> list[str]:
 
 
 def without_ssh(nodes: TwoNodes, arguments: list[str]) -> list[list[str]]:
-    start = ["deepspeed", "--hostfile", nodes.hostfile, "--no_ssh", "--master_addr", "node-a", "--master_port", PORT]
+    start = [
+        "deepspeed",
+        "--hostfile",
+        nodes.hostfile,
+        "--no_ssh",
+        "--master_addr",
+        "node-a",
+        "--master_port",
+        PORT,
+    ]
     return [[*map(str, start), "--node_rank", str(rank), "--module", MODULE, *arguments] for rank in range(2)]
 
 
 def by_torchrun(arguments: list[str]) -> list[str]:
-    start = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"node-a:{PORT}", "--rdzv_id", "one"]
+    start = [
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"node-a:{PORT}",
+        "--rdzv_id",
+        "one",
+    ]
     return [*start, "-m", MODULE, *arguments]
 
 
@@ -65,7 +86,14 @@ def train(recipe: list[str], run_dir: Path, zero: str) -> list[str]:
 def test_deepspeed_s_launcher_says_how_many_ranks_a_node_has(monkeypatch):
     # LOCAL_SIZE, where torchrun says LOCAL_WORLD_SIZE.
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_SIZE": 2, "MASTER_ADDR": "node-a", "MASTER_PORT": 1}.items():
+    for name, value in {
+        "RANK": 3,
+        "WORLD_SIZE": 4,
+        "LOCAL_RANK": 1,
+        "LOCAL_SIZE": 2,
+        "MASTER_ADDR": "node-a",
+        "MASTER_PORT": 1,
+    }.items():
         monkeypatch.setenv(name, str(value))
     assert world_from_env() == World(rank=3, size=4, local_rank=1, local_size=2)
 
@@ -95,7 +123,9 @@ def test_two_nodes_over_ssh(nodes, tiny_recipe, alone, zero):
     if reason := ssh_available():
         pytest.skip(f"NOT RUN OVER SSH: {reason}")
     run_dir = nodes.folder / "run"
-    done = nodes.a.run(["deepspeed", "--hostfile", nodes.hostfile, "--module", MODULE, *train(tiny_recipe, run_dir, zero)])
+    done = nodes.a.run(
+        ["deepspeed", "--hostfile", nodes.hostfile, "--module", MODULE, *train(tiny_recipe, run_dir, zero)]
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     same_run(run_dir, alone)
 

@@ -22,7 +22,12 @@ def possible():
 
 def reaches(node, name: str) -> bool:
     """Whether ANSWER, running on the node of this name, answers a node within a second."""
-    return node.run(["timeout", "1", "bash", "-c", f"exec 3<>/dev/tcp/{name}/7000 && read -r line <&3"]).returncode == 0
+    return (
+        node.run(
+            ["timeout", "1", "bash", "-c", f"exec 3<>/dev/tcp/{name}/7000 && read -r line <&3"]
+        ).returncode
+        == 0
+    )
 
 
 ANSWER = "import socket; s = socket.create_server(('0.0.0.0', 7000)); print('up', flush=True)\nwhile True: s.accept()[0].sendall(b'here\\n')"
@@ -49,7 +54,10 @@ def test_each_has_its_own_name_network_processes_and_disks_and_shares_the_files(
         assert nodes.b.run(["dd", "if=/dev/zero", f"of={private}/full", "bs=128k", "count=1"]).returncode != 0
         assert not list(private.iterdir())  # what was written lies on the private disk
         nodes.b.hide(tmp_path / "shared")
-        assert not nodes.b.run(["cat", "shared"], check=True).stdout and nodes.a.run(["cat", "shared"]).stdout == "text\n"
+        assert (
+            not nodes.b.run(["cat", "shared"], check=True).stdout
+            and nodes.a.run(["cat", "shared"]).stdout == "text\n"
+        )
 
         server.terminate()  # reaches the command itself
         assert server.wait(10) == -signal.SIGTERM
@@ -70,7 +78,12 @@ with TwoNodes({str(tmp_path)!r}) as nodes:
     print(nodes.a.pid, nodes.b.pid, *nodes.a.processes(), flush=True)
     time.sleep(1000)
 """
-    maker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    maker = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
     pids = maker.stdout.readline().split()
     assert len(pids) == 3
     maker.kill()
@@ -86,6 +99,8 @@ def test_ssh_and_pdsh_reach_both(tmp_path):
         pytest.skip(f"NOT RUN OVER SSH: {reason}")
     with TwoNodes(tmp_path) as nodes:
         done = nodes.a.run(["pdsh", "-R", "ssh", "-S", "-w", "node-a,node-b", "hostname; exit 75"])
-        assert sorted(done.stdout.splitlines()) == ["node-a: node-a", "node-b: node-b"] and done.returncode == 75
+        assert (
+            sorted(done.stdout.splitlines()) == ["node-a: node-a", "node-b: node-b"] and done.returncode == 75
+        )
         nodes.key.rename(tmp_path / "away")
         assert nodes.a.run(["ssh", "node-b", "true"]).returncode == 255

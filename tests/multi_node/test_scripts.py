@@ -21,7 +21,13 @@ LAUNCH = REPOSITORY / "launch"
 TRAIN = ["bash", LAUNCH / "train.sh"]
 # Long enough to be stopped on the way.
 STEPS = 60
-LONGER = [f"optim.epochs={(STEPS - 0.5) * 64 / 1400}", "optim.global_batch=64", "student.embed_dim=128", "log.every_steps=1", "checkpoint.every_steps=10"]
+LONGER = [
+    f"optim.epochs={(STEPS - 0.5) * 64 / 1400}",
+    "optim.global_batch=64",
+    "student.embed_dim=128",
+    "log.every_steps=1",
+    "checkpoint.every_steps=10",
+]
 FINISHED, STOPPED = 0, 75
 
 
@@ -45,7 +51,15 @@ def start(nodes: TwoNodes, commands: list[list], **more: str) -> list[Process]:
     for rank, (node, words) in enumerate(zip(nodes.nodes, commands)):
         with open(nodes.folder / f"{node.name}.log", "ab") as log:
             env = {"NODE_RANK": str(rank), "JOB_COMPLETION_INDEX": str(rank), "MASTER_ADDR": "node-a", **more}
-            started.append(node.popen(words, env=env, stdout=log, stderr=log, cwd=nodes.folder if "HOSTFILE" in more else REPOSITORY))
+            started.append(
+                node.popen(
+                    words,
+                    env=env,
+                    stdout=log,
+                    stderr=log,
+                    cwd=nodes.folder if "HOSTFILE" in more else REPOSITORY,
+                )
+            )
     return started
 
 
@@ -68,14 +82,26 @@ def same_losses(nodes: TwoNodes, expected: list[float]) -> None:
     assert len(found) == STEPS and found == expected, said(nodes)  # as many ranks: to the last bit
 
 
-@pytest.mark.parametrize("path", [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"], ids=lambda path: path.name
+)
 def test_the_scripts_parse(path):
     subprocess.run(["bash", "-n", path], check=True)
 
 
 def test_train_sh_names_what_it_misses(tmp_path):
-    for more, words in (({}, "name a recipe"), ({"LAUNCHER": "no_ssh"}, "needs NODE_RANK"), ({"LAUNCHER": "mpi"}, "choose one_node, pdsh")):
-        done = subprocess.run([*TRAIN, *(["digits_mae"] if more else [])], env={**os.environ, **more}, capture_output=True, text=True, cwd=tmp_path)
+    for more, words in (
+        ({}, "name a recipe"),
+        ({"LAUNCHER": "no_ssh"}, "needs NODE_RANK"),
+        ({"LAUNCHER": "mpi"}, "choose one_node, pdsh"),
+    ):
+        done = subprocess.run(
+            [*TRAIN, *(["digits_mae"] if more else [])],
+            env={**os.environ, **more},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
         assert done.returncode == 2 and words in done.stderr
 
 
@@ -85,19 +111,28 @@ def test_the_kubernetes_job_fits_together():
     (container,) = pod["containers"]
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     name = job["metadata"]["name"]
-    assert service["spec"]["selector"] == {"job-name": name} and pod["subdomain"] == service["metadata"]["name"]
+    assert (
+        service["spec"]["selector"] == {"job-name": name} and pod["subdomain"] == service["metadata"]["name"]
+    )
     assert environment["MASTER_ADDR"] == f"{name}-0.{pod['subdomain']}"
     assert spec["completions"] == spec["parallelism"] == int(environment["NODES"])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(environment["GPUS"])
-    assert {rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][:2]} == {"FailJob": [2], "Ignore": [STOPPED]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {
+        rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][:2]
+    } == {"FailJob": [2], "Ignore": [STOPPED]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
 
 @pytest.mark.slow
 def test_the_kubernetes_container_s_command(nodes, recipe, expected):
     _, job = yaml.safe_load_all((LAUNCH / "k8s-job.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]} | {"GPUS": "1", "MASTER_ADDR": "node-a"}
+    environment = {entry["name"]: entry["value"] for entry in container["env"]} | {
+        "GPUS": "1",
+        "MASTER_ADDR": "node-a",
+    }
     pods = start(nodes, [[*container["command"], *recipe]] * 2, **environment)
     wait_for_step(nodes.folder / "run", 15, pods[0], nodes.folder / "node-a.log")
     pods[1].send_signal(signal.SIGTERM)  # a node is drained: the kubelet tells process 1 of its pod
@@ -138,7 +173,14 @@ def test_a_broken_run_is_started_again(nodes, recipe, expected, victim):
 def test_torchrun_starts_the_ranks_again(nodes, recipe, expected):
     jobs = start(nodes, [[*TRAIN, *recipe]] * 2, LAUNCHER="torchrun", NODES="2", GPUS="1", RESTARTS="2")
     wait_for_step(nodes.folder / "run", 15, jobs[0], nodes.folder / "node-a.log")
-    os.kill(next(pid for pid, line in nodes.b.processes().items() if "-m dmae_ds" in line and "--rdzv_id" not in line), signal.SIGKILL)
+    os.kill(
+        next(
+            pid
+            for pid, line in nodes.b.processes().items()
+            if "-m dmae_ds" in line and "--rdzv_id" not in line
+        ),
+        signal.SIGKILL,
+    )
     wait_for_step(nodes.folder / "run", 30, jobs[0], nodes.folder / "node-a.log")
     jobs[0].send_signal(signal.SIGTERM)
     ends(nodes, jobs, {STOPPED, 1})
@@ -148,7 +190,18 @@ def test_torchrun_starts_the_ranks_again(nodes, recipe, expected):
 
 @pytest.mark.slow
 def test_accelerate(nodes, recipe, expected):
-    base = ["accelerate", "launch", "--config_file", LAUNCH / "accelerate.yaml", "--num_machines", "2", "--num_processes", "2", "--main_process_ip", "node-a"]
+    base = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        LAUNCH / "accelerate.yaml",
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "2",
+        "--main_process_ip",
+        "node-a",
+    ]
     words = [[*base, "--machine_rank", str(rank), "-m", "dmae_ds", "train", *recipe] for rank in range(2)]
     ends(nodes, start(nodes, words), {FINISHED})
     same_losses(nodes, expected)
@@ -184,20 +237,34 @@ def test_slurm_s_time_limit_and_requeue(nodes, recipe, expected):
         (programs / name).chmod(0o755)
     requeued = nodes.folder / "requeued"
     environment = {
-        **os.environ, **nodes.environment, "PATH": f"{programs}:{nodes.environment['PATH']}", "REQUEUED": str(requeued), "NODE_0": str(nodes.a.pid),
-        "NODE_1": str(nodes.b.pid), "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1",
-    }  # fmt: skip
+        **os.environ,
+        **nodes.environment,
+        "PATH": f"{programs}:{nodes.environment['PATH']}",
+        "REQUEUED": str(requeued),
+        "NODE_0": str(nodes.a.pid),
+        "NODE_1": str(nodes.b.pid),
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+    }
 
     def submit(restarts: int) -> subprocess.Popen:
         with open(nodes.folder / "slurm.log", "ab") as log:
             return subprocess.Popen(
-                ["bash", LAUNCH / "slurm.sbatch", *recipe], env={**environment, "SLURM_RESTART_COUNT": str(restarts)}, stdout=log, stderr=log, cwd=REPOSITORY
+                ["bash", LAUNCH / "slurm.sbatch", *recipe],
+                env={**environment, "SLURM_RESTART_COUNT": str(restarts)},
+                stdout=log,
+                stderr=log,
+                cwd=REPOSITORY,
             )
 
     job = submit(0)
     wait_for_step(nodes.folder / "run", 15, job, nodes.folder / "slurm.log")
     for node in nodes.nodes:  # Slurm signals the first process of each task
-        os.kill(next(pid for pid, line in node.processes().items() if "launch/train.sh" in line), signal.SIGUSR1)
+        os.kill(
+            next(pid for pid, line in node.processes().items() if "launch/train.sh" in line), signal.SIGUSR1
+        )
     assert job.wait(LIMIT_S) == 0, said(nodes)
     assert requeued.read_text() == "17\n" and "exit code 75" in said(nodes)
     assert 15 <= len(losses(nodes.folder / "run")) < STEPS

@@ -23,7 +23,9 @@ def patch_of(image: Tensor, place: int, *, size: int) -> Tensor:
 def position_of(row: float, column: float, dim: int) -> Tensor:
     """[dim]: sines then cosines of the column, then of the row, with the digits of float32: position codes are kept so."""
     angles = [[place / 10000 ** (k / (dim / 4)) for k in range(dim // 4)] for place in (column, row)]
-    return torch.tensor([value for half in angles for value in (*map(math.sin, half), *map(math.cos, half))]).double()
+    return torch.tensor(
+        [value for half in angles for value in (*map(math.sin, half), *map(math.cos, half))]
+    ).double()
 
 
 def layer_norm(rows: Tensor, state: dict[str, Tensor], prefix: str) -> Tensor:
@@ -45,14 +47,26 @@ def block(rows: Tensor, state: dict[str, Tensor], prefix: str, heads: int) -> Te
     qkv = linear(layer_norm(rows, state, f"{prefix}.norm1"), state, f"{prefix}.attn.qkv")
     found = []
     for head in range(heads):
-        q, k, v = (qkv[:, part * dim + head * dim // heads : part * dim + (head + 1) * dim // heads] for part in range(3))
+        q, k, v = (
+            qkv[:, part * dim + head * dim // heads : part * dim + (head + 1) * dim // heads]
+            for part in range(3)
+        )
         found.append(torch.softmax(q @ k.T / (dim / heads) ** 0.5, dim=1) @ v)
     rows = rows + linear(torch.cat(found, dim=1), state, f"{prefix}.attn.proj")
     hidden = gelu(linear(layer_norm(rows, state, f"{prefix}.norm2"), state, f"{prefix}.mlp.fc1"))
     return rows + linear(hidden, state, f"{prefix}.mlp.fc2")
 
 
-def encode(state: dict[str, Tensor], image: Tensor, places: list[int], *, size: int, heads: int, depth: int, grid: int) -> tuple[Tensor, list[Tensor]]:
+def encode(
+    state: dict[str, Tensor],
+    image: Tensor,
+    places: list[int],
+    *,
+    size: int,
+    heads: int,
+    depth: int,
+    grid: int,
+) -> tuple[Tensor, list[Tensor]]:
     """(tokens after the final norm, the residual stream after each block), each [1 + places, D], CLS first.
 
     grid: patches on a side of the network's own pictures; a smaller one is laid over it, patch centres on patch centres
@@ -63,7 +77,11 @@ def encode(state: dict[str, Tensor], image: Tensor, places: list[int], *, size: 
     for place in places:
         row, column = ((side + 0.5) * grid / own - 0.5 for side in divmod(place, own))
         patch = patch_of(image, place, size=size)
-        tokens.append(torch.stack([(kernel * patch).sum() for kernel in weight]) + bias + position_of(row, column, len(bias)))
+        tokens.append(
+            torch.stack([(kernel * patch).sum() for kernel in weight])
+            + bias
+            + position_of(row, column, len(bias))
+        )
     rows, after = torch.stack(tokens), []
     for number in range(depth):
         rows = block(rows, state, f"blocks.{number}", heads)
@@ -71,7 +89,9 @@ def encode(state: dict[str, Tensor], image: Tensor, places: list[int], *, size: 
     return layer_norm(rows, state, "norm"), after
 
 
-def decode(state: dict[str, Tensor], latent: Tensor, places: list[int], *, heads: int, depth: int, grid: int) -> Tensor:
+def decode(
+    state: dict[str, Tensor], latent: Tensor, places: list[int], *, heads: int, depth: int, grid: int
+) -> Tensor:
     """latent [1 + K, D] of the patches at `places` -> the decoder's output [grid * grid, ...] for all patches, in row-major order."""
     embedded = linear(latent, state, "embed")
     tokens = [embedded[0]]
@@ -94,7 +114,9 @@ class AdamW:
 
     def __init__(self, weights: dict[str, Tensor], *, betas: tuple[float, float], weight_decay: float):
         self.weights, self.betas, self.decay, self.steps = weights, betas, weight_decay, 0
-        self.first, self.second = ({name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2))
+        self.first, self.second = (
+            {name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2)
+        )
 
     def step(self, gradients: dict[str, Tensor], rates: dict[str, float]) -> None:
         self.steps += 1

@@ -19,15 +19,35 @@ from dmae_ds.train.twin import TwinKeeper
 from tests.objectives.reference import MEAN, STD
 
 SIZE, PATCH, DIM, HEADS, DEPTH, GRID = 16, 4, 8, 2, 4, 4
-TEACHER = {"name": "vit_tiny_patch16_224", "img_size": SIZE, "patch_size": PATCH, "embed_dim": 12, "depth": 8, "num_heads": 2, "weights": "unused"}
+TEACHER = {
+    "name": "vit_tiny_patch16_224",
+    "img_size": SIZE,
+    "patch_size": PATCH,
+    "embed_dim": 12,
+    "depth": 8,
+    "num_heads": 2,
+    "weights": "unused",
+}
 DECODER = {"depth": 2, "embed_dim": 12, "num_heads": 3}
 
 
 def config_for(objective: dict, *, teacher: bool = False) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"dir": "unused"}, "data": {"train": "unused"}, "teacher": TEACHER if teacher else None, "objective": objective,
-        "student": {"name": "vit_tiny_patch16_224", "img_size": SIZE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS},
-    })  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "data": {"train": "unused"},
+            "teacher": TEACHER if teacher else None,
+            "objective": objective,
+            "student": {
+                "name": "vit_tiny_patch16_224",
+                "img_size": SIZE,
+                "patch_size": PATCH,
+                "embed_dim": DIM,
+                "depth": DEPTH,
+                "num_heads": HEADS,
+            },
+        }
+    )
 
 
 def build(objective: dict, *, teacher: bool = False, seed: int = 0) -> Objective:
@@ -43,8 +63,12 @@ def build(objective: dict, *, teacher: bool = False, seed: int = 0) -> Objective
 def make_batch(num: int, *, sizes: tuple[int, ...] = (SIZE,), seed: int = 0) -> Batch:
     """Pictures of noise, a view of each size, and mask noise."""
     generator = torch.Generator().manual_seed(seed)
-    views = [torch.randint(0, 256, (num, 3, size, size), dtype=torch.uint8, generator=generator) for size in sizes]
-    return Batch(images=views[0], noise=torch.rand(num, GRID**2, generator=generator), more_views=tuple(views[1:]))
+    views = [
+        torch.randint(0, 256, (num, 3, size, size), dtype=torch.uint8, generator=generator) for size in sizes
+    ]
+    return Batch(
+        images=views[0], noise=torch.rand(num, GRID**2, generator=generator), more_views=tuple(views[1:])
+    )
 
 
 def prepare(objective: Objective, batch: Batch):
@@ -63,16 +87,24 @@ class Stepper:
     def progress(self, step: int) -> Progress:
         return Progress(step, self.num_steps, step / self.num_steps * self.epochs, self.epochs)
 
-    def step(self, number: int, micro_batches: list[Batch], features: dict[str, Tensor] | None = None) -> float:
+    def step(
+        self, number: int, micro_batches: list[Batch], features: dict[str, Tensor] | None = None
+    ) -> float:
         """One optimiser step; returns the mean loss."""
         self.objective.start_step(self.progress(number))
-        engine = SimpleNamespace(objective=self.objective, _engine=SimpleNamespace(optimizer=self.optimizer), full_parameters=self._full_parameters)
+        engine = SimpleNamespace(
+            objective=self.objective,
+            _engine=SimpleNamespace(optimizer=self.optimizer),
+            full_parameters=self._full_parameters,
+        )
         Engine.set_lr(engine, self.lr)
         self.optimizer.zero_grad()
         total = 0.0
         for batch in micro_batches:
             masked = prepare(self.objective, batch)
-            loss = self.objective(masked, {**(features or {}), **self.keeper.features(masked)})["loss"] / len(micro_batches)
+            loss = self.objective(masked, {**(features or {}), **self.keeper.features(masked)})["loss"] / len(
+                micro_batches
+            )
             loss.backward()
             total += loss.item()
         self.optimizer.step()
@@ -80,9 +112,15 @@ class Stepper:
         return total
 
     def _full_parameters(self, parts: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, parameter.detach()) for name, parameter in self.objective.named_parameters() if name.split(".")[0] in parts)
+        yield from (
+            (name, parameter.detach())
+            for name, parameter in self.objective.named_parameters()
+            if name.split(".")[0] in parts
+        )
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
     """Copies that gradients can be taken of."""
-    return {name: parameter.detach().clone().requires_grad_() for name, parameter in module.named_parameters()}
+    return {
+        name: parameter.detach().clone().requires_grad_() for name, parameter in module.named_parameters()
+    }

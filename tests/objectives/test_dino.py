@@ -11,19 +11,46 @@ from dmae_ds.errors import UserError
 from dmae_ds.objectives.dino import move_centre, view_cross_entropy
 from dmae_ds.objectives.needs import Progress, View
 from tests.objectives import reference
-from tests.objectives.small import DEPTH, GRID, HEADS, PATCH, SIZE, Stepper, build, config_for, make_batch, prepare, weights_of
+from tests.objectives.small import (
+    DEPTH,
+    GRID,
+    HEADS,
+    PATCH,
+    SIZE,
+    Stepper,
+    build,
+    config_for,
+    make_batch,
+    prepare,
+    weights_of,
+)
 
 LOCAL = 8  # px
 
 
 def section(**keys) -> dict:
-    small = {"num_prototypes": 6, "hidden_dim": 10, "bottleneck_dim": 5, "local_crops": 2, "local_size": LOCAL, "teacher_temperature_warmup_epochs": 1.5}
+    small = {
+        "num_prototypes": 6,
+        "hidden_dim": 10,
+        "bottleneck_dim": 5,
+        "local_crops": 2,
+        "local_size": LOCAL,
+        "teacher_temperature_warmup_epochs": 1.5,
+    }
     return {"name": "dino", **small, **keys}
 
 
 def encode(state, image):
     """(CLS after the final norm, the residual stream after each block)."""
-    tokens, after = reference.encode(state, image, list(range((image.shape[2] // PATCH) ** 2)), size=PATCH, heads=HEADS, depth=DEPTH, grid=GRID)
+    tokens, after = reference.encode(
+        state,
+        image,
+        list(range((image.shape[2] // PATCH) ** 2)),
+        size=PATCH,
+        heads=HEADS,
+        depth=DEPTH,
+        grid=GRID,
+    )
     return tokens[0], after
 
 
@@ -34,7 +61,12 @@ def logits_of(weights, image):
     for layer in ("layers.0", "layers.2", "layers.4"):
         hidden = reference.linear(hidden if layer == "layers.0" else reference.gelu(hidden), head, layer)
     row = hidden[0] / sum(value**2 for value in hidden[0]) ** 0.5
-    return torch.stack([sum(a * b for a, b in zip(row, prototype, strict=True)) / sum(b * b for b in prototype) ** 0.5 for prototype in head["prototypes.weight"]])
+    return torch.stack(
+        [
+            sum(a * b for a, b in zip(row, prototype, strict=True)) / sum(b * b for b in prototype) ** 0.5
+            for prototype in head["prototypes.weight"]
+        ]
+    )
 
 
 def softmax(values):
@@ -67,7 +99,11 @@ def sizes(num_local: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("num, num_local", [(3, 2), (1, 2), (2, 0), (2, 1)])
 def test_the_loss_and_its_gradients_are_those_of_the_formula(num, num_local):
     keys = {"local_crops": num_local} if num_local else {"local_crops": 0, "local_size": 96}
-    objective, twin, batch = build(section(**keys)), build(section(**keys), seed=1), make_batch(num, sizes=sizes(num_local))
+    objective, twin, batch = (
+        build(section(**keys)),
+        build(section(**keys), seed=1),
+        make_batch(num, sizes=sizes(num_local)),
+    )
     twin.state = {name: tensor.double() for name, tensor in objective.twin_state().items()}
     twin.state["centre"] += torch.linspace(-0.1, 0.1, 6)
     objective.start_step(Progress(0, 30, 0.75, 3.0))  # half of the warm-up
@@ -76,8 +112,13 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula(num, num_local):
         features = objective.twin_features(twin, masked)
     parts = objective(masked, features)
     weights = weights_of(objective)
-    loss, _ = reference_loss(weights, weights_of(twin), batch, centre=torch.linspace(-0.1, 0.1, 6), temperature=0.055)
-    assert parts["loss"].item() == pytest.approx(loss.item(), rel=1e-7) and parts["cross_entropy"] == parts["loss"]
+    loss, _ = reference_loss(
+        weights, weights_of(twin), batch, centre=torch.linspace(-0.1, 0.1, 6), temperature=0.055
+    )
+    assert (
+        parts["loss"].item() == pytest.approx(loss.item(), rel=1e-7)
+        and parts["cross_entropy"] == parts["loss"]
+    )
     parts["loss"].backward()
     found = torch.autograd.grad(loss, list(weights.values()))
     for (name, parameter), gradient in zip(objective.named_parameters(), found, strict=True):
@@ -89,11 +130,15 @@ def test_one_prototype_has_nothing_to_say_and_one_view_pairs_with_every_other():
     logits, targets = torch.randn(3, 1, 4).double(), torch.rand(2, 1, 4).double()
     logs = [torch.log(torch.stack(softmax(row[0] / 0.5))) for row in logits]
     pairs = [-(targets[t, 0] * logs[v]).sum().item() for t, v in ((0, 1), (0, 2), (1, 0), (1, 2))]
-    assert view_cross_entropy(logits, targets, temperature=0.5).item() == pytest.approx(sum(pairs) / 4, rel=1e-12)
+    assert view_cross_entropy(logits, targets, temperature=0.5).item() == pytest.approx(
+        sum(pairs) / 4, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_cut(micro_batches, rate=0.01, num_steps=4):
+def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_cut(
+    micro_batches, rate=0.01, num_steps=4
+):
     """The last layer is held for the first two steps; the temperature warms up over the first three."""
     objective = build(section(momentum=0.6))
     stepper = Stepper(objective, num_steps=num_steps, epochs=2.0, lr=rate)
@@ -101,21 +146,37 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
     weights = weights_of(objective)
     held = weights["head.prototypes.weight"].detach().clone()
     twin = {name: value.detach().clone() for name, value in weights.items()}
-    adam, centre = reference.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05), torch.zeros(6, dtype=torch.float64)
+    adam, centre = (
+        reference.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05),
+        torch.zeros(6, dtype=torch.float64),
+    )
     for step in range(num_steps):
-        batches = [make_batch(2 // micro_batches, sizes=sizes(2), seed=10 * step + number) for number in range(micro_batches)]
+        batches = [
+            make_batch(2 // micro_batches, sizes=sizes(2), seed=10 * step + number)
+            for number in range(micro_batches)
+        ]
         temperature = 0.04 + 0.03 * min(1, 0.5 * step / 1.5)
-        losses, seen = zip(*(reference_loss(weights, twin, batch, centre=centre, temperature=temperature) for batch in batches), strict=True)
+        losses, seen = zip(
+            *(
+                reference_loss(weights, twin, batch, centre=centre, temperature=temperature)
+                for batch in batches
+            ),
+            strict=True,
+        )
         loss, seen = sum(losses) / micro_batches, sum(seen, [])
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         rates = {name: 0.0 if step < 2 and name == "head.prototypes.weight" else rate for name in weights}
         adam.step(gradients, rates)
-        weights = adam.weights = {name: value.detach().requires_grad_() for name, value in adam.weights.items()}
+        weights = adam.weights = {
+            name: value.detach().requires_grad_() for name, value in adam.weights.items()
+        }
         m = 1 - 0.4 * (1 + math.cos(math.pi * step / num_steps)) / 2
         twin = {name: m * twin[name] + (1 - m) * value.detach() for name, value in weights.items()}
         centre = 0.9 * centre + 0.1 * sum(seen) / len(seen)  # Eq. 4
         assert stepper.step(step, batches) == pytest.approx(loss.item(), rel=1e-7)
-        assert torch.equal(dict(objective.named_parameters())["head.prototypes.weight"].detach(), held) == (step < 2)
+        assert torch.equal(dict(objective.named_parameters())["head.prototypes.weight"].detach(), held) == (
+            step < 2
+        )
     for name, parameter in objective.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name].detach(), rtol=1e-6, atol=1e-7, msg=name)
     for name, parameter in stepper.keeper.twin.named_parameters():
@@ -140,7 +201,10 @@ def test_with_distill_both_global_crops_imitate_the_teacher_s_blocks_whole(alpha
     assert objective.taps == ("block/6",) and objective.pairs == [(3, 6)]
     objective.start_step(Progress(0, 30, 3.0, 3.0))
     masked = prepare(objective, batch)
-    assert masked.masked.shape == (4, 0, PATCH, PATCH, 3) and masked.ids_keep.tolist() == [list(range(GRID**2))] * 4
+    assert (
+        masked.masked.shape == (4, 0, PATCH, PATCH, 3)
+        and masked.ids_keep.tolist() == [list(range(GRID**2))] * 4
+    )
     target = torch.randn(4, 1 + GRID**2, 12, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         features = {"block/6": target, **objective.twin_features(twin, masked)}
@@ -151,7 +215,12 @@ def test_with_distill_both_global_crops_imitate_the_teacher_s_blocks_whole(alpha
     for row, (view, number) in enumerate((view, number) for view in (0, 1) for number in (0, 1)):
         tokens = encode(reference.part(weights, "student"), batch.views[view][number])[1][2]
         hidden = reference.gelu(reference.linear(tokens, reference.part(weights, "heads.0"), "0"))
-        apart += (reference.linear(hidden, reference.part(weights, "heads.0"), "2") - target[row]).abs().flatten().tolist()
+        apart += (
+            (reference.linear(hidden, reference.part(weights, "heads.0"), "2") - target[row])
+            .abs()
+            .flatten()
+            .tolist()
+        )
     align = sum(apart) / len(apart)  # Eq. 2
     assert parts["align/3-6"].item() == pytest.approx(align, rel=1e-6)
     assert parts["loss"].item() == pytest.approx(loss.item() + alpha * align, rel=1e-6)
@@ -161,15 +230,25 @@ def test_with_distill_both_global_crops_imitate_the_teacher_s_blocks_whole(alpha
 
 def test_views_are_two_large_and_several_small_crops():
     objective = build(section(local_crops=3))
-    assert objective.views == (View(photometric="dino1"), View(photometric="dino2"), *[View(size=8, scale=(0.05, 0.25), photometric="dino_local")] * 3)
+    assert objective.views == (
+        View(photometric="dino1"),
+        View(photometric="dino2"),
+        *[View(size=8, scale=(0.05, 0.25), photometric="dino_local")] * 3,
+    )
     assert {view.photometric for view in build(section(photometric=False)).views} == {"none"}
 
 
 def test_a_twin_that_says_the_same_of_all_pictures_is_seen():
     objective, batch = build(section()), make_batch(4, sizes=sizes(2))
     masked = prepare(objective, batch)
-    for targets, expected in ((torch.full((2, 4, 6), 1 / 6), 0.0), (torch.eye(6)[0].expand(2, 4, -1), 0.0), (torch.eye(6)[:4].expand(2, -1, -1), 0.75)):
-        assert objective(masked, {"twin/targets": targets})["target/spread"].item() == pytest.approx(expected, abs=1e-6)
+    for targets, expected in (
+        (torch.full((2, 4, 6), 1 / 6), 0.0),
+        (torch.eye(6)[0].expand(2, 4, -1), 0.0),
+        (torch.eye(6)[:4].expand(2, -1, -1), 0.75),
+    ):
+        assert objective(masked, {"twin/targets": targets})["target/spread"].item() == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +258,10 @@ def test_a_twin_that_says_the_same_of_all_pictures_is_seen():
         ({"local_crops": 0}, "local_size is of no use without local_crops"),
         ({"teacher_temperature": [0.04, 0.04]}, "one twice and no warm-up"),
         ({"teacher_temperature_warmup_epochs": 0}, "give two temperatures and a warm-up"),
-        ({"teacher_temperature_warmup_epochs": 101}, "objective.teacher_temperature_warmup_epochs 101 is above optim.epochs 100"),
+        (
+            {"teacher_temperature_warmup_epochs": 101},
+            "objective.teacher_temperature_warmup_epochs 101 is above optim.epochs 100",
+        ),
     ],
 )
 def test_options_without_effect_are_refused(keys, words):
@@ -188,5 +270,7 @@ def test_options_without_effect_are_refused(keys, words):
 
 
 def test_crops_of_part_of_a_patch_are_refused():
-    with pytest.raises(UserError, match="objective.local_size 10 is not a multiple of the student's patch_size 4"):
+    with pytest.raises(
+        UserError, match="objective.local_size 10 is not a multiple of the student's patch_size 4"
+    ):
         build(section(local_size=10))

@@ -21,20 +21,35 @@ TEACHER = TeacherShape(depth=8, embed_dim=12)
 def build(**options) -> Dmae:
     config = DmaeConfig(name="dmae", decoder={"depth": 1, "embed_dim": 8, "num_heads": 2}, **options)
     generator = torch.Generator().manual_seed(0)
-    return Dmae(config, student=build_student("vit_tiny_patch16_224", TINY, generator=generator), teacher=TEACHER, generator=generator)
+    return Dmae(
+        config,
+        student=build_student("vit_tiny_patch16_224", TINY, generator=generator),
+        teacher=TEACHER,
+        generator=generator,
+    )
 
 
 def parts_of(objective: Dmae) -> dict:
     generator = torch.Generator().manual_seed(1)
-    batch = objective.prepare(Batch(torch.randn(3, 3, 16, 16, generator=generator), torch.rand(3, 16, generator=generator)), torch.nn.Identity())
-    features = {f"block/{b}": torch.randn(3, 1 + objective.num_visible, 12, generator=torch.Generator().manual_seed(b)) for b in range(1, 9)}
+    batch = objective.prepare(
+        Batch(torch.randn(3, 3, 16, 16, generator=generator), torch.rand(3, 16, generator=generator)),
+        torch.nn.Identity(),
+    )
+    features = {
+        f"block/{b}": torch.randn(
+            3, 1 + objective.num_visible, 12, generator=torch.Generator().manual_seed(b)
+        )
+        for b in range(1, 9)
+    }
     return objective(batch, features)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 4.0])
 def test_alpha_weighs_the_distillation_alone(alpha):
     parts = parts_of(build(alpha=alpha))
-    assert parts["loss"].item() == pytest.approx((parts["pixel"] + alpha * parts["align/3-6"]).item(), rel=1e-6)
+    assert parts["loss"].item() == pytest.approx(
+        (parts["pixel"] + alpha * parts["align/3-6"]).item(), rel=1e-6
+    )
 
 
 def test_pairs_may_be_several_and_in_any_order_and_one_block_may_have_two_teachers():
@@ -43,27 +58,39 @@ def test_pairs_may_be_several_and_in_any_order_and_one_block_may_have_two_teache
     parts = parts_of(objective)
     names = ["align/4-2", "align/1-8", "align/4-6"]
     assert [name for name in parts if name.startswith("align")] == names
-    assert parts["loss"].item() == pytest.approx(sum(parts[name] for name in ["pixel", *names]).item(), rel=1e-6)
+    assert parts["loss"].item() == pytest.approx(
+        sum(parts[name] for name in ["pixel", *names]).item(), rel=1e-6
+    )
     parts["loss"].backward()
     assert list(objective.gradient_shares()) == ["share/1", "share/4"]
     assert all(0 < share < 1 for share in objective.gradient_shares().values())
 
 
-@pytest.mark.parametrize("student, teacher, expected", [(12, 24, (9, 18)), (12, 32, (9, 24)), (4, 8, (3, 6)), (10, 5, (7, 3)), (1, 1, (1, 1))])
+@pytest.mark.parametrize(
+    "student, teacher, expected",
+    [(12, 24, (9, 18)), (12, 32, (9, 24)), (4, 8, (3, 6)), (10, 5, (7, 3)), (1, 1, (1, 1))],
+)
 def test_by_default_three_quarters_of_both_depths_are_aligned(student, teacher, expected):
     assert resolve_pairs(None, student_depth=student, teacher_depth=teacher) == [expected]
 
 
 @pytest.mark.parametrize(
     "pairs, words",
-    [([(5, 6)], "names student block 5, but the student has 4"), ([(3, 9)], "names teacher block 9"), ([(3, 6), (3, 6)], "names a pair twice")],
+    [
+        ([(5, 6)], "names student block 5, but the student has 4"),
+        ([(3, 9)], "names teacher block 9"),
+        ([(3, 6), (3, 6)], "names a pair twice"),
+    ],
 )
 def test_pairs_that_can_not_be_are_refused(pairs, words):
     with pytest.raises(UserError, match=words):
         resolve_pairs(pairs, student_depth=4, teacher_depth=8)
 
 
-@pytest.mark.parametrize("kind, shapes", [("linear", [(8, 12)]), ("mlp2", [(8, 12), (12, 12)]), ("mlp3", [(8, 12), (12, 12), (12, 12)])])
+@pytest.mark.parametrize(
+    "kind, shapes",
+    [("linear", [(8, 12)]), ("mlp2", [(8, 12), (12, 12)]), ("mlp3", [(8, 12), (12, 12), (12, 12)])],
+)
 def test_heads_are_as_wide_as_the_teacher_with_gelu_between(kind, shapes):
     head = build_head(kind, 8, 12)
     linears = [layer for layer in head if isinstance(layer, torch.nn.Linear)]
@@ -75,8 +102,13 @@ def test_heads_are_as_wide_as_the_teacher_with_gelu_between(kind, shapes):
 FORMULAS = {
     "l1": lambda a, b: sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a),
     "l2": lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / len(a),
-    "smooth_l1": lambda a, b: sum((d * d / 2 if d < 1 else d - 0.5) for d in (abs(x - y) for x, y in zip(a, b, strict=True))) / len(a),
-    "cosine": lambda a, b: 1 - sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b)),
+    "smooth_l1": lambda a, b: (
+        sum((d * d / 2 if d < 1 else d - 0.5) for d in (abs(x - y) for x, y in zip(a, b, strict=True)))
+        / len(a)
+    ),
+    "cosine": lambda a, b: (
+        1 - sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+    ),
 }
 
 

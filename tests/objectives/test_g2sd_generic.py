@@ -30,26 +30,68 @@ def whole_mae(tmp_path_factory):
     encoder = timm.create_model(NAME, num_classes=0, **TEACHER).state_dict()
     decoder = timm.create_model(NAME, num_classes=0, **{**TEACHER, "embed_dim": 20, "depth": 4}).state_dict()
     shapes = {name: tensor.shape for name, tensor in encoder.items()}
-    shapes |= {f"decoder_{name}": tensor.shape for name, tensor in decoder.items() if name.startswith(("blocks.", "norm.", "pos_embed"))}
-    shapes |= {"mask_token": (1, 1, 20), "decoder_embed.weight": (20, 24), "decoder_embed.bias": (20,), "decoder_pred.weight": (192, 20), "decoder_pred.bias": (192,)}
+    shapes |= {
+        f"decoder_{name}": tensor.shape
+        for name, tensor in decoder.items()
+        if name.startswith(("blocks.", "norm.", "pos_embed"))
+    }
+    shapes |= {
+        "mask_token": (1, 1, 20),
+        "decoder_embed.weight": (20, 24),
+        "decoder_embed.bias": (20,),
+        "decoder_pred.weight": (192, 20),
+        "decoder_pred.bias": (192,),
+    }
     path = tmp_path_factory.mktemp("teacher") / "mae.pth"
-    torch.save({"model": {name: 0.3 * torch.randn(shape, generator=generator) + ("norm" in name and name.endswith("weight")) for name, shape in shapes.items()}}, path)
+    torch.save(
+        {
+            "model": {
+                name: 0.3 * torch.randn(shape, generator=generator)
+                + ("norm" in name and name.endswith("weight"))
+                for name, shape in shapes.items()
+            }
+        },
+        path,
+    )
     return path
 
 
 def recipe(whole_mae, **objective) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"dir": "unused"}, "student": {"name": NAME, **STUDENT}, "data": {"train": "unused", "mean": MEAN, "std": STD},
-        "teacher": {"name": NAME, **TEACHER, "weights": str(whole_mae), "format": "mae", "decoder_depth": 4, "decoder_embed_dim": 20, "decoder_num_heads": 2},
-        "objective": {"name": "g2sd_generic", "decoder": {"depth": 2, "embed_dim": 12, "num_heads": 2}, **objective},
-        "optim": {"global_batch": 256, "base_lr": 1e-2, "epochs": 30},
-    })  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "student": {"name": NAME, **STUDENT},
+            "data": {"train": "unused", "mean": MEAN, "std": STD},
+            "teacher": {
+                "name": NAME,
+                **TEACHER,
+                "weights": str(whole_mae),
+                "format": "mae",
+                "decoder_depth": 4,
+                "decoder_embed_dim": 20,
+                "decoder_num_heads": 2,
+            },
+            "objective": {
+                "name": "g2sd_generic",
+                "decoder": {"depth": 2, "embed_dim": 12, "num_heads": 2},
+                **objective,
+            },
+            "optim": {"global_batch": 256, "base_lr": 1e-2, "epochs": 30},
+        }
+    )
 
 
 def build(whole_mae, *, pictures: int = 3, **objective):
     config = recipe(whole_mae, **objective)
     built, shape = build_objective(config)
-    teacher = load_frozen_teacher(config.teacher, taps=built.taps, whole_blocks=shape.depth, mean=MEAN, std=STD, device=torch.device("cpu"))
+    teacher = load_frozen_teacher(
+        config.teacher,
+        taps=built.taps,
+        whole_blocks=shape.depth,
+        mean=MEAN,
+        std=STD,
+        device=torch.device("cpu"),
+    )
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (pictures, 3, 32, 32), generator=generator, dtype=torch.uint8)
     masked = built.prepare(Batch(images, torch.rand(pictures, 16, generator=generator)), Normalize(MEAN, STD))
@@ -91,14 +133,18 @@ def reference(objective, masked, features, *, target, tokens, norm_pix=False):
                 wanted = [(value - mean) / math.sqrt(variance + 1e-6) for value in row]
             else:
                 wanted = [float(value) for value in taught[picture, place].reshape(-1)]
-            generic += [smooth_l1(predicted[picture, token, channel] - value) for channel, value in enumerate(wanted)]
+            generic += [
+                smooth_l1(predicted[picture, token, channel] - value) for channel, value in enumerate(wanted)
+            ]
             if target == "reconstruction_and_pixels":
                 own = [float(value) for value in masked.masked[picture, place].reshape(-1)]
                 if norm_pix:
                     mean = mean_of(own)
                     deviation = math.sqrt(sum((value - mean) ** 2 for value in own) / (len(own) - 1) + 1e-6)
                     own = [(value - mean) / deviation for value in own]
-                pixel += [(predicted[picture, token, channel] - value) ** 2 for channel, value in enumerate(own)]
+                pixel += [
+                    (predicted[picture, token, channel] - value) ** 2 for channel, value in enumerate(own)
+                ]
     return mean_of(generic) + (mean_of(pixel) if pixel else 0.0)
 
 
@@ -124,10 +170,16 @@ def test_the_loss_is_the_formula(whole_mae, case):
         for parameter in objective.head.parameters():  # some differences above 2, some below
             parameter.mul_(5)
         found = objective(masked, features)
-        keys = {"target": changes.get("target", "features"), "tokens": changes.get("tokens", "all"), "norm_pix": changes.get("norm_pix", False)}
+        keys = {
+            "target": changes.get("target", "features"),
+            "tokens": changes.get("tokens", "all"),
+            "norm_pix": changes.get("norm_pix", False),
+        }
         expected = reference(copy.deepcopy(objective), masked, features, **keys)
     assert float(found["loss"]) == pytest.approx(float(expected), rel=1e-6)
-    assert float(found["loss"]) == pytest.approx(float(found["generic"]) + float(found.get("pixel", 0.0)), rel=1e-6)
+    assert float(found["loss"]) == pytest.approx(
+        float(found["generic"]) + float(found.get("pixel", 0.0)), rel=1e-6
+    )
 
 
 def test_three_optimiser_steps_follow_the_formula_s_gradients(whole_mae):
@@ -145,7 +197,13 @@ def test_three_optimiser_steps_follow_the_formula_s_gradients(whole_mae):
         assert found.item() == pytest.approx(expected.item(), rel=1e-6)
         for (name, ours), theirs in zip(objective.named_parameters(), twin.parameters(), strict=True):
             scale = float(theirs.grad.abs().max())
-            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=max(1e-5 * scale, 1e-8), msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                ours.grad.double(),
+                theirs.grad,
+                rtol=0,
+                atol=max(1e-5 * scale, 1e-8),
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
         optimizer.step()
         losses.append(found.item())
     assert losses[2] < losses[1] < losses[0]
@@ -164,7 +222,10 @@ def test_only_the_blocks_up_to_the_tap_are_made(whole_mae):
     [
         ({"decoder_block": 5}, "objective.decoder_block is 5, the teacher's decoder has 4"),
         ({"target": "reconstruction", "tokens": "all"}, "tokens all with target reconstruction"),
-        ({"target": "reconstruction", "decoder_block": 1}, "decoder_block is of no use to target reconstruction"),
+        (
+            {"target": "reconstruction", "decoder_block": 1},
+            "decoder_block is of no use to target reconstruction",
+        ),
         ({"norm_pix": True}, "norm_pix is of no use to target features"),
     ],
 )

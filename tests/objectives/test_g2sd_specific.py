@@ -47,11 +47,16 @@ def write_classifier(path, **keys):
 
 
 def recipe(weights, *, teacher=None, student=None, **augment) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"dir": "unused"}, "student": {"name": NAME, **STUDENT, **(student or {})}, "data": {"train": "unused", "mean": MEAN, "std": STD},
-        "teacher": {"name": NAME, **TEACHER, "weights": str(weights), **(teacher or {})},
-        "objective": {"name": "g2sd_specific", "augment": {**OFF, **augment}}, "optim": {"global_batch": 256, "base_lr": 1e-2, "epochs": 30},
-    })  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "student": {"name": NAME, **STUDENT, **(student or {})},
+            "data": {"train": "unused", "mean": MEAN, "std": STD},
+            "teacher": {"name": NAME, **TEACHER, "weights": str(weights), **(teacher or {})},
+            "objective": {"name": "g2sd_specific", "augment": {**OFF, **augment}},
+            "optim": {"global_batch": 256, "base_lr": 1e-2, "epochs": 30},
+        }
+    )
 
 
 def build(weights, **changes):
@@ -60,12 +65,23 @@ def build(weights, **changes):
     objective, shape = build_objective(config, num_classes=CLASSES)
     with torch.no_grad():
         for head in (objective.head, objective.head_dist):
-            head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(2)) * (1 if head is objective.head else -2))
+            head.weight.copy_(
+                torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(2))
+                * (1 if head is objective.head else -2)
+            )
     return objective, load(config, objective, shape)
 
 
 def load(config, objective, shape):
-    return load_frozen_teacher(config.teacher, taps=objective.taps, whole_blocks=shape.depth, mean=MEAN, std=STD, device=torch.device("cpu"), num_classes=CLASSES)
+    return load_frozen_teacher(
+        config.teacher,
+        taps=objective.taps,
+        whole_blocks=shape.depth,
+        mean=MEAN,
+        std=STD,
+        device=torch.device("cpu"),
+        num_classes=CLASSES,
+    )
 
 
 def pictures(ids, *, epoch=0) -> Batch:
@@ -87,18 +103,30 @@ def reference(objective, masked, features):
     tokens, _ = objective.student(masked.visible.double(), masked.ids_keep, appended=objective.dist_token)
     label = hard = 0.0
     for picture in range(len(tokens)):
-        ours = [tokens[picture, 0] @ row + bias for row, bias in zip(objective.head.weight, objective.head.bias)]
-        label = label - sum(float(share) * value for share, value in zip(masked.targets[picture].double(), log_softmax(ours)))
+        ours = [
+            tokens[picture, 0] @ row + bias for row, bias in zip(objective.head.weight, objective.head.bias)
+        ]
+        label = label - sum(
+            float(share) * value for share, value in zip(masked.targets[picture].double(), log_softmax(ours))
+        )
         teacher = features["logits"][picture].tolist()
         decision = max(range(CLASSES), key=lambda number: teacher[number])
-        distilled = [tokens[picture, len(tokens[picture]) - 1] @ row + bias for row, bias in zip(objective.head_dist.weight, objective.head_dist.bias)]
+        distilled = [
+            tokens[picture, len(tokens[picture]) - 1] @ row + bias
+            for row, bias in zip(objective.head_dist.weight, objective.head_dist.bias)
+        ]
         hard = hard - log_softmax(distilled)[decision]
     return 0.5 * label / len(tokens) + 0.5 * hard / len(tokens)
 
 
 @pytest.mark.parametrize(
     ("ids", "augment"),
-    [([3, 4, 5, 6], {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}), ([7], {"label_smoothing": 0.1}), ([1, 2], {}), ([1, 2, 3, 4], {"mixup": 0.8, "erase": 1.0})],
+    [
+        ([3, 4, 5, 6], {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}),
+        ([7], {"label_smoothing": 0.1}),
+        ([1, 2], {}),
+        ([1, 2, 3, 4], {"mixup": 0.8, "erase": 1.0}),
+    ],
 )
 def test_the_loss_is_the_formula(classifier, ids, augment):
     objective, teacher = build(classifier, **augment)
@@ -126,11 +154,21 @@ def test_three_optimiser_steps_follow_the_formula_s_gradients(classifier):
         objective(masked, features)["loss"].backward()
         for (name, ours), theirs in zip(objective.named_parameters(), twin.parameters(), strict=True):
             scale = float(theirs.grad.abs().max())
-            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=max(1e-5 * scale, 1e-9), msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                ours.grad.double(),
+                theirs.grad,
+                rtol=0,
+                atol=max(1e-5 * scale, 1e-9),
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
         optimizer.step()
 
 
-@pytest.mark.parametrize("keys", [{"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False}, {"global_pool": "token"}], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [{"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False}, {"global_pool": "token"}],
+    ids=str,
+)
 def test_a_teacher_s_logits_are_timm_s(tmp_path, keys):
     path = write_classifier(tmp_path / "teacher.safetensors", **keys)
     objective, teacher = build(path, teacher={"pool": "cls" if keys["global_pool"] == "token" else "mean"})
@@ -169,13 +207,17 @@ def test_a_mixed_picture_is_its_share_of_two_neighbours(classifier):
     share = float(targets[0, 3])
     assert 0 < share < 1
     torch.testing.assert_close(images, share * plain + (1 - share) * plain.flip(0))
-    torch.testing.assert_close(targets, torch.tensor([[0, 0, 0, share, 1 - share], [0, 0, 0, 1 - share, share]]))
+    torch.testing.assert_close(
+        targets, torch.tensor([[0, 0, 0, share, 1 - share], [0, 0, 0, 1 - share, share]])
+    )
     cut, _ = build(classifier, cutmix=1.0)
     for ids in ([3, 4], [8, 9], [13, 14]):
         plain = NORMALIZE(pictures(ids).images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         images, targets = images_of(cut, pictures(ids))
         pasted = (images != plain).any(dim=1).float().mean(dim=(1, 2))
-        assert torch.equal(images, torch.where((images != plain).any(dim=1, keepdim=True), plain.flip(0), plain))
+        assert torch.equal(
+            images, torch.where((images != plain).any(dim=1, keepdim=True), plain.flip(0), plain)
+        )
         torch.testing.assert_close(targets[:, 3:].diagonal(), 1 - pasted, rtol=0, atol=1e-6)
 
 
@@ -190,9 +232,13 @@ def test_mixes_do_not_depend_on_how_the_batch_is_cut(classifier):
     ids = list(range(12))
     images, targets = images_of(objective, pictures(ids))
     torch.manual_seed(99)
-    parts = [images_of(objective, pictures(ids[first:last])) for first, last in ((8, 12), (2, 4), (0, 2), (4, 8))]
+    parts = [
+        images_of(objective, pictures(ids[first:last])) for first, last in ((8, 12), (2, 4), (0, 2), (4, 8))
+    ]
     order = [8, 9, 10, 11, 2, 3, 0, 1, 4, 5, 6, 7]
-    assert torch.equal(torch.cat([part[0] for part in parts]), images[order]) and torch.equal(torch.cat([part[1] for part in parts]), targets[order])
+    assert torch.equal(torch.cat([part[0] for part in parts]), images[order]) and torch.equal(
+        torch.cat([part[1] for part in parts]), targets[order]
+    )
     again, _ = images_of(objective, pictures(ids, epoch=1))
     assert not torch.equal(again, images)
     assert len({round(float(row.max()), 6) for row in targets}) > 3  # one draw a pair
@@ -203,7 +249,9 @@ def test_timm_alone_answers_with_the_mean_of_the_two_heads(classifier):
     objective = objective.double()
     with torch.no_grad():
         for parameter in objective.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)).double())
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)).double()
+            )
     batch = pictures([1, 2, 3])
     masked = objective.prepare(batch, NORMALIZE)
     masked.visible = masked.visible.double()
@@ -215,7 +263,14 @@ def test_timm_alone_answers_with_the_mean_of_the_two_heads(classifier):
         theirs = model(NORMALIZE(batch.images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).double())
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
     assert timm_names(objective.state_dict())["pos_embed"].shape == (1, 18, 8)
-    assert json.loads(json.dumps(found.numbers)) == {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0}
+    assert json.loads(json.dumps(found.numbers)) == {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_ratio": 4.0,
+    }
 
 
 def test_the_top_layer_has_the_token_and_the_heads(classifier):
@@ -229,7 +284,9 @@ def test_the_top_layer_has_the_token_and_the_heads(classifier):
     for name in ("dist_token", "head.weight", "head_dist.bias", "student.norm.weight"):
         assert scale[name] == 1
     assert decay["dist_token"] == 0.05 and decay["student.norm.weight"] == decay["student.cls_token"] == 0
-    assert scale["student.blocks.1.attn.qkv.weight"] == pytest.approx(0.75) and scale["student.blocks.0.norm1.bias"] == pytest.approx(0.75**2)
+    assert scale["student.blocks.1.attn.qkv.weight"] == pytest.approx(0.75) and scale[
+        "student.blocks.0.norm1.bias"
+    ] == pytest.approx(0.75**2)
     assert scale["student.patch_embed.proj.weight"] == scale["student.cls_token"] == pytest.approx(0.75**3)
 
 
@@ -243,11 +300,18 @@ def test_initial_weights_come_from_an_earlier_run(classifier, tmp_path):
     begun = begin(recipe(classifier, student={"weights": str(tmp_path)}))
     for name, tensor in first.student.state_dict().items():
         assert torch.equal(tensor, begun.student.state_dict()[name])
-    with pytest.raises(UserError, match="fits the student under no known format.*make student.name and its numbers agree with the file"):
+    with pytest.raises(
+        UserError,
+        match="fits the student under no known format.*make student.name and its numbers agree with the file",
+    ):
         begin(recipe(classifier, student={"weights": str(tmp_path), "embed_dim": 16}))
-    with pytest.raises(UserError, match="holds vit_tiny_patch16_224 .*'num_heads': 2.*the recipe's student is"):
+    with pytest.raises(
+        UserError, match="holds vit_tiny_patch16_224 .*'num_heads': 2.*the recipe's student is"
+    ):
         begin(recipe(classifier, student={"weights": str(tmp_path), "num_heads": 4}))
-    with pytest.raises(UserError, match="student.weights 'nowhere' is neither a run folder nor a weights file"):
+    with pytest.raises(
+        UserError, match="student.weights 'nowhere' is neither a run folder nor a weights file"
+    ):
         begin(recipe(classifier, student={"weights": "nowhere"}))
 
 
@@ -262,15 +326,28 @@ def test_a_teacher_that_can_not_decide_is_one_line(classifier, tmp_path):
     save_file(encoder, tmp_path / "encoder.safetensors")
     for weights, teacher, message in (
         (tmp_path / "encoder.safetensors", {}, "taps logits: give a fine-tuned classifier"),
-        (classifier, {"pool": "cls"}, "norms what it has pooled .fc_norm., as classifiers of the mean do; set teacher.pool=mean"),
-        (write_classifier(tmp_path / "seven.safetensors", global_pool="avg", num_classes=7), {}, "tells 7 classes apart, data.train has 5"),
+        (
+            classifier,
+            {"pool": "cls"},
+            "norms what it has pooled .fc_norm., as classifiers of the mean do; set teacher.pool=mean",
+        ),
+        (
+            write_classifier(tmp_path / "seven.safetensors", global_pool="avg", num_classes=7),
+            {},
+            "tells 7 classes apart, data.train has 5",
+        ),
     ):
         with pytest.raises(UserError, match=message) as caught:
             build(weights, teacher=teacher)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="teacher.decoder_depth is of no use to an objective that does not tap the teacher's decoder"):
+    with pytest.raises(
+        UserError,
+        match="teacher.decoder_depth is of no use to an objective that does not tap the teacher's decoder",
+    ):
         build_objective(recipe(classifier, teacher={"decoder_depth": 4}), num_classes=CLASSES)
-    with pytest.raises(UserError, match="teacher.standardize layer_norm is for features, and the objective taps logits"):
+    with pytest.raises(
+        UserError, match="teacher.standardize layer_norm is for features, and the objective taps logits"
+    ):
         build_objective(recipe(classifier, teacher={"standardize": "layer_norm"}), num_classes=CLASSES)
 
 

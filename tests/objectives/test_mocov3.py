@@ -26,14 +26,39 @@ SIZE, GRID, DIM, HIDDEN, OUT, TAU = 8, 4, 12, 6, 5, 0.3
 
 
 def config_for(**objective) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"dir": "unused"}, "data": {"train": "unused"},
-        "student": {"name": "vit_tiny_patch16_224", "img_size": SIZE, "patch_size": SIZE // GRID, "embed_dim": DIM, "depth": 2, "num_heads": 2},
-        "teacher": {"name": "vit_tiny_patch16_224", "img_size": SIZE, "patch_size": SIZE // GRID, "embed_dim": 8, "depth": 4, "num_heads": 2, "weights": "unused"}
-        if "distill" in objective else None,
-        "objective": {"name": "mocov3", "hidden_dim": HIDDEN, "output_dim": OUT, "temperature": TAU, **objective},
-        "optim": {"weight_decay": 0.05, "betas": [0.9, 0.95]},
-    })  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "data": {"train": "unused"},
+            "student": {
+                "name": "vit_tiny_patch16_224",
+                "img_size": SIZE,
+                "patch_size": SIZE // GRID,
+                "embed_dim": DIM,
+                "depth": 2,
+                "num_heads": 2,
+            },
+            "teacher": {
+                "name": "vit_tiny_patch16_224",
+                "img_size": SIZE,
+                "patch_size": SIZE // GRID,
+                "embed_dim": 8,
+                "depth": 4,
+                "num_heads": 2,
+                "weights": "unused",
+            }
+            if "distill" in objective
+            else None,
+            "objective": {
+                "name": "mocov3",
+                "hidden_dim": HIDDEN,
+                "output_dim": OUT,
+                "temperature": TAU,
+                **objective,
+            },
+            "optim": {"weight_decay": 0.05, "betas": [0.9, 0.95]},
+        }
+    )
 
 
 def built(num: int, *, seed=0, **objective):
@@ -44,9 +69,13 @@ def built(num: int, *, seed=0, **objective):
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor += 0.2 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-    views = tuple(torch.randint(256, (num, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8) for _ in range(2))
+    views = tuple(
+        torch.randint(256, (num, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8) for _ in range(2)
+    )
     batch = Batch(images=views[0], noise=None, more_views=views[1:])
-    twin = SimpleNamespace(student=copy_of(model.student, generator), projector=copy_of(model.projector, generator))
+    twin = SimpleNamespace(
+        student=copy_of(model.student, generator), projector=copy_of(model.projector, generator)
+    )
     return model, model.prepare(batch, lambda pixels: pixels.double() / 255), twin
 
 
@@ -75,7 +104,10 @@ def reference_mlp(rows, state, num_layers):
             variance = sum((value - mean) ** 2 for value in values) / len(values)
             scaled = [(value - mean) / (variance + 1e-5) ** 0.5 for value in values]
             if layer < num_layers - 1:
-                gain, shift = state[f"{3 * layer + 1}.weight"][channel], state[f"{3 * layer + 1}.bias"][channel]
+                gain, shift = (
+                    state[f"{3 * layer + 1}.weight"][channel],
+                    state[f"{3 * layer + 1}.bias"][channel],
+                )
                 scaled = [value * gain + shift for value in scaled]
                 scaled = [value if value > 0 else 0 * value for value in scaled]
             columns.append(torch.stack(scaled))
@@ -94,7 +126,12 @@ def reference_contrast(queries, keys):
     for number, query in enumerate(queries):
         similarities = [sum(a * b for a, b in zip(query, key)) / TAU for key in keys]
         largest = max(value.item() for value in similarities)
-        total = total + largest + torch.log(sum(torch.exp(value - largest) for value in similarities)) - similarities[number]
+        total = (
+            total
+            + largest
+            + torch.log(sum(torch.exp(value - largest) for value in similarities))
+            - similarities[number]
+        )
     return 2 * TAU * total / len(queries)
 
 
@@ -105,7 +142,10 @@ def reference_loss(model, masked, twin):
     def heads_of(student, projector, predictor):
         found = []
         for view in range(2):
-            rows = [student(masked.visible[n : n + 1], masked.ids_keep[n : n + 1])[0][0, 0] for n in range(view * num, (view + 1) * num)]
+            rows = [
+                student(masked.visible[n : n + 1], masked.ids_keep[n : n + 1])[0][0, 0]
+                for n in range(view * num, (view + 1) * num)
+            ]
             rows = reference_mlp(rows, dict(projector.named_parameters()), 3)
             rows = rows if predictor is None else reference_mlp(rows, dict(predictor.named_parameters()), 2)
             found.append([reference_unit(row) for row in rows])
@@ -144,8 +184,15 @@ def test_the_own_key_is_the_one_of_this_rank():
     rows = torch.nn.functional.normalize(torch.randn(9, OUT, dtype=torch.float64, generator=generator), dim=1)
     queries, keys = rows[:3], rows[3:]
     for own in (0, 3):
-        expected = sum(-math.log(math.exp(float(q @ keys[own + n]) / TAU) / sum(math.exp(float(q @ k) / TAU) for k in keys)) for n, q in enumerate(queries))
-        assert info_nce(queries, keys, own=own, temperature=TAU).item() == pytest.approx(2 * TAU * expected / 3, rel=1e-9)
+        expected = sum(
+            -math.log(
+                math.exp(float(q @ keys[own + n]) / TAU) / sum(math.exp(float(q @ k) / TAU) for k in keys)
+            )
+            for n, q in enumerate(queries)
+        )
+        assert info_nce(queries, keys, own=own, temperature=TAU).item() == pytest.approx(
+            2 * TAU * expected / 3, rel=1e-9
+        )
 
 
 @pytest.fixture
@@ -161,7 +208,9 @@ def test_keys_of_other_ranks_are_negatives(second_of_two_ranks):
     with torch.no_grad():
         found = model(masked, features)["loss"].item()
         latent = model.student(masked.visible, masked.ids_keep)[0][:, 0]
-        queries = torch.nn.functional.normalize(model.predictor(model.projector(latent.unflatten(0, (2, 4)))), dim=-1)
+        queries = torch.nn.functional.normalize(
+            model.predictor(model.projector(latent.unflatten(0, (2, 4)))), dim=-1
+        )
     first, second = features["twin/keys"]
     expected = 0.0
     for view, keys in ((queries[0], second), (queries[1], first)):
@@ -189,27 +238,42 @@ def test_batch_norm_takes_the_statistics_of_all_ranks(monkeypatch):
 def test_three_steps_are_those_of_the_formula_s_gradients(frozen):
     model, masked, twin = built(3, freeze_patch_projection=frozen)
     other, _, _ = built(3, freeze_patch_projection=frozen)
-    other_twin = SimpleNamespace(student=copy_of(twin.student, torch.Generator()), projector=copy_of(twin.projector, torch.Generator()))
+    other_twin = SimpleNamespace(
+        student=copy_of(twin.student, torch.Generator()), projector=copy_of(twin.projector, torch.Generator())
+    )
     for mine, theirs in ((twin.student, other_twin.student), (twin.projector, other_twin.projector)):
         theirs.load_state_dict(mine.state_dict())
     assert frozen != any("patch_embed" in name for name, _ in model.named_parameters())
     optimizers = [build_optimizer(network, config_for().optim) for network in (model, other)]
     for step in range(3):
-        for network, network_twin, optimizer, loss_of in ((model, twin, optimizers[0], lambda *a: found_loss(*a)["loss"]), (other, other_twin, optimizers[1], reference_loss)):
+        for network, network_twin, optimizer, loss_of in (
+            (model, twin, optimizers[0], lambda *a: found_loss(*a)["loss"]),
+            (other, other_twin, optimizers[1], reference_loss),
+        ):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2
             optimizer.zero_grad()
             loss_of(network, masked, network_twin).backward()
             optimizer.step()
             m = 1 - 0.01 * 0.5 * (1 + math.cos(math.pi * step / 3))
-            assert network.twin.momentum(Progress(step=step, num_steps=3, epoch=0.0, epochs=1.0)) == pytest.approx(m, rel=1e-12)
+            assert network.twin.momentum(
+                Progress(step=step, num_steps=3, epoch=0.0, epochs=1.0)
+            ) == pytest.approx(m, rel=1e-12)
             with torch.no_grad():
                 for part in network.twin.parts:
-                    for mine, theirs in zip(getattr(network_twin, part).parameters(), getattr(network, part).parameters(), strict=True):
+                    for mine, theirs in zip(
+                        getattr(network_twin, part).parameters(),
+                        getattr(network, part).parameters(),
+                        strict=True,
+                    ):
                         mine.copy_(m * mine + (1 - m) * theirs)
     start, _, _ = built(3, freeze_patch_projection=frozen)
-    for (name, mine), theirs, first in zip(model.named_parameters(), other.parameters(), start.parameters(), strict=True):
-        if not name.endswith("attn.qkv.bias"):  # its key third has no gradient but rounding, which AdamW turns into steps of +-lr
+    for (name, mine), theirs, first in zip(
+        model.named_parameters(), other.parameters(), start.parameters(), strict=True
+    ):
+        if not name.endswith(
+            "attn.qkv.bias"
+        ):  # its key third has no gradient but rounding, which AdamW turns into steps of +-lr
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6, msg=name)
             assert not torch.equal(mine, first), name
 
@@ -219,38 +283,61 @@ def test_three_steps_are_those_of_the_formula_s_gradients(frozen):
 
 def test_with_distillation_the_term_is_added_for_both_views_whole():
     model, masked, twin = built(3, distill={"alpha": 0.5})
-    assert model.taps == ("block/3",) and masked.visible.shape[1] == model.student.num_patches and masked.masked.shape[1] == 0
+    assert (
+        model.taps == ("block/3",)
+        and masked.visible.shape[1] == model.student.num_patches
+        and masked.masked.shape[1] == 0
+    )
     target = torch.randn(6, 17, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     parts = found_loss(model, masked, twin, {"block/3": target})
     projected = model.heads[0](model.student(masked.visible, masked.ids_keep, taps=[1])[1][1])
-    align = sum(abs(a - b) for a, b in zip(projected.flatten().tolist(), target.flatten().tolist())) / target.numel()
+    align = (
+        sum(abs(a - b) for a, b in zip(projected.flatten().tolist(), target.flatten().tolist()))
+        / target.numel()
+    )
     assert parts["align/1-3"].item() == pytest.approx(align, rel=1e-5)
-    assert parts["loss"].item() == pytest.approx(reference_loss(model, masked, twin).item() + 0.5 * align, rel=1e-5)
+    assert parts["loss"].item() == pytest.approx(
+        reference_loss(model, masked, twin).item() + 0.5 * align, rel=1e-5
+    )
     parts["loss"].backward()
     assert 0 < model.gradient_shares()["share/1"].item() < 1
 
 
 def test_a_batch_that_is_seen_in_parts_is_refused_and_a_whole_one_resumes_on_fewer_ranks(digits, tmp_path):
     recipe = [f"run.dir={tmp_path}", f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
-    with pytest.raises(UserError, match="compares the pictures of a whole batch, and optim.micro_batch 32 would cut"):
+    with pytest.raises(
+        UserError, match="compares the pictures of a whole batch, and optim.micro_batch 32 would cut"
+    ):
         preflight(load_config("digits_mocov3", [*recipe, "optim.micro_batch=32"]), World(), resume="never")
     folder = CheckpointFolder(tmp_path)
     folder.begin(3)
     two = preflight(load_config("digits_mocov3", recipe), World(rank=0, size=2), resume="never")
     folder.commit(3, {**two.identity, "step": 3, "position": 192}, {})
     one = preflight(load_config("digits_mocov3", recipe), World(), resume="auto")
-    assert (two.micro_batch, one.micro_batch, one.accumulation, one.resume_from.name) == (32, 64, 1, "step-00000003")
+    assert (two.micro_batch, one.micro_batch, one.accumulation, one.resume_from.name) == (
+        32,
+        64,
+        1,
+        "step-00000003",
+    )
 
 
 def test_the_projection_is_frozen_but_saved():
     model, _, _ = built(2)
-    assert "student.patch_embed.proj.weight" in model.state_dict() and not any("patch_embed" in name for name, _ in model.named_parameters())
+    assert "student.patch_embed.proj.weight" in model.state_dict() and not any(
+        "patch_embed" in name for name, _ in model.named_parameters()
+    )
 
 
 def test_a_collapsed_momentum_encoder_is_seen_in_its_tokens_and_not_in_its_keys():
     model, masked, twin = built(4)
     assert 0.01 < found_loss(model, masked, twin)["target/spread"].item() <= 0.75
-    twin.student.norm.weight.data *= 1e-6  # what is left of the tokens is the norm's shift, alike for all pictures
+    twin.student.norm.weight.data *= (
+        1e-6  # what is left of the tokens is the norm's shift, alike for all pictures
+    )
     features = model.twin_features(twin, masked)
     keys = features["twin/keys"][0]
-    assert abs(model(masked, features)["target/spread"].item()) < 1e-6 and keys.mean(0).norm() < 0.5 * keys.norm(dim=1).mean()
+    assert (
+        abs(model(masked, features)["target/spread"].item()) < 1e-6
+        and keys.mean(0).norm() < 0.5 * keys.norm(dim=1).mean()
+    )

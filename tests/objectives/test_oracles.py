@@ -28,7 +28,7 @@ CASES = [
     for head in HEAD
     for distance in ("L1", "L2")
     for norm in ("l2norm", "raw")
-] + ["single.fc-1layer.L1.l2norm.normpix"]  # fmt: skip
+] + ["single.fc-1layer.L1.l2norm.normpix"]
 HEADS_IN_PUBLISHED_CODE = "aligned_feature_projection_heads."
 TINY = {"img_size": 32, "patch_size": 4}
 
@@ -57,31 +57,54 @@ def metadata_of(oracles, file: str, key: str):
 def teacher_file(base, tmp_path_factory):
     """The oracle's whole teacher, decoder and all, in the published file's layout."""
     path = tmp_path_factory.mktemp("teacher") / "mae_pretrain.pth"
-    torch.save({"model": {name.removeprefix("teacher."): tensor for name, tensor in base.items() if name.startswith("teacher.")}}, path)
+    torch.save(
+        {
+            "model": {
+                name.removeprefix("teacher."): tensor
+                for name, tensor in base.items()
+                if name.startswith("teacher.")
+            }
+        },
+        path,
+    )
     return path
 
 
 def config_for(objective: dict, teacher_file=None) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"dir": "unused"}, "data": {"train": "unused"},
-        "student": {"name": "vit_tiny_patch16_224", **TINY, "embed_dim": 48, "depth": 4, "num_heads": 3},
-        "teacher": teacher_file and {
-            "name": "vit_tiny_patch16_224", **TINY, "embed_dim": 64, "depth": 8, "num_heads": 4, "weights": str(teacher_file), "format": "mae",
-        },
-        "objective": {"decoder": {"depth": 2, "embed_dim": 32, "num_heads": 4}, **objective},
-        "optim": {"weight_decay": 0.05, "betas": [0.9, 0.95]},
-    })  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "data": {"train": "unused"},
+            "student": {"name": "vit_tiny_patch16_224", **TINY, "embed_dim": 48, "depth": 4, "num_heads": 3},
+            "teacher": teacher_file
+            and {
+                "name": "vit_tiny_patch16_224",
+                **TINY,
+                "embed_dim": 64,
+                "depth": 8,
+                "num_heads": 4,
+                "weights": str(teacher_file),
+                "format": "mae",
+            },
+            "objective": {"decoder": {"depth": 2, "embed_dim": 32, "num_heads": 4}, **objective},
+            "optim": {"weight_decay": 0.05, "betas": [0.9, 0.95]},
+        }
+    )
 
 
 def dmae_config(case: str, teacher_file) -> RunConfig:
     pairs, head, distance, norm = case.split(".")[:4]
     return config_for(
         {
-            "name": "dmae", "pairs": PAIRS[pairs], "head": HEAD[head], "distance": distance.lower(),
-            "normalize": {"l2norm": "l2", "raw": "none"}[norm], "norm_pix": case.endswith("normpix"),
+            "name": "dmae",
+            "pairs": PAIRS[pairs],
+            "head": HEAD[head],
+            "distance": distance.lower(),
+            "normalize": {"l2norm": "l2", "raw": "none"}[norm],
+            "norm_pix": case.endswith("normpix"),
         },
         teacher_file,
-    )  # fmt: skip
+    )
 
 
 def our_name(name: str) -> str:
@@ -101,9 +124,17 @@ def our_head(name: str) -> str:
 
 
 def load_weights(objective, tensors: dict, prefix: str, heads: str | None = None) -> None:
-    state = {our_name(name.removeprefix(prefix)): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    state = {
+        our_name(name.removeprefix(prefix)): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
     if heads:
-        state |= {our_head(name.removeprefix(heads)): tensor for name, tensor in tensors.items() if name.startswith(heads)}
+        state |= {
+            our_head(name.removeprefix(heads)): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(heads)
+        }
     # The fixed position codes must be the published ones before they are loaded over.
     for name, buffer in objective.named_buffers():
         torch.testing.assert_close(buffer, state[name], rtol=0, atol=1e-6)
@@ -111,11 +142,17 @@ def load_weights(objective, tensors: dict, prefix: str, heads: str | None = None
 
 
 def batch_of(objective, tensors: dict, step: int):
-    return objective.prepare(Batch(tensors["images"][step].float(), tensors["noise"][step]), torch.nn.Identity())
+    return objective.prepare(
+        Batch(tensors["images"][step].float(), tensors["noise"][step]), torch.nn.Identity()
+    )
 
 
 def drop_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    return torch.cat([tensor[: len(tensor) // 3], tensor[2 * len(tensor) // 3 :]]) if name.endswith("attn.qkv.bias") else tensor
+    return (
+        torch.cat([tensor[: len(tensor) // 3], tensor[2 * len(tensor) // 3 :]])
+        if name.endswith("attn.qkv.bias")
+        else tensor
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +175,9 @@ def test_teacher_features_are_the_published_ones_at_every_block(base, teacher, t
     objective, _ = build_objective(dmae_config("single.fc-1layer.L1.raw", teacher_file))
     features = teacher.features(batch_of(objective, base, 0))
     for block in range(1, 9):
-        torch.testing.assert_close(features[f"block/{block}"], base[f"feat.teacher.block{block - 1}"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            features[f"block/{block}"], base[f"feat.teacher.block{block - 1}"], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_student_features_projections_and_prediction_are_the_published_ones(base, teacher_file):
@@ -148,12 +187,18 @@ def test_student_features_projections_and_prediction_are_the_published_ones(base
     with torch.no_grad():
         latent, tapped = objective.student(batch.visible, batch.ids_keep, taps=range(1, 5))
         predicted = objective.decoder(latent, batch.ids_keep, batch.ids_masked).flatten(2)
-        projected = [head(tapped[block]) for (block, _), head in zip(objective.pairs, objective.heads, strict=True)]
+        projected = [
+            head(tapped[block]) for (block, _), head in zip(objective.pairs, objective.heads, strict=True)
+        ]
     torch.testing.assert_close(latent, base["feat.student.final_norm"], rtol=1e-5, atol=1e-5)
     for block in range(1, 5):
-        torch.testing.assert_close(tapped[block], base[f"feat.student.block{block - 1}"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            tapped[block], base[f"feat.student.block{block - 1}"], rtol=1e-5, atol=1e-5
+        )
     for (block, _), tokens in zip(objective.pairs, projected, strict=True):
-        torch.testing.assert_close(tokens, base[f"proj.multi.mlp-1layer.student_block{block - 1}"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            tokens, base[f"proj.multi.mlp-1layer.student_block{block - 1}"], rtol=1e-5, atol=1e-5
+        )
     masked = base["feat.student.decoder_pred"].gather(1, batch.ids_masked[..., None].expand(-1, -1, 48))
     torch.testing.assert_close(predicted, masked, rtol=1e-5, atol=1e-5)
 
@@ -168,11 +213,18 @@ def test_three_steps_of_dmae_are_the_published_ones(case, base, steps, teacher, 
     objective, _ = build_objective(config)
     pairs, head = case.split(".")[:2]
     load_weights(objective, base, "student.", f"heads.{pairs}.{head}.")
-    names = [our_name(name) for name in metadata_of(oracles, "dmae_img32_steps", "names")[f"{case}.param_names"]]
+    names = [
+        our_name(name) for name in metadata_of(oracles, "dmae_img32_steps", "names")[f"{case}.param_names"]
+    ]
     run_three_steps(
-        objective, config, base, {key.removeprefix(f"{case}."): value for key, value in steps.items() if key.startswith(f"{case}.")},
-        names, lambda batch: teacher.features(batch), ["recon", "distill", "total"],
-    )  # fmt: skip
+        objective,
+        config,
+        base,
+        {key.removeprefix(f"{case}."): value for key, value in steps.items() if key.startswith(f"{case}.")},
+        names,
+        lambda batch: teacher.features(batch),
+        ["recon", "distill", "total"],
+    )
 
 
 def run_three_steps(objective, config, data, expected, names, features_of, losses) -> None:
@@ -184,9 +236,19 @@ def run_three_steps(objective, config, data, expected, names, features_of, losse
     for step in range(3):
         batch = batch_of(objective, data, step)
         parts = objective(batch, features_of(batch))
-        found = {"total": [parts["loss"]], "recon": [parts["pixel"]], "loss": [parts["loss"]], "distill": [v for k, v in parts.items() if k.startswith("align/")]}
+        found = {
+            "total": [parts["loss"]],
+            "recon": [parts["pixel"]],
+            "loss": [parts["loss"]],
+            "distill": [v for k, v in parts.items() if k.startswith("align/")],
+        }
         for name in losses:
-            torch.testing.assert_close(torch.stack(found[name]).double().detach().squeeze(), expected[name][step].squeeze(), rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                torch.stack(found[name]).double().detach().squeeze(),
+                expected[name][step].squeeze(),
+                rtol=1e-6,
+                atol=0,
+            )
         optimizer.zero_grad()
         parts["loss"].backward()
         gradients = torch.stack([parameters[name].grad.double().norm() for name in names])
@@ -198,7 +260,9 @@ def run_three_steps(objective, config, data, expected, names, features_of, losse
         norms = torch.stack([parameters[name].detach().double().norm() for name in names])
         keep = torch.tensor([not name.endswith("attn.qkv.bias") for name in names])
         torch.testing.assert_close(norms[keep], expected["param_norm_after3"][keep], rtol=2e-4, atol=0)
-    compare_after_three(parameters, {name: tensor for name, tensor in expected.items() if name.startswith("after3.")})
+    compare_after_three(
+        parameters, {name: tensor for name, tensor in expected.items() if name.startswith("after3.")}
+    )
 
 
 def compare_after_three(parameters: dict, expected: dict) -> None:
@@ -229,30 +293,43 @@ def test_mae_latent_and_prediction_are_the_published_ones(mae):
         latent, _ = objective.student(batch.visible, batch.ids_keep)
         predicted = objective.decoder(latent, batch.ids_keep, batch.ids_masked).flatten(2)
     torch.testing.assert_close(latent, mae["latent"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(predicted, mae["pred"].gather(1, batch.ids_masked[..., None].expand(-1, -1, 48)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        predicted, mae["pred"].gather(1, batch.ids_masked[..., None].expand(-1, -1, 48)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_patches_are_cut_as_published(mae):
-    torch.testing.assert_close(patchify(mae["images"][0].float(), 4).flatten(2), mae["patchify"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        patchify(mae["images"][0].float(), 4).flatten(2), mae["patchify"], rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("dim, grid", [(32, 8), (48, 14), (64, 16)])
 def test_position_codes_are_the_published_ones(dim, grid, mae):
-    torch.testing.assert_close(sincos_positions(dim, (grid, grid))[0], mae[f"sincos.dim{dim}.grid{grid}"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        sincos_positions(dim, (grid, grid))[0], mae[f"sincos.dim{dim}.grid{grid}"], rtol=0, atol=1e-6
+    )
 
 
 def test_weight_decay_groups_are_the_published_ones(mae, oracles):
     objective, _ = build_objective(config_for({"name": "mae"}))
     optimizer = build_optimizer(objective, config_for({"name": "mae"}).optim)
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
-    groups = {group["weight_decay"]: sorted(names[id(parameter)] for parameter in group["params"]) for group in optimizer.param_groups}
+    groups = {
+        group["weight_decay"]: sorted(names[id(parameter)] for parameter in group["params"])
+        for group in optimizer.param_groups
+    }
     for weight_decay, key in ((0.05, "decay"), (0.0, "no_decay")):
-        assert groups[weight_decay] == sorted(our_name(name) for name in metadata_of(oracles, "mae_img32", key))
+        assert groups[weight_decay] == sorted(
+            our_name(name) for name in metadata_of(oracles, "mae_img32", key)
+        )
 
 
 def test_learning_rates_are_the_published_ones(oracles):
     table = json.loads((oracles / "finetune_schedules.json").read_text())["lr_dmae_pretrain_100ep"]
     config = RunConfig.model_fields["optim"].default
-    assert (config.epochs, config.warmup_epochs, config.min_lr) == tuple(table["cfg"][key] for key in ("epochs", "warmup_epochs", "min_lr"))
+    assert (config.epochs, config.warmup_epochs, config.min_lr) == tuple(
+        table["cfg"][key] for key in ("epochs", "warmup_epochs", "min_lr")
+    )
     for epoch, lr in table["values"]:
         assert learning_rate(config, epoch) == pytest.approx(lr, rel=1e-9, abs=1e-15)

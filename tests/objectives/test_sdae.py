@@ -15,7 +15,19 @@ from dmae_ds.objectives.sdae import cosine_distance, cut, standardize_tokens
 from dmae_ds.objectives.spread import spread
 from dmae_ds.plan.geometry import measure
 from tests.objectives import reference
-from tests.objectives.small import DECODER, DEPTH, GRID, HEADS, PATCH, Stepper, build, config_for, make_batch, prepare, weights_of
+from tests.objectives.small import (
+    DECODER,
+    DEPTH,
+    GRID,
+    HEADS,
+    PATCH,
+    Stepper,
+    build,
+    config_for,
+    make_batch,
+    prepare,
+    weights_of,
+)
 
 
 def section(**keys) -> dict:
@@ -33,7 +45,14 @@ def reference_loss(weights, twin, batch, *, visible: int, sees: str, folds: int,
         order = sorted(range(len(noise)), key=noise.__getitem__)
         keep, masked = order[:visible], order[visible:]
         latent = encode(reference.part(weights, "student"), image, keep)
-        predicted = reference.decode(reference.part(weights, "decoder"), latent, keep, heads=DECODER["num_heads"], depth=DECODER["depth"], grid=GRID)
+        predicted = reference.decode(
+            reference.part(weights, "decoder"),
+            latent,
+            keep,
+            heads=DECODER["num_heads"],
+            depth=DECODER["depth"],
+            grid=GRID,
+        )
         for fold in range(folds):
             places = masked[fold * size : (fold + 1) * size]
             with torch.no_grad():
@@ -50,25 +69,62 @@ def reference_loss(weights, twin, batch, *, visible: int, sees: str, folds: int,
             guesses = [predicted[place] for place in places]
             pairs = zip(guesses, targets, strict=True)
             if over == "tokens":
-                pairs = (([guess[c] for guess in guesses], [target[c] for target in targets]) for c in range(len(targets[0])))
+                pairs = (
+                    ([guess[c] for guess in guesses], [target[c] for target in targets])
+                    for c in range(len(targets[0]))
+                )
             for guess, target in pairs:
                 product = sum(a * b for a, b in zip(guess, target, strict=True))
-                apart.append(1 - product / (sum(a * a for a in guess) ** 0.5 * sum(b * b for b in target) ** 0.5))
+                apart.append(
+                    1 - product / (sum(a * a for a in guess) ** 0.5 * sum(b * b for b in target) ** 0.5)
+                )
     return sum(apart) / len(apart)
 
 
 CASES = {
     "paper": ({}, dict(visible=4, sees="folds", folds=3, size=4, over="channels"), 3),
-    "published code": ({"cosine_over": "tokens"}, dict(visible=4, sees="folds", folds=3, size=4, over="tokens"), 3),
-    "folds that don't divide": ({"folds": 5}, dict(visible=4, sees="folds", folds=5, size=2, over="channels"), 2),
-    "folds that don't divide, over tokens": ({"folds": 5, "cosine_over": "tokens"}, dict(visible=4, sees="folds", folds=5, size=2, over="tokens"), 2),
+    "published code": (
+        {"cosine_over": "tokens"},
+        dict(visible=4, sees="folds", folds=3, size=4, over="tokens"),
+        3,
+    ),
+    "folds that don't divide": (
+        {"folds": 5},
+        dict(visible=4, sees="folds", folds=5, size=2, over="channels"),
+        2,
+    ),
+    "folds that don't divide, over tokens": (
+        {"folds": 5, "cosine_over": "tokens"},
+        dict(visible=4, sees="folds", folds=5, size=2, over="tokens"),
+        2,
+    ),
     "a fold a patch": ({"folds": 12}, dict(visible=4, sees="folds", folds=12, size=1, over="channels"), 1),
-    "masked": ({"teacher_sees": "masked"}, dict(visible=4, sees="masked", folds=1, size=12, over="channels"), 2),
-    "the whole picture": ({"teacher_sees": "all"}, dict(visible=4, sees="all", folds=1, size=12, over="channels"), 2),
-    "the whole picture, over tokens": ({"teacher_sees": "all", "cosine_over": "tokens"}, dict(visible=4, sees="all", folds=1, size=12, over="tokens"), 2),
+    "masked": (
+        {"teacher_sees": "masked"},
+        dict(visible=4, sees="masked", folds=1, size=12, over="channels"),
+        2,
+    ),
+    "the whole picture": (
+        {"teacher_sees": "all"},
+        dict(visible=4, sees="all", folds=1, size=12, over="channels"),
+        2,
+    ),
+    "the whole picture, over tokens": (
+        {"teacher_sees": "all", "cosine_over": "tokens"},
+        dict(visible=4, sees="all", folds=1, size=12, over="tokens"),
+        2,
+    ),
     "a crop": ({"teacher_sees": "crop"}, dict(visible=4, sees="crop", folds=1, size=4, over="channels"), 2),
-    "one masked patch": ({"teacher_sees": "masked", "mask_ratio": 0.06}, dict(visible=15, sees="masked", folds=1, size=1, over="channels"), 1),
-    "one visible patch": ({"mask_ratio": 0.94, "folds": 4}, dict(visible=1, sees="folds", folds=4, size=3, over="channels"), 1),
+    "one masked patch": (
+        {"teacher_sees": "masked", "mask_ratio": 0.06},
+        dict(visible=15, sees="masked", folds=1, size=1, over="channels"),
+        1,
+    ),
+    "one visible patch": (
+        {"mask_ratio": 0.94, "folds": 4},
+        dict(visible=1, sees="folds", folds=4, size=3, over="channels"),
+        1,
+    ),
 }
 
 
@@ -102,24 +158,35 @@ def test_three_steps_through_the_builders_are_the_formulas(rate=0.01, num_steps=
         loss = reference_loss(weights, twin, batch, **expected)
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         adam.step(gradients, dict.fromkeys(weights, rate))
-        weights = adam.weights = {name: value.detach().requires_grad_() for name, value in adam.weights.items()}
+        weights = adam.weights = {
+            name: value.detach().requires_grad_() for name, value in adam.weights.items()
+        }
         eta = 0.9 + (0.5 - 0.9) * (1 + math.cos(math.pi * step / num_steps)) / 2
-        twin = {name: eta * twin[name] + (1 - eta) * value.detach() for name, value in weights.items()}  # Eq. 7
+        twin = {
+            name: eta * twin[name] + (1 - eta) * value.detach() for name, value in weights.items()
+        }  # Eq. 7
         assert stepper.step(step, [batch]) == pytest.approx(loss.item(), rel=1e-9)
     for name, parameter in objective.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name].detach(), rtol=1e-7, atol=1e-9, msg=name)
     for name, parameter in stepper.keeper.twin.named_parameters():
         torch.testing.assert_close(parameter.detach(), twin[name], rtol=1e-7, atol=1e-9, msg=name)
-    assert not torch.equal(twin["student.blocks.0.mlp.fc1.weight"], weights["student.blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(
+        twin["student.blocks.0.mlp.fc1.weight"], weights["student.blocks.0.mlp.fc1.weight"]
+    )
 
 
 def test_the_momentum_moves_from_the_first_to_the_last_number_once_an_epoch_or_once_a_step():
     by_epoch, by_step = build(section()), build(section(momentum_every="step"))
     at = [Progress(step, 40, step / 10, 4.0) for step in range(40)]
     expected = [0.99 - 0.03 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
-    assert [by_epoch.twin.momentum(progress) for progress in at] == pytest.approx([expected[step // 10] for step in range(40)])
+    assert [by_epoch.twin.momentum(progress) for progress in at] == pytest.approx(
+        [expected[step // 10] for step in range(40)]
+    )
     assert [by_step.twin.momentum(progress) for progress in at[::10]] == pytest.approx(expected)
-    assert by_step.twin.momentum(at[5]) > by_step.twin.momentum(at[4]) and (by_epoch.twin.every, by_step.twin.every) == ("epoch", "step")
+    assert by_step.twin.momentum(at[5]) > by_step.twin.momentum(at[4]) and (
+        by_epoch.twin.every,
+        by_step.twin.every,
+    ) == ("epoch", "step")
 
 
 @pytest.mark.parametrize(
@@ -153,23 +220,45 @@ def test_the_published_masks_are_cut_as_the_paper_says():
     def cut_of(**keys):
         return cut(SdaeConfig(name="sdae", **keys), 147)
 
-    assert [cut_of(), cut_of(folds=2), cut_of(folds=4), cut_of(teacher_sees="crop"), cut_of(teacher_sees="masked")] == [(3, 49), (2, 73), (4, 36), (1, 49), (1, 147)]
+    assert [
+        cut_of(),
+        cut_of(folds=2),
+        cut_of(folds=4),
+        cut_of(teacher_sees="crop"),
+        cut_of(teacher_sees="masked"),
+    ] == [(3, 49), (2, 73), (4, 36), (1, 49), (1, 147)]
 
 
 def test_tokens_alike_are_seen_and_do_not_break_the_loss():
     alike = standardize_tokens(torch.ones(2, 3, 5))
-    assert alike.abs().max() == 0 and torch.isfinite(cosine_distance(torch.randn(2, 3, 5), alike, over="channels", fold_size=3))
-    assert spread(torch.randn(1, 5).expand(6, -1)).item() == pytest.approx(0, abs=1e-6) and spread(torch.zeros(6, 5)).item() == 1
+    assert alike.abs().max() == 0 and torch.isfinite(
+        cosine_distance(torch.randn(2, 3, 5), alike, over="channels", fold_size=3)
+    )
+    assert (
+        spread(torch.randn(1, 5).expand(6, -1)).item() == pytest.approx(0, abs=1e-6)
+        and spread(torch.zeros(6, 5)).item() == 1
+    )
     assert spread(torch.eye(4)).item() == pytest.approx(3 / 4)
 
 
 @pytest.mark.slow
 def test_the_less_the_twin_sees_at_once_the_less_a_step_computes():
     """Table 1's order: a crop, three folds, all masked patches, the whole picture. Its times are 1.12, 1.28, 1.38 and 1.50 of MAE's."""
+
     def flops(recipe: str, *overrides: str) -> int:
         geometry = measure(load_config(recipe, list(overrides)), 1)
-        return geometry.student.forward_flops + geometry.student.backward_flops + (0 if geometry.twin is None else geometry.twin.flops)
+        return (
+            geometry.student.forward_flops
+            + geometry.student.backward_flops
+            + (0 if geometry.twin is None else geometry.twin.flops)
+        )
 
-    costs = [flops("mae_vit_base"), *(flops("sdae_vit_base", f"objective.teacher_sees={sees}") for sees in ("crop", "folds", "masked", "all"))]
+    costs = [
+        flops("mae_vit_base"),
+        *(
+            flops("sdae_vit_base", f"objective.teacher_sees={sees}")
+            for sees in ("crop", "folds", "masked", "all")
+        ),
+    ]
     assert costs == sorted(costs) and len(set(costs)) == 5
     assert [cost / costs[0] for cost in costs[1:]] == pytest.approx([1.15, 1.44, 1.45, 1.60], abs=0.01)

@@ -24,10 +24,18 @@ def rows_for(geometry, machine, **more):
 def test_placements_by_ranks():
     geometry = geometry_of(blocks=18)
     assert placements(geometry, gpus=1, gpus_per_node=1) == [("replicated", None)]
-    assert placements(geometry, gpus=6, gpus_per_node=6) == [("replicated", None), ("pipeline", 2), ("zero3", None)]
+    assert placements(geometry, gpus=6, gpus_per_node=6) == [
+        ("replicated", None),
+        ("pipeline", 2),
+        ("zero3", None),
+    ]
     stages = [stages for _, stages in placements(geometry, gpus=64, gpus_per_node=8)]
     assert stages == [None, 2, 4, 8, 16, None]
-    assert [stages for _, stages in placements(geometry_of(blocks=3), gpus=8, gpus_per_node=8)] == [None, 2, None]
+    assert [stages for _, stages in placements(geometry_of(blocks=3), gpus=8, gpus_per_node=8)] == [
+        None,
+        2,
+        None,
+    ]
     assert placements(replace(geometry, teacher=None), gpus=8, gpus_per_node=8) == [("no teacher", None)]
 
 
@@ -58,7 +66,9 @@ def test_equals_go_to_the_replicated_teacher_and_a_tight_machine_to_the_pipeline
 
 
 def test_where_nothing_fits_one_line_says_by_how_much(geometry):
-    with pytest.raises(UserError, match=r"nothing fits into 0.9 GiB a rank; the least is .* with \d+\.\d GiB") as error:
+    with pytest.raises(
+        UserError, match=r"nothing fits into 0.9 GiB a rank; the least is .* with \d+\.\d GiB"
+    ) as error:
         choose(rows_for(geometry, NODE, room=1e9), room=1e9)
     assert "\n" not in str(error.value)
 
@@ -88,15 +98,30 @@ def test_teacher_flops_do_not_depend_on_the_placement_and_links_only_slow():
     geometry = geometry_of()
     for placement, stages in placements(geometry, gpus=8, gpus_per_node=8):
         fast, slow = (
-            step_cost(geometry, ZEROS["zero2"], PRECISIONS["bf16"], replace(NODE, node_link_gbps=rate), accumulation=2, placement=placement, stages=stages)
+            step_cost(
+                geometry,
+                ZEROS["zero2"],
+                PRECISIONS["bf16"],
+                replace(NODE, node_link_gbps=rate),
+                accumulation=2,
+                placement=placement,
+                stages=stages,
+            )
             for rate in (1e15, 1.0)
         )
-        assert fast.teacher_s == pytest.approx(2 * 10**12 / (300e12 * 0.4)) and slow.teacher_s >= fast.teacher_s
+        assert (
+            fast.teacher_s == pytest.approx(2 * 10**12 / (300e12 * 0.4)) and slow.teacher_s >= fast.teacher_s
+        )
         assert slow.student_s > fast.student_s and slow.traffic == fast.traffic
 
 
 def test_twice_the_accumulation_is_twice_the_work(geometry):
     for zero in ZEROS.values():
-        one, two = (step_cost(geometry, zero, PRECISIONS["fp32"], NODE, accumulation=count, placement="replicated") for count in (1, 2))
-        assert two.teacher_s == 2 * one.teacher_s and one.student_s < two.student_s <= 2 * one.student_s * 1.0001
+        one, two = (
+            step_cost(geometry, zero, PRECISIONS["fp32"], NODE, accumulation=count, placement="replicated")
+            for count in (1, 2)
+        )
+        assert (
+            two.teacher_s == 2 * one.teacher_s and one.student_s < two.student_s <= 2 * one.student_s * 1.0001
+        )
     assert one.traffic.times(2) == two.traffic  # ZeRO-3 gathers and scatters for every micro-batch

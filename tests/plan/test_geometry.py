@@ -11,12 +11,21 @@ from dmae_ds.train.run import build_objective
 from dmae_ds.teacher.frozen import meta_teacher
 
 TINY = [
-    "data.train=nowhere", "teacher.weights=nowhere", "teacher.embed_dim=48", "teacher.depth=8", "teacher.num_heads=3", "student.embed_dim=32", "student.num_heads=2",
-]  # fmt: skip
+    "data.train=nowhere",
+    "teacher.weights=nowhere",
+    "teacher.embed_dim=48",
+    "teacher.depth=8",
+    "teacher.num_heads=3",
+    "student.embed_dim=32",
+    "student.num_heads=2",
+]
 
 
 # GFLOP of teacher (18 blocks), student forward and backward at batch 8, counted in a run before this project began.
-@pytest.mark.parametrize("mask_ratio, expected", [(0.75, (185, 157, 312)), pytest.param(0.95, (39, 101, 201), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mask_ratio, expected",
+    [(0.75, (185, 157, 312)), pytest.param(0.95, (39, 101, 201), marks=pytest.mark.slow)],
+)
 def test_flops_are_those_that_were_counted_for_vit_large_to_base(mask_ratio, expected):
     found = measure(load_config("dmae_vit_large_to_base", [f"objective.mask_ratio={mask_ratio}"]), 8)
     flops = (found.teacher.flops, found.student.forward_flops, found.student.backward_flops)
@@ -32,7 +41,10 @@ def test_weights_are_those_that_training_builds(dtype, size):
     assert found.teacher.depth == 6
     assert found.teacher.weight_bytes == size * sum(tensor.numel() for tensor in vit.state_dict().values())
     # 16 of 64 patches stay, and CLS.
-    assert found.teacher.token_bytes == found.teacher.feature_bytes == size * 4 * 17 * 48 and found.teacher.id_bytes == 8 * 4 * 16
+    assert (
+        found.teacher.token_bytes == found.teacher.feature_bytes == size * 4 * 17 * 48
+        and found.teacher.id_bytes == 8 * 4 * 16
+    )
 
 
 def test_activations_grow_with_the_micro_batch_and_shrink_in_bf16():

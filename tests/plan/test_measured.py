@@ -32,14 +32,29 @@ PIPELINE = ["teacher.placement=pipeline", "teacher.stages=2"]
 @pytest.fixture(scope="module")
 def recipe(digits, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("measured")
-    save_file(build_student("vit_base_patch16_224", {"img_size": 96}, generator=torch.Generator().manual_seed(7)).state_dict(), folder / "teacher.safetensors")
+    save_file(
+        build_student(
+            "vit_base_patch16_224", {"img_size": 96}, generator=torch.Generator().manual_seed(7)
+        ).state_dict(),
+        folder / "teacher.safetensors",
+    )
     (folder / "recipe.yaml").write_text(RECIPE)
-    return [str(folder / "recipe.yaml"), f"data.train={digits / 'train'}", f"teacher.weights={folder / 'teacher.safetensors'}"]
+    return [
+        str(folder / "recipe.yaml"),
+        f"data.train={digits / 'train'}",
+        f"teacher.weights={folder / 'teacher.safetensors'}",
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [["deepspeed=zero2"], ["deepspeed=zero3", *PIPELINE], ["deepspeed=zero1", "optim.micro_batch=16", *PIPELINE]], ids=" ".join
+    "more",
+    [
+        ["deepspeed=zero2"],
+        ["deepspeed=zero3", *PIPELINE],
+        ["deepspeed=zero1", "optim.micro_batch=16", *PIPELINE],
+    ],
+    ids=" ".join,
 )
 def test_predicted_and_measured_memory_are_within_a_tenth(recipe, tmp_path, more):
     done = run(command(["train", *recipe, f"run.dir={tmp_path / 'run'}", *more], ranks=2), cwd=tmp_path)

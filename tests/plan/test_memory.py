@@ -8,7 +8,16 @@ from itertools import product
 import pytest
 
 from dmae_ds.config.deepspeed import load_deepspeed
-from dmae_ds.plan.memory import PARTS, PRECISIONS, Zero, message_bytes, rank_memory, stream_bytes, student_memory, teacher_bytes
+from dmae_ds.plan.memory import (
+    PARTS,
+    PRECISIONS,
+    Zero,
+    message_bytes,
+    rank_memory,
+    stream_bytes,
+    student_memory,
+    teacher_bytes,
+)
 from dmae_ds.plan.trace import Gradient, Trace
 from tests.plan.conftest import geometry_of
 
@@ -16,13 +25,24 @@ GRID = list(product((0, 1, 2, 3), PRECISIONS, (1, 2, 8, 64), (1, 4), (False, Tru
 
 
 def memory(geometry, stage, precision, ranks, accumulation, gpu, **more):
-    return rank_memory(geometry, Zero(stage), precision=precision, ranks=ranks, accumulation=accumulation, placement="replicated", gpu=gpu, **more)
+    return rank_memory(
+        geometry,
+        Zero(stage),
+        precision=precision,
+        ranks=ranks,
+        accumulation=accumulation,
+        placement="replicated",
+        gpu=gpu,
+        **more,
+    )
 
 
 @pytest.mark.parametrize("stage, precision, ranks, accumulation, gpu", GRID)
 def test_parts_sum_to_the_total_and_none_is_negative(geometry, stage, precision, ranks, accumulation, gpu):
     found = memory(geometry, stage, precision, ranks, accumulation, gpu)
-    assert found.total == sum(getattr(found, part) for part in PARTS) and all(getattr(found, part) >= 0 for part in PARTS)
+    assert found.total == sum(getattr(found, part) for part in PARTS) and all(
+        getattr(found, part) >= 0 for part in PARTS
+    )
     assert found.host == 0
 
 
@@ -41,7 +61,10 @@ def test_a_teacher_s_blocks_fall_p_fold(geometry, stages):
     teacher = geometry.teacher
     whole = teacher_bytes(teacher, "replicated", None, 72)
     assert whole == teacher.weight_bytes
-    assert teacher_bytes(teacher, "pipeline", stages, 72) - teacher.embedding_bytes == (whole - teacher.embedding_bytes) / stages
+    assert (
+        teacher_bytes(teacher, "pipeline", stages, 72) - teacher.embedding_bytes
+        == (whole - teacher.embedding_bytes) / stages
+    )
 
 
 def test_where_blocks_divide_unevenly_a_stage_holds_one_more():
@@ -63,9 +86,17 @@ def test_the_stream_s_queue_grows_with_its_stages(geometry):
     one = stream_bytes(geometry, None)
     assert one == geometry.batch_bytes + geometry.teacher.feature_bytes
     sizes = [one, *(stream_bytes(geometry, stages) for stages in (2, 4, 8))]
-    assert sizes == sorted(sizes) and all(size > 2 * stages * one for size, stages in zip(sizes[1:], (2, 4, 8)))
-    heavier = replace(geometry, teacher=replace(geometry.teacher, feature_bytes=geometry.teacher.feature_bytes + 1000))
-    for stages in (2, 4, 8):  # 2P features that are home wait; one is in the buffer that is sent, P in the two that receive
+    assert sizes == sorted(sizes) and all(
+        size > 2 * stages * one for size, stages in zip(sizes[1:], (2, 4, 8))
+    )
+    heavier = replace(
+        geometry, teacher=replace(geometry.teacher, feature_bytes=geometry.teacher.feature_bytes + 1000)
+    )
+    for stages in (
+        2,
+        4,
+        8,
+    ):  # 2P features that are home wait; one is in the buffer that is sent, P in the two that receive
         assert stream_bytes(heavier, stages) - stream_bytes(geometry, stages) >= 2 * stages * 1000
 
 
@@ -77,44 +108,68 @@ def test_messages_are_those_of_the_stream():
     from dmae_ds.teacher.stages import route
 
     for stages in (2, 3, 4):
-        taps = tuple(tuple(tuple(["block/18"] if 17 in blocks else []) for blocks in route(18, stages, owner)) for owner in range(stages))
+        taps = tuple(
+            tuple(tuple(["block/18"] if 17 in blocks else []) for blocks in route(18, stages, owner))
+            for owner in range(stages)
+        )
         layout = Layout(taps, 16, (50, 64), 49, (50, 64), torch.float32)
-        teacher = replace(geometry_of().teacher, token_bytes=16 * 50 * 64 * 4, id_bytes=16 * 49 * 8, feature_bytes=16 * 50 * 64 * 4)
+        teacher = replace(
+            geometry_of().teacher,
+            token_bytes=16 * 50 * 64 * 4,
+            id_bytes=16 * 49 * 8,
+            feature_bytes=16 * 50 * 64 * 4,
+        )
         for source, target in product(range(stages), repeat=2):
-            assert layout.size(source, target) == pytest.approx(message_bytes(teacher, stages, source=source, target=target), abs=256)
+            assert layout.size(source, target) == pytest.approx(
+                message_bytes(teacher, stages, source=source, target=target), abs=256
+            )
 
 
 def test_offloading_moves_states_to_the_host():
     geometry = geometry_of(activations=0)
     kept = memory(geometry, 3, "bf16", 4, 1, True)
     zero = Zero(3, offload_optimizer=True, offload_parameters=True)
-    moved = rank_memory(geometry, zero, precision="bf16", ranks=4, accumulation=1, placement="replicated", gpu=True)
+    moved = rank_memory(
+        geometry, zero, precision="bf16", ranks=4, accumulation=1, placement="replicated", gpu=True
+    )
     assert kept.host == 0 and moved.optimizer == 0 and moved.total < kept.total
-    assert moved.host == (12 + 2 + 2) * geometry.student.parameters / 4  # masters and moments, gradients, weights
+    assert (
+        moved.host == (12 + 2 + 2) * geometry.student.parameters / 4
+    )  # masters and moments, gradients, weights
 
 
 def test_buckets_are_held_whole_on_a_gpu_and_as_far_as_written_on_a_cpu(geometry):
     parameters = geometry.student.parameters
     gpu, cpu = (memory(geometry, 2, "fp32", 2, 1, gpu) for gpu in (True, False))
     assert gpu.gradients >= 4 * 500_000_000 and cpu.gradients <= 2 * 4 * parameters
-    twice = student_memory(geometry.student, Zero(2, overlap=True), PRECISIONS["fp32"], ranks=2, accumulation=1, gpu=True)
+    twice = student_memory(
+        geometry.student, Zero(2, overlap=True), PRECISIONS["fp32"], ranks=2, accumulation=1, gpu=True
+    )
     once = student_memory(geometry.student, Zero(2), PRECISIONS["fp32"], ranks=2, accumulation=1, gpu=True)
     assert twice.gradients - once.gradients == 4 * 500_000_000
 
 
 def test_a_deepspeed_file_is_read_with_deepspeed_s_defaults(tmp_path):
     def read(name):
-        return Zero.of(load_deepspeed(name, micro_batch=1, accumulation=1, world_size=2, clip_grad=0, precision="fp32"))
+        return Zero.of(
+            load_deepspeed(name, micro_batch=1, accumulation=1, world_size=2, clip_grad=0, precision="fp32")
+        )
 
     assert read("zero0") == Zero(0) and read("zero1") == Zero(1) and read("zero2") == Zero(2, overlap=True)
     assert read("zero3_offload") == Zero(3, overlap=True, offload_optimizer=True, offload_parameters=True)
     own = tmp_path / "own.json"
-    own.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1e6, "stage3_prefetch_bucket_size": 7, "stage3_max_reuse_distance": 8}}')
+    own.write_text(
+        '{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1e6, "stage3_prefetch_bucket_size": 7, "stage3_max_reuse_distance": 8}}'
+    )
     assert read(str(own)) == Zero(3, reduce_bucket=10**6, overlap=True, prefetch=7, reuse_distance=8)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     defaults = DeepSpeedZeroConfig(stage=3)
-    assert (Zero.reduce_bucket, Zero.prefetch, Zero.reuse_distance) == (defaults.reduce_bucket_size, defaults.prefetch_bucket_size, defaults.max_reuse_distance)
+    assert (Zero.reduce_bucket, Zero.prefetch, Zero.reuse_distance) == (
+        defaults.reduce_bucket_size,
+        defaults.prefetch_bucket_size,
+        defaults.max_reuse_distance,
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64])
@@ -130,14 +185,26 @@ def test_model_states_are_those_of_deepspeed_s_estimators(ranks):
     none = {"reduce_bucket": 0, "prefetch": 0, "reuse_distance": 0}
 
     def ours(stage, **more):
-        return student_memory(trace, Zero(stage, **none, **more), PRECISIONS["bf16"], ranks=ranks, accumulation=1, gpu=True)
+        return student_memory(
+            trace, Zero(stage, **none, **more), PRECISIONS["bf16"], ranks=ranks, accumulation=1, gpu=True
+        )
 
     _, second = estimate_zero2_model_states_mem_needs(n, num_gpus_per_node=ranks, cpu_offload=False)
     assert ours(2).total == second + (temporaries - 2) * n / ranks
-    _, third, _ = estimate_zero3_model_states_mem_needs(n, layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False)
+    _, third, _ = estimate_zero3_model_states_mem_needs(
+        n, layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False
+    )
     assert ours(3).total == third - 4 * layer + (temporaries + 2) * n / ranks
-    _, offloaded, _ = estimate_zero3_model_states_mem_needs(n, layer, num_gpus_per_node=ranks, cpu_offload=True, cpu_offload_params=True)
+    _, offloaded, _ = estimate_zero3_model_states_mem_needs(
+        n, layer, num_gpus_per_node=ranks, cpu_offload=True, cpu_offload_params=True
+    )
     moved = ours(3, offload_optimizer=True, offload_parameters=True)
-    assert moved.total == offloaded - 2 * layer  # their largest layer with its gradient, which is an activation here
-    host, _ = estimate_zero2_model_states_mem_needs(n, num_gpus_per_node=1, cpu_offload=True, additional_buffer_factor=1.0)
-    assert student_memory(trace, Zero(2, offload_optimizer=True, **none), PRECISIONS["bf16"], ranks=1, accumulation=1, gpu=True).host == pytest.approx(host, rel=0.15)
+    assert (
+        moved.total == offloaded - 2 * layer
+    )  # their largest layer with its gradient, which is an activation here
+    host, _ = estimate_zero2_model_states_mem_needs(
+        n, num_gpus_per_node=1, cpu_offload=True, additional_buffer_factor=1.0
+    )
+    assert student_memory(
+        trace, Zero(2, offload_optimizer=True, **none), PRECISIONS["bf16"], ranks=1, accumulation=1, gpu=True
+    ).host == pytest.approx(host, rel=0.15)

@@ -18,7 +18,10 @@ def test_a_chain_of_linear_layers_is_counted_exactly():
         trace = trace_training(layers, lambda: layers(x).sum())
     product, activation, weight = 2 * N * D * D, 4 * N * D, 4 * D * D
     assert (trace.forward_flops, trace.backward_flops) == (2 * product, 3 * product)  # x needs no gradient
-    assert [gradient.numel for gradient in trace.gradients] == [D * D, D * D] and trace.parameters == 2 * D * D
+    assert [gradient.numel for gradient in trace.gradients] == [
+        D * D,
+        D * D,
+    ] and trace.parameters == 2 * D * D
     last, first = trace.gradients
     # ReLU keeps its output, which the last layer needs as well; the first layer's output goes once ReLU is done.
     assert activation + weight <= last.before <= 3 * activation + weight + 8

@@ -25,7 +25,9 @@ def reported(tmp_path_factory, shards, teacher):
     """(page, folder): a dead and collapsed DMAE run with a name to trip over, beside a plain MAE run with norm_pix; one has its k-NN, over training too."""
     folder = tmp_path_factory.mktemp("runs")
     dead = make_run(folder / ODD_NAME, train=shards[0], val=shards[1], share=0.02, rank=1.25, teacher=teacher)
-    plain = make_run(folder / "plain", train=shards[0], val=shards[1], objective="mae", norm_pix=True, knn=40.0)
+    plain = make_run(
+        folder / "plain", train=shards[0], val=shards[1], objective="mae", norm_pix=True, knn=40.0
+    )
     append_result(plain, knn_result(71.25))
     out = write_report([dead, plain])
     assert out == dead / "report.html" and not list(folder.rglob("*.tmp"))

@@ -13,7 +13,9 @@ from PIL import Image
 from dmae_ds.figures import COLOURS
 from tests.report.conftest import ODD_NAME
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
 LIGHT, DARK = 1, 0
 LIMIT_S = 120  # a bound on hangs, not on speed
 
@@ -22,22 +24,44 @@ LIMIT_S = 120  # a bound on hangs, not on speed
 def open_page(tmp_path_factory):
     """A function that opens a file and returns (console lines, URLs that were asked for, the DOM, a screenshot)."""
     if BROWSER is None:
-        pytest.skip("THE PAGE WAS NOT OPENED IN A BROWSER: no chromium or chrome on this machine; install one")
+        pytest.skip(
+            "THE PAGE WAS NOT OPENED IN A BROWSER: no chromium or chrome on this machine; install one"
+        )
     folder = tmp_path_factory.mktemp("browser")
 
     def open_page(path, *, scheme=LIGHT, size=(1200, 2000)):
         log, picture = folder / "net.json", folder / "page.png"
         command = [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run",
-            f"--user-data-dir={folder / 'profile'}", "--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0",
-            f"--log-net-log={log}", f"--blink-settings=preferredColorScheme={scheme}", "--hide-scrollbars", f"--window-size={size[0]},{size[1]}",
-            f"--screenshot={picture}", "--dump-dom", path.as_uri(),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, "HOME": str(folder)})
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--no-first-run",
+            f"--user-data-dir={folder / 'profile'}",
+            "--allow-file-access-from-files",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--enable-logging=stderr",
+            "--v=0",
+            f"--log-net-log={log}",
+            f"--blink-settings=preferredColorScheme={scheme}",
+            "--hide-scrollbars",
+            f"--window-size={size[0]},{size[1]}",
+            f"--screenshot={picture}",
+            "--dump-dom",
+            path.as_uri(),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, "HOME": str(folder)}
+        )
         assert done.returncode == 0 and picture.is_file(), done.stderr
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         # What the browser asks for by itself (dictionaries, updates) has no page as its initiator.
-        asked = re.findall(r'"initiator":"(?!not an origin)[^"]*"[^\n]*?"url":"((?:https?|ftp|ws)[^"]*)"', log.read_text(errors="replace"))
+        asked = re.findall(
+            r'"initiator":"(?!not an origin)[^"]*"[^\n]*?"url":"((?:https?|ftp|ws)[^"]*)"',
+            log.read_text(errors="replace"),
+        )
         return console, asked, done.stdout, np.asarray(Image.open(picture).convert("RGB"))
 
     return open_page
@@ -61,7 +85,12 @@ def test_the_page_opens_in_silence_in_its_colours(open_page, page, scheme, side)
     console, asked, dom, picture = open_page(page, scheme=scheme)
     assert console == [] and asked == []
     assert dom.count("<svg") == 13 and dom.rstrip().endswith("</html>")
-    for name, least in (("--surface", 0.5), ("--series-0", 0.0002), ("--series-1", 0.0002), ("--alarm", 0.0001)):
+    for name, least in (
+        ("--surface", 0.5),
+        ("--series-0", 0.0002),
+        ("--series-1", 0.0002),
+        ("--alarm", 0.0001),
+    ):
         wanted = [int(COLOURS[name][side][start : start + 2], 16) for start in (1, 3, 5)]
         assert (np.abs(picture.astype(int) - wanted).max(axis=2) < 6).mean() > least, name
 

@@ -20,18 +20,33 @@ SPREAD, COLLAPSED = 0.02, 1e-5
 
 
 def config_of(folder, shards, **objective) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"dir": str(folder)}, "student": STUDENT, "teacher": TEACHER if "distill" in objective else None,
-        "objective": {"name": "mocov3", "hidden_dim": 8, "output_dim": 4, **objective},
-        "data": {"train": str(shards[0]), "val": str(shards[1]), "num_workers": 0}, "optim": {"global_batch": 6, "epochs": 9, "warmup_epochs": 1},
-    })  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": str(folder)},
+            "student": STUDENT,
+            "teacher": TEACHER if "distill" in objective else None,
+            "objective": {"name": "mocov3", "hidden_dim": 8, "output_dim": 4, **objective},
+            "data": {"train": str(shards[0]), "val": str(shards[1]), "num_workers": 0},
+            "optim": {"global_batch": 6, "epochs": 9, "warmup_epochs": 1},
+        }
+    )
 
 
 def rows_of(*, spread: float, epochs: float = 9.0, **more) -> list[dict]:
     return [
-        {"step": step, "epoch": step / 30 * epochs, "lr": 1e-3, "loss": 3 / step, "contrast": 3 / step, "target/spread": spread, "images_per_s": 100.0, "rank/mean": 6.0, **more}
+        {
+            "step": step,
+            "epoch": step / 30 * epochs,
+            "lr": 1e-3,
+            "loss": 3 / step,
+            "contrast": 3 / step,
+            "target/spread": spread,
+            "images_per_s": 100.0,
+            "rank/mean": 6.0,
+            **more,
+        }
         for step in range(1, 31)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -42,7 +57,11 @@ def page(tmp_path, shards) -> str:
     (run / "config.yaml").write_text(dump_config(config))
     weights = build_objective(config)[0].state_dict()
     for name, part in (("student", True), ("decoder", False)):
-        tensors = {key.removeprefix("student."): tensor.contiguous() for key, tensor in weights.items() if key.startswith("student.") == part}
+        tensors = {
+            key.removeprefix("student."): tensor.contiguous()
+            for key, tensor in weights.items()
+            if key.startswith("student.") == part
+        }
         save_file(tensors, run / f"{name}.safetensors", metadata={"format": "pt", "step": "30"})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(spread=COLLAPSED)))
     return write_report([run]).read_text(encoding="utf-8")
@@ -55,8 +74,12 @@ def test_the_page_shows_what_there_is_and_says_what_there_is_not(page):
     assert "target/spread (training)" not in page  # a sign of health, no loss
 
 
-@pytest.mark.parametrize("spread, epochs, alarms", [(COLLAPSED, 9.0, 1), (SPREAD, 9.0, 0), (COLLAPSED, 5.0, 0)])
-def test_a_collapsed_target_is_an_alarm_once_the_run_is_two_thirds_through(tmp_path, shards, spread, epochs, alarms):
+@pytest.mark.parametrize(
+    "spread, epochs, alarms", [(COLLAPSED, 9.0, 1), (SPREAD, 9.0, 0), (COLLAPSED, 5.0, 0)]
+)
+def test_a_collapsed_target_is_an_alarm_once_the_run_is_two_thirds_through(
+    tmp_path, shards, spread, epochs, alarms
+):
     record = RunRecord(tmp_path, config_of(tmp_path, shards), rows_of(spread=spread, epochs=epochs), [])
     assert len(find_collapses(record, "run")) == alarms
 
@@ -64,14 +87,28 @@ def test_a_collapsed_target_is_an_alarm_once_the_run_is_two_thirds_through(tmp_p
 def test_an_objective_that_reads_cls_alone_is_judged_by_it(tmp_path, shards):
     def alarms(objective, **ranks):
         config = config_of(tmp_path, shards)
-        config = config.model_copy(update={"objective": MaeConfig(name="mae")}) if objective == "mae" else config
+        config = (
+            config.model_copy(update={"objective": MaeConfig(name="mae")}) if objective == "mae" else config
+        )
         return len(find_collapses(RunRecord(tmp_path, config, rows_of(spread=SPREAD, **ranks), []), "run"))
 
     low_mean, low_cls = {"rank/mean": 2.0, "rank/cls": 4.0}, {"rank/mean": 4.0, "rank/cls": 2.0}
-    assert [alarms("mocov3", **low_mean), alarms("mocov3", **low_cls), alarms("mae", **low_mean), alarms("mae", **low_cls)] == [0, 1, 1, 0]
+    assert [
+        alarms("mocov3", **low_mean),
+        alarms("mocov3", **low_cls),
+        alarms("mae", **low_mean),
+        alarms("mae", **low_cls),
+    ] == [0, 1, 1, 0]
 
 
 def test_a_dead_term_beside_another_objective_names_the_key_that_mends_it(tmp_path, shards):
-    record = RunRecord(tmp_path, config_of(tmp_path, shards, distill={"normalize": "l2"}), rows_of(spread=SPREAD, **{"share/1": 0.01}), [])
+    record = RunRecord(
+        tmp_path,
+        config_of(tmp_path, shards, distill={"normalize": "l2"}),
+        rows_of(spread=SPREAD, **{"share/1": 0.01}),
+        [],
+    )
     (sentence,) = find_dead_terms(record, "run")
-    assert sentence.endswith("raise objective.distill.alpha, or compare raw features with objective.distill.normalize=none.")
+    assert sentence.endswith(
+        "raise objective.distill.alpha, or compare raw features with objective.distill.normalize=none."
+    )

@@ -16,6 +16,7 @@ from dmae_ds.report import name_runs, write_report
 from tests.evaluate.conftest import make_run
 from tests.report.conftest import ODD_NAME
 
+
 class _Balance(HTMLParser):
     """Raises where a tag closes what was not open, and collects links, tags and text."""
 
@@ -25,7 +26,11 @@ class _Balance(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "action", "data")]
+        self.links += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data")
+        ]
         self.ids += [value for name, value in attributes if name == "id"]
         if tag not in ("meta", "img", "link"):
             self.open.append(tag)
@@ -54,16 +59,23 @@ def test_the_page_asks_for_nothing(reported, parsed):
     assert parsed.links and all(link.startswith(("#", "data:image/png;base64,")) for link in parsed.links)
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
     assert re.findall(r"https?://[^\s\"'<]*", re.sub(r'xmlns(:\w+)?="[^"]*"', "", reported[0])) == []
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", reported[0])) and "@import" not in reported[0]
+    assert (
+        all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", reported[0]))
+        and "@import" not in reported[0]
+    )
 
 
 def test_every_reference_within_the_page_arrives(reported, parsed):
-    wanted = {link[1:] for link in parsed.links if link.startswith("#")} | set(re.findall(r"url\(#([^)]*)\)", reported[0]))
+    wanted = {link[1:] for link in parsed.links if link.startswith("#")} | set(
+        re.findall(r"url\(#([^)]*)\)", reported[0])
+    )
     assert wanted and wanted <= set(parsed.ids)
 
 
 def test_names_are_escaped(reported, parsed):
-    assert "u" not in parsed.tags and "".join(parsed.words).count(ODD_NAME) >= 4  # title, heading, alarm, table, legend, pictures
+    assert (
+        "u" not in parsed.tags and "".join(parsed.words).count(ODD_NAME) >= 4
+    )  # title, heading, alarm, table, legend, pictures
     legend = reported[0][reported[0].index("<svg") : reported[0].index("</svg>")]
     assert "&lt;u&gt;&amp;$x$" in legend
 
@@ -75,7 +87,9 @@ def test_every_colour_of_a_figure_has_a_dark_one(reported):
     assert {"--series-0", "--series-1", "--ink", "--soft", "--line", "--alarm"} <= used <= set(COLOURS)
     # Whatever colour is left would be the same on both pages.
     assert set(re.findall(r"(?:fill|stroke): ?(#[0-9a-f]+)", figures)) == set()
-    light, dark = re.search(r":root\{(.*?)\}@media\(prefers-color-scheme:dark\)\{:root\{(.*?)\}", page).groups()
+    light, dark = re.search(
+        r":root\{(.*?)\}@media\(prefers-color-scheme:dark\)\{:root\{(.*?)\}", page
+    ).groups()
     assert all(f"{name}:" in light and f"{name}:" in dark for name in COLOURS)
 
 
@@ -88,7 +102,10 @@ def test_a_dead_term_and_a_collapse_are_told_in_plain_words(reported, parsed):
 
 def test_facts_and_knn_stand_side_by_side(parsed):
     text = "|".join(word for word in parsed.words if word.strip())
-    assert "k-NN top-1|not measured|dmae-ds eval knn" in text and "71.2%|k 20, T 0.07, mean pool; 1,400 train, 397 val; step 30" in text
+    assert (
+        "k-NN top-1|not measured|dmae-ds eval knn" in text
+        and "71.2%|k 20, T 0.07, mean pool; 1,400 train, 397 val; step 30" in text
+    )
     assert "|align/1-3 at the end|2.0000|-|" in text
 
 
@@ -99,7 +116,9 @@ def boards(page, title):
     for run in section.split("<h3>")[1:]:
         rows = re.findall(r"<span>([^<]+)</span>((?:<img [^>]*>)+)", run)
         name = re.sub("<.*?>", "", run.partition("</h3>")[0])
-        found[name] = [(label, [decode(url) for url in re.findall('src="(.*?)"', images)]) for label, images in rows]
+        found[name] = [
+            (label, [decode(url) for url in re.findall('src="(.*?)"', images)]) for label, images in rows
+        ]
     return list(found.values())
 
 
@@ -113,8 +132,13 @@ def test_pictures_are_there_and_the_same_for_both_runs(reported):
     assert all(len(row) == 6 and row[0].shape == (16, 16, 3) for row in first.values())
     for row in ("original", "what it saw"):
         assert all((one == other).all() for one, other in zip(first[row], second[row], strict=True))
-    assert all((one != other).any() for one, other in zip(first["what it painted"], second["what it painted"], strict=True))
-    assert (first["original"][0] != first["what it saw"][0]).any() and (first["original"][0] != first["original"][1]).any()
+    assert all(
+        (one != other).any()
+        for one, other in zip(first["what it painted"], second["what it painted"], strict=True)
+    )
+    assert (first["original"][0] != first["what it saw"][0]).any() and (
+        first["original"][0] != first["original"][1]
+    ).any()
 
 
 def test_masks_of_rising_ratios_are_nested(reported):
@@ -124,12 +148,20 @@ def test_masks_of_rising_ratios_are_nested(reported):
         masked = [(picture == 128).all(axis=2) for picture in seen]
         assert [mask.mean() for mask in masked] == [0, 0.5, 0.75, 0.875, 0.9375]  # of 16 patches
         assert all((more >= less).all() for less, more in zip(masked, masked[1:]))
-        assert all((picture == painted[0])[~mask].all() for picture, mask in zip(painted, masked, strict=True))
+        assert all(
+            (picture == painted[0])[~mask].all() for picture, mask in zip(painted, masked, strict=True)
+        )
 
 
 def test_every_view_has_its_rows_and_no_two_are_alike(reported):
     for title, expected in (
-        ("What a patch means to them", [["original", "student, last", "student, block 1", "teacher, block 3"], ["original", "student, last", "teacher, block 3"]]),
+        (
+            "What a patch means to them",
+            [
+                ["original", "student, last", "student, block 1", "teacher, block 3"],
+                ["original", "student, last", "teacher, block 3"],
+            ],
+        ),
         ("Where CLS looks", None),
     ):
         found = boards(reported[0], title)
@@ -144,18 +176,45 @@ def test_every_view_has_its_rows_and_no_two_are_alike(reported):
 
 def test_the_grid_of_both_runs_is_held_against_the_one_teacher(reported):
     grids = re.findall(r"<svg.*?</svg>", reported[0][reported[0].index("How alike student") :], re.DOTALL)[:2]
-    assert "&lt;u&gt;&amp;$x$ beside its teacher" in grids[0] and "plain beside &lt;u&gt;&amp;$x$'s teacher" in grids[1].replace("&#x27;", "'")
+    assert "&lt;u&gt;&amp;$x$ beside its teacher" in grids[
+        0
+    ] and "plain beside &lt;u&gt;&amp;$x$'s teacher" in grids[1].replace("&#x27;", "'")
     assert all(len(re.findall(">[-.][0-9]+<|>1<", grid)) >= 8 for grid in grids)  # 2 x 4 blocks
     assert grids[0] != grids[1].replace("plain", "")
 
 
 def test_figures_lie_beside_the_page_and_show_something(reported):
     figures = reported[1] / ODD_NAME / "figures"
-    charts = {"loss", "pixel", "align-1-3", "share-1", "knn", "rank-mean", "rank-cls", "norm-1", "norm-last", "images_per_s", "seconds"}
-    views = {f"{view}-{name}" for view in ("pictures", "ratios", "cka", "patches", "attention") for name in ("-u---x-", "plain")}
+    charts = {
+        "loss",
+        "pixel",
+        "align-1-3",
+        "share-1",
+        "knn",
+        "rank-mean",
+        "rank-cls",
+        "norm-1",
+        "norm-last",
+        "images_per_s",
+        "seconds",
+    }
+    views = {
+        f"{view}-{name}"
+        for view in ("pictures", "ratios", "cka", "patches", "attention")
+        for name in ("-u---x-", "plain")
+    }
     assert {path.stem for path in figures.iterdir()} == charts | views
-    blue, orange = ([int(COLOURS[f"--series-{place}"][0][start : start + 2], 16) for start in (1, 3, 5)] for place in (0, 1))
-    for name, colours in (("pixel", (blue, orange)), ("align-1-3", (blue,)), ("share-1", (blue,)), ("knn", (orange,)), ("rank-cls", (blue,))):
+    blue, orange = (
+        [int(COLOURS[f"--series-{place}"][0][start : start + 2], 16) for start in (1, 3, 5)]
+        for place in (0, 1)
+    )
+    for name, colours in (
+        ("pixel", (blue, orange)),
+        ("align-1-3", (blue,)),
+        ("share-1", (blue,)),
+        ("knn", (orange,)),
+        ("rank-cls", (blue,)),
+    ):
         pixels = np.asarray(Image.open(figures / f"{name}.png").convert("RGB"))
         for colour in colours:
             assert (np.abs(pixels.astype(int) - colour).max(axis=2) < 12).sum() > 200, (name, colour)
@@ -187,7 +246,11 @@ def test_a_page_without_pictures_stands(tmp_path, shards):
     run = make_run(tmp_path / "run", train=shards[0], val=shards[1])
     (run / "student.safetensors").unlink()
     page = write_report([run]).read_text()
-    assert page.count("no student.safetensors yet") == 5 and "data:image" not in page and page.count("<svg") == 4 + 4 + 2
+    assert (
+        page.count("no student.safetensors yet") == 5
+        and "data:image" not in page
+        and page.count("<svg") == 4 + 4 + 2
+    )
 
 
 def test_mistakes_are_one_line(tmp_path, shards):

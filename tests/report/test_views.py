@@ -26,34 +26,77 @@ def look_at(*runs):
 def test_pictures_are_painted_by_the_runs_own_weights(tmp_path, shards):
     run = make_run(tmp_path / "run", train=shards[0], val=shards[1])
     weights = load_file(run / "decoder.safetensors")
-    save_file({**weights, "decoder.pred.bias": weights["decoder.pred.bias"] + 100}, run / "decoder.safetensors")
+    save_file(
+        {**weights, "decoder.pred.bias": weights["decoder.pred.bias"] + 100}, run / "decoder.safetensors"
+    )
     board = dict(look_at(run).boards["pictures"].rows)
     original, painted = board["original"][0], board["what it painted"][0]
     visible, white = (painted == original).all(axis=2), (painted == 255).all(axis=2)
     assert white.mean() == 0.75 and (visible | white).all()
 
 
-@pytest.mark.parametrize("spoil, reason", [
-    (lambda run: (run / "student.safetensors").unlink(), "no student.safetensors yet"),
-    (lambda run: (run / "decoder.safetensors").write_bytes(b"half"), "decoder.safetensors is not a whole safetensors file"),
-    (lambda run: shutil.copy(run / "student.safetensors", run / "decoder.safetensors"), "the weights don't fit config.yaml"),
-    (lambda run: shutil.rmtree(run.parent / "val"), "is not a shard folder"),
-    (lambda run: (run / "config.yaml").write_text(re.sub("val: .*", "val: null", (run / "config.yaml").read_text())), "data.val is null"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda run: (run / "student.safetensors").unlink(), "no student.safetensors yet"),
+        (
+            lambda run: (run / "decoder.safetensors").write_bytes(b"half"),
+            "decoder.safetensors is not a whole safetensors file",
+        ),
+        (
+            lambda run: shutil.copy(run / "student.safetensors", run / "decoder.safetensors"),
+            "the weights don't fit config.yaml",
+        ),
+        (lambda run: shutil.rmtree(run.parent / "val"), "is not a shard folder"),
+        (
+            lambda run: (run / "config.yaml").write_text(
+                re.sub("val: .*", "val: null", (run / "config.yaml").read_text())
+            ),
+            "data.val is null",
+        ),
+    ],
+)
 def test_without_pictures_the_page_stands_and_says_why(tmp_path, shards, spoil, reason):
     shutil.copytree(shards[1], tmp_path / "val")
     run = make_run(tmp_path / "run", train=shards[0], val=tmp_path / "val")
     spoil(run)
     views = look_at(run)
-    assert set(views.missing) == set(SECTIONS) and not views.boards and all(reason in sentence for sentence in views.missing.values())
+    assert (
+        set(views.missing) == set(SECTIONS)
+        and not views.boards
+        and all(reason in sentence for sentence in views.missing.values())
+    )
 
 
-def test_a_teacher_that_is_gone_or_cut_or_too_large_costs_no_more_than_its_own_views(tmp_path, shards, teacher, monkeypatch):
-    gone = look_at(make_run(tmp_path / "gone", train=shards[0], val=shards[1], teacher=tmp_path / "nowhere.safetensors"))
-    assert gone.missing.keys() == {"cka"} and "its teacher can't be loaded" in gone.missing["cka"] and "nowhere.safetensors" in gone.missing["cka"]
-    assert gone.cka is None and gone.boards["patches"].labels == ["original", "student, last"] and len(gone.boards) == 4
-    cut = look_at(make_run(tmp_path / "cut", train=shards[0], val=shards[1], teacher=make_teacher(tmp_path / "cut.safetensors", blocks=3)))
-    assert cut.missing["cka"].startswith("its teacher's file holds 3 of 4 blocks") and cut.cka.shape == (2, 3) and cut.pairs == [(1, 3)]
+def test_a_teacher_that_is_gone_or_cut_or_too_large_costs_no_more_than_its_own_views(
+    tmp_path, shards, teacher, monkeypatch
+):
+    gone = look_at(
+        make_run(tmp_path / "gone", train=shards[0], val=shards[1], teacher=tmp_path / "nowhere.safetensors")
+    )
+    assert (
+        gone.missing.keys() == {"cka"}
+        and "its teacher can't be loaded" in gone.missing["cka"]
+        and "nowhere.safetensors" in gone.missing["cka"]
+    )
+    assert (
+        gone.cka is None
+        and gone.boards["patches"].labels == ["original", "student, last"]
+        and len(gone.boards) == 4
+    )
+    cut = look_at(
+        make_run(
+            tmp_path / "cut",
+            train=shards[0],
+            val=shards[1],
+            teacher=make_teacher(tmp_path / "cut.safetensors", blocks=3),
+        )
+    )
+    assert (
+        cut.missing["cka"].startswith("its teacher's file holds 3 of 4 blocks")
+        and cut.cka.shape == (2, 3)
+        and cut.pairs == [(1, 3)]
+    )
     whole = make_run(tmp_path / "whole", train=shards[0], val=shards[1], teacher=teacher)
     assert look_at(whole).cka.shape == (2, 4) and not look_at(whole).missing
     monkeypatch.setitem(LARGEST, "cpu", 1e4)
@@ -64,23 +107,50 @@ def test_a_teacher_is_lent_only_to_a_run_that_cuts_pictures_alike(tmp_path, shar
     lender = make_run(tmp_path / "lender", train=shards[0], val=shards[1], teacher=teacher)
     alike = look_at(lender, make_run(tmp_path / "alike", train=shards[0], val=shards[1], objective="mae"))
     assert alike.teacher == "lender's teacher" and alike.cka.shape == (2, 4) and alike.pairs == []
-    other = look_at(lender, make_run(tmp_path / "other", train=shards[0], val=shards[1], objective="mae", student={"patch_size": 8}))
-    assert other.missing["cka"] == "it has no teacher, and lender's cuts or normalises pictures differently" and other.cka is None
+    other = look_at(
+        lender,
+        make_run(
+            tmp_path / "other", train=shards[0], val=shards[1], objective="mae", student={"patch_size": 8}
+        ),
+    )
+    assert (
+        other.missing["cka"] == "it has no teacher, and lender's cuts or normalises pictures differently"
+        and other.cka is None
+    )
 
 
 def test_a_student_beside_itself_has_ones_on_the_diagonal(tmp_path, shards):
     alone = make_run(tmp_path / "alone", train=shards[0], val=shards[1], objective="mae")
     config = (alone / "config.yaml").read_text()
-    shape = "{name: vit_tiny_patch16_224, img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2, weights: " + f"{alone}, format: dmae_ds}}"
+    shape = (
+        "{name: vit_tiny_patch16_224, img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2, weights: "
+        + f"{alone}, format: dmae_ds}}"
+    )
     student = alone / "student.safetensors"
-    save_file(load_file(student), student, metadata={"timm_name": "vit_tiny_patch16_224", "timm_overrides": json.dumps({key: value for key, value in STUDENT.items() if key != "name"})})
+    save_file(
+        load_file(student),
+        student,
+        metadata={
+            "timm_name": "vit_tiny_patch16_224",
+            "timm_overrides": json.dumps({key: value for key, value in STUDENT.items() if key != "name"}),
+        },
+    )
     copy = make_run(tmp_path / "copy", train=shards[0], val=shards[1])
-    (copy / "config.yaml").write_text(re.sub(r"(?s)teacher:\n.*?objective:", f"teacher: {shape}\nobjective:", (copy / "config.yaml").read_text()))
+    (copy / "config.yaml").write_text(
+        re.sub(
+            r"(?s)teacher:\n.*?objective:",
+            f"teacher: {shape}\nobjective:",
+            (copy / "config.yaml").read_text(),
+        )
+    )
     assert config != (copy / "config.yaml").read_text()
     shutil.copy(student, copy / "student.safetensors")
     config = read_saved_config(copy)
     weights = build_objective(config)[0].state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items() if not name.startswith("student.")}, copy / "decoder.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items() if not name.startswith("student.")},
+        copy / "decoder.safetensors",
+    )
     views = look_at(copy)
     assert np.diag(views.cka) == pytest.approx([1, 1], abs=1e-6) and views.cka[0, 1] < 1 - 1e-6
     assert views.missing == {} and views.pairs == [(1, 1)]

@@ -32,19 +32,38 @@ def batches(rank: int, sizes: list[int]):
         generator = torch.Generator().manual_seed(1000 * rank + index)
         order = torch.rand(size, 16, generator=generator).argsort(dim=1)
         visible, masked = (torch.randn(size, count, 8, 8, 3, generator=generator) for count in (4, 12))
-        yield index, MaskedBatch(visible=visible, masked=masked, ids_keep=order[:, :4], ids_masked=order[:, 4:])
+        yield (
+            index,
+            MaskedBatch(visible=visible, masked=masked, ids_keep=order[:, :4], ids_masked=order[:, 4:]),
+        )
 
 
 def load(path: Path, case: dict, device: torch.device, group=None, sharded: bool = False):
     weights = open_weights(path / f"{case['file']}.safetensors", "timm")
     depth, _ = needed_depths(case["taps"], case["depth"])
-    vit, stage = meta_teacher(case["name"], case["shape"], depth), group and held_blocks(depth, group.num_stages)[group.stage]
+    vit, stage = (
+        meta_teacher(case["name"], case["shape"], depth),
+        group and held_blocks(depth, group.num_stages)[group.stage],
+    )
     parts = fill(
-        vit, weights, whole_blocks=case["depth"], may_resize=False, dtype=DTYPES[case["dtype"]],
-        device=device, blocks=range(0) if sharded else stage,
-    )  # fmt: skip
+        vit,
+        weights,
+        whole_blocks=case["depth"],
+        may_resize=False,
+        dtype=DTYPES[case["dtype"]],
+        device=device,
+        blocks=range(0) if sharded else stage,
+    )
     if sharded:
-        teacher = ShardedTeacher(vit, tuple(case["taps"]), parts, sees=case["sees"], weights=weights, dtype=DTYPES[case["dtype"]], device=device)
+        teacher = ShardedTeacher(
+            vit,
+            tuple(case["taps"]),
+            parts,
+            sees=case["sees"],
+            weights=weights,
+            dtype=DTYPES[case["dtype"]],
+            device=device,
+        )
         teacher.spread()
         return teacher
     if group is None:
@@ -64,12 +83,18 @@ def compare(path: Path, case: dict, world: dist.World, device: torch.device) -> 
     figures = [identity.fingerprint(teacher.probe().features) for teacher in (replicated, streamed)]
     assert figures[0] == figures[1] or case["stages"] is None
     count = 0
-    pairs = zip(replicated.stream(batches(world.rank, case["sizes"])), streamed.stream(batches(world.rank, case["sizes"])), strict=True)
+    pairs = zip(
+        replicated.stream(batches(world.rank, case["sizes"])),
+        streamed.stream(batches(world.rank, case["sizes"])),
+        strict=True,
+    )
     for (index, batch, expected), (number, same, found) in pairs:
         assert index == number and torch.equal(batch.visible, same.visible)
         assert list(expected) == list(found) == case["taps"]
         for tap in expected:
-            if case["stages"] is None:  # fetched weights lie elsewhere in memory, and matrix products may round by that
+            if (
+                case["stages"] is None
+            ):  # fetched weights lie elsewhere in memory, and matrix products may round by that
                 torch.testing.assert_close(found[tap], expected[tap])
             else:
                 assert torch.equal(expected[tap], found[tap]), f"rank {world.rank}, batch {index}"
@@ -85,7 +110,9 @@ def check_stage(streamed: StreamedTeacher, replicated: FrozenTeacher) -> None:
     """A rank's bytes are at most those of the largest stage and of what is not in blocks."""
     sizes = [bytes_of(block) for block in replicated.vit.blocks]
     stages = held_blocks(len(sizes), streamed.group.num_stages)
-    assert bytes_of(streamed.vit) <= bytes_of(replicated.vit) - sum(sizes) + max(sum(sizes[block] for block in stage) for stage in stages)
+    assert bytes_of(streamed.vit) <= bytes_of(replicated.vit) - sum(sizes) + max(
+        sum(sizes[block] for block in stage) for stage in stages
+    )
     own = [number for number, block in enumerate(streamed.vit.blocks) if not next(block.parameters()).is_meta]
     assert own == list(stages[streamed.group.stage])
 
@@ -99,10 +126,19 @@ def check_shares(sharded: ShardedTeacher, replicated: FrozenTeacher, world: dist
         (block,) = mine._block
         entries = sum(parameter.numel() for parameter in whole.parameters())
         assert sum(parameter.numel() for parameter in block.parameters()) == 0
-        assert entries <= world.size * sum(parameter.ds_tensor.numel() for parameter in block.parameters()) < 1.1 * entries
+        assert (
+            entries
+            <= world.size * sum(parameter.ds_tensor.numel() for parameter in block.parameters())
+            < 1.1 * entries
+        )
 
 
-STRESS = {"name": "vit_tiny_patch16_224", "shape": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 8, "num_heads": 2}, "depth": 8, "file": "plain"}
+STRESS = {
+    "name": "vit_tiny_patch16_224",
+    "shape": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 8, "num_heads": 2},
+    "depth": 8,
+    "file": "plain",
+}
 
 
 def stress(path: Path, count: int, world: dist.World, device: torch.device) -> None:
@@ -114,7 +150,12 @@ def stress(path: Path, count: int, world: dist.World, device: torch.device) -> N
         draw = random.Random(seed)
         deepest = draw.randint(1, 8)
         taps = sorted({deepest, *draw.sample(range(1, deepest + 1), draw.randint(0, min(2, deepest - 1)))})
-        case = {**STRESS, "taps": [f"block/{tap}" for tap in taps], "sees": draw.choice(["visible", "all"]), "dtype": "fp32"}
+        case = {
+            **STRESS,
+            "taps": [f"block/{tap}" for tap in taps],
+            "sees": draw.choice(["visible", "all"]),
+            "dtype": "fp32",
+        }
         group = groups[draw.choice([number for number in groups if number <= deepest])]
         replicated, streamed = load(path, case, device), load(path, case, device, group)
         streamed.overlap = draw.random() < 0.8
@@ -122,10 +163,14 @@ def stress(path: Path, count: int, world: dist.World, device: torch.device) -> N
         uneven = random.Random(1000 * seed + world.rank)  # ranks at different speeds
         start = 0
         while start < len(sizes):
-            stop = draw.choice([len(sizes), draw.randint(start + 1, len(sizes))])  # a run that is stopped here, and resumed
+            stop = draw.choice(
+                [len(sizes), draw.randint(start + 1, len(sizes))]
+            )  # a run that is stopped here, and resumed
             for index, batch, found in streamed.stream(list(batches(world.rank, sizes))[start:]):
                 expected = replicated.features(batch)
-                assert index == start and all(torch.equal(expected[tap], found[tap]) for tap in expected), f"schedule {seed}, batch {index}"
+                assert index == start and all(torch.equal(expected[tap], found[tap]) for tap in expected), (
+                    f"schedule {seed}, batch {index}"
+                )
                 between(draw.random(), world, replicated, batch)
                 time.sleep(uneven.choice([0, 0, 0.003]))
                 start += 1

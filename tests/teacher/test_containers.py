@@ -20,7 +20,10 @@ from dmae_ds.teacher.containers import IN_A_FOLDER, open_container
 
 def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in (("a", (5, 7)), ("b", (3,)), ("c", (2, 2, 4)))}
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in (("a", (5, 7)), ("b", (3,)), ("c", (2, 2, 4)))
+    }
 
 
 def refusal(path: Path, **keys) -> str:
@@ -47,10 +50,20 @@ def odd_tensors() -> dict[str, torch.Tensor]:
     whole = torch.arange(60.0).reshape(3, 4, 5)
     return {
         "empty": torch.empty(0, 3),  # first: its record begins where the next one's padding does
-        "whole": whole, "transposed": whole.transpose(0, 2), "sliced": whole[1:, 1:3, ::2], "expanded": whole[:1, :1].expand(3, 4, 5),
-        "parameter": torch.nn.Parameter(whole[0] + 1), "scalar": torch.tensor(3.5), "bf16": whole.bfloat16(), "half": whole.half()[1],
-        "double": whole.double(), "int64": whole.long(), "int8": whole.to(torch.int8), "bool": whole > 30, "large": torch.arange(300_000.0)[1:],
-    }  # fmt: skip
+        "whole": whole,
+        "transposed": whole.transpose(0, 2),
+        "sliced": whole[1:, 1:3, ::2],
+        "expanded": whole[:1, :1].expand(3, 4, 5),
+        "parameter": torch.nn.Parameter(whole[0] + 1),
+        "scalar": torch.tensor(3.5),
+        "bf16": whole.bfloat16(),
+        "half": whole.half()[1],
+        "double": whole.double(),
+        "int64": whole.long(),
+        "int8": whole.to(torch.int8),
+        "bool": whole > 30,
+        "large": torch.arange(300_000.0)[1:],
+    }
 
 
 def test_every_kind_of_tensor_is_read_back_equal_from_a_pth(tmp_path):
@@ -73,7 +86,14 @@ def test_a_read_tensor_is_a_copy_of_its_own(tmp_path):
     assert_same(container, tensors())
 
 
-@pytest.mark.parametrize("beside", [argparse.Namespace(lr=1e-3, ema=torch.randn(9)), {"state": {0: {"exp_avg": torch.randn(4)}}}, [torch.randn(2), {1, 2}]])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        argparse.Namespace(lr=1e-3, ema=torch.randn(9)),
+        {"state": {0: {"exp_avg": torch.randn(4)}}},
+        [torch.randn(2), {1, 2}],
+    ],
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_what_lies_beside_the_weights_moves_no_tensor(tmp_path, beside, first):
     checkpoint = {"args": beside, "model": tensors()} if first else {"model": tensors(), "args": beside}
@@ -90,12 +110,20 @@ def test_the_first_entry_that_is_there_wins(tmp_path):
 
 def save_sharded(folder: Path, kind: str) -> Path:
     """`a` and `c` in one part, `b` in the other, with an index."""
-    stem, suffix, save = ("model", ".safetensors", save_file) if kind == "safetensors" else ("pytorch_model", ".bin", torch.save)
+    stem, suffix, save = (
+        ("model", ".safetensors", save_file)
+        if kind == "safetensors"
+        else ("pytorch_model", ".bin", torch.save)
+    )
     parts = {f"{stem}-00001-of-00002{suffix}": ("a", "c"), f"{stem}-00002-of-00002{suffix}": ("b",)}
     for part, names in parts.items():
         save({name: tensors()[name] for name in names}, folder / part)
     index = folder / f"{stem}{suffix}.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {name: part for part, names in parts.items() for name in names}}))
+    index.write_text(
+        json.dumps(
+            {"metadata": {}, "weight_map": {name: part for part, names in parts.items() for name in names}}
+        )
+    )
     return index
 
 
@@ -135,7 +163,9 @@ def bytes_read_by_this_process() -> int:
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 def test_the_bytes_of_the_asked_tensors_are_read_and_no_others(tmp_path, kind):
     path = tmp_path / f"large.{kind}"
-    large = {f"blocks.{number}.weight": torch.full((256, 1024), float(number)) for number in range(12)}  # 1 MiB each
+    large = {
+        f"blocks.{number}.weight": torch.full((256, 1024), float(number)) for number in range(12)
+    }  # 1 MiB each
     (save_file if kind == "safetensors" else torch.save)(large, path)
     bytes_read_by_this_process()
     before = bytes_read_by_this_process()
@@ -248,7 +278,9 @@ def test_a_damaged_or_packed_pth_is_refused(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.eye(3).to_sparse(), torch.empty(3, device="meta"), torch.randn(3, dtype=torch.complex64).conj()], ids=["sparse", "meta", "conjugated"]
+    "tensor",
+    [torch.eye(3).to_sparse(), torch.empty(3, device="meta"), torch.randn(3, dtype=torch.complex64).conj()],
+    ids=["sparse", "meta", "conjugated"],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_a_tensor_without_plain_bytes_is_named(tmp_path, tensor):
@@ -261,7 +293,10 @@ def test_a_tensor_without_plain_bytes_is_named(tmp_path, tensor):
     [
         ({}, "holds nothing"),
         ([torch.ones(1)], "holds list"),
-        ({"epoch": 3, "weights": {"a": torch.ones(1)}}, "holds epoch, weights, expected an entry 'model' or a plain dict of tensors"),
+        (
+            {"epoch": 3, "weights": {"a": torch.ones(1)}},
+            "holds epoch, weights, expected an entry 'model' or a plain dict of tensors",
+        ),
         ({"model": {"a": "text"}}, "holds model"),
         ({1: torch.ones(1)}, "holds 1"),
     ],
@@ -273,7 +308,9 @@ def test_a_pth_without_weights_says_what_it_holds(tmp_path, content, words):
 
 def test_an_entry_of_another_format_names_that_format(tmp_path):
     torch.save({"model": tensors()}, tmp_path / "mae.pth")
-    assert "try teacher.format=mae" in refusal(tmp_path / "mae.pth", entries=("state_dict",), formats={"state_dict": ["timm"], "model": ["mae"]})
+    assert "try teacher.format=mae" in refusal(
+        tmp_path / "mae.pth", entries=("state_dict",), formats={"state_dict": ["timm"], "model": ["mae"]}
+    )
 
 
 def write_safetensors(path: Path, header: object, *, data: int = 16, length: int | None = None) -> Path:
@@ -284,11 +321,17 @@ def write_safetensors(path: Path, header: object, *, data: int = 16, length: int
 
 
 def entry(first: int, last: int, *, shape: list | None = None, dtype: str = "F32") -> dict:
-    return {"dtype": dtype, "shape": [(last - first) // 4] if shape is None else shape, "data_offsets": [first, last]}
+    return {
+        "dtype": dtype,
+        "shape": [(last - first) // 4] if shape is None else shape,
+        "data_offsets": [first, last],
+    }
 
 
 def test_the_hand_written_header_is_a_good_one(tmp_path):
-    container = open_container(write_safetensors(tmp_path / "good.safetensors", {"a": entry(0, 8), "b": entry(8, 16)}))
+    container = open_container(
+        write_safetensors(tmp_path / "good.safetensors", {"a": entry(0, 8), "b": entry(8, 16)})
+    )
     assert_same(container, {"a": torch.zeros(2), "b": torch.zeros(2)})
 
 
@@ -313,7 +356,7 @@ def test_the_hand_written_header_is_a_good_one(tmp_path):
         (b"{'a': 1}", "JSONDecodeError"),
         (b"\xff\xfe", "not a whole safetensors file"),
     ],
-)  # fmt: skip
+)
 def test_a_header_that_is_wrong_is_refused(tmp_path, header, words):
     assert words in refusal(write_safetensors(tmp_path / "bad.safetensors", header))
 
@@ -323,7 +366,19 @@ def test_a_header_length_that_lies_is_refused(tmp_path, length):
     refusal(write_safetensors(tmp_path / "lie.safetensors", {"a": entry(0, 16)}, length=length))
 
 
-@pytest.mark.parametrize("part", ["../evil.safetensors", "/evil.safetensors", "sub/evil.safetensors", "..", "", 5, "model.safetensors.index.json", "code.py"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "../evil.safetensors",
+        "/evil.safetensors",
+        "sub/evil.safetensors",
+        "..",
+        "",
+        5,
+        "model.safetensors.index.json",
+        "code.py",
+    ],
+)
 def test_an_index_that_names_anything_but_a_neighbour_is_refused(tmp_path, part):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
@@ -335,7 +390,10 @@ def test_an_index_that_names_anything_but_a_neighbour_is_refused(tmp_path, part)
     assert f"names the part {part!r}" in refusal(index)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}', '{"weight_map": {"a": 1, "b": "x"}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}', '{"weight_map": {"a": 1, "b": "x"}}'],
+)
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     assert "is not an index of parts" in refusal(tmp_path / "model.safetensors.index.json")

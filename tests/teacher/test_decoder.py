@@ -21,8 +21,16 @@ NAME = "vit_tiny_patch16_224"
 
 
 def build(weights, *, taps, format="hf", **more):
-    config = TeacherConfig(name=NAME, weights=str(weights), format=format, decoder_num_heads=2, **{"decoder_embed_dim": 24, "decoder_depth": 3, **SHAPE, **more})
-    return build_frozen_teacher(config, taps=taps, whole_blocks=2, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu"))
+    config = TeacherConfig(
+        name=NAME,
+        weights=str(weights),
+        format=format,
+        decoder_num_heads=2,
+        **{"decoder_embed_dim": 24, "decoder_depth": 3, **SHAPE, **more},
+    )
+    return build_frozen_teacher(
+        config, taps=taps, whole_blocks=2, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +38,19 @@ def reference():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ViTMAEConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8, layer_norm_eps=1e-6,
-        decoder_hidden_size=24, decoder_num_hidden_layers=3, decoder_num_attention_heads=2, decoder_intermediate_size=96, mask_ratio=0.75,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        layer_norm_eps=1e-6,
+        decoder_hidden_size=24,
+        decoder_num_hidden_layers=3,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=96,
+        mask_ratio=0.75,
+    )
     model = transformers.ViTMAEForPreTraining(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -46,13 +64,25 @@ def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
     assert len(teacher.top.decoder_blocks) == 2 and teacher.vit.depth == 2
     painter = build(tmp_path, taps=("prediction", "decoder/3"))
     assert len(painter.top.decoder_blocks) == 3
-    images, noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+    images, noise = (
+        torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+        torch.rand(2, 16, generator=torch.Generator().manual_seed(2)),
+    )
     with torch.no_grad():
         encoded = reference.vit(images, noise=noise)
         blocks = []
         # transformers puts tokens back on the grid before its first decoder block; a hook sees each block's output.
-        layers = next(module for name, module in reference.decoder.named_modules() if isinstance(module, torch.nn.ModuleList))
-        hooks = [layer.register_forward_hook(lambda _, __, output: blocks.append(output[0] if isinstance(output, tuple) else output)) for layer in layers]
+        layers = next(
+            module
+            for name, module in reference.decoder.named_modules()
+            if isinstance(module, torch.nn.ModuleList)
+        )
+        hooks = [
+            layer.register_forward_hook(
+                lambda _, __, output: blocks.append(output[0] if isinstance(output, tuple) else output)
+            )
+            for layer in layers
+        ]
         predicted = reference.decoder(encoded.last_hidden_state, encoded.ids_restore).logits
     for hook in hooks:
         hook.remove()
@@ -60,16 +90,22 @@ def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
     keep, masked = order[:, :4], order[:, 4:]
     patches = images.reshape(2, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 8, 8, 3)
     take = lambda ids: patches[torch.arange(2)[:, None], ids]  # noqa: E731
-    found = teacher.features(MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked))
+    found = teacher.features(
+        MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked)
+    )
     places = torch.cat([torch.zeros(2, 1, dtype=torch.long), 1 + order], dim=1)
     for tap, expected in (("decoder/1", blocks[0]), ("decoder/2", blocks[1])):
         expected = expected[torch.arange(2)[:, None], places]
         assert found[tap].shape == (2, 17, 24)
         torch.testing.assert_close(found[tap], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    painted = painter.features(MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked))
+    painted = painter.features(
+        MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked)
+    )
     assert list(painted) == ["prediction", "decoder/3"] and painted["prediction"].shape == (2, 12, 8, 8, 3)
     expected = predicted[torch.arange(2)[:, None], masked]  # [N, L - K, P * P * 3]
-    torch.testing.assert_close(painted["prediction"].flatten(2), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        painted["prediction"].flatten(2), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
 
 
 def full_mae(tmp_path, *, decoder: bool):
@@ -77,9 +113,18 @@ def full_mae(tmp_path, *, decoder: bool):
     state = timm.create_model(NAME, num_classes=0, **SHAPE).state_dict()
     state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}
     if decoder:
-        blocks = timm.create_model(NAME, num_classes=0, **{**SHAPE, "embed_dim": 24, "mlp_ratio": 4}).blocks.state_dict()
-        state |= {"decoder_embed.weight": torch.randn(24, 32), "decoder_embed.bias": torch.randn(24), "mask_token": torch.randn(1, 1, 24)}
-        state |= {"decoder_pos_embed": torch.randn(1, 17, 24), **{f"decoder_blocks.{name}": tensor for name, tensor in blocks.items()}}
+        blocks = timm.create_model(
+            NAME, num_classes=0, **{**SHAPE, "embed_dim": 24, "mlp_ratio": 4}
+        ).blocks.state_dict()
+        state |= {
+            "decoder_embed.weight": torch.randn(24, 32),
+            "decoder_embed.bias": torch.randn(24),
+            "mask_token": torch.randn(1, 1, 24),
+        }
+        state |= {
+            "decoder_pos_embed": torch.randn(1, 17, 24),
+            **{f"decoder_blocks.{name}": tensor for name, tensor in blocks.items()},
+        }
     path = tmp_path / "mae.pth"
     torch.save({"model": state}, path)
     return path
@@ -94,20 +139,30 @@ def test_upper_decoder_blocks_stay_in_the_file(tmp_path):
 def test_a_run_folder_of_ours_has_its_decoder_beside_the_student(tmp_path):
     generator = torch.Generator().manual_seed(0)
     student = build_student(NAME, SHAPE, generator=generator)
-    decoder = Decoder(encoder_dim=32, patch_size=8, grid=(4, 4), depth=2, embed_dim=24, num_heads=2, generator=generator)
+    decoder = Decoder(
+        encoder_dim=32, patch_size=8, grid=(4, 4), depth=2, embed_dim=24, num_heads=2, generator=generator
+    )
     about = {"timm_name": NAME, "timm_overrides": json.dumps(SHAPE)}
     save_file(student.state_dict(), tmp_path / "student.safetensors", metadata=about)
-    whole = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()} | {"heads.0.weight": torch.zeros(1)}
+    whole = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()} | {
+        "heads.0.weight": torch.zeros(1)
+    }
     save_file(whole, tmp_path / "decoder.safetensors", metadata=about)
     order = torch.rand(2, 16, generator=generator).argsort(dim=1)
     pixels = torch.randn(2, 16, 8, 8, 3, generator=generator)
-    batch = MaskedBatch(visible=pixels[:, :4], masked=pixels[:, 4:], ids_keep=order[:, :4], ids_masked=order[:, 4:])
+    batch = MaskedBatch(
+        visible=pixels[:, :4], masked=pixels[:, 4:], ids_keep=order[:, :4], ids_masked=order[:, 4:]
+    )
     for weights in (tmp_path, tmp_path / "student.safetensors"):
-        found = build(weights, taps=("prediction", "decoder/2"), format="dmae_ds", decoder_depth=2).features(batch)
+        found = build(weights, taps=("prediction", "decoder/2"), format="dmae_ds", decoder_depth=2).features(
+            batch
+        )
         with torch.no_grad():
             latent, _ = student(batch.visible, batch.ids_keep)
             torch.testing.assert_close(found["prediction"], decoder(latent, batch.ids_keep, batch.ids_masked))
-            torch.testing.assert_close(found["decoder/2"], TokenDecoder.forward(decoder, latent, batch.ids_keep, batch.ids_masked))
+            torch.testing.assert_close(
+                found["decoder/2"], TokenDecoder.forward(decoder, latent, batch.ids_keep, batch.ids_masked)
+            )
     with pytest.raises(UserError, match="teacher.decoder_depth is 1, the decoder in .* has more blocks"):
         build(tmp_path, taps=("prediction",), format="dmae_ds", decoder_depth=1)
     with pytest.raises(UserError, match="teacher.decoder_embed_dim is 48, the decoder in .* is 24 wide"):
@@ -118,7 +173,10 @@ def test_a_run_folder_of_ours_has_its_decoder_beside_the_student(tmp_path):
 
 
 def test_a_file_without_a_decoder_is_one_line_that_says_so(tmp_path):
-    with pytest.raises(UserError, match="is an encoder only: has no decoder; the objective taps decoder block 4: give a whole MAE") as caught:
+    with pytest.raises(
+        UserError,
+        match="is an encoder only: has no decoder; the objective taps decoder block 4: give a whole MAE",
+    ) as caught:
         build(full_mae(tmp_path, decoder=False), taps=("decoder/4",), format="mae")
     assert "\n" not in str(caught.value)
 
@@ -129,7 +187,14 @@ def test_a_decoder_that_is_too_short_or_of_other_heads_is_one_line(tmp_path):
         build(path, taps=("decoder/3",), format="mae")
     config = TeacherConfig(name=NAME, weights=str(path), format="mae", decoder_embed_dim=24, **SHAPE)
     with pytest.raises(UserError, match="decoder_num_heads 16 does not divide teacher.decoder_embed_dim 24"):
-        build_frozen_teacher(config, taps=("decoder/1",), whole_blocks=2, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu"))
+        build_frozen_teacher(
+            config,
+            taps=("decoder/1",),
+            whole_blocks=2,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            device=torch.device("cpu"),
+        )
     with pytest.raises(UserError, match="teacher.sees=visible"):
         build(path, taps=("decoder/1",), format="mae", sees="all")
 

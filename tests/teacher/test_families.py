@@ -19,15 +19,34 @@ from dmae_ds.models.vit import build_student, build_timm_vit
 from dmae_ds.objectives.align import distance
 from dmae_ds.objectives.dmae import Dmae, TeacherShape
 from dmae_ds.teacher.frozen import FrozenTeacher
-from tests.teacher.references import IDS, PICTURES, SHAPE, TAP, Reference, assert_close, features, load, timm_reference
+from tests.teacher.references import (
+    IDS,
+    PICTURES,
+    SHAPE,
+    TAP,
+    Reference,
+    assert_close,
+    features,
+    load,
+    timm_reference,
+)
 
 # {a timm name: what is in front of its patches}; the first of each family that is alike in every way this project cares for
 FAMILIES = {
-    "vit_small_patch14_dinov2": "cls", "vit_small_patch14_reg4_dinov2": "cls + 4", "vit_small_patch16_dinov3": "cls + 4",
-    "vit_small_patch16_dinov3_qkvb": "cls + 4", "vit_small_plus_patch16_dinov3": "cls + 4", "eva02_tiny_patch14_224": "cls",
-    "eva_giant_patch14_224": "cls", "vit_base_patch16_clip_224": "cls", "vit_base_patch16_siglip_224": "", "vit_pe_core_tiny_patch16_384": "cls",
-    "deit3_small_patch16_224": "cls", "vit_so150m_patch16_reg4_gap_256": "4", "vit_small_patch16_rope_ape_224": "cls",
-}  # fmt: skip
+    "vit_small_patch14_dinov2": "cls",
+    "vit_small_patch14_reg4_dinov2": "cls + 4",
+    "vit_small_patch16_dinov3": "cls + 4",
+    "vit_small_patch16_dinov3_qkvb": "cls + 4",
+    "vit_small_plus_patch16_dinov3": "cls + 4",
+    "eva02_tiny_patch14_224": "cls",
+    "eva_giant_patch14_224": "cls",
+    "vit_base_patch16_clip_224": "cls",
+    "vit_base_patch16_siglip_224": "",
+    "vit_pe_core_tiny_patch16_384": "cls",
+    "deit3_small_patch16_224": "cls",
+    "vit_so150m_patch16_reg4_gap_256": "4",
+    "vit_small_patch16_rope_ape_224": "cls",
+}
 ROTARY = [name for name in FAMILIES if any(part in name for part in ("dinov3", "eva02", "pe_core", "rope"))]
 
 
@@ -40,12 +59,24 @@ def build_family(name: str) -> Reference:
 def family(request, tmp_path_factory) -> SimpleNamespace:
     """name; reference: timm's tiny network; path: its weights."""
     reference = build_family(request.param)
-    return SimpleNamespace(name=request.param, reference=reference, path=reference.save(tmp_path_factory.mktemp("family"), reference.tensors))
+    return SimpleNamespace(
+        name=request.param,
+        reference=reference,
+        path=reference.save(tmp_path_factory.mktemp("family"), reference.tensors),
+    )
 
 
 def batch(ids: Tensor = IDS) -> MaskedBatch:
-    patches, others = patchify(PICTURES, 8), torch.stack([torch.tensor([i for i in range(16) if i not in keep.tolist()]) for keep in ids])
-    return MaskedBatch(visible=gather_patches(patches, ids), masked=gather_patches(patches, others), ids_keep=ids, ids_masked=others)
+    patches, others = (
+        patchify(PICTURES, 8),
+        torch.stack([torch.tensor([i for i in range(16) if i not in keep.tolist()]) for keep in ids]),
+    )
+    return MaskedBatch(
+        visible=gather_patches(patches, ids),
+        masked=gather_patches(patches, others),
+        ids_keep=ids,
+        ids_masked=others,
+    )
 
 
 @pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "masked"])
@@ -65,12 +96,17 @@ def test_a_teacher_that_sees_all_gives_the_visible_patches_of_a_whole_picture(fa
     seeing = FrozenTeacher(teacher.vit, teacher.taps, teacher.parts, sees="all")
     whole = family.reference.features(PICTURES, None)
     has_cls = whole.shape[1] == 17
-    expected = torch.stack([torch.cat([one[:has_cls], one[has_cls:][keep]]) for one, keep in zip(whole, IDS, strict=True)])
+    expected = torch.stack(
+        [torch.cat([one[:has_cls], one[has_cls:][keep]]) for one, keep in zip(whole, IDS, strict=True)]
+    )
     assert_close(seeing.features(batch())["block/2"], expected)
 
 
 def test_a_cut_teacher_gives_the_features_of_a_whole_one_bit_for_bit(family):
-    cut, whole = load(family.reference, family.path), load(family.reference, family.path, taps=("block/2", "block/3"))
+    cut, whole = (
+        load(family.reference, family.path),
+        load(family.reference, family.path, taps=("block/2", "block/3")),
+    )
     assert (cut.vit.depth, whole.vit.depth) == (2, 3)
     assert torch.equal(features(cut, IDS), features(whole, IDS))
 
@@ -78,7 +114,9 @@ def test_a_cut_teacher_gives_the_features_of_a_whole_one_bit_for_bit(family):
 def test_a_patch_keeps_its_own_place(family):
     """The same pixels at other places give other features."""
     teacher, here = load(family.reference, family.path), batch()
-    moved = teacher.features(MaskedBatch(visible=here.visible, masked=None, ids_keep=(IDS * 7 + 3) % 16, ids_masked=None))["block/2"]
+    moved = teacher.features(
+        MaskedBatch(visible=here.visible, masked=None, ids_keep=(IDS * 7 + 3) % 16, ids_masked=None)
+    )["block/2"]
     there = teacher.features(here)["block/2"]
     assert (moved - there)[:, -4:].abs().amax(dim=(0, 2)).min() > 1e-2 * there.abs().max()
 
@@ -99,7 +137,9 @@ def test_a_rotary_teacher_s_masked_features_are_those_of_timm_s_own_patch_droppi
     dropped = []
     model.patch_drop.register_forward_hook(lambda module, inputs, output: dropped.append(output[1]))
     with torch.no_grad():
-        _, ((patches, prefix),) = model.forward_intermediates(PICTURES, indices=[TAP - 1], return_prefix_tokens=True, output_fmt="NLC", norm=False)
+        _, ((patches, prefix),) = model.forward_intermediates(
+            PICTURES, indices=[TAP - 1], return_prefix_tokens=True, output_fmt="NLC", norm=False
+        )
     (ids,) = dropped
     assert ids.shape == (2, 4)
     path = reference.save(tmp_path, reference.tensors)
@@ -115,11 +155,16 @@ def test_rotary_angles_stay_in_float32(tmp_path):
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_small_patch14_reg4_dinov2"])
 def test_dmae_compares_the_tokens_that_the_teacher_has(tmp_path, name):
-    reference, config = build_family(name), DmaeConfig(name="dmae", decoder=DecoderConfig(depth=1, embed_dim=16, num_heads=2), pairs=[(1, 2)])
+    reference, config = (
+        build_family(name),
+        DmaeConfig(name="dmae", decoder=DecoderConfig(depth=1, embed_dim=16, num_heads=2), pairs=[(1, 2)]),
+    )
     teacher = load(reference, reference.save(tmp_path, reference.tensors))
     generator = torch.Generator().manual_seed(0)
     student = build_student("vit_tiny_patch16_224", {**SHAPE, "embed_dim": 48}, generator=generator)
-    objective = Dmae(config, student=student, teacher=TeacherShape(depth=3, embed_dim=32), generator=generator)
+    objective = Dmae(
+        config, student=student, teacher=TeacherShape(depth=3, embed_dim=32), generator=generator
+    )
     target = teacher.features(batch())
     parts = objective(batch(), target)
     _, tapped = student(batch().visible, IDS, taps=[1])
@@ -141,7 +186,10 @@ def test_dmae_compares_the_tokens_that_the_teacher_has(tmp_path, name):
         ("vit_srelpos_small_patch16_224", "is a VisionTransformerRelPos"),
         ("aimv2_large_patch14_224", "has no plain patch projection"),
         ("swin_tiny_patch4_window7_224", "can't be built with"),
-        ("vit_base_patch16_224.absent", r"Invalid pretrained tag \(absent\).* See timm.list_pretrained\('vit_base_patch16_224\*'\)"),
+        (
+            "vit_base_patch16_224.absent",
+            r"Invalid pretrained tag \(absent\).* See timm.list_pretrained\('vit_base_patch16_224\*'\)",
+        ),
     ],
 )
 def test_a_network_that_can_not_be_masked_is_one_line(name, words):
@@ -185,10 +233,13 @@ def test_a_network_of_the_user_s_own_is_built_by_import(tmp_path, my_lab):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("my_lab_nets:other", "is a Linear, neither timm's VisionTransformer nor its Eva"), ("my_lab_nets:stiff", "unexpected keyword argument"),
-        ("my_lab_nets:stem", "has no plain patch projection"), ("my_lab_nets:absent", "can't be imported"), ("my_lab_nets:number", "can't be built"),
+        ("my_lab_nets:other", "is a Linear, neither timm's VisionTransformer nor its Eva"),
+        ("my_lab_nets:stiff", "unexpected keyword argument"),
+        ("my_lab_nets:stem", "has no plain patch projection"),
+        ("my_lab_nets:absent", "can't be imported"),
+        ("my_lab_nets:number", "can't be built"),
     ],
-)  # fmt: skip
+)
 def test_a_network_of_the_user_s_own_that_is_of_no_use_is_one_line(my_lab, name, words):
     with pytest.raises(UserError, match=words) as caught:
         build_timm_vit(name, SHAPE, depth=2, where="teacher")

@@ -12,7 +12,27 @@ from dmae_ds.errors import UserError
 from dmae_ds.teacher.fit import check_fit, fits
 from dmae_ds.teacher.formats import FORMATS, Format, choose_format, open_weights
 from dmae_ds.teacher.frozen import meta_teacher
-from tests.teacher.references import changed, HF, IDS, ONE_OF_EACH, OTHERS, PICTURES, Reference, SHAPE, TAP, TAPS, as_pth, as_safetensors, assert_close, build_reference, features, load, needed_by, refusal, load_teacher
+from tests.teacher.references import (
+    changed,
+    HF,
+    IDS,
+    ONE_OF_EACH,
+    OTHERS,
+    PICTURES,
+    Reference,
+    SHAPE,
+    TAP,
+    TAPS,
+    as_pth,
+    as_safetensors,
+    assert_close,
+    build_reference,
+    features,
+    load,
+    needed_by,
+    refusal,
+    load_teacher,
+)
 
 
 @pytest.fixture(scope="module", params=[*OTHERS, *HF])
@@ -48,12 +68,22 @@ def test_loading_reads_every_needed_tensor_once_and_checking_none(tmp_path, what
     needed = needed_by(reference.name, tuple(reference.overrides.items()))
     check_fit(needed, weights, depth=TAP, may_resize=False)
     assert weights.container.bytes_read == 0
-    load_teacher(reference.name, reference.overrides, whole_blocks=3, weights=weights, taps=TAPS, dtype="fp32", device=torch.device("cpu"))
+    load_teacher(
+        reference.name,
+        reference.overrides,
+        whole_blocks=3,
+        weights=weights,
+        taps=TAPS,
+        dtype="fp32",
+        device=torch.device("cpu"),
+    )
     assert weights.container.bytes_read == sum(tensor.nbytes for tensor in needed.values())
     again = choose(reference, path)
     with pytest.raises(UserError):
         check_fit(needed | {"more": torch.empty(1)}, again, depth=TAP, may_resize=False)
-    assert again.container.bytes_read <= 3 * 2 * 96 * 4  # qkv biases: under a format that splits them they must be looked at
+    assert (
+        again.container.bytes_read <= 3 * 2 * 96 * 4
+    )  # qkv biases: under a format that splits them they must be looked at
 
 
 @pytest.mark.parametrize("what", HF)
@@ -101,13 +131,25 @@ def my_lab(tmp_path, monkeypatch) -> None:
 
 def test_a_map_of_the_user_s_own_is_imported(tmp_path, my_lab):
     reference = build_reference("timm")
-    tensors = {f"encoder.{key}": tensor for key, tensor in reference.tensors.items()} | {"probe.weight": torch.ones(3)}
+    tensors = {f"encoder.{key}": tensor for key, tensor in reference.tensors.items()} | {
+        "probe.weight": torch.ones(3)
+    }
     expected = reference.features(PICTURES, IDS)
     assert_close(features(load(reference, as_pth()(tmp_path, tensors), "my_lab_maps:to_timm"), IDS), expected)
-    assert_close(features(load(reference, as_pth("net", epoch=3)(tmp_path, tensors), "my_lab_maps:nested"), IDS), expected)
+    assert_close(
+        features(load(reference, as_pth("net", epoch=3)(tmp_path, tensors), "my_lab_maps:nested"), IDS),
+        expected,
+    )
 
 
-@pytest.mark.parametrize("format, words", [("my_lab_maps:absent", "can't be imported"), ("my_lab_typo:to_timm", "can't be imported"), ("my_lab_maps:number", "is a int")])
+@pytest.mark.parametrize(
+    "format, words",
+    [
+        ("my_lab_maps:absent", "can't be imported"),
+        ("my_lab_typo:to_timm", "can't be imported"),
+        ("my_lab_maps:number", "is a int"),
+    ],
+)
 def test_a_map_that_is_none_is_refused(tmp_path, my_lab, format, words):
     reference = build_reference("timm")
     assert words in refusal(load, reference, reference.save(tmp_path, reference.tensors), format)
@@ -129,10 +171,15 @@ def test_auto_takes_the_one_map_that_covers(tmp_path, what):
 def test_auto_refuses_what_no_map_covers_and_what_two_do(tmp_path, monkeypatch):
     reference = build_reference("timm")
     path = reference.save(tmp_path, reference.tensors)
-    swapped = Format("norms the other way round", lambda name: name.replace("norm1", "norm0").replace("norm2", "norm1").replace("norm0", "norm2"))
+    swapped = Format(
+        "norms the other way round",
+        lambda name: name.replace("norm1", "norm0").replace("norm2", "norm1").replace("norm0", "norm2"),
+    )
     with monkeypatch.context() as patch:
         patch.setitem(FORMATS, "swapped", swapped)
-        assert "fits the formats timm, swapped, with different tensors; set teacher.format" in refusal(choose, reference, path)
+        assert "fits the formats timm, swapped, with different tensors; set teacher.format" in refusal(
+            choose, reference, path
+        )
     assert choose(reference, path).format == "timm"
     spoilt = as_safetensors(tmp_path, changed(reference, tmp_path, "removed"), "spoilt.safetensors")
     assert "fits the teacher under no known format" in refusal(choose, reference, spoilt)

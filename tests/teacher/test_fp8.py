@@ -17,11 +17,20 @@ TEACHER = ["teacher.weights=x.pth", "teacher.dtype=fp8", "data.train=t"]
 
 
 def test_without_a_gpu_it_is_one_line():
-    with pytest.raises(UserError, match="needs a GPU that multiplies float8, and this rank has none; use teacher.dtype=bf16"):
+    with pytest.raises(
+        UserError, match="needs a GPU that multiplies float8, and this rank has none; use teacher.dtype=bf16"
+    ):
         fp8.check_fp8(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("capability, spec, words", [((8, 0), object(), "found A100 with 8.0"), ((9, 0), None, "needs torchao, which isn't installed"), ((8, 9), object(), None)])
+@pytest.mark.parametrize(
+    "capability, spec, words",
+    [
+        ((8, 0), object(), "found A100 with 8.0"),
+        ((9, 0), None, "needs torchao, which isn't installed"),
+        ((8, 9), object(), None),
+    ],
+)
 def test_the_hardware_and_torchao_are_looked_at(capability, spec, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
@@ -34,7 +43,9 @@ def test_the_hardware_and_torchao_are_looked_at(capability, spec, words, monkeyp
 
 
 def test_other_placements_are_refused():
-    with pytest.raises(UserError, match="teacher.dtype fp8 works with teacher.placement replicated alone, found pipeline"):
+    with pytest.raises(
+        UserError, match="teacher.dtype fp8 works with teacher.placement replicated alone, found pipeline"
+    ):
         load_config("dmae_vit_large_to_base", [*TEACHER, "teacher.placement=pipeline", "teacher.stages=2"])
     assert load_config("dmae_vit_large_to_base", TEACHER).teacher.dtype == "fp8"
 
@@ -52,7 +63,11 @@ def test_the_features_error_is_measured_on_the_fixed_input():
     text = fp8.to_fp8(teacher, halve)
     after = teacher.probe().features
     errors = [((after[number] - before[number]).norm() / before[number].norm()).item() for number in (2, 4)]
-    assert text == f"float8 changes features of a fixed input by {errors[0]:.2%} at block 2, {errors[1]:.2%} at block 4" and min(errors) > 0.001
+    assert (
+        text
+        == f"float8 changes features of a fixed input by {errors[0]:.2%} at block 2, {errors[1]:.2%} at block 4"
+        and min(errors) > 0.001
+    )
 
 
 @pytest.mark.gpu
@@ -61,6 +76,8 @@ def test_a_float8_teacher_runs_and_is_near_the_bf16_one():
     device = torch.device("cuda")
     fp8.check_fp8(device)
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}
-    vit = build_student("vit_tiny_patch16_224", shape, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    vit = build_student("vit_tiny_patch16_224", shape, generator=torch.Generator().manual_seed(0)).to(
+        device, torch.bfloat16
+    )
     text = fp8.to_fp8(FrozenTeacher(vit, ("block/2",), None))
     assert 0 < float(text.rsplit(" by ", 1)[1].split("%")[0]) < 20

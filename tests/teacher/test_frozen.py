@@ -27,13 +27,22 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads
 @pytest.fixture(scope="module")
 def tensors():
     torch.manual_seed(0)
-    state = {name: tensor.detach() + 0.1 * torch.randn_like(tensor) for name, tensor in timm.create_model(NAME, num_classes=0, **TINY).state_dict().items()}
+    state = {
+        name: tensor.detach() + 0.1 * torch.randn_like(tensor)
+        for name, tensor in timm.create_model(NAME, num_classes=0, **TINY).state_dict().items()
+    }
     return state | {"decoder_embed.weight": torch.zeros(3, 3), "mask_token": torch.zeros(1, 1, 3)}
 
 
 def load(path, *, format="timm", taps=("block/4",), dtype="fp32"):
     return load_teacher(
-        NAME, TINY, whole_blocks=6, weights=open_weights(path, format), taps=taps, dtype=dtype, device=torch.device("cpu")
+        NAME,
+        TINY,
+        whole_blocks=6,
+        weights=open_weights(path, format),
+        taps=taps,
+        dtype=dtype,
+        device=torch.device("cpu"),
     )
 
 
@@ -48,7 +57,9 @@ def save(tmp_path, tensors, container="safetensors"):
 def batch():
     generator = torch.Generator().manual_seed(1)
     ids = torch.tensor([[3, 0, 9], [15, 2, 4]])
-    return MaskedBatch(visible=torch.randn(2, 3, 8, 8, 3, generator=generator), masked=None, ids_keep=ids, ids_masked=None)
+    return MaskedBatch(
+        visible=torch.randn(2, 3, 8, 8, 3, generator=generator), masked=None, ids_keep=ids, ids_masked=None
+    )
 
 
 def test_a_cut_teacher_gives_the_features_of_a_whole_one_bit_for_bit(tmp_path, tensors):
@@ -68,16 +79,23 @@ def test_every_container_and_format_gives_the_same_features(tmp_path, tensors):
 def test_blocks_above_the_cut_the_norm_and_the_decoder_do_not_exist(tmp_path, tensors):
     teacher = load(save(tmp_path, tensors))
     names = set(teacher.vit.state_dict())
-    assert not any(name.startswith(("norm", "decoder", "mask_token", "blocks.4", "blocks.5")) for name in names)
+    assert not any(
+        name.startswith(("norm", "decoder", "mask_token", "blocks.4", "blocks.5")) for name in names
+    )
     assert not any(parameter.requires_grad for parameter in teacher.vit.parameters())
     assert not teacher.vit.training
     assert teacher.parts.kept == sum(tensors[name].numel() for name in names)
-    assert teacher.parts.kept + teacher.parts.dropped.parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert teacher.parts.kept + teacher.parts.dropped.parameters == sum(
+        tensor.numel() for tensor in tensors.values()
+    )
 
 
 def test_bf16_features_are_close_to_fp32_s(tmp_path, tensors):
     path = save(tmp_path, tensors)
-    full, half = load(path).features(batch())["block/4"], load(path, dtype="bf16").features(batch())["block/4"]
+    full, half = (
+        load(path).features(batch())["block/4"],
+        load(path, dtype="bf16").features(batch())["block/4"],
+    )
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).abs().max() < 0.05 * full.abs().max()
 
@@ -86,10 +104,19 @@ def test_bf16_features_are_close_to_fp32_s(tmp_path, tensors):
     "change, words",
     [
         (lambda t: t.pop("blocks.2.attn.qkv.weight"), "missing 1: blocks.2.attn.qkv.weight"),
-        (lambda t: t.update({"patch_embed.proj.bias": torch.zeros(31)}), r"misshapen 1: patch_embed.proj.bias \[31\] instead of \[32\]"),
+        (
+            lambda t: t.update({"patch_embed.proj.bias": torch.zeros(31)}),
+            r"misshapen 1: patch_embed.proj.bias \[31\] instead of \[32\]",
+        ),
         (lambda t: t.update({"blocks.1.extra": torch.zeros(1)}), "unexpected 1: blocks.1.extra"),
-        (lambda t: t.update({"cls_tokn": t.pop("cls_token")}), "missing 1: cls_token; unexpected 1: cls_tokn"),
-        (lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.0")], r"missing 12: .*, \.\.\."),
+        (
+            lambda t: t.update({"cls_tokn": t.pop("cls_token")}),
+            "missing 1: cls_token; unexpected 1: cls_tokn",
+        ),
+        (
+            lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.0")],
+            r"missing 12: .*, \.\.\.",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_one_line_that_names_the_keys(tmp_path, tensors, change, words):
@@ -136,9 +163,16 @@ def measure_memory(tmp_path, name, depth, cut, dtype="fp32") -> tuple[int, int, 
     """Bytes needed, kept and at the peak by a fresh process that loads this teacher from a whole file."""
     path = tmp_path / f"{name}.safetensors"
     if not path.exists():
-        save_file({key: torch.zeros(tensor.shape) for key, tensor in build_timm_vit(name, {}).state_dict().items()}, path)
+        save_file(
+            {key: torch.zeros(tensor.shape) for key, tensor in build_timm_vit(name, {}).state_dict().items()},
+            path,
+        )
     output = subprocess.run(
-        [sys.executable, "-c", MEASURE, name, str(depth), cut, str(path), dtype], check=True, capture_output=True, text=True, env=environment()
+        [sys.executable, "-c", MEASURE, name, str(depth), cut, str(path), dtype],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     needed, kept, peak = map(int, output.stdout.split())
     return needed, kept, peak
@@ -157,5 +191,7 @@ def test_a_teacher_takes_the_memory_of_its_cut_and_no_more(tmp_path):
 @pytest.mark.slow
 def test_a_huge_teacher_takes_the_memory_of_its_cut_and_no_more(tmp_path):
     needed, kept, peak = measure_memory(tmp_path, "vit_huge_patch14_224", 32, "block/24")
-    print(f"\nViT-H cut at 24: needed {needed / 2**30:.3f} GiB, kept {kept / 2**30:.3f}, peak {peak / 2**30:.3f}")
+    print(
+        f"\nViT-H cut at 24: needed {needed / 2**30:.3f} GiB, kept {kept / 2**30:.3f}, peak {peak / 2**30:.3f}"
+    )
     assert max(kept, peak) <= 1.05 * needed + CONSTANT

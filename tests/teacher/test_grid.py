@@ -29,7 +29,9 @@ def weights(tmp_path_factory):
     """A /14 teacher of 224 px with sin-cos positions, as MAE's ViT-H has them, and one with learned positions."""
     folder = tmp_path_factory.mktemp("teachers")
     torch.manual_seed(0)
-    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=224, patch_size=14, **SMALL).state_dict()
+    state = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=224, patch_size=14, **SMALL
+    ).state_dict()
     state = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in state.items()}
     save_file({**state, "pos_embed": sincos_positions(32, (16, 16))}, folder / "sincos.safetensors")
     save_file(state, folder / "learned.safetensors")
@@ -37,26 +39,43 @@ def weights(tmp_path_factory):
 
 
 def teacher_at(path, img_size, taps=("block/2",)):
-    config = TeacherConfig(name="vit_tiny_patch16_224", patch_size=14, img_size=img_size, weights=str(path), **SMALL)
+    config = TeacherConfig(
+        name="vit_tiny_patch16_224", patch_size=14, img_size=img_size, weights=str(path), **SMALL
+    )
     return build_frozen_teacher(config, taps=taps, whole_blocks=2, mean=MEAN, std=STD, device=CPU)
 
 
 def student_at(img_size):
-    student = build_student("vit_tiny_patch16_224", {"img_size": img_size, "patch_size": 16, **SMALL}, generator=torch.Generator().manual_seed(1))
+    student = build_student(
+        "vit_tiny_patch16_224",
+        {"img_size": img_size, "patch_size": 16, **SMALL},
+        generator=torch.Generator().manual_seed(1),
+    )
     config = MaeConfig(name="mae", decoder={"depth": 1, "embed_dim": 16, "num_heads": 2})
     return Mae(config, student=student, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("student_size, teacher_size, grid", [(224, 196, 14), (256, 224, 16)])
-def test_painting_one_patch_changes_exactly_that_token_on_both_sides(weights, student_size, teacher_size, grid):
+def test_painting_one_patch_changes_exactly_that_token_on_both_sides(
+    weights, student_size, teacher_size, grid
+):
     objective, teacher = student_at(student_size), teacher_at(weights / "sincos.safetensors", teacher_size)
-    images = torch.randint(0, 256, (2, 3, student_size, student_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    images = torch.randint(
+        0,
+        256,
+        (2, 3, student_size, student_size),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(3),
+    )
     noise = torch.rand(2, grid * grid, generator=torch.Generator().manual_seed(4))
     normalize = Normalize(MEAN, STD)
 
     def tokens(images):
         batch = objective.prepare(Batch(images, noise), normalize)
-        sides = objective.student.embed(batch.visible, batch.ids_keep), teacher.vit.embed(teacher.view(batch.visible), batch.ids_keep)
+        sides = (
+            objective.student.embed(batch.visible, batch.ids_keep),
+            teacher.vit.embed(teacher.view(batch.visible), batch.ids_keep),
+        )
         return [side.detach() for side in sides], batch.ids_keep
 
     before, ids_keep = tokens(images)
@@ -94,7 +113,9 @@ def test_learned_positions_are_interpolated_as_timm_does(weights):
     teacher = teacher_at(weights / "learned.safetensors", 196)
     assert any("learned positions interpolated: 16x16 -> 14x14" in note for note in teacher.parts.notes)
     reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=196, patch_size=14, **SMALL)
-    reference.load_state_dict(checkpoint_filter_fn(load_file(weights / "learned.safetensors"), reference), strict=True)
+    reference.load_state_dict(
+        checkpoint_filter_fn(load_file(weights / "learned.safetensors"), reference), strict=True
+    )
     torch.testing.assert_close(teacher.vit.pos_embed, reference.pos_embed.detach(), rtol=0, atol=1e-6)
 
 
@@ -108,8 +129,12 @@ def test_prefix_positions_stay_and_the_grid_may_grow():
 
 
 def test_without_a_size_in_the_recipe_another_grid_is_misshapen(weights, tmp_path):
-    config = TeacherConfig(name="vit_tiny_patch16_224", weights=str(weights / "learned.safetensors"), patch_size=16, **SMALL)
-    with pytest.raises(UserError, match=r"pos_embed \[1, 257, 32\] instead of \[1, 197, 32\].*teacher.img_size"):
+    config = TeacherConfig(
+        name="vit_tiny_patch16_224", weights=str(weights / "learned.safetensors"), patch_size=16, **SMALL
+    )
+    with pytest.raises(
+        UserError, match=r"pos_embed \[1, 257, 32\] instead of \[1, 197, 32\].*teacher.img_size"
+    ):
         build_frozen_teacher(config, taps=("block/1",), whole_blocks=2, mean=MEAN, std=STD, device=CPU)
 
 

@@ -54,15 +54,23 @@ def test_a_hub_id_is_served_from_the_cache(tmp_path, hub, kind):
     [
         (None, "is no file here, and owner/name could not be fetched from the hub (Cannot reach"),
         ({"config.json": "{}"}, "could not be fetched from the hub"),
-        ({"model.safetensors.index.json": '{"weight_map": {"a": "absent.safetensors"}}'}, "could not be fetched from the hub"),
-        ({"model.safetensors.index.json": '{"weight_map": {"a": "../../evil.safetensors"}}'}, "names the part '../../evil.safetensors'"),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "absent.safetensors"}}'},
+            "could not be fetched from the hub",
+        ),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "../../evil.safetensors"}}'},
+            "names the part '../../evil.safetensors'",
+        ),
         ({"model.safetensors.index.json": "<html>"}, "is not an index of parts"),
     ],
 )
 def test_a_hub_id_that_can_not_be_served_is_one_line(hub, files, words):
     if files is not None:
         put_into_cache(hub, "owner", "name", files)
-    assert words in refusal(locate, TeacherConfig(name="vit_tiny_patch16_224", weights="owner/name", format="hf"))
+    assert words in refusal(
+        locate, TeacherConfig(name="vit_tiny_patch16_224", weights="owner/name", format="hf")
+    )
 
 
 def test_a_path_is_no_hub_id(tmp_path, hub, monkeypatch):
@@ -70,10 +78,17 @@ def test_a_path_is_no_hub_id(tmp_path, hub, monkeypatch):
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "name").mkdir()
     assert locate(TeacherConfig(name="vit_tiny_patch16_224", weights="owner/name")) == Path("owner/name")
-    assert locate(TeacherConfig(name="vit_tiny_patch16_224", weights="weights/absent.pth")) == Path("weights/absent.pth")
+    assert locate(TeacherConfig(name="vit_tiny_patch16_224", weights="weights/absent.pth")) == Path(
+        "weights/absent.pth"
+    )
 
 
 def test_pretrained_weights_are_those_of_timm_s_tag(hub):
     snapshot = put_into_cache(hub, "timm", "vit_base_patch16_224.mae", {"model.safetensors": "x"})
-    assert locate(TeacherConfig(name="vit_base_patch16_224.mae", pretrained=True)) == snapshot / "model.safetensors"
-    assert "has no weights on the hub that timm knows" in refusal(locate, TeacherConfig(name="vit_base_patch16_224.mine", pretrained=True))
+    assert (
+        locate(TeacherConfig(name="vit_base_patch16_224.mae", pretrained=True))
+        == snapshot / "model.safetensors"
+    )
+    assert "has no weights on the hub that timm knows" in refusal(
+        locate, TeacherConfig(name="vit_base_patch16_224.mine", pretrained=True)
+    )

@@ -25,12 +25,17 @@ def trained_like(seed=0):
     """Random, but with gains and biases of their own and features that grow, as training leaves them."""
     torch.manual_seed(seed)
     state = timm.create_model(NAME, num_classes=0, **TINY).state_dict()
-    return {name: tensor * (6 if tensor.ndim == 2 else 1) + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}
+    return {
+        name: tensor * (6 if tensor.ndim == 2 else 1) + 0.1 * torch.randn_like(tensor)
+        for name, tensor in state.items()
+    }
 
 
 def build(path, *, taps=("block/3",), dtype="fp32", **more):
     config = TeacherConfig(name=NAME, weights=str(path), dtype=dtype, **{**TINY, **more})
-    return build_frozen_teacher(config, taps=taps, whole_blocks=4, mean=MEAN, std=STD, device=torch.device("cpu"))
+    return build_frozen_teacher(
+        config, taps=taps, whole_blocks=4, mean=MEAN, std=STD, device=torch.device("cpu")
+    )
 
 
 @pytest.fixture
@@ -45,7 +50,9 @@ def write_fingerprint(file):
 
 def test_a_fingerprint_written_by_inspect_is_found_and_matches(file):
     assert "written to" in write_fingerprint(file)
-    assert set(json.loads(identity.sidecar(file).read_text())["fingerprint"]) == {f"block/{number}" for number in (1, 2, 3, 4)}
+    assert set(json.loads(identity.sidecar(file).read_text())["fingerprint"]) == {
+        f"block/{number}" for number in (1, 2, 3, 4)
+    }
     for more in ({}, {"dtype": "bf16"}, {"taps": ("block/1", "block/4")}, {"img_size": 48}):
         assert any("match the fingerprint" in note for note in build(file, **more).parts.notes), more
 
@@ -55,7 +62,9 @@ def test_a_fingerprint_written_by_inspect_is_found_and_matches(file):
     "change",
     [
         lambda t: t.update(trained_like(seed=1)),
-        lambda t: t.update({"blocks.2.attn.proj.weight": t["blocks.2.attn.proj.weight"].T.contiguous()}),  # square: no shape tells
+        lambda t: t.update(
+            {"blocks.2.attn.proj.weight": t["blocks.2.attn.proj.weight"].T.contiguous()}
+        ),  # square: no shape tells
         lambda t: t.update({"patch_embed.proj.weight": t["patch_embed.proj.weight"].flip(1)}),  # BGR
     ],
     ids=["other weights", "one matrix transposed", "channels reversed"],
@@ -65,7 +74,9 @@ def test_weights_that_are_not_the_fingerprint_s_are_refused(file, change, dtype)
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
-    with pytest.raises(UserError, match="differ from the fingerprint in .*teacher.safetensors.teacher.json") as caught:
+    with pytest.raises(
+        UserError, match="differ from the fingerprint in .*teacher.safetensors.teacher.json"
+    ) as caught:
         build(file, dtype=dtype)
     assert "\n" not in str(caught.value)
 
@@ -85,7 +96,11 @@ def test_features_that_are_not_finite_are_refused(file):
 
 
 def test_features_that_are_the_same_everywhere_are_refused(file):
-    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()} | {"cls_token": torch.ones(1, 1, 32)}, file)
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
+        | {"cls_token": torch.ones(1, 1, 32)},
+        file,
+    )
     with pytest.raises(UserError, match="the same for every patch"):
         build(file)
 
@@ -98,7 +113,10 @@ def test_a_fresh_network_is_told_and_a_trained_one_is_not(file, tmp_path):
     assert not warned(build(file))
     save_file(timm.create_model(NAME, num_classes=0, **TINY).state_dict(), tmp_path / "timm.safetensors")
     assert warned(build(tmp_path / "timm.safetensors"))
-    save_file(build_student(NAME, TINY, generator=torch.Generator().manual_seed(5)).state_dict(), tmp_path / "mae.safetensors")
+    save_file(
+        build_student(NAME, TINY, generator=torch.Generator().manual_seed(5)).state_dict(),
+        tmp_path / "mae.safetensors",
+    )
     assert warned(build(tmp_path / "mae.safetensors"))
 
 
@@ -107,7 +125,10 @@ def test_a_fresh_network_of_an_unknown_initialisation_is_told_by_its_gains_and_b
     state = timm.create_model(NAME, num_classes=0, **TINY).state_dict()
     state = {name: tensor * (6 if tensor.ndim == 2 else 1) for name, tensor in state.items()}
     save_file(state, tmp_path / "t.safetensors")
-    assert any("every norm's gain is 1 and every bias 0" in note for note in build(tmp_path / "t.safetensors").parts.notes)
+    assert any(
+        "every norm's gain is 1 and every bias 0" in note
+        for note in build(tmp_path / "t.safetensors").parts.notes
+    )
 
 
 @pytest.mark.parametrize("fresh", ["timm", "mae"])
@@ -121,4 +142,6 @@ def test_a_fresh_network_is_told_by_its_features_alone(tmp_path, fresh):
     state = {name: tensor + 1e-3 * torch.randn_like(tensor) for name, tensor in state.items()}
     save_file(state, tmp_path / "t.safetensors")
     teacher = build(tmp_path / "t.safetensors")
-    assert warned(teacher) and any("features grow from block to block" in note for note in teacher.parts.notes)
+    assert warned(teacher) and any(
+        "features grow from block to block" in note for note in teacher.parts.notes
+    )

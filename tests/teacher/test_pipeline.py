@@ -14,21 +14,63 @@ from safetensors.torch import save_file
 
 from tests.train.conftest import LIMIT_S, environment, free_port
 
-PLAIN = {"name": "vit_tiny_patch16_224", "shape": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 8, "num_heads": 2}, "depth": 8, "file": "plain"}
+PLAIN = {
+    "name": "vit_tiny_patch16_224",
+    "shape": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 8, "num_heads": 2},
+    "depth": 8,
+    "file": "plain",
+}
 ROTARY = {
-    "name": "vit_small_patch16_dinov3", "shape": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}, "depth": 4, "file": "rotary",
-}  # fmt: skip
+    "name": "vit_small_patch16_dinov3",
+    "shape": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
+    "depth": 4,
+    "file": "rotary",
+}
 BASE = {"stages": 1, "taps": ["block/6"], "sizes": [4, 4, 4], "sees": "visible", "dtype": "fp32"}
 CASES = [
     {**PLAIN, **BASE},
-    {**PLAIN, **BASE, "stages": 2, "sizes": [4, 4, 4, 4, 3]},  # groups of 2 in a world of 4, a smaller last batch
+    {
+        **PLAIN,
+        **BASE,
+        "stages": 2,
+        "sizes": [4, 4, 4, 4, 3],
+    },  # groups of 2 in a world of 4, a smaller last batch
     {**PLAIN, **BASE, "stages": 4, "sizes": [4, 4, 4, 4, 4, 4, 1]},
-    {**PLAIN, **BASE, "stages": 4, "taps": ["block/3", "block/6"]},  # two taps, one of them on an inner stage; shorter than the pipeline
-    {**PLAIN, **BASE, "stages": 4, "taps": ["block/5"], "sizes": [2]},  # owners' borders differ; a single batch
-    {**PLAIN, **BASE, "stages": 2, "taps": ["block/4", "block/7"], "sizes": [2] * 6},  # the tapped block 4 is on either stage, by owner
+    {
+        **PLAIN,
+        **BASE,
+        "stages": 4,
+        "taps": ["block/3", "block/6"],
+    },  # two taps, one of them on an inner stage; shorter than the pipeline
+    {
+        **PLAIN,
+        **BASE,
+        "stages": 4,
+        "taps": ["block/5"],
+        "sizes": [2],
+    },  # owners' borders differ; a single batch
+    {
+        **PLAIN,
+        **BASE,
+        "stages": 2,
+        "taps": ["block/4", "block/7"],
+        "sizes": [2] * 6,
+    },  # the tapped block 4 is on either stage, by owner
     {**PLAIN, **BASE, "stages": 2, "taps": ["block/1", "block/7"], "dtype": "bf16", "sees": "all"},
-    {**ROTARY, **BASE, "stages": 4, "taps": ["block/4", "block/2"], "sizes": [3, 3, 2]},  # registers, angles that travel
-    {**PLAIN, **BASE, "stages": None, "taps": ["block/3", "block/6"], "sizes": [4, 4, 1]},  # no stages: spread over all ranks by ZeRO-3
+    {
+        **ROTARY,
+        **BASE,
+        "stages": 4,
+        "taps": ["block/4", "block/2"],
+        "sizes": [3, 3, 2],
+    },  # registers, angles that travel
+    {
+        **PLAIN,
+        **BASE,
+        "stages": None,
+        "taps": ["block/3", "block/6"],
+        "sizes": [4, 4, 1],
+    },  # no stages: spread over all ranks by ZeRO-3
     {**ROTARY, **BASE, "stages": None, "taps": ["block/4"], "dtype": "bf16", "sizes": [3]},
 ]
 
@@ -38,10 +80,28 @@ def start(folder: Path, cases: list[dict], *, schedules: int) -> str:
     torch.manual_seed(0)
     for network in (PLAIN, ROTARY):
         state = timm.create_model(network["name"], num_classes=0, **network["shape"]).state_dict()
-        save_file({name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}, folder / f"{network['file']}.safetensors")
+        save_file(
+            {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()},
+            folder / f"{network['file']}.safetensors",
+        )
     driver = Path(__file__).with_name("stream_driver.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", str(free_port()), str(driver)]
-    done = subprocess.run([*command, str(folder), json.dumps(cases), str(schedules)], env=environment(), capture_output=True, text=True, timeout=LIMIT_S)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "4",
+        "--master_port",
+        str(free_port()),
+        str(driver),
+    ]
+    done = subprocess.run(
+        [*command, str(folder), json.dumps(cases), str(schedules)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
     return done.stdout + done.stderr[-3000:]
 
 
@@ -61,6 +121,10 @@ def test_three_hundred_random_schedules_neither_hang_nor_differ(tmp_path):
     assert "SCHEDULES 300\n" in answers, answers
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"P{CASES[n]['stages'] or '-zero3'}-{'+'.join(CASES[n]['taps'])}-{CASES[n]['file']}")
+@pytest.mark.parametrize(
+    "number",
+    range(len(CASES)),
+    ids=lambda n: f"P{CASES[n]['stages'] or '-zero3'}-{'+'.join(CASES[n]['taps'])}-{CASES[n]['file']}",
+)
 def test_streamed_features_are_the_replicated_teacher_s(answers, number):
     assert f"EQUAL {number}\n" in answers, answers

@@ -49,7 +49,9 @@ def test_phi_s_gives_every_channel_variance_1_by_one_rotation_and_one_scale(toke
     ratios = torch.cdist(found[:50], found[50:100]) / torch.cdist(tokens[:50], tokens[50:100])
     assert ratios.std() < 1e-4 * ratios.mean()
     rotation = phi_s_matrix(stats["block/2.covariance"])
-    torch.testing.assert_close(rotation @ rotation.T / (rotation @ rotation.T).diagonal().mean(), torch.eye(12), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        rotation @ rotation.T / (rotation @ rotation.T).diagonal().mean(), torch.eye(12), rtol=0, atol=1e-5
+    )
 
 
 def test_a_channel_that_never_changes_stays_zero(stats):
@@ -66,12 +68,16 @@ def test_layer_norm_standardises_each_token_by_itself(tokens):
     torch.testing.assert_close(found.var(-1, correction=0), torch.ones(1, 4000), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("width", [1, 2, 4, 12, 28, 48, 192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664, 4096])
+@pytest.mark.parametrize(
+    "width", [1, 2, 4, 12, 28, 48, 192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664, 4096]
+)
 def test_hadamard_matrices_are_orthogonal_with_entries_of_one_size(width):
     matrix = hadamard(width)
     assert torch.all((matrix.abs() * width**0.5 - 1).abs() < 1e-9)
     product = matrix @ matrix.T if width <= 1024 else matrix[:64] @ matrix.T
-    torch.testing.assert_close(product, torch.eye(width, dtype=torch.float64)[: len(product)], rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        product, torch.eye(width, dtype=torch.float64)[: len(product)], rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("width", [3, 6, 52])
@@ -89,7 +95,9 @@ def test_statistics_that_are_missing_damaged_or_of_other_taps_are_one_line(tmp_p
     assert torch.equal(read_stats(path, ("block/1",))[0]["block/1.covariance"], torch.eye(3))
     with pytest.raises(UserError, match="statistics of block/1, not of block/2"):
         read_stats(path, ("block/2",))
-    save_file(tensors, path, metadata={"about": json.dumps({"version": STATS_VERSION + 1, "taps": ["block/1"]})})
+    save_file(
+        tensors, path, metadata={"about": json.dumps({"version": STATS_VERSION + 1, "taps": ["block/1"]})}
+    )
     with pytest.raises(UserError, match="format version 2"):
         read_stats(path, ("block/1",))
     path.write_bytes(path.read_bytes()[:-5])

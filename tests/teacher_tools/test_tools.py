@@ -42,19 +42,33 @@ def file(tmp_path_factory):
     torch.manual_seed(0)
     state = noisy(timm.create_model(NAME, num_classes=0, **TINY).state_dict())
     path = tmp_path_factory.mktemp("mae") / "mae_pretrain_full.pth"
-    torch.save({"model": state | {"mask_token": torch.zeros(1, 1, 16), "decoder_embed.weight": torch.randn(16, 32), "decoder_blocks.0.norm1.bias": torch.zeros(16)}}, path)
+    torch.save(
+        {
+            "model": state
+            | {
+                "mask_token": torch.zeros(1, 1, 16),
+                "decoder_embed.weight": torch.randn(16, 32),
+                "decoder_blocks.0.norm1.bias": torch.zeros(16),
+            }
+        },
+        path,
+    )
     return path
 
 
 def batch():
     generator = torch.Generator().manual_seed(1)
     ids = torch.tensor([[3, 0, 9], [15, 2, 4]])
-    return MaskedBatch(visible=torch.randn(2, 3, 8, 8, 3, generator=generator), masked=None, ids_keep=ids, ids_masked=None)
+    return MaskedBatch(
+        visible=torch.randn(2, 3, 8, 8, 3, generator=generator), masked=None, ids_keep=ids, ids_masked=None
+    )
 
 
 def features(weights, *, format, taps=("block/6",), **more):
     config = TeacherConfig(name=NAME, weights=str(weights), format=format, **{**TINY, **more})
-    return build_frozen_teacher(config, taps=taps, whole_blocks=8, mean=(0.5,) * 3, std=(0.5,) * 3, device=CPU).features(batch())[taps[0]]
+    return build_frozen_teacher(
+        config, taps=taps, whole_blocks=8, mean=(0.5,) * 3, std=(0.5,) * 3, device=CPU
+    ).features(batch())[taps[0]]
 
 
 def test_inspect_tells_what_a_file_is(file):
@@ -72,7 +86,10 @@ def test_inspect_names_a_published_network_and_the_recipes_it_serves(tmp_path):
     """The real geometry of ViT-L at a width that fits a test: its tensors are zeros, stored sparsely by the file system."""
     with torch.device("meta"):
         meta = timm.create_model("vit_small_patch16_224", num_classes=0)
-    save_file(noisy({name: torch.zeros(tensor.shape) for name, tensor in meta.state_dict().items()}), tmp_path / "s.safetensors")
+    save_file(
+        noisy({name: torch.zeros(tensor.shape) for name, tensor in meta.state_dict().items()}),
+        tmp_path / "s.safetensors",
+    )
     text = inspect(tmp_path / "s.safetensors")
     assert "network     vit_small_patch16_224: width 384, 12 blocks, 14x14 patches of 16 px" in text
     assert "recipes     none of the shipped ones" in text
@@ -81,9 +98,16 @@ def test_inspect_names_a_published_network_and_the_recipes_it_serves(tmp_path):
 def test_recipes_that_a_file_serves_are_those_whose_teacher_it_is(tmp_path):
     keys = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 8, "num_heads": 4}
     student = build_student(NAME, keys, generator=torch.Generator().manual_seed(0))
-    save_file(student.state_dict(), tmp_path / "student.safetensors", metadata={"timm_name": NAME, "timm_overrides": json.dumps(keys)})
+    save_file(
+        student.state_dict(),
+        tmp_path / "student.safetensors",
+        metadata={"timm_name": NAME, "timm_overrides": json.dumps(keys)},
+    )
     text = inspect(tmp_path / "student.safetensors")
-    served = [f"{name} (teacher.format=dmae_ds)" for name in ("digits_dino_dmae", "digits_dmae", "digits_mocov3_dmae")]  # no decoder, no classifier
+    served = [
+        f"{name} (teacher.format=dmae_ds)"
+        for name in ("digits_dino_dmae", "digits_dmae", "digits_mocov3_dmae")
+    ]  # no decoder, no classifier
     assert f"recipes     {', '.join(served)}\n" in text
     assert "WARNING: THIS TEACHER LOOKS UNTRAINED" in text
 
@@ -96,7 +120,10 @@ def refused(capsys, *arguments):
 
 def test_a_network_that_nobody_knows_is_described(file, capsys):
     line = refused(capsys, "inspect", file)
-    assert "a whole MAE, encoder and decoder (format mae), width 32, 8 blocks, patches of 8 px" in line and "give --name" in line
+    assert (
+        "a whole MAE, encoder and decoder (format mae), width 32, 8 blocks, patches of 8 px" in line
+        and "give --name" in line
+    )
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
@@ -104,7 +131,9 @@ def test_slices_give_the_whole_file_s_features_bit_for_bit(file, tmp_path, num_s
     slice_teacher(file, tmp_path / "cut", num_stages=num_stages, name=NAME, overrides=NUMBERS)
     assert len(list((tmp_path / "cut").glob("stage-*.safetensors"))) == num_stages
     for taps in (("block/6",), ("block/2",)):
-        assert torch.equal(features(tmp_path / "cut", format="dmae_ds", taps=taps), features(file, format="mae", taps=taps))
+        assert torch.equal(
+            features(tmp_path / "cut", format="dmae_ds", taps=taps), features(file, format="mae", taps=taps)
+        )
 
 
 @pytest.mark.parametrize("num_stages", [3, 4])  # of six blocks in four stages, neighbours hold some together
@@ -115,7 +144,11 @@ def test_a_stage_s_file_alone_is_all_that_a_rank_needs(file, tmp_path, num_stage
     for number, stage in enumerate(held_blocks(6, num_stages), start=1):
         own = tmp_path / f"rank{number}"
         own.mkdir()
-        for name in ("model.safetensors.index.json", "teacher.json", f"stage-{number}-of-{num_stages}.safetensors"):
+        for name in (
+            "model.safetensors.index.json",
+            "teacher.json",
+            f"stage-{number}-of-{num_stages}.safetensors",
+        ):
             (own / name).write_bytes((tmp_path / "cut" / name).read_bytes())
         weights = open_weights(own, "dmae_ds")
         vit = meta_teacher(NAME, TINY, 6)
@@ -126,7 +159,14 @@ def test_a_stage_s_file_alone_is_all_that_a_rank_needs(file, tmp_path, num_stage
                 assert tensor.is_meta or torch.equal(tensor, whole.blocks[block].state_dict()[name])
         assert torch.equal(vit.pos_embed, whole.pos_embed)
         with pytest.raises(UserError, match=f"{num_stages - 1} parts are not here: stage-"):
-            fill(meta_teacher(NAME, TINY, 6), weights, whole_blocks=8, may_resize=True, dtype=torch.float32, device=CPU)
+            fill(
+                meta_teacher(NAME, TINY, 6),
+                weights,
+                whole_blocks=8,
+                may_resize=True,
+                dtype=torch.float32,
+                device=CPU,
+            )
 
 
 def test_a_stage_holds_only_the_needed_blocks(file, tmp_path):
@@ -135,7 +175,12 @@ def test_a_stage_holds_only_the_needed_blocks(file, tmp_path):
     blocks = [{name.split(".")[1] for name in stage if name.startswith("blocks")} for stage in names]
     assert blocks == [{"0", "1", "2"}, {"2", "3", "4"}]  # five blocks in two stages share the middle one
     for stage in names:
-        assert {name for name in stage if not name.startswith("blocks")} == {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+        assert {name for name in stage if not name.startswith("blocks")} == {
+            "cls_token",
+            "pos_embed",
+            "patch_embed.proj.weight",
+            "patch_embed.proj.bias",
+        }
     about = json.loads((tmp_path / "cut" / "teacher.json").read_text())
     assert (about["stages"], about["blocks"], about["whole_blocks"]) == ([[1, 3], [3, 5]], 5, 8)
 
@@ -154,13 +199,18 @@ def test_a_slice_carries_a_fingerprint_that_a_run_checks(file, tmp_path):
 
 def test_a_tap_above_the_cut_is_refused(file, tmp_path):
     slice_teacher(file, tmp_path / "cut", num_stages=2, name=NAME, overrides=NUMBERS)
-    with pytest.raises(UserError, match="missing 12: blocks.6.norm1.weight.*holds blocks 1-6.*slice again with --last-block"):
+    with pytest.raises(
+        UserError, match="missing 12: blocks.6.norm1.weight.*holds blocks 1-6.*slice again with --last-block"
+    ):
         features(tmp_path / "cut", format="dmae_ds", taps=("block/7",))
 
 
 def test_a_slice_of_another_network_is_refused(file, tmp_path):
     slice_teacher(file, tmp_path / "cut", num_stages=1, name=NAME, overrides=NUMBERS)
-    with pytest.raises(UserError, match="holds vit_tiny_patch16_224 .*'num_heads': 2.*the recipe's teacher is .*'num_heads': 4"):
+    with pytest.raises(
+        UserError,
+        match="holds vit_tiny_patch16_224 .*'num_heads': 2.*the recipe's teacher is .*'num_heads': 4",
+    ):
         features(tmp_path / "cut", format="dmae_ds", num_heads=4)
 
 
@@ -173,7 +223,9 @@ from dmae_ds.cli import main
 main(sys.argv[1:])
 """
     arguments = ["teacher", "slice", file, tmp_path / "cut", "--stages", "2", "--name", NAME, *NUMBERS]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=tmp_path, env=environment(), timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=tmp_path, env=environment(), timeout=600
+    )
     assert done.returncode == -signal.SIGKILL
     assert os.listdir(tmp_path) == ["cut.tmp"]
     assert main(list(map(str, arguments))) == 0

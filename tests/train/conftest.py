@@ -17,7 +17,17 @@ def command(arguments: list[str], *, ranks: int) -> list[str]:
     """One process as `dmae-ds`, more under the real `deepspeed` launcher."""
     if ranks == 1:
         return [sys.executable, "-m", "dmae_ds", *arguments]
-    return ["deepspeed", "-q", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", "dmae_ds", *arguments]
+    return [
+        "deepspeed",
+        "-q",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "dmae_ds",
+        *arguments,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -27,7 +37,9 @@ def environment() -> dict[str, str]:
 
 
 def run(arguments: list[str], *, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=LIMIT_S)
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=LIMIT_S
+    )
 
 
 def losses(run_dir: Path) -> list[float]:

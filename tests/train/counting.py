@@ -20,7 +20,18 @@ end_step, lives = Recorder.end_step, f"{time.time_ns()}-{os.getpid()}"
 def end_step_and_note(self: Recorder, step: int, lr: float) -> None:
     ids = [number for of_micro_batch in self._ids for number in of_micro_batch.tolist()]
     with open(Path(os.environ["LEDGER"]) / f"{lives}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"at": time.time(), "step": step, "rank": int(os.environ.get("RANK", 0)), "ranks": int(os.environ.get("WORLD_SIZE", 1)), "ids": ids}) + "\n")
+        file.write(
+            json.dumps(
+                {
+                    "at": time.time(),
+                    "step": step,
+                    "rank": int(os.environ.get("RANK", 0)),
+                    "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+                    "ids": ids,
+                }
+            )
+            + "\n"
+        )
     end_step(self, step, lr)
 
 

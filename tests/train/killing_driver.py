@@ -24,7 +24,9 @@ device = dist.start(world)
 from dmae_ds.train.checkpoint_files import CheckpointFiles  # noqa: E402  (imports DeepSpeed)
 
 
-def die_in(owner: object, name: str, *, at: int, after: bool = False, when=lambda *args: True, of_rank: int = 0) -> None:
+def die_in(
+    owner: object, name: str, *, at: int, after: bool = False, when=lambda *args: True, of_rank: int = 0
+) -> None:
     """Let the at-th call for which `when` holds be the last thing that this process does."""
     operation, calls = getattr(owner, name), 0
 

@@ -1,7 +1,7 @@
 """Started by the tests under a real launcher: a list of steps as JSON, done one after the other by every rank.
 
-    ["train", recipe, key=value, ...]   start or continue a run; what it dies of on purpose is printed, by every rank
-    ["take", run, step, other run]      the other run has this run's checkpoint of a step, and nothing else
+["train", recipe, key=value, ...]   start or continue a run; what it dies of on purpose is printed, by every rank
+["take", run, step, other run]      the other run has this run's checkpoint of a step, and nothing else
 """
 
 import json
@@ -23,7 +23,9 @@ for kind, *what in json.loads(sys.argv[-1]):
     if kind == "take" and world.is_main:
         run, step, other = what
         (Path(other) / "checkpoints").mkdir(parents=True)
-        shutil.copytree(Path(run) / "checkpoints" / f"step-{step:08d}", Path(other) / "checkpoints" / f"step-{step:08d}")
+        shutil.copytree(
+            Path(run) / "checkpoints" / f"step-{step:08d}", Path(other) / "checkpoints" / f"step-{step:08d}"
+        )
         (Path(other) / "checkpoints" / "latest").write_text(f"step-{step:08d}")
     dist.barrier()
     if kind == "train":

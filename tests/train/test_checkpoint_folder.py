@@ -86,7 +86,14 @@ def test_killed_before_any_operation_on_the_disk_the_latest_is_whole(tmp_path, m
             os.rmdir(folder)
 
         monkeypatch.setattr(shutil, "rmtree", rmtree)
-        for module, name in [(os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (checkpoint_folder, "open")]:
+        for module, name in [
+            (os, "replace"),
+            (os, "fsync"),
+            (os, "mkdir"),
+            (os, "unlink"),
+            (os, "rmdir"),
+            (checkpoint_folder, "open"),
+        ]:
             monkeypatch.setattr(module, name, counted(getattr(module, name, open)), raising=False)
 
     moved = set()
@@ -136,7 +143,10 @@ def test_the_way_back_is_the_newest_older_one_that_is_whole_to_the_last_byte(fol
     for step in (20, 15):
         (folder.path / folder.tag(step) / "weights.pt").write_bytes(b"y" * step)
     folder.latest()  # the size is right
-    with pytest.raises(UserError, match=r"weights.pt is damaged: its crc32 is .*; step-00000010 before it is whole; to take that: echo step-00000010 > .*/latest$"):
+    with pytest.raises(
+        UserError,
+        match=r"weights.pt is damaged: its crc32 is .*; step-00000010 before it is whole; to take that: echo step-00000010 > .*/latest$",
+    ):
         folder.check_bytes(folder.latest())
     for step in (5, 10):
         (folder.path / folder.tag(step) / "weights.pt").unlink()
@@ -153,7 +163,9 @@ def test_several_readers_check_every_file_once(folder, monkeypatch):
         files[name] = Written(1, crc32_of(path))
     folder.commit(5, {"step": 5, **IDENTITY}, files)
     seen = []
-    monkeypatch.setattr(checkpoint_folder, "crc32_of", lambda path: seen.append(path.name) or files[path.name].crc32)
+    monkeypatch.setattr(
+        checkpoint_folder, "crc32_of", lambda path: seen.append(path.name) or files[path.name].crc32
+    )
     for part in range(3):
         folder.check_bytes(folder.latest(), part=part, parts=3)
     assert sorted(seen) == list("abcde")
@@ -182,7 +194,11 @@ class Move(NamedTuple):
         Move({}, {"zero_stage": 3}, None),
         Move({"zero_stage": 0}, {"world_size": 4}, None),
         Move({"precision": "fp16"}, {"precision": "fp16"}, None),
-        Move({"precision": "fp16"}, {"precision": "fp16", "world_size": 4}, "the loss scale of fp16, .*; start with 2 ranks with ZeRO stage 2, as it was written"),
+        Move(
+            {"precision": "fp16"},
+            {"precision": "fp16", "world_size": 4},
+            "the loss scale of fp16, .*; start with 2 ranks with ZeRO stage 2, as it was written",
+        ),
     ],
 )
 def test_another_world_size_or_stage_may_go_on_where_everything_moves(folder, move):
@@ -198,7 +214,9 @@ def test_a_checkpoint_from_before_checksums_is_read_and_moves_unless_it_lacks_th
     for stage in (2, 0):
         save(folder, 5)
         path = folder.path / folder.tag(5) / "state.json"
-        path.write_text(json.dumps({"version": 2, "step": 5, **IDENTITY, "zero_stage": stage, "files": {"weights.pt": 5}}))
+        path.write_text(
+            json.dumps({"version": 2, "step": 5, **IDENTITY, "zero_stage": stage, "files": {"weights.pt": 5}})
+        )
         folder.check_bytes(folder.latest())
         folder.check_same_run(folder.latest(), {**IDENTITY, "zero_stage": stage})
         if stage == 2:

@@ -19,7 +19,20 @@ from tests.train.conftest import command, environment, losses, run
 
 def test_auto_is_settled_on_every_rank_said_once_and_written_down(tiny_recipe, tmp_path):
     folder = tmp_path / "run"
-    done = run(command(["train", *tiny_recipe, f"run.dir={folder}", "teacher.placement=auto", "optim.epochs=0.06", "optim.warmup_epochs=0.01"], ranks=2), cwd=tmp_path)
+    done = run(
+        command(
+            [
+                "train",
+                *tiny_recipe,
+                f"run.dir={folder}",
+                "teacher.placement=auto",
+                "optim.epochs=0.06",
+                "optim.warmup_epochs=0.01",
+            ],
+            ranks=2,
+        ),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("chosen by auto") == 1
     for other in ("pipeline P=2", "zero3"):
@@ -44,10 +57,16 @@ def settled(tiny_recipe, tmp_path, monkeypatch):
     def settle(*, free: float, ranks: int = 4, more: tuple[str, ...] = ()):
         monkeypatch.setattr(forecast, "dist", Alone)
         monkeypatch.setattr(forecast, "free_bytes", lambda device, local_ranks: free)
-        config = load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", "teacher.placement=auto", *more])
+        config = load_config(
+            tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", "teacher.placement=auto", *more]
+        )
         preflight = prepare(config, World(size=ranks, local_size=ranks), resume="never")
         settled, reason = forecast.resolve_placement(preflight, torch.device("cpu"))
-        return settled.config.teacher, reason, forecast.predict(settled, measure(settled.config, settled.micro_batch), gpu=False).total
+        return (
+            settled.config.teacher,
+            reason,
+            forecast.predict(settled, measure(settled.config, settled.micro_batch), gpu=False).total,
+        )
 
     return settle
 
@@ -56,7 +75,9 @@ def test_auto_takes_a_pipeline_where_the_replicated_teacher_is_too_large(settled
     # A teacher of 20 MB a block, whose weights are more than the stream's messages.
     large = ("teacher.embed_dim=1536", "teacher.depth=8", "teacher.num_heads=8")
     teacher, reason, needed = settled(free=2**34, more=large)
-    assert (teacher.placement, teacher.stages) == ("replicated", None) and reason.startswith("replicated (chosen by auto")
+    assert (teacher.placement, teacher.stages) == ("replicated", None) and reason.startswith(
+        "replicated (chosen by auto"
+    )
     teacher, reason, less = settled(free=needed - 1, more=large)
     assert teacher.placement == "pipeline" and teacher.stages in (2, 4) and less < needed
     assert "replicated" in reason and "(too much)" in reason
@@ -72,14 +93,22 @@ def test_what_is_not_auto_is_left_alone(tiny_recipe, tmp_path):
     from dmae_ds.config.load import load_config
     from dmae_ds.train.preflight import prepare
 
-    preflight = prepare(load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}"]), World(), resume="never")
+    preflight = prepare(
+        load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}"]),
+        World(),
+        resume="never",
+    )
     assert forecast.resolve_placement(preflight, torch.device("cpu")) == (preflight, "")
 
 
 def test_the_comparison_leaves_libraries_out_on_a_gpu():
     predicted = Memory(parameters=2**30, libraries=2**30)
-    assert "2.00 GiB a rank predicted" in forecast.compare(predicted, 2**31, gpu=False) and "+0.0%" in forecast.compare(predicted, 2**31, gpu=False)
-    assert "1.00 GiB a rank predicted" in forecast.compare(predicted, 2**30, gpu=True) and "libraries" not in forecast.compare(predicted, 2**30, gpu=True)
+    assert "2.00 GiB a rank predicted" in forecast.compare(
+        predicted, 2**31, gpu=False
+    ) and "+0.0%" in forecast.compare(predicted, 2**31, gpu=False)
+    assert "1.00 GiB a rank predicted" in forecast.compare(
+        predicted, 2**30, gpu=True
+    ) and "libraries" not in forecast.compare(predicted, 2**30, gpu=True)
 
 
 def test_the_watch_sees_what_is_allocated_after_its_start():
@@ -88,6 +117,8 @@ def test_the_watch_sees_what_is_allocated_after_its_start():
         "import torch; from dmae_ds.train.memory import MemoryWatch; before = torch.ones(2**26); del before; watch = MemoryWatch(torch.device('cpu')); "
         "start = watch.peak(); kept = torch.ones(2**26); print(start, watch.peak())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
     start, peak = map(int, done.stdout.split())
     assert start < 0.1 * 2**28 and peak - start > 0.9 * 2**28  # what was before the watch is forgotten

@@ -19,15 +19,24 @@ def with_spectrum(variances, num):
 
 
 @pytest.mark.parametrize("num", [40, 9])  # more rows than columns, and fewer
-@pytest.mark.parametrize("variances, rank", [
-    ([1.0] * 8, 8), ([1.0] + [0.0] * 11, 1), ([2.0, 2.0, 2.0] + [0.0] * 9, 3),
-    ([0.5, 0.25, 0.25], math.exp(0.5 * math.log(2) + 0.5 * math.log(4))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variances, rank",
+    [
+        ([1.0] * 8, 8),
+        ([1.0] + [0.0] * 11, 1),
+        ([2.0, 2.0, 2.0] + [0.0] * 9, 3),
+        ([0.5, 0.25, 0.25], math.exp(0.5 * math.log(2) + 0.5 * math.log(4))),
+    ],
+)
 def test_effective_rank_of_known_spectra(variances, rank, num):
     features = with_spectrum([variance for variance in variances if variance], num)
     features = torch.nn.functional.pad(features, (0, len(variances) - features.shape[1]))
     assert effective_rank(features).item() == pytest.approx(rank, rel=1e-3)
-    rotation = torch.linalg.qr(torch.randn(len(variances), len(variances), dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    rotation = torch.linalg.qr(
+        torch.randn(
+            len(variances), len(variances), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
+    )[0]
     assert effective_rank(1e-3 * features @ rotation + 0.01).item() == pytest.approx(rank, rel=1e-2)
 
 
@@ -61,9 +70,14 @@ def test_the_watch_measures_the_micro_batches_of_a_step_together(student):
     watch.active = True
     outputs = [run(student, 12, seed) for seed in (0, 1)]
     found = watch.measure()
-    latent, tapped = (torch.cat(parts) for parts in ([latent for latent, _ in outputs], [tapped[2] for _, tapped in outputs]))
+    latent, tapped = (
+        torch.cat(parts)
+        for parts in ([latent for latent, _ in outputs], [tapped[2] for _, tapped in outputs])
+    )
     assert list(found) == ["rank/mean", "rank/cls", "norm/2", "norm/3"]
-    assert found["rank/mean"].item() == pytest.approx(effective_rank(latent[:, 1:].mean(dim=1)).item(), rel=1e-4)
+    assert found["rank/mean"].item() == pytest.approx(
+        effective_rank(latent[:, 1:].mean(dim=1)).item(), rel=1e-4
+    )
     assert found["rank/cls"].item() == pytest.approx(effective_rank(latent[:, 0]).item(), rel=1e-4)
     assert found["norm/2"].item() == pytest.approx(tapped.norm(dim=-1).mean().item(), rel=1e-5)
     last = student.blocks[2](tapped)  # the residual stream, before the final norm

@@ -25,7 +25,9 @@ def choose(monkeypatch):
         monkeypatch.setattr(kernels, "onednn_speedup", lambda: speedup)
         config = load_config("digits_mae", ["data.train=t", *overrides])
         network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        said = kernels.choose_kernels(config, network, None, device, zero_stage=zero_stage, large=large, before=before)
+        said = kernels.choose_kernels(
+            config, network, None, device, zero_stage=zero_stage, large=large, before=before
+        )
         changed = sum(isinstance(layer, OneDnnLinear) for layer in network)
         assert said.linear == ("onednn" if changed else "torch")
         return said.text, changed
@@ -39,7 +41,10 @@ def test_auto_takes_what_is_clearly_faster_where_it_pays_to_look(choose, speedup
     assert found == changed and ("1.90 times as fast" in said) == bool(changed)
 
 
-@pytest.mark.parametrize("before, speedup, large, changed", [("onednn", 1.0, True, 2), ("onednn", 1.0, False, 2), ("torch", 1.9, True, 0), (None, 1.9, True, 2)])
+@pytest.mark.parametrize(
+    "before, speedup, large, changed",
+    [("onednn", 1.0, True, 2), ("onednn", 1.0, False, 2), ("torch", 1.9, True, 0), (None, 1.9, True, 2)],
+)
 def test_auto_comes_to_the_same_when_a_run_goes_on(choose, before, speedup, large, changed):
     said, found = choose(before=before, speedup=speedup, large=large)
     assert found == changed and ("as before" in said) == (before == "onednn")
@@ -57,7 +62,12 @@ def test_what_was_is_left_where_it_can_not_be(choose, overrides, where):
 
 @pytest.mark.parametrize(
     "overrides, where",
-    [(["linear=torch"], {}), (["precision=bf16_autocast"], {}), ([], {"zero_stage": 3}), ([], {"device": torch.device("cuda")})],
+    [
+        (["linear=torch"], {}),
+        (["precision=bf16_autocast"], {}),
+        ([], {"zero_stage": 3}),
+        ([], {"device": torch.device("cuda")}),
+    ],
 )
 def test_auto_leaves_alone_what_oneDNN_is_not_for(choose, overrides, where):
     assert choose(*overrides, speedup=9.0, **where) == ("", 0)
@@ -79,7 +89,14 @@ def test_a_wish_that_can_not_be_met_is_one_line(choose, overrides, where, words)
 
 @pytest.mark.parametrize(
     "environment, local_size, threads",
-    [({}, 1, 6), ({}, 2, 3), ({}, 9, 1), ({"OMP_NUM_THREADS": "4"}, 2, 4), ({"OMP_NUM_THREADS": "1"}, 2, 1), ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 3)],
+    [
+        ({}, 1, 6),
+        ({}, 2, 3),
+        ({}, 9, 1),
+        ({"OMP_NUM_THREADS": "4"}, 2, 4),
+        ({"OMP_NUM_THREADS": "1"}, 2, 1),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 3),
+    ],
 )
 def test_ranks_share_the_cores_unless_somebody_says_otherwise(environment, local_size, threads, monkeypatch):
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):

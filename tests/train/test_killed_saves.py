@@ -30,7 +30,11 @@ def test_killed_in_a_save_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ra
         return train(recipe, tmp_path / name, "checkpoint.every_steps=2", "checkpoint.keep=1")
 
     for moment, latest in MOMENTS.items():
-        launcher = [sys.executable] if ranks == 1 else ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        launcher = (
+            [sys.executable]
+            if ranks == 1
+            else ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        )
         done = run([*launcher, str(KILLER), moment, json.dumps(options(moment)[1:])], cwd=tmp_path)
         assert done.returncode == (-signal.SIGKILL if ranks == 1 else 1), done.stderr[-3000:]
         folder = CheckpointFolder(tmp_path / moment)
@@ -40,9 +44,13 @@ def test_killed_in_a_save_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ra
     expected = load_file(tmp_path / "whole" / "student.safetensors")
     for moment in MOMENTS:
         found = load_file(tmp_path / moment / "student.safetensors")
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected), moment
+        assert found.keys() == expected.keys() and all(
+            torch.equal(found[name], expected[name]) for name in expected
+        ), moment
         assert losses(tmp_path / moment) == losses(tmp_path / "whole")
-        assert [path.name for path in (tmp_path / moment / "checkpoints").glob("step-*")] == ["step-00000006"], moment
+        assert [path.name for path in (tmp_path / moment / "checkpoints").glob("step-*")] == [
+            "step-00000006"
+        ], moment
         assert not list((tmp_path / moment).rglob("*.tmp")), moment
 
 
@@ -57,5 +65,7 @@ def test_plain_files_of_another_step_are_written_anew(tiny_recipe, tmp_path):
     start([train(tiny_recipe, folder)], ranks=1, cwd=tmp_path)  # nothing is left to train
     for name, tensors in expected.items():
         found = load_file(folder / f"{name}.safetensors")
-        assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+        assert found.keys() == tensors.keys() and all(
+            torch.equal(found[key], tensor) for key, tensor in tensors.items()
+        )
         assert step_of(folder / f"{name}.safetensors") == 6

@@ -14,19 +14,32 @@ from dmae_ds.train.knn import is_due
 from dmae_ds.train.preflight import prepare
 from tests.train.conftest import REPOSITORY, command, run
 
-KNN = ["eval.knn_every=0.09", "eval.knn_k=5", "eval.knn_labels=10%"]  # of 20 steps at 16 of 1,400 images: after steps 8 and 16, and at the end
+KNN = [
+    "eval.knn_every=0.09",
+    "eval.knn_k=5",
+    "eval.knn_labels=10%",
+]  # of 20 steps at 16 of 1,400 images: after steps 8 and 16, and at the end
 
 
-@pytest.mark.parametrize("every, steps_per_epoch, num_steps, expected", [
-    (1, 4, 10, [4, 8, 10]),
-    (1, 2.5, 10, [3, 5, 8, 10]),
-    (0.5, 4, 4, [2, 4]),
-    (1 / 3, 3, 4, [1, 2, 3, 4]),
-    (0.1, 4, 3, [1, 2, 3]),
-    (9, 4, 7, [7]),
-])  # fmt: skip
-def test_it_is_due_at_the_first_step_behind_each_multiple_and_at_the_end(every, steps_per_epoch, num_steps, expected):
-    found = [step for step in range(1, num_steps + 1) if is_due(step, every=every, steps_per_epoch=steps_per_epoch, num_steps=num_steps)]
+@pytest.mark.parametrize(
+    "every, steps_per_epoch, num_steps, expected",
+    [
+        (1, 4, 10, [4, 8, 10]),
+        (1, 2.5, 10, [3, 5, 8, 10]),
+        (0.5, 4, 4, [2, 4]),
+        (1 / 3, 3, 4, [1, 2, 3, 4]),
+        (0.1, 4, 3, [1, 2, 3]),
+        (9, 4, 7, [7]),
+    ],
+)
+def test_it_is_due_at_the_first_step_behind_each_multiple_and_at_the_end(
+    every, steps_per_epoch, num_steps, expected
+):
+    found = [
+        step
+        for step in range(1, num_steps + 1)
+        if is_due(step, every=every, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    ]
     assert found == expected
 
 
@@ -34,7 +47,10 @@ def test_it_is_due_at_the_first_step_behind_each_multiple_and_at_the_end(every, 
 def two_runs(tiny_recipe, tmp_path_factory):
     """(with, without): the same 20 steps on one rank in one start, with k-NN in between and without."""
     folder = tmp_path_factory.mktemp("knn")
-    recipes = [[*tiny_recipe, f"run.dir={folder / 'with'}", *KNN], [*tiny_recipe, f"run.dir={folder / 'without'}"]]
+    recipes = [
+        [*tiny_recipe, f"run.dir={folder / 'with'}", *KNN],
+        [*tiny_recipe, f"run.dir={folder / 'without'}"],
+    ]
     done = run([command([], ranks=1)[0], "-m", "tests.train.driver", json.dumps(recipes)], cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "with", folder / "without"
@@ -43,21 +59,30 @@ def two_runs(tiny_recipe, tmp_path_factory):
 def test_training_does_not_notice_it(two_runs):
     weights, plain = (load_file(path / "student.safetensors") for path in two_runs)
     assert all(torch.equal(weights[name], plain[name]) for name in plain) and set(weights) == set(plain)
-    rows, plain = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in two_runs)
+    rows, plain = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in two_runs
+    )
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain] and len(rows) == 20
-    assert {row["step"] for row in rows if "knn/top1" in row} == {8, 16, 20} and not any("knn/top1" in row for row in plain)
+    assert {row["step"] for row in rows if "knn/top1" in row} == {8, 16, 20} and not any(
+        "knn/top1" in row for row in plain
+    )
     assert not (two_runs[1] / "results.jsonl").exists()
 
 
 def test_the_numbers_are_those_of_eval_knn_and_stand_in_both_files(two_runs, capsys):
     from dmae_ds.evaluate.knn import evaluate_run
 
-    rows = {row["step"]: row for row in map(json.loads, (two_runs[0] / "metrics.jsonl").read_text().splitlines())}
+    rows = {
+        row["step"]: row for row in map(json.loads, (two_runs[0] / "metrics.jsonl").read_text().splitlines())
+    }
     history = read_history(two_runs[0])
     assert [(result["step"], result["top1"], result["top5"]) for result in history] == [
         (step, rows[step]["knn/top1"], rows[step]["knn/top5"]) for step in (8, 16, 20)
     ]
-    assert len({result["top1"] for result in history}) > 1 and (two_runs[0] / "subsets" / "10%-seed0.txt").is_file()
+    assert (
+        len({result["top1"] for result in history}) > 1
+        and (two_runs[0] / "subsets" / "10%-seed0.txt").is_file()
+    )
     (again,) = evaluate_run(two_runs[0], ks=[5], labels="10%", cache_gib=0)
     differing = {"seconds", "when"}
     assert {name: value for name, value in again.items() if name not in differing} == {
@@ -65,13 +90,18 @@ def test_the_numbers_are_those_of_eval_knn_and_stand_in_both_files(two_runs, cap
     }
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["data.val=null"], "eval.knn_every 1: data.val is null"),
-    (["eval.knn_k=500", "eval.knn_labels=10%"], "eval.knn_k 500 is larger than the 14[0-9] labelled"),
-    (["eval.knn_labels=most"], "labels 'most'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data.val=null"], "eval.knn_every 1: data.val is null"),
+        (["eval.knn_k=500", "eval.knn_labels=10%"], "eval.knn_k 500 is larger than the 14[0-9] labelled"),
+        (["eval.knn_labels=most"], "labels 'most'"),
+    ],
+)
 def test_what_it_could_never_measure_is_refused_before_training(tiny_recipe, tmp_path, overrides, message):
-    config = load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", "eval.knn_every=1", *overrides])
+    config = load_config(
+        tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", "eval.knn_every=1", *overrides]
+    )
     with pytest.raises(UserError, match=message):
         prepare(config, dist.World(), resume="never")
 
@@ -86,12 +116,22 @@ def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
     from dmae_ds.train import knn
 
     flushed = []
-    broken = FrozenFeatures(torch.full((9, 4), torch.nan), torch.zeros(9, dtype=torch.int64), torch.ones(3, 4), torch.zeros(3, dtype=torch.int64), 2, {})
+    broken = FrozenFeatures(
+        torch.full((9, 4), torch.nan),
+        torch.zeros(9, dtype=torch.int64),
+        torch.ones(3, 4),
+        torch.zeros(3, dtype=torch.int64),
+        2,
+        {},
+    )
     measure = object.__new__(knn.KnnDuringTraining)
     measure.__dict__ |= {
-        "config": load_config("digits_mae", ["data.train=x", "run.dir=x", "eval.knn_every=1"]).eval, "steps_per_epoch": 1.0, "num_steps": 3,
-        "ranks": knn.TrainingRanks(dist.World(), torch.device("cpu"), precision="fp32"), "recorder": type("", (), {"flush": lambda self: flushed.append(1)})(),
-    }  # fmt: skip
+        "config": load_config("digits_mae", ["data.train=x", "run.dir=x", "eval.knn_every=1"]).eval,
+        "steps_per_epoch": 1.0,
+        "num_steps": 3,
+        "ranks": knn.TrainingRanks(dist.World(), torch.device("cpu"), precision="fp32"),
+        "recorder": type("", (), {"flush": lambda self: flushed.append(1)})(),
+    }
     monkeypatch.setattr(knn.KnnDuringTraining, "_embed", lambda self, step: broken)
     with pytest.raises(RunFailed, match="k-NN at step 2: the student's features are not finite") as error:
         measure(2)
@@ -102,18 +142,24 @@ def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
 def test_two_ranks_with_sharded_weights_and_a_streamed_teacher_do_not_notice_it_either(tiny_recipe, tmp_path):
     streamed = ["deepspeed=zero3", "teacher.placement=pipeline", "teacher.stages=2", "optim.micro_batch=4"]
     recipes = [
-        [*tiny_recipe, *streamed, f"run.dir={tmp_path / 'with'}", *KNN, "eval.knn_labels=all"], [*tiny_recipe, *streamed, f"run.dir={tmp_path / 'without'}"],
+        [*tiny_recipe, *streamed, f"run.dir={tmp_path / 'with'}", *KNN, "eval.knn_labels=all"],
+        [*tiny_recipe, *streamed, f"run.dir={tmp_path / 'without'}"],
         [*tiny_recipe, "deepspeed=zero2", "precision=bf16", f"run.dir={tmp_path / 'bf16'}", *KNN],
-    ]  # fmt: skip
+    ]
     launcher = command([], ranks=2)[:-1]
     done = run([*launcher, "tests.train.driver", json.dumps(recipes)], cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     weights, plain = (load_file(tmp_path / name / "student.safetensors") for name in ("with", "without"))
     assert all(torch.equal(weights[name], plain[name]) for name in plain)
     history = read_history(tmp_path / "with")
-    assert [result["step"] for result in history] == [8, 16, 20] and all(result["world_size"] == 2 and result["num_train"] == 1400 for result in history)
+    assert [result["step"] for result in history] == [8, 16, 20] and all(
+        result["world_size"] == 2 and result["num_train"] == 1400 for result in history
+    )
     from dmae_ds.evaluate.knn import evaluate_run
 
     (alone,) = evaluate_run(tmp_path / "with", ks=[5], cache_gib=0)
-    assert alone["top1"] == pytest.approx(history[-1]["top1"], abs=0.26) and alone["settings"] == history[-1]["settings"]  # one picture of 397
+    assert (
+        alone["top1"] == pytest.approx(history[-1]["top1"], abs=0.26)
+        and alone["settings"] == history[-1]["settings"]
+    )  # one picture of 397
     assert [result["settings"]["precision"] for result in read_history(tmp_path / "bf16")] == ["bf16"] * 3

@@ -13,11 +13,21 @@ from tests.train.conftest import command, losses, run
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_blows_up_says_where_and_keeps_the_last_checkpoint(tiny_recipe, tmp_path, ranks):
     folder = tmp_path / "run"
-    arguments = ["train", *tiny_recipe, f"run.dir={folder}", "optim.base_lr=1e30", "optim.warmup_epochs=0", "checkpoint.every_steps=1"]
+    arguments = [
+        "train",
+        *tiny_recipe,
+        f"run.dir={folder}",
+        "optim.base_lr=1e30",
+        "optim.warmup_epochs=0",
+        "checkpoint.every_steps=1",
+    ]
     done = run(command(arguments, ranks=ranks), cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    found = re.findall(r"dmae-ds: error: the loss of step (\d+) is not finite; sample ids .*: rank (\d): ([\d, ]+)", done.stderr)
+    found = re.findall(
+        r"dmae-ds: error: the loss of step (\d+) is not finite; sample ids .*: rank (\d): ([\d, ]+)",
+        done.stderr,
+    )
     assert len(found) == 1, done.stderr
     step, _, ids = found[0]
     assert all(0 <= int(number) < 1400 for number in ids.split(","))

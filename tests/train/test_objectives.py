@@ -30,8 +30,15 @@ TEACHER = {**NETWORK, "embed_dim": 48, "depth": 4, "num_heads": 3, "format": "ma
 TEACHER_DECODER = {"decoder_depth": 2, "decoder_embed_dim": 32, "decoder_num_heads": 2}
 DECODER = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 EPOCHS = STEPS * BATCH / 1400
-DINO = {"num_prototypes": 32, "hidden_dim": 24, "bottleneck_dim": 16, "local_crops": 2, "local_size": 16, "teacher_temperature_warmup_epochs": EPOCHS / 2,
-        "freeze_last_layer_epochs": EPOCHS / 4}  # fmt: skip
+DINO = {
+    "num_prototypes": 32,
+    "hidden_dim": 24,
+    "bottleneck_dim": 16,
+    "local_crops": 2,
+    "local_size": 16,
+    "teacher_temperature_warmup_epochs": EPOCHS / 2,
+    "freeze_last_layer_epochs": EPOCHS / 4,
+}
 # name of the run -> (objective, the teacher's file)
 OBJECTIVES = {
     "g2sd_generic": ({"name": "g2sd_generic", "decoder": DECODER}, "mae"),
@@ -47,8 +54,9 @@ OBJECTIVES = {
 RATES = {"mocov3": 3e-3}
 STREAM = ["deepspeed=zero2", "teacher.placement=pipeline", "teacher.stages=2"]
 VARIANTS = [
-    *((name, variant) for name in OBJECTIVES for variant in ("alone", "zero2", "zero3")), *((name, "stream") for name, (_, teacher) in OBJECTIVES.items() if teacher is not None),
-]  # fmt: skip
+    *((name, variant) for name in OBJECTIVES for variant in ("alone", "zero2", "zero3")),
+    *((name, "stream") for name, (_, teacher) in OBJECTIVES.items() if teacher is not None),
+]
 # These are killed: with DMAE's term the other two have all that they have without it.
 KILLED = ["g2sd_generic", "g2sd_specific", "sdae", "dino_dmae", "mocov3_dmae"]
 
@@ -59,11 +67,20 @@ def recipes(digits, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("recipes")
     torch.manual_seed(7)
     shape = {key: TEACHER[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-    state = timm.create_model(NETWORK["name"], num_classes=10, global_pool="avg", fc_norm=True, **shape).state_dict()
+    state = timm.create_model(
+        NETWORK["name"], num_classes=10, global_pool="avg", fc_norm=True, **shape
+    ).state_dict()
     head = {name: tensor for name, tensor in state.items() if name.startswith(("head.", "fc_norm."))}
     encoder = {name: tensor for name, tensor in state.items() if name not in head}
-    blocks = timm.create_model(NETWORK["name"], num_classes=0, **{**shape, "embed_dim": 32, "num_heads": 2, "depth": 2}).blocks.state_dict()
-    decoder = {"decoder_embed.weight": torch.randn(32, 48), "decoder_embed.bias": torch.randn(32), "mask_token": torch.randn(1, 1, 32), "decoder_pos_embed": torch.randn(1, 65, 32)}
+    blocks = timm.create_model(
+        NETWORK["name"], num_classes=0, **{**shape, "embed_dim": 32, "num_heads": 2, "depth": 2}
+    ).blocks.state_dict()
+    decoder = {
+        "decoder_embed.weight": torch.randn(32, 48),
+        "decoder_embed.bias": torch.randn(32),
+        "mask_token": torch.randn(1, 1, 32),
+        "decoder_pos_embed": torch.randn(1, 65, 32),
+    }
     decoder |= {f"decoder_blocks.{name}": tensor for name, tensor in blocks.items()}
     norm = {"norm.weight": torch.ones(48), "norm.bias": torch.zeros(48)}
     torch.save({"model": {**encoder, **norm, **decoder}}, folder / "mae.pth")
@@ -71,13 +88,41 @@ def recipes(digits, tmp_path_factory) -> dict[str, Path]:
     found = {}
     for name, (objective, teacher) in OBJECTIVES.items():
         found[name] = folder / f"{name}.yaml"
-        found[name].write_text(yaml.safe_dump({
-            "run": {"dir": str(folder / "unused")}, "student": {**NETWORK, "embed_dim": 32, "depth": 4, "num_heads": 2}, "objective": objective,
-            **({} if teacher is None else {"teacher": {**TEACHER, **(TEACHER_DECODER if name == "g2sd_generic" else {}), "weights": str(folder / f"{teacher}.pth")}}),
-            "data": {"train": str(digits / "train"), "val": str(digits / "val"), "num_workers": 1, "crop_scale": [0.5, 1.0], "crop_pct": 1.0},
-            "optim": {"global_batch": BATCH, "base_lr": RATES.get(objective["name"], 1e-2), "epochs": EPOCHS, "warmup_epochs": EPOCHS / 5},
-            "checkpoint": {"every_steps": 5, "keep": 9}, "log": {"every_steps": 1, "trackers": []},
-        }))  # fmt: skip
+        found[name].write_text(
+            yaml.safe_dump(
+                {
+                    "run": {"dir": str(folder / "unused")},
+                    "student": {**NETWORK, "embed_dim": 32, "depth": 4, "num_heads": 2},
+                    "objective": objective,
+                    **(
+                        {}
+                        if teacher is None
+                        else {
+                            "teacher": {
+                                **TEACHER,
+                                **(TEACHER_DECODER if name == "g2sd_generic" else {}),
+                                "weights": str(folder / f"{teacher}.pth"),
+                            }
+                        }
+                    ),
+                    "data": {
+                        "train": str(digits / "train"),
+                        "val": str(digits / "val"),
+                        "num_workers": 1,
+                        "crop_scale": [0.5, 1.0],
+                        "crop_pct": 1.0,
+                    },
+                    "optim": {
+                        "global_batch": BATCH,
+                        "base_lr": RATES.get(objective["name"], 1e-2),
+                        "epochs": EPOCHS,
+                        "warmup_epochs": EPOCHS / 5,
+                    },
+                    "checkpoint": {"every_steps": 5, "keep": 9},
+                    "log": {"every_steps": 1, "trackers": []},
+                }
+            )
+        )
     return found
 
 
@@ -88,7 +133,18 @@ def unlabelled(tmp_path_factory) -> Path:
     (folder / "images").mkdir()
     for number in range(64):
         Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "images" / f"{number}.jpg")
-    done = run([sys.executable, "-m", "data_prep.cli", "make", "--unlabelled", str(folder / "images"), str(folder / "shards")], cwd=folder)
+    done = run(
+        [
+            sys.executable,
+            "-m",
+            "data_prep.cli",
+            "make",
+            "--unlabelled",
+            str(folder / "images"),
+            str(folder / "shards"),
+        ],
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "shards"
 
@@ -100,7 +156,11 @@ def curves(recipes, tmp_path_factory) -> Path:
     launcher = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port()), str(DRIVER)]
     options = {"alone": [], "zero2": ["deepspeed=zero2"], "zero3": ["deepspeed=zero3"], "stream": STREAM}
     for start, alone in (([sys.executable, str(DRIVER)], True), (launcher, False)):
-        runs = [[str(recipes[name]), f"run.dir={folder / f'{name}-{variant}'}", *options[variant]] for name, variant in VARIANTS if (variant == "alone") == alone]
+        runs = [
+            [str(recipes[name]), f"run.dir={folder / f'{name}-{variant}'}", *options[variant]]
+            for name, variant in VARIANTS
+            if (variant == "alone") == alone
+        ]
         done = run([*start, json.dumps(runs)], cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -117,15 +177,22 @@ def test_one_process_two_ranks_zero3_and_a_stream_compute_the_same(curves, name,
 def test_the_student_loads_into_timm_strictly(curves, name, variant):
     config = read_saved_config(curves / f"{name}-{variant}")
     state = load_file(curves / f"{name}-{variant}" / "student.safetensors")
-    timm.create_model(config.student.name, num_classes=0, **config.student.overrides()).load_state_dict(state, strict=True)
+    timm.create_model(config.student.name, num_classes=0, **config.student.overrides()).load_state_dict(
+        state, strict=True
+    )
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-@pytest.mark.parametrize("name", [name for name, (objective, _) in OBJECTIVES.items() if not name.startswith("g2sd")])
+@pytest.mark.parametrize(
+    "name", [name for name, (objective, _) in OBJECTIVES.items() if not name.startswith("g2sd")]
+)
 def test_the_twin_is_in_the_checkpoint_and_the_same_on_any_ranks(curves, name):
     """fp32 copies that lie between the start and the student of now, and that every way of training agrees on."""
+
     def twin(variant):
-        return load_file(curves / f"{name}-{variant}" / "checkpoints" / f"step-{STEPS:08d}" / "twin.safetensors")
+        return load_file(
+            curves / f"{name}-{variant}" / "checkpoints" / f"step-{STEPS:08d}" / "twin.safetensors"
+        )
 
     alone = twin("alone")
     student = load_file(curves / f"{name}-alone" / "student.safetensors")
@@ -134,8 +201,12 @@ def test_the_twin_is_in_the_checkpoint_and_the_same_on_any_ranks(curves, name):
         assert found.keys() == alone.keys()
         for key, tensor in found.items():
             # What has no gradient but rounding, AdamW turns into steps of +-lr: the key third of this bias, and a shift of what batch norm takes in.
-            if not key.endswith("qkv.bias") and not (name.startswith("mocov3") and key == "student.norm.bias"):
-                torch.testing.assert_close(tensor, alone[key], rtol=1e-3, atol=1e-4 * alone[key].abs().max().item() + 1e-6, msg=key)
+            if not key.endswith("qkv.bias") and not (
+                name.startswith("mocov3") and key == "student.norm.bias"
+            ):
+                torch.testing.assert_close(
+                    tensor, alone[key], rtol=1e-3, atol=1e-4 * alone[key].abs().max().item() + 1e-6, msg=key
+                )
     assert not torch.equal(alone["student.blocks.0.mlp.fc1.weight"], student["blocks.0.mlp.fc1.weight"])
 
 
@@ -150,26 +221,38 @@ def test_killed_and_resumed_is_bit_identical(recipes, tmp_path, name, ranks):
     kill_at_step(recipe, killed, 12, ranks=ranks, more=[])
     resumed_from = int((killed / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert 5 <= resumed_from < STEPS
-    done = run(command(["train", *recipe, f"run.dir={killed}", "--resume", "auto"], ranks=ranks), cwd=tmp_path)
+    done = run(
+        command(["train", *recipe, f"run.dir={killed}", "--resume", "auto"], ranks=ranks), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(killed) == losses(whole)
     last = Path("checkpoints") / f"step-{STEPS:08d}" / "twin.safetensors"
     for file in (Path("student.safetensors"), *([last] if (whole / last).exists() else [])):
         expected, found = load_file(whole / file), load_file(killed / file)
-        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected), file
+        assert expected.keys() == found.keys() and all(
+            torch.equal(expected[key], found[key]) for key in expected
+        ), file
     assert (whole / last).exists() != name.startswith("g2sd")
 
 
 @pytest.mark.parametrize(
     "name, override, words",
     [
-        ("g2sd_generic", "teacher.weights={folder}/classifier.pth", "encoder and head, no decoder; the objective taps decoder block"),
+        (
+            "g2sd_generic",
+            "teacher.weights={folder}/classifier.pth",
+            "encoder and head, no decoder; the objective taps decoder block",
+        ),
         ("g2sd_specific", "teacher.weights={folder}/mae.pth", "give a fine-tuned classifier"),
         ("g2sd_specific", "data.train={unlabelled}", "labels"),
         ("sdae", "objective.folds=49", "objective.folds 49 is above the 48 masked patches"),
     ],
 )
-def test_what_does_not_fit_is_one_line_before_training(recipes, digits, unlabelled, tmp_path, name, override, words):
+def test_what_does_not_fit_is_one_line_before_training(
+    recipes, digits, unlabelled, tmp_path, name, override, words
+):
     override = override.format(folder=recipes[name].parent, unlabelled=unlabelled)
     assert words in refused(["train", str(recipes[name]), f"run.dir={tmp_path / 'run'}", override], tmp_path)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert (
+        not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    )

@@ -46,14 +46,22 @@ def test_mistakes_in_a_recipe(tiny_recipe, tmp_path, overrides, words):
 
 def test_a_misspelt_deepspeed_key(tiny_recipe, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"zero_optimisation": {"stage": 2}}))
-    assert "did you mean zero_optimization?" in refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "deepspeed=mine.json"], tmp_path)
+    assert "did you mean zero_optimization?" in refused(
+        ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "deepspeed=mine.json"], tmp_path
+    )
 
 
 def test_a_ranks_line_and_its_end_are_one_write(tmp_path):
     """Started as launchers start ranks, unbuffered; else the lines of two ranks that stop at once run into one."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet is a write
     with ours, its:
-        done = subprocess.run([sys.executable, "-u", "-m", "dmae_ds", "train", "nowhere.yaml"], cwd=tmp_path, env=environment(), stderr=its, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "-u", "-m", "dmae_ds", "train", "nowhere.yaml"],
+            cwd=tmp_path,
+            env=environment(),
+            stderr=its,
+            timeout=100,
+        )
         packet = ours.recv(10_000, socket.MSG_DONTWAIT).decode()
     assert done.returncode == 2
     assert packet.startswith("dmae-ds: error: ") and packet.endswith("\n")
@@ -70,7 +78,13 @@ assert not heavy, heavy
 sys.exit(code)
 """
     arguments = ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "deepspeed=zero4"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2, done.stderr
     assert "did you mean zero" in done.stderr
 
@@ -79,21 +93,37 @@ sys.exit(code)
     "change, words",
     [
         (lambda tensors: tensors.pop("blocks.1.mlp.fc1.weight"), "missing 1: blocks.1.mlp.fc1.weight"),
-        (lambda tensors: tensors.update({"cls_token": torch.zeros(1, 1, 47)}), "misshapen 1: cls_token [1, 1, 47] instead of [1, 1, 48]"),
+        (
+            lambda tensors: tensors.update({"cls_token": torch.zeros(1, 1, 47)}),
+            "misshapen 1: cls_token [1, 1, 47] instead of [1, 1, 48]",
+        ),
     ],
 )
 def test_a_teacher_file_that_does_not_fit(tiny_recipe, tmp_path, change, words):
-    weights = next(value for value in tiny_recipe if value.startswith("teacher.weights=")).removeprefix("teacher.weights=")
+    weights = next(value for value in tiny_recipe if value.startswith("teacher.weights=")).removeprefix(
+        "teacher.weights="
+    )
     tensors = load_file(weights)
     change(tensors)
     save_file(tensors, tmp_path / "broken.safetensors")
-    line = refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", f"teacher.weights={tmp_path / 'broken.safetensors'}"], tmp_path)
+    line = refused(
+        [
+            "train",
+            *tiny_recipe,
+            f"run.dir={tmp_path / 'run'}",
+            f"teacher.weights={tmp_path / 'broken.safetensors'}",
+        ],
+        tmp_path,
+    )
     assert words in line
     assert not (tmp_path / "run").exists()
 
 
 def test_two_ranks_say_it_once_and_the_launcher_passes_the_code_on(tiny_recipe, tmp_path):
-    done = run(command(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "optim.global_batch=3"], ranks=2), cwd=tmp_path)
+    done = run(
+        command(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "optim.global_batch=3"], ranks=2),
+        cwd=tmp_path,
+    )
     assert done.returncode == 2
     assert done.stderr.count("dmae-ds: error") == 1
     assert "optim.global_batch 3 doesn't divide by 2 ranks; start 1 or 3 ranks" in done.stderr
@@ -110,16 +140,26 @@ def test_a_run_folder_is_not_overwritten(tiny_recipe, tmp_path):
 @pytest.mark.parametrize(
     "batch, micro, ranks, expected",
     [
-        (4096, 64, 8, (64, 8)), (4096, None, 8, (512, 1)), (6, 2, 3, (2, 1)), (1, None, 1, (1, 1)),
+        (4096, 64, 8, (64, 8)),
+        (4096, None, 8, (512, 1)),
+        (6, 2, 3, (2, 1)),
+        (1, None, 1, (1, 1)),
         # A micro-batch is an upper bound: the same recipe goes on with other ranks.
-        (4096, 60, 8, (32, 16)), (4096, 128, 64, (64, 1)), (96, 32, 1, (32, 3)), (96, 32, 2, (24, 2)), (96, 32, 4, (24, 1)), (7, 4, 1, (1, 7)),
+        (4096, 60, 8, (32, 16)),
+        (4096, 128, 64, (64, 1)),
+        (96, 32, 1, (32, 3)),
+        (96, 32, 2, (24, 2)),
+        (96, 32, 4, (24, 1)),
+        (7, 4, 1, (1, 7)),
     ],
-)  # fmt: skip
+)
 def test_a_batch_is_cut_evenly(batch, micro, ranks, expected):
     assert split_batch(batch, micro, ranks) == expected
 
 
-@pytest.mark.parametrize("batch, ranks, near", [(4096, 3, "2 or 4"), (2, 4, "1 or 2"), (4096, 24, "16 or 32")])
+@pytest.mark.parametrize(
+    "batch, ranks, near", [(4096, 3, "2 or 4"), (2, 4, "1 or 2"), (4096, 24, "16 or 32")]
+)
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_numbers_of_ranks_that_do(batch, ranks, near):
     with pytest.raises(UserError, match=f"doesn't divide by {ranks} ranks; start {near} ranks"):
         split_batch(batch, None, ranks)

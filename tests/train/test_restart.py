@@ -1,6 +1,6 @@
 """A run that is killed again and again, and restarted with --resume auto, ends as if nothing had been.
 
-    pytest -m slow tests/train/test_restart.py -s          # -s shows the kills, and the time from a kill to the next step
+pytest -m slow tests/train/test_restart.py -s          # -s shows the kills, and the time from a kill to the next step
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ COUNTING = REPOSITORY / "tests" / "train" / "counting.py"
 # An epoch of 1,400 images is 25 steps of 56.
 STEPS, BATCH, EPOCH = 250, 56, 25
 # The rate: at 1e-2 an uninterrupted curve of one rank already drifts 6e-4 away from that of two, by rounding alone.
-SETTINGS = ["optim.base_lr=1e-3", f"optim.epochs={STEPS / EPOCH}", f"optim.global_batch={BATCH}", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.keep=2", "data.num_workers=1", "dist.timeout_s=15"]  # fmt: skip
+SETTINGS = [
+    "optim.base_lr=1e-3",
+    f"optim.epochs={STEPS / EPOCH}",
+    f"optim.global_batch={BATCH}",
+    "log.every_steps=1",
+    "checkpoint.every_steps=5",
+    "checkpoint.keep=2",
+    "data.num_workers=1",
+    "dist.timeout_s=15",
+]
 # From the signal to the last process: dist.timeout_s, and the launcher's 30 s of patience with a rank that is stopped.
 BOUND_S = 120
 
@@ -34,7 +43,15 @@ BOUND_S = 120
 class Job:
     """One start of a launcher, and every process that it led to."""
 
-    def __init__(self, recipe: list[str], folder: Path, *, ranks: int, launcher: str = "deepspeed", more: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        recipe: list[str],
+        folder: Path,
+        *,
+        ranks: int,
+        launcher: str = "deepspeed",
+        more: tuple[str, ...] = (),
+    ):
         self.folder, self.run_dir, self.since = folder, folder / "run", time.time()
         train = ["train", *recipe, *SETTINGS, f"run.dir={self.run_dir}", "--resume", "auto"]
         start = {
@@ -45,7 +62,11 @@ class Job:
         (folder / "ledger").mkdir(exist_ok=True)
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [*start, *more, str(COUNTING), *train], cwd=folder, env={**environment(), "LEDGER": str(folder / "ledger"), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+                [*start, *more, str(COUNTING), *train],
+                cwd=folder,
+                env={**environment(), "LEDGER": str(folder / "ledger"), "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
             )
 
     def step(self) -> int:
@@ -75,7 +96,14 @@ class Job:
         found = {}
         for process in self.processes():
             try:
-                if str(COUNTING) in process.cmdline() and process.parent() is not None and ("launch" in " ".join(process.parent().cmdline()) or "torchrun" in " ".join(process.parent().cmdline())):
+                if (
+                    str(COUNTING) in process.cmdline()
+                    and process.parent() is not None
+                    and (
+                        "launch" in " ".join(process.parent().cmdline())
+                        or "torchrun" in " ".join(process.parent().cmdline())
+                    )
+                ):
                     found[int(process.environ().get("RANK", -1))] = process
             except psutil.Error:
                 continue
@@ -87,13 +115,19 @@ class Job:
         if who == "runner":
             return runner
         if who == "launcher":
-            return next(child for child in runner.children() if "deepspeed.launcher.launch" in child.cmdline())
+            return next(
+                child for child in runner.children() if "deepspeed.launcher.launch" in child.cmdline()
+            )
         if who.startswith("worker"):
             return self.ranks()[int(who[-1])].children()[0]
         return self.ranks()[int(who[-1])]
 
     def processes(self) -> list[psutil.Process]:
-        return [process for process in psutil.process_iter() if str(self.run_dir) in " ".join(_command_of(process))]
+        return [
+            process
+            for process in psutil.process_iter()
+            if str(self.run_dir) in " ".join(_command_of(process))
+        ]
 
     def end(self) -> float:
         """Wait until nothing of it is left; returns the seconds it took."""
@@ -113,7 +147,9 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 def ledger(folder: Path) -> list[dict]:
     """Every whole line of every rank of every start, the oldest first."""
-    lines = [line for path in (folder / "ledger").glob("*.jsonl") for line in path.read_text().split("\n")[:-1]]
+    lines = [
+        line for path in (folder / "ledger").glob("*.jsonl") for line in path.read_text().split("\n")[:-1]
+    ]
     return sorted(map(json.loads, lines), key=lambda line: line["at"])
 
 
@@ -126,7 +162,9 @@ def trained_on(folder: Path) -> dict[int, list[int]]:
             rows[line["step"]], ranks_of[line["step"]] = {}, line["ranks"]
         rows[line["step"]][line["rank"]] = line["ids"]
     assert all(len(rows[step]) == ranks_of[step] for step in rows)
-    return {step: [number for rank in sorted(rows[step]) for number in rows[step][rank]] for step in sorted(rows)}
+    return {
+        step: [number for rank in sorted(rows[step]) for number in rows[step][rank]] for step in sorted(rows)
+    }
 
 
 def check_every_sample_once_an_epoch(folder: Path) -> None:
@@ -148,14 +186,27 @@ def whole(tiny_recipe, tmp_path_factory) -> Path:
 
 def same_student(one: Path, other: Path) -> bool:
     expected, found = (load_file(folder / "run" / "student.safetensors") for folder in (one, other))
-    return expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    return expected.keys() == found.keys() and all(
+        torch.equal(expected[name], found[name]) for name in expected
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_twenty_kills_change_nothing(tiny_recipe, tmp_path, whole, seed):
     draw = random.Random(seed)
-    kinds = ["rank 0", "rank 1", "launcher", "runner", "worker 0", "worker 1", "rank 0 stopped", "rank 1 stopped", "rank 0 saving", "rank 1 saving"] * 2
+    kinds = [
+        "rank 0",
+        "rank 1",
+        "launcher",
+        "runner",
+        "worker 0",
+        "worker 1",
+        "rank 0 stopped",
+        "rank 1 stopped",
+        "rank 0 saving",
+        "rank 1 saving",
+    ] * 2
     draw.shuffle(kinds)
     kills = 0
     for kind in [*kinds, None]:
@@ -165,7 +216,9 @@ def test_twenty_kills_change_nothing(tiny_recipe, tmp_path, whole, seed):
         if kind.endswith("saving"):  # the folder of a save appears before its files
             known = set((tmp_path / "run" / "checkpoints").glob("step-*"))
             end = time.monotonic() + LIMIT_S
-            while set((tmp_path / "run" / "checkpoints").glob("step-*")) <= known and job.process.poll() is None:
+            while (
+                set((tmp_path / "run" / "checkpoints").glob("step-*")) <= known and job.process.poll() is None
+            ):
                 assert time.monotonic() < end
                 time.sleep(0.003)
             time.sleep(draw.random() * 0.2)
@@ -178,9 +231,18 @@ def test_twenty_kills_change_nothing(tiny_recipe, tmp_path, whole, seed):
         step, took = job.step(), job.end()
         kills += 1
         said = [line for line in job.log.read_text().splitlines() if line.startswith("dmae-ds: ")]
-        print(f"{kind} at step {step}: all gone after {took:.1f} s, exit code {job.process.returncode}; {said}", flush=True)
+        print(
+            f"{kind} at step {step}: all gone after {took:.1f} s, exit code {job.process.returncode}; {said}",
+            flush=True,
+        )
         assert "Traceback" not in job.log.read_text(), job.log.read_text()
-        named = {"rank 0": r"rank 0 \(", "rank 1": r"rank 1 \(", "worker": "DataLoader worker", "launcher": "is gone", "runner": "is gone"}[kind if kind in ("launcher", "runner") else "worker" if "worker" in kind else kind[:6]]  # fmt: skip
+        named = {
+            "rank 0": r"rank 0 \(",
+            "rank 1": r"rank 1 \(",
+            "worker": "DataLoader worker",
+            "launcher": "is gone",
+            "runner": "is gone",
+        }[kind if kind in ("launcher", "runner") else "worker" if "worker" in kind else kind[:6]]
         assert any(re.search(named, line) for line in said), job.log.read_text()
         if kind not in ("launcher", "runner"):
             assert job.process.returncode not in (0, 2)
@@ -203,7 +265,9 @@ def test_restarts_with_other_ranks_go_on_with_the_same_curve(tiny_recipe, tmp_pa
     assert job.process.wait(timeout=LIMIT_S) == 0, job.log.read_text()
     assert {line["ranks"] for line in ledger(tmp_path)} == {1, 2}
     found, expected = losses(tmp_path / "run"), losses(whole / "run")
-    print(f"losses within {max(abs(one / other - 1) for one, other in zip(found, expected, strict=True)):.1e}")
+    print(
+        f"losses within {max(abs(one / other - 1) for one, other in zip(found, expected, strict=True)):.1e}"
+    )
     assert found == pytest.approx(expected, rel=1e-4)
     assert expected[-1] < 0.5 * expected[0]  # it learns: a curve that stands still would agree with anything
     check_every_sample_once_an_epoch(tmp_path)
@@ -213,7 +277,13 @@ def test_restarts_with_other_ranks_go_on_with_the_same_curve(tiny_recipe, tmp_pa
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_the_time_from_a_kill_to_the_next_step(tiny_recipe, tmp_path, whole, launcher):
     """torchrun restarts by itself; `deepspeed` needs a loop around it, as launch/train.sh has."""
-    job = Job(tiny_recipe, tmp_path, ranks=2, launcher=launcher, more=("--max_restarts", "1") if launcher == "torchrun" else ())
+    job = Job(
+        tiny_recipe,
+        tmp_path,
+        ranks=2,
+        launcher=launcher,
+        more=("--max_restarts", "1") if launcher == "torchrun" else (),
+    )
     assert job.wait_for_steps(12)
     killed, latest = time.time(), job.step()
     os.kill(job.ranks()[1].pid, signal.SIGKILL)
@@ -225,6 +295,10 @@ def test_the_time_from_a_kill_to_the_next_step(tiny_recipe, tmp_path, whole, lau
     born = int(lives[2].name.split("-")[0]) / 1e9  # of the restarted program, its imports of the trainer done
     again = [line for line in ledger(tmp_path) if line["at"] > born]
     assert born > killed and again[0]["step"] <= latest + 1
-    print(f"{launcher}: {again[0]['at'] - killed:.1f} s from the kill to the end of the first step: {born - killed:.1f} s until the program runs again" + (f" ({gone:.1f} s until all is gone)" if launcher == "deepspeed" else ""), flush=True)  # fmt: skip
+    print(
+        f"{launcher}: {again[0]['at'] - killed:.1f} s from the kill to the end of the first step: {born - killed:.1f} s until the program runs again"
+        + (f" ({gone:.1f} s until all is gone)" if launcher == "deepspeed" else ""),
+        flush=True,
+    )
     assert "rank 1 (" in "".join(path.read_text() for path in tmp_path.glob("said-*"))
     assert same_student(whole, tmp_path)

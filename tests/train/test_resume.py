@@ -17,11 +17,21 @@ from tests.train.conftest import LIMIT_S, command, environment, losses, run
 
 STEPS = 30
 # Large enough for a step to last longer than the poll below; saved every 5 steps.
-LARGER = [f"optim.epochs={STEPS * 64 / 1400}", "optim.global_batch=64", "student.embed_dim=128", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.keep=2"]
+LARGER = [
+    f"optim.epochs={STEPS * 64 / 1400}",
+    "optim.global_batch=64",
+    "student.embed_dim=128",
+    "log.every_steps=1",
+    "checkpoint.every_steps=5",
+    "checkpoint.keep=2",
+]
 
 
 def train(recipe: list[str], run_dir: Path, *, ranks: int, resume: str = "never") -> None:
-    done = run(command(["train", *recipe, *LARGER, f"run.dir={run_dir}", "--resume", resume], ranks=ranks), cwd=run_dir.parent)
+    done = run(
+        command(["train", *recipe, *LARGER, f"run.dir={run_dir}", "--resume", resume], ranks=ranks),
+        cwd=run_dir.parent,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -54,16 +64,29 @@ def stop_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int) -> 
     with open(run_dir.parent / "stopped.log", "wb") as log:
         process = subprocess.Popen(arguments, cwd=run_dir.parent, env=environment(), stdout=log, stderr=log)
     wait_for_step(run_dir, step, process, run_dir.parent / "stopped.log")
-    workers = {number for number in processes_with(str(run_dir)) if b"--local_rank=1" in Path(f"/proc/{number}/cmdline").read_bytes()}
+    workers = {
+        number
+        for number in processes_with(str(run_dir))
+        if b"--local_rank=1" in Path(f"/proc/{number}/cmdline").read_bytes()
+    }
     os.kill(min(workers), signal.SIGUSR1)  # the others are its loader's workers
     assert process.wait(timeout=LIMIT_S) == os.EX_TEMPFAIL
-    (line,) = [line for line in (run_dir.parent / "stopped.log").read_text().splitlines() if line.startswith("dmae-ds: ")]
+    (line,) = [
+        line
+        for line in (run_dir.parent / "stopped.log").read_text().splitlines()
+        if line.startswith("dmae-ds: ")
+    ]
     saved = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step-"))
-    assert line == f"dmae-ds: stopped: after step {saved}, as it was told to; saved, and the same command with --resume auto goes on"
+    assert (
+        line
+        == f"dmae-ds: stopped: after step {saved}, as it was told to; saved, and the same command with --resume auto goes on"
+    )
     assert not processes_with(str(run_dir))
 
 
-def kill_at_step(recipe: list[str], run_dir: Path, step: int, *, ranks: int, more: list[str] = LARGER) -> None:
+def kill_at_step(
+    recipe: list[str], run_dir: Path, step: int, *, ranks: int, more: list[str] = LARGER
+) -> None:
     """Start a run and SIGKILL everything of it as soon as it has logged a step."""
     arguments = command(["train", *recipe, *more, f"run.dir={run_dir}", "--resume", "auto"], ranks=ranks)
     with open(run_dir.parent / "killed.log", "wb") as log:
@@ -82,7 +105,11 @@ STREAM = ["teacher.placement=pipeline", "teacher.stages=2"]
 
 
 # oneDNN once: what resumes says `linear: auto`, and must come to the kernels that it was begun with.
-@pytest.mark.parametrize("ranks, more, begun", [(1, [], ["linear=onednn"]), (2, STREAM, [])], ids=["alone", "2 ranks, streamed teacher, also stopped"])
+@pytest.mark.parametrize(
+    "ranks, more, begun",
+    [(1, [], ["linear=onednn"]), (2, STREAM, [])],
+    ids=["alone", "2 ranks, streamed teacher, also stopped"],
+)
 def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks, more, begun):
     tiny_recipe = [*tiny_recipe, *more]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -90,7 +117,9 @@ def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks, more,
     if ranks == 2:
         stop_at_step(tiny_recipe, killed, 8, ranks=ranks)
     kill_at_step([*tiny_recipe, *begun], killed, 17, ranks=ranks)
-    resumed_from = json.loads((killed / "checkpoints" / (killed / "checkpoints" / "latest").read_text() / "state.json").read_text())
+    resumed_from = json.loads(
+        (killed / "checkpoints" / (killed / "checkpoints" / "latest").read_text() / "state.json").read_text()
+    )
     assert 5 <= resumed_from["step"] < STEPS
     assert resumed_from["position"] == 64 * resumed_from["step"]
     train(tiny_recipe, killed, ranks=ranks, resume="auto")
@@ -98,7 +127,12 @@ def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks, more,
     expected, found = load_file(whole / "student.safetensors"), load_file(killed / "student.safetensors")
     assert set(expected) == set(found)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()] == list(range(1, STEPS + 1))
+    assert [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, STEPS + 1)
+    )
     assert losses(killed) == losses(whole)
     # Only the newest two saves stay.
-    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-00000025", "step-00000030"]
+    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == [
+        "step-00000025",
+        "step-00000030",
+    ]

@@ -36,7 +36,12 @@ def one_rank(monkeypatch):
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -75,7 +80,10 @@ def test_a_loader_s_worker_does_not_keep_the_lock_of_its_dead_rank(tmp_path):
 
 def test_a_rank_that_sees_another_folder_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.dist, "main_says", lambda value: ("node-a", ".token-of-node-a"))
-    with pytest.raises(UserError, match=f"on {socket.gethostname()} is not the folder of node-a: it must be on a file system that all nodes share"):
+    with pytest.raises(
+        UserError,
+        match=f"on {socket.gethostname()} is not the folder of node-a: it must be on a file system that all nodes share",
+    ):
         run_lock.claim(tmp_path)
     monkeypatch.setattr(run_lock.dist, "main_says", lambda value: value)
     for token in tmp_path.glob(".token-*"):

@@ -36,7 +36,12 @@ TWO_RANKS = {
     "zero3_bf16": ["precision=bf16", "deepspeed=zero3"],
     "zero0_autocast": ["precision=bf16_autocast", "deepspeed=zero0"],
 }
-SAME = ["alone_accumulated", "alone_zero0", "alone_onednn", *[name for name in TWO_RANKS if "bf16" not in name and "clip" not in name and "autocast" not in name]]
+SAME = [
+    "alone_accumulated",
+    "alone_zero0",
+    "alone_onednn",
+    *[name for name in TWO_RANKS if "bf16" not in name and "clip" not in name and "autocast" not in name],
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,9 @@ def curves(tiny_recipe, tmp_path_factory) -> Path:
         recipes = [[*tiny_recipe, f"run.dir={folder / name}", *extra] for name, extra in variants.items()]
         done = run([*map(str, start), json.dumps(recipes)], cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert (done.stdout + done.stderr).count("linear layers through oneDNN") == 1  # one variant in each start
+        assert (done.stdout + done.stderr).count(
+            "linear layers through oneDNN"
+        ) == 1  # one variant in each start
     return folder
 
 
@@ -59,12 +66,22 @@ def compiled(tiny_recipe, tmp_path_factory) -> Path:
     launcher = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port()), DRIVER]
     for start, stages in (([sys.executable, DRIVER], (0, 1, 2)), (launcher, (0, 2))):
         ranks = 1 if start[0] == sys.executable else 2
-        recipes = [[*tiny_recipe, f"run.dir={folder / f'{ranks}_zero{stage}'}", f"deepspeed=zero{stage}", "compile=true"] for stage in stages]
+        recipes = [
+            [
+                *tiny_recipe,
+                f"run.dir={folder / f'{ranks}_zero{stage}'}",
+                f"deepspeed=zero{stage}",
+                "compile=true",
+            ]
+            for stage in stages
+        ]
         done = run([*map(str, start), json.dumps(recipes)], cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         said = [line for line in (done.stdout + done.stderr).splitlines() if "the first step took" in line]
         assert len(said) == len(stages), said
-        assert (done.stdout + done.stderr).count("9 blocks, compiled by torch.compile") == len(stages)  # 4 of the student, 3 of its teacher, 2 of the decoder
+        assert (done.stdout + done.stderr).count("9 blocks, compiled by torch.compile") == len(
+            stages
+        )  # 4 of the student, 3 of its teacher, 2 of the decoder
     return folder
 
 
@@ -75,7 +92,9 @@ def test_compiled_blocks_give_the_same_curve_and_weights(compiled, curves, name)
     expected = load_file(curves / "alone" / "student.safetensors")
     for key, tensor in load_file(compiled / name / "student.safetensors").items():
         if not key.endswith("qkv.bias"):
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-2, atol=1e-3 * expected[key].abs().max().item() + 1e-5)
+            torch.testing.assert_close(
+                tensor, expected[key], rtol=1e-2, atol=1e-3 * expected[key].abs().max().item() + 1e-5
+            )
 
 
 def test_twenty_steps_were_taken_and_learned_something(curves):
@@ -91,8 +110,12 @@ def test_the_loss_curve_is_that_of_one_process(curves, name):
 
 def test_saves_by_time_come_a_step_after_they_are_due_and_at_the_end(curves):
     saved = sorted(path.name for path in (curves / "alone_saved_by_time" / "checkpoints").glob("step-*"))
-    assert saved == [f"step-{step:08d}" for step in range(4, 21, 2)]  # always due, heard of in the step after; the newest nine stay
-    assert sorted(path.name for path in (curves / "alone" / "checkpoints").glob("step-*")) == ["step-00000020"]
+    assert saved == [
+        f"step-{step:08d}" for step in range(4, 21, 2)
+    ]  # always due, heard of in the step after; the newest nine stay
+    assert sorted(path.name for path in (curves / "alone" / "checkpoints").glob("step-*")) == [
+        "step-00000020"
+    ]
 
 
 def test_tensorboard_has_every_step(curves):
@@ -100,7 +123,9 @@ def test_tensorboard_has_every_step(curves):
 
     events = EventAccumulator(str(next((curves / "alone" / "tensorboard").iterdir())))
     events.Reload()
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(curves / "alone"), rel=1e-6)
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+        losses(curves / "alone"), rel=1e-6
+    )
     assert not (curves / "zero2" / "tensorboard").exists()  # log.trackers=[]
 
 
@@ -119,7 +144,9 @@ def test_the_student_loads_into_timm_strictly(curves, name):
     config = read_saved_config(curves / name)
     state = load_file(curves / name / "student.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    timm.create_model(config.student.name, num_classes=0, **config.student.overrides()).load_state_dict(state, strict=True)
+    timm.create_model(config.student.name, num_classes=0, **config.student.overrides()).load_state_dict(
+        state, strict=True
+    )
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -128,12 +155,16 @@ def test_the_final_weights_are_those_of_one_process(curves, name):
     expected = load_file(curves / "alone" / "student.safetensors")
     for key, tensor in load_file(curves / name / "student.safetensors").items():
         if not key.endswith("qkv.bias"):
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4 * expected[key].abs().max().item() + 1e-6)
+            torch.testing.assert_close(
+                tensor, expected[key], rtol=1e-3, atol=1e-4 * expected[key].abs().max().item() + 1e-6
+            )
 
 
 def test_the_share_of_the_gradient_is_seen_under_every_stage(curves):
     def shares(name):
-        return [json.loads(line)["share/3"] for line in (curves / name / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)["share/3"] for line in (curves / name / "metrics.jsonl").read_text().splitlines()
+        ]
 
     for name in ("zero0", "zero2", "zero3"):
         assert shares(name) == pytest.approx(shares("alone"), rel=0.05)
@@ -142,11 +173,16 @@ def test_the_share_of_the_gradient_is_seen_under_every_stage(curves):
 
 @pytest.mark.parametrize("name", [*SAME, "zero3_bf16"])
 def test_features_are_watched_and_time_is_booked_under_every_stage(curves, name):
-    rows, expected = ([json.loads(line) for line in (curves / run / "metrics.jsonl").read_text().splitlines()] for run in (name, "alone"))
+    rows, expected = (
+        [json.loads(line) for line in (curves / run / "metrics.jsonl").read_text().splitlines()]
+        for run in (name, "alone")
+    )
     assert [row["step"] for row in rows if "norm/3" in row] == [5, 10, 15, 20]  # log.every_steps is 5
     near = 1e-3 if name in SAME else 0.05
     for norm in ("norm/3", "norm/4"):  # the mean over ranks of equal parts is the mean over all
-        assert [row[norm] for row in rows if norm in row] == pytest.approx([row[norm] for row in expected if norm in row], rel=near)
+        assert [row[norm] for row in rows if norm in row] == pytest.approx(
+            [row[norm] for row in expected if norm in row], rel=near
+        )
     # Sixteen pictures a step: one rank has enough of them to speak of directions, two have not.
     assert all(("rank/mean" in row) == (name.startswith("alone") and "norm/3" in row) for row in rows)
     assert all(1 < row["rank/mean"] < 16 for row in rows if "rank/mean" in row)
@@ -158,9 +194,23 @@ def test_other_launchers_give_the_same_curve(curves, tiny_recipe, tmp_path, laun
     start = {
         "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"],
         # With --cpu it starts one process only, see below; this is its path for GPUs, which the trainer takes on CPUs too.
-        "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                       "--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m"],
-    }[launcher]  # fmt: skip
+        "accelerate": [
+            "accelerate",
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            str(free_port()),
+            "-m",
+        ],
+    }[launcher]
     done = run([*start, "dmae_ds", "train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks x 8 images" in done.stderr
@@ -168,7 +218,20 @@ def test_other_launchers_give_the_same_curve(curves, tiny_recipe, tmp_path, laun
 
 
 def test_a_launcher_that_starts_fewer_processes_than_asked_for_is_refused(tiny_recipe, tmp_path):
-    start = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    start = [
+        "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+    ]
     done = run([*start, "dmae_ds", "train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], cwd=tmp_path)
     assert done.returncode != 0
     assert "start with deepspeed or torchrun on CPUs" in done.stderr

@@ -12,7 +12,10 @@ from tests.train.conftest import command, run
 
 
 def test_the_share_is_the_floor_over_the_time_whatever_the_dtypes():
-    speed = Speed({"teacher": (40, torch.bfloat16), "forward": (10, torch.float32)}, {torch.bfloat16: 20.0, torch.float32: 5.0})
+    speed = Speed(
+        {"teacher": (40, torch.bfloat16), "forward": (10, torch.float32)},
+        {torch.bfloat16: 20.0, torch.float32: 5.0},
+    )
     assert speed.flops == 50 and speed.floor_s == 40 / 20 + 10 / 5
     assert speed.at(8.0) == {"tflops": 50 / 8e12, "of_peak": 0.5}
 
@@ -33,6 +36,12 @@ def test_a_run_of_more_than_toy_size_shows_it_and_a_toy_does_not(tiny_recipe, tm
     done = run(command(["train", recipe, *few, *large], ranks=1), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "large" / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["of_peak"] > 0 and line["tflops"] > 0 for line in lines) and "of peak" in done.stderr and "data=" in done.stderr
+    assert (
+        all(line["of_peak"] > 0 and line["tflops"] > 0 for line in lines)
+        and "of peak" in done.stderr
+        and "data=" in done.stderr
+    )
     # the work of a step over the time of a step
-    assert lines[-1]["tflops"] * 1e12 / lines[-1]["images_per_s"] == pytest.approx(lines[0]["tflops"] * 1e12 / lines[0]["images_per_s"])
+    assert lines[-1]["tflops"] * 1e12 / lines[-1]["images_per_s"] == pytest.approx(
+        lines[0]["tflops"] * 1e12 / lines[0]["images_per_s"]
+    )

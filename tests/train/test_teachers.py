@@ -54,7 +54,9 @@ class Evil:
 def refusals(tiny_recipe, tmp_path_factory):
     """{name: (exit code, what was said)} for every way in which a teacher's file can be wrong."""
     folder = tmp_path_factory.mktemp("broken")
-    tensors = load_file(next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2])
+    tensors = load_file(
+        next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2]
+    )
     wanted = {}
 
     def case(name, content, *, suffix=".safetensors", taps=(), format="timm", **more):
@@ -63,12 +65,25 @@ def refusals(tiny_recipe, tmp_path_factory):
             save_file(content, path)
         elif content is not None:
             torch.save(content, path)
-        wanted[name] = (["train", *tiny_recipe, f"run.dir={folder / 'run'}", f"teacher.weights={path}", f"teacher.format={format}", *more.get("extra", [])], taps)
+        wanted[name] = (
+            [
+                "train",
+                *tiny_recipe,
+                f"run.dir={folder / 'run'}",
+                f"teacher.weights={path}",
+                f"teacher.format={format}",
+                *more.get("extra", []),
+            ],
+            taps,
+        )
         return path
 
     without = {name: tensor for name, tensor in tensors.items() if name != "blocks.1.mlp.fc1.weight"}
     case("removed", without)
-    case("transposed", {**tensors, "blocks.1.mlp.fc1.weight": tensors["blocks.1.mlp.fc1.weight"].T.contiguous()})
+    case(
+        "transposed",
+        {**tensors, "blocks.1.mlp.fc1.weight": tensors["blocks.1.mlp.fc1.weight"].T.contiguous()},
+    )
     case("renamed", {**without, "blocks.1.mlp.fc.weight": tensors["blocks.1.mlp.fc1.weight"]})
     case("encoder_only", tensors, taps=["decoder/4"])
     whole = case("truncated", tensors)
@@ -78,7 +93,15 @@ def refusals(tiny_recipe, tmp_path_factory):
     case("code", {"model": tensors, "extra": Evil(folder / "marker")}, suffix=".pth", format="mae")
     case("other_format", tensors, format="hf")
     case("auto", without, format="auto")
-    done = subprocess.run([sys.executable, "-c", TRY_ALL], input=json.dumps(wanted), cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", TRY_ALL],
+        input=json.dumps(wanted),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
     found = json.loads(line.removeprefix("RESULTS"))
@@ -113,7 +136,14 @@ def test_a_wrong_file_is_one_line_and_exit_code_2(refusals, name, words):
 def measured(tiny_recipe, tmp_path_factory):
     """A recipe with patches of 5 px for the student and 4 px for the teacher, which sees the whole picture; and its statistics."""
     stats = tmp_path_factory.mktemp("stats") / "stats.safetensors"
-    recipe = [*tiny_recipe, "student.img_size=40", "student.patch_size=5", "teacher.sees=all", f"teacher.stats={stats}", "teacher.standardize=zscore"]
+    recipe = [
+        *tiny_recipe,
+        "student.img_size=40",
+        "student.patch_size=5",
+        "teacher.sees=all",
+        f"teacher.stats={stats}",
+        "teacher.standardize=zscore",
+    ]
     said = write_stats(load_config(recipe[0], [*recipe[1:], "run.dir=unused"]), num_images=100, out=stats)
     assert "over 100 images" in said
     return recipe
@@ -122,9 +152,16 @@ def measured(tiny_recipe, tmp_path_factory):
 def test_features_are_standardised_by_what_was_measured(measured):
     config = load_config(measured[0], [*measured[1:], "run.dir=unused"])
     objective, shape = build_objective(config)
-    teachers = {kind: verified(with_kind(config, kind), shape, objective.taps) for kind in ("none", "zscore", "phi_s")}
-    images = torch.randint(0, 256, (64, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = objective.prepare(Batch(images, torch.rand(64, 64, generator=torch.Generator().manual_seed(1))), Normalize(config.data.mean, config.data.std))
+    teachers = {
+        kind: verified(with_kind(config, kind), shape, objective.taps) for kind in ("none", "zscore", "phi_s")
+    }
+    images = torch.randint(
+        0, 256, (64, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    batch = objective.prepare(
+        Batch(images, torch.rand(64, 64, generator=torch.Generator().manual_seed(1))),
+        Normalize(config.data.mean, config.data.std),
+    )
     features = {kind: teacher.features(batch)["block/3"] for kind, teacher in teachers.items()}
     stats = load_file(config.teacher.stats)
     expected = (features["none"] - stats["block/3.mean"]) / stats["block/3.covariance"].diagonal().sqrt()
@@ -132,7 +169,9 @@ def test_features_are_standardised_by_what_was_measured(measured):
     # A rotation and one scale: squared lengths from the mean keep their ratio to the raw ones.
     ratio = features["phi_s"].square().sum(-1) / (features["none"] - stats["block/3.mean"]).square().sum(-1)
     assert ratio.std() < 1e-3 * ratio.mean()
-    torch.testing.assert_close(ratio.mean(), 1 / stats["block/3.covariance"].diagonal().mean(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        ratio.mean(), 1 / stats["block/3.covariance"].diagonal().mean(), rtol=1e-3, atol=0
+    )
 
 
 def verified(config, shape, taps):
@@ -142,12 +181,19 @@ def verified(config, shape, taps):
 
 
 def with_kind(config, kind):
-    teacher = config.teacher.model_dump() | {"standardize": kind} | ({"stats": None} if kind == "none" else {})
+    teacher = (
+        config.teacher.model_dump() | {"standardize": kind} | ({"stats": None} if kind == "none" else {})
+    )
     return RunConfig.model_validate({**config.model_dump(), "teacher": teacher})
 
 
 def test_a_larger_crop_all_patches_and_z_scores_train(measured, tmp_path):
-    recipe = [*measured, f"run.dir={tmp_path / 'run'}", f"optim.epochs={5 * 16 / 1400}", "optim.warmup_epochs=0.01"]
+    recipe = [
+        *measured,
+        f"run.dir={tmp_path / 'run'}",
+        f"optim.epochs={5 * 16 / 1400}",
+        "optim.warmup_epochs=0.01",
+    ]
     done = run(command(["train", *recipe], ranks=2), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8x8 patches for both: 5 px for the student (40 px crop)" in done.stderr
@@ -160,7 +206,9 @@ def test_a_larger_crop_all_patches_and_z_scores_train(measured, tmp_path):
 def test_statistics_of_other_weights_are_refused(measured, tiny_recipe, tmp_path):
     own = next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2]
     save_file({name: tensor * 1.5 for name, tensor in load_file(own).items()}, tmp_path / "other.safetensors")
-    config = load_config(measured[0], [*measured[1:], "run.dir=unused", f"teacher.weights={tmp_path / 'other.safetensors'}"])
+    config = load_config(
+        measured[0], [*measured[1:], "run.dir=unused", f"teacher.weights={tmp_path / 'other.safetensors'}"]
+    )
     objective, shape = build_objective(config)
     with pytest.raises(UserError, match="differ from the fingerprint in .*stats.safetensors"):
         verified(config, shape, objective.taps)

@@ -38,24 +38,50 @@ def newest(run_dir: Path) -> Path:
 
 
 def test_everything_that_it_declares_is_wired(recipe, tmp_path):
-    done = run(command(["train", *recipe, f"run.dir={tmp_path / 'run'}", f"optim.epochs={6 * 16 / 1400}", "optim.warmup_epochs=.02"], ranks=1), cwd=tmp_path)
+    done = run(
+        command(
+            [
+                "train",
+                *recipe,
+                f"run.dir={tmp_path / 'run'}",
+                f"optim.epochs={6 * 16 / 1400}",
+                "optim.warmup_epochs=.02",
+            ],
+            ranks=1,
+        ),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {line.split()[0]: line for line in done.stderr.splitlines() if line.strip()}
-    assert "EMA of student, head" in rows["twin"] and "updated every step" in rows["twin"] and "1 x (24 px, 0.1 to 0.5 of the area, dino2)" in rows["views"]
+    assert (
+        "EMA of student, head" in rows["twin"]
+        and "updated every step" in rows["twin"]
+        and "1 x (24 px, 0.1 to 0.5 of the area, dino2)" in rows["views"]
+    )
     lines = lines_of(tmp_path / "run")
     assert [list(line)[3:7] for line in lines] == [PARTS] * 6
     twin = load_file(newest(tmp_path / "run") / "twin.safetensors")
     student = load_file(tmp_path / "run" / "student.safetensors")
     assert "state/centre" in twin and float(twin["state/centre"].abs().max()) > 0
-    assert "patch_embed.proj.weight" in student and "student.patch_embed.proj.weight" not in twin  # frozen, so the twin's is a constant too
-    moved = [name for name in student if f"student.{name}" in twin and not torch.equal(student[name], twin[f"student.{name}"])]
+    assert (
+        "patch_embed.proj.weight" in student and "student.patch_embed.proj.weight" not in twin
+    )  # frozen, so the twin's is a constant too
+    moved = [
+        name
+        for name in student
+        if f"student.{name}" in twin and not torch.equal(student[name], twin[f"student.{name}"])
+    ]
     assert len(moved) > 40
 
 
 def test_its_cost_is_known_from_its_needs_alone(recipe):
     config = load_config(recipe[0], recipe[1:])
     found = measure(config, 4)
-    assert found.twin.flops > 0 and found.twin.weight_bytes > 4 * 32 * 32 and found.twin.feature_bytes == 4 * 8 * 4
+    assert (
+        found.twin.flops > 0
+        and found.twin.weight_bytes > 4 * 32 * 32
+        and found.twin.feature_bytes == 4 * 8 * 4
+    )
     assert found.batch_bytes > 4 * 3 * (32**2 + 24**2) * (1 + 4)  # both views, as read and as floats
     assert measure(config, 8).twin.flops == 2 * found.twin.flops
 
@@ -64,7 +90,13 @@ def test_shards_without_labels_are_refused_before_training(recipe, tmp_path):
     index = [*recipe, f"run.dir={tmp_path / 'run'}"]
     prepare(load_config(index[0], index[1:]), World(), resume="never")
     with pytest.raises(UserError, match="needs labels, and data.num_samples streams tars"):
-        prepare(load_config(index[0], [*index[1:], "data.num_samples=1000", f"data.train={loose_tars(tmp_path)}"]), World(), resume="never")
+        prepare(
+            load_config(
+                index[0], [*index[1:], "data.num_samples=1000", f"data.train={loose_tars(tmp_path)}"]
+            ),
+            World(),
+            resume="never",
+        )
 
 
 def loose_tars(folder: Path) -> Path:
@@ -87,7 +119,12 @@ def test_its_section_is_checked_like_any_other(recipe, override, words):
         load_config(recipe[0], [*recipe[1:], override])
 
 
-VARIANTS = {"zero0": ["deepspeed=zero0"], "zero2": ["deepspeed=zero2"], "zero3": ["deepspeed=zero3"], "zero3_bf16": ["deepspeed=zero3", "precision=bf16"]}
+VARIANTS = {
+    "zero0": ["deepspeed=zero0"],
+    "zero2": ["deepspeed=zero2"],
+    "zero3": ["deepspeed=zero3"],
+    "zero3_bf16": ["deepspeed=zero3", "precision=bf16"],
+}
 
 
 @pytest.mark.slow
@@ -100,19 +137,37 @@ def test_one_process_two_ranks_and_zero_3_agree(recipe, tmp_path):
     expected, twin = losses(tmp_path / "alone"), load_file(newest(tmp_path / "alone") / "twin.safetensors")
     assert len(expected) == 20 and expected[-1] < 0.8 * expected[0]
     for name in ("zero0", "zero2", "zero3"):
-        torch.testing.assert_close(torch.tensor(losses(tmp_path / name)), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(losses(tmp_path / name)), torch.tensor(expected), rtol=1e-5, atol=1e-5
+        )
         found = load_file(newest(tmp_path / name) / "twin.safetensors")
         for key in twin:
-            if key.endswith("attn.qkv.bias"):  # the keys' third has no gradient but rounding, which Adam blows up
+            if key.endswith(
+                "attn.qkv.bias"
+            ):  # the keys' third has no gradient but rounding, which Adam blows up
                 continue
-            torch.testing.assert_close(found[key], twin[key], rtol=1e-3, atol=1e-4, msg=lambda text, key=key, name=name: f"{name}, {key}: {text}")
-    torch.testing.assert_close(torch.tensor(losses(tmp_path / "zero3_bf16")), torch.tensor(expected), rtol=0.05, atol=0.05)
+            torch.testing.assert_close(
+                found[key],
+                twin[key],
+                rtol=1e-3,
+                atol=1e-4,
+                msg=lambda text, key=key, name=name: f"{name}, {key}: {text}",
+            )
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "zero3_bf16")), torch.tensor(expected), rtol=0.05, atol=0.05
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, more", [(1, []), (2, ["deepspeed=zero3"])], ids=["alone", "2 ranks, ZeRO-3"])
 def test_killed_and_resumed_with_its_twin_is_bit_identical(recipe, tmp_path, ranks, more):
-    more = [f"optim.epochs={30 * 16 / 1400}", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.keep=2", *more]
+    more = [
+        f"optim.epochs={30 * 16 / 1400}",
+        "log.every_steps=1",
+        "checkpoint.every_steps=5",
+        "checkpoint.keep=2",
+        *more,
+    ]
     arguments = ["train", *recipe, *more]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(command([*arguments, f"run.dir={whole}"], ranks=ranks), cwd=tmp_path)

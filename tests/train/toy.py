@@ -33,7 +33,10 @@ class Holdable(nn.Linear):
     held = False
 
     def forward(self, rows: Tensor) -> Tensor:
-        weight, bias = (with_zero_gradient(parameter) if self.held else parameter for parameter in (self.weight, self.bias))
+        weight, bias = (
+            with_zero_gradient(parameter) if self.held else parameter
+            for parameter in (self.weight, self.bias)
+        )
         return functional.linear(rows, weight, bias)
 
 
@@ -52,17 +55,32 @@ class Toy(Objective):
 
     def __init__(self, config: Config, *, student, teacher, generator, num_classes: int):
         super().__init__(student)
-        self.head, self.align, self.classes = nn.Linear(student.embed_dim, 8), nn.Linear(student.embed_dim, teacher.embed_dim), Holdable(student.embed_dim, num_classes)
+        self.head, self.align, self.classes = (
+            nn.Linear(student.embed_dim, 8),
+            nn.Linear(student.embed_dim, teacher.embed_dim),
+            Holdable(student.embed_dim, num_classes),
+        )
         for layer in (self.head, self.align, self.classes):
             initialize_as_mae(layer, generator)
         freeze(student.patch_embed)
-        self.twin = Twin(("student", "head"), momentum=lambda progress: 0.5 + 0.4 * progress.step / progress.num_steps, every=config.every)
+        self.twin = Twin(
+            ("student", "head"),
+            momentum=lambda progress: 0.5 + 0.4 * progress.step / progress.num_steps,
+            every=config.every,
+        )
         self.lr_scales = {"classes.": 1.0}
 
     def prepare(self, batch, normalize) -> ToyBatch:
         whole, small = (normalize(patchify(view, self.student.patch_size)) for view in batch.views)
         ids = all_places(len(whole), self.student.grid, whole.device)
-        return ToyBatch(visible=whole, masked=whole[:, :0], ids_keep=ids, ids_masked=ids[:, :0], small=small, labels=batch.labels)
+        return ToyBatch(
+            visible=whole,
+            masked=whole[:, :0],
+            ids_keep=ids,
+            ids_masked=ids[:, :0],
+            small=small,
+            labels=batch.labels,
+        )
 
     def start_step(self, progress: Progress) -> None:
         self.classes.held = progress.step < HELD_STEPS
@@ -88,7 +106,11 @@ class Toy(Objective):
         small, _ = self.student(masked.small, all_places(len(tokens), grid, tokens.device), grid=grid)
         parts = {
             "align": functional.l1_loss(self.align(tapped[3]).float(), features["block/3"].float()),
-            "views": functional.mse_loss(self.sharpness * self.head(small[:, 0]).float(), features["twin/centred"]),
-            "labels": functional.cross_entropy(self.classes(tokens[:, 1:].mean(dim=1)).float(), masked.labels),
+            "views": functional.mse_loss(
+                self.sharpness * self.head(small[:, 0]).float(), features["twin/centred"]
+            ),
+            "labels": functional.cross_entropy(
+                self.classes(tokens[:, 1:].mean(dim=1)).float(), masked.labels
+            ),
         }
         return {"loss": sum(parts.values()), **{name: part.detach() for name, part in parts.items()}}

@@ -34,7 +34,11 @@ def note(what: str) -> None:
         return
     if any("/torch/utils/data/" in frame.filename for frame in traceback.extract_stack()):
         return  # the loader draws a seed for its workers: on the host, once
-    frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename and frame.filename != __file__]
+    frames = [
+        frame
+        for frame in traceback.extract_stack()
+        if "/torch/" not in frame.filename and frame.filename != __file__
+    ]
     found[f"{what} by {frames[-1].filename.split('/')[-1]}:{frames[-1].lineno}"] += 1
 
 
