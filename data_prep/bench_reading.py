@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.timing import Row, Section
 from data_prep.find import find_images
+from data_prep.timing import Row, Section
 from dmae_ds.data.decode import decode_bytes
 from dmae_ds.data.order import batch_positions, block_spans, sample_ids
 from dmae_ds.data.reader import SampleReader

@@ -57,8 +57,8 @@ def _train(args: argparse.Namespace) -> None:
     # Before torch is imported: where a rank is lost its C++ side adds its own frames to the one line that says so.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dmae_ds.config.load import load_config
-    from dmae_ds.world import world_from_env
     from dmae_ds.train.preflight import prepare
+    from dmae_ds.world import world_from_env
 
     if args.recipe is None:
         from dmae_ds.config.objective_table import objective_table

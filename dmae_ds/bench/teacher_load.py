@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Iterator
 
 from dmae_ds.bench.measure import Load, measure
-from dmae_ds.bench.random_files import make_files, mae_shapes, num_bytes
+from dmae_ds.bench.random_files import mae_shapes, make_files, num_bytes
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.teacher.stages import held_blocks

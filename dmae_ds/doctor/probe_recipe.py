@@ -120,8 +120,8 @@ def held_by(folder: Path) -> str | None:
 
 def start(config: RunConfig, request: dict) -> dict:
     """All that `dmae-ds train` itself would refuse before it builds a model: batch, DeepSpeed file, checkpoints."""
-    from dmae_ds.world import World
     from dmae_ds.train.preflight import prepare
+    from dmae_ds.world import World
 
     world = World(rank=0, size=request["world"], local_rank=0, local_size=request["slots"])
     plan = prepare(config, world, resume="auto", allow_pipe=request["allow_pipe"])

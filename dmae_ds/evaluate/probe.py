@@ -42,7 +42,7 @@ def evaluate_run(
     l2: see evaluate/logistic.py; None: the best of GRID; the other options as in `open_frozen`
     Returns, on the main process, the result. Raises UserError for a run without labelled data or numbers that fit nothing.
     """
-    if l2 is not None and not l2 > 0 or max_iterations < 1:
+    if (l2 is not None and not l2 > 0) or max_iterations < 1:
         raise UserError(
             f"l2 {l2:g}, iterations {max_iterations}: the numbers must be above 0"
             if l2 is not None

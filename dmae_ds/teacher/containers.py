@@ -297,11 +297,11 @@ def _open_torch(path: Path, entries: tuple[str, ...], formats: dict[str, list[st
         start = 0
         if (
             not _is_plain(value)
-            or value.numel()
+            or (value.numel()
             and (
                 base % mmap.PAGESIZE
                 or records.get(start := _address(value) - base) != value.untyped_storage().nbytes()
-            )
+            ))
         ):
             raise UserError(
                 f"teacher.weights '{path}' holds '{name}' in a way that can't be read by places in the file (sparse, quantised or compressed, say); "

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
-from dmae_ds.teacher.fit import Dropped, block_of, check_fit, read_needed, size_text
 from dmae_ds.teacher.containers import Container
+from dmae_ds.teacher.fit import Dropped, block_of, check_fit, read_needed, size_text
 from dmae_ds.teacher.formats import Weights
 from dmae_ds.teacher.grid import fit_positions
 from dmae_ds.teacher.identity import Probe, probe

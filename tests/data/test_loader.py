@@ -86,7 +86,7 @@ def test_batch_has_the_stated_shapes_and_types(shard_set):
     batch = next(train(shard_set))
     assert batch.images.shape == (8, 3, 16, 16) and batch.images.dtype == torch.uint8
     assert batch.noise.shape == (8, 4) and batch.noise.dtype == torch.float32
-    assert 0 <= batch.noise.min() and batch.noise.max() < 1
+    assert batch.noise.min() >= 0 and batch.noise.max() < 1
     for field in (batch.labels, batch.sample_ids, batch.epochs):
         assert field.shape == (8,) and field.dtype == torch.int64
     numbers = [id if id < 5 else id + 1 for id in batch.sample_ids.tolist()]

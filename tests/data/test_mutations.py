@@ -29,8 +29,15 @@ from dmae_ds.data.decode import decode, decode_bytes
 from dmae_ds.data.foreign import open_train
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.shards import NewSample, compute_fingerprint, index_name, write_manifest, write_shard
-from dmae_ds.data.shards import Shard, ShardError
+from dmae_ds.data.shards import (
+    NewSample,
+    Shard,
+    ShardError,
+    compute_fingerprint,
+    index_name,
+    write_manifest,
+    write_shard,
+)
 from dmae_ds.data.stream import _samples_of
 
 NUM_SAMPLES = 12

@@ -18,7 +18,7 @@ for module in {"dmae_ds", "data_prep", "tests", "timm", "torch", "transformers",
 ]:
     sys.modules[module] = None  # importing it is an ImportError from now on
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 
 def read_timm(folder, given):

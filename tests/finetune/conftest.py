@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dmae_ds.finetune.run import evaluate
-from tests.evaluate.conftest import on_the_cpu, run, shards  # noqa: F401: fixtures
 
 # Two epochs of three steps on 20 pictures; everything random is on.
 QUICK = [

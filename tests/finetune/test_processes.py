@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dmae_ds.evaluate.results import read_results
 from tests.finetune.conftest import PLAIN, QUICK, finetune
-from tests.finetune.test_run import assert_same_outcome, one_thread  # noqa: F401: a fixture
+from tests.finetune.test_run import assert_same_outcome  # noqa: F401: a fixture
 from tests.train.conftest import LIMIT_S, environment, free_port
 
 LONGER = ["optim.epochs=12"]  # thirty steps, saved every two or three

@@ -101,7 +101,7 @@ def test_the_labels_loss_has_its_weight(method):
     values = []
     for task_weight in (0.0, 1.0):
         _, task = build(method, task_weight=task_weight, weight=0.5)
-        parts = task.eval() and set_training(task) or task(images, labels)
+        parts = (task.eval() and set_training(task)) or task(images, labels)
         values.append((parts["loss"].item(), parts["task_loss"].item()))
     assert values[1][0] - values[0][0] == pytest.approx(values[1][1], rel=1e-3)
 

@@ -20,7 +20,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch, gather_patches
 from dmae_ds.models.patches import patchify
 from dmae_ds.teacher.fit import check_fit
-from dmae_ds.teacher.formats import open_weights, Weights
+from dmae_ds.teacher.formats import Weights, open_weights
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

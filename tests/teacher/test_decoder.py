@@ -89,7 +89,7 @@ def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
     order = noise.argsort(dim=1, stable=True)
     keep, masked = order[:, :4], order[:, 4:]
     patches = images.reshape(2, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 8, 8, 3)
-    take = lambda ids: patches[torch.arange(2)[:, None], ids]  # noqa: E731
+    take = lambda ids: patches[torch.arange(2)[:, None], ids]
     found = teacher.features(
         MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked)
     )

@@ -11,16 +11,16 @@ from dmae_ds.teacher.fit import describe_kind, fits
 from dmae_ds.teacher.formats import map_names, open_weights
 from dmae_ds.teacher.frozen import meta_teacher
 from tests.teacher.references import (
-    changed,
     IDS,
     ONE_OF_EACH,
     OTHERS,
     PICTURES,
-    Reference,
     SHAPE,
+    Reference,
     as_safetensors,
     assert_close,
     build_reference,
+    changed,
     features,
     fit,
     load,

@@ -13,25 +13,25 @@ from dmae_ds.teacher.fit import check_fit, fits
 from dmae_ds.teacher.formats import FORMATS, Format, choose_format, open_weights
 from dmae_ds.teacher.frozen import meta_teacher
 from tests.teacher.references import (
-    changed,
     HF,
     IDS,
     ONE_OF_EACH,
     OTHERS,
     PICTURES,
-    Reference,
     SHAPE,
     TAP,
     TAPS,
+    Reference,
     as_pth,
     as_safetensors,
     assert_close,
     build_reference,
+    changed,
     features,
     load,
+    load_teacher,
     needed_by,
     refusal,
-    load_teacher,
 )
 
 

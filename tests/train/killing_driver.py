@@ -21,7 +21,7 @@ from dmae_ds.world import world_from_env
 moment, recipe = sys.argv[-2], json.loads(sys.argv[-1])
 world = world_from_env()
 device = dist.start(world)
-from dmae_ds.train.checkpoint_files import CheckpointFiles  # noqa: E402  (imports DeepSpeed)
+from dmae_ds.train.checkpoint_files import CheckpointFiles
 
 
 def die_in(

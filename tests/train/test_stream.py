@@ -19,7 +19,6 @@ from tests.train.conftest import LIMIT_S, command, environment, free_port, losse
 from tests.train.test_resume import STREAM, processes_with, wait_for_step
 from tests.train.test_same_curve import DRIVER
 
-
 PLACEMENTS = {"replicated": [], "pipeline": STREAM, "zero3": ["teacher.placement=zero3"]}
 
 
