@@ -19,66 +19,59 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # From the ground up; rooms of one floor are strangers, except where one of them is named as a guest of another.
 FLOORS = [
-    {"errors", "launcher", "missing"},
-    {"heartbeat", "rendezvous", "world"},
-    {"config", "dist", "deepspeed_import"},
-    {"vote"},
+    {"errors"},
+    {"distributed", "config"},
     {"models", "data"},
+    {"weights"},
     {"teacher"},
     {"objectives"},
     {"plan"},
     {"evaluate"},
     {"train"},
     {"finetune"},
-    {"figures"},
-    {"report", "bench", "teacher_tools", "checkpoint_tools", "export", "ledger", "doctor"},
-    {"cli_bench", "cli_checkpoint", "cli_doctor", "cli_eval"},
+    {"report", "bench", "tools", "export", "doctor"},
     {"cli"},
     {"__main__"},
 ]
 KNOWS_DEEPSPEED = {
     "dmae_ds/train/engine.py",
-    "dmae_ds/train/checkpoint_files.py",
-    "dmae_ds/train/whole_state.py",
-    "dmae_ds/train/moving.py",
-    "dmae_ds/checkpoint_tools/convert.py",
+    "dmae_ds/train/checkpoint/deepspeed_files.py",
+    "dmae_ds/train/checkpoint/full_state.py",
+    "dmae_ds/train/checkpoint/reshard.py",
+    "dmae_ds/tools/checkpoint_convert.py",
     "dmae_ds/teacher/sharded.py",
     "dmae_ds/bench/pipeline_engine.py",
-    "dmae_ds/deepspeed_import.py",
+    "dmae_ds/distributed/deepspeed_import.py",
 }
 COMMUNICATES = {
-    "dmae_ds/dist.py",
-    "dmae_ds/heartbeat.py",
-    "dmae_ds/rendezvous.py",
-    "dmae_ds/vote.py",
+    "dmae_ds/distributed/async_flags.py",
+    "dmae_ds/distributed/dist.py",
+    "dmae_ds/distributed/heartbeat.py",
+    "dmae_ds/distributed/rendezvous.py",
     "dmae_ds/teacher/pipeline.py",
     "dmae_ds/bench/pipeline_engine.py",
-    "dmae_ds/doctor/meeting.py",
-}  # before there are ranks
+    "dmae_ds/doctor/meeting.py",  # before there are ranks
+}
 TORCH_FREE = [
+    "dmae_ds/cli",
     "dmae_ds/config",
-    "dmae_ds/data/shards.py",
-    "dmae_ds/data/shard_set.py",
-    "dmae_ds/data/order.py",
-    "dmae_ds/data/storage.py",
     "dmae_ds/data/cache.py",
-    "dmae_ds/data/reader.py",
-    "dmae_ds/data/foreign.py",
     "dmae_ds/data/corrupt.py",
-    "dmae_ds/train/preflight.py",
-    "dmae_ds/train/checkpoint_folder.py",
+    "dmae_ds/data/order.py",
+    "dmae_ds/data/reader.py",
+    "dmae_ds/data/shard_set.py",
+    "dmae_ds/data/shards.py",
+    "dmae_ds/data/storage.py",
+    "dmae_ds/data/unindexed.py",
+    "dmae_ds/distributed/world.py",
+    "dmae_ds/doctor",
+    "dmae_ds/errors.py",
     "dmae_ds/evaluate/results.py",
     "dmae_ds/evaluate/subsets.py",
-    "dmae_ds/errors.py",
-    "dmae_ds/world.py",
-    "dmae_ds/cli.py",
-    "dmae_ds/cli_eval.py",
-    "dmae_ds/cli_checkpoint.py",
-    "dmae_ds/checkpoint_tools/find.py",
-    "dmae_ds/checkpoint_tools/inspect.py",
-    "dmae_ds/cli_bench.py",
-    "dmae_ds/cli_doctor.py",
-    "dmae_ds/doctor",
+    "dmae_ds/tools/checkpoint_find.py",
+    "dmae_ds/tools/checkpoint_inspect.py",
+    "dmae_ds/train/checkpoint/folder.py",
+    "dmae_ds/train/preflight.py",
     "data_prep",
 ]
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
@@ -198,8 +191,8 @@ def test_the_tables_are_the_schemas():
     from dmae_ds.finetune.tasks import TASKS
     from dmae_ds.objectives import OBJECTIVES
     from dmae_ds.objectives.align import DISTANCES, HEADS
-    from dmae_ds.teacher.formats import FORMATS
     from dmae_ds.teacher.frozen import DTYPES
+    from dmae_ds.weights.formats import FORMATS
 
     def choices(cls, field):
         return set(get_args(cls.model_fields[field].annotation))
@@ -292,7 +285,7 @@ def test_every_file_is_in_the_readme_s_tree():
 
 
 def test_every_command_in_the_readme_exists():
-    from dmae_ds.cli import parser
+    from dmae_ds.cli.main import parser
 
     commands = re.findall(
         r"dmae-ds ((?:train|(?:eval|teacher|bench|checkpoint) [\w-]+|report|[a-z]+))", readme()

@@ -40,7 +40,7 @@ def test_every_recipe_and_deepspeed_file_is_found(installed, tmp_path):
     assert Path(where).is_relative_to(installed)
     assert names == [*shipped_files("recipe"), *shipped_files("DeepSpeed file")]
     assert len(names) > 10
-    assert (installed / "dmae_ds" / "ledger" / "published.json").is_file()
+    assert (installed / "dmae_ds" / "report" / "published.json").is_file()
 
 
 def test_nothing_but_the_two_packages_is_installed(installed):

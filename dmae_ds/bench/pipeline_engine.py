@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from dmae_ds.deepspeed_import import import_deepspeed
+from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.pipeline import StageGroup
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_timm_vit
-from dmae_ds.teacher.containers import open_container
+from dmae_ds.weights.containers import open_container
 
 DECODER_DEPTH, DECODER_DIM, DECODER_HEADS = 8, 512, 16  # of every published MAE, ViT-B to ViT-H
 

@@ -19,19 +19,19 @@ from typing import Callable
 
 import torch
 
-from dmae_ds import dist
 from dmae_ds.bench.stream import MIB, random_batches, settle
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
+from dmae_ds.distributed import dist
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
-from dmae_ds.train.checkpoint import PLAIN, Checkpoints
-from dmae_ds.train.checkpoint_folder import CheckpointFolder, bytes_in
+from dmae_ds.train.checkpoint.folder import CheckpointFolder, bytes_in
+from dmae_ds.train.checkpoint.save import PLAIN, Checkpoints
+from dmae_ds.train.ema import TwinKeeper
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.preflight import split_batch
-from dmae_ds.train.twin import TwinKeeper
 
 KEPT = 12  # bytes a parameter: the weight and AdamW's two moments in fp32
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dmae_ds import dist
 from dmae_ds.bench.training_step import TrainingStep
 from dmae_ds.config.objectives import MaeConfig, MaskedPixels
 from dmae_ds.config.run import RunConfig
-from dmae_ds.deepspeed_import import import_deepspeed
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
 from dmae_ds.plan.choose import GIB
 from dmae_ds.plan.geometry import measure as measure_geometry

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmae_ds import dist
 from dmae_ds.bench.pipeline_engine import EvalBatch
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
+from dmae_ds.distributed import dist
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import Normalize

@@ -8,12 +8,12 @@ from typing import Iterator
 
 import torch
 
-from dmae_ds import dist
 from dmae_ds.bench.stream import random_batch, random_teacher, random_top, resized_view
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.data.foreign import open_train
+from dmae_ds.data.unindexed import open_train
+from dmae_ds.distributed import dist
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
@@ -21,6 +21,7 @@ from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
+from dmae_ds.train.ema import TwinKeeper
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.inputs import training_batches
 from dmae_ds.train.kernels import choose_kernels
@@ -28,7 +29,6 @@ from dmae_ds.train.loop import copied
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.preflight import split_batch
 from dmae_ds.train.speed import wait_for
-from dmae_ds.train.twin import TwinKeeper
 
 NUM_STEPS = 100_000  # of data that is read: more than anybody measures
 

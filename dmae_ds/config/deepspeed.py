@@ -20,17 +20,69 @@ from dmae_ds.errors import UserError
 KNOWN: dict[str, Any] = {
     "zero_optimization": {
         **dict.fromkeys(
-            ["stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights", "elastic_checkpoint", "sub_group_size", "round_robin_gradients", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "compute_grad_norm", "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply", "ignore_unused_parameters", "legacy_stage1", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "log_trace_cache_warnings", "enable_sanity_checks"]
+            [
+                "stage",
+                "contiguous_gradients",
+                "reduce_scatter",
+                "reduce_bucket_size",
+                "use_multi_rank_bucket_allreduce",
+                "allgather_partitions",
+                "allgather_bucket_size",
+                "overlap_comm",
+                "load_from_fp32_weights",
+                "elastic_checkpoint",
+                "sub_group_size",
+                "round_robin_gradients",
+                "zero_hpz_partition_size",
+                "zero_quantized_weights",
+                "zero_quantized_nontrainable_weights",
+                "zero_quantized_gradients",
+                "compute_grad_norm",
+                "memory_efficient_linear",
+                "pipeline_loading_checkpoint",
+                "override_module_apply",
+                "ignore_unused_parameters",
+                "legacy_stage1",
+                "stage3_prefetch_bucket_size",
+                "stage3_param_persistence_threshold",
+                "stage3_model_persistence_threshold",
+                "stage3_max_live_parameters",
+                "stage3_max_reuse_distance",
+                "stage3_gather_16bit_weights_on_model_save",
+                "stage3_module_granularity_threshold",
+                "stage3_use_all_reduce_for_fetch_params",
+                "stage3_allgather_sequential",
+                "log_trace_cache_warnings",
+                "enable_sanity_checks",
+            ]
         ),
         "offload_param": dict.fromkeys(
             ["device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"]
         ),
         "offload_optimizer": dict.fromkeys(
-            ["device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "ratio"]
+            [
+                "device",
+                "nvme_path",
+                "buffer_count",
+                "pin_memory",
+                "pipeline_read",
+                "pipeline_write",
+                "fast_init",
+                "ratio",
+            ]
         ),
     },
     "fp16": dict.fromkeys(
-        ["enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"]
+        [
+            "enabled",
+            "auto_cast",
+            "loss_scale",
+            "initial_scale_power",
+            "loss_scale_window",
+            "hysteresis",
+            "consecutive_hysteresis",
+            "min_loss_scale",
+        ]
     ),
     "bf16": dict.fromkeys(["enabled", "immediate_grad_update", "check_grad_overflow"]),
     "torch_autocast": dict.fromkeys(["enabled", "dtype", "lower_precision_safe_modules"]),
@@ -44,7 +96,23 @@ KNOWN: dict[str, Any] = {
         ["tag_validation", "parallel_write"]
     ),  # use_node_local_storage: all nodes share the run folder
     **dict.fromkeys(
-        ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "disable_python_gc", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"]
+        [
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "steps_per_print",
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "dump_state",
+            "communication_data_type",
+            "prescale_gradients",
+            "gradient_predivide_factor",
+            "disable_allgather",
+            "disable_python_gc",
+            "zero_allow_untested_optimizer",
+            "zero_force_ds_cpu_optimizer",
+        ]
     ),
 }
 

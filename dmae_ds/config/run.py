@@ -55,7 +55,7 @@ TEACHER_FORMATS = (
     "dinov2",
     "dinov3",
     "dmae_ds",
-)  # explained in dmae_ds/teacher/formats.py
+)  # explained in dmae_ds/weights/formats.py
 IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
@@ -254,7 +254,7 @@ class LogConfig(Section):
 
 
 class DistConfig(Section):
-    """How ranks look after each other (dmae_ds/heartbeat.py)."""
+    """How ranks look after each other (dmae_ds/distributed/heartbeat.py)."""
 
     timeout_s: PositiveFloat = (
         600.0  # that anybody waits for a rank, in any collective; longer than the slowest save

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dmae_ds.data.batch import Batch, Loaded, load_eval_batch, load_train_batch
 from dmae_ds.data.corrupt import CorruptLog
-from dmae_ds.data.foreign import ForeignShards
 from dmae_ds.data.order import num_held
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
+from dmae_ds.data.unindexed import ForeignShards
 from dmae_ds.data.views import View
 from dmae_ds.data.worker import end_with_parent
 from dmae_ds.errors import UserError
@@ -81,7 +81,10 @@ def train_batches(
         assert (
             subset is None and augment is None and repeat == 1
         )  # those who ask for them open indexed shards
-        from dmae_ds.data.stream import StreamedBatches, stream_batches  # webdataset takes a second to import
+        from dmae_ds.data.unindexed_stream import (  # webdataset takes a second to import
+            StreamedBatches,
+            stream_batches,
+        )
 
         streamed = StreamedBatches(
             shard_set,

@@ -213,8 +213,8 @@ def _parse_manifest(text: bytes) -> dict:
     check(seed is None or type(seed) is int, f"seed is {seed!r}, expected an integer or null")
     images, base = manifest.get("images"), manifest.get("base")
     check(isinstance(images, str), f"images is {images!r}, expected a text")
-    good = (
-        base is None or (isinstance(base, str) and re.match("/|https?://|s3://|gs://|hf://", base) is not None)
+    good = base is None or (
+        isinstance(base, str) and re.match("/|https?://|s3://|gs://|hf://", base) is not None
     )
     check(good, f"base is {base!r}, expected null, an absolute path or a URL")
     check(isinstance(entries, list), "shards is not a list")

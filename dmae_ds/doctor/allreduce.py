@@ -11,9 +11,9 @@ import signal
 import socket
 import time
 
-from dmae_ds import dist
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.world import world_from_env
 from dmae_ds.doctor.answer import MARK
-from dmae_ds.world import world_from_env
 
 ROUNDS = 3
 

@@ -44,9 +44,9 @@ def recipe(request: dict) -> dict:
 
 def shards(config: RunConfig, *, allow_pipe: bool) -> dict:
     """Opened as training opens them: manifest, index and size of every tar; no tar is read."""
-    from dmae_ds.data.foreign import open_train
     from dmae_ds.data.shard_set import ShardSet
     from dmae_ds.data.storage import Access
+    from dmae_ds.data.unindexed import open_train
 
     found = {"data.train": open_train(config.data, allow_pipe=allow_pipe)}
     if config.data.val is not None:
@@ -120,8 +120,8 @@ def held_by(folder: Path) -> str | None:
 
 def start(config: RunConfig, request: dict) -> dict:
     """All that `dmae-ds train` itself would refuse before it builds a model: batch, DeepSpeed file, checkpoints."""
+    from dmae_ds.distributed.world import World
     from dmae_ds.train.preflight import prepare
-    from dmae_ds.world import World
 
     world = World(rank=0, size=request["world"], local_rank=0, local_size=request["slots"])
     plan = prepare(config, world, resume="auto", allow_pipe=request["allow_pipe"])

@@ -10,7 +10,7 @@ from torch import nn
 
 from dmae_ds.config.run import ModelConfig
 from dmae_ds.evaluate.record import RunRecord
-from dmae_ds.objectives.with_features import TeacherShape
+from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.frozen import needed_depths
 
 DEAD_SHARE = 0.05  # of the gradient; below it a term is all but absent: the published code's has about 2%

@@ -13,7 +13,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import read_results
 from dmae_ds.export.source import Source
 from dmae_ds.export.teacher_of import UNKNOWN, describe_teacher
-from dmae_ds.train.checkpoint_folder import CheckpointFolder
+from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
 CARD_VERSION = 1
 LIBRARIES = ("torch", "timm", "safetensors", "transformers", "onnx", "onnxruntime", "onnxscript")

@@ -11,8 +11,8 @@ from dmae_ds.config.load import load_config, read_saved_config
 from dmae_ds.config.run import TeacherConfig, looks_like_hub_id
 from dmae_ds.errors import UserError
 from dmae_ds.finetune.network import said_network
-from dmae_ds.teacher.containers import open_container
-from dmae_ds.teacher.hub import locate
+from dmae_ds.weights.containers import open_container
+from dmae_ds.weights.hub import locate
 
 Config = TypeVar("Config", bound=ClassifierConfig)
 _BESIDE = "?"  # run.dir of a run folder's evaluation, until its labels are known

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmae_ds import dist
+from dmae_ds.distributed import dist
 
 EPSILON = 1e-5  # torch's default
 

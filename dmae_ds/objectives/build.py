@@ -12,7 +12,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives import find_objective
 from dmae_ds.objectives.base import Objective
-from dmae_ds.objectives.with_features import TeacherShape
+from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.frozen import meta_teacher, split_tap
 from dmae_ds.teacher.grid import check_grids
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmae_ds import dist
 from dmae_ds.config.objectives import DinoConfig
 from dmae_ds.data.batch import Batch
+from dmae_ds.distributed import dist
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import patchify
@@ -25,10 +25,10 @@ from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import at_least_float32
 from dmae_ds.objectives.base import Objective, all_places
 from dmae_ds.objectives.dino_head import DinoHead
+from dmae_ds.objectives.feature_distillation import FeatureTerm, TeacherShape, gradient_shares
 from dmae_ds.objectives.needs import Progress, Twin, View
 from dmae_ds.objectives.schedule import half_cosine
 from dmae_ds.objectives.spread import spread
-from dmae_ds.objectives.with_features import FeatureTerm, TeacherShape, gradient_shares
 
 NUM_GLOBAL = 2
 

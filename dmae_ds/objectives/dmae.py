@@ -8,8 +8,8 @@ from torch import Tensor
 from dmae_ds.config.objectives import DmaeConfig
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.feature_distillation import FeatureTerm, TeacherShape, gradient_shares, resolve_pairs
 from dmae_ds.objectives.mae import Mae
-from dmae_ds.objectives.with_features import FeatureTerm, TeacherShape, gradient_shares, resolve_pairs
 
 __all__ = ["Dmae", "TeacherShape", "resolve_pairs"]
 

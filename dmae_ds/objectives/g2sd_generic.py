@@ -11,9 +11,9 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.decoder import TokenDecoder
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.vit import MaskedViT, initialize_as_mae
+from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.objectives.mae import normalize_patches
 from dmae_ds.objectives.masked import MaskedObjective
-from dmae_ds.objectives.with_features import TeacherShape
 
 BETA = 2.0  # of smooth-L1: d^2 / 4 below it, |d| - 1 above
 

@@ -14,7 +14,7 @@ from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.augment import LabelledBatch, MixedPictures
 from dmae_ds.objectives.base import Objective, all_places
 from dmae_ds.objectives.classifier import Classifier, distilled_classifier
-from dmae_ds.objectives.with_features import TeacherShape
+from dmae_ds.objectives.feature_distillation import TeacherShape
 
 HEAD_STD = 2e-5  # of the new heads: they start at nearly equal logits (MAE's published fine-tuning)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from dmae_ds.config.run import ModelConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.teacher.fit import check_fit, fits
-from dmae_ds.teacher.formats import choose_format
 from dmae_ds.teacher.frozen import check_same_network, own_network
 from dmae_ds.teacher.grid import fit_positions
-from dmae_ds.teacher.hub import locate
+from dmae_ds.weights.fit import check_fit, fits
+from dmae_ds.weights.formats import choose_format
+from dmae_ds.weights.hub import locate
 
 
 def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> None:

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dmae_ds import dist
 from dmae_ds.config.objectives import MoCoV3Config
 from dmae_ds.data.batch import Batch
+from dmae_ds.distributed import dist
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT, initialize_as_mae
 from dmae_ds.objectives.base import Objective, all_places, freeze
 from dmae_ds.objectives.batch_norm import GlobalBatchNorm
+from dmae_ds.objectives.feature_distillation import FeatureTerm, TeacherShape, gradient_shares
 from dmae_ds.objectives.needs import Progress, Twin, View
 from dmae_ds.objectives.schedule import half_cosine
 from dmae_ds.objectives.spread import spread
-from dmae_ds.objectives.with_features import FeatureTerm, TeacherShape, gradient_shares
 
 
 class MoCoV3(Objective):

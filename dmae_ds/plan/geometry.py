@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dmae_ds import dist
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
+from dmae_ds.distributed import dist
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
+from dmae_ds.objectives.ema import TwinModule, twin_features
 from dmae_ds.objectives.needs import Progress
-from dmae_ds.objectives.twin import TwinModule, twin_features
 from dmae_ds.plan.trace import Trace, trace_inference, trace_training
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths, needs_top
 from dmae_ds.teacher.grid import PatchView

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from dmae_ds.evaluate.facts import DEAD_RANK, DEAD_SPREAD, block_of
 from dmae_ds.evaluate.record import TIMES, RunRecord
-from dmae_ds.figures import Curve, draw_bars, draw_curves
+from dmae_ds.report.figures import Curve, draw_bars, draw_curves
 
 Charts = dict[str, Figure]  # {file stem: figure}
 

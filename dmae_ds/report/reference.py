@@ -11,7 +11,7 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.record import RunRecord
 from dmae_ds.objectives.build import build_objective
-from dmae_ds.objectives.with_features import TeacherShape
+from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.build import build_frozen_teacher
 from dmae_ds.teacher.frozen import FrozenTeacher, needed_depths
 

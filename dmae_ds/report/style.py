@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmae_ds.figures import COLOURS
+from dmae_ds.report.figures import COLOURS
 
 
 def style() -> str:

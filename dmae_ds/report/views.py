@@ -24,7 +24,7 @@ from dmae_ds.evaluate.reconstruct import choose_pictures, reconstruct
 from dmae_ds.evaluate.record import RunRecord
 from dmae_ds.models.masking import num_visible
 from dmae_ds.models.patches import Normalize, patchify
-from dmae_ds.objectives.with_features import TeacherShape
+from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.report.boards import Board, heat_picture
 from dmae_ds.report.reference import Reference, Teachers
 

@@ -10,8 +10,6 @@ from dmae_ds.config.run import TeacherConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher import identity, targets
-from dmae_ds.teacher.fit import fits
-from dmae_ds.teacher.formats import Weights, choose_format, open_weights, with_own_decoder
 from dmae_ds.teacher.fp8 import check_fp8, to_fp8
 from dmae_ds.teacher.frozen import (
     DTYPES,
@@ -23,11 +21,13 @@ from dmae_ds.teacher.frozen import (
     with_notes,
 )
 from dmae_ds.teacher.grid import PatchView
-from dmae_ds.teacher.hub import locate, pixel_statistics
 from dmae_ds.teacher.pipeline import StageGroup, StreamedTeacher
 from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.teacher.top import meta_top
+from dmae_ds.weights.fit import fits
+from dmae_ds.weights.formats import Weights, choose_format, open_weights, with_own_decoder
+from dmae_ds.weights.hub import locate, pixel_statistics
 
 
 def build_frozen_teacher(

@@ -14,12 +14,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from dmae_ds import dist
-from dmae_ds.deepspeed_import import import_deepspeed
-from dmae_ds.teacher.fit import read_needed
-from dmae_ds.teacher.formats import Weights
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.teacher.frozen import FrozenTeacher, move_buffers
 from dmae_ds.teacher.identity import Probe, is_pristine, probe
+from dmae_ds.weights.fit import read_needed
+from dmae_ds.weights.formats import Weights
 
 
 class ShardedTeacher(FrozenTeacher):

@@ -11,8 +11,8 @@ from torch import nn
 from dmae_ds.config.run import TeacherConfig
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.decoder import TeacherDecoder, meta_decoder
-from dmae_ds.teacher.formats import Weights
 from dmae_ds.teacher.head import TeacherHead, meta_head
+from dmae_ds.weights.formats import Weights
 
 Top = TeacherDecoder | TeacherHead
 

@@ -25,8 +25,8 @@ from dmae_ds.evaluate.results import append_result
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.augment import normalized
 from dmae_ds.objectives.classifier import Classifier
-from dmae_ds.train.checkpoint import write_tensors
-from dmae_ds.train.checkpoint_folder import write_atomically
+from dmae_ds.train.checkpoint.folder import write_atomically
+from dmae_ds.train.checkpoint.save import write_tensors
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.knn import TrainingRanks
 from dmae_ds.train.metrics import Recorder

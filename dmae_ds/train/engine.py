@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from dmae_ds import dist
 from dmae_ds.config.deepspeed import zero_stage
-from dmae_ds.deepspeed_import import import_deepspeed
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.base import Objective
 
 if TYPE_CHECKING:
-    from dmae_ds.train.checkpoint_files import CheckpointFiles
+    from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class Engine:
         self._engine, _, _, _ = deepspeed.initialize(
             model=objective.to(device), optimizer=optimizer, config=config, dist_init_required=False
         )
-        from dmae_ds.train.checkpoint_files import CheckpointFiles
+        from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
 
         self._engine.checkpoint_engine = self._files = CheckpointFiles()
         # Its scripts for reading checkpoints unpickle anything, and a full disk would raise while they are copied.
@@ -145,7 +145,7 @@ class Engine:
 
         Returns what this rank wrote, and what went wrong: nothing is raised where a disk refuses, for the other ranks wait.
         """
-        from dmae_ds.train.whole_state import GROUPS
+        from dmae_ds.train.checkpoint.full_state import GROUPS
 
         self._files.start()
         self._engine.save_checkpoint(folder, tag=tag, save_latest=False, client_state={GROUPS: self._groups})
@@ -161,8 +161,8 @@ class Engine:
 
         Weights, Adam's moments and its counter move; the optimiser's settings are the recipe's.
         """
-        from dmae_ds.train.moving import load_whole
-        from dmae_ds.train.whole_state import WholeState
+        from dmae_ds.train.checkpoint.full_state import WholeState
+        from dmae_ds.train.checkpoint.reshard import load_whole
 
         if self._offloads_to_disk:
             raise UserError(

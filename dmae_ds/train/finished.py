@@ -12,10 +12,10 @@ from pathlib import Path
 
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
-from dmae_ds.data.foreign import open_train
 from dmae_ds.data.order import num_steps
+from dmae_ds.data.unindexed import open_train
 from dmae_ds.errors import UserError
-from dmae_ds.train.checkpoint_folder import CheckpointFolder
+from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
 NOT_YET = 3
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dmae_ds import dist
+from dmae_ds.distributed import dist
 from dmae_ds.plan.choose import GIB, HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure

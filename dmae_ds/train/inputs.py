@@ -9,12 +9,12 @@ import torch
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.data.foreign import ForeignShards
 from dmae_ds.data.loader import train_batches
 from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.unindexed import ForeignShards
+from dmae_ds.distributed.world import World
 from dmae_ds.objectives.base import Objective
-from dmae_ds.world import World
 
 
 def training_batches(

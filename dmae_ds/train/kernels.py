@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dmae_ds import dist
 from dmae_ds.config.run import RunConfig
+from dmae_ds.distributed import dist
 from dmae_ds.errors import UserError
 from dmae_ds.models.compiled import compile_blocks
 from dmae_ds.models.onednn import FASTER, onednn_operator, onednn_speedup, use_onednn

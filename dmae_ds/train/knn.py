@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmae_ds import dist
 from dmae_ds.config.run import DataConfig, EvalConfig, ModelConfig
+from dmae_ds.distributed import dist
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.evaluate.features import build_timm, extract_features
 from dmae_ds.evaluate.frozen import FrozenFeatures, device_name, settings_of, write_result

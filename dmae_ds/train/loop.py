@@ -9,17 +9,17 @@ from typing import Callable, Iterable, Iterator
 
 import torch
 
-from dmae_ds import dist
 from dmae_ds.data.batch import Batch
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.async_flags import Vote
 from dmae_ds.errors import Requeue
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.objectives.needs import Progress
-from dmae_ds.train.checkpoint import Checkpoints
+from dmae_ds.train.checkpoint.save import Checkpoints
+from dmae_ds.train.ema import TwinKeeper
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.metrics import Recorder
 from dmae_ds.train.stop import StopRequest
-from dmae_ds.train.twin import TwinKeeper
-from dmae_ds.vote import Vote
 
 
 def masked_batches(

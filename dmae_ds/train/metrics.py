@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmae_ds import dist
+from dmae_ds.distributed import dist
 from dmae_ds.errors import RunFailed
-from dmae_ds.train.checkpoint_folder import write_atomically
+from dmae_ds.train.checkpoint.folder import write_atomically
 from dmae_ds.train.clock import Clock
 from dmae_ds.train.health import FeatureWatch
 from dmae_ds.train.speed import Speed

@@ -9,11 +9,11 @@ from typing import Callable
 
 import torch
 
-from dmae_ds import dist
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
-from dmae_ds.deepspeed_import import import_deepspeed
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import RunFailed
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
@@ -26,9 +26,11 @@ from dmae_ds.plan.work import PRODUCTS, step_work
 from dmae_ds.teacher.build import load_frozen_teacher, verify
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, NoTeacher
 from dmae_ds.teacher.pipeline import StageGroup, join_group
-from dmae_ds.train.checkpoint import Checkpoints
-from dmae_ds.train.checkpoint_folder import write_atomically
+from dmae_ds.train.checkpoint.folder import write_atomically
+from dmae_ds.train.checkpoint.run_lock import claim
+from dmae_ds.train.checkpoint.save import Checkpoints
 from dmae_ds.train.clock import Clock
+from dmae_ds.train.ema import TwinKeeper
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.forecast import LEAST_PARAMETERS, MemoryReport, resolve_placement
 from dmae_ds.train.health import FeatureWatch
@@ -39,11 +41,9 @@ from dmae_ds.train.memory import MemoryWatch
 from dmae_ds.train.metrics import Recorder, build_trackers
 from dmae_ds.train.optim import build_optimizer, learning_rate
 from dmae_ds.train.preflight import Preflight
-from dmae_ds.train.run_lock import claim
 from dmae_ds.train.speed import Speed, gemm_rate
 from dmae_ds.train.stop import StopRequest
 from dmae_ds.train.summary import summary
-from dmae_ds.train.twin import TwinKeeper
 
 
 def run(preflight: Preflight) -> None:

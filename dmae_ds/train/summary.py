@@ -7,9 +7,9 @@ from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.needs import View
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.teacher.grid import explain_grids
+from dmae_ds.train.ema import TwinKeeper
 from dmae_ds.train.optim import peak_lr
 from dmae_ds.train.preflight import Preflight
-from dmae_ds.train.twin import TwinKeeper
 
 
 def summary(

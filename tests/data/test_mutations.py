@@ -26,7 +26,6 @@ import pytest
 from PIL import Image
 
 from dmae_ds.data.decode import decode, decode_bytes
-from dmae_ds.data.foreign import open_train
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import (
@@ -38,7 +37,8 @@ from dmae_ds.data.shards import (
     write_manifest,
     write_shard,
 )
-from dmae_ds.data.stream import _samples_of
+from dmae_ds.data.unindexed import open_train
+from dmae_ds.data.unindexed_stream import _samples_of
 
 NUM_SAMPLES = 12
 CPU_S, WALL_S = 5.0, 120.0  # CPU time is what counts on a shared machine; the wall only ends real hangs

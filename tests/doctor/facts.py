@@ -34,7 +34,10 @@ def _node(index: int, gpus: int) -> dict:
     facts = {
         "hostname": f"node{index}",
         "machine": {"cores": 8, "memory": 64 * GIB, "shm": 32 * GIB, "open_files": 65536},
-        "code": {"folder": "/code/dmae_ds", "files": {"dmae_ds/cli.py": "1", "dmae_ds/train/loop.py": "2"}},
+        "code": {
+            "folder": "/code/dmae_ds",
+            "files": {"dmae_ds/cli/main.py": "1", "dmae_ds/train/loop.py": "2"},
+        },
         "network": {
             "interfaces": {"lo": ["127.0.0.1", "::1"], "eth0": [f"10.0.0.{index + 1}"]},
             "own_name": [f"10.0.0.{index + 1}"],

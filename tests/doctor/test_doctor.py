@@ -74,7 +74,7 @@ def test_two_ranks_on_this_machine_pass_and_the_command_is_printed(tiny_recipe, 
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_2(capsys, arguments, words):
-    from dmae_ds.cli import main
+    from dmae_ds.cli.main import main
 
     assert main(["doctor", *arguments]) == 2
     error = capsys.readouterr().err

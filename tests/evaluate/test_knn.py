@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from dmae_ds.cli import main
+from dmae_ds.cli.main import main
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.knn import evaluate_run, knn_predict
 from dmae_ds.evaluate.neighbours import TILE, Blocks

@@ -14,7 +14,7 @@ from dmae_ds.evaluate.results import append_result
 from dmae_ds.export.export import export
 from dmae_ds.export.teacher_of import describe_teacher
 from dmae_ds.export.to_timm import reads_folders
-from dmae_ds.train.checkpoint_folder import CheckpointFolder
+from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from tests.export.conftest import DECODER, STUDENT, make_classifier, make_run
 
 TEACHER = {**STUDENT, "embed_dim": 36}

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from dmae_ds.cli import main
+from dmae_ds.cli.main import main
 from dmae_ds.train.metrics import Recorder
 
 

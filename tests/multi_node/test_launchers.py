@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dmae_ds.distributed.world import World, world_from_env
 from dmae_ds.train.finished import NOT_YET
 from dmae_ds.train.finished import main as finished
-from dmae_ds.world import World, world_from_env
 from tests.multi_node.nodes import LIMIT_S, TwoNodes, ssh_available
 from tests.multi_node.recorded import batches
 from tests.train.conftest import free_port, losses, run

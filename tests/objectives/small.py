@@ -13,9 +13,9 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
+from dmae_ds.train.ema import TwinKeeper
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.optim import build_optimizer
-from dmae_ds.train.twin import TwinKeeper
 from tests.objectives.reference import MEAN, STD
 
 SIZE, PATCH, DIM, HEADS, DEPTH, GRID = 16, 4, 8, 2, 4, 4

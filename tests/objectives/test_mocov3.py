@@ -8,19 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dmae_ds import dist
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.batch_norm import GlobalBatchNorm
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.mocov3 import info_nce
 from dmae_ds.objectives.needs import Progress
-from dmae_ds.train.checkpoint_folder import CheckpointFolder
+from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.preflight import prepare as preflight
-from dmae_ds.world import World
 
 SIZE, GRID, DIM, HIDDEN, OUT, TAU = 8, 4, 12, 6, 5, 0.3
 

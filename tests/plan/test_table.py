@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from dmae_ds.cli import main, parser
+from dmae_ds.cli.main import main, parser
 from dmae_ds.config.load import load_config
 
 TINY = [

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch, gather_patches
 from dmae_ds.models.patches import patchify
-from dmae_ds.teacher.fit import check_fit
-from dmae_ds.teacher.formats import Weights, open_weights
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
+from dmae_ds.weights.fit import check_fit
+from dmae_ds.weights.formats import Weights, open_weights
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TAP, TAPS = 2, ("block/2",)

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from dmae_ds import dist
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.world import world_from_env
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.teacher import identity
-from dmae_ds.teacher.formats import open_weights
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
-from dmae_ds.world import world_from_env
+from dmae_ds.weights.formats import open_weights
 
 
 def batches(rank: int, sizes: list[int]):

@@ -14,7 +14,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.build import build_frozen_teacher
-from dmae_ds.teacher_tools.inspect import inspect
+from dmae_ds.tools.teacher_inspect import inspect
 
 NAME = "vit_tiny_patch16_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from dmae_ds.errors import UserError
 from dmae_ds.teacher.targets import STATS_VERSION, LayerNorm, build_target, hadamard, phi_s_matrix, read_stats
-from dmae_ds.teacher_tools.stats import Moments
+from dmae_ds.tools.teacher_stats import Moments
 
 CPU = torch.device("cpu")
 

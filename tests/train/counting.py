@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from dmae_ds.cli import main
+from dmae_ds.cli.main import main
 from dmae_ds.train.metrics import Recorder
 
 end_step, lives = Recorder.end_step, f"{time.time_ns()}-{os.getpid()}"

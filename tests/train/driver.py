@@ -6,11 +6,11 @@ from datetime import timedelta
 
 from torch.distributed import distributed_c10d
 
-from dmae_ds import dist
 from dmae_ds.config.load import load_config
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.world import world_from_env
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
-from dmae_ds.world import world_from_env
 
 world = world_from_env()
 device = dist.start(world)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dmae_ds.config.load import read_saved_config
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.plan.geometry import measure
 from dmae_ds.plan.memory import Memory
 from dmae_ds.train import forecast
-from dmae_ds.world import World
 from tests.train.conftest import command, environment, losses, run
 
 

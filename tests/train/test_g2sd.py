@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from dmae_ds.config.load import load_config
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.models.decoder import Decoder
 from dmae_ds.models.vit import build_student
 from dmae_ds.train.preflight import prepare, split_batch
-from dmae_ds.world import World
 from tests.train.conftest import free_port, losses, run
 
 DRIVER = Path(__file__).with_name("driver.py")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from dmae_ds import dist
 from dmae_ds.config.load import load_config
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.world import threads_per_rank
 from dmae_ds.errors import UserError
 from dmae_ds.models.onednn import OneDnnLinear
 from dmae_ds.train import kernels
-from dmae_ds.world import threads_per_rank
 
 CPU = torch.device("cpu")
 

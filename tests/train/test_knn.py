@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmae_ds import dist
 from dmae_ds.config.load import load_config
+from dmae_ds.distributed import dist
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.evaluate.results import read_history
 from dmae_ds.train.knn import is_due

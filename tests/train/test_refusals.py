@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.load import load_config
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.train.preflight import prepare, split_batch
-from dmae_ds.world import World
 from tests.train.conftest import command, environment, run
 
 
@@ -71,7 +71,7 @@ def test_mistakes_in_a_recipe_are_found_without_torch(tiny_recipe, tmp_path):
     """The reason they take under two seconds: importing torch and timm alone takes longer on a slow disk."""
     code = """
 import sys
-from dmae_ds.cli import main
+from dmae_ds.cli.main import main
 code = main(sys.argv[1:])
 heavy = {"torch", "timm", "deepspeed", "accelerate", "webdataset"} & set(sys.modules)
 assert not heavy, heavy
@@ -172,7 +172,7 @@ def test_where_the_micro_batch_is_part_of_the_result_it_is_taken_or_refused(batc
 
 
 def test_a_world_that_contradicts_itself_is_refused(monkeypatch):
-    from dmae_ds.world import world_from_env
+    from dmae_ds.distributed.world import world_from_env
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -17,14 +17,14 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.teacher.build import verify
-from dmae_ds.teacher_tools.stats import write_stats
+from dmae_ds.tools.teacher_stats import write_stats
 from dmae_ds.train.run import build_objective, build_teacher
 from tests.train.conftest import command, environment, losses, run
 
 # Several recipes in one process, because imports take longer than the refusals do.
 TRY_ALL = """
 import contextlib, io, json, sys
-from dmae_ds.cli import main
+from dmae_ds.cli.main import main
 from dmae_ds.objectives import dmae
 wanted = json.loads(sys.stdin.read())
 init = dmae.Dmae.__init__

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from dmae_ds.config.load import load_config
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.plan.geometry import measure
 from dmae_ds.train.preflight import prepare
-from dmae_ds.world import World
 from tests.train.conftest import command, free_port, losses, run
 from tests.train.test_resume import kill_at_step
 

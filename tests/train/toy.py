@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dmae_ds import dist
 from dmae_ds.config.objectives import ObjectiveSection
+from dmae_ds.distributed import dist
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import initialize_as_mae

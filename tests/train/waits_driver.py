@@ -12,15 +12,15 @@ from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmae_ds import dist
 from dmae_ds.config.load import load_config
-from dmae_ds.deepspeed_import import import_deepspeed
+from dmae_ds.distributed import dist
+from dmae_ds.distributed.deepspeed_import import import_deepspeed
+from dmae_ds.distributed.world import world_from_env
 from dmae_ds.train import run as training
-from dmae_ds.train.checkpoint import Checkpoints
+from dmae_ds.train.checkpoint.save import Checkpoints
 from dmae_ds.train.metrics import Recorder
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
-from dmae_ds.world import world_from_env
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "aten.equal")
 

@@ -1,0 +1,255 @@
+"""Foreign tars without an index -> training batches: tarfile, webdataset's grouping and its shuffle buffer.
+
+A rank's worker reads its share of the tars from end to end, in an order of the pass's own, for as long as it is asked.
+Members are only ever bytes in memory: a name is never a path, and nothing but images and numbers is interpreted.
+webdataset's own tar reader is not used: it takes a damaged header for the end of a tar and says nothing.
+"""
+
+import hashlib
+import itertools
+import random
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys
+
+from dmae_ds.data.batch import Batch, Loaded, empty_views
+from dmae_ds.data.corrupt import Corrupt, CorruptLog
+from dmae_ds.data.decode import decode_bytes
+from dmae_ds.data.reader import MAX_SAMPLE_BYTES
+from dmae_ds.data.shards import ShardError
+from dmae_ds.data.storage import LocalFile, RemoteFile
+from dmae_ds.data.transforms import MASK_STREAM, draw_views, sample_rng
+from dmae_ds.data.unindexed import ForeignShards
+from dmae_ds.data.views import View
+from dmae_ds.data.worker import end_with_parent
+
+EXTENSIONS = ("jpg", "jpeg", "png")
+READ_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class StreamedSample:
+    image: np.ndarray  # uint8 [H, W, 3]
+    label: int  # -1: the sample has none
+    sample_id: int  # a hash of tar and key
+    epoch: int  # the worker's pass over its tars
+
+
+@dataclass(frozen=True)
+class StreamedBatches(IterableDataset):
+    """Micro-batches without end, or a ShardError."""
+
+    shards: ForeignShards
+    img_size: int
+    num_patches: int
+    crop_scale: tuple[float, float]
+    flip: bool
+    views: tuple[View, ...]
+    seed: int
+    micro_batch: int
+    rank: int
+    world_size: int
+    start_step: int
+
+    def __iter__(self) -> Iterator[Loaded | ShardError]:
+        info = get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        corrupt: list[Corrupt] = []
+        samples = self._samples(self.rank * num_workers + worker, self.world_size * num_workers, corrupt)
+        try:
+            while True:
+                batch = self._batch(list(itertools.islice(samples, self.micro_batch)))
+                yield Loaded(batch, corrupt.copy())
+                corrupt.clear()
+        except ShardError as error:
+            yield ShardError(str(error))
+
+    def _samples(self, reader: int, num_readers: int, corrupt: list[Corrupt]) -> Iterator[StreamedSample]:
+        """Raises ShardError where a whole pass gives nothing."""
+        for number in itertools.count(self.start_step):  # a resumed run draws other passes
+            tars = random.Random(f"{self.seed} {number}").sample(self.shards.tars, len(self.shards.tars))
+            shuffle = webdataset.shuffle(
+                self.shards.shuffle_buffer, rng=random.Random(f"{self.seed} {number} {reader}")
+            )
+            empty = True
+            for sample in shuffle(_samples_of(tars[reader::num_readers], number, corrupt)):
+                try:
+                    decoded = StreamedSample(
+                        decode_bytes(sample["data"]), sample["label"], sample["id"], number
+                    )
+                except ValueError as error:
+                    corrupt.append(
+                        Corrupt(sample["tar"], sample["key"], sample["id"], str(error), number, -1)
+                    )
+                    continue
+                empty = False
+                yield decoded
+            if empty:
+                last = f" (the last: {corrupt[-1].shard}: {corrupt[-1].reason})" if corrupt else ""
+                raise ShardError(
+                    f"{tars[reader][1]} and the other tars of its reader hold no image that can be read{last}"
+                )
+
+    def _batch(self, samples: list[StreamedSample]) -> Batch:
+        pixels = empty_views(self.views, len(samples), img_size=self.img_size)
+        noise = torch.empty((len(samples), self.num_patches))
+        for row, sample in enumerate(samples):
+            key = {"seed": self.seed, "epoch": sample.epoch, "sample_id": sample.sample_id}
+            drawn = draw_views(
+                sample.image,
+                self.views,
+                **key,
+                img_size=self.img_size,
+                crop_scale=self.crop_scale,
+                flip=self.flip,
+            )
+            for place, view in enumerate(drawn):
+                pixels[place][row] = torch.from_numpy(view)
+            noise[row] = torch.from_numpy(
+                sample_rng(**key, stream=MASK_STREAM).random(self.num_patches, dtype=np.float32)
+            )
+        fields = {
+            name: torch.tensor([getattr(sample, name) for sample in samples])
+            for name in ("label", "sample_id", "epoch")
+        }
+        return Batch(
+            pixels[0],
+            noise,
+            fields["label"],
+            fields["sample_id"],
+            fields["epoch"],
+            more_views=tuple(pixels[1:]),
+        )
+
+
+def stream_batches(
+    dataset: StreamedBatches,
+    *,
+    num_batches: int,
+    num_workers: int,
+    pin_memory: bool,
+    max_corrupt: int,
+    corrupt_log: Path | None,
+) -> Iterator[Batch]:
+    """Raises ShardError above max_corrupt, and where there are fewer tars than readers."""
+    num_tars, num_readers = len(dataset.shards.tars), dataset.world_size * max(1, num_workers)
+    if num_tars < num_readers:
+        raise ShardError(
+            f"{num_tars} tars for {num_readers} readers (ranks x data.num_workers): some would have nothing to read; lower "
+            f"data.num_workers, or run `dmae-shards index`"
+        )
+    log = CorruptLog(corrupt_log, max_corrupt=max_corrupt)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=end_with_parent,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+    for item in itertools.islice(loader, num_batches):
+        if isinstance(item, ShardError):
+            raise item
+        log.add(item.corrupt)
+        yield item.batch
+
+
+def _samples_of(tars: list, number: int, corrupt: list[Corrupt]) -> Iterator[dict[str, Any]]:
+    """{tar, key, data, label, id} of every sample with an image. A tar that breaks off is one corrupt entry."""
+    for folder, name, size in tars:
+        url = name if folder is None else folder.path(name)
+        try:
+            with _open(folder, name, size) as file:
+                for sample in group_by_keys(_members(file, url, number, corrupt)):
+                    found = [sample[extension] for extension in EXTENSIONS if extension in sample]
+                    if not found:
+                        continue
+                    digest = hashlib.blake2b(
+                        f"{url}/{sample['__key__']}".encode(errors="replace"), digest_size=8
+                    ).digest()
+                    sample_id = int.from_bytes(digest, "little") >> 1
+                    yield {
+                        "tar": url,
+                        "key": sample["__key__"],
+                        "data": found[0],
+                        "label": _label(sample.get("cls")),
+                        "id": sample_id,
+                    }
+        except (
+            tarfile.TarError,
+            ValueError,
+            OSError,
+            EOFError,
+        ) as error:  # ValueError: also what group_by_keys raises
+            if isinstance(error, ShardError):
+                raise
+            corrupt.append(
+                Corrupt(
+                    url,
+                    "the rest of the tar",
+                    -1,
+                    " ".join(f"{type(error).__name__}: {error}".split())[:200],
+                    number,
+                    -1,
+                )
+            )
+
+
+def _members(file: BinaryIO, url: str, number: int, corrupt: list[Corrupt]) -> Iterator[dict[str, Any]]:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
+        for member in tar:
+            if not member.isreg() or member.issparse():
+                continue
+            if member.size > MAX_SAMPLE_BYTES:
+                corrupt.append(Corrupt(url, member.name, -1, f"{member.size:,} bytes", number, -1))
+                continue
+            if member.name.lower().endswith((*EXTENSIONS, ".cls")):
+                yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": url}
+            tar.members = []  # else a tar of a million members is a million objects
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A damaged or missing header is an error; tarfile takes it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from None
+
+
+class _Sequential:
+    """A file that is read once from its start, on top of positional reads."""
+
+    def __init__(self, file: LocalFile | RemoteFile):
+        self.file, self.offset, self.buffer = file, 0, memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        if not self.buffer:
+            self.buffer = memoryview(self.file.read(self.offset, READ_BYTES))
+            self.offset += len(self.buffer)
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return bytes(data)
+
+    def __enter__(self) -> "_Sequential":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.buffer = memoryview(b"")
+
+
+def _open(folder: Any, name: str, size: int) -> Any:
+    return webdataset.gopen(name) if folder is None else _Sequential(folder.open(name, size=size))
+
+
+def _label(text: bytes | None) -> int:
+    return -1 if text is None or not text.strip().isdigit() else int(text[:18])

@@ -1,0 +1,118 @@
+"""`dmae-ds teacher slice FILE OUT --stages P`: the needed blocks, cut once into one safetensors file a pipeline stage.
+
+    OUT/stage-1-of-2.safetensors   the embedding and this stage's blocks, under timm's names
+    OUT/model.safetensors.index.json   which file holds what; a rank whose folder holds only its own stage's file can load it
+    OUT/teacher.json               the network, the cut and the fingerprint; every run compares
+
+A recipe reads the folder with teacher.weights=OUT teacher.format=dmae_ds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from dmae_ds.errors import UserError
+from dmae_ds.objectives.feature_distillation import resolve_pairs
+from dmae_ds.teacher import identity
+from dmae_ds.teacher.frozen import DTYPES, meta_teacher
+from dmae_ds.teacher.stages import held_blocks
+from dmae_ds.tools.teacher_inspect import probe_by_block, write_sidecar
+from dmae_ds.tools.teacher_known import Network, identify
+from dmae_ds.weights.fit import block_of, size_text
+from dmae_ds.weights.formats import open_weights
+
+
+def slice_teacher(
+    path: Path,
+    out: Path,
+    *,
+    num_stages: int,
+    name: str | None = None,
+    overrides: list[str] = (),
+    format: str = "auto",
+    dtype: str | None = None,
+    last_block: int | None = None,
+) -> str:
+    """Cut a teacher; returns a line about what was written. The peak of memory is one stage.
+
+    last_block: the deepest block that is tapped; None: three quarters of the depth (DMAE, Sec. 4.1)
+    dtype: None keeps the file's
+    Raises UserError; nothing is left under OUT then.
+    """
+    path, out = path.expanduser(), out.expanduser()
+    if out.exists():
+        raise UserError(f"'{out}' exists already; name a folder that does not, or remove it")
+    network = identify(path, name=name, overrides=list(overrides), format=format)
+    whole_blocks = meta_teacher(network.name, network.overrides).depth
+    if last_block is None:
+        ((_, last_block),) = resolve_pairs(None, student_depth=1, teacher_depth=whole_blocks)
+    if not 1 <= last_block <= network.vit.depth:
+        raise UserError(
+            f"--last-block {last_block} is not one of the {network.vit.depth} blocks that '{path}' holds; blocks count from 1"
+        )
+    cut = Network(
+        network.name,
+        network.overrides,
+        meta_teacher(network.name, network.overrides, last_block),
+        network.weights,
+    )
+    stages = held_blocks(last_block, num_stages)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        num_bytes = _write_stages(cut, stages, unfinished, dtype)
+        # The figures are those of the tensors as they were stored.
+        stored = Network(cut.name, cut.overrides, cut.vit, open_weights(unfinished, "dmae_ds"))
+        found = identity.fingerprint(probe_by_block(stored).features)
+        write_sidecar(
+            unfinished / "teacher.json",
+            cut,
+            found,
+            blocks=last_block,
+            whole_blocks=whole_blocks,
+            stages=[[stage.start + 1, stage.stop] for stage in stages],
+            source=path.name,
+            source_format=network.weights.format,
+        )
+        os.replace(unfinished, out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return f"{out}: {network.name}, blocks 1-{last_block} of {whole_blocks} in {num_stages} stages, {size_text(num_bytes)}; use teacher.weights={out} teacher.format=dmae_ds"
+
+
+def _write_stages(cut: Network, stages: list[range], folder: Path, dtype: str | None) -> int:
+    names = list(cut.vit.state_dict())
+    weight_map: dict[str, str] = {}
+    num_bytes = 0
+    metadata = {
+        "format": "pt",
+        "timm_name": cut.name,
+        "timm_overrides": json.dumps(cut.overrides),
+        "last_block": str(stages[-1].stop),
+    }
+    for number, stage in enumerate(stages, start=1):
+        file = f"stage-{number}-of-{len(stages)}.safetensors"
+        mine = [name for name in names if block_of(name) is None or block_of(name) in stage]
+        tensors = {name: cut.weights[name].to(DTYPES[dtype]) if dtype else cut.weights[name] for name in mine}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, metadata=metadata
+        )
+        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        for name in mine:
+            weight_map.setdefault(name, file)
+        del tensors
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone; a cluster's other users read these
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    return num_bytes

@@ -1,0 +1,138 @@
+"""`dmae-ds teacher stats RECIPE`: one pass of the frozen teacher over the data, for teacher.standardize zscore and phi_s.
+
+The statistics are of exactly what the loss would compare: the recipe's crops, masks, taps and tokens, CLS included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from math import ceil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dmae_ds.config.run import RunConfig
+from dmae_ds.data.loader import train_batches
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.storage import Access
+from dmae_ds.errors import UserError
+from dmae_ds.models.patches import Normalize
+from dmae_ds.teacher import identity, targets
+from dmae_ds.teacher.build import build_frozen_teacher
+from dmae_ds.train.run import build_objective
+from dmae_ds.weights.hub import locate
+
+
+class Moments:
+    """Mean and covariance of vectors [*, D], summed in float64 around the first batch's mean."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.shift: Tensor | None = None
+
+    def add(self, vectors: Tensor) -> None:
+        vectors = vectors.reshape(-1, vectors.shape[-1]).double()
+        if self.shift is None:
+            self.shift = vectors.mean(0)
+            self.sum, self.products = (
+                torch.zeros_like(self.shift),
+                torch.zeros(len(self.shift), len(self.shift)).to(vectors),
+            )
+        vectors = vectors - self.shift
+        self.count += len(vectors)
+        self.sum += vectors.sum(0)
+        self.products += vectors.T @ vectors
+
+    def mean(self) -> Tensor:
+        return self.shift + self.sum / self.count
+
+    def covariance(self) -> Tensor:
+        """[D, D], divided by the count."""
+        centre = self.sum / self.count
+        return self.products / self.count - torch.outer(centre, centre)
+
+
+def write_stats(
+    config: RunConfig, *, num_images: int, out: Path | None, device: torch.device | None = None
+) -> str:
+    """Write the statistics of a recipe's teacher; returns a line about them. Raises UserError."""
+    if config.teacher is None:
+        raise UserError("this recipe has no teacher; name a recipe with a teacher section")
+    if num_images < 1:
+        raise UserError(f"--images {num_images} is no number of images; give 1 or more")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shards = ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
+    objective, shape = build_objective(config)
+    teacher = build_frozen_teacher(
+        config.teacher,
+        taps=objective.taps,
+        whole_blocks=shape.depth,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=device,
+        standardize=False,
+    )
+    num_images = min(num_images, shards.num_samples)
+    batch_size = min(config.optim.micro_batch or 64, num_images)
+    student = objective.student
+    batches = train_batches(
+        shards,
+        img_size=student.grid[0] * student.patch_size,
+        num_patches=student.num_patches,
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
+        seed=config.run.seed,
+        global_batch=batch_size,
+        micro_batch=batch_size,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        start_step=0,
+        stop_step=ceil(num_images / batch_size),
+        num_workers=config.data.num_workers,
+        pin_memory=device.type == "cuda",
+        views=objective.views,
+    )
+    normalize = Normalize(config.data.mean, config.data.std).to(device)
+    moments = {tap: Moments() for tap in objective.taps}
+    seen = 0
+    for batch in tqdm(batches, total=ceil(num_images / batch_size), unit="batch"):
+        batch = batch.to(device).first(
+            num_images - seen
+        )  # the last batch is cut to the number of images asked for
+        masked = objective.prepare(batch, normalize)
+        for tap, features in teacher.features(masked).items():
+            moments[tap].add(features)
+        seen += len(batch.images)
+    out = out or targets.stats_path(locate(config.teacher))
+    about = {
+        "version": targets.STATS_VERSION,
+        "taps": list(objective.taps),
+        "images": seen,
+        "tokens": {tap: found.count for tap, found in moments.items()},
+        "teacher": config.teacher.name,
+        "sees": config.teacher.sees,
+        "data": config.data.train,
+        "fingerprint": identity.fingerprint(identity.probe(teacher.vit).features),
+    }
+    tensors = {f"{tap}.mean": found.mean().float().cpu() for tap, found in moments.items()}
+    tensors |= {f"{tap}.covariance": found.covariance().float().cpu() for tap, found in moments.items()}
+    _write(out, tensors, about)
+    return f"{out}: mean and covariance of {', '.join(objective.taps)} over {seen:,} images; use teacher.standardize=zscore or phi_s"
+
+
+def _write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, metadata={"about": json.dumps(about)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"'{path}' can't be written ({error.strerror or error}); choose another place with --out and set teacher.stats to it"
+        ) from None

@@ -1,0 +1,100 @@
+"""A run folder has one owner at a time, and is one folder for all ranks.
+
+Two jobs that train into one folder, such as an orphan and its restart, would delete each other's checkpoints. A rank whose
+run.dir is a local disk of its own machine would write its share of a checkpoint where nobody looks for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import IO
+
+from dmae_ds.distributed import dist
+from dmae_ds.errors import UserError
+
+WAIT_S = 10.0  # for the ranks of a job that is just ending
+VISIBLE_S = (
+    5.0  # until a new file is seen from another machine; NFS may keep a folder's listing for some seconds
+)
+_BUSY = (errno.EAGAIN, errno.EACCES)
+
+
+def claim(run_dir: Path) -> IO[str] | None:
+    """Make a run folder and own it until the returned file is closed, or the process ends however it does. Collective.
+
+    Rank 0 holds a POSIX lock on RUN/lock, which says who does; it works over NFS, and children don't inherit it.
+    Raises UserError, on every rank, if another process holds it or a rank sees another folder.
+    """
+    held = dist.together(lambda: _lock(run_dir) if dist.is_main() else None)
+    token = dist.together(lambda: _write_token(run_dir) if dist.is_main() else None)
+    host, name = dist.main_says((socket.gethostname(), token))
+    try:
+        dist.together(lambda: _look_for(run_dir / name, host))
+    finally:
+        if dist.is_main():
+            (run_dir / name).unlink(missing_ok=True)
+    return held
+
+
+def _lock(run_dir: Path) -> IO[str] | None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = open(run_dir / "lock", "a+", encoding="utf-8")
+    end = time.monotonic() + WAIT_S
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in _BUSY:
+                print(
+                    f"run.dir '{run_dir}' is on a file system without locks ({error.strerror}): nothing keeps a second job out of it",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return None
+            if time.monotonic() > end:
+                file.seek(0)
+                raise UserError(
+                    f"run.dir '{run_dir}' is in use by {_holder(file.read())}; wait for it or stop it, or choose another run.dir"
+                ) from None
+            time.sleep(0.2)
+    file.truncate(0)
+    json.dump(
+        {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")},
+        file,
+    )
+    file.flush()
+    return file
+
+
+def _holder(text: str) -> str:
+    try:
+        said = json.loads(text)
+        return f"process {said['pid']} on {said['host']}, since {said['since']}"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return "another job"
+
+
+def _write_token(run_dir: Path) -> str:
+    token = run_dir / f".token-{uuid.uuid4().hex}"
+    token.touch()
+    return token.name
+
+
+def _look_for(token: Path, host: str) -> None:
+    end = time.monotonic() + VISIBLE_S
+    while not token.exists():
+        if time.monotonic() > end:
+            here = socket.gethostname()
+            raise UserError(
+                f"run.dir '{token.parent}' on {here} is not the folder of {host}: it must be on a file system that all nodes share"
+            )
+        time.sleep(0.1)

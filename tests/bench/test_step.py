@@ -1,0 +1,148 @@
+"""`dmae-ds bench step` takes training's own step apart, and its figures add up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dmae_ds.bench.step import Contestant, figures, table
+from dmae_ds.cli.main import main
+from tests.train.conftest import command, run
+
+RECIPE = [
+    "digits_dmae",
+    "optim.global_batch=8",
+    "optim.micro_batch=4",
+    "teacher.embed_dim=48",
+    "teacher.num_heads=3",
+    "teacher.depth=8",
+]
+
+
+def test_parts_add_up_to_the_step_and_the_work_to_the_floor(tmp_path):
+    done = run(
+        command(
+            [
+                "bench",
+                "step",
+                *RECIPE,
+                "--against",
+                "mae",
+                "--against",
+                "objective.mask_ratio=0.9",
+                "--rounds",
+                "3",
+                "--json",
+            ],
+            ranks=1,
+        ),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    dmae, sparse, mae = found["steps"]
+    assert [step["name"] for step in found["steps"]] == [
+        "dmae",
+        "objective.mask_ratio=0.9",
+        "mae",
+    ] and sparse["gflop"] < dmae["gflop"]
+    assert (
+        "6 blocks" in found["recipe"]
+        and "8 images a step on 1 ranks" in found["recipe"]
+        and found["rounds"] == 3
+    )
+    assert set(dmae["parts"]) == {"prepare", "teacher", "forward", "backward", "optimizer"} and set(
+        mae["parts"]
+    ) == set(dmae["parts"]) - {"teacher"}
+    for step in (dmae, sparse, mae):
+        assert step["gflop"] == pytest.approx(sum(part.get("gflop", 0) for part in step["parts"].values()))
+        assert step["of_peak"] == pytest.approx(
+            step["gflop"] / found["gemm_gflops"]["fp32"] / step["seconds"]
+        )
+        assert step["images_per_s"] == pytest.approx(8 / step["seconds"]) and step["peak_gib"] > 0
+        assert 0 < step["parts"]["backward"]["of_peak"] < 1
+    # two matrix products a weight and token in backward, one in forward
+    assert 1.8 < dmae["parts"]["backward"]["gflop"] / dmae["parts"]["forward"]["gflop"] < 2.1
+    # the head to the teacher's width is work too
+    assert dmae["parts"]["forward"]["gflop"] > mae["parts"]["forward"]["gflop"]
+
+
+@pytest.mark.slow
+def test_data_is_waited_for_and_exchange_is_timed_on_two_ranks(digits, tmp_path):
+    data = [f"data.train={digits / 'train'}", "data.num_workers=0"]
+    done = run(
+        command(
+            ["bench", "step", *RECIPE, *data, "deepspeed=zero2", "--data", "--rounds", "2", "--json"], ranks=2
+        ),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (dmae,) = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))["steps"]
+    assert dmae["parts"]["data"]["seconds"] > 0 and dmae["exchange_seconds"] > 0
+    assert list(dmae["parts"])[0] == "data"
+
+
+def test_other_placements_are_refused(tmp_path):
+    done = run(command(["bench", "step", *RECIPE, "teacher.placement=zero3"], ranks=1), cwd=tmp_path)
+    assert (
+        done.returncode == 2
+        and "bench step takes teacher.placement=replicated, found zero3" in done.stderr.splitlines()[-1]
+    )
+
+
+def test_figures_are_medians_of_rounds_and_shares_of_the_measured_rate():
+    one = Contestant(
+        "dmae",
+        None,
+        {"teacher": (20, torch.bfloat16), "forward": (10, torch.float32), "backward": (20, torch.float32)},
+        images=4,
+        first=9.0,
+        peak=1 << 30,
+    )
+    one.rounds = [{"teacher": 1.0, "forward": 1.0, "backward": 2.0, "optimizer": 0.5} for _ in range(2)] + [
+        dict.fromkeys(("teacher", "forward", "backward", "optimizer"), 9.0)
+    ]
+    found = figures(one, {torch.float32: 20.0, torch.bfloat16: 40.0})
+    assert (
+        found["seconds"] == 4.5
+        and found["floor_seconds"] == 10 / 20 + 20 / 20 + 20 / 40
+        and found["of_peak"] == pytest.approx(2.0 / 4.5)
+    )
+    assert (
+        found["parts"]["teacher"]["of_peak"] == 0.5
+        and found["parts"]["forward"]["of_peak"] == 0.5
+        and "of_peak" not in found["parts"]["optimizer"]
+    )
+    other = {
+        **found,
+        "name": "mae",
+        "seconds": 3.0,
+        "round_seconds": [3.0, 4.5, 4.0],
+        "gflop": found["gflop"] / 2,
+    }
+    printed = table(
+        {
+            "recipe": "r",
+            "device": "d",
+            "threads": 1,
+            "rounds": 3,
+            "gemm_gflops": {"fp32": 1.0},
+            "steps": [found, other],
+        }
+    )
+    assert (
+        printed.splitlines()[-1]
+        == "dmae / mae: 1.500 of the time (1.000 to 9.000 in a round), 2.000 of the work"
+    )
+
+
+@pytest.mark.parametrize(
+    "against, said",
+    [("mae", "this recipe is that"), ("sdae", "key=value"), ("objective.mask_ratoi=0.9", "mask_ratio")],
+)
+def test_a_comparison_that_cannot_be_is_one_line(against, said, capsys):
+    assert main(["bench", "step", "digits_mae", "--against", against]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line

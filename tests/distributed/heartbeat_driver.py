@@ -1,0 +1,32 @@
+"""One rank of a world without a trainer. Arguments: timeout_s, rank, what this rank does once all of them are at work."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+from torch import distributed
+
+from dmae_ds.distributed import dist
+from dmae_ds.errors import RunFailed
+
+timeout_s, rank, fate = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+world = dist.World(rank, int(os.environ["WORLD_SIZE"]), rank, int(os.environ["WORLD_SIZE"]))
+with dist.joined(world, timeout_s=timeout_s):
+    for step in range(3):
+        dist.report(step, "training")
+        distributed.all_reduce(torch.ones(1))
+    time.sleep(2.5)  # for reports of it, which come once a second
+    if fate == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fate == "is stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fate == "hangs":
+        dist.report(2, "waiting for data")
+        time.sleep(600)
+    if fate == "fails":
+        raise RunFailed("no space left")
+    if fate == "computes":  # and never meets a broken collective, as on a GPU
+        time.sleep(600)
+    distributed.all_reduce(torch.ones(1))

@@ -1,0 +1,90 @@
+"""Charts: what is drawn, in which colours, and what a reader finds on the axes."""
+
+import numpy as np
+import pytest
+
+from dmae_ds.report.figures import (
+    Curve,
+    draw_bars,
+    draw_curves,
+    draw_grid,
+    draw_mosaic,
+    thin_out,
+    to_png,
+    to_svg,
+)
+
+CURVE = Curve("run", 0, [0, 1], [0.4, 0.5])
+
+
+def test_a_long_curve_is_drawn_as_means_and_a_short_one_as_it_is():
+    epochs, values, stretch = thin_out([0, 1, 2, 3, 4], [1, 3, 5, 7, 100], max_points=3)
+    assert (epochs.tolist(), values.tolist(), stretch) == ([0.5, 2.5, 4], [2, 6, 100], 2)
+    assert thin_out([1, 2], [3, 4])[1].tolist() == [3, 4]
+    long = draw_curves("long", [Curve("run", 0, list(range(100_000)), [1.0] * 100_000)], unit="loss")
+    assert len(to_svg(long)) < 40_000
+
+
+def test_a_share_is_drawn_from_zero_to_a_hundred_with_the_mark_of_a_dead_term():
+    figure = draw_curves("share", [CURVE], unit="%", share=True)
+    assert figure.axes[0].get_ylim() == (0, 1)
+    svg = to_svg(figure)
+    assert "dead term below 5%" in svg and "dead term" not in to_svg(
+        draw_curves("loss", [CURVE], unit="loss")
+    )
+    assert to_png(figure)[:4] == b"\x89PNG"
+
+
+def test_axes_say_their_units_and_a_mark_its_meaning():
+    figure = draw_curves("rank", [CURVE], unit="directions", from_zero=True, mark=(0.3, "collapsed below it"))
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == (
+        "epoch",
+        "directions",
+    ) and figure.axes[0].get_ylim()[0] == 0
+    assert "collapsed below it" in to_svg(figure)
+
+
+def test_a_grid_is_as_opaque_as_its_values_and_numbered_from_one():
+    values = np.array([[0.25, 0.5, 1.2], [-0.1, 0.999, 0.0]])
+    figure = draw_grid("grid", values, rows="student", columns="teacher", marked=[(2, 1)])
+    cells, frame = figure.axes[0].patches[:6], figure.axes[0].patches[6]
+    opaque = [cell.get_facecolor()[3] for cell in cells]
+    assert np.array(opaque) / max(opaque) == pytest.approx([0.25, 0.5, 1, 0, 0.999, 0])
+    assert (
+        cells[0].get_xy() == pytest.approx((0.52, 0.52))
+        and frame.get_xy() == pytest.approx((0.52, 1.52))
+        and not frame.get_fill()
+    )
+    assert [text.get_text() for text in figure.axes[0].texts] == [".25", ".50", "1", "0", "1", "0"]
+    many = draw_grid("grid", np.full((12, 24), 0.5), rows="student", columns="teacher", marked=[])
+    assert [text.get_text() for text in many.legends[0].texts] == [
+        "0",
+        ".25",
+        ".50",
+        ".75",
+        "1",
+    ] and not figure.legends
+    assert not many.axes[0].texts and many.axes[0].get_xticks().tolist() == [1, 4, 8, 12, 16, 20, 24]
+
+
+def test_bars_are_as_long_as_their_parts_together_in_the_runs_colour():
+    figure = draw_bars(
+        "time", [("a", 0, [1.0, 2.0, 3.0]), ("b", 1, [0.5, 0.0, 0.5])], ["data", "teacher", "rest"], unit="s"
+    )
+    parts = figure.axes[0].patches
+    assert [part.get_x() for part in parts] == [0, 1, 3, 0, 0.5, 0.5] and [
+        part.get_width() for part in parts
+    ] == [1, 2, 3, 0.5, 0, 0.5]
+    assert len({part.get_facecolor()[:3] for part in parts}) == 2 and figure.axes[0].get_xlabel() == "s"
+
+
+def test_a_mosaic_has_its_labels_beside_and_its_heads_above():
+    figure = draw_mosaic("title", np.zeros((20, 30, 3), np.uint8), ["one", "two"], ["a", "b", "c"])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["one", "two"] and figure.axes[
+        0
+    ].get_yticks().tolist() == [5, 15]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        "a",
+        "b",
+        "c",
+    ] and figure.axes[0].get_xticks().tolist() == [5, 15, 25]

@@ -1,0 +1,236 @@
+"""The EMA twin follows the engine's weights by its formula, when it is told to, and comes back from a checkpoint as it was."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dmae_ds.errors import UserError
+from dmae_ds.models.vit import build_student
+from dmae_ds.objectives.base import Objective, freeze, with_zero_gradient
+from dmae_ds.objectives.needs import Progress, Twin
+from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
+from dmae_ds.train.ema import FILE, TwinKeeper
+from dmae_ds.train.optim import parameter_groups
+
+CPU = torch.device("cpu")
+
+
+class Two(Objective):
+    """A student and two layers, of which the twin copies one."""
+
+    def __init__(self, *, every: str = "step"):
+        shape = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        super().__init__(
+            build_student("vit_tiny_patch16_224", shape, generator=torch.Generator().manual_seed(0))
+        )
+        self.head, self.header = nn.Linear(16, 3), nn.Linear(3, 3)  # one name begins with the other
+        self.twin = Twin(
+            ("student", "head"), momentum=lambda progress: 0.1 * (1 + progress.step), every=every
+        )
+
+    def twin_state(self):
+        return {"centre": torch.arange(3.0)}
+
+    def layer_of(self, name):
+        return (
+            int(name.split(".")[2]) + 1
+            if ".blocks." in name
+            else 0
+            if name.startswith(("student.patch_embed", "student.cls"))
+            else None
+        )
+
+
+def engine_of(objective: Objective) -> SimpleNamespace:
+    """Its weights, as `Engine.full_parameters` hands them out."""
+
+    def full_parameters(parts):
+        yield from (
+            (name, p.detach()) for name, p in objective.named_parameters() if name.split(".")[0] in parts
+        )
+
+    return SimpleNamespace(full_parameters=full_parameters)
+
+
+def shake(objective: Objective, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def progress_at(step: int, epoch: float = 0.0) -> Progress:
+    return Progress(step, 9, epoch, 3.0)
+
+
+def test_the_twin_is_the_moving_average_of_its_parts_alone():
+    objective = Two()
+    keeper = TwinKeeper(objective, precision="fp32", device=CPU)
+    assert {name.split(".")[0] for name, _ in keeper.twin.named_parameters()} == {"student", "head"}
+    assert not any(parameter.requires_grad for parameter in keeper.twin.parameters())
+    expected = {
+        name: parameter.detach().double().clone() for name, parameter in keeper.twin.named_parameters()
+    }
+    for step in range(4):
+        shake(objective, step)
+        keeper.after_step(engine_of(objective), progress_at(step), progress_at(step + 1))
+        own, m = dict(objective.named_parameters()), 0.1 * (1 + step)
+        expected = {
+            name: m * value + (1 - m) * own[name].detach().double() for name, value in expected.items()
+        }
+    for name, parameter in keeper.twin.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_a_copy_that_training_does_not_reach():
+    objective = Two()
+    keeper = TwinKeeper(objective, precision="fp32", device=CPU)
+    before = keeper.twin.head.weight.clone()
+    shake(objective, 0)
+    assert torch.equal(keeper.twin.head.weight, before)
+    keeper.twin.state["centre"].add_(1)
+    assert objective.twin_state()["centre"][0] == 0
+
+
+@pytest.mark.parametrize(
+    "epochs, updates",
+    [((0.0, 0.5, 0.999), 0), ((0.5, 1.0), 1), ((0.9, 1.1, 1.9, 2.0, 2.1), 2), ((1.0, 1.5), 0)],
+)
+def test_once_an_epoch_means_after_the_step_that_ends_one(epochs, updates):
+    objective = Two(every="epoch")
+    keeper = TwinKeeper(objective, precision="fp32", device=CPU)
+    told = []
+    keeper.update = lambda engine, momentum: told.append(momentum)
+    for step, (now, following) in enumerate(zip(epochs, epochs[1:])):
+        keeper.after_step(engine_of(objective), progress_at(step, now), progress_at(step + 1, following))
+    assert len(told) == updates
+
+
+def test_a_saved_twin_comes_back_bit_for_bit_with_its_state(tmp_path):
+    objective = Two()
+    keeper, files = TwinKeeper(objective, precision="fp32", device=CPU), CheckpointFiles()
+    shake(objective, 1)
+    keeper.update(engine_of(objective), 0.3)
+    keeper.twin.state["centre"].mul_(3)
+    keeper.save(tmp_path, files)
+    assert files.problem is None and files.written[tmp_path / FILE].bytes == (tmp_path / FILE).stat().st_size
+    other = TwinKeeper(Two(), precision="fp32", device=CPU)
+    other.load(tmp_path)
+    assert all(torch.equal(tensor, dict(other.tensors())[name]) for name, tensor in keeper.tensors())
+    assert other.twin.state["centre"].tolist() == [0, 3, 6]
+
+
+def test_a_checkpoint_without_it_or_of_another_is_refused_and_a_full_disk_is_remembered(tmp_path):
+    objective = Two()
+    keeper, files = TwinKeeper(objective, precision="fp32", device=CPU), CheckpointFiles()
+    with pytest.raises(UserError, match=f"has no {FILE}"):
+        keeper.load(tmp_path)
+    keeper.save(tmp_path / "missing", files)
+    assert "could not write" in files.problem
+    keeper.save(tmp_path, CheckpointFiles())
+    objective.twin = Twin(("student", "head", "header"), momentum=lambda progress: 0.5)
+    with pytest.raises(UserError, match="header"):
+        TwinKeeper(objective, precision="fp32", device=CPU).load(tmp_path)
+
+
+def test_features_are_made_without_gradients_and_in_the_recipe_s_precision():
+    objective = Two()
+    objective.twin_features = lambda twin, masked: {
+        "twin/head": twin.head(masked.visible),
+        "twin/weight": twin.head.weight,
+    }
+    for precision, dtype in (
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("bf16_autocast", torch.bfloat16),
+    ):
+        found = TwinKeeper(objective, precision=precision, device=CPU).features(
+            SimpleNamespace(visible=torch.randn(2, 16))
+        )
+        assert (
+            found["twin/head"].dtype == dtype
+            and found["twin/weight"].dtype == torch.float32
+            and not found["twin/head"].requires_grad
+        )
+    objective.twin_features = lambda twin, masked: {"head": twin.head(masked.visible)}
+    with pytest.raises(AssertionError, match="begin with twin/"):
+        TwinKeeper(objective, precision="fp32", device=CPU).features(
+            SimpleNamespace(visible=torch.randn(2, 16))
+        )
+
+
+# What else an objective may declare
+
+
+def names_of(objective: Objective, groups: list[dict]) -> list[tuple[dict, set[str]]]:
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    return [
+        (
+            {key: value for key, value in group.items() if key != "params"},
+            {names[id(parameter)] for parameter in group["params"]},
+        )
+        for group in groups
+    ]
+
+
+def test_rates_fall_by_layer_and_what_is_of_no_layer_is_on_top():
+    objective = Two()
+    groups = names_of(objective, parameter_groups(objective, weight_decay=0.05, layer_decay=0.5))
+    scale = {name: keys["lr_scale"] for keys, names in groups for name in names}
+    assert scale["student.cls_token"] == scale["student.patch_embed.proj.weight"] == 0.25
+    assert (
+        scale["student.blocks.0.attn.qkv.weight"] == 0.5
+        and scale["student.blocks.1.mlp.fc1.bias"] == scale["head.weight"] == scale["student.norm.bias"] == 1
+    )
+    decay = {name: keys["weight_decay"] for keys, names in groups for name in names}
+    assert (
+        decay["head.weight"] == decay["student.cls_token"] == 0.05
+        and decay["head.bias"] == decay["student.norm.weight"] == 0
+    )
+    assert len(scale) == len(list(objective.parameters()))
+
+
+def test_scaled_parameters_get_groups_of_their_own_and_nothing_is_lost():
+    objective = Two()
+    plain = names_of(objective, parameter_groups(objective, weight_decay=0.05, layer_decay=1.0))
+    assert len(plain) == 2 and not any("lr_scale" in keys or "scaled_by" in keys for keys, _ in plain)
+    objective.lr_scales = {"header.": 0.0}
+    groups = names_of(objective, parameter_groups(objective, weight_decay=0.05, layer_decay=1.0))
+    assert sorted(
+        (keys.get("scaled_by") or "", keys["weight_decay"], len(names)) for keys, names in groups
+    ) == sorted(
+        [
+            ("", 0.0, len(plain[0][1]) - 1),
+            ("", 0.05, len(plain[1][1]) - 1),
+            ("header.", 0.0, 1),
+            ("header.", 0.05, 1),
+        ]
+    )
+
+
+def test_a_layer_decay_without_layers_is_refused():
+    objective = Two()
+    objective.layer_of = lambda name: None
+    with pytest.raises(UserError, match="optim.layer_decay 0.75 is of no use"):
+        parameter_groups(objective, weight_decay=0.05, layer_decay=0.75)
+
+
+def test_what_is_frozen_keeps_its_names_and_values_but_is_no_parameter():
+    objective = Two()
+    before = objective.state_dict()
+    freeze(objective.student.patch_embed)
+    after = objective.state_dict()
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    assert not any("patch_embed" in name for name, _ in objective.named_parameters())
+
+
+def test_a_held_weight_gives_its_values_and_a_gradient_of_zero():
+    weight = nn.Parameter(torch.tensor([1.5, -0.1, 3e-8]))
+    held = with_zero_gradient(weight)
+    assert torch.equal(held, weight)
+    held.square().sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(3))

@@ -1,0 +1,94 @@
+"""Weights from the Hugging Face hub, out of a cache: no network is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmae_ds.config.run import TeacherConfig
+from dmae_ds.weights.hub import locate
+from tests.teacher.references import IDS, PICTURES, assert_close, build_reference, features, load, refusal
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A cache folder of huggingface_hub, with the network switched off."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def put_into_cache(hub: Path, owner: str, name: str, files: dict[str, Path | str]) -> Path:
+    sha = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / f"models--{owner}--{name}"
+    snapshot = repository / "snapshots" / sha
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(sha)
+    for file, content in files.items():
+        (snapshot / file).write_bytes(content.read_bytes() if isinstance(content, Path) else content.encode())
+    return snapshot
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded"])
+def test_a_hub_id_is_served_from_the_cache(tmp_path, hub, kind):
+    reference = build_reference("hf-dinov2-registers")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    if kind == "bin":
+        torch.save(reference.tensors, saved / "pytorch_model.bin")
+    else:
+        reference.model.save_pretrained(saved, **({"max_shard_size": "40KB"} if kind == "sharded" else {}))
+    snapshot = put_into_cache(hub, "facebook", "tiny-dino", {file.name: file for file in saved.iterdir()})
+    config = TeacherConfig(name=reference.name, weights="facebook/tiny-dino", format="hf")
+    path = locate(config)
+    assert path.parent == snapshot
+    assert_close(features(load(reference, path), IDS), reference.features(PICTURES, IDS))
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        (None, "is no file here, and owner/name could not be fetched from the hub (Cannot reach"),
+        ({"config.json": "{}"}, "could not be fetched from the hub"),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "absent.safetensors"}}'},
+            "could not be fetched from the hub",
+        ),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "../../evil.safetensors"}}'},
+            "names the part '../../evil.safetensors'",
+        ),
+        ({"model.safetensors.index.json": "<html>"}, "is not an index of parts"),
+    ],
+)
+def test_a_hub_id_that_can_not_be_served_is_one_line(hub, files, words):
+    if files is not None:
+        put_into_cache(hub, "owner", "name", files)
+    assert words in refusal(
+        locate, TeacherConfig(name="vit_tiny_patch16_224", weights="owner/name", format="hf")
+    )
+
+
+def test_a_path_is_no_hub_id(tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").mkdir()
+    assert locate(TeacherConfig(name="vit_tiny_patch16_224", weights="owner/name")) == Path("owner/name")
+    assert locate(TeacherConfig(name="vit_tiny_patch16_224", weights="weights/absent.pth")) == Path(
+        "weights/absent.pth"
+    )
+
+
+def test_pretrained_weights_are_those_of_timm_s_tag(hub):
+    snapshot = put_into_cache(hub, "timm", "vit_base_patch16_224.mae", {"model.safetensors": "x"})
+    assert (
+        locate(TeacherConfig(name="vit_base_patch16_224.mae", pretrained=True))
+        == snapshot / "model.safetensors"
+    )
+    assert "has no weights on the hub that timm knows" in refusal(
+        locate, TeacherConfig(name="vit_base_patch16_224.mine", pretrained=True)
+    )
