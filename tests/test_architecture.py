@@ -45,7 +45,8 @@ KNOWS_DEEPSPEED = {
 }
 COMMUNICATES = {
     "dmae_ds/distributed/async_flags.py",
-    "dmae_ds/distributed/dist.py",
+    "dmae_ds/distributed/collectives.py",
+    "dmae_ds/distributed/process_group.py",
     "dmae_ds/distributed/heartbeat.py",
     "dmae_ds/distributed/rendezvous.py",
     "dmae_ds/teacher/pipeline.py",

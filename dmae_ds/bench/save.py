@@ -22,7 +22,8 @@ import torch
 from dmae_ds.bench.stream import MIB, random_batches, settle
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives, process_group
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
@@ -36,17 +37,17 @@ from dmae_ds.train.preflight import split_batch
 KEPT = 12  # bytes a parameter: the weight and AdamW's two moments in fp32
 
 
-def bench_save(config: RunConfig, world: dist.World, *, steps: int, rounds: int, folder: Path | None) -> str:
+def bench_save(config: RunConfig, world: World, *, steps: int, rounds: int, folder: Path | None) -> str:
     """Measure and return the text, to print on rank 0. Collective; the process group is made here.
 
     steps: optimiser steps in a round; folder: where to write, on the disk that is meant (default: a temporary folder), and nothing stays there
     Raises UserError for a recipe that can't be.
     """
     with (
-        dist.joined(world, timeout_s=config.dist.timeout_s) as device,
+        process_group.joined(world, timeout_s=config.dist.timeout_s) as device,
         tempfile.TemporaryDirectory(dir=folder) as mine,
     ):
-        run_dir = Path(dist.main_says(mine))
+        run_dir = Path(collectives.broadcast_from_main(mine))
         check_precision(config.precision, device)
         micro_batch, accumulation = split_batch(
             config.optim.global_batch, config.optim.micro_batch, world.size
@@ -119,7 +120,7 @@ def bench_save(config: RunConfig, world: dist.World, *, steps: int, rounds: int,
             }
             share = sum(saved.values()) // world.size
             times["write"].append(_time(lambda: _write(run_dir / f"write-{world.rank}", share)))
-        dist.barrier()  # before the folder goes
+        collectives.barrier()  # before the folder goes
     step_s, save_s, write_s = (statistics.median(times[name]) for name in ("step", "save", "write"))
     total, kept = (
         sum(saved.values()),
@@ -152,10 +153,10 @@ def _share(config: RunConfig, step_s: float, save_s: float) -> str:
 
 
 def _time(action: Callable[[], None]) -> float:
-    dist.barrier()
+    collectives.barrier()
     since = time.perf_counter()
     action()
-    dist.barrier()
+    collectives.barrier()
     return time.perf_counter() - since
 
 

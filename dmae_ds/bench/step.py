@@ -20,8 +20,9 @@ import torch
 from dmae_ds.bench.training_step import TrainingStep
 from dmae_ds.config.objectives import MaeConfig, MaskedPixels
 from dmae_ds.config.run import RunConfig
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.plan.choose import GIB
 from dmae_ds.plan.geometry import measure as measure_geometry
@@ -52,7 +53,7 @@ class Contestant:
 
 def bench_step(
     config: RunConfig,
-    world: dist.World,
+    world: World,
     *,
     against_mae: bool = False,
     variants: dict[str, RunConfig] | None = None,
@@ -69,7 +70,7 @@ def bench_step(
         raise UserError(
             "--against mae compares a recipe with plain mae, and this recipe is that; take one of another objective"
         )
-    with dist.joined(world, timeout_s=config.dist.timeout_s) as device:
+    with process_group.joined(world, timeout_s=config.dist.timeout_s) as device:
         import_deepspeed(device)  # before memory is counted
         recipes = (
             {config.objective.name: config}
@@ -105,9 +106,7 @@ def as_plain_mae(config: RunConfig) -> RunConfig:
     )
 
 
-def contestant(
-    name: str, config: RunConfig, world: dist.World, device: torch.device, *, data: bool
-) -> Contestant:
+def contestant(name: str, config: RunConfig, world: World, device: torch.device, *, data: bool) -> Contestant:
     """Build one step, take it twice, and read off its memory."""
     watch = MemoryWatch(device)
     step = TrainingStep(config, world=world, device=device, data=data)
@@ -127,10 +126,10 @@ def take_turns(
         for dtype, rate in gemms.items():
             found[dtype].append(rate())
         for one in contestants:
-            dist.barrier()
+            collectives.barrier()
             one.rounds.append(one.step.take())
     for one in contestants:
-        dist.barrier()
+        collectives.barrier()
         with logged_collectives() as exchanged:
             one.step.take()
         one.exchange = exchanged()
@@ -220,7 +219,7 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def describe(config: RunConfig, world: dist.World, one: Contestant) -> str:
+def describe(config: RunConfig, world: World, one: Contestant) -> str:
     """What was measured, in one line."""
     teacher = (
         "no teacher"

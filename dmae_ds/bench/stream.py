@@ -24,7 +24,8 @@ from tqdm import tqdm
 from dmae_ds.bench.pipeline_engine import EvalBatch
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives, process_group
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import Normalize
@@ -63,7 +64,7 @@ class Contestant:
 
 def bench_stream(
     config: RunConfig,
-    world: dist.World,
+    world: World,
     *,
     stages: list[int] | None,
     sleep_ms: float | None,
@@ -78,14 +79,14 @@ def bench_stream(
     """
     if config.teacher is None:
         raise UserError("bench stream needs a recipe with a teacher, such as dmae_vit_large_to_base")
-    with dist.joined(world, timeout_s=config.dist.timeout_s) as device:
+    with process_group.joined(world, timeout_s=config.dist.timeout_s) as device:
         objective, shape = build_objective(config, device="meta")
         depth, _ = needed_depths(objective.taps, shape.depth)
-        stages = dist.together(lambda: _check_stages(stages, world=world.size, depth=depth))
+        stages = collectives.raise_on_all_ranks(lambda: _check_stages(stages, world=world.size, depth=depth))
         clocks = (
             -(-clocks // (2 * max(stages))) * 2 * max(stages)
         )  # whole calls of whoever takes several batches at once
-        micro_batch, _ = dist.together(
+        micro_batch, _ = collectives.raise_on_all_ranks(
             lambda: split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
         )
         batches = list(
@@ -116,7 +117,7 @@ def measure(
     contestants: list[Contestant], *, clocks: int, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """({name: median seconds of a round}, {name: share of all rounds spent waiting for an exchange, mean over ranks})."""
-    bar = tqdm(total=rounds * len(contestants), unit="turn", disable=not dist.is_main())
+    bar = tqdm(total=rounds * len(contestants), unit="turn", disable=not collectives.is_main())
     for contestant in contestants:
         contestant.advance(max(1, contestant.ahead))  # fills a stream, and lets everybody allocate
     spent: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
@@ -125,17 +126,17 @@ def measure(
         for contestant in contestants:
             bar.set_postfix_str(contestant.name)
             before = contestant.waited_s
-            dist.barrier()
+            collectives.barrier()
             since = time.perf_counter()
             contestant.advance(clocks)
             settle()
-            dist.barrier()
+            collectives.barrier()
             spent[contestant.name].append(time.perf_counter() - since)
             waited[contestant.name] += contestant.waited_s - before
             bar.update()
     bar.close()
     shares = {name: waited[name] / sum(times) for name, times in spent.items()}
-    means = dist.mean_over_ranks(torch.tensor(list(shares.values()))).tolist()
+    means = collectives.mean_over_ranks(torch.tensor(list(shares.values()))).tolist()
     return {name: statistics.median(times) for name, times in spent.items()}, dict(zip(shares, means))
 
 

@@ -13,7 +13,7 @@ from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.unindexed import open_train
-from dmae_ds.distributed import dist
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
@@ -40,7 +40,7 @@ class TrainingStep:
     Raises UserError for a recipe that can't be built.
     """
 
-    def __init__(self, config: RunConfig, *, world: dist.World, device: torch.device, data: bool):
+    def __init__(self, config: RunConfig, *, world: World, device: torch.device, data: bool):
         check_precision(config.precision, device)
         self.device = device
         self.micro_batch, self.accumulation = split_batch(
@@ -111,7 +111,7 @@ class TrainingStep:
             [random_batch(self.objective, self.micro_batch, generator).to(self.device) for _ in range(4)]
         )
 
-    def _loaded(self, config: RunConfig, world: dist.World) -> Iterator[Batch]:
+    def _loaded(self, config: RunConfig, world: World) -> Iterator[Batch]:
         batches = training_batches(
             config,
             self.objective,

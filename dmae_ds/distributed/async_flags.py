@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import distributed
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 
 
 class Vote:
@@ -15,7 +15,7 @@ class Vote:
     """
 
     def __init__(self, num: int, device: torch.device):
-        self._device, self._alone = device, dist.world_size() == 1
+        self._device, self._alone = device, collectives.world_size() == 1
         pinned = device.type == "cuda" and not self._alone
         self._own, self._sums = (torch.zeros(num, pin_memory=pinned) for _ in range(2))
         self._work, self._copied = None, None

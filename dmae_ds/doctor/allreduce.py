@@ -11,8 +11,8 @@ import signal
 import socket
 import time
 
-from dmae_ds.distributed import dist
-from dmae_ds.distributed.world import world_from_env
+from dmae_ds.distributed import collectives, process_group
+from dmae_ds.distributed.world import World, world_from_env
 from dmae_ds.doctor.answer import MARK
 
 ROUNDS = 3
@@ -29,27 +29,27 @@ def main() -> None:
     signal.alarm(int(args.limit_s) + 1)
     world = world_from_env()
     say("started", world)
-    device = dist.start(world, timeout_s=args.limit_s)
+    device = process_group.start(world, timeout_s=args.limit_s)
 
     import torch
 
     values = torch.ones(max(1, args.bytes // 4), device=device)
-    dist.sum_over_ranks(values[:1])  # connections are made now
+    collectives.sum_over_ranks(values[:1])  # connections are made now
     say("joined", world)
     times = []
     for _ in range(ROUNDS):
-        dist.barrier()
+        collectives.barrier()
         start = time.perf_counter()
-        total = dist.sum_over_ranks(values)
+        total = collectives.sum_over_ranks(values)
         found = total[-1].item()  # waits for a GPU
         times.append(time.perf_counter() - start)
         if found != world.size:
             raise SystemExit(f"the all-reduce of ones over {world.size} ranks gave {found}")
     say("done", world, seconds=min(times), bytes=4 * values.numel(), ranks=world.size, device=device.type)
-    dist.stop()
+    process_group.stop()
 
 
-def say(stage: str, world: dist.World, **more) -> None:
+def say(stage: str, world: World, **more) -> None:
     print(
         f"\n{MARK}{json.dumps({'stage': stage, 'rank': world.rank, 'host': socket.gethostname(), **more})}",
         flush=True,

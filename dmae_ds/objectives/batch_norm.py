@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 
 EPSILON = 1e-5  # torch's default
 
@@ -28,8 +28,8 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         exact = rows if rows.dtype == torch.float64 else rows.float()
         # [..., 1, D]; two exchanges, for E[x^2] - E[x]^2 loses the digits that matter
-        centred = exact - dist.mean_over_ranks_with_gradient(exact.mean(dim=-2, keepdim=True))
-        variance = dist.mean_over_ranks_with_gradient(centred.square().mean(dim=-2, keepdim=True))
+        centred = exact - collectives.mean_over_ranks_with_gradient(exact.mean(dim=-2, keepdim=True))
+        variance = collectives.mean_over_ranks_with_gradient(centred.square().mean(dim=-2, keepdim=True))
         normalized = centred * (variance + EPSILON).rsqrt()
         if self.weight is not None:
             normalized = normalized * self.weight.to(exact.dtype) + self.bias.to(exact.dtype)

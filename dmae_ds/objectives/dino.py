@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dmae_ds.config.objectives import DinoConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import patchify
@@ -126,7 +126,7 @@ class Dino(Objective):
             self._step_begins = False
             move_centre(state, self.config.center_momentum)
         logits = at_least_float32(twin.head(twin.student(batch.visible, batch.ids_keep)[0][:, 0]))
-        state["logits"] += dist.mean_over_ranks(logits.mean(dim=0))
+        state["logits"] += collectives.mean_over_ranks(logits.mean(dim=0))
         state["micro_batches"] += 1
         return {
             "twin/targets": ((logits - state["centre"]) / self.teacher_temperature)

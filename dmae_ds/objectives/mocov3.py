@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dmae_ds.config.objectives import MoCoV3Config
 from dmae_ds.data.batch import Batch
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT, initialize_as_mae
@@ -90,8 +90,8 @@ class MoCoV3(Objective):
         )
         queries = unit(self.predictor(self.projector(by_view(latent[:, 0]))))
         keys = features["twin/keys"]
-        first, second = dist.gather_rows(keys[0]), dist.gather_rows(keys[1])
-        own = dist.rank() * keys.shape[1]
+        first, second = collectives.gather_rows(keys[0]), collectives.gather_rows(keys[1])
+        own = collectives.rank() * keys.shape[1]
         contrast = info_nce(queries[0], second, own=own, temperature=self.temperature) + info_nce(
             queries[1], first, own=own, temperature=self.temperature
         )

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
@@ -96,7 +96,7 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
         else contextlib.nullcontext()
     )
     objective.to(dtype)
-    with dist.alone(), FakeTensorMode(allow_non_fake_inputs=True):
+    with collectives.alone(), FakeTensorMode(allow_non_fake_inputs=True):
         objective.to_empty(device="cpu")
         batch, pixel_bytes = _batch(objective, config, ids)
         teacher, features = (

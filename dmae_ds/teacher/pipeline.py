@@ -30,7 +30,7 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor, distributed, nn
 
-from dmae_ds.distributed.dist import ask_who_is_missing, reason_of, timeout
+from dmae_ds.distributed.process_group import ask_who_is_missing, reason_of, timeout
 from dmae_ds.errors import RankLost
 from dmae_ds.teacher.frozen import FrozenTeacher, split_tap
 from dmae_ds.teacher.identity import Probe, probe

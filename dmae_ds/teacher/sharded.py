@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.teacher.frozen import FrozenTeacher, move_buffers
 from dmae_ds.teacher.identity import Probe, is_pristine, probe
@@ -38,7 +38,7 @@ class ShardedTeacher(FrozenTeacher):
         self.blocks: list[_Fetched] = []
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, spread over {dist.world_size()} ranks by ZeRO-3"
+        return f"{super().__str__()}, spread over {collectives.world_size()} ranks by ZeRO-3"
 
     def spread(self) -> None:
         """Read block by block on rank 0 and leave every rank its share: the peak is the share and one block. Collective."""
@@ -46,24 +46,26 @@ class ShardedTeacher(FrozenTeacher):
         deepspeed.init_distributed(dist_init_required=False)
         for number, meta in enumerate(self.vit.blocks):
             block = copy.deepcopy(meta)
-            tensors = dist.together(lambda: self._read(number, block))
+            tensors = collectives.raise_on_all_ranks(lambda: self._read(number, block))
             block.load_state_dict(tensors, assign=True)
             move_buffers(block, self._dtype, self._device)
             block.eval().requires_grad_(False)
-            pristine = is_pristine(block) if dist.is_main() else False
+            pristine = is_pristine(block) if collectives.is_main() else False
             deepspeed.zero.Init(
                 module=block,
                 dtype=self._dtype,
                 config_dict_or_path={
                     "zero_optimization": {"stage": 3},
-                    "train_batch_size": dist.world_size(),
+                    "train_batch_size": collectives.world_size(),
                 },
             )
-            self.blocks.append(_Fetched(block, dist.main_says(pristine), deepspeed.zero.GatheredParameters))
+            self.blocks.append(
+                _Fetched(block, collectives.broadcast_from_main(pristine), deepspeed.zero.GatheredParameters)
+            )
 
     def _read(self, number: int, block: nn.Module) -> dict[str, Tensor]:
         names = list(block.state_dict())
-        if not dist.is_main():  # filled by the broadcast
+        if not collectives.is_main():  # filled by the broadcast
             return {
                 name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
                 for name, tensor in block.state_dict().items()

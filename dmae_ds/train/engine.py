@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.config.deepspeed import zero_stage
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.base import Objective
@@ -104,7 +104,7 @@ class Engine:
 
         Collective: every rank must call it.
         """
-        keep = on_every_rank or dist.is_main()
+        keep = on_every_rank or collectives.is_main()
         weights: dict[str, Tensor] = {}
         for name, full in self.full_parameters():
             if keep:

@@ -12,7 +12,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.plan.choose import GIB, HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure
@@ -34,11 +34,11 @@ def resolve_placement(preflight: Preflight, device: torch.device) -> tuple[Prefl
     teacher = preflight.config.teacher
     if teacher is None or teacher.placement != "auto":
         return preflight, ""
-    room = min(dist.gather_objects(free_bytes(device, preflight.world.local_size)))
-    found = dist.together(
+    room = min(collectives.gather_objects(free_bytes(device, preflight.world.local_size)))
+    found = collectives.raise_on_all_ranks(
         lambda: _choose(preflight, room, gpu=device.type == "cuda") if preflight.world.is_main else None
     )
-    placement, stages, reason = dist.main_says(found)
+    placement, stages, reason = collectives.broadcast_from_main(found)
     chosen = preflight.config.model_copy(
         update={"teacher": teacher.model_copy(update={"placement": placement, "stages": stages})}
     )
@@ -81,7 +81,7 @@ class MemoryReport:
         """Told after every step; started: where the run began or resumed. Collective."""
         if step != min(started + AFTER_STEPS, self.num_steps):
             return
-        measured = max(dist.gather_objects(self.watch.peak()))
+        measured = max(collectives.gather_objects(self.watch.peak()))
         if self.predicted is not None:
             tqdm.write(compare(self.predicted, measured, gpu=self.gpu), file=sys.stderr)
 

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dmae_ds.config.run import RunConfig
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
 from dmae_ds.models.compiled import compile_blocks
 from dmae_ds.models.onednn import FASTER, onednn_operator, onednn_speedup, use_onednn
@@ -46,7 +46,7 @@ def choose_kernels(
     """
     networks = [network for network in (objective, teacher, twin) if network is not None]
     why_not = _why_not_onednn(config, device, zero_stage=zero_stage)
-    dist.together(lambda: _refuse(config, why_not))
+    collectives.raise_on_all_ranks(lambda: _refuse(config, why_not))
     if config.compile:
         return Kernels(
             "torch",
@@ -57,7 +57,9 @@ def choose_kernels(
         return Kernels("torch")
     if wanted == before:
         return Kernels("onednn", f"{sum(map(use_onednn, networks))} linear layers through oneDNN, as before")
-    speedup = dist.main_says(onednn_speedup())  # on all ranks at once, as they share their cores in training
+    speedup = collectives.broadcast_from_main(
+        onednn_speedup()
+    )  # on all ranks at once, as they share their cores in training
     if wanted == "auto" and speedup < FASTER:
         return Kernels("torch")
     return Kernels(
@@ -100,7 +102,7 @@ class WarmUp:
         if len(self._seconds) == 3:
             first, _, third = self._seconds
             self._seconds = None
-            if dist.is_main():
+            if collectives.is_main():
                 tqdm.write(
                     f"compile   the first step took {first:.1f} s, the third {third:.3g} s", file=sys.stderr
                 )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dmae_ds.config.run import DataConfig, EvalConfig, ModelConfig
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.evaluate.features import build_timm, extract_features
 from dmae_ds.evaluate.frozen import FrozenFeatures, device_name, settings_of, write_result
@@ -32,7 +33,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "bf16_autocast": torch.bfloat16, "fp16": tor
 class TrainingRanks:
     """The ranks of a training run, as evaluation sees processes (`evaluate.features.Processes`)."""
 
-    def __init__(self, world: dist.World, device: torch.device, *, precision: str):
+    def __init__(self, world: World, device: torch.device, *, precision: str):
         self.num_processes, self.process_index, self.is_main_process, self.device = (
             world.size,
             world.rank,
@@ -48,10 +49,10 @@ class TrainingRanks:
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        return dist.gather_rows(tensor)
+        return collectives.gather_rows(tensor)
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        return dist.sum_over_ranks(tensor)
+        return collectives.sum_over_ranks(tensor)
 
 
 class KnnDuringTraining:

@@ -10,7 +10,7 @@ from typing import Callable, Iterable, Iterator
 import torch
 
 from dmae_ds.data.batch import Batch
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.async_flags import Vote
 from dmae_ds.errors import Requeue
 from dmae_ds.models.masking import MaskedBatch
@@ -68,35 +68,35 @@ def train(
     Raises RunFailed when a loss is not finite; nothing is saved after such a step. Raises Requeue, on every rank, after a stop.
     """
     vote = Vote(2, engine.device)
-    dist.report(start_step, "waiting for data")
+    process_group.report(start_step, "waiting for data")
     for index, (batch, masked, features) in enumerate(stream):
         finished, micro_batch = start_step + index // accumulation, index % accumulation
         if micro_batch == 0:
             engine.objective.start_step(progress_at(finished))
             engine.set_lr(lr_at(finished))
-        dist.report(finished, "training")
+        process_group.report(finished, "training")
         if twin is not None:
             features = {**features, **twin.features(masked)}
         parts = engine.train_micro_batch(masked, features)
         recorder.add({**parts, **engine.objective.gradient_shares()}, batch.sample_ids)
         if micro_batch + 1 < accumulation:
-            dist.report(finished, "waiting for data")
+            process_group.report(finished, "waiting for data")
             continue
         step = finished + 1
         if twin is not None:
             twin.after_step(engine, progress_at(finished), progress_at(step))
         recorder.end_step(step, lr_at(finished))
-        dist.report(step, "after the step")
+        process_group.report(step, "after the step")
         after_step(step)
         last = step == num_steps
         stopped, due = vote.result()
         save = last or stopped or due or checkpoints.due_by_steps(step)
         if not last and not stopped:  # whoever is told to stop now is heard after the next step
-            vote.cast([bool(stop), dist.is_main() and not save and checkpoints.due_by_time()])
+            vote.cast([bool(stop), collectives.is_main() and not save and checkpoints.due_by_time()])
         if save or step % log_every == 0:
             recorder.flush()
         if save:
-            dist.report(step, "saving")
+            process_group.report(step, "saving")
             with recorder.clock.booking("save"):
                 checkpoints.save(engine, step=step, position=step * global_batch)
         if stopped and not last:
@@ -105,4 +105,4 @@ def train(
             )
             error.on_every_rank = True
             raise error
-        dist.report(step, "waiting for data")
+        process_group.report(step, "waiting for data")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint.folder import write_atomically
 from dmae_ds.train.clock import Clock
@@ -135,7 +135,9 @@ class Recorder:
             [second for row in self._rows for second in row.seconds.values()],
             device=self._rows[0].values.device,
         )
-        means = iter(dist.mean_over_ranks(torch.cat([*(row.values for row in self._rows), seconds])).tolist())
+        means = iter(
+            collectives.mean_over_ranks(torch.cat([*(row.values for row in self._rows), seconds])).tolist()
+        )
         scalars = [dict(zip(row.names, means)) for row in self._rows]
         waits = [dict(zip(row.seconds, means)) for row in self._rows]
         now = time.perf_counter()
@@ -211,7 +213,7 @@ class Recorder:
 
     def _fail(self, row: _Row) -> None:
         mine = torch.cat(row.ids).tolist() if not row.values[row.names.index("loss")].isfinite() else []
-        samples = dist.gather_objects(mine)
+        samples = collectives.gather_objects(mine)
         where = "; ".join(f"rank {rank}: {_short(ids)}" for rank, ids in enumerate(samples) if ids)
         error = RunFailed(
             f"the loss of step {row.step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched"

@@ -12,7 +12,7 @@ import torch
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import RunFailed
 from dmae_ds.models.patches import Normalize
@@ -48,7 +48,7 @@ from dmae_ds.train.summary import summary
 
 def run(preflight: Preflight) -> None:
     """Train a checked recipe to its end, or to the end of what a resumed run has left."""
-    with dist.joined(preflight.world, timeout_s=preflight.config.dist.timeout_s) as device:
+    with process_group.joined(preflight.world, timeout_s=preflight.config.dist.timeout_s) as device:
         train_recipe(preflight, device)
 
 
@@ -98,7 +98,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         trackers=[],
     )
     engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
-    dist.bound_every_wait()
+    process_group.bound_every_wait()
     checkpoints = Checkpoints(
         preflight.folder,
         config.checkpoint,
@@ -111,7 +111,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         twin=twin,
     )
     start_step = 0 if preflight.resume_from is None else checkpoints.load(engine, preflight.resume_from)
-    dist.barrier()  # every rank has checked the run folder: rank 0 may write into it
+    collectives.barrier()  # every rank has checked the run folder: rank 0 may write into it
     if world.is_main:
         preflight.run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(preflight.run_dir / "config.yaml", dump_config(config).encode())
@@ -199,9 +199,9 @@ def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objectiv
             config, shape, objective.taps, device, group, num_classes=preflight.num_classes
         )
 
-    objective, teacher = dist.together(build)
+    objective, teacher = collectives.raise_on_all_ranks(build)
     if config.teacher is not None:
-        dist.together(lambda: verify(teacher, config.teacher))
+        collectives.raise_on_all_ranks(lambda: verify(teacher, config.teacher))
     return objective, teacher
 
 
@@ -232,10 +232,10 @@ def build_teacher(
 
 def with_newest(preflight: Preflight) -> Preflight:
     """Of a run that resumes, what is newest now that the folder is ours: each rank looked by itself, and the job before this one may have saved once more. Collective."""
-    if not any(dist.gather_objects(preflight.resume_from is not None)):
+    if not any(collectives.gather_objects(preflight.resume_from is not None)):
         return preflight
-    newest = dist.main_says(
-        dist.together(lambda: preflight.folder.latest() if preflight.world.is_main else None)
+    newest = collectives.broadcast_from_main(
+        collectives.raise_on_all_ranks(lambda: preflight.folder.latest() if preflight.world.is_main else None)
     )
     return dataclasses.replace(preflight, resume_from=newest)
 

@@ -8,14 +8,15 @@ import time
 import torch
 from torch import distributed
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import process_group
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed
 
 timeout_s, rank, fate = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-world = dist.World(rank, int(os.environ["WORLD_SIZE"]), rank, int(os.environ["WORLD_SIZE"]))
-with dist.joined(world, timeout_s=timeout_s):
+world = World(rank, int(os.environ["WORLD_SIZE"]), rank, int(os.environ["WORLD_SIZE"]))
+with process_group.joined(world, timeout_s=timeout_s):
     for step in range(3):
-        dist.report(step, "training")
+        process_group.report(step, "training")
         distributed.all_reduce(torch.ones(1))
     time.sleep(2.5)  # for reports of it, which come once a second
     if fate == "dies":
@@ -23,7 +24,7 @@ with dist.joined(world, timeout_s=timeout_s):
     if fate == "is stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     if fate == "hangs":
-        dist.report(2, "waiting for data")
+        process_group.report(2, "waiting for data")
         time.sleep(600)
     if fate == "fails":
         raise RunFailed("no space left")

@@ -11,7 +11,7 @@ import torch
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.batch_norm import GlobalBatchNorm
@@ -198,8 +198,8 @@ def test_the_own_key_is_the_one_of_this_rank():
 @pytest.fixture
 def second_of_two_ranks(monkeypatch):
     """As if another rank held rows of its own, here the negatives of ours: a list of (mine, theirs) says what was exchanged."""
-    monkeypatch.setattr(dist, "rank", lambda: 1)
-    monkeypatch.setattr(dist, "gather_rows", lambda rows: torch.cat([-rows, rows]).detach())
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
+    monkeypatch.setattr(collectives, "gather_rows", lambda rows: torch.cat([-rows, rows]).detach())
 
 
 def test_keys_of_other_ranks_are_negatives(second_of_two_ranks):
@@ -227,7 +227,7 @@ def test_batch_norm_takes_the_statistics_of_all_ranks(monkeypatch):
     expected = torch.nn.functional.batch_norm(rows, None, None, training=True)
     mean = rows.mean(0, keepdim=True)
     answers = iter([mean, (rows - mean).square().mean(0, keepdim=True)])
-    monkeypatch.setattr(dist, "mean_over_ranks_with_gradient", lambda own: next(answers))
+    monkeypatch.setattr(collectives, "mean_over_ranks_with_gradient", lambda own: next(answers))
     torch.testing.assert_close(GlobalBatchNorm(3, affine=False)(rows[:2]), expected[:2])
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from dmae_ds.distributed import dist
-from dmae_ds.distributed.world import world_from_env
+from dmae_ds.distributed import collectives, process_group
+from dmae_ds.distributed.world import World, world_from_env
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
@@ -71,7 +71,7 @@ def load(path: Path, case: dict, device: torch.device, group=None, sharded: bool
     return StreamedTeacher(vit, tuple(case["taps"]), parts, sees=case["sees"], group=group)
 
 
-def compare(path: Path, case: dict, world: dist.World, device: torch.device) -> None:
+def compare(path: Path, case: dict, world: World, device: torch.device) -> None:
     """Raise AssertionError unless both teachers give the same batches with the same features, to the last bit."""
     replicated = load(path, case, device)
     if case["stages"] is None:
@@ -117,10 +117,10 @@ def check_stage(streamed: StreamedTeacher, replicated: FrozenTeacher) -> None:
     assert own == list(stages[streamed.group.stage])
 
 
-def check_shares(sharded: ShardedTeacher, replicated: FrozenTeacher, world: dist.World) -> None:
+def check_shares(sharded: ShardedTeacher, replicated: FrozenTeacher, world: World) -> None:
     """At rest a rank holds a share of every block and no whole one."""
     assert all(block.is_meta for block in sharded.vit.blocks.parameters())
-    first, *others = dist.gather_objects(sharded._weights.container.bytes_read)
+    first, *others = collectives.gather_objects(sharded._weights.container.bytes_read)
     assert first > max(others) == min(others)  # the blocks are read once
     for mine, whole in zip(sharded.blocks, replicated.vit.blocks, strict=True):
         (block,) = mine._block
@@ -141,7 +141,7 @@ STRESS = {
 }
 
 
-def stress(path: Path, count: int, world: dist.World, device: torch.device) -> None:
+def stress(path: Path, count: int, world: World, device: torch.device) -> None:
     """Random schedules, the same on every rank; a rank that doesn't get through one in two minutes ends the job with its stack."""
     groups = {num_stages: join_group(num_stages) for num_stages in (1, 2, 4)}
     done = 0
@@ -182,26 +182,26 @@ def stress(path: Path, count: int, world: dist.World, device: torch.device) -> N
         print(f"SCHEDULES {done}", flush=True)
 
 
-def between(chance: float, world: dist.World, replicated: FrozenTeacher, batch: MaskedBatch) -> None:
+def between(chance: float, world: World, replicated: FrozenTeacher, batch: MaskedBatch) -> None:
     """What else a training run does between two batches, on every rank."""
     if chance < 0.3:  # the student's gradients
-        assert dist.mean_over_ranks(torch.ones(1000)).sum() == 1000
+        assert collectives.mean_over_ranks(torch.ones(1000)).sum() == 1000
     elif chance < 0.4:  # a checkpoint
-        dist.gather_objects(world.rank)
-        dist.barrier()
+        collectives.gather_objects(world.rank)
+        collectives.barrier()
     elif chance < 0.5:  # an evaluation
-        dist.mean_over_ranks(replicated.features(batch)[replicated.taps[0]].mean())
+        collectives.mean_over_ranks(replicated.features(batch)[replicated.taps[0]].mean())
 
 
 def main() -> None:
     world = world_from_env()
-    device = dist.start(world)
+    device = process_group.start(world)
     for number, case in enumerate(json.loads(sys.argv[2])):
         compare(Path(sys.argv[1]), case, world, device)
         if world.is_main:
             print(f"EQUAL {number}", flush=True)
     stress(Path(sys.argv[1]), int(sys.argv[3]), world, device)
-    dist.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

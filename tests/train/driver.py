@@ -7,16 +7,16 @@ from datetime import timedelta
 from torch.distributed import distributed_c10d
 
 from dmae_ds.config.load import load_config
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import process_group
 from dmae_ds.distributed.world import world_from_env
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
 
 world = world_from_env()
-device = dist.start(world)
+device = process_group.start(world)
 for recipe, *overrides in json.loads(sys.argv[-1]):
     train_recipe(prepare(load_config(recipe, overrides), world, resume="never"), device)
     # ZeRO's own groups too, which would wait half an hour
     waits = [group._get_backend(device).options._timeout for group in distributed_c10d._world.pg_map]
-    assert len(waits) > 1 and set(waits) == {timedelta(seconds=dist.TIMEOUT_S)}, waits
-dist.stop()
+    assert len(waits) > 1 and set(waits) == {timedelta(seconds=process_group.TIMEOUT_S)}, waits
+process_group.stop()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
 from dmae_ds.config.load import load_config
-from dmae_ds.distributed import dist
-from dmae_ds.distributed.world import threads_per_rank
+from dmae_ds.distributed import collectives
+from dmae_ds.distributed.world import World, threads_per_rank
 from dmae_ds.errors import UserError
 from dmae_ds.models.onednn import OneDnnLinear
 from dmae_ds.train import kernels
@@ -18,8 +20,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def choose(monkeypatch):
-    monkeypatch.setattr(dist, "together", lambda step: step())
-    monkeypatch.setattr(dist, "main_says", lambda value: value)
+    monkeypatch.setattr(collectives, "raise_on_all_ranks", lambda step: step())
+    monkeypatch.setattr(collectives, "broadcast_from_main", lambda value: value)
 
     def choose(*overrides, speedup=1.0, device=CPU, zero_stage=2, large=True, before=None):
         monkeypatch.setattr(kernels, "onednn_speedup", lambda: speedup)
@@ -103,5 +105,5 @@ def test_ranks_share_the_cores_unless_somebody_says_otherwise(environment, local
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert threads_per_rank(dist.World(size=local_size, local_size=local_size)) == threads
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert threads_per_rank(World(size=local_size, local_size=local_size)) == threads

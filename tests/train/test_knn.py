@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmae_ds.config.load import load_config
-from dmae_ds.distributed import dist
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.evaluate.results import read_history
 from dmae_ds.train.knn import is_due
@@ -103,7 +103,7 @@ def test_what_it_could_never_measure_is_refused_before_training(tiny_recipe, tmp
         tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", "eval.knn_every=1", *overrides]
     )
     with pytest.raises(UserError, match=message):
-        prepare(config, dist.World(), resume="never")
+        prepare(config, World(), resume="never")
 
 
 def test_an_option_without_knn_every_is_refused(tiny_recipe):
@@ -129,7 +129,7 @@ def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
         "config": load_config("digits_mae", ["data.train=x", "run.dir=x", "eval.knn_every=1"]).eval,
         "steps_per_epoch": 1.0,
         "num_steps": 3,
-        "ranks": knn.TrainingRanks(dist.World(), torch.device("cpu"), precision="fp32"),
+        "ranks": knn.TrainingRanks(World(), torch.device("cpu"), precision="fp32"),
         "recorder": type("", (), {"flush": lambda self: flushed.append(1)})(),
     }
     monkeypatch.setattr(knn.KnnDuringTraining, "_embed", lambda self, step: broken)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dmae_ds.config.objectives import ObjectiveSection
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.models.masking import MaskedBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import initialize_as_mae
@@ -93,7 +93,7 @@ class Toy(Objective):
     def twin_features(self, twin, masked: ToyBatch) -> dict[str, Tensor]:
         found = twin.head(twin.student(masked.visible, masked.ids_keep)[0][:, 0]).float()
         centred = found - twin.state["centre"]
-        twin.state["centre"].lerp_(dist.mean_over_ranks(found.mean(dim=0)), 0.5)
+        twin.state["centre"].lerp_(collectives.mean_over_ranks(found.mean(dim=0)), 0.5)
         return {"twin/centred": centred}
 
     def layer_of(self, name: str) -> int | None:

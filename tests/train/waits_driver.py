@@ -13,7 +13,7 @@ from collections import Counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmae_ds.config.load import load_config
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import process_group
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.distributed.world import world_from_env
 from dmae_ds.train import run as training
@@ -69,7 +69,7 @@ def counted(train):
 
 
 world = world_from_env()
-device = dist.start(world)
+device = process_group.start(world)
 accelerator = import_deepspeed(device).accelerator.get_accelerator()
 accelerator.resolves_data_dependency = lambda: False
 accelerator.synchronize = lambda *_: note("synchronize")
@@ -81,4 +81,4 @@ for recipe, *overrides in json.loads(sys.argv[-1]):
         train_recipe(prepare(load_config(recipe, overrides), world, resume="never"), device)
     if world.is_main:
         print("FOUND " + json.dumps(found), flush=True)
-dist.stop()
+process_group.stop()

@@ -18,7 +18,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.train.checkpoint.full_state import MOMENTS, WholeState
 
 
@@ -66,7 +66,7 @@ def _load_scattered(optimizer, parameters: dict[str, nn.Parameter], state: Whole
     """Stage 3: each parameter is cut into as many equal pieces as there are ranks, the last one padded."""
     optimizer.checkpoint_event_prologue()  # parts everything, also what is small and stays whole between steps
     _make_moments(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat, state.step)
-    rank, ranks = dist.rank(), dist.world_size()
+    rank, ranks = collectives.rank(), collectives.world_size()
     for name, parameter in parameters.items():
         values = state.read(name)
         with zero.GatheredParameters([parameter], modifier_rank=0):

@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
 
 WAIT_S = 10.0  # for the ranks of a job that is just ending
@@ -33,13 +33,13 @@ def claim(run_dir: Path) -> IO[str] | None:
     Rank 0 holds a POSIX lock on RUN/lock, which says who does; it works over NFS, and children don't inherit it.
     Raises UserError, on every rank, if another process holds it or a rank sees another folder.
     """
-    held = dist.together(lambda: _lock(run_dir) if dist.is_main() else None)
-    token = dist.together(lambda: _write_token(run_dir) if dist.is_main() else None)
-    host, name = dist.main_says((socket.gethostname(), token))
+    held = collectives.raise_on_all_ranks(lambda: _lock(run_dir) if collectives.is_main() else None)
+    token = collectives.raise_on_all_ranks(lambda: _write_token(run_dir) if collectives.is_main() else None)
+    host, name = collectives.broadcast_from_main((socket.gethostname(), token))
     try:
-        dist.together(lambda: _look_for(run_dir / name, host))
+        collectives.raise_on_all_ranks(lambda: _look_for(run_dir / name, host))
     finally:
-        if dist.is_main():
+        if collectives.is_main():
             (run_dir / name).unlink(missing_ok=True)
     return held
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmae_ds.config.run import CheckpointConfig
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint.folder import CheckpointFolder, Written, crc32_of, sync_folder
 from dmae_ds.train.engine import Engine
@@ -70,14 +70,14 @@ class Checkpoints:
         self._give_up_if(self._main_does(lambda: self.folder.begin(step)), step)
         files = engine.save(str(self.folder.path), self.folder.tag(step))
         weights = engine.full_weights()
-        if dist.is_main():
+        if collectives.is_main():
             for path, tensors in self._plain_files(weights).items():
                 files.attempt(
                     lambda: save_plain(path, tensors, {**self.student_metadata, "step": str(step)}), path
                 )
             if self.twin is not None:
                 self.twin.save(self.folder.path / self.folder.tag(step), files)
-        found = dist.gather_objects((socket.gethostname(), files.problem, self._relative(files, step)))
+        found = collectives.gather_objects((socket.gethostname(), files.problem, self._relative(files, step)))
         problems = [
             f"rank {rank} ({host}) {problem}"
             for rank, (host, problem, _) in enumerate(found)
@@ -104,14 +104,18 @@ class Checkpoints:
 
         One that another world size wrote, or another ZeRO stage, is moved. Raises UserError on every rank when a file is damaged.
         """
-        dist.together(lambda: self.folder.check_bytes(checkpoint, part=dist.rank(), parts=dist.world_size()))
+        collectives.raise_on_all_ranks(
+            lambda: self.folder.check_bytes(
+                checkpoint, part=collectives.rank(), parts=collectives.world_size()
+            )
+        )
         state = self.folder.read_state(checkpoint)
         step = state["step"]
         if self.folder.moves(state, self.identity):
             engine.load_moved(
                 checkpoint, stage=state["zero_stage"], step=step, global_batch=self.identity["global_batch"]
             )
-            if dist.is_main():
+            if collectives.is_main():
                 was, now = (
                     f"{of['world_size']} ranks, ZeRO stage {of['zero_stage']}"
                     for of in (state, self.identity)
@@ -124,14 +128,14 @@ class Checkpoints:
         else:
             engine.load(str(self.folder.path), checkpoint.name)
         if self.twin is not None:
-            dist.together(lambda: self.twin.load(checkpoint))
+            collectives.raise_on_all_ranks(lambda: self.twin.load(checkpoint))
         self._mend_plain_files(engine, step)
         self._last_step = step
         return step
 
     def _mend_plain_files(self, engine: Engine, step: int) -> None:
         """Write them anew where a kill left those of another step than `latest` names."""
-        if dist.main_says(all(step_of(path) == step for path in self._plain_files({}))):
+        if collectives.broadcast_from_main(all(step_of(path) == step for path in self._plain_files({}))):
             return
         weights = engine.full_weights()
 
@@ -166,7 +170,7 @@ class Checkpoints:
 
     def _relative(self, files: CheckpointFiles, step: int) -> dict:
         folder = self.folder.path / self.folder.tag(step)
-        copied = (folder / "offloaded_tensors" / f"rank{dist.rank():02d}").rglob(
+        copied = (folder / "offloaded_tensors" / f"rank{collectives.rank():02d}").rglob(
             "*"
         )  # from NVMe, by DeepSpeed itself
         written = files.written | {
@@ -177,12 +181,12 @@ class Checkpoints:
     def _main_does(self, action: Callable[[], None]) -> str | None:
         """Let rank 0 do something on the disk; every rank hears what went wrong, or None. Collective."""
         problem = None
-        if dist.is_main():
+        if collectives.is_main():
             try:
                 action()
             except (OSError, RunFailed) as error:
                 problem = f"rank 0 ({socket.gethostname()}) {error}"
-        return dist.main_says(problem)
+        return collectives.broadcast_from_main(problem)
 
     def _give_up_if(self, problem: str | None, step: int) -> None:
         """Where there is a problem, throw the half-made save away and raise the same RunFailed on every rank. Collective."""
@@ -204,7 +208,7 @@ class Checkpoints:
             else "nothing was saved before"
         )
         raise self._failed(
-            dist.main_says(
+            collectives.broadcast_from_main(
                 f"step {step} could not be saved: {problem}; {''.join(free)}{left}{before}; make room and continue with --resume auto"
             )
         )

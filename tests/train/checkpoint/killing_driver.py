@@ -12,7 +12,7 @@ import signal
 import sys
 
 from dmae_ds.config.load import load_config
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import process_group
 from dmae_ds.distributed.world import world_from_env
 from dmae_ds.train.checkpoint import folder as checkpoint_folder
 from dmae_ds.train.checkpoint import save as checkpoint
@@ -21,7 +21,7 @@ from dmae_ds.train.run import train_recipe
 
 moment, recipe = sys.argv[-2], json.loads(sys.argv[-1])
 world = world_from_env()
-device = dist.start(world)
+device = process_group.start(world)
 from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
 
 

@@ -2,36 +2,36 @@
 
 import torch
 
-from dmae_ds.distributed import dist
+from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import whole_lines, world_from_env
 
 whole_lines()
 world = world_from_env()
-dist.start(world)
+process_group.start(world)
 shares = torch.arange(12, dtype=torch.float64).reshape(2, 3, 2) ** 2  # [ranks, rows, columns]
 own = shares[world.rank].clone().requires_grad_()
 
-gathered = dist.gather_rows(own)
+gathered = collectives.gather_rows(own)
 assert torch.equal(gathered, shares.flatten(0, 1)) and not gathered.requires_grad
-assert not dist.mean_over_ranks(own).requires_grad and torch.equal(
-    dist.mean_over_ranks(own), shares.mean(dim=0)
+assert not collectives.mean_over_ranks(own).requires_grad and torch.equal(
+    collectives.mean_over_ranks(own), shares.mean(dim=0)
 )
 
 # L = mean over ranks of (rank + 1) * sum(mean^3): what a rank gets back, averaged over ranks as DeepSpeed does, is dL / dx
 whole = shares.clone().requires_grad_()
 expected = sum((rank + 1) * (whole.mean(dim=0) ** 3).sum() for rank in range(2)) / 2
 expected.backward()
-mean = dist.mean_over_ranks_with_gradient(own)
+mean = collectives.mean_over_ranks_with_gradient(own)
 assert torch.equal(mean, shares.mean(dim=0))
 ((world.rank + 1) * (mean**3).sum()).backward()
 torch.testing.assert_close(own.grad / 2, whole.grad[world.rank])
 
-with dist.alone():
+with collectives.alone():
     assert (
-        (dist.world_size(), dist.rank()) == (1, 0)
-        and torch.equal(dist.gather_rows(own), own)
-        and dist.mean_over_ranks_with_gradient(own) is own
+        (collectives.world_size(), collectives.rank()) == (1, 0)
+        and torch.equal(collectives.gather_rows(own), own)
+        and collectives.mean_over_ranks_with_gradient(own) is own
     )
-assert (dist.world_size(), dist.rank()) == (2, world.rank)
+assert (collectives.world_size(), collectives.rank()) == (2, world.rank)
 print("checked", world.rank, flush=True)
-dist.stop()
+process_group.stop()
