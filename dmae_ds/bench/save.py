@@ -29,7 +29,7 @@ from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.train.checkpoint.folder import CheckpointFolder, bytes_in
 from dmae_ds.train.checkpoint.save import PLAIN, Checkpoints
-from dmae_ds.train.ema import TwinKeeper
+from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.preflight import split_batch
@@ -65,10 +65,10 @@ def bench_save(config: RunConfig, world: World, *, steps: int, rounds: int, fold
             raise UserError(
                 f"bench save makes up the features of encoder blocks alone, and the objective taps {', '.join(objective.taps)}; take a recipe of another objective"
             )
-        twin = (
+        ema = (
             None
-            if objective.twin is None
-            else TwinKeeper(objective, precision=config.precision, device=device)
+            if objective.ema is None
+            else EmaTeacher(objective, precision=config.precision, device=device)
         )
         objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
         num_parameters = sum(parameter.numel() for parameter in objective.parameters())
@@ -95,18 +95,16 @@ def bench_save(config: RunConfig, world: World, *, steps: int, rounds: int, fold
             config.checkpoint.model_copy(update={"keep": 1}),
             identity=identity,
             student_metadata={"format": "pt"},
-            twin=twin,
+            ema=ema,
         )
         engine.set_lr(1e-5)
 
         def step() -> None:
             for number in range(steps * accumulation):
                 masked = batches[number % len(batches)]
-                engine.train_micro_batch(
-                    masked, features if twin is None else features | twin.features(masked)
-                )
-            if twin is not None:
-                twin.update(engine, 0.99)
+                engine.train_micro_batch(masked, features if ema is None else features | ema.features(masked))
+            if ema is not None:
+                ema.update(engine, 0.99)
             settle()
 
         step()  # lets everybody allocate, and makes the moments

@@ -4,7 +4,7 @@
 
 The step is training's own: the recipe's objective in its DeepSpeed engine, the cut teacher, the mask drawn on the device;
 weights and pixels are random, so no file is needed. With --data the pictures are read, and waited for, as in training. On
-several ranks one more step is taken in which every collective is timed: "exchange", a share of the other parts. Contestants and the matrix products take turns, round after round; a figure is the median of its rounds. "twin" is what an EMA twin makes of a batch, "update" its following the student.
+several ranks one more step is taken in which every collective is timed: "exchange", a share of the other parts. Contestants and the matrix products take turns, round after round; a figure is the median of its rounds. "ema" is what an EMA teacher makes of a batch, "update" its following the student.
 Work is counted by torch's own FLOP counter on fake tensors (plan/trace.py). Seconds belong to one machine; shares and
 ratios are what to look at.
 """
@@ -28,10 +28,10 @@ from dmae_ds.plan.choose import GIB
 from dmae_ds.plan.geometry import measure as measure_geometry
 from dmae_ds.plan.work import Work, step_work
 from dmae_ds.train.engine import logged_collectives
-from dmae_ds.train.memory import MemoryWatch
+from dmae_ds.train.memory import PeakMemory
 from dmae_ds.train.speed import Speed, gemm_rate
 
-PARTS = ("data", "prepare", "teacher", "twin", "forward", "backward", "optimizer", "update")
+PARTS = ("data", "prepare", "teacher", "ema", "forward", "backward", "optimizer", "update")
 
 
 @dataclass
@@ -108,7 +108,7 @@ def as_plain_mae(config: RunConfig) -> RunConfig:
 
 def contestant(name: str, config: RunConfig, world: World, device: torch.device, *, data: bool) -> Contestant:
     """Build one step, take it twice, and read off its memory."""
-    watch = MemoryWatch(device)
+    watch = PeakMemory(device)
     step = TrainingStep(config, world=world, device=device, data=data)
     first = sum(step.take().values())  # allocates Adam's moments, and compiles
     step.take()

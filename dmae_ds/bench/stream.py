@@ -27,7 +27,7 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.base import Objective
@@ -68,7 +68,7 @@ def bench_stream(
     *,
     stages: list[int] | None,
     sleep_ms: float | None,
-    clocks: int,
+    ticks: int,
     rounds: int,
 ) -> str:
     """Measure every contestant and return the table, to print on rank 0. Collective; the process group is made here.
@@ -83,8 +83,8 @@ def bench_stream(
         objective, shape = build_objective(config, device="meta")
         depth, _ = needed_depths(objective.taps, shape.depth)
         stages = collectives.raise_on_all_ranks(lambda: _check_stages(stages, world=world.size, depth=depth))
-        clocks = (
-            -(-clocks // (2 * max(stages))) * 2 * max(stages)
+        ticks = (
+            -(-ticks // (2 * max(stages))) * 2 * max(stages)
         )  # whole calls of whoever takes several batches at once
         micro_batch, _ = collectives.raise_on_all_ranks(
             lambda: split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
@@ -102,19 +102,19 @@ def bench_stream(
             "top": random_top(config, objective, device=device),
         }
         contestants = list(_contestants(build, objective.taps, depth, stages, batches, common))
-        seconds, waited = measure(contestants, clocks=clocks, rounds=rounds)
+        seconds, waited = measure(contestants, ticks=ticks, rounds=rounds)
         plural = "sleep" if sleep_ms else "are real"
         patches = objective.num_visible if config.teacher.sees == "visible" else objective.student.num_patches
         about = (
             f"{config.teacher.name}: {depth} of {shape.depth} blocks, taps {', '.join(objective.taps)}, {config.teacher.dtype}; {world.size} ranks x {micro_batch} images, "
             f"{patches} patches; blocks {plural}{f' {sleep_ms:g} ms' if sleep_ms else ''}; "
-            f"{device.type}; median of {rounds} rounds of {clocks} micro-batches a rank"
+            f"{device.type}; median of {rounds} rounds of {ticks} micro-batches a rank"
         )
-        return about + "\n\n" + table(contestants, seconds, waited, images=world.size * micro_batch * clocks)
+        return about + "\n\n" + table(contestants, seconds, waited, images=world.size * micro_batch * ticks)
 
 
 def measure(
-    contestants: list[Contestant], *, clocks: int, rounds: int
+    contestants: list[Contestant], *, ticks: int, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """({name: median seconds of a round}, {name: share of all rounds spent waiting for an exchange, mean over ranks})."""
     bar = tqdm(total=rounds * len(contestants), unit="turn", disable=not collectives.is_main())
@@ -128,7 +128,7 @@ def measure(
             before = contestant.waited_s
             collectives.barrier()
             since = time.perf_counter()
-            contestant.advance(clocks)
+            contestant.advance(ticks)
             settle()
             collectives.barrier()
             spent[contestant.name].append(time.perf_counter() - since)
@@ -265,7 +265,7 @@ def _check_stages(stages: list[int] | None, *, world: int, depth: int) -> list[i
 
 def random_batches(
     objective: Objective, config: RunConfig, *, micro_batch: int, rank: int, device: torch.device
-) -> Iterator[MaskedBatch]:
+) -> Iterator[PatchBatch]:
     """Four prepared batches of random pixels; a contestant goes round them."""
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     for index in range(4):
@@ -299,7 +299,7 @@ def _contestants(
     taps: tuple[str, ...],
     depth: int,
     stages: list[int],
-    batches: list[MaskedBatch],
+    batches: list[PatchBatch],
     common: dict,
 ) -> Iterator[Contestant]:
     replicated = FrozenTeacher(build(None), taps, None, **common)
@@ -351,7 +351,7 @@ def _contestants(
                 )
 
 
-def _check_equal(engine: EvalBatch, replicated: FrozenTeacher, batch: MaskedBatch) -> None:
+def _check_equal(engine: EvalBatch, replicated: FrozenTeacher, batch: PatchBatch) -> None:
     """The rival does the same work."""
     (found,), (expected,) = engine.features([_embed(replicated, batch)]), replicated.features(batch).values()
     assert torch.equal(found, expected)
@@ -369,7 +369,7 @@ def _in_calls_of(size: int, call: Callable[[int], object]) -> Callable[[int], No
 
 
 @torch.no_grad()
-def _embed(teacher: FrozenTeacher, batch: MaskedBatch) -> Tensor:
+def _embed(teacher: FrozenTeacher, batch: PatchBatch) -> Tensor:
     patches, ids = teacher.inputs(batch)
     return teacher.vit.embed(teacher.view(patches), ids)
 

@@ -21,7 +21,7 @@ from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
-from dmae_ds.train.ema import TwinKeeper
+from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.inputs import training_batches
 from dmae_ds.train.kernels import choose_kernels
@@ -47,13 +47,13 @@ class TrainingStep:
             config.optim.global_batch,
             config.optim.micro_batch,
             world.size,
-            together=max(config.data.repeat, config.objective.neighbours),
+            group_size=max(config.data.repeat, config.objective.mix_group_size),
         )
         self.objective, shape = build_objective(config)
-        self.twin = (
+        self.ema = (
             None
-            if self.objective.twin is None
-            else TwinKeeper(self.objective, precision=config.precision, device=device)
+            if self.objective.ema is None
+            else EmaTeacher(self.objective, precision=config.precision, device=device)
         )
         self._progress = Progress(0, NUM_STEPS, 0.0, config.optim.epochs)
         self.objective.start_step(self._progress)
@@ -75,7 +75,7 @@ class TrainingStep:
             device,
             zero_stage=zero_stage(deepspeed),
             large=True,
-            twin=None if self.twin is None else self.twin.twin,
+            ema=None if self.ema is None else self.ema.module,
         ).text
         self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
         self.engine.set_lr(0.0)
@@ -96,12 +96,12 @@ class TrainingStep:
             if self.objective.taps:
                 features = self.teacher.features(masked)
                 laps("teacher")
-            if self.twin is not None:
-                features |= self.twin.features(masked)
-                laps("twin")
+            if self.ema is not None:
+                features |= self.ema.features(masked)
+                laps("ema")
             self.engine.train_micro_batch(masked, features, lap=laps)
-        if self.twin is not None and self.objective.twin.every == "step":
-            self.twin.update(self.engine, self.objective.twin.momentum(self._progress))
+        if self.ema is not None and self.objective.ema.every == "step":
+            self.ema.update(self.engine, self.objective.ema.momentum(self._progress))
             laps("update")
         return laps.seconds()
 

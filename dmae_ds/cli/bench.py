@@ -54,7 +54,7 @@ def add_bench(commands) -> None:
         action="append",
         default=[],
         metavar="mae|KEY=VALUE",
-        help="measure a second step beside it, in turns: mae, the same student's without teacher or twin; or the recipe's with another value. Again for a third",
+        help="measure a second step beside it, in turns: mae, the same student's without teacher or EMA teacher; or the recipe's with another value. Again for a third",
     )
     step.add_argument(
         "--data",

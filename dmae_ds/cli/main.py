@@ -83,9 +83,9 @@ def _train(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     runs, out = [Path(run) for run in args.runs], Path(args.out) if args.out else None
     if args.ledger:
-        from dmae_ds.report.results_page import write_ledger
+        from dmae_ds.report.results_page import write_results_page
 
-        print(write_ledger(runs, out or Path("RESULTS.md")))
+        print(write_results_page(runs, out or Path("RESULTS.md")))
         return
     if not runs:
         raise UserError(

@@ -55,7 +55,7 @@ class ObjectiveSection(Section):
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_whole_batch: ClassVar[bool] = False
-    neighbours: ClassVar[int] = 1
+    mix_group_size: ClassVar[int] = 1
     judged_by: ClassVar[Literal["mean", "cls"]] = "mean"
 
     def check_epochs(self, epochs: float) -> None:
@@ -83,7 +83,7 @@ class MaeConfig(MaskedPixels):
     name: Literal["mae"]
 
 
-class FeatureTermConfig(Section):
+class FeatureDistillationConfig(Section):
     """The imitation of a frozen teacher's blocks (DMAE, Eq. 2): `dmae`'s own, and `distill` of other objectives."""
 
     # [student block, teacher block], counted from 1; null: both at three quarters of their depth (Sec. 4.1).
@@ -94,7 +94,7 @@ class FeatureTermConfig(Section):
     alpha: Annotated[float, Field(ge=0)] = 1.0
 
 
-class DmaeConfig(FeatureTermConfig, MaskedPixels):
+class DmaeConfig(FeatureDistillationConfig, MaskedPixels):
     """Pixels plus the imitation of a frozen teacher's features (DMAE, Eq. 1-3)."""
 
     needs_teacher: ClassVar[bool] = True
@@ -114,7 +114,7 @@ class MoCoV3Config(ObjectiveSection):
     output_dim: PositiveInt = 256
     freeze_patch_projection: bool = True
     photometric: bool = True  # colours, blur and solarisation as in BYOL; false: crops and flips alone
-    distill: FeatureTermConfig | None = None
+    distill: FeatureDistillationConfig | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -122,10 +122,10 @@ class MoCoV3Config(ObjectiveSection):
 
 
 class SdaeConfig(MaskedPatches):
-    """Features of masked patches, by an EMA twin that sees only those (SdAE; Sec. 2 and the published script)."""
+    """Features of masked patches, by an EMA teacher that sees only those (SdAE; Sec. 2 and the published script)."""
 
     name: Literal["sdae"]
-    # What the twin sees of a picture: the masked patches cut into `folds`, each by itself; all masked patches at once; the
+    # What the EMA teacher sees of a picture: the masked patches cut into `folds`, each by itself; all masked patches at once; the
     # whole picture; or one crop of the masked patches, `crop_ratio` of them (Table 1, Figure 4b).
     teacher_sees: Literal["folds", "masked", "all", "crop"] = "folds"
     folds: Annotated[int, Field(ge=2)] | None = None  # null: 3 (Sec. 4.3), with teacher_sees folds
@@ -153,7 +153,7 @@ class SdaeConfig(MaskedPatches):
 
 
 class DinoConfig(ObjectiveSection):
-    """Views of one picture agree on prototypes, by an EMA twin that sees the large ones (DINO; the published script for ViT-B/16); alone, or with DMAE's term (DMAE, Table 9)."""
+    """Views of one picture agree on prototypes, by an EMA teacher that sees the large ones (DINO; the published script for ViT-B/16); alone, or with DMAE's term (DMAE, Table 9)."""
 
     judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
     name: Literal["dino"]
@@ -174,7 +174,7 @@ class DinoConfig(ObjectiveSection):
     momentum: Momentum = 0.996  # of the first step; rises to 1 by half a cosine
     center_momentum: Momentum = 0.9
     freeze_last_layer_epochs: NonNegativeFloat = 1.0
-    distill: FeatureTermConfig | None = None
+    distill: FeatureDistillationConfig | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -243,7 +243,7 @@ class G2sdGenericConfig(MaskedPatches):
     )
     # all: every patch and CLS, as the published script; masked: the paper's text. null: all; masked for a reconstruction, which has no other.
     tokens: Literal["all", "masked"] | None = None
-    norm_pix: bool = False  # with reconstruction_and_pixels: whether the teacher paints normalised patches, as mae_pretrain_*_full.pth does
+    norm_pix: bool = False  # with reconstruction_and_pixels: whether the teacher reconstructs normalised patches, as mae_pretrain_*_full.pth does
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
@@ -272,7 +272,7 @@ class G2sdSpecificConfig(ObjectiveSection):
     augment: AugmentConfig = AugmentConfig()
 
     @property
-    def neighbours(self) -> int:
+    def mix_group_size(self) -> int:
         """Two pictures are mixed with each other."""
         return 2 if self.augment.mixes else 1
 

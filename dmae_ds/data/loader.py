@@ -21,14 +21,14 @@ from dmae_ds.data.order import num_held
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
-from dmae_ds.data.unindexed import ForeignShards
+from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.data.views import View
 from dmae_ds.data.worker import end_with_parent
 from dmae_ds.errors import UserError
 
 
 def train_batches(
-    shard_set: ShardSet | ForeignShards,
+    shard_set: ShardSet | UnindexedShards,
     *,
     img_size: int,
     num_patches: int,
@@ -77,7 +77,7 @@ def train_batches(
         raise UserError(
             f"data.block {block} reads many consecutive samples for the few that are asked for; set data.block=1"
         )
-    if isinstance(shard_set, ForeignShards):
+    if isinstance(shard_set, UnindexedShards):
         assert (
             subset is None and augment is None and repeat == 1
         )  # those who ask for them open indexed shards

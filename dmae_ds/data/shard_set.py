@@ -86,7 +86,7 @@ class ShardSet:
         ends = list(itertools.accumulate(shard.num_samples for shard in shards))
         return cls(folder=folder, ends=ends, indexes=indexes, tars=tars, checked=set(), **parsed)
 
-    promise = "every image once an epoch, in an order of its own"
+    order_guarantee = "every image once an epoch, in an order of its own"
 
     @property
     def num_samples(self) -> int:

@@ -38,7 +38,7 @@ VERSION = 2
 MANIFEST, SOURCES, SKIPPED = "manifest.json", "sources.txt", "skipped.jsonl"
 JOURNAL = "journal.jsonl"  # of a conversion that is not finished
 SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
-FOREIGN_NAME = re.compile(r"[^./\\:][^/\\:]*\.tar")
+ANY_TAR_NAME = re.compile(r"[^./\\:][^/\\:]*\.tar")
 RECORD = np.dtype(
     [
         ("number", "<u8"),  # the key
@@ -92,7 +92,7 @@ def is_shard_name(name: object) -> bool:
     return (
         isinstance(name, str)
         and len(name) <= 200
-        and FOREIGN_NAME.fullmatch(name) is not None
+        and ANY_TAR_NAME.fullmatch(name) is not None
         and name.isprintable()
     )
 

@@ -18,14 +18,14 @@ from dmae_ds.data.storage import LISTED, Access, LocalFolder, RemoteFolder, is_u
 if TYPE_CHECKING:
     from dmae_ds.config.run import DataConfig
 
-PROMISE = (
+ORDER_GUARANTEE = (
     "streamed without an index: batches are as many on every rank, but a sample may come twice in an epoch or not at all, "
     "batches depend on ranks and workers, and resuming starts a new shuffle; `dmae-shards index` gives an exact order"
 )
 
 
 @dataclass(frozen=True)
-class ForeignShards:
+class UnindexedShards:
     """Tars to be streamed. What `train_batches` and a checkpoint's identity need of a ShardSet, this has too."""
 
     tars: list[
@@ -35,10 +35,10 @@ class ForeignShards:
     shuffle_buffer: int
     fingerprint: str
     classes: tuple[str, ...] = ()
-    promise: str = PROMISE
+    order_guarantee: str = ORDER_GUARANTEE
 
 
-def open_train(data: "DataConfig", *, allow_pipe: bool) -> ShardSet | ForeignShards:
+def open_train(data: "DataConfig", *, allow_pipe: bool) -> ShardSet | UnindexedShards:
     """What data.train names: a shard folder, or foreign tars if data.num_samples is set. Raises ShardError, one line."""
     location, label, access = data.train, "data.train", Access.of(data)
     if location.startswith("pipe:") and not allow_pipe:
@@ -67,7 +67,7 @@ def open_train(data: "DataConfig", *, allow_pipe: bool) -> ShardSet | ForeignSha
         [[name if folder is None else folder.path(name), size] for folder, name, size in tars]
         + [data.num_samples]
     )
-    return ForeignShards(
+    return UnindexedShards(
         tars, data.num_samples, data.shuffle_buffer, hashlib.sha256(content.encode()).hexdigest()
     )
 

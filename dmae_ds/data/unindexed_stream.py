@@ -27,7 +27,7 @@ from dmae_ds.data.reader import MAX_SAMPLE_BYTES
 from dmae_ds.data.shards import ShardError
 from dmae_ds.data.storage import LocalFile, RemoteFile
 from dmae_ds.data.transforms import MASK_STREAM, draw_views, sample_rng
-from dmae_ds.data.unindexed import ForeignShards
+from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.data.views import View
 from dmae_ds.data.worker import end_with_parent
 
@@ -47,7 +47,7 @@ class StreamedSample:
 class StreamedBatches(IterableDataset):
     """Micro-batches without end, or a ShardError."""
 
-    shards: ForeignShards
+    shards: UnindexedShards
     img_size: int
     num_patches: int
     crop_scale: tuple[float, float]

@@ -1,4 +1,4 @@
-"""How ranks agree on something at every step without waiting for it."""
+"""Asynchronous all-reduce of flags: ranks agree on something at every step without waiting for it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from torch import distributed
 from dmae_ds.distributed import collectives
 
 
-class Vote:
-    """What any rank wishes, known to all of them at the same step, without a wait: a sum that is read one step after it was started.
+class AsyncFlags:
+    """Flags that any rank may raise and every rank sees at the same step, one step later.
 
-    So a device is never waited for that has nothing else to do. Alone, and before the first `cast`, the wishes are one's own, and none.
+    The sum over ranks is started by `reduce` and read by `result` a step later, so no device is ever waited for that has
+    nothing else to do. With one rank, `result` gives that rank's own flags; before the first `reduce`, none is raised.
     """
 
     def __init__(self, num: int, device: torch.device):
-        self._device, self._alone = device, collectives.world_size() == 1
+        self._device = device
+        self._alone = collectives.world_size() == 1
         pinned = device.type == "cuda" and not self._alone
-        self._own, self._sums = (torch.zeros(num, pin_memory=pinned) for _ in range(2))
+        self._own = torch.zeros(num, pin_memory=pinned)
+        self._sums = torch.zeros(num, pin_memory=pinned)
         self._work, self._copied = None, None
 
-    def cast(self, wishes: list[bool]) -> None:
-        """Say what this rank wishes. Collective."""
-        self._own.copy_(torch.tensor(wishes))
+    def reduce(self, flags: list[bool]) -> None:
+        """Start the all-reduce of this rank's flags. Collective."""
+        self._own.copy_(torch.tensor(flags))
         if self._alone:
             self._sums = self._own
             return
@@ -37,7 +40,7 @@ class Vote:
             self._work = distributed.all_reduce(self._sums, async_op=True)
 
     def result(self) -> list[bool]:
-        """What was wished for in the last cast, by any rank: the same on every rank."""
+        """Whether any rank raised each flag in the last `reduce`: the same answer on every rank."""
         if self._copied is not None:
             self._copied.synchronize()
         elif self._work is not None:

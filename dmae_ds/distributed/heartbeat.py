@@ -33,7 +33,7 @@ import traceback
 from datetime import timedelta
 
 from dmae_ds.distributed.missing import GONE_S, Report, judge
-from dmae_ds.distributed.parent_process import Launcher
+from dmae_ds.distributed.parent_process import ParentProcess
 
 BEAT_S = 1.0
 CONTINUE = "continue with --resume auto"
@@ -60,7 +60,7 @@ class Heartbeat:
             life,
             timeout_s,
         )
-        self._host, self._launcher = socket.gethostname(), Launcher()
+        self._host, self._launcher = socket.gethostname(), ParentProcess()
         self._place = f"{self._host}/{os.stat('/proc/self/ns/pid').st_ino if os.path.exists('/proc/self/ns/pid') else 0}"
         self._neighbour = rank - local_rank + (local_rank + 1) % local_size
         self._main = threading.main_thread().ident

@@ -15,7 +15,7 @@ LAUNCHER, RUNNERS = "deepspeed.launcher.launch", ("deepspeed", "ds", "deepspeed.
 SSHD = ("sshd", "sshd-session")
 
 
-class Launcher:
+class ParentProcess:
     """This process's parent and, where that is DeepSpeed's launcher, who holds it: remembered now, asked for later."""
 
     def __init__(self):

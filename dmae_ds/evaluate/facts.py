@@ -22,7 +22,7 @@ DEAD_SHARE = 0.05  # of the gradient; below it a term is all but absent: the pub
 DEAD_RANK = 3.0
 TOKENS = {"mean": "the mean of the patch tokens", "cls": "CLS"}
 JUDGED_FROM = 2 / 3  # of the epochs
-# Of an EMA twin's targets (objectives/spread.py): the share of them that differs from picture to picture. On digits a MoCo-v3 that
+# Of an EMA teacher's targets (objectives/spread.py): the share of them that differs from picture to picture. On digits a MoCo-v3 that
 # learned (k-NN 78%) ended at .007, SdAE at .04 to .2; a DINO that fell to one distribution for all pictures was at .0002 after 6 epochs.
 DEAD_SPREAD = 1e-3
 METRICS = {
@@ -100,7 +100,7 @@ def find_dead_terms(record: RunRecord, name: str) -> list[str]:
 
 
 def find_collapses(record: RunRecord, name: str) -> list[str]:
-    """A sentence where a run's features have collapsed, and where its EMA twin's targets have; `name` is what the reader calls the run."""
+    """A sentence where a run's features have collapsed, and where its EMA teacher's targets have; `name` is what the reader calls the run."""
     if (
         record.rows[-1]["epoch"] < JUDGED_FROM * record.config.optim.epochs
     ):  # a healthy run passes low ranks on its way
@@ -109,8 +109,8 @@ def find_collapses(record: RunRecord, name: str) -> list[str]:
     if record.last_tenth("target/spread") < DEAD_SPREAD:
         found.append(
             f"{name}: of what the student is to predict only {record.last_tenth('target/spread'):.2%} differs from picture to picture (mean of the last "
-            f"tenth of the run; below {DEAD_SPREAD:.1%} counts as collapsed). Its EMA twin says the same of all of them: lower optim.base_lr, lengthen "
-            "optim.warmup_epochs, or move the twin more slowly with objective.momentum."
+            f"tenth of the run; below {DEAD_SPREAD:.1%} counts as collapsed). Its EMA teacher says the same of all of them: lower optim.base_lr, lengthen "
+            "optim.warmup_epochs, or move the EMA teacher more slowly with objective.momentum."
         )
     if not rank_of(record) < DEAD_RANK:
         return found

@@ -1,4 +1,4 @@
-"""Pictures as the decoder paints them: original, what the student saw of it, and both put together (as MAE, Fig. 2)."""
+"""Pictures as the decoder reconstructs them: original, what the student saw of it, and both put together (as MAE, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def reconstruct(
     pixels = objective.decoder(latent, batch.ids_keep, batch.ids_masked).float()  # [N, L - K, P, P, 3]
     if (
         objective.norm_pix
-    ):  # the decoder painted each patch in units of its own contrast: lend it the original's
+    ):  # the decoder reconstructed each patch in units of its own contrast: lend it the original's
         variance, mean = torch.var_mean(batch.masked, dim=(-3, -2, -1), keepdim=True)
         pixels = pixels * (variance + 1e-6).sqrt() + mean
-    painted = ((pixels - normalize.shift) / normalize.scale).round().clamp(0, 255).to(torch.uint8)
+    reconstructed = ((pixels - normalize.shift) / normalize.scale).round().clamp(0, 255).to(torch.uint8)
     patches = patchify(images, objective.student.patch_size)  # [N, L, P, P, 3]
     grey = torch.full_like(gather_patches(patches, batch.ids_masked), GREY)
     return tuple(
-        _with_patches(patches, batch.ids_masked, new, objective.student.grid) for new in (grey, painted)
+        _with_patches(patches, batch.ids_masked, new, objective.student.grid) for new in (grey, reconstructed)
     )
 
 

@@ -90,7 +90,7 @@ class Source:
     @torch.no_grad()
     def answers(self, inputs: Inputs) -> dict[str, Tensor]:
         """encoder: `tokens` [N, 1 + L, D] after the final norm; classifier: `logits` [N, classes];
-        mae: `pixels` [N, L - K, P * P * 3] painted in the order of the noise, and `loss`."""
+        mae: `pixels` [N, L - K, P * P * 3] reconstructed in the order of the noise, and `loss`."""
         if self.what == "classifier":
             return {"logits": self.model(inputs.pixels)}
         if self.what == "encoder":
@@ -98,8 +98,8 @@ class Source:
             return {"tokens": self.vit(patchify(inputs.pixels, self.patch_size), everything)[0]}
         batch = self.model.prepare(Batch(inputs.pixels, inputs.noise), nn.Identity())
         latent, _ = self.vit(batch.visible, batch.ids_keep)
-        painted = self.model.decoder(latent, batch.ids_keep, batch.ids_masked)
-        return {"pixels": painted.flatten(2), "loss": self.model.pixel_loss(latent, batch)}
+        reconstructed = self.model.decoder(latent, batch.ids_keep, batch.ids_masked)
+        return {"pixels": reconstructed.flatten(2), "loss": self.model.pixel_loss(latent, batch)}
 
     def rounding(self, inputs: Inputs) -> dict[str, float]:
         """How far the network's own float32 answers are from its float64 ones: no other library can be held to less."""
@@ -137,7 +137,7 @@ def _open_student(run: Path, what: str) -> Source:
                 f"student.safetensors is of step {metadata.get('step')}, decoder.safetensors of {rest_metadata.get('step')}: the run is saving; try again"
             )
         model, _ = build_objective(config)
-        if not model.paints:
+        if not model.reconstructs_pixels:
             raise UserError(
                 f"objective {config.objective.name} trains no pixel decoder; export --what encoder"
             )

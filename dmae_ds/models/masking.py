@@ -41,7 +41,7 @@ def gather_patches(patches: Tensor, ids: Tensor) -> Tensor:
 
 
 @dataclass
-class MaskedBatch:
+class PatchBatch:
     """A batch with its mask drawn, on the device; teacher and student see the same `visible`.
 
     visible [N, K, P, P, C] and masked [N, L - K, P, P, C]: normalised float pixels of the patches ids_keep and ids_masked.

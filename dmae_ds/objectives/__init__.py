@@ -1,7 +1,7 @@
 """What is optimised. One file an objective; this table names them, `config/objectives.py` holds their schemas.
 
 An objective is one `nn.Module` that owns all that the optimiser trains (student, decoder, heads) and declares what it needs
-(base.py): a frozen teacher's features, views of a picture, labels, an EMA twin. `train/run.py` wires exactly that; nothing
+(base.py): a frozen teacher's features, views of a picture, labels, an EMA teacher. `train/run.py` wires exactly that; nothing
 in the loop, the loader or the teacher knows an objective's name.
 """
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from dmae_ds.config.objectives import AugmentConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.transforms import ERASE_STREAM, sample_rng
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 
 MIX_STREAM = 100  # beyond those of a sample (data/transforms.py)
 
 
 @dataclass
-class LabelledBatch(MaskedBatch):
+class LabelledBatch(PatchBatch):
     """targets [N, C]: how much of each class is in a picture, float32, rows of sum 1."""
 
     targets: Tensor

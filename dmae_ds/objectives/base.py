@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.data.batch import Batch
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.classifier import Classifier
-from dmae_ds.objectives.needs import Progress, Twin, View
+from dmae_ds.objectives.needs import EmaSpec, Progress, View
 
 
 class Objective(nn.Module):
@@ -21,12 +21,12 @@ class Objective(nn.Module):
     views: crops of each picture; the first is `Batch.images`, all are `Batch.views`
     rand_augment: timm's RandAugment, in its notation, on every view; None: none
     labels: whether `Batch.labels` is read; the schema class says the same as `needs_labels`, for which the constructor is given `num_classes`, of the labels
-    twin: an EMA copy of some parts
+    ema: an EMA copy of some parts
     lr_scales: {prefix of parameter names: factor of the coming step's rate}; such parameters get groups of their own. The keys are
         final once constructed, the values may be set in `start_step`
     no_weight_decay: names of parameters that don't decay, beside those of one dimension
     num_visible: patches of a picture that the student's encoder sees; for the account of a run
-    pairs: distilled (student block, teacher block), and paints: whether `decoder` fills in the pixels of masked patches; for the report
+    pairs: distilled (student block, teacher block), and reconstructs_pixels: whether `decoder` fills in the pixels of masked patches; for the report
     """
 
     taps: tuple[str, ...] = ()
@@ -34,10 +34,10 @@ class Objective(nn.Module):
     rand_augment: str | None = None
     labels: bool = False
     num_classes: int | None = None
-    twin: Twin | None = None
+    ema: EmaSpec | None = None
     no_weight_decay: tuple[str, ...] = ()
     pairs: Sequence[tuple[int, int]] = ()
-    paints: bool = False
+    reconstructs_pixels: bool = False
 
     def __init__(self, student: MaskedViT):
         super().__init__()
@@ -45,8 +45,8 @@ class Objective(nn.Module):
         self.num_visible = student.num_patches
         self.lr_scales: dict[str, float] = {}
 
-    def prepare(self, batch: Batch, normalize: nn.Module) -> MaskedBatch:
-        """The batch on the device -> what teacher, twin and `forward` share; a subclass of MaskedBatch where that isn't enough.
+    def prepare(self, batch: Batch, normalize: nn.Module) -> PatchBatch:
+        """The batch on the device -> what teacher, EMA teacher and `forward` share; a subclass of MaskedBatch where that isn't enough.
 
         A frozen teacher sees `visible` (and `masked`) of it. A pipelined teacher runs ahead of training, so this is called some
         steps early: it must not depend on `start_step`, nor on weights.
@@ -56,15 +56,15 @@ class Objective(nn.Module):
     def start_step(self, progress: Progress) -> None:
         """Told before every optimiser step, also the first after a resume: for temperatures, frozen layers and other schedules."""
 
-    def twin_features(self, twin: nn.Module, masked: MaskedBatch) -> dict[str, Tensor]:
-        """What the twin makes of a micro-batch, under names that begin with "twin/"; merged into `features`. Called without gradients.
+    def ema_features(self, ema: nn.Module, masked: PatchBatch) -> dict[str, Tensor]:
+        """What the EMA teacher makes of a micro-batch, under names that begin with "ema/"; merged into `features`. Called without gradients.
 
-        twin: has the parts as attributes, and `state`, the dict of `twin_state`, whose tensors may be updated in place
+        ema: has the parts as attributes, and `state`, the dict of `ema_state`, whose tensors may be updated in place
         """
         raise NotImplementedError
 
-    def twin_state(self) -> dict[str, Tensor]:
-        """What the twin keeps and checkpoints beside its parts, as it starts: DINO's centre."""
+    def ema_state(self) -> dict[str, Tensor]:
+        """What the EMA teacher keeps and checkpoints beside its parts, as it starts: DINO's centre."""
         return {}
 
     def classifier(self) -> Classifier | None:
@@ -75,8 +75,8 @@ class Objective(nn.Module):
         """The layer of a parameter for optim.layer_decay, from 0 (embedding) up; None: of the top group. Where all are None, there are no layers to tell apart."""
         return None
 
-    def forward(self, masked: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns {"loss", and every named part}, scalars, the same names in every step. features: {tap: ...}, and the twin's.
+    def forward(self, masked: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns {"loss", and every named part}, scalars, the same names in every step. features: {tap: ...}, and the EMA teacher's.
 
         Call submodules, don't read their weights: ZeRO-3 puts a parameter together for the forward of the module that owns it alone.
         """

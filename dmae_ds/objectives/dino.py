@@ -1,7 +1,7 @@
 """DINO: a small crop of a picture must say what an average of the student's past weights says of a large one (Caron et al., ICCV 2021).
 
-Two global crops go through student and twin, local crops through the student alone; CLS through the head gives a
-distribution over prototypes. The twin's is centred, against one prototype for all, and sharpened, against all prototypes alike.
+Two global crops go through student and EMA teacher, local crops through the student alone; CLS through the head gives a
+distribution over prototypes. The EMA teacher's is centred, against one prototype for all, and sharpened, against all prototypes alike.
 
 Chosen here: initial weights and position codes are those of every other objective (MAE's), so that methods start alike; the
 centre moves once an optimiser step by the mean of the whole global batch, so that it doesn't depend on ranks and micro-batches.
@@ -19,14 +19,14 @@ from dmae_ds.config.objectives import DinoConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import at_least_float32
 from dmae_ds.objectives.base import Objective, all_places
 from dmae_ds.objectives.dino_head import DinoHead
-from dmae_ds.objectives.feature_distillation import FeatureTerm, TeacherShape, gradient_shares
-from dmae_ds.objectives.needs import Progress, Twin, View
+from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape, gradient_shares
+from dmae_ds.objectives.needs import EmaSpec, Progress, View
 from dmae_ds.objectives.schedule import half_cosine
 from dmae_ds.objectives.spread import spread
 
@@ -34,7 +34,7 @@ NUM_GLOBAL = 2
 
 
 @dataclass
-class Crops(MaskedBatch):
+class Crops(PatchBatch):
     """Nothing is masked: `visible` [2N, L, P, P, C] are the global crops whole, a view's N pictures after the other's.
 
     local: [n * N, l, P, P, C], or None
@@ -44,7 +44,7 @@ class Crops(MaskedBatch):
 
 
 class Dino(Objective):
-    """Student and head; the twin is of both, moved after every step.
+    """Student and head; the EMA teacher is of both, moved after every step.
 
     Raises UserError for local crops that are not whole patches.
     """
@@ -77,10 +77,10 @@ class Dino(Objective):
         self.heads = (
             None
             if config.distill is None
-            else FeatureTerm(config.distill, student=student, teacher=teacher, generator=generator)
+            else FeatureDistillation(config.distill, student=student, teacher=teacher, generator=generator)
         )
         self.taps, self.pairs = ((), []) if self.heads is None else (self.heads.taps, self.heads.pairs)
-        self.twin = Twin(parts=("student", "head"), momentum=self.momentum_at)
+        self.ema = EmaSpec(parts=("student", "head"), momentum=self.momentum_at)
         # Adam's averages fill while the last layer is held, so that it doesn't jump when it is let go.
         self.lr_scales = {"head.prototypes": 1.0}
         self.teacher_temperature = config.teacher_temperature[0]
@@ -92,11 +92,11 @@ class Dino(Objective):
         return text if self.heads is None else f"{text}; {self.heads.describe()}"
 
     def momentum_at(self, progress: Progress) -> float:
-        """Of the twin's update after this step."""
+        """Of the EMA teacher's update after this step."""
         return half_cosine(self.config.momentum, 1.0, progress.step / progress.num_steps)
 
     def start_step(self, progress: Progress) -> None:
-        """Temperature of the twin, linear in the epoch (published: in steps of an epoch); the last layer, held at first."""
+        """Temperature of the EMA teacher, linear in the epoch (published: in steps of an epoch); the last layer, held at first."""
         (first, last), warmup = self.config.teacher_temperature, self.config.teacher_temperature_warmup_epochs
         self.teacher_temperature = (
             last if progress.epoch >= warmup else first + (last - first) * progress.epoch / warmup
@@ -111,7 +111,7 @@ class Dino(Objective):
         ids = all_places(len(visible), self.student.grid, visible.device)
         return Crops(visible=visible, masked=visible[:, :0], ids_keep=ids, ids_masked=ids[:, :0], local=local)
 
-    def twin_state(self) -> dict[str, Tensor]:
+    def ema_state(self) -> dict[str, Tensor]:
         """centre [K]; and of the step that is being taken, the sum over its micro-batches of the mean logits [K], and their number."""
         return {
             "centre": torch.zeros(self.config.num_prototypes),
@@ -119,17 +119,17 @@ class Dino(Objective):
             "micro_batches": torch.zeros(()),
         }
 
-    def twin_features(self, twin: nn.Module, batch: Crops) -> dict[str, Tensor]:
-        """{"twin/targets": [2, N, K]}: the twin's distributions for both global crops. Collective."""
-        state = twin.state
+    def ema_features(self, ema: nn.Module, batch: Crops) -> dict[str, Tensor]:
+        """{"ema/targets": [2, N, K]}: the EMA teacher's distributions for both global crops. Collective."""
+        state = ema.state
         if self._step_begins:
             self._step_begins = False
             move_centre(state, self.config.center_momentum)
-        logits = at_least_float32(twin.head(twin.student(batch.visible, batch.ids_keep)[0][:, 0]))
+        logits = at_least_float32(ema.head(ema.student(batch.visible, batch.ids_keep)[0][:, 0]))
         state["logits"] += collectives.mean_over_ranks(logits.mean(dim=0))
         state["micro_batches"] += 1
         return {
-            "twin/targets": ((logits - state["centre"]) / self.teacher_temperature)
+            "ema/targets": ((logits - state["centre"]) / self.teacher_temperature)
             .softmax(dim=-1)
             .unflatten(0, (NUM_GLOBAL, -1))
         }
@@ -143,7 +143,7 @@ class Dino(Objective):
         if batch.local is not None:
             ids = all_places(len(batch.local), self.local_grid, cls.device)
             cls = torch.cat([cls, self.student(batch.local, ids, grid=self.local_grid)[0][:, 0]])
-        targets = features["twin/targets"]
+        targets = features["ema/targets"]
         logits = self.head(cls).unflatten(0, (-1, targets.shape[1]))
         loss = cross_entropy = view_cross_entropy(
             logits, targets, temperature=self.config.student_temperature
@@ -172,9 +172,9 @@ def move_centre(state: dict[str, Tensor], momentum: float) -> None:
 
 
 def view_cross_entropy(logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
-    """Eq. 3: the mean of -sum_k p_k log q_k over pictures and over all pairs of a twin's view and another view of the student's; a scalar.
+    """Eq. 3: the mean of -sum_k p_k log q_k over pictures and over all pairs of an EMA teacher's view and another view of the student's; a scalar.
 
-    logits [V, N, K] of the student, the twin's views first; targets [T, N, K] of the twin, distributions
+    logits [V, N, K] of the student, the EMA teacher's views first; targets [T, N, K] of the EMA teacher, distributions
     """
     log_q = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
     # [T, N, K]: of each target, the sum over all views but its own

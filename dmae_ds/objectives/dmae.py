@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from dmae_ds.config.objectives import DmaeConfig
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.objectives.feature_distillation import FeatureTerm, TeacherShape, gradient_shares, resolve_pairs
+from dmae_ds.objectives.feature_distillation import (
+    FeatureDistillation,
+    TeacherShape,
+    gradient_shares,
+    resolve_pairs,
+)
 from dmae_ds.objectives.mae import Mae
 
 __all__ = ["Dmae", "TeacherShape", "resolve_pairs"]
@@ -21,13 +26,13 @@ class Dmae(Mae):
         self, config: DmaeConfig, *, student: MaskedViT, teacher: TeacherShape, generator: torch.Generator
     ):
         super().__init__(config, student=student, generator=generator)
-        self.heads = FeatureTerm(config, student=student, teacher=teacher, generator=generator)
+        self.heads = FeatureDistillation(config, student=student, teacher=teacher, generator=generator)
         self.taps, self.pairs = self.heads.taps, self.heads.pairs
 
     def describe(self) -> str:
         return f"{super().describe()}; {self.heads.describe()}"
 
-    def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """features {"block/18": [N, 1 + K, D_t], ...}, or [N, K, D_t] of a teacher without CLS, which has no target for the student's.
 
         Returns {"loss", "pixel", "align/9-18", ...}, scalars.

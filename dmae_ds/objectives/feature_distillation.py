@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dmae_ds.config.objectives import FeatureTermConfig
+from dmae_ds.config.objectives import FeatureDistillationConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT, initialize_as_mae
 from dmae_ds.objectives.align import build_head, distance
@@ -50,7 +50,7 @@ def resolve_pairs(
     return list(pairs)
 
 
-class FeatureTerm(nn.ModuleList):
+class FeatureDistillation(nn.ModuleList):
     """One projection head for each aligned pair of blocks, student width to teacher width.
 
     taps: what to ask of the frozen teacher; blocks: what to tap of the student, counted from 1; alpha: the term's weight
@@ -59,7 +59,7 @@ class FeatureTerm(nn.ModuleList):
 
     def __init__(
         self,
-        config: FeatureTermConfig,
+        config: FeatureDistillationConfig,
         *,
         student: MaskedViT,
         teacher: TeacherShape,

@@ -9,7 +9,7 @@ from torch.nn import functional
 from dmae_ds.config.objectives import G2sdGenericConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.decoder import TokenDecoder
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT, initialize_as_mae
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.objectives.mae import normalize_patches
@@ -71,7 +71,7 @@ class G2sdGeneric(MaskedObjective):
     def describe(self) -> str:
         return f"{super().describe()}; {self.tokens} tokens of the decoder <- {self.taps[0]}, target {self.target}{', norm_pix' if self.norm_pix else ''}"
 
-    def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """features: {"decoder/4": [N, 1 + L, D_d]} or {"prediction": [N, L - K, P, P, 3]}.
 
         Returns {"loss", "generic"}, and with pixels "pixel", scalars.

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from dmae_ds.config.objectives import G2sdSpecificConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.augment import LabelledBatch, MixedPictures
@@ -74,7 +74,7 @@ class G2sdSpecific(Objective):
             else 1 + self.student.depth
         )
 
-    def logits(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+    def logits(self, batch: PatchBatch) -> tuple[Tensor, Tensor]:
         """Of the CLS and of the distillation head, both [N, C], float32."""
         tokens, _ = self.student(batch.visible, batch.ids_keep, appended=self.dist_token)
         return self.head(tokens[:, 0]).float(), self.head_dist(tokens[:, -1]).float()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.config.objectives import MaskedPixels
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.masked import MaskedObjective, build_decoder
 
@@ -14,7 +14,7 @@ from dmae_ds.objectives.masked import MaskedObjective, build_decoder
 class Mae(MaskedObjective):
     """Student and decoder under the pixel loss."""
 
-    paints = True
+    reconstructs_pixels = True
 
     def __init__(self, config: MaskedPixels, *, student: MaskedViT, generator: torch.Generator):
         super().__init__(config, student=student)
@@ -24,13 +24,13 @@ class Mae(MaskedObjective):
     def describe(self) -> str:
         return f"{super().describe()}{', norm_pix' if self.norm_pix else ''}"
 
-    def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss", "pixel"}, scalars."""
         latent, _ = self.student(batch.visible, batch.ids_keep)
         pixel = self.pixel_loss(latent, batch)
         return {"loss": pixel, "pixel": pixel.detach()}
 
-    def pixel_loss(self, latent: Tensor, batch: MaskedBatch) -> Tensor:
+    def pixel_loss(self, latent: Tensor, batch: PatchBatch) -> Tensor:
         """Mean squared error over the pixels of masked patches (Eq. 1)."""
         predicted = self.decoder(latent, batch.ids_keep, batch.ids_masked)
         target = normalize_patches(batch.masked) if self.norm_pix else batch.masked

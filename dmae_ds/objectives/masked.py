@@ -8,7 +8,7 @@ from torch import nn
 from dmae_ds.config.objectives import DecoderConfig, MaskedPatches
 from dmae_ds.data.batch import Batch
 from dmae_ds.models.decoder import Decoder
-from dmae_ds.models.masking import MaskedBatch, gather_patches, keep_random, num_visible
+from dmae_ds.models.masking import PatchBatch, gather_patches, keep_random, num_visible
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.base import Objective
@@ -25,7 +25,7 @@ class MaskedObjective(Objective):
         super().__init__(student)
         self.num_visible = num_visible(student.num_patches, config.mask_ratio, config.patch_count)
 
-    def prepare(self, batch: Batch, normalize: nn.Module, *, num_visible: int | None = None) -> MaskedBatch:
+    def prepare(self, batch: Batch, normalize: nn.Module, *, num_visible: int | None = None) -> PatchBatch:
         """Draw the mask, by the batch's noise; `normalize` turns pixels as read (uint8) into floats.
 
         num_visible: patches that stay, where it is not the recipe's mask ratio that says so
@@ -33,7 +33,7 @@ class MaskedObjective(Objective):
         patches = patchify(batch.images, self.student.patch_size)
         ids_keep, ids_masked = keep_random(batch.noise, num_visible or self.num_visible)
         visible, masked = (normalize(gather_patches(patches, ids)) for ids in (ids_keep, ids_masked))
-        return MaskedBatch(visible=visible, masked=masked, ids_keep=ids_keep, ids_masked=ids_masked)
+        return PatchBatch(visible=visible, masked=masked, ids_keep=ids_keep, ids_masked=ids_masked)
 
     def describe(self) -> str:
         return f"{self.num_visible} of {self.student.num_patches} patches visible"

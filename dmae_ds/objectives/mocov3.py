@@ -19,19 +19,19 @@ from torch.nn import functional
 from dmae_ds.config.objectives import MoCoV3Config
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT, initialize_as_mae
 from dmae_ds.objectives.base import Objective, all_places, freeze
 from dmae_ds.objectives.batch_norm import GlobalBatchNorm
-from dmae_ds.objectives.feature_distillation import FeatureTerm, TeacherShape, gradient_shares
-from dmae_ds.objectives.needs import Progress, Twin, View
+from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape, gradient_shares
+from dmae_ds.objectives.needs import EmaSpec, Progress, View
 from dmae_ds.objectives.schedule import half_cosine
 from dmae_ds.objectives.spread import spread
 
 
 class MoCoV3(Objective):
-    """Student, projector and predictor; the momentum encoder is a twin of student and projector, moved after every step."""
+    """Student, projector and predictor; the momentum encoder is an EMA teacher of student and projector, moved after every step."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class MoCoV3(Objective):
             View(photometric=name)
             for name in (("moco1", "moco2") if config.photometric else ("none", "none"))
         )
-        self.twin = Twin(parts=("student", "projector"), momentum=self.momentum_at)
+        self.ema = EmaSpec(parts=("student", "projector"), momentum=self.momentum_at)
         self.projector = build_mlp(
             [student.embed_dim, config.hidden_dim, config.hidden_dim, config.output_dim]
         )
@@ -57,39 +57,39 @@ class MoCoV3(Objective):
         self.heads = (
             None
             if config.distill is None
-            else FeatureTerm(config.distill, student=student, teacher=teacher, generator=generator)
+            else FeatureDistillation(config.distill, student=student, teacher=teacher, generator=generator)
         )
         self.taps, self.pairs = ((), []) if self.heads is None else (self.heads.taps, self.heads.pairs)
         if config.freeze_patch_projection:
             freeze(self.student.patch_embed.proj)
 
     def momentum_at(self, progress: Progress) -> float:
-        """Of the twin's update after this step: from `momentum` to 1 over the run, by half a cosine."""
+        """Of the EMA teacher's update after this step: from `momentum` to 1 over the run, by half a cosine."""
         return half_cosine(self.momentum, 1.0, progress.step / progress.num_steps)
 
-    def prepare(self, batch: Batch, normalize: nn.Module) -> MaskedBatch:
+    def prepare(self, batch: Batch, normalize: nn.Module) -> PatchBatch:
         """Both views whole, one below the other: 2N rows, of which n and N + n are one picture's."""
         patches = normalize(torch.cat([patchify(view, self.student.patch_size) for view in batch.views]))
         ids = all_places(len(patches), self.student.grid, patches.device)
-        return MaskedBatch(visible=patches, masked=patches[:, :0], ids_keep=ids, ids_masked=ids[:, :0])
+        return PatchBatch(visible=patches, masked=patches[:, :0], ids_keep=ids, ids_masked=ids[:, :0])
 
     def describe(self) -> str:
         text = f"2 views{'' if self.views[0].photometric == 'none' else ' in changed colours'}, temperature {self.temperature:g}, momentum {self.momentum:g} to 1"
         return text if self.heads is None else f"{text}; {self.heads.describe()}"
 
-    def twin_features(self, twin: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
-        """Of this rank's pictures {"twin/cls": [2, N, D]}, the momentum encoder's CLS tokens of both views, and {"twin/keys": [2, N, C]}, unit vectors."""
-        latent, _ = twin.student(batch.visible, batch.ids_keep)
+    def ema_features(self, ema: nn.Module, batch: PatchBatch) -> dict[str, Tensor]:
+        """Of this rank's pictures {"ema/cls": [2, N, D]}, the momentum encoder's CLS tokens of both views, and {"ema/keys": [2, N, C]}, unit vectors."""
+        latent, _ = ema.student(batch.visible, batch.ids_keep)
         cls = by_view(latent[:, 0])
-        return {"twin/cls": cls, "twin/keys": unit(twin.projector(cls))}
+        return {"ema/cls": cls, "ema/keys": unit(ema.projector(cls))}
 
-    def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss", "contrast", "align/9-18" with distill, "target/spread"}, scalars. Collective."""
         latent, tapped = self.student(
             batch.visible, batch.ids_keep, taps=[] if self.heads is None else self.heads.blocks
         )
         queries = unit(self.predictor(self.projector(by_view(latent[:, 0]))))
-        keys = features["twin/keys"]
+        keys = features["ema/keys"]
         first, second = collectives.gather_rows(keys[0]), collectives.gather_rows(keys[1])
         own = collectives.rank() * keys.shape[1]
         contrast = info_nce(queries[0], second, own=own, temperature=self.temperature) + info_nce(
@@ -103,7 +103,7 @@ class MoCoV3(Objective):
                 )  # DMAE's Eq. 3, with MoCo-v3's loss in the place of MAE's
                 parts[name] = align.detach()
         # Of the tokens, not of the keys: batch norm pulls keys apart whatever they are made of.
-        return {"loss": loss, **parts, "target/spread": spread(features["twin/cls"][0])}
+        return {"loss": loss, **parts, "target/spread": spread(features["ema/cls"][0])}
 
     def gradient_shares(self) -> dict[str, Tensor]:
         return gradient_shares(self.student)

@@ -7,7 +7,7 @@ from typing import Callable, Literal
 
 from dmae_ds.data.views import View
 
-__all__ = ["Progress", "Twin", "View"]
+__all__ = ["EmaSpec", "Progress", "View"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Twin:
-    """An exponential moving average of parts of the objective, outside the engine (train/twin.py).
+class EmaSpec:
+    """An exponential moving average of parts of the objective, outside the engine (train/ema.py).
 
     parts: attribute names of submodules of the objective: ("student",), ("student", "head")
-    momentum: m of the update after the step of that progress; twin = m * twin + (1 - m) * student
+    momentum: m of the update after the step of that progress; ema = m * ema + (1 - m) * student
     every: update after each optimiser step, or after the last of each epoch
     """
 

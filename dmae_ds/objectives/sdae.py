@@ -1,10 +1,10 @@
 """SdAE: predict the features of masked patches, as an average of the student's own past weights sees them (Chen et al., ECCV 2022, Sec. 2).
 
-The student is a masked autoencoder whose decoder predicts features in the encoder's width. Its twin never sees what the
+The student is a masked autoencoder whose decoder predicts features in the encoder's width. Its EMA teacher never sees what the
 student sees: masked patches alone, cut into folds about as small as the student's own view, which is both cheaper than
 the whole picture and, in the paper, better (Table 1, Figure 4b).
 
-Chosen here: the twin starts as a copy of the student (the published script draws it anew), and once a step its momentum
+Chosen here: the EMA teacher starts as a copy of the student (the published script draws it anew), and once a step its momentum
 follows the run's progress (there: the epoch's).
 """
 
@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from dmae_ds.config.objectives import SdaeConfig
 from dmae_ds.errors import UserError
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import at_least_float32
 from dmae_ds.objectives.masked import MaskedObjective, build_decoder
-from dmae_ds.objectives.needs import Progress, Twin
+from dmae_ds.objectives.needs import EmaSpec, Progress
 from dmae_ds.objectives.schedule import half_cosine
 from dmae_ds.objectives.spread import spread
 
@@ -30,7 +30,7 @@ FOLDS, CROP_RATIO, EPSILON = 3, 1 / 3, 1e-6
 
 
 class Sdae(MaskedObjective):
-    """Student and decoder; the twin is of the student alone.
+    """Student and decoder; the EMA teacher is of the student alone.
 
     Of a picture's masked patches, in the order of the mask's noise, the first `folds * fold_size` have targets.
     Raises UserError for more folds than masked patches, and where a cosine would be taken over a single token.
@@ -44,7 +44,7 @@ class Sdae(MaskedObjective):
             config.decoder, student=student, generator=generator, feature_dim=student.embed_dim
         )
         self.momentum = config.momentum
-        self.twin = Twin(parts=("student",), momentum=self.momentum_at, every=config.momentum_every)
+        self.ema = EmaSpec(parts=("student",), momentum=self.momentum_at, every=config.momentum_every)
 
     def describe(self) -> str:
         seen = {
@@ -54,37 +54,37 @@ class Sdae(MaskedObjective):
         }
         sees = f"{seen[self.sees]} masked patches" if self.sees in seen else "the whole picture"
         first, last = self.momentum
-        return f"{super().describe()}; the twin sees {sees}, cosine over {self.cosine_over}, momentum {first:g} to {last:g} once a{'n' if self.twin.every == 'epoch' else ''} {self.twin.every}"
+        return f"{super().describe()}; the EMA teacher sees {sees}, cosine over {self.cosine_over}, momentum {first:g} to {last:g} once a{'n' if self.ema.every == 'epoch' else ''} {self.ema.every}"
 
     def momentum_at(self, progress: Progress) -> float:
         """Eq. 7's eta; once an epoch it is constant within the epoch, as published."""
         share = (
             math.floor(progress.epoch) / progress.epochs
-            if self.twin.every == "epoch"
+            if self.ema.every == "epoch"
             else progress.step / progress.num_steps
         )
         return half_cosine(*self.momentum, share)
 
-    def twin_features(self, twin: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
-        """{"twin/targets": [N, folds * fold_size, D]}: each token after the final norm, normalised over channels (Eq. 3)."""
+    def ema_features(self, ema: nn.Module, batch: PatchBatch) -> dict[str, Tensor]:
+        """{"ema/targets": [N, folds * fold_size, D]}: each token after the final norm, normalised over channels (Eq. 3)."""
         if self.sees == "all":
             patches, ids = (
                 torch.cat([batch.visible, batch.masked], dim=1),
                 torch.cat([batch.ids_keep, batch.ids_masked], dim=1),
             )
-            tokens = twin.student(patches, ids)[0][:, 1 + self.num_visible :]
+            tokens = ema.student(patches, ids)[0][:, 1 + self.num_visible :]
         else:
             patches, ids = (
                 tensor[:, : self.folds * self.fold_size].unflatten(1, (self.folds, -1)).flatten(0, 1)
                 for tensor in (batch.masked, batch.ids_masked)
             )
             # [N * folds, 1 + fold_size, D] -> [N, folds * fold_size, D]
-            tokens = twin.student(patches, ids)[0][:, 1:].unflatten(0, (-1, self.folds)).flatten(1, 2)
-        return {"twin/targets": standardize_tokens(tokens)}
+            tokens = ema.student(patches, ids)[0][:, 1:].unflatten(0, (-1, self.folds)).flatten(1, 2)
+        return {"ema/targets": standardize_tokens(tokens)}
 
-    def forward(self, batch: MaskedBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss", "cosine", "target/spread"}, scalars."""
-        targets = features["twin/targets"]
+        targets = features["ema/targets"]
         latent, _ = self.student(batch.visible, batch.ids_keep)
         predicted = self.decoder(latent, batch.ids_keep, batch.ids_masked)[:, : targets.shape[1]]
         cosine = cosine_distance(predicted, targets, over=self.cosine_over, fold_size=self.fold_size)

@@ -45,7 +45,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cost:
-    """One optimiser step. Seconds add up: teacher, with an EMA twin + student + optimizer."""
+    """One optimiser step. Seconds add up: teacher, with an EMA teacher + student + optimizer."""
 
     traffic: Traffic
     teacher_s: float
@@ -113,12 +113,12 @@ def step_cost(
     if zero.offload_parameters:
         optimizer_s += 2 * w * share * accumulation / HOST_GB_S / 1e9
     if (
-        geometry.twin is not None
+        geometry.ema is not None
     ):  # it runs once a micro-batch, and follows the student once a step: read twice, written once
-        teacher_s += _compute(geometry.twin.flops, machine)
-        optimizer_s += 3 * geometry.twin.weight_bytes / DEVICE_GB_S / 1e9
+        teacher_s += _compute(geometry.ema.flops, machine)
+        optimizer_s += 3 * geometry.ema.weight_bytes / DEVICE_GB_S / 1e9
         if zero.stage == 3:
-            followed = over(geometry.twin.weight_bytes)
+            followed = over(geometry.ema.weight_bytes)
             traffic, optimizer_s = traffic + followed, optimizer_s + _transfer(followed, machine)
     return Cost(
         traffic + teacher_traffic.times(accumulation), accumulation * teacher_s, student_s, optimizer_s

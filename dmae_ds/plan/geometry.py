@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
-from dmae_ds.objectives.ema import TwinModule, twin_features
+from dmae_ds.objectives.ema import EmaModule, ema_features
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.plan.trace import Trace, trace_inference, trace_training
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths, needs_top
@@ -58,8 +58,8 @@ class TeacherGeometry:
 
 
 @dataclass(frozen=True)
-class TwinGeometry:
-    """An objective's EMA twin, whole and in fp32 on every rank; FLOPs and bytes of one micro-batch."""
+class EmaGeometry:
+    """An objective's EMA teacher, whole and in fp32 on every rank; FLOPs and bytes of one micro-batch."""
 
     weight_bytes: int
     flops: int
@@ -77,7 +77,7 @@ class Geometry:
     buffer_bytes: int
     batch_bytes: int
     teacher: TeacherGeometry | None
-    twin: TwinGeometry | None = None
+    ema: EmaGeometry | None = None
 
 
 def measure(config: RunConfig, micro_batch: int) -> Geometry:
@@ -88,7 +88,7 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
     student_parameters = sum(parameter.numel() for parameter in student.parameters())
     built = None if config.teacher is None else _meta_teacher(config, objective)
     ids = torch.zeros(micro_batch, dtype=torch.int64)  # real ones: they key draws on the host
-    twin = None if objective.twin is None else TwinModule(objective)
+    ema = None if objective.ema is None else EmaModule(objective)
     objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
     autocast = (
         torch.autocast("cpu", torch.bfloat16)
@@ -105,9 +105,9 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
             else _measure_teacher(*built, objective.taps, batch, sees=config.teacher.sees)
         )
         batch_bytes = _bytes(vars(batch).values()) + pixel_bytes
-        twin_geometry = None
-        if twin is not None:
-            twin_geometry, found = _measure_twin(objective, twin, batch, precision=config.precision)
+        ema_geometry = None
+        if ema is not None:
+            ema_geometry, found = _measure_ema(objective, ema, batch, precision=config.precision)
             features |= found
 
         def forward() -> torch.Tensor:
@@ -122,7 +122,7 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
         _bytes(objective.buffers()),
         batch_bytes,
         teacher,
-        twin_geometry,
+        ema_geometry,
     )
 
 
@@ -140,10 +140,10 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
     if teacher is not None:
         per_image = ("flops", "working_bytes", "token_bytes", "id_bytes", "feature_bytes")
         teacher = replace(teacher, **{name: at(getattr(teacher, name)) for name in per_image})
-    twin = geometry.twin
-    if twin is not None:
-        twin = replace(
-            twin, **{name: at(getattr(twin, name)) for name in ("flops", "working_bytes", "feature_bytes")}
+    ema = geometry.ema
+    if ema is not None:
+        ema = replace(
+            ema, **{name: at(getattr(ema, name)) for name in ("flops", "working_bytes", "feature_bytes")}
         )
     student = Trace(at(student.forward_flops), at(student.backward_flops), gradients)
     return replace(
@@ -152,11 +152,11 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
         student=student,
         batch_bytes=at(geometry.batch_bytes),
         teacher=teacher,
-        twin=twin,
+        ema=ema,
     )
 
 
-def _batch(objective: Objective, config: RunConfig, ids: torch.Tensor) -> tuple[MaskedBatch, int]:
+def _batch(objective: Objective, config: RunConfig, ids: torch.Tensor) -> tuple[PatchBatch, int]:
     """What is on the device before teacher and student begin, and the bytes of the pictures and draws it was made of."""
     own = objective.student.grid[0] * objective.student.patch_size
     sizes = [view.size or own for view in objective.views]
@@ -170,16 +170,16 @@ def _batch(objective: Objective, config: RunConfig, ids: torch.Tensor) -> tuple[
     )
 
 
-def _measure_twin(
-    objective: Objective, twin: TwinModule, batch: MaskedBatch, *, precision: str
-) -> tuple[TwinGeometry, dict[str, torch.Tensor]]:
-    twin.to_empty(device="cpu")
-    twin.state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in twin.state.items()}
+def _measure_ema(
+    objective: Objective, ema: EmaModule, batch: PatchBatch, *, precision: str
+) -> tuple[EmaGeometry, dict[str, torch.Tensor]]:
+    ema.to_empty(device="cpu")
+    ema.state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in ema.state.items()}
     found: dict[str, torch.Tensor] = {}
     flops, working = trace_inference(
-        lambda: found.update(twin_features(objective, twin, batch, precision=precision))
+        lambda: found.update(ema_features(objective, ema, batch, precision=precision))
     )
-    return TwinGeometry(_bytes(twin.state_dict().values()), flops, working, _bytes(found.values())), found
+    return EmaGeometry(_bytes(ema.state_dict().values()), flops, working, _bytes(found.values())), found
 
 
 def _meta_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, Top | None]:
@@ -200,7 +200,7 @@ def _meta_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, T
 
 
 def _measure_teacher(
-    vit: MaskedViT, top: Top | None, taps: tuple[str, ...], batch: MaskedBatch, *, sees: str
+    vit: MaskedViT, top: Top | None, taps: tuple[str, ...], batch: PatchBatch, *, sees: str
 ) -> tuple[TeacherGeometry, dict[str, torch.Tensor]]:
     for part in (vit,) if top is None else (vit, top):
         part.to_empty(device="cpu")

@@ -89,7 +89,7 @@ class Memory:
     gradients: float = 0  # with DeepSpeed's buckets and flat copies
     optimizer: float = 0  # moments, fp32 masters and the step's temporaries
     activations: float = 0
-    teacher: float = 0  # weights and the working set of a block, and an EMA twin's weights
+    teacher: float = 0  # weights and the working set of a block, and an EMA teacher's weights
     stream: float = 0  # prepared micro-batches, features, messages
     libraries: float = 0
     host: float = 0
@@ -128,10 +128,10 @@ def rank_memory(
         stream=stream_bytes(geometry, stages),
         libraries=libraries,
     )
-    if geometry.twin is not None:
-        beside = beside + Memory(teacher=geometry.twin.weight_bytes, stream=geometry.twin.feature_bytes)
+    if geometry.ema is not None:
+        beside = beside + Memory(teacher=geometry.ema.weight_bytes, stream=geometry.ema.feature_bytes)
     working = max(
-        (part.working_bytes for part in (geometry.teacher, geometry.twin) if part is not None), default=0
+        (part.working_bytes for part in (geometry.teacher, geometry.ema) if part is not None), default=0
     )
     if working > student.activations:  # it runs before the student's activations exist, in the same memory
         student = student + Memory(activations=working - student.activations)

@@ -27,6 +27,6 @@ def step_work(config: RunConfig, geometry: Geometry, accumulation: int) -> Work:
     }
     if geometry.teacher is not None:
         work["teacher"] = (geometry.teacher.flops, DTYPES[config.teacher.dtype])
-    if geometry.twin is not None:
-        work["twin"] = (geometry.twin.flops, products)
+    if geometry.ema is not None:
+        work["ema"] = (geometry.ema.flops, products)
     return {part: (flops * accumulation, dtype) for part, (flops, dtype) in work.items()}

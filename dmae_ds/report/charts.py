@@ -35,7 +35,7 @@ def draw_losses(records: dict[str, RunRecord]) -> Charts:
 
 
 def draw_health(records: dict[str, RunRecord]) -> Charts:
-    """Effective rank and norm of the features, spread of an EMA twin's targets; {} where no run measured them."""
+    """Effective rank and norm of the features, spread of an EMA teacher's targets; {} where no run measured them."""
     charts = {}
     judged = {f"rank/{record.config.objective.judged_by}" for record in records.values()}
     for column, title in (
@@ -52,7 +52,7 @@ def draw_health(records: dict[str, RunRecord]) -> Charts:
     if spreads:
         mark = (DEAD_SPREAD, f"collapsed below {DEAD_SPREAD:.1%}")
         charts["target-spread"] = draw_curves(
-            "spread of the EMA twin's targets",
+            "spread of the EMA teacher's targets",
             spreads,
             unit="share of the targets",
             from_zero=True,

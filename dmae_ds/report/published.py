@@ -60,7 +60,7 @@ CONTRASTIVE = {"student": PRETRAINING["student"], "epochs": 100, "num_images": N
 IMITATION = {
     key: DMAE[key] for key in ("teacher", "pairs", "head", "distance", "alpha", "normalize", "standardize")
 }
-# SdAE, Sec. 4.1 and its published script. Table 5's rows differ in what the twin sees.
+# SdAE, Sec. 4.1 and its published script. Table 5's rows differ in what the EMA teacher sees.
 SDAE = {
     "objective": "sdae",
     "student": PRETRAINING["student"],

@@ -55,7 +55,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Setting:
     """Runs alike but for their seed. values: of each column, one number a seed that has it, in the order of the seeds."""
 
     name: str
@@ -67,7 +67,7 @@ class Arm:
         return [run.config.run.seed for run in self.runs]
 
 
-def group(runs: list[Run]) -> list[Arm]:
+def group(runs: list[Run]) -> list[Setting]:
     """The arms: by objective, the commonest recipe before those that differ from it, and teachers of other runs last."""
     taught_by = {
         folder.resolve() for run in runs for folder in [_run_behind(run.config.teacher)] if folder is not None
@@ -89,15 +89,16 @@ def group(runs: list[Run]) -> list[Arm]:
     for role in {role for role, _ in flats}:
         names |= {
             key: role + name
-            for key, name in name_arms(
+            for key, name in name_settings(
                 {key: flat for key, flat in flats.items() if key[0] == role}, defaults
             ).items()
         }
-    arms = {key: Arm(names[key], alike, _values(alike)) for key, alike in members.items()}
+    settings = {key: Setting(names[key], alike, _values(alike)) for key, alike in members.items()}
     return [
-        arms[key]
+        settings[key]
         for key in sorted(
-            arms, key=lambda key: (key[0], flats[key]["objective.name"], names[key].count(","), names[key])
+            settings,
+            key=lambda key: (key[0], flats[key]["objective.name"], names[key].count(","), names[key]),
         )
     ]
 
@@ -138,7 +139,7 @@ def _is_student_of(folder: Path, model: StudentConfig | TeacherConfig) -> bool:
     return Path(model.weights).expanduser() in (folder, folder / "student.safetensors")
 
 
-def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
+def name_settings(flats: dict, defaults: dict[str, dict]) -> dict:
     """{key: flat config} -> {key: name}: the objective, then the sections that not all of that objective's arms have, and all in which it differs from the commonest value of those that have it.
 
     defaults: of each objective, flat; of equally common values, they are the one to differ from
@@ -175,9 +176,9 @@ def name_arms(flats: dict, defaults: dict[str, dict]) -> dict:
     return names
 
 
-def columns_of(arms: list[Arm]) -> dict[Column, str]:
+def columns_of(settings: list[Setting]) -> dict[Column, str]:
     """Every column that some arm has, with its heading, by metric and from many labels to few."""
-    found = list(dict.fromkeys(column for arm in arms for column in arm.values))
+    found = list(dict.fromkeys(column for setting in settings for column in setting.values))
     order = {name: place for place, name in enumerate((*_METRICS, *_LABELS))}
     found.sort(
         key=lambda column: (
@@ -230,12 +231,12 @@ def spread(values: list[float]) -> str:
     return f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def draw(arms: list[Arm], headings: dict[Column, str]) -> Figure:
+def draw(settings: list[Setting], headings: dict[Column, str]) -> Figure:
     """A panel a column, a row an arm that has a number beside it: every seed as a ring, their mean as a stroke with its deviation."""
     rows = math.ceil(len(headings) / PANELS_A_ROW)
     columns = math.ceil(len(headings) / rows)
     shown = [list(headings)[row * columns : (row + 1) * columns] for row in range(rows)]
-    listed = [[arm for arm in arms if not arm.values.keys().isdisjoint(row)] for row in shown]
+    listed = [[setting for setting in settings if not setting.values.keys().isdisjoint(row)] for row in shown]
     heights = [0.9 + 0.36 * len(row) for row in listed]
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(
@@ -250,14 +251,14 @@ def draw(arms: list[Arm], headings: dict[Column, str]) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, arms: list[Arm], column: Column, *, heading: str) -> None:
+def _draw_panel(axes: Axes, settings: list[Setting], column: Column, *, heading: str) -> None:
     axes.set_facecolor(light("--surface"))
     axes.set_title(textwrap.fill(heading, 26), loc="left", fontsize=9, color=light("--ink"))
-    for place, arm in enumerate(arms):
-        if column in arm.values:
-            _draw_arm(axes, place, arm, arm.values[column])
-    axes.set_yticks(range(len(arms)), [textwrap.fill(arm.name, 36) for arm in arms])
-    axes.set_ylim(len(arms) - 0.5, -0.5)
+    for place, setting in enumerate(settings):
+        if column in setting.values:
+            _draw_setting(axes, place, setting, setting.values[column])
+    axes.set_yticks(range(len(settings)), [textwrap.fill(setting.name, 36) for setting in settings])
+    axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(labelsize=8, labelcolor=light("--soft"), length=0)
@@ -267,12 +268,12 @@ def _draw_panel(axes: Axes, arms: list[Arm], column: Column, *, heading: str) ->
     axes.set_xlabel("top-1, %", fontsize=8, color=light("--soft"))
 
 
-def _draw_arm(axes: Axes, place: int, arm: Arm, values: list[float]) -> None:
+def _draw_setting(axes: Axes, place: int, setting: Setting, values: list[float]) -> None:
     colour = light(
         "--soft"
-        if arm.name.startswith("teacher")
+        if setting.name.startswith("teacher")
         else "--series-0"
-        if arm.name.startswith("dmae")
+        if setting.name.startswith("dmae")
         else "--series-1"
     )
     axes.errorbar(

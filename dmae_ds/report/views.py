@@ -1,4 +1,4 @@
-"""What a run's networks make of a few validation pictures: what the decoder paints, how alike student and teacher are, where CLS looks.
+"""What a run's networks make of a few validation pictures: what the decoder reconstructs, how alike student and teacher are, where CLS looks.
 
 Always the same small number of pictures, whatever the network: a ViT-L teacher looks at 16 of them.
 """
@@ -61,9 +61,9 @@ def look(record: RunRecord, objective: nn.Module, shape: TeacherShape | None, te
     objective, images, noise = objective.to(device).eval(), images.to(device), noise.to(device)
     normalize = Normalize(record.config.data.mean, record.config.data.std).to(device)
     views = Views()
-    if objective.paints:
-        views.boards["pictures"] = _painted(objective, images[:NUM_SHOWN], noise[:NUM_SHOWN], normalize)
-        views.boards["ratios"] = _painted_at_ratios(
+    if objective.reconstructs_pixels:
+        views.boards["pictures"] = _reconstructed(objective, images[:NUM_SHOWN], noise[:NUM_SHOWN], normalize)
+        views.boards["ratios"] = _reconstructed_at_ratios(
             objective, images[:NUM_AT_RATIOS], noise[:NUM_AT_RATIOS], normalize, record.config
         )
     else:
@@ -123,24 +123,24 @@ def _load_weights(record: RunRecord, objective: nn.Module) -> None:
         ) from None
 
 
-# ---- what the decoder paints
+# ---- what the decoder reconstructs
 
 
-def _painted(objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize) -> Board:
-    masked, painted = reconstruct(objective, images, noise, normalize)
+def _reconstructed(objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize) -> Board:
+    masked, reconstructed = reconstruct(objective, images, noise, normalize)
     return Board(
         [
             ("original", _pictures(images)),
             ("what it saw", _pictures(masked)),
-            ("what it painted", _pictures(painted)),
+            ("what it reconstructed", _pictures(reconstructed)),
         ]
     )
 
 
-def _painted_at_ratios(
+def _reconstructed_at_ratios(
     objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize, config: RunConfig
 ) -> Board:
-    """Each picture at every ratio: what was seen above what was painted; the first column is the original."""
+    """Each picture at every ratio: what was seen above what was reconstructed; the first column is the original."""
     total = objective.student.num_patches
     counts = {
         ratio: num_visible(total, ratio, config.objective.patch_count)
@@ -150,7 +150,7 @@ def _painted_at_ratios(
     found = [reconstruct(objective, images, noise, normalize, num_visible=count) for count in counts.values()]
     rows = []
     for number, original in enumerate(_pictures(images)):
-        for kind, label in enumerate(("seen", "painted")):
+        for kind, label in enumerate(("seen", "reconstructed")):
             rows.append((label, [original, *(_pictures(pair[kind])[number] for pair in found)]))
     return Board(rows, heads=["original", *(f"{ratio:.0%} masked" for ratio in counts)])
 

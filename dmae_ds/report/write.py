@@ -39,7 +39,7 @@ NOTES = {
     "pictures": (
         "What they see",
         "Validation pictures, the same for every run under masks of the recipe's ratio; the last row is what was seen together with what "
-        "the decoder painted.",
+        "the decoder reconstructed.",
     ),
     "ratios": (
         "From half a picture to next to nothing",

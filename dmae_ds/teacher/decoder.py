@@ -18,7 +18,7 @@ class TeacherDecoder(nn.Module):
     """The encoder's final norm, then visible and mask tokens through the decoder's blocks (MAE, Sec. 3), under the published names.
 
     Tokens stay in the order of the mask, as in our own decoder: attention doesn't mind, and each carries its position.
-    patch_size: given, the decoder is whole and paints pixels; None: it ends after its last block
+    patch_size: given, the decoder is whole and reconstructs pixels; None: it ends after its last block
     """
 
     def __init__(

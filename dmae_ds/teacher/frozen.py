@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
 from dmae_ds.teacher.grid import fit_positions
 from dmae_ds.teacher.identity import Probe, probe
@@ -115,7 +115,7 @@ class FrozenTeacher:
     def __str__(self) -> str:
         return str(self.parts)
 
-    def features(self, batch: MaskedBatch) -> dict[str, Tensor]:
+    def features(self, batch: PatchBatch) -> dict[str, Tensor]:
         """{tap: [N, 1 + K, D_t]}: the residual stream right after each tapped block, CLS first; registers are left out.
 
         [N, K, D_t] for a teacher without CLS. K are the student's visible patches, also where the teacher sees all.
@@ -138,7 +138,7 @@ class FrozenTeacher:
         """{tapped block: tokens}, of patches as the teacher wants them."""
         return self.vit(patches, ids, taps=self.tapped)[1]
 
-    def finish(self, encoded: dict[str, Tensor], batch: MaskedBatch) -> dict[str, Tensor]:
+    def finish(self, encoded: dict[str, Tensor], batch: PatchBatch) -> dict[str, Tensor]:
         """Features at the encoder's taps -> what the student is to imitate, by tap. On the rank whose batch it is."""
         with torch.no_grad():
             above = (
@@ -153,7 +153,7 @@ class FrozenTeacher:
                 else {tap: self.target(tap, tokens) for tap, tokens in found.items()}
             )
 
-    def inputs(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+    def inputs(self, batch: PatchBatch) -> tuple[Tensor, Tensor]:
         """Patches that the teacher looks at and their places, the student's visible ones first."""
         if self.sees == "visible":
             return batch.visible, batch.ids_keep

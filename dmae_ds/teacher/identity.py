@@ -136,8 +136,8 @@ def find_untrained(vit: MaskedViT, found: Probe) -> str:
     """A sentence where this network looks freshly initialised, else empty; `vit` may be on the meta device.
 
     Two signs: every norm's gain is one and every bias zero; or the features grow from block to block as those of a
-    freshly initialised twin of the same shape do. Measured on the quickstart's networks: trained ones grew 3.7 to 13
-    times over three quarters of the depth, their twins 1.0 to 2.8 times.
+    freshly initialised EMA teacher of the same shape do. Measured on the quickstart's networks: trained ones grew 3.7 to 13
+    times over three quarters of the depth, their EMA teachers 1.0 to 2.8 times.
     """
     if found.pristine:
         return "every norm's gain is 1 and every bias 0, as before any training"
@@ -146,9 +146,9 @@ def find_untrained(vit: MaskedViT, found: Probe) -> str:
         ("timm's", lambda fan_in, fan_out: 0.02),
         ("MAE's", lambda fan_in, fan_out: sqrt(2 / (fan_in + fan_out))),
     ):
-        twin = _growth(_probe_twin(vit, found.features[0], spread))
-        if (grown - twin).abs().max() < 0.25:
-            return f"features grow from block to block as with {init} initial weights ({grown.exp()[-1]:.2f} times; a fresh twin {twin.exp()[-1]:.2f})"
+        ema = _growth(_probe_ema(vit, found.features[0], spread))
+        if (grown - ema).abs().max() < 0.25:
+            return f"features grow from block to block as with {init} initial weights ({grown.exp()[-1]:.2f} times; a fresh EMA teacher {ema.exp()[-1]:.2f})"
     return ""
 
 
@@ -159,7 +159,7 @@ def _growth(features: dict[int, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _probe_twin(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], float]) -> dict[int, Tensor]:
+def _probe_ema(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], float]) -> dict[int, Tensor]:
     """Features of freshly initialised blocks on the same embedded tokens; one block exists at a time.
 
     spread: (inputs, outputs of a matrix) -> standard deviation of its entries
@@ -167,10 +167,10 @@ def _probe_twin(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], flo
     generator = torch.Generator(device=tokens.device).manual_seed(0)
     features = {0: tokens}
     for number, block in enumerate(vit.blocks, start=1):
-        twin = copy.deepcopy(block).to_empty(device=tokens.device).float()
-        for buffer in twin.buffers():
+        ema = copy.deepcopy(block).to_empty(device=tokens.device).float()
+        for buffer in ema.buffers():
             buffer.zero_()
-        for name, parameter in twin.named_parameters():
+        for name, parameter in ema.named_parameters():
             if parameter.ndim >= 2:
                 bound = sqrt(3) * spread(parameter.flatten(1).shape[1], parameter.shape[0])
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
@@ -179,7 +179,7 @@ def _probe_twin(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], flo
                 nn.init.constant_(
                     parameter, 1e-5 if "gamma" in name else float("norm" in name and name.endswith("weight"))
                 )
-        tokens = twin(tokens)
+        tokens = ema(tokens)
         features[number] = tokens
     return features
 

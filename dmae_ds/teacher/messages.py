@@ -80,7 +80,7 @@ class Layout:
         *,
         source: int,
         target: int,
-        clock: int,
+        tick: int,
         mine: Travelling | None,
         outputs: dict[int, Travelling],
         home: dict[str, Tensor],
@@ -92,7 +92,7 @@ class Layout:
         forward = outputs if target == source + 1 else {}
         counts = [len(forward[owner].tokens) if owner in forward else 0 for owner in range(self.num_stages)]
         cursor = _Cursor(message)
-        header = torch.tensor([clock, 0 if mine is None else len(mine.tokens), *counts])
+        header = torch.tensor([tick, 0 if mine is None else len(mine.tokens), *counts])
         cursor.write(header.to(message.device, non_blocking=True), self.header)
         if target == 0:
             self._write_travelling(cursor, mine)
@@ -109,7 +109,7 @@ class Layout:
         return torch.stack([message[:length].view(torch.int64) for message in received.split(sizes)])
 
     def read_work(
-        self, received: Tensor, headers: list[list[int]], *, target: int, clock: int
+        self, received: Tensor, headers: list[list[int]], *, target: int, tick: int
     ) -> dict[int, Travelling]:
         """What stage `target` is to run on, by owner: views into `received`. headers: of all messages, on the host.
 
@@ -118,9 +118,9 @@ class Layout:
         sizes = [self.size(source, target) for source in range(self.num_stages)]
         work: dict[int, Travelling] = {}
         for source, (message, (found, mine, *counts)) in enumerate(zip(received.split(sizes), headers)):
-            if found != clock:
+            if found != tick:
                 raise RunFailed(
-                    f"the teacher's stream is out of step: stage {target + 1} of the group is at clock {clock}, stage {source + 1} at {found}"
+                    f"the teacher's stream is out of step: stage {target + 1} of the group is at clock {tick}, stage {source + 1} at {found}"
                 )
             cursor = _Cursor(message, self.header)
             if target == 0 and mine:

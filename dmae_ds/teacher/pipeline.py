@@ -69,7 +69,7 @@ class StreamedTeacher(FrozenTeacher):
 
     def __init__(self, *args, group: StageGroup, overlap: bool = True, **keys):
         super().__init__(*args, **keys)
-        self.group, self.overlap, self.waited_s, self.clock = group, overlap, 0.0, -1
+        self.group, self.overlap, self.waited_s, self.tick = group, overlap, 0.0, -1
         # [owner][stage]
         self.routes = [route(self.vit.depth, group.num_stages, owner) for owner in range(group.num_stages)]
         self.taps_of = tuple(
@@ -86,7 +86,7 @@ class StreamedTeacher(FrozenTeacher):
 
     def where(self) -> str:
         """ "teacher stage 2 of 4, clock 17", for messages."""
-        return f"teacher stage {self.group.stage + 1} of {self.group.num_stages}, clock {self.clock}"
+        return f"teacher stage {self.group.stage + 1} of {self.group.num_stages}, clock {self.tick}"
 
     def probe(self) -> Probe:
         """Features of the fixed input at every block of every stage. Collective in the group."""
@@ -151,7 +151,7 @@ class _Stream:
     def tick(self, owned: _Owned | None) -> Iterator[tuple]:
         """Exchange, run my stage; then give out my oldest batch if its features are home."""
         self.now += 1
-        self.teacher.clock = self.now
+        self.teacher.tick = self.now
         mine = None
         if owned is not None:
             self.owned.append(owned)
@@ -202,7 +202,7 @@ class _Stream:
         self.outputs, self.finished = {}, {}
         if arrived is None:
             return
-        work = self.layout.read_work(arrived.received, arrived.headers(), target=stage, clock=arrived.clock)
+        work = self.layout.read_work(arrived.received, arrived.headers(), target=stage, tick=arrived.tick)
         for owner, travelling in work.items():
             tokens, ids, tapped = travelling.tokens, travelling.ids, {}
             for number in teacher.routes[owner][stage]:
@@ -220,7 +220,7 @@ class _Stream:
                 message,
                 source=self.group.stage,
                 target=target,
-                clock=self.now,
+                tick=self.now,
                 mine=mine,
                 outputs=self.outputs,
                 home=self.finished.get(target, {}),
@@ -259,8 +259,8 @@ class _Stream:
 class _Arrived:
     """What an exchange brought, and its headers on their way to the host: nothing waits until they are asked for."""
 
-    def __init__(self, received: Tensor, headers: Tensor, clock: int):
-        self.received, self.clock, self._copied = received, clock, None
+    def __init__(self, received: Tensor, headers: Tensor, tick: int):
+        self.received, self.tick, self._copied = received, tick, None
         if headers.is_cuda:
             self._headers = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
             self._headers.copy_(headers, non_blocking=True)

@@ -29,7 +29,7 @@ from dmae_ds.train.checkpoint.folder import write_atomically
 from dmae_ds.train.checkpoint.save import write_tensors
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.knn import TrainingRanks
-from dmae_ds.train.metrics import Recorder
+from dmae_ds.train.metrics import MetricLogger
 
 CLASSIFIER_FILE, ACCURACY_FILE = "classifier.safetensors", "accuracy.json"
 BATCH_SIZE = 64  # pictures a rank looks at together
@@ -49,12 +49,12 @@ class FinalAccuracy:
         *,
         run_dir: Path,
         engine: Engine,
-        recorder: Recorder,
+        metric_logger: MetricLogger,
         ranks: TrainingRanks,
         num_steps: int,
     ):
         self.classifier, self.config, self.train, self.run_dir = classifier, config, train, run_dir
-        self.engine, self.recorder, self.ranks, self.num_steps = engine, recorder, ranks, num_steps
+        self.engine, self.metric_logger, self.ranks, self.num_steps = engine, metric_logger, ranks, num_steps
 
     def __call__(self, step: int) -> None:
         if step != self.num_steps:
@@ -113,7 +113,7 @@ class FinalAccuracy:
                     "world_size": self.ranks.num_processes,
                 },
             )
-        self.recorder.note(found, seconds=seconds)
+        self.metric_logger.note(found, seconds=seconds)
 
     def _metadata(self, step: int) -> dict[str, str]:
         about = {

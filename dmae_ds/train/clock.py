@@ -9,7 +9,7 @@ from typing import Iterable, Iterator, TypeVar
 T = TypeVar("T")
 
 
-class Clock:
+class StepTimer:
     """Seconds since the last `lap`, by name.
 
     Only the host's time, read where the host stops anyway: nothing is synchronised for it. On a CPU that is where the

@@ -16,7 +16,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.objectives.base import Objective
 
 if TYPE_CHECKING:
-    from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
+    from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -72,9 +72,9 @@ class Engine:
         self._engine, _, _, _ = deepspeed.initialize(
             model=objective.to(device), optimizer=optimizer, config=config, dist_init_required=False
         )
-        from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
+        from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
-        self._engine.checkpoint_engine = self._files = CheckpointFiles()
+        self._engine.checkpoint_engine = self._files = SafeCheckpointEngine()
         # Its scripts for reading checkpoints unpickle anything, and a full disk would raise while they are copied.
         self._engine._copy_recovery_script = lambda folder: None
 
@@ -140,7 +140,7 @@ class Engine:
         ):
             yield parameter.detach().float()
 
-    def save(self, folder: str, tag: str) -> CheckpointFiles:
+    def save(self, folder: str, tag: str) -> SafeCheckpointEngine:
         """Write DeepSpeed's files of all ranks under folder/tag, to the disk. Collective; says nothing of `latest`.
 
         Returns what this rank wrote, and what went wrong: nothing is raised where a disk refuses, for the other ranks wait.

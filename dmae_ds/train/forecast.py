@@ -17,7 +17,7 @@ from dmae_ds.plan.choose import GIB, HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure
 from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory
-from dmae_ds.train.memory import MemoryWatch
+from dmae_ds.train.memory import PeakMemory
 from dmae_ds.train.preflight import Preflight
 
 AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 knows in which order it needs the weights
@@ -73,7 +73,7 @@ class MemoryReport:
     geometry: known on rank 0, which predicts and prints
     """
 
-    def __init__(self, watch: MemoryWatch, preflight: Preflight, geometry: Geometry | None):
+    def __init__(self, watch: PeakMemory, preflight: Preflight, geometry: Geometry | None):
         self.watch, self.num_steps, self.gpu = watch, preflight.num_steps, watch.device.type == "cuda"
         self.predicted = None if geometry is None else predict(preflight, geometry, gpu=self.gpu)
 

@@ -44,7 +44,7 @@ def effective_rank(features: Tensor) -> Tensor:
     return torch.where(finite, rank, torch.full_like(rank, torch.nan))
 
 
-class FeatureWatch:
+class CollapseMonitor:
     """Looks at a student's forward passes in training mode while `active`, and sums them up at the end of a step.
 
     `measure` returns, of this rank's pictures since the last call (all micro-batches of a step, under their masks):

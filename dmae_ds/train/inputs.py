@@ -12,7 +12,7 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.data.loader import train_batches
 from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.unindexed import ForeignShards
+from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.distributed.world import World
 from dmae_ds.objectives.base import Objective
 
@@ -20,7 +20,7 @@ from dmae_ds.objectives.base import Objective
 def training_batches(
     config: RunConfig,
     objective: Objective,
-    shards: ShardSet | ForeignShards,
+    shards: ShardSet | UnindexedShards,
     *,
     world: World,
     device: torch.device,

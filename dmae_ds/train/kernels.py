@@ -35,7 +35,7 @@ def choose_kernels(
     *,
     zero_stage: int,
     large: bool,
-    twin: nn.Module | None = None,
+    ema: nn.Module | None = None,
     before: str | None = None,
 ) -> Kernels:
     """Prepare the networks as the recipe says, before an engine takes them.
@@ -44,7 +44,7 @@ def choose_kernels(
     before: what it came to in the run that is resumed, which goes on with the same wherever it still can
     Collective. Raises UserError for `linear: onednn` where it can't be.
     """
-    networks = [network for network in (objective, teacher, twin) if network is not None]
+    networks = [network for network in (objective, teacher, ema) if network is not None]
     why_not = _why_not_onednn(config, device, zero_stage=zero_stage)
     collectives.raise_on_all_ranks(lambda: _refuse(config, why_not))
     if config.compile:

@@ -25,7 +25,7 @@ from dmae_ds.evaluate.knn import classify
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
 from dmae_ds.models.patches import Normalize
 from dmae_ds.train.engine import Engine
-from dmae_ds.train.metrics import Recorder
+from dmae_ds.train.metrics import MetricLogger
 
 AUTOCAST = {"bf16": torch.bfloat16, "bf16_autocast": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,13 +69,13 @@ class KnnDuringTraining:
         *,
         run_dir: Path,
         engine: Engine,
-        recorder: Recorder,
+        metric_logger: MetricLogger,
         ranks: TrainingRanks,
         steps_per_epoch: float,
         num_steps: int,
     ):
         self.config, self.data, self.student, self.run_dir = config, data, student, run_dir
-        self.engine, self.recorder, self.ranks = engine, recorder, ranks
+        self.engine, self.metric_logger, self.ranks = engine, metric_logger, ranks
         self.steps_per_epoch, self.num_steps = steps_per_epoch, num_steps
         self.sets = open_labelled(data)
         self.seed = check_labels(config.knn_labels, None)
@@ -99,7 +99,7 @@ class KnnDuringTraining:
             }
             ((k, (top1, top5)),) = classify(frozen, ks=[self.config.knn_k], **options).items()
         except UserError as error:
-            self.recorder.flush()  # a loss that isn't finite says more
+            self.metric_logger.flush()  # a loss that isn't finite says more
             failure = RunFailed(f"k-NN at step {step}: {error}")
             failure.on_every_rank = True
             raise failure from None
@@ -113,7 +113,7 @@ class KnnDuringTraining:
                 self.run_dir, frozen.about, metric="knn", top1=top1, top5=top5, settings=settings, since=start
             )
         found = {"knn/top1": top1} if top5 is None else {"knn/top1": top1, "knn/top5": top5}
-        self.recorder.note(found, seconds=time.monotonic() - start)
+        self.metric_logger.note(found, seconds=time.monotonic() - start)
 
     def _embed(self, step: int) -> FrozenFeatures:
         student = build_timm(self.student)

@@ -11,20 +11,20 @@ import torch
 
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives, process_group
-from dmae_ds.distributed.async_flags import Vote
+from dmae_ds.distributed.async_flags import AsyncFlags
 from dmae_ds.errors import Requeue
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.train.checkpoint.save import Checkpoints
-from dmae_ds.train.ema import TwinKeeper
+from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine
-from dmae_ds.train.metrics import Recorder
+from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.stop import StopRequest
 
 
 def masked_batches(
     batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device
-) -> Iterator[tuple[Batch, MaskedBatch]]:
+) -> Iterator[tuple[Batch, PatchBatch]]:
     """Move each micro-batch to the device and draw its mask there."""
     for batch in copied(batches, device):
         yield batch, prepare(batch, normalize)
@@ -46,13 +46,13 @@ def copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 def train(
     engine: Engine,
-    stream: Iterable[tuple[Batch, MaskedBatch, dict]],
+    stream: Iterable[tuple[Batch, PatchBatch, dict]],
     *,
-    recorder: Recorder,
+    metric_logger: MetricLogger,
     checkpoints: Checkpoints,
     lr_at: Callable[[int], float],
     progress_at: Callable[[int], Progress],
-    twin: TwinKeeper | None,
+    ema: EmaTeacher | None,
     start_step: int,
     num_steps: int,
     accumulation: int,
@@ -63,11 +63,11 @@ def train(
 ) -> None:
     """Run from start_step to num_steps; `stream` yields accumulation * (num_steps - start_step) micro-batches.
 
-    lr_at, progress_at: finished steps -> the rate of the next one, and how far the run is; twin: where the objective has one; after_step: is told the number of finished steps, after each
+    lr_at, progress_at: finished steps -> the rate of the next one, and how far the run is; EMA teacher: where the objective has one; after_step: is told the number of finished steps, after each
     stop: whether this rank was told to; any rank's request is met by all, one step later, with a save
     Raises RunFailed when a loss is not finite; nothing is saved after such a step. Raises Requeue, on every rank, after a stop.
     """
-    vote = Vote(2, engine.device)
+    flags = AsyncFlags(2, engine.device)
     process_group.report(start_step, "waiting for data")
     for index, (batch, masked, features) in enumerate(stream):
         finished, micro_batch = start_step + index // accumulation, index % accumulation
@@ -75,29 +75,29 @@ def train(
             engine.objective.start_step(progress_at(finished))
             engine.set_lr(lr_at(finished))
         process_group.report(finished, "training")
-        if twin is not None:
-            features = {**features, **twin.features(masked)}
+        if ema is not None:
+            features = {**features, **ema.features(masked)}
         parts = engine.train_micro_batch(masked, features)
-        recorder.add({**parts, **engine.objective.gradient_shares()}, batch.sample_ids)
+        metric_logger.add({**parts, **engine.objective.gradient_shares()}, batch.sample_ids)
         if micro_batch + 1 < accumulation:
             process_group.report(finished, "waiting for data")
             continue
         step = finished + 1
-        if twin is not None:
-            twin.after_step(engine, progress_at(finished), progress_at(step))
-        recorder.end_step(step, lr_at(finished))
+        if ema is not None:
+            ema.after_step(engine, progress_at(finished), progress_at(step))
+        metric_logger.end_step(step, lr_at(finished))
         process_group.report(step, "after the step")
         after_step(step)
         last = step == num_steps
-        stopped, due = vote.result()
+        stopped, due = flags.result()
         save = last or stopped or due or checkpoints.due_by_steps(step)
         if not last and not stopped:  # whoever is told to stop now is heard after the next step
-            vote.cast([bool(stop), collectives.is_main() and not save and checkpoints.due_by_time()])
+            flags.reduce([bool(stop), collectives.is_main() and not save and checkpoints.due_by_time()])
         if save or step % log_every == 0:
-            recorder.flush()
+            metric_logger.flush()
         if save:
             process_group.report(step, "saving")
-            with recorder.clock.booking("save"):
+            with metric_logger.timer.booking("save"):
                 checkpoints.save(engine, step=step, position=step * global_batch)
         if stopped and not last:
             error = Requeue(

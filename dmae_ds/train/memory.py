@@ -14,7 +14,7 @@ import torch
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux's
 
 
-class MemoryWatch:
+class PeakMemory:
     """Start it once everything is imported and nothing is built; `peak` may be asked at any time after, if it `can_measure`."""
 
     def __init__(self, device: torch.device):

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint.folder import write_atomically
-from dmae_ds.train.clock import Clock
-from dmae_ds.train.health import FeatureWatch
+from dmae_ds.train.health import CollapseMonitor
 from dmae_ds.train.speed import Speed
+from dmae_ds.train.timer import StepTimer
 
 
 class _Row(NamedTuple):
@@ -41,7 +41,7 @@ class _Row(NamedTuple):
     ids: list[Tensor]
 
 
-class Recorder:
+class MetricLogger:
     """Collects each step's scalars; rank 0 writes RUN/metrics.jsonl, one line a step.
 
     global_batch and num_samples turn steps into epochs and images; accumulation is the micro-batches a step
@@ -57,17 +57,17 @@ class Recorder:
         global_batch: int,
         num_samples: int,
         log_every: int,
-        watch: FeatureWatch,
-        clock: Clock,
+        watch: CollapseMonitor,
+        timer: StepTimer,
         speed: Speed | None,
         trackers: list,
     ):
         self.path, self.is_main = run_dir / "metrics.jsonl", is_main
         self.accumulation, self.global_batch, self.num_samples = accumulation, global_batch, num_samples
-        self.log_every, self.watch, self.clock, self.speed, self.trackers = (
+        self.log_every, self.watch, self.timer, self.speed, self.trackers = (
             log_every,
             watch,
-            clock,
+            timer,
             speed,
             trackers,
         )
@@ -87,7 +87,7 @@ class Recorder:
         """Drop what a killed run wrote after its last checkpoint, and show the bar."""
         self.step, self._num_steps = step, num_steps
         self._look_at_next()
-        self.clock.lap()  # what came before the first step is no part of it
+        self.timer.lap()  # what came before the first step is no part of it
         if not self.is_main:
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -111,7 +111,7 @@ class Recorder:
         values = torch.cat(
             [self._sums / self.accumulation, *(value.float().reshape(1) for value in seen.values())]
         )
-        self._rows.append(_Row(step, lr, [*self._names, *seen], values, self.clock.lap(), self._ids))
+        self._rows.append(_Row(step, lr, [*self._names, *seen], values, self.timer.lap(), self._ids))
         self._sums, self._ids = None, []
         self._look_at_next()
         if self._bar is not None:
@@ -121,7 +121,7 @@ class Recorder:
         """Numbers that all ranks agree on go into the line of the step that has just ended; `seconds` went into finding them, and are no part of any step."""
         self._notes[self.step] = numbers
         self._since += seconds
-        self.clock.lap()
+        self.timer.lap()
 
     def flush(self) -> None:
         """Average the collected steps over ranks and write them. Collective.

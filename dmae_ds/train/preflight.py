@@ -10,7 +10,7 @@ from dmae_ds.config.run import RunConfig, looks_like_hub_id
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
-from dmae_ds.data.unindexed import ForeignShards, open_train
+from dmae_ds.data.unindexed import UnindexedShards, open_train
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
@@ -23,7 +23,7 @@ class Preflight:
 
     config: RunConfig
     world: World
-    shards: ShardSet | ForeignShards
+    shards: ShardSet | UnindexedShards
     deepspeed: dict
     micro_batch: int
     accumulation: int
@@ -61,7 +61,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         config.optim.global_batch,
         config.optim.micro_batch or fitted,
         world.size,
-        together=max(config.data.repeat, config.objective.neighbours),
+        group_size=max(config.data.repeat, config.objective.mix_group_size),
     )
     deepspeed = load_deepspeed(
         config.deepspeed,
@@ -138,7 +138,7 @@ def check_objective(config: RunConfig, *, accumulation: int) -> None:
         raise UserError(
             f"objective {name} has no use for a teacher; remove the teacher section, or choose another objective.name"
         )
-    if config.objective.neighbours > 1 and config.data.repeat > 1:
+    if config.objective.mix_group_size > 1 and config.data.repeat > 1:
         raise UserError(
             f"objective {name} mixes neighbouring pictures, and data.repeat {config.data.repeat} makes crops of one picture neighbours; set data.repeat=1"
         )
@@ -149,10 +149,10 @@ def check_objective(config: RunConfig, *, accumulation: int) -> None:
         )
 
 
-def check_labelled(config: RunConfig, shards: ShardSet | ForeignShards) -> None:
+def check_labelled(config: RunConfig, shards: ShardSet | UnindexedShards) -> None:
     """Raise UserError where training pictures have no labels to learn from; a pass over the index, no picture is read."""
     name = config.objective.name
-    if isinstance(shards, ForeignShards):
+    if isinstance(shards, UnindexedShards):
         raise UserError(
             f"objective {name} needs labels, and data.num_samples streams tars whose labels nobody counted; make an index with `dmae-shards index`, and leave it out"
         )
@@ -183,7 +183,7 @@ def check_knn(config: RunConfig) -> None:
 
 
 def split_batch(
-    global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False, together: int = 1
+    global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False, group_size: int = 1
 ) -> tuple[int, int]:
     """(images a rank sees at once, accumulated micro-batches), whose product with the ranks is global_batch.
 
@@ -204,7 +204,7 @@ def split_batch(
     found = max(
         (
             number
-            for number in range(together, min(micro_batch or share, share) + 1, together)
+            for number in range(group_size, min(micro_batch or share, share) + 1, group_size)
             if share % number == 0
         ),
         default=None,
@@ -212,7 +212,7 @@ def split_batch(
     if found is None:
         at_most = f", at most optim.micro_batch {micro_batch} at once" if micro_batch else ""
         raise UserError(
-            f"{together} images stay together (data.repeat, or pictures that are mixed), which doesn't divide the {share} of a step that a rank sees{at_most}; choose another optim.global_batch"
+            f"{group_size} images stay together (data.repeat, or pictures that are mixed), which doesn't divide the {share} of a step that a rank sees{at_most}; choose another optim.global_batch"
         )
     if exact and found != (micro_batch or share):
         raise UserError(

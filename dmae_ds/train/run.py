@@ -29,21 +29,21 @@ from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.train.checkpoint.folder import write_atomically
 from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.checkpoint.save import Checkpoints
-from dmae_ds.train.clock import Clock
-from dmae_ds.train.ema import TwinKeeper
+from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.forecast import LEAST_PARAMETERS, MemoryReport, resolve_placement
-from dmae_ds.train.health import FeatureWatch
+from dmae_ds.train.health import CollapseMonitor
 from dmae_ds.train.inputs import training_batches
 from dmae_ds.train.kernels import WarmUp, choose_kernels
 from dmae_ds.train.loop import masked_batches, train
-from dmae_ds.train.memory import MemoryWatch
-from dmae_ds.train.metrics import Recorder, build_trackers
+from dmae_ds.train.memory import PeakMemory
+from dmae_ds.train.metrics import MetricLogger, build_trackers
 from dmae_ds.train.optim import build_optimizer, learning_rate
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.speed import Speed, gemm_rate
 from dmae_ds.train.stop import StopRequest
 from dmae_ds.train.summary import summary
+from dmae_ds.train.timer import StepTimer
 
 
 def run(preflight: Preflight) -> None:
@@ -57,14 +57,12 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     stop = StopRequest()
     import_deepspeed(device)  # before memory is counted
     preflight, placed = resolve_placement(preflight, device)
-    watch = MemoryWatch(device)
+    watch = PeakMemory(device)
     config, world = preflight.config, preflight.world
     objective, teacher = build_networks(preflight, device)
     classifier = objective.classifier()  # while its weights have their shapes
     # Before an engine flattens its weights, and anything hooks into its parts.
-    twin = (
-        None if objective.twin is None else TwinKeeper(objective, precision=config.precision, device=device)
-    )
+    ema = None if objective.ema is None else EmaTeacher(objective, precision=config.precision, device=device)
     lock = claim(preflight.run_dir)
     preflight = with_newest(preflight)
     large = sum(parameter.numel() for parameter in objective.parameters()) >= LEAST_PARAMETERS
@@ -78,22 +76,22 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         device,
         zero_stage=zero_stage(preflight.deepspeed),
         large=large,
-        twin=None if twin is None else twin.twin,
+        ema=None if ema is None else ema.module,
         before=None
         if preflight.resume_from is None
         else preflight.folder.read_state(preflight.resume_from).get("linear"),
     )
-    text = summary(preflight, objective, teacher, twin, placed=placed, kernels=kernels.text)
-    clock, warm_up = Clock(), WarmUp(config.compile)
-    recorder = Recorder(
+    text = summary(preflight, objective, teacher, ema, placed=placed, kernels=kernels.text)
+    timer, warm_up = StepTimer(), WarmUp(config.compile)
+    metric_logger = MetricLogger(
         preflight.run_dir,
         is_main=world.is_main,
         accumulation=preflight.accumulation,
         global_batch=config.optim.global_batch,
         num_samples=preflight.shards.num_samples,
         log_every=config.log.every_steps,
-        watch=FeatureWatch(objective.student),
-        clock=clock,
+        watch=CollapseMonitor(objective.student),
+        timer=timer,
         speed=speed,
         trackers=[],
     )
@@ -108,16 +106,16 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             "timm_name": config.student.name,
             "timm_overrides": json.dumps(config.student.overrides()),
         },
-        twin=twin,
+        ema=ema,
     )
     start_step = 0 if preflight.resume_from is None else checkpoints.load(engine, preflight.resume_from)
     collectives.barrier()  # every rank has checked the run folder: rank 0 may write into it
     if world.is_main:
         preflight.run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(preflight.run_dir / "config.yaml", dump_config(config).encode())
-        recorder.trackers = build_trackers(config.log.trackers, preflight.run_dir)
+        metric_logger.trackers = build_trackers(config.log.trackers, preflight.run_dir)
         print(text, file=sys.stderr, flush=True)
-    recorder.start(step=start_step, num_steps=preflight.num_steps)
+    metric_logger.start(step=start_step, num_steps=preflight.num_steps)
     batches = training_batches(
         config,
         objective,
@@ -132,9 +130,9 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         corrupt_log=preflight.run_dir / "corrupt.jsonl",
     )
     normalize = Normalize(config.data.mean, config.data.std).to(device)
-    inputs = masked_batches(clock.waiting("data", batches), objective.prepare, normalize, device)
+    inputs = masked_batches(timer.waiting("data", batches), objective.prepare, normalize, device)
     steps_per_epoch = preflight.shards.num_samples / config.optim.global_batch
-    measures = evaluations(preflight, classifier, engine=engine, recorder=recorder, device=device)
+    measures = evaluations(preflight, classifier, engine=engine, metric_logger=metric_logger, device=device)
 
     def progress_at(step: int) -> Progress:
         epoch = (
@@ -152,12 +150,12 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
     try:
         train(
             engine,
-            clock.waiting("teacher", teacher.stream(inputs)),
-            recorder=recorder,
+            timer.waiting("teacher", teacher.stream(inputs)),
+            metric_logger=metric_logger,
             checkpoints=checkpoints,
             lr_at=lambda step: learning_rate(config.optim, step / steps_per_epoch),
             progress_at=progress_at,
-            twin=twin,
+            ema=ema,
             start_step=start_step,
             num_steps=preflight.num_steps,
             accumulation=preflight.accumulation,
@@ -175,7 +173,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             f"{str(error).splitlines()[0]} on {world.name()}; a machine short of memory kills workers first, and fewer data.num_workers need less"
         ) from None
     finally:
-        recorder.close()
+        metric_logger.close()
         if lock is not None:
             lock.close()
 
@@ -256,7 +254,7 @@ def evaluations(
     classifier: Classifier | None,
     *,
     engine: Engine,
-    recorder: Recorder,
+    metric_logger: MetricLogger,
     device: torch.device,
 ) -> list[Callable[[int], None]]:
     """What measures the student while it trains; each is told the number of finished steps, after each. Collective."""
@@ -276,7 +274,7 @@ def evaluations(
                 config.student,
                 run_dir=preflight.run_dir,
                 engine=engine,
-                recorder=recorder,
+                metric_logger=metric_logger,
                 ranks=ranks,
                 steps_per_epoch=steps_per_epoch,
                 num_steps=num_steps,
@@ -290,7 +288,7 @@ def evaluations(
                 preflight.shards,
                 run_dir=preflight.run_dir,
                 engine=engine,
-                recorder=recorder,
+                metric_logger=metric_logger,
                 ranks=ranks,
                 num_steps=num_steps,
             )

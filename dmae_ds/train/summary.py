@@ -7,7 +7,7 @@ from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.needs import View
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.teacher.grid import explain_grids
-from dmae_ds.train.ema import TwinKeeper
+from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.optim import peak_lr
 from dmae_ds.train.preflight import Preflight
 
@@ -16,7 +16,7 @@ def summary(
     preflight: Preflight,
     objective: Objective,
     teacher: FrozenTeacher | NoTeacher,
-    twin: TwinKeeper | None,
+    ema: EmaTeacher | None,
     *,
     placed: str,
     kernels: str,
@@ -34,12 +34,12 @@ def summary(
     )
     rows = {
         "run": f"{preflight.run_dir} {start}, seed {config.run.seed}",
-        "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; {shards.promise}",
+        "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; {shards.order_guarantee}",
         "student": f"{config.student.name}, {student / 1e6:.1f} M parameters; decoder and heads {rest / 1e6:.1f} M"
         + (f"; begins with {config.student.weights}" if config.student.weights else ""),
         **describe_teacher(config, objective, teacher),
         "objective": f"{config.objective.name}: {objective.describe()}",
-        "twin": "" if twin is None else str(twin),
+        "ema": "" if ema is None else str(ema),
         "views": describe_views(objective.views),
         "batch": f"{optim.global_batch} = {world.size} ranks x {preflight.micro_batch} images x {preflight.accumulation} accumulated"
         + (

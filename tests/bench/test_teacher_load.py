@@ -141,8 +141,8 @@ def test_files_are_made_once_and_again_where_they_are_not_whole(tmp_path):
     assert sum(tensor.nbytes for tensor in first.values()) == num_bytes(shapes) and all(
         tensor.std() > 0 for tensor in first.values()
     )
-    twin = torch.load(pth, weights_only=True)["model"]
-    assert list(twin) == list(shapes) and all(torch.equal(twin[name], first[name]) for name in shapes)
+    ema = torch.load(pth, weights_only=True)["model"]
+    assert list(ema) == list(shapes) and all(torch.equal(ema[name], first[name]) for name in shapes)
 
     made = [path.stat().st_ino for path in (pth, safetensors)]
     assert make_files(tmp_path, "module:vit/x", shapes) == [pth, safetensors]

@@ -103,9 +103,9 @@ def test_the_clamped_crop_is_one_draw_cut_to_the_picture(width, height):
             rng, width=width, height=height, scale=(0.08, 1.0), ratio=CROP_RATIO
         )
         assert 0 <= left < right <= width and 0 <= top < bottom <= height
-        twin = sample_rng(seed, 0, 0, 0)
-        area = width * height * twin.uniform(0.08, 1.0)
-        aspect = np.exp(twin.uniform(*np.log(CROP_RATIO)))
+        ema = sample_rng(seed, 0, 0, 0)
+        area = width * height * ema.uniform(0.08, 1.0)
+        aspect = np.exp(ema.uniform(*np.log(CROP_RATIO)))
         expected = (min(round(np.sqrt(area * aspect)), width), min(round(np.sqrt(area / aspect)), height))
         assert (right - left, bottom - top) == tuple(max(1, side) for side in expected)
     # the largest width of a tall picture is its own: torchvision would have drawn again

@@ -13,7 +13,7 @@ from dmae_ds.data import unindexed_stream as stream_module
 from dmae_ds.data.loader import train_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
-from dmae_ds.data.unindexed import ForeignShards, open_train
+from dmae_ds.data.unindexed import UnindexedShards, open_train
 from tests.data.flaky_server import serve
 
 
@@ -72,7 +72,7 @@ def batches(shards, *, num_steps=5, world_size=1, rank=0, num_workers=0, start_s
 
 def test_every_sample_comes_once_a_pass_and_ranks_share_the_tars(tars):
     shards = open_train(data(tars), allow_pipe=False)
-    assert isinstance(shards, ForeignShards) and "resuming starts a new shuffle" in shards.promise
+    assert isinstance(shards, UnindexedShards) and "resuming starts a new shuffle" in shards.order_guarantee
     alone = torch.cat([batch.sample_ids for batch in batches(shards)])
     assert len(set(alone.tolist())) == 20
     seen = [

@@ -1,4 +1,4 @@
-"""What a picture under a mask looks like: visible patches untouched, painted ones where and as the decoder meant them."""
+"""What a picture under a mask looks like: visible patches untouched, reconstructed ones where and as the decoder meant them."""
 
 import pytest
 import torch
@@ -44,8 +44,8 @@ def test_a_perfect_decoder_gives_the_original_back(tmp_path, shards, val, norm_p
         "forward",
         lambda latent, ids_keep, ids_masked: normalize_patches(target) if norm_pix else target,
     )
-    masked, painted = reconstruct(objective, images, noise, normalize)
-    assert torch.equal(painted, images)
+    masked, reconstructed = reconstruct(objective, images, noise, normalize)
+    assert torch.equal(reconstructed, images)
     assert not torch.equal(masked, images)
 
 
@@ -53,15 +53,17 @@ def test_visible_patches_are_the_originals_and_masked_ones_are_not(run, val):
     config = read_saved_config(run)
     objective, _ = build_objective(config)
     images, noise = choose_pictures(val, **CHOICE)
-    masked, painted = reconstruct(objective, images, noise, Normalize(config.data.mean, config.data.std))
-    original, masked, painted = (patchify(pictures, 4) for pictures in (images, masked, painted))
+    masked, reconstructed = reconstruct(
+        objective, images, noise, Normalize(config.data.mean, config.data.std)
+    )
+    original, masked, reconstructed = (patchify(pictures, 4) for pictures in (images, masked, reconstructed))
     ids_keep, ids_masked = keep_random(noise, 4)
     for picture in range(5):
-        for found in (masked, painted):
+        for found in (masked, reconstructed):
             assert found.dtype == torch.uint8 and torch.equal(
                 found[picture, ids_keep[picture]], original[picture, ids_keep[picture]]
             )
         assert (masked[picture, ids_masked[picture]] == GREY).all()
         assert (
-            painted[picture, ids_masked[picture]] != original[picture, ids_masked[picture]]
+            reconstructed[picture, ids_masked[picture]] != original[picture, ids_masked[picture]]
         ).float().mean() > 0.9

@@ -95,7 +95,7 @@ def read_transformers(folder, given):
     assert found.mask.sum() == hidden.numel()
     return [
         {
-            "pixels_painted": found.logits[torch.arange(len(hidden))[:, None], hidden].numpy(),
+            "pixels_reconstructed": found.logits[torch.arange(len(hidden))[:, None], hidden].numpy(),
             "loss": found.loss.numpy(),
         }
     ]

@@ -32,7 +32,7 @@ def expect(run, what, file):
     source = open_source(run, what)
     inputs = source.inputs(seed=7)
     answers = {
-        ("pixels_painted" if name == "pixels" else name): tensor.numpy()
+        ("pixels_reconstructed" if name == "pixels" else name): tensor.numpy()
         for name, tensor in source.answers(inputs).items()
     }
     hidden = {} if what != "mae" else {"ids_masked": source.ids_masked(inputs.noise).numpy()}

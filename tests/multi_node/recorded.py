@@ -12,12 +12,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from dmae_ds.cli.main import main
-from dmae_ds.train.metrics import Recorder
+from dmae_ds.train.metrics import MetricLogger
 
 
 def record_samples() -> None:
     """Let every Recorder also write a line a micro-batch: the step it belongs to, and its sample ids."""
-    add, rank = Recorder.add, os.environ.get("RANK", "0")
+    add, rank = MetricLogger.add, os.environ.get("RANK", "0")
 
     def noted(self, scalars, sample_ids):
         path = self.path.parent / "seen" / f"rank{rank}.jsonl"
@@ -26,7 +26,7 @@ def record_samples() -> None:
             file.write(json.dumps({"step": self.step + 1, "ids": sample_ids.tolist()}) + "\n")
         add(self, scalars, sample_ids)
 
-    Recorder.add = noted
+    MetricLogger.add = noted
 
 
 def batches(run_dir: Path) -> dict[int, list[int]]:

@@ -13,7 +13,7 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
-from dmae_ds.train.ema import TwinKeeper
+from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.optim import build_optimizer
 from tests.objectives.reference import MEAN, STD
@@ -77,11 +77,11 @@ def prepare(objective: Objective, batch: Batch):
 
 
 class Stepper:
-    """What a run does around an objective, without DeepSpeed: schedules, twin, AdamW with the recipe's groups."""
+    """What a run does around an objective, without DeepSpeed: schedules, EMA teacher, AdamW with the recipe's groups."""
 
     def __init__(self, objective: Objective, *, num_steps: int, epochs: float, lr: float):
         self.objective, self.num_steps, self.epochs, self.lr = objective, num_steps, epochs, lr
-        self.keeper = TwinKeeper(objective, precision="fp32", device=torch.device("cpu"))
+        self.keeper = EmaTeacher(objective, precision="fp32", device=torch.device("cpu"))
         self.optimizer = build_optimizer(objective, config_for({"name": "mae"}).optim)
 
     def progress(self, step: int) -> Progress:

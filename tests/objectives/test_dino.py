@@ -75,13 +75,13 @@ def softmax(values):
     return [value / sum(exponentials) for value in exponentials]
 
 
-def reference_loss(weights, twin, batch, *, centre, temperature: float):
-    """Eq. 3, and what Eq. 4 takes the mean of: (the loss, the twin's logits of both global crops of every picture)."""
+def reference_loss(weights, ema, batch, *, centre, temperature: float):
+    """Eq. 3, and what Eq. 4 takes the mean of: (the loss, the EMA teacher's logits of both global crops of every picture)."""
     total, seen, terms = 0.0, [], 0
     for number in range(len(batch.images)):
         student = [logits_of(weights, view[number]) for view in batch.views]
         with torch.no_grad():
-            teacher = [logits_of(twin, view[number]) for view in batch.views[:2]]
+            teacher = [logits_of(ema, view[number]) for view in batch.views[:2]]
         seen += teacher
         for t, target in enumerate(teacher):
             p = softmax((target - centre) / temperature)
@@ -99,21 +99,21 @@ def sizes(num_local: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("num, num_local", [(3, 2), (1, 2), (2, 0), (2, 1)])
 def test_the_loss_and_its_gradients_are_those_of_the_formula(num, num_local):
     keys = {"local_crops": num_local} if num_local else {"local_crops": 0, "local_size": 96}
-    objective, twin, batch = (
+    objective, ema, batch = (
         build(section(**keys)),
         build(section(**keys), seed=1),
         make_batch(num, sizes=sizes(num_local)),
     )
-    twin.state = {name: tensor.double() for name, tensor in objective.twin_state().items()}
-    twin.state["centre"] += torch.linspace(-0.1, 0.1, 6)
+    ema.state = {name: tensor.double() for name, tensor in objective.ema_state().items()}
+    ema.state["centre"] += torch.linspace(-0.1, 0.1, 6)
     objective.start_step(Progress(0, 30, 0.75, 3.0))  # half of the warm-up
     masked = prepare(objective, batch)
     with torch.no_grad():
-        features = objective.twin_features(twin, masked)
+        features = objective.ema_features(ema, masked)
     parts = objective(masked, features)
     weights = weights_of(objective)
     loss, _ = reference_loss(
-        weights, weights_of(twin), batch, centre=torch.linspace(-0.1, 0.1, 6), temperature=0.055
+        weights, weights_of(ema), batch, centre=torch.linspace(-0.1, 0.1, 6), temperature=0.055
     )
     assert (
         parts["loss"].item() == pytest.approx(loss.item(), rel=1e-7)
@@ -142,10 +142,10 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
     """The last layer is held for the first two steps; the temperature warms up over the first three."""
     objective = build(section(momentum=0.6))
     stepper = Stepper(objective, num_steps=num_steps, epochs=2.0, lr=rate)
-    stepper.keeper.twin.state = {name: tensor.double() for name, tensor in stepper.keeper.twin.state.items()}
+    stepper.keeper.ema.state = {name: tensor.double() for name, tensor in stepper.keeper.ema.state.items()}
     weights = weights_of(objective)
     held = weights["head.prototypes.weight"].detach().clone()
-    twin = {name: value.detach().clone() for name, value in weights.items()}
+    ema = {name: value.detach().clone() for name, value in weights.items()}
     adam, centre = (
         reference.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05),
         torch.zeros(6, dtype=torch.float64),
@@ -158,7 +158,7 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
         temperature = 0.04 + 0.03 * min(1, 0.5 * step / 1.5)
         losses, seen = zip(
             *(
-                reference_loss(weights, twin, batch, centre=centre, temperature=temperature)
+                reference_loss(weights, ema, batch, centre=centre, temperature=temperature)
                 for batch in batches
             ),
             strict=True,
@@ -171,7 +171,7 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
             name: value.detach().requires_grad_() for name, value in adam.weights.items()
         }
         m = 1 - 0.4 * (1 + math.cos(math.pi * step / num_steps)) / 2
-        twin = {name: m * twin[name] + (1 - m) * value.detach() for name, value in weights.items()}
+        ema = {name: m * ema[name] + (1 - m) * value.detach() for name, value in weights.items()}
         centre = 0.9 * centre + 0.1 * sum(seen) / len(seen)  # Eq. 4
         assert stepper.step(step, batches) == pytest.approx(loss.item(), rel=1e-7)
         assert torch.equal(dict(objective.named_parameters())["head.prototypes.weight"].detach(), held) == (
@@ -179,9 +179,9 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
         )
     for name, parameter in objective.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name].detach(), rtol=1e-6, atol=1e-7, msg=name)
-    for name, parameter in stepper.keeper.twin.named_parameters():
-        torch.testing.assert_close(parameter.detach(), twin[name], rtol=1e-6, atol=1e-7, msg=name)
-    state = stepper.keeper.twin.state
+    for name, parameter in stepper.keeper.ema.named_parameters():
+        torch.testing.assert_close(parameter.detach(), ema[name], rtol=1e-6, atol=1e-7, msg=name)
+    state = stepper.keeper.ema.state
     move_centre(state, 0.9)  # as the next step will
     torch.testing.assert_close(state["centre"], centre, rtol=1e-7, atol=1e-9)
     assert centre.abs().max() > 0.01 and state["micro_batches"] == 0
@@ -196,8 +196,8 @@ def test_the_centre_stays_where_nothing_was_seen():
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
 def test_with_distill_both_global_crops_imitate_the_teacher_s_blocks_whole(alpha):
     objective, batch = build(section(distill={"alpha": alpha}), teacher=True), make_batch(2, sizes=sizes(2))
-    twin = build(section(distill={}), teacher=True, seed=1)
-    twin.state = {name: tensor.double() for name, tensor in objective.twin_state().items()}
+    ema = build(section(distill={}), teacher=True, seed=1)
+    ema.state = {name: tensor.double() for name, tensor in objective.ema_state().items()}
     assert objective.taps == ("block/6",) and objective.pairs == [(3, 6)]
     objective.start_step(Progress(0, 30, 3.0, 3.0))
     masked = prepare(objective, batch)
@@ -207,10 +207,10 @@ def test_with_distill_both_global_crops_imitate_the_teacher_s_blocks_whole(alpha
     )
     target = torch.randn(4, 1 + GRID**2, 12, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        features = {"block/6": target, **objective.twin_features(twin, masked)}
+        features = {"block/6": target, **objective.ema_features(ema, masked)}
     parts = objective(masked, features)
     weights = weights_of(objective)
-    loss, _ = reference_loss(weights, weights_of(twin), batch, centre=torch.zeros(6), temperature=0.07)
+    loss, _ = reference_loss(weights, weights_of(ema), batch, centre=torch.zeros(6), temperature=0.07)
     apart = []
     for row, (view, number) in enumerate((view, number) for view in (0, 1) for number in (0, 1)):
         tokens = encode(reference.part(weights, "student"), batch.views[view][number])[1][2]
@@ -238,7 +238,7 @@ def test_views_are_two_large_and_several_small_crops():
     assert {view.photometric for view in build(section(photometric=False)).views} == {"none"}
 
 
-def test_a_twin_that_says_the_same_of_all_pictures_is_seen():
+def test_a_ema_teacher_that_says_the_same_of_all_pictures_is_seen():
     objective, batch = build(section()), make_batch(4, sizes=sizes(2))
     masked = prepare(objective, batch)
     for targets, expected in (
@@ -246,7 +246,7 @@ def test_a_twin_that_says_the_same_of_all_pictures_is_seen():
         (torch.eye(6)[0].expand(2, 4, -1), 0.0),
         (torch.eye(6)[:4].expand(2, -1, -1), 0.75),
     ):
-        assert objective(masked, {"twin/targets": targets})["target/spread"].item() == pytest.approx(
+        assert objective(masked, {"ema/targets": targets})["target/spread"].item() == pytest.approx(
             expected, abs=1e-6
         )
 

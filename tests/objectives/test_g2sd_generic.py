@@ -188,14 +188,14 @@ def test_three_optimiser_steps_follow_the_formula_s_gradients(whole_mae):
     optimizer = build_optimizer(objective, config.optim)
     losses = []
     for _ in range(3):
-        twin = copy.deepcopy(objective)
-        expected = reference(twin, masked, features, target="features", tokens="all")
+        ema = copy.deepcopy(objective)
+        expected = reference(ema, masked, features, target="features", tokens="all")
         expected.backward()
         optimizer.zero_grad()
         found = objective(masked, features)["loss"]
         found.backward()
         assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-        for (name, ours), theirs in zip(objective.named_parameters(), twin.parameters(), strict=True):
+        for (name, ours), theirs in zip(objective.named_parameters(), ema.parameters(), strict=True):
             scale = float(theirs.grad.abs().max())
             torch.testing.assert_close(
                 ours.grad.double(),

@@ -148,11 +148,11 @@ def test_three_optimiser_steps_follow_the_formula_s_gradients(classifier):
     for step in range(3):
         masked = objective.prepare(pictures([0, 1, 2, 3], epoch=step), NORMALIZE)
         features = teacher.features(masked)
-        twin = copy.deepcopy(objective)
-        reference(twin, masked, features).backward()
+        ema = copy.deepcopy(objective)
+        reference(ema, masked, features).backward()
         optimizer.zero_grad()
         objective(masked, features)["loss"].backward()
-        for (name, ours), theirs in zip(objective.named_parameters(), twin.parameters(), strict=True):
+        for (name, ours), theirs in zip(objective.named_parameters(), ema.parameters(), strict=True):
             scale = float(theirs.grad.abs().max())
             torch.testing.assert_close(
                 ours.grad.double(),

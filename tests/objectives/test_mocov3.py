@@ -62,7 +62,7 @@ def config_for(**objective) -> RunConfig:
 
 
 def built(num: int, *, seed=0, **objective):
-    """(objective in float64 with weights that are no fresh initialisation, a batch of `num` pictures under two views, its twin)."""
+    """(objective in float64 with weights that are no fresh initialisation, a batch of `num` pictures under two views, its EMA teacher)."""
     model, _ = build_objective(config_for(**objective))
     model.double()
     generator = torch.Generator().manual_seed(seed)
@@ -73,10 +73,10 @@ def built(num: int, *, seed=0, **objective):
         torch.randint(256, (num, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8) for _ in range(2)
     )
     batch = Batch(images=views[0], noise=None, more_views=views[1:])
-    twin = SimpleNamespace(
+    ema = SimpleNamespace(
         student=copy_of(model.student, generator), projector=copy_of(model.projector, generator)
     )
-    return model, model.prepare(batch, lambda pixels: pixels.double() / 255), twin
+    return model, model.prepare(batch, lambda pixels: pixels.double() / 255), ema
 
 
 def copy_of(module, generator):
@@ -135,8 +135,8 @@ def reference_contrast(queries, keys):
     return 2 * TAU * total / len(queries)
 
 
-def reference_loss(model, masked, twin):
-    """The whole loss, given what student and twin make of each picture by itself."""
+def reference_loss(model, masked, ema):
+    """The whole loss, given what student and EMA teacher make of each picture by itself."""
     num = len(masked.visible) // 2
 
     def heads_of(student, projector, predictor):
@@ -153,13 +153,13 @@ def reference_loss(model, masked, twin):
 
     queries = heads_of(model.student, model.projector, model.predictor)
     with torch.no_grad():
-        keys = heads_of(twin.student, twin.projector, None)
+        keys = heads_of(ema.student, ema.projector, None)
     return reference_contrast(queries[0], keys[1]) + reference_contrast(queries[1], keys[0])
 
 
-def found_loss(model, masked, twin, features=None):
+def found_loss(model, masked, ema, features=None):
     with torch.no_grad():
-        keys = model.twin_features(twin, masked)
+        keys = model.ema_features(ema, masked)
     return model(masked, {**keys, **(features or {})})
 
 
@@ -168,8 +168,8 @@ def found_loss(model, masked, twin, features=None):
 
 @pytest.mark.parametrize("num", [1, 2, 5])
 def test_the_loss_and_its_gradients_are_the_formula_s(num):
-    model, masked, twin = built(num)
-    loss, expected = found_loss(model, masked, twin)["loss"], reference_loss(model, masked, twin)
+    model, masked, ema = built(num)
+    loss, expected = found_loss(model, masked, ema)["loss"], reference_loss(model, masked, ema)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
     assert (num > 1) == (expected.item() > 0.01)  # a picture alone is found without looking
     parameters = dict(model.named_parameters())
@@ -203,15 +203,15 @@ def second_of_two_ranks(monkeypatch):
 
 
 def test_keys_of_other_ranks_are_negatives(second_of_two_ranks):
-    model, masked, twin = built(4)
-    features = model.twin_features(twin, masked)
+    model, masked, ema = built(4)
+    features = model.ema_features(ema, masked)
     with torch.no_grad():
         found = model(masked, features)["loss"].item()
         latent = model.student(masked.visible, masked.ids_keep)[0][:, 0]
         queries = torch.nn.functional.normalize(
             model.predictor(model.projector(latent.unflatten(0, (2, 4)))), dim=-1
         )
-    first, second = features["twin/keys"]
+    first, second = features["ema/keys"]
     expected = 0.0
     for view, keys in ((queries[0], second), (queries[1], first)):
         for n, query in enumerate(view):
@@ -236,33 +236,33 @@ def test_batch_norm_takes_the_statistics_of_all_ranks(monkeypatch):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_three_steps_are_those_of_the_formula_s_gradients(frozen):
-    model, masked, twin = built(3, freeze_patch_projection=frozen)
+    model, masked, ema = built(3, freeze_patch_projection=frozen)
     other, _, _ = built(3, freeze_patch_projection=frozen)
-    other_twin = SimpleNamespace(
-        student=copy_of(twin.student, torch.Generator()), projector=copy_of(twin.projector, torch.Generator())
+    other_ema = SimpleNamespace(
+        student=copy_of(ema.student, torch.Generator()), projector=copy_of(ema.projector, torch.Generator())
     )
-    for mine, theirs in ((twin.student, other_twin.student), (twin.projector, other_twin.projector)):
+    for mine, theirs in ((ema.student, other_ema.student), (ema.projector, other_ema.projector)):
         theirs.load_state_dict(mine.state_dict())
     assert frozen != any("patch_embed" in name for name, _ in model.named_parameters())
     optimizers = [build_optimizer(network, config_for().optim) for network in (model, other)]
     for step in range(3):
-        for network, network_twin, optimizer, loss_of in (
-            (model, twin, optimizers[0], lambda *a: found_loss(*a)["loss"]),
-            (other, other_twin, optimizers[1], reference_loss),
+        for network, network_ema, optimizer, loss_of in (
+            (model, ema, optimizers[0], lambda *a: found_loss(*a)["loss"]),
+            (other, other_ema, optimizers[1], reference_loss),
         ):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2
             optimizer.zero_grad()
-            loss_of(network, masked, network_twin).backward()
+            loss_of(network, masked, network_ema).backward()
             optimizer.step()
             m = 1 - 0.01 * 0.5 * (1 + math.cos(math.pi * step / 3))
-            assert network.twin.momentum(
+            assert network.ema.momentum(
                 Progress(step=step, num_steps=3, epoch=0.0, epochs=1.0)
             ) == pytest.approx(m, rel=1e-12)
             with torch.no_grad():
-                for part in network.twin.parts:
+                for part in network.ema.parts:
                     for mine, theirs in zip(
-                        getattr(network_twin, part).parameters(),
+                        getattr(network_ema, part).parameters(),
                         getattr(network, part).parameters(),
                         strict=True,
                     ):
@@ -282,14 +282,14 @@ def test_three_steps_are_those_of_the_formula_s_gradients(frozen):
 
 
 def test_with_distillation_the_term_is_added_for_both_views_whole():
-    model, masked, twin = built(3, distill={"alpha": 0.5})
+    model, masked, ema = built(3, distill={"alpha": 0.5})
     assert (
         model.taps == ("block/3",)
         and masked.visible.shape[1] == model.student.num_patches
         and masked.masked.shape[1] == 0
     )
     target = torch.randn(6, 17, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    parts = found_loss(model, masked, twin, {"block/3": target})
+    parts = found_loss(model, masked, ema, {"block/3": target})
     projected = model.heads[0](model.student(masked.visible, masked.ids_keep, taps=[1])[1][1])
     align = (
         sum(abs(a - b) for a, b in zip(projected.flatten().tolist(), target.flatten().tolist()))
@@ -297,7 +297,7 @@ def test_with_distillation_the_term_is_added_for_both_views_whole():
     )
     assert parts["align/1-3"].item() == pytest.approx(align, rel=1e-5)
     assert parts["loss"].item() == pytest.approx(
-        reference_loss(model, masked, twin).item() + 0.5 * align, rel=1e-5
+        reference_loss(model, masked, ema).item() + 0.5 * align, rel=1e-5
     )
     parts["loss"].backward()
     assert 0 < model.gradient_shares()["share/1"].item() < 1
@@ -330,13 +330,13 @@ def test_the_projection_is_frozen_but_saved():
 
 
 def test_a_collapsed_momentum_encoder_is_seen_in_its_tokens_and_not_in_its_keys():
-    model, masked, twin = built(4)
-    assert 0.01 < found_loss(model, masked, twin)["target/spread"].item() <= 0.75
-    twin.student.norm.weight.data *= (
+    model, masked, ema = built(4)
+    assert 0.01 < found_loss(model, masked, ema)["target/spread"].item() <= 0.75
+    ema.student.norm.weight.data *= (
         1e-6  # what is left of the tokens is the norm's shift, alike for all pictures
     )
-    features = model.twin_features(twin, masked)
-    keys = features["twin/keys"][0]
+    features = model.ema_features(ema, masked)
+    keys = features["ema/keys"][0]
     assert (
         abs(model(masked, features)["target/spread"].item()) < 1e-6
         and keys.mean(0).norm() < 0.5 * keys.norm(dim=1).mean()

@@ -1,4 +1,4 @@
-"""The page of a run without a pixel decoder and with an EMA twin: what it lacks is said, and a target that has collapsed is an alarm."""
+"""The page of a run without a pixel decoder and with an EMA teacher: what it lacks is said, and a target that has collapsed is an alarm."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def page(tmp_path, shards) -> str:
 
 
 def test_the_page_shows_what_there_is_and_says_what_there_is_not(page):
-    assert "mocov3 predicts no pixels." in page and "what it painted" not in page
+    assert "mocov3 predicts no pixels." in page and "what it reconstructed" not in page
     assert "Where CLS looks" in page and "contrast (training)" in page and "student, last" in page
     assert "spread of the targets" in page and page.count("only 0.00% differs from picture to picture") == 1
     assert "target/spread (training)" not in page  # a sign of health, no loss

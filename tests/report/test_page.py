@@ -128,13 +128,13 @@ def decode(url):
 
 def test_pictures_are_there_and_the_same_for_both_runs(reported):
     first, second = (dict(board) for board in boards(reported[0], "What they see"))
-    assert list(first) == ["original", "what it saw", "what it painted"]
+    assert list(first) == ["original", "what it saw", "what it reconstructed"]
     assert all(len(row) == 6 and row[0].shape == (16, 16, 3) for row in first.values())
     for row in ("original", "what it saw"):
         assert all((one == other).all() for one, other in zip(first[row], second[row], strict=True))
     assert all(
         (one != other).any()
-        for one, other in zip(first["what it painted"], second["what it painted"], strict=True)
+        for one, other in zip(first["what it reconstructed"], second["what it reconstructed"], strict=True)
     )
     assert (first["original"][0] != first["what it saw"][0]).any() and (
         first["original"][0] != first["original"][1]
@@ -143,13 +143,14 @@ def test_pictures_are_there_and_the_same_for_both_runs(reported):
 
 def test_masks_of_rising_ratios_are_nested(reported):
     board = boards(reported[0], "From half a picture to next to nothing")[0]
-    assert [label for label, _ in board] == ["seen", "painted"] * 2
-    for (_, seen), (_, painted) in zip(board[::2], board[1::2], strict=True):
+    assert [label for label, _ in board] == ["seen", "reconstructed"] * 2
+    for (_, seen), (_, reconstructed) in zip(board[::2], board[1::2], strict=True):
         masked = [(picture == 128).all(axis=2) for picture in seen]
         assert [mask.mean() for mask in masked] == [0, 0.5, 0.75, 0.875, 0.9375]  # of 16 patches
         assert all((more >= less).all() for less, more in zip(masked, masked[1:]))
         assert all(
-            (picture == painted[0])[~mask].all() for picture, mask in zip(painted, masked, strict=True)
+            (picture == reconstructed[0])[~mask].all()
+            for picture, mask in zip(reconstructed, masked, strict=True)
         )
 
 

@@ -12,9 +12,9 @@ from dmae_ds.cli.main import main
 from dmae_ds.config.load import dump_config, load_config
 from dmae_ds.errors import UserError
 from dmae_ds.report.published import NUM_IMAGENET, matching_result, read_published, wanted
-from dmae_ds.report.results_page import PAPERS, render_published, write_ledger
+from dmae_ds.report.results_page import PAPERS, render_published, write_results_page
 from dmae_ds.report.runs import find_runs, read_run
-from dmae_ds.report.study import Arm, Column, columns_of, draw, group, identity, name_arms
+from dmae_ds.report.study import Column, Setting, columns_of, draw, group, identity, name_settings
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -243,7 +243,7 @@ def test_seeds_hardware_and_cost_stand_in_the_row(tmp_path):
             results=[("finetune", "all", top1, FINETUNE), ("knn", "all", 60.0, KNN)],
             images_per_s=4096 / 1800,
         )
-    out = write_ledger([tmp_path], tmp_path / "RESULTS.md")
+    out = write_results_page([tmp_path], tmp_path / "RESULTS.md")
     page = out.read_text()
     # 8 ranks x (half an hour for the one logged step + an hour of fine-tuning)
     assert "| 84.0 | 84.00 ± 0.20 | 0, 1, 2 | 8 x NVIDIA H100 | 12.0 h |" in page
@@ -299,12 +299,12 @@ def make_study(folder):
 
 
 def test_arms_are_runs_that_differ_in_their_seed_alone(tmp_path):
-    arms = group(find_runs([make_study(tmp_path / "study")]))
-    assert [arm.name for arm in arms] == ["dmae", "dmae, mask_ratio 0.9", "mae", "teacher: mae"]
-    assert all(arm.seeds == [0, 1] for arm in arms)
-    headings = columns_of(arms)
+    settings = group(find_runs([make_study(tmp_path / "study")]))
+    assert [setting.name for setting in settings] == ["dmae", "dmae, mask_ratio 0.9", "mae", "teacher: mae"]
+    assert all(setting.seeds == [0, 1] for setting in settings)
+    headings = columns_of(settings)
     assert list(headings.values()) == ["k-NN, k 10", "k-NN, k 20", "k-NN, 10% labels"]
-    by_heading = {heading: arms[0].values.get(column) for column, heading in headings.items()}
+    by_heading = {heading: settings[0].values.get(column) for column, heading in headings.items()}
     assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
 
 
@@ -333,16 +333,16 @@ def test_runs_that_begin_with_other_runs_are_arms_too(tmp_path):
                 results=[result],
                 num_images=1400,
             )
-    arms = group(find_runs([tmp_path]))
-    assert {arm.name: arm.seeds for arm in arms} == {
+    settings = group(find_runs([tmp_path]))
+    assert {setting.name: setting.seeds for setting in settings} == {
         "g2sd_generic": [0, 1],
         "g2sd_specific": [0, 1],
         "g2sd_specific, student.weights g2sd_generic": [0, 1],
         "teacher: mae": [0, 1],
     }
     assert (
-        identity(arms[0].runs[0].config)["teacher.weights"]
-        != identity(arms[1].runs[0].config)["teacher.weights"]
+        identity(settings[0].runs[0].config)["teacher.weights"]
+        != identity(settings[1].runs[0].config)["teacher.weights"]
     )  # an MAE, and what it was fine-tuned to
 
 
@@ -367,7 +367,7 @@ def test_a_section_that_other_arms_lack_is_named_once():
         "c": one | {"objective.distill.alpha": 2.0},
         "d": one | {"optim.epochs": 8},
     }
-    names = name_arms(flats, {"dino": {"objective.name": "dino"}})
+    names = name_settings(flats, {"dino": {"objective.name": "dino"}})
     assert names == {
         "a": "dino",
         "b": "dino, with distill, with teacher",
@@ -389,7 +389,7 @@ def test_the_effective_rank_of_an_arm_is_the_mean_and_the_lowest(tmp_path):
             (run / "metrics.jsonl").read_text().replace('"pixel"', f'"rank/mean": {value}, "pixel"')
         )
     make_run(tmp_path / "other", "digits_dmae", results=[("knn", "all", 80.0, KNN)], num_images=1400)
-    page = write_ledger([tmp_path], tmp_path / "RESULTS.md").read_text()
+    page = write_results_page([tmp_path], tmp_path / "RESULTS.md").read_text()
     assert re.search(r"\| mae \| 70.0 ± 0.0 \| 0, 1 \| [^|]* \| 5.2 \(4.5\) \|", page) and re.search(
         r"\| dmae \| [^\n]* \| not watched \|", page
     )
@@ -398,7 +398,7 @@ def test_the_effective_rank_of_an_arm_is_the_mean_and_the_lowest(tmp_path):
 
 def test_the_study_s_table_and_plot(tmp_path):
     study = make_study(tmp_path / "study")
-    page = write_ledger([study], tmp_path / "RESULTS.md").read_text()
+    page = write_results_page([study], tmp_path / "RESULTS.md").read_text()
     assert "| dmae | not run | 81.0 ± 1.4 | 59.0 ± 0.0 | 0, 1 |" in page
     assert (
         "| dmae, mask_ratio 0.9 | 78.0 (1 of 2) | 78.0 (1 of 2) | 57.0 (1 of 2) | 0, 1 |" in page
@@ -407,7 +407,7 @@ def test_the_study_s_table_and_plot(tmp_path):
     assert "8 runs on 1,400 images" in page and "(.github/results.png)" in page and "0 of 124 rows" in page
     picture = (tmp_path / ".github" / "results.png").read_bytes()
     assert picture[:4] == b"\x89PNG"
-    again = write_ledger(
+    again = write_results_page(
         [study / "seed1", study / "seed0", study / "seed0" / "mae"], tmp_path / "RESULTS.md"
     )  # other words, the same runs
     assert again.read_text() == page and (tmp_path / ".github" / "results.png").read_bytes() == picture
@@ -418,12 +418,12 @@ def test_the_plot_s_headings_have_room_and_its_rows_have_numbers():
         Column("knn", "all", str(number)): f"fine-tuned with many labels, recipe {number}"
         for number in range(5)
     }
-    whole = Arm(
+    whole = Setting(
         "g2sd_specific, student.weights g2sd_generic, optim.epochs 15.0",
         [],
         {column: [80.0, 81.0] for column in columns},
     )
-    half = Arm("mae", [], {column: [70.0] for column in list(columns)[:3]})
+    half = Setting("mae", [], {column: [70.0] for column in list(columns)[:3]})
     figure = draw([whole, half], columns)
     figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.get_visible()]
@@ -452,15 +452,15 @@ def test_a_run_under_way_is_left_out_and_counted(tmp_path):
     nested.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):
         (nested / name).write_text("pool: mean\n")
-    page = write_ledger([tmp_path / "study"], tmp_path / "RESULTS.md").read_text()
+    page = write_results_page([tmp_path / "study"], tmp_path / "RESULTS.md").read_text()
     assert "Left out: 1 run that has not come to the end." in page and "| mae | 70.0 | 0 |" in page
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="holds no run; name run folders"):
-        write_ledger([tmp_path], tmp_path / "RESULTS.md")
+        write_results_page([tmp_path], tmp_path / "RESULTS.md")
     with pytest.raises(UserError, match="there is no folder"):
-        write_ledger([], tmp_path / "nowhere" / "RESULTS.md")
+        write_results_page([], tmp_path / "nowhere" / "RESULTS.md")
     monkeypatch.chdir(tmp_path)
     assert main(["report"]) == 2 and "only --ledger goes without one" in capsys.readouterr().err
     assert main(["report", "--ledger"]) == 0 and (tmp_path / "RESULTS.md").read_text().count("not run") > 100

@@ -30,8 +30,8 @@ def test_pictures_are_painted_by_the_runs_own_weights(tmp_path, shards):
         {**weights, "decoder.pred.bias": weights["decoder.pred.bias"] + 100}, run / "decoder.safetensors"
     )
     board = dict(look_at(run).boards["pictures"].rows)
-    original, painted = board["original"][0], board["what it painted"][0]
-    visible, white = (painted == original).all(axis=2), (painted == 255).all(axis=2)
+    original, reconstructed = board["original"][0], board["what it reconstructed"][0]
+    visible, white = (reconstructed == original).all(axis=2), (reconstructed == 255).all(axis=2)
     assert white.mean() == 0.75 and (visible | white).all()
 
 

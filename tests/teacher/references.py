@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
-from dmae_ds.models.masking import MaskedBatch, gather_patches
+from dmae_ds.models.masking import PatchBatch, gather_patches
 from dmae_ds.models.patches import patchify
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
 from dmae_ds.weights.fit import check_fit
@@ -510,7 +510,7 @@ def fit(reference: Reference, path: Path, format: str | None = None) -> None:
 def features(teacher: FrozenTeacher, ids: Tensor | None) -> Tensor:
     ids = torch.arange(16).expand(2, -1) if ids is None else ids
     visible = gather_patches(patchify(PICTURES, 8), ids)
-    return teacher.features(MaskedBatch(visible=visible, masked=None, ids_keep=ids, ids_masked=None))[
+    return teacher.features(PatchBatch(visible=visible, masked=None, ids_keep=ids, ids_masked=None))[
         "block/2"
     ]
 

@@ -17,7 +17,7 @@ import torch
 
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World, world_from_env
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
@@ -34,7 +34,7 @@ def batches(rank: int, sizes: list[int]):
         visible, masked = (torch.randn(size, count, 8, 8, 3, generator=generator) for count in (4, 12))
         yield (
             index,
-            MaskedBatch(visible=visible, masked=masked, ids_keep=order[:, :4], ids_masked=order[:, 4:]),
+            PatchBatch(visible=visible, masked=masked, ids_keep=order[:, :4], ids_masked=order[:, 4:]),
         )
 
 
@@ -182,7 +182,7 @@ def stress(path: Path, count: int, world: World, device: torch.device) -> None:
         print(f"SCHEDULES {done}", flush=True)
 
 
-def between(chance: float, world: World, replicated: FrozenTeacher, batch: MaskedBatch) -> None:
+def between(chance: float, world: World, replicated: FrozenTeacher, batch: PatchBatch) -> None:
     """What else a training run does between two batches, on every rank."""
     if chance < 0.3:  # the student's gradients
         assert collectives.mean_over_ranks(torch.ones(1000)).sum() == 1000

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from dmae_ds.config.run import TeacherConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.decoder import Decoder, TokenDecoder
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_student
 from dmae_ds.teacher.build import build_frozen_teacher
 
@@ -62,8 +62,8 @@ def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
     reference.save_pretrained(tmp_path)
     teacher = build(tmp_path, taps=("decoder/2", "decoder/1", "block/2"))
     assert len(teacher.top.decoder_blocks) == 2 and teacher.vit.depth == 2
-    painter = build(tmp_path, taps=("prediction", "decoder/3"))
-    assert len(painter.top.decoder_blocks) == 3
+    reconstructor = build(tmp_path, taps=("prediction", "decoder/3"))
+    assert len(reconstructor.top.decoder_blocks) == 3
     images, noise = (
         torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
         torch.rand(2, 16, generator=torch.Generator().manual_seed(2)),
@@ -91,20 +91,26 @@ def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
     patches = images.reshape(2, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 8, 8, 3)
     take = lambda ids: patches[torch.arange(2)[:, None], ids]
     found = teacher.features(
-        MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked)
+        PatchBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked)
     )
     places = torch.cat([torch.zeros(2, 1, dtype=torch.long), 1 + order], dim=1)
     for tap, expected in (("decoder/1", blocks[0]), ("decoder/2", blocks[1])):
         expected = expected[torch.arange(2)[:, None], places]
         assert found[tap].shape == (2, 17, 24)
         torch.testing.assert_close(found[tap], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    painted = painter.features(
-        MaskedBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked)
+    reconstructed = reconstructor.features(
+        PatchBatch(visible=take(keep), masked=take(masked), ids_keep=keep, ids_masked=masked)
     )
-    assert list(painted) == ["prediction", "decoder/3"] and painted["prediction"].shape == (2, 12, 8, 8, 3)
+    assert list(reconstructed) == ["prediction", "decoder/3"] and reconstructed["prediction"].shape == (
+        2,
+        12,
+        8,
+        8,
+        3,
+    )
     expected = predicted[torch.arange(2)[:, None], masked]  # [N, L - K, P * P * 3]
     torch.testing.assert_close(
-        painted["prediction"].flatten(2), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        reconstructed["prediction"].flatten(2), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
     )
 
 
@@ -150,7 +156,7 @@ def test_a_run_folder_of_ours_has_its_decoder_beside_the_student(tmp_path):
     save_file(whole, tmp_path / "decoder.safetensors", metadata=about)
     order = torch.rand(2, 16, generator=generator).argsort(dim=1)
     pixels = torch.randn(2, 16, 8, 8, 3, generator=generator)
-    batch = MaskedBatch(
+    batch = PatchBatch(
         visible=pixels[:, :4], masked=pixels[:, 4:], ids_keep=order[:, :4], ids_masked=order[:, 4:]
     )
     for weights in (tmp_path, tmp_path / "student.safetensors"):

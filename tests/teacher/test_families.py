@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmae_ds.config.objectives import DecoderConfig, DmaeConfig
 from dmae_ds.errors import UserError
-from dmae_ds.models.masking import MaskedBatch, gather_patches
+from dmae_ds.models.masking import PatchBatch, gather_patches
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import build_student, build_timm_vit
 from dmae_ds.objectives.align import distance
@@ -66,12 +66,12 @@ def family(request, tmp_path_factory) -> SimpleNamespace:
     )
 
 
-def batch(ids: Tensor = IDS) -> MaskedBatch:
+def batch(ids: Tensor = IDS) -> PatchBatch:
     patches, others = (
         patchify(PICTURES, 8),
         torch.stack([torch.tensor([i for i in range(16) if i not in keep.tolist()]) for keep in ids]),
     )
-    return MaskedBatch(
+    return PatchBatch(
         visible=gather_patches(patches, ids),
         masked=gather_patches(patches, others),
         ids_keep=ids,
@@ -115,7 +115,7 @@ def test_a_patch_keeps_its_own_place(family):
     """The same pixels at other places give other features."""
     teacher, here = load(family.reference, family.path), batch()
     moved = teacher.features(
-        MaskedBatch(visible=here.visible, masked=None, ids_keep=(IDS * 7 + 3) % 16, ids_masked=None)
+        PatchBatch(visible=here.visible, masked=None, ids_keep=(IDS * 7 + 3) % 16, ids_masked=None)
     )["block/2"]
     there = teacher.features(here)["block/2"]
     assert (moved - there)[:, -4:].abs().amax(dim=(0, 2)).min() > 1e-2 * there.abs().max()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dmae_ds.config.load import load_config
 from dmae_ds.errors import UserError
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.objectives.dmae import resolve_pairs
 from dmae_ds.teacher.frozen import meta_teacher
@@ -57,7 +57,7 @@ def save(tmp_path, tensors, container="safetensors"):
 def batch():
     generator = torch.Generator().manual_seed(1)
     ids = torch.tensor([[3, 0, 9], [15, 2, 4]])
-    return MaskedBatch(
+    return PatchBatch(
         visible=torch.randn(2, 3, 8, 8, 3, generator=generator), masked=None, ids_keep=ids, ids_masked=None
     )
 

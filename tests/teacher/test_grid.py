@@ -83,9 +83,9 @@ def test_painting_one_patch_changes_exactly_that_token_on_both_sides(
     for which in (0, 7, ids_keep.shape[1] - 1):
         place = int(ids_keep[1, which])
         row, column = divmod(place, grid)
-        painted = images.clone()
-        painted[1, :, row * 16 : (row + 1) * 16, column * 16 : (column + 1) * 16] ^= 255
-        after, _ = tokens(painted)
+        reconstructed = images.clone()
+        reconstructed[1, :, row * 16 : (row + 1) * 16, column * 16 : (column + 1) * 16] ^= 255
+        after, _ = tokens(reconstructed)
         for side_before, side_after in zip(before, after, strict=True):
             changed = (side_before != side_after).any(dim=-1).nonzero().tolist()
             assert changed == [[1, 1 + which]]
@@ -98,9 +98,9 @@ def test_a_masked_neighbour_never_reaches_the_teacher(weights):
     noise = torch.arange(196.0)[None]  # the first quarter of the patches stays visible
     batch = objective.prepare(Batch(images, noise), Normalize(MEAN, STD))
     images[:, :, 4 * 16 :] = 255  # all of it masked
-    painted = objective.prepare(Batch(images, noise), Normalize(MEAN, STD))
-    assert not torch.equal(batch.masked, painted.masked)
-    assert torch.equal(teacher.features(batch)["block/2"], teacher.features(painted)["block/2"])
+    reconstructed = objective.prepare(Batch(images, noise), Normalize(MEAN, STD))
+    assert not torch.equal(batch.masked, reconstructed.masked)
+    assert torch.equal(teacher.features(batch)["block/2"], teacher.features(reconstructed)["block/2"])
 
 
 def test_sin_cos_positions_are_computed_anew_and_exactly(weights):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dmae_ds.cli.main import main
 from dmae_ds.config.run import TeacherConfig
 from dmae_ds.errors import UserError
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_student
 from dmae_ds.teacher.build import build_frozen_teacher
 from dmae_ds.teacher.frozen import fill, meta_teacher
@@ -59,7 +59,7 @@ def file(tmp_path_factory):
 def batch():
     generator = torch.Generator().manual_seed(1)
     ids = torch.tensor([[3, 0, 9], [15, 2, 4]])
-    return MaskedBatch(
+    return PatchBatch(
         visible=torch.randn(2, 3, 8, 8, 3, generator=generator), masked=None, ids_keep=ids, ids_masked=None
     )
 

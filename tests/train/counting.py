@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 from dmae_ds.cli.main import main
-from dmae_ds.train.metrics import Recorder
+from dmae_ds.train.metrics import MetricLogger
 
-end_step, lives = Recorder.end_step, f"{time.time_ns()}-{os.getpid()}"
+end_step, lives = MetricLogger.end_step, f"{time.time_ns()}-{os.getpid()}"
 
 
-def end_step_and_note(self: Recorder, step: int, lr: float) -> None:
+def end_step_and_note(self: MetricLogger, step: int, lr: float) -> None:
     ids = [number for of_micro_batch in self._ids for number in of_micro_batch.tolist()]
     with open(Path(os.environ["LEDGER"]) / f"{lives}.jsonl", "a", encoding="utf-8") as file:
         file.write(
@@ -35,5 +35,5 @@ def end_step_and_note(self: Recorder, step: int, lr: float) -> None:
     end_step(self, step, lr)
 
 
-Recorder.end_step = end_step_and_note
+MetricLogger.end_step = end_step_and_note
 sys.exit(main())

@@ -1,19 +1,20 @@
 """Seconds are booked where they were spent, once, on a clock that is turned by hand."""
 
-from dmae_ds.train import clock
-from dmae_ds.train.clock import Clock
+from dmae_ds.train.timer import StepTimer
+
+from dmae_ds.train import timer
 
 
 def test_waiting_is_booked_once_and_the_parts_are_the_whole(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
 
     def take(seconds, items):
         for item in items:
             now[0] += seconds
             yield item
 
-    found = Clock()
+    found = StepTimer()
     stream = found.waiting("teacher", take(10, found.waiting("data", take(1, range(3)))))
     laps = []
     for _ in stream:

@@ -1,4 +1,4 @@
-"""The EMA twin follows the engine's weights by its formula, when it is told to, and comes back from a checkpoint as it was."""
+"""The EMA teacher follows the engine's weights by its formula, when it is told to, and comes back from a checkpoint as it was."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.base import Objective, freeze, with_zero_gradient
-from dmae_ds.objectives.needs import Progress, Twin
-from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
-from dmae_ds.train.ema import FILE, TwinKeeper
+from dmae_ds.objectives.needs import EmaSpec, Progress
+from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
+from dmae_ds.train.ema import FILE, EmaTeacher
 from dmae_ds.train.optim import parameter_groups
 
 CPU = torch.device("cpu")
 
 
 class Two(Objective):
-    """A student and two layers, of which the twin copies one."""
+    """A student and two layers, of which the EMA teacher copies one."""
 
     def __init__(self, *, every: str = "step"):
         shape = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -28,11 +28,11 @@ class Two(Objective):
             build_student("vit_tiny_patch16_224", shape, generator=torch.Generator().manual_seed(0))
         )
         self.head, self.header = nn.Linear(16, 3), nn.Linear(3, 3)  # one name begins with the other
-        self.twin = Twin(
+        self.ema = EmaSpec(
             ("student", "head"), momentum=lambda progress: 0.1 * (1 + progress.step), every=every
         )
 
-    def twin_state(self):
+    def ema_state(self):
         return {"centre": torch.arange(3.0)}
 
     def layer_of(self, name):
@@ -67,13 +67,13 @@ def progress_at(step: int, epoch: float = 0.0) -> Progress:
     return Progress(step, 9, epoch, 3.0)
 
 
-def test_the_twin_is_the_moving_average_of_its_parts_alone():
+def test_the_ema_teacher_is_the_moving_average_of_its_parts_alone():
     objective = Two()
-    keeper = TwinKeeper(objective, precision="fp32", device=CPU)
-    assert {name.split(".")[0] for name, _ in keeper.twin.named_parameters()} == {"student", "head"}
-    assert not any(parameter.requires_grad for parameter in keeper.twin.parameters())
+    keeper = EmaTeacher(objective, precision="fp32", device=CPU)
+    assert {name.split(".")[0] for name, _ in keeper.ema.named_parameters()} == {"student", "head"}
+    assert not any(parameter.requires_grad for parameter in keeper.ema.parameters())
     expected = {
-        name: parameter.detach().double().clone() for name, parameter in keeper.twin.named_parameters()
+        name: parameter.detach().double().clone() for name, parameter in keeper.ema.named_parameters()
     }
     for step in range(4):
         shake(objective, step)
@@ -82,18 +82,18 @@ def test_the_twin_is_the_moving_average_of_its_parts_alone():
         expected = {
             name: m * value + (1 - m) * own[name].detach().double() for name, value in expected.items()
         }
-    for name, parameter in keeper.twin.named_parameters():
+    for name, parameter in keeper.ema.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_it_is_a_copy_that_training_does_not_reach():
     objective = Two()
-    keeper = TwinKeeper(objective, precision="fp32", device=CPU)
-    before = keeper.twin.head.weight.clone()
+    keeper = EmaTeacher(objective, precision="fp32", device=CPU)
+    before = keeper.ema.head.weight.clone()
     shake(objective, 0)
-    assert torch.equal(keeper.twin.head.weight, before)
-    keeper.twin.state["centre"].add_(1)
-    assert objective.twin_state()["centre"][0] == 0
+    assert torch.equal(keeper.ema.head.weight, before)
+    keeper.ema.state["centre"].add_(1)
+    assert objective.ema_state()["centre"][0] == 0
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_it_is_a_copy_that_training_does_not_reach():
 )
 def test_once_an_epoch_means_after_the_step_that_ends_one(epochs, updates):
     objective = Two(every="epoch")
-    keeper = TwinKeeper(objective, precision="fp32", device=CPU)
+    keeper = EmaTeacher(objective, precision="fp32", device=CPU)
     told = []
     keeper.update = lambda engine, momentum: told.append(momentum)
     for step, (now, following) in enumerate(zip(epochs, epochs[1:])):
@@ -110,55 +110,55 @@ def test_once_an_epoch_means_after_the_step_that_ends_one(epochs, updates):
     assert len(told) == updates
 
 
-def test_a_saved_twin_comes_back_bit_for_bit_with_its_state(tmp_path):
+def test_a_saved_ema_teacher_comes_back_bit_for_bit_with_its_state(tmp_path):
     objective = Two()
-    keeper, files = TwinKeeper(objective, precision="fp32", device=CPU), CheckpointFiles()
+    keeper, files = EmaTeacher(objective, precision="fp32", device=CPU), SafeCheckpointEngine()
     shake(objective, 1)
     keeper.update(engine_of(objective), 0.3)
-    keeper.twin.state["centre"].mul_(3)
+    keeper.ema.state["centre"].mul_(3)
     keeper.save(tmp_path, files)
     assert files.problem is None and files.written[tmp_path / FILE].bytes == (tmp_path / FILE).stat().st_size
-    other = TwinKeeper(Two(), precision="fp32", device=CPU)
+    other = EmaTeacher(Two(), precision="fp32", device=CPU)
     other.load(tmp_path)
     assert all(torch.equal(tensor, dict(other.tensors())[name]) for name, tensor in keeper.tensors())
-    assert other.twin.state["centre"].tolist() == [0, 3, 6]
+    assert other.ema.state["centre"].tolist() == [0, 3, 6]
 
 
 def test_a_checkpoint_without_it_or_of_another_is_refused_and_a_full_disk_is_remembered(tmp_path):
     objective = Two()
-    keeper, files = TwinKeeper(objective, precision="fp32", device=CPU), CheckpointFiles()
+    keeper, files = EmaTeacher(objective, precision="fp32", device=CPU), SafeCheckpointEngine()
     with pytest.raises(UserError, match=f"has no {FILE}"):
         keeper.load(tmp_path)
     keeper.save(tmp_path / "missing", files)
     assert "could not write" in files.problem
-    keeper.save(tmp_path, CheckpointFiles())
-    objective.twin = Twin(("student", "head", "header"), momentum=lambda progress: 0.5)
+    keeper.save(tmp_path, SafeCheckpointEngine())
+    objective.ema = EmaSpec(("student", "head", "header"), momentum=lambda progress: 0.5)
     with pytest.raises(UserError, match="header"):
-        TwinKeeper(objective, precision="fp32", device=CPU).load(tmp_path)
+        EmaTeacher(objective, precision="fp32", device=CPU).load(tmp_path)
 
 
 def test_features_are_made_without_gradients_and_in_the_recipe_s_precision():
     objective = Two()
-    objective.twin_features = lambda twin, masked: {
-        "twin/head": twin.head(masked.visible),
-        "twin/weight": twin.head.weight,
+    objective.ema_features = lambda ema, masked: {
+        "ema/head": ema.head(masked.visible),
+        "ema/weight": ema.head.weight,
     }
     for precision, dtype in (
         ("fp32", torch.float32),
         ("bf16", torch.bfloat16),
         ("bf16_autocast", torch.bfloat16),
     ):
-        found = TwinKeeper(objective, precision=precision, device=CPU).features(
+        found = EmaTeacher(objective, precision=precision, device=CPU).features(
             SimpleNamespace(visible=torch.randn(2, 16))
         )
         assert (
-            found["twin/head"].dtype == dtype
-            and found["twin/weight"].dtype == torch.float32
-            and not found["twin/head"].requires_grad
+            found["ema/head"].dtype == dtype
+            and found["ema/weight"].dtype == torch.float32
+            and not found["ema/head"].requires_grad
         )
-    objective.twin_features = lambda twin, masked: {"head": twin.head(masked.visible)}
-    with pytest.raises(AssertionError, match="begin with twin/"):
-        TwinKeeper(objective, precision="fp32", device=CPU).features(
+    objective.ema_features = lambda ema, masked: {"head": ema.head(masked.visible)}
+    with pytest.raises(AssertionError, match="begin with ema/"):
+        EmaTeacher(objective, precision="fp32", device=CPU).features(
             SimpleNamespace(visible=torch.randn(2, 16))
         )
 

@@ -154,9 +154,9 @@ def test_a_specific_run_leaves_a_classifier_that_timm_alone_measures(runs, digit
 
 
 def test_neighbours_that_are_mixed_stay_in_one_micro_batch(recipes, tmp_path):
-    assert split_batch(12, 3, 1, together=2) == (2, 6) and split_batch(12, None, 2, together=2) == (6, 1)
+    assert split_batch(12, 3, 1, group_size=2) == (2, 6) and split_batch(12, None, 2, group_size=2) == (6, 1)
     with pytest.raises(UserError, match="2 images stay together .*doesn't divide the 15 of a step"):
-        split_batch(15, None, 1, together=2)
+        split_batch(15, None, 1, group_size=2)
     world = World(rank=0, local_rank=0, size=1, local_size=1)
 
     def check(*more):

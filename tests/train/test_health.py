@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmae_ds.models.vit import build_student
-from dmae_ds.train.health import LEAST_ROWS, FeatureWatch, effective_rank
+from dmae_ds.train.health import LEAST_ROWS, CollapseMonitor, effective_rank
 
 SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
@@ -66,7 +66,7 @@ def run(student, num, seed=0, taps=(2,)):
 
 
 def test_the_watch_measures_the_micro_batches_of_a_step_together(student):
-    watch = FeatureWatch(student)
+    watch = CollapseMonitor(student)
     watch.active = True
     outputs = [run(student, 12, seed) for seed in (0, 1)]
     found = watch.measure()
@@ -86,7 +86,7 @@ def test_the_watch_measures_the_micro_batches_of_a_step_together(student):
 
 
 def test_few_pictures_have_no_rank_and_a_tapped_last_block_one_norm(student):
-    watch = FeatureWatch(student)
+    watch = CollapseMonitor(student)
     watch.active = True
     run(student, LEAST_ROWS - 1, taps=(3,))
     assert list(watch.measure()) == ["norm/3"]
@@ -95,7 +95,7 @@ def test_few_pictures_have_no_rank_and_a_tapped_last_block_one_norm(student):
 
 
 def test_a_watch_that_sleeps_or_meets_an_evaluation_sees_nothing(student):
-    watch = FeatureWatch(student)
+    watch = CollapseMonitor(student)
     run(student, 20)
     assert watch.measure() == {}
     watch.active = True
@@ -111,7 +111,7 @@ def test_watching_changes_no_bit_of_output_or_gradient(student):
         return [latent.detach(), *(parameter.grad.clone() for parameter in student.parameters())]
 
     before = step()
-    watch = FeatureWatch(student)
+    watch = CollapseMonitor(student)
     watch.active = True
     state = torch.random.get_rng_state()
     assert all(torch.equal(one, other) for one, other in zip(before, step(), strict=True))

@@ -1,6 +1,6 @@
 """Every objective under a real launcher: one process, two ranks, ZeRO-3 and a teacher in stages compute the same, a kill changes nothing, timm loads the student.
 
-`mae` and `dmae` are held by test_same_curve.py and test_resume.py; here are those with an EMA twin, several views, labels, or
+`mae` and `dmae` are held by test_same_curve.py and test_resume.py; here are those with an EMA teacher, several views, labels, or
 another part of a teacher. All of it is slow: a start of the launcher takes longer than the 20 steps of a run.
 """
 
@@ -186,18 +186,18 @@ def test_the_student_loads_into_timm_strictly(curves, name, variant):
 @pytest.mark.parametrize(
     "name", [name for name, (objective, _) in OBJECTIVES.items() if not name.startswith("g2sd")]
 )
-def test_the_twin_is_in_the_checkpoint_and_the_same_on_any_ranks(curves, name):
+def test_the_ema_teacher_is_in_the_checkpoint_and_the_same_on_any_ranks(curves, name):
     """fp32 copies that lie between the start and the student of now, and that every way of training agrees on."""
 
-    def twin(variant):
+    def ema(variant):
         return load_file(
-            curves / f"{name}-{variant}" / "checkpoints" / f"step-{STEPS:08d}" / "twin.safetensors"
+            curves / f"{name}-{variant}" / "checkpoints" / f"step-{STEPS:08d}" / "ema.safetensors"
         )
 
-    alone = twin("alone")
+    alone = ema("alone")
     student = load_file(curves / f"{name}-alone" / "student.safetensors")
     for variant in ("zero2", "zero3"):
-        found = twin(variant)
+        found = ema(variant)
         assert found.keys() == alone.keys()
         for key, tensor in found.items():
             # What has no gradient but rounding, AdamW turns into steps of +-lr: the key third of this bias, and a shift of what batch norm takes in.
@@ -226,7 +226,7 @@ def test_killed_and_resumed_is_bit_identical(recipes, tmp_path, name, ranks):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(killed) == losses(whole)
-    last = Path("checkpoints") / f"step-{STEPS:08d}" / "twin.safetensors"
+    last = Path("checkpoints") / f"step-{STEPS:08d}" / "ema.safetensors"
     for file in (Path("student.safetensors"), *([last] if (whole / last).exists() else [])):
         expected, found = load_file(whole / file), load_file(killed / file)
         assert expected.keys() == found.keys() and all(

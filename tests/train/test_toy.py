@@ -54,22 +54,22 @@ def test_everything_that_it_declares_is_wired(recipe, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {line.split()[0]: line for line in done.stderr.splitlines() if line.strip()}
     assert (
-        "EMA of student, head" in rows["twin"]
-        and "updated every step" in rows["twin"]
+        "EMA of student, head" in rows["ema"]
+        and "updated every step" in rows["ema"]
         and "1 x (24 px, 0.1 to 0.5 of the area, dino2)" in rows["views"]
     )
     lines = lines_of(tmp_path / "run")
     assert [list(line)[3:7] for line in lines] == [PARTS] * 6
-    twin = load_file(newest(tmp_path / "run") / "twin.safetensors")
+    ema = load_file(newest(tmp_path / "run") / "ema.safetensors")
     student = load_file(tmp_path / "run" / "student.safetensors")
-    assert "state/centre" in twin and float(twin["state/centre"].abs().max()) > 0
+    assert "state/centre" in ema and float(ema["state/centre"].abs().max()) > 0
     assert (
-        "patch_embed.proj.weight" in student and "student.patch_embed.proj.weight" not in twin
-    )  # frozen, so the twin's is a constant too
+        "patch_embed.proj.weight" in student and "student.patch_embed.proj.weight" not in ema
+    )  # frozen, so the EMA teacher's is a constant too
     moved = [
         name
         for name in student
-        if f"student.{name}" in twin and not torch.equal(student[name], twin[f"student.{name}"])
+        if f"student.{name}" in ema and not torch.equal(student[name], ema[f"student.{name}"])
     ]
     assert len(moved) > 40
 
@@ -78,12 +78,10 @@ def test_its_cost_is_known_from_its_needs_alone(recipe):
     config = load_config(recipe[0], recipe[1:])
     found = measure(config, 4)
     assert (
-        found.twin.flops > 0
-        and found.twin.weight_bytes > 4 * 32 * 32
-        and found.twin.feature_bytes == 4 * 8 * 4
+        found.ema.flops > 0 and found.ema.weight_bytes > 4 * 32 * 32 and found.ema.feature_bytes == 4 * 8 * 4
     )
     assert found.batch_bytes > 4 * 3 * (32**2 + 24**2) * (1 + 4)  # both views, as read and as floats
-    assert measure(config, 8).twin.flops == 2 * found.twin.flops
+    assert measure(config, 8).ema.flops == 2 * found.ema.flops
 
 
 def test_shards_without_labels_are_refused_before_training(recipe, tmp_path):
@@ -134,21 +132,21 @@ def test_one_process_two_ranks_and_zero_3_agree(recipe, tmp_path):
         recipes = [[*recipe, f"run.dir={tmp_path / name}", *extra] for name, extra in variants.items()]
         done = run([*map(str, start), json.dumps(recipes)], cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    expected, twin = losses(tmp_path / "alone"), load_file(newest(tmp_path / "alone") / "twin.safetensors")
+    expected, ema = losses(tmp_path / "alone"), load_file(newest(tmp_path / "alone") / "ema.safetensors")
     assert len(expected) == 20 and expected[-1] < 0.8 * expected[0]
     for name in ("zero0", "zero2", "zero3"):
         torch.testing.assert_close(
             torch.tensor(losses(tmp_path / name)), torch.tensor(expected), rtol=1e-5, atol=1e-5
         )
-        found = load_file(newest(tmp_path / name) / "twin.safetensors")
-        for key in twin:
+        found = load_file(newest(tmp_path / name) / "ema.safetensors")
+        for key in ema:
             if key.endswith(
                 "attn.qkv.bias"
             ):  # the keys' third has no gradient but rounding, which Adam blows up
                 continue
             torch.testing.assert_close(
                 found[key],
-                twin[key],
+                ema[key],
                 rtol=1e-3,
                 atol=1e-4,
                 msg=lambda text, key=key, name=name: f"{name}, {key}: {text}",
@@ -160,7 +158,7 @@ def test_one_process_two_ranks_and_zero_3_agree(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, more", [(1, []), (2, ["deepspeed=zero3"])], ids=["alone", "2 ranks, ZeRO-3"])
-def test_killed_and_resumed_with_its_twin_is_bit_identical(recipe, tmp_path, ranks, more):
+def test_killed_and_resumed_with_its_ema_teacher_is_bit_identical(recipe, tmp_path, ranks, more):
     more = [
         f"optim.epochs={30 * 16 / 1400}",
         "log.every_steps=1",
@@ -180,5 +178,5 @@ def test_killed_and_resumed_with_its_twin_is_bit_identical(recipe, tmp_path, ran
     for name in ("student.safetensors", "decoder.safetensors"):
         expected, found = load_file(whole / name), load_file(killed / name)
         assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)
-    expected, found = (load_file(newest(folder) / "twin.safetensors") for folder in (whole, killed))
+    expected, found = (load_file(newest(folder) / "ema.safetensors") for folder in (whole, killed))
     assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)

@@ -11,18 +11,18 @@ from torch.nn import functional
 
 from dmae_ds.config.objectives import ObjectiveSection
 from dmae_ds.distributed import collectives
-from dmae_ds.models.masking import MaskedBatch
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import initialize_as_mae
 from dmae_ds.objectives.base import Objective, all_places, freeze, with_zero_gradient
-from dmae_ds.objectives.needs import Progress, Twin, View
+from dmae_ds.objectives.needs import EmaSpec, Progress, View
 
 SMALL = 24  # px
 HELD_STEPS = 3  # in which the classifier does not move
 
 
 @dataclass
-class ToyBatch(MaskedBatch):
+class ToyBatch(PatchBatch):
     small: Tensor
     labels: Tensor
 
@@ -41,7 +41,7 @@ class Holdable(nn.Linear):
 
 
 class Toy(Objective):
-    """A frozen block, a twin with a state that all ranks share, a second small view, labels, a held layer, a frozen one."""
+    """A frozen block, an EMA teacher with a state that all ranks share, a second small view, labels, a held layer, a frozen one."""
 
     class Config(ObjectiveSection):
         needs_teacher = True
@@ -63,7 +63,7 @@ class Toy(Objective):
         for layer in (self.head, self.align, self.classes):
             initialize_as_mae(layer, generator)
         freeze(student.patch_embed)
-        self.twin = Twin(
+        self.ema = EmaSpec(
             ("student", "head"),
             momentum=lambda progress: 0.5 + 0.4 * progress.step / progress.num_steps,
             every=config.every,
@@ -87,14 +87,14 @@ class Toy(Objective):
         self.sharpness = 1 + progress.epoch
         self.lr_scales["classes."] = 0.0 if self.classes.held else 1.0
 
-    def twin_state(self) -> dict[str, Tensor]:
+    def ema_state(self) -> dict[str, Tensor]:
         return {"centre": torch.zeros(8)}
 
-    def twin_features(self, twin, masked: ToyBatch) -> dict[str, Tensor]:
-        found = twin.head(twin.student(masked.visible, masked.ids_keep)[0][:, 0]).float()
-        centred = found - twin.state["centre"]
-        twin.state["centre"].lerp_(collectives.mean_over_ranks(found.mean(dim=0)), 0.5)
-        return {"twin/centred": centred}
+    def ema_features(self, ema, masked: ToyBatch) -> dict[str, Tensor]:
+        found = ema.head(ema.student(masked.visible, masked.ids_keep)[0][:, 0]).float()
+        centred = found - ema.state["centre"]
+        ema.state["centre"].lerp_(collectives.mean_over_ranks(found.mean(dim=0)), 0.5)
+        return {"ema/centred": centred}
 
     def layer_of(self, name: str) -> int | None:
         parts = name.split(".")
@@ -107,7 +107,7 @@ class Toy(Objective):
         parts = {
             "align": functional.l1_loss(self.align(tapped[3]).float(), features["block/3"].float()),
             "views": functional.mse_loss(
-                self.sharpness * self.head(small[:, 0]).float(), features["twin/centred"]
+                self.sharpness * self.head(small[:, 0]).float(), features["ema/centred"]
             ),
             "labels": functional.cross_entropy(
                 self.classes(tokens[:, 1:].mean(dim=1)).float(), masked.labels

@@ -18,7 +18,7 @@ from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.distributed.world import world_from_env
 from dmae_ds.train import run as training
 from dmae_ds.train.checkpoint.save import Checkpoints
-from dmae_ds.train.metrics import Recorder
+from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
 
@@ -73,7 +73,7 @@ device = process_group.start(world)
 accelerator = import_deepspeed(device).accelerator.get_accelerator()
 accelerator.resolves_data_dependency = lambda: False
 accelerator.synchronize = lambda *_: note("synchronize")
-Recorder.flush, Checkpoints.save = allowing(Recorder.flush), allowing(Checkpoints.save)
+MetricLogger.flush, Checkpoints.save = allowing(MetricLogger.flush), allowing(Checkpoints.save)
 training.train = counted(training.train)
 for recipe, *overrides in json.loads(sys.argv[-1]):
     found.clear()

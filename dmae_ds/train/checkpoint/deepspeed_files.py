@@ -18,7 +18,7 @@ from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint.folder import Written
 
 
-class CheckpointFiles(CheckpointEngine):
+class SafeCheckpointEngine(CheckpointEngine):
     """Writes and reads the files of one rank.
 
     `written` and `problem` are of the save since `start`: {path: Written}, and the first thing that went wrong or None.
@@ -68,7 +68,7 @@ class CheckpointFiles(CheckpointEngine):
 class _Counted:
     """A file for torch.save: counts what passes, and swallows everything after the first refusal."""
 
-    def __init__(self, path: Path, files: CheckpointFiles):
+    def __init__(self, path: Path, files: SafeCheckpointEngine):
         self._path, self._files = path, files
         self._bytes = self._crc32 = 0
         self._file = None

@@ -21,8 +21,8 @@ from dmae_ds.train.checkpoint.folder import CheckpointFolder, Written, crc32_of,
 from dmae_ds.train.engine import Engine
 
 if TYPE_CHECKING:
-    from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
-    from dmae_ds.train.ema import TwinKeeper
+    from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
+    from dmae_ds.train.ema import EmaTeacher
 
 PLAIN = ("student", "decoder")  # RUN/*.safetensors
 
@@ -31,7 +31,7 @@ class Checkpoints:
     """Saves of one run.
 
     identity: what makes it this run (`checkpoint_folder.MUST_AGREE`), with world_size, zero_stage and linear (train/kernels.py); stored with every save
-    student_metadata: strings that go into student.safetensors; twin: saved and restored with everything else
+    student_metadata: strings that go into student.safetensors; EMA teacher: saved and restored with everything else
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Checkpoints:
         *,
         identity: dict,
         student_metadata: dict[str, str],
-        twin: TwinKeeper | None = None,
+        ema: EmaTeacher | None = None,
     ):
         self.folder, self.config = folder, config
-        self.identity, self.student_metadata, self.twin = identity, student_metadata, twin
+        self.identity, self.student_metadata, self.ema = identity, student_metadata, ema
         self._last_save_s = time.monotonic()
         self._last_step: int | None = None  # saved or loaded
 
@@ -75,8 +75,8 @@ class Checkpoints:
                 files.attempt(
                     lambda: save_plain(path, tensors, {**self.student_metadata, "step": str(step)}), path
                 )
-            if self.twin is not None:
-                self.twin.save(self.folder.path / self.folder.tag(step), files)
+            if self.ema is not None:
+                self.ema.save(self.folder.path / self.folder.tag(step), files)
         found = collectives.gather_objects((socket.gethostname(), files.problem, self._relative(files, step)))
         problems = [
             f"rank {rank} ({host}) {problem}"
@@ -127,8 +127,8 @@ class Checkpoints:
                 )
         else:
             engine.load(str(self.folder.path), checkpoint.name)
-        if self.twin is not None:
-            collectives.raise_on_all_ranks(lambda: self.twin.load(checkpoint))
+        if self.ema is not None:
+            collectives.raise_on_all_ranks(lambda: self.ema.load(checkpoint))
         self._mend_plain_files(engine, step)
         self._last_step = step
         return step
@@ -168,7 +168,7 @@ class Checkpoints:
             for name, tensors in zip(PLAIN, (student, rest), strict=True)
         }
 
-    def _relative(self, files: CheckpointFiles, step: int) -> dict:
+    def _relative(self, files: SafeCheckpointEngine, step: int) -> dict:
         folder = self.folder.path / self.folder.tag(step)
         copied = (folder / "offloaded_tensors" / f"rank{collectives.rank():02d}").rglob(
             "*"

@@ -22,7 +22,7 @@ from dmae_ds.train.run import train_recipe
 moment, recipe = sys.argv[-2], json.loads(sys.argv[-1])
 world = world_from_env()
 device = process_group.start(world)
-from dmae_ds.train.checkpoint.deepspeed_files import CheckpointFiles
+from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
 
 def die_in(
@@ -48,7 +48,7 @@ def named(end: str):
 
 
 if moment == "files":
-    die_in(CheckpointFiles, "save", at=2 if world.size > 1 else 4, after=True, of_rank=world.size - 1)
+    die_in(SafeCheckpointEngine, "save", at=2 if world.size > 1 else 4, after=True, of_rank=world.size - 1)
 elif moment == "written":
     die_in(checkpoint_folder, "write_atomically", at=2, when=named("state.json"))
 elif moment == "sealed":
