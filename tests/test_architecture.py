@@ -63,6 +63,7 @@ TORCH_FREE = [
     "dmae_ds/data/shard_set.py",
     "dmae_ds/data/shards.py",
     "dmae_ds/data/storage.py",
+    "dmae_ds/data/open.py",
     "dmae_ds/data/unindexed.py",
     "dmae_ds/distributed/world.py",
     "dmae_ds/doctor",
@@ -187,7 +188,7 @@ def test_every_config_field_is_read_somewhere():
 
 
 def test_the_tables_are_the_schemas():
-    from dmae_ds.config.objective_table import shipped_objectives
+    from dmae_ds.config.shipped import shipped_objectives
     from dmae_ds.finetune.network import GLOBAL_POOLS
     from dmae_ds.finetune.tasks import TASKS
     from dmae_ds.objectives import OBJECTIVES

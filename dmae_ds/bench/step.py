@@ -28,7 +28,7 @@ from dmae_ds.plan.choose import GIB
 from dmae_ds.plan.geometry import measure as measure_geometry
 from dmae_ds.plan.work import Work, step_work
 from dmae_ds.train.engine import logged_collectives
-from dmae_ds.train.memory import PeakMemory
+from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.speed import Speed, gemm_rate
 
 PARTS = ("data", "prepare", "teacher", "ema", "forward", "backward", "optimizer", "update")

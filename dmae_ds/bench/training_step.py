@@ -12,7 +12,7 @@ from dmae_ds.bench.stream import random_batch, random_teacher, random_top, resiz
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.data.unindexed import open_train
+from dmae_ds.data.open import open_train
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
@@ -23,9 +23,8 @@ from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
 from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine, check_precision
-from dmae_ds.train.inputs import training_batches
+from dmae_ds.train.inputs import copied, training_batches
 from dmae_ds.train.kernels import choose_kernels
-from dmae_ds.train.loop import copied
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.preflight import split_batch
 from dmae_ds.train.speed import wait_for

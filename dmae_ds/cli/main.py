@@ -61,7 +61,7 @@ def _train(args: argparse.Namespace) -> None:
     from dmae_ds.train.preflight import prepare
 
     if args.recipe is None:
-        from dmae_ds.config.objective_table import objective_table
+        from dmae_ds.config.shipped import objective_table
 
         print(objective_table())
         raise UserError("no recipe to train: name one")

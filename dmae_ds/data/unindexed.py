@@ -9,14 +9,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import MANIFEST, ShardError
 from dmae_ds.data.storage import LISTED, Access, LocalFolder, RemoteFolder, is_url, open_folder
-
-if TYPE_CHECKING:
-    from dmae_ds.config.run import DataConfig
 
 ORDER_GUARANTEE = (
     "streamed without an index: batches are as many on every rank, but a sample may come twice in an epoch or not at all, "
@@ -38,38 +33,20 @@ class UnindexedShards:
     order_guarantee: str = ORDER_GUARANTEE
 
 
-def open_train(data: "DataConfig", *, allow_pipe: bool) -> ShardSet | UnindexedShards:
-    """What data.train names: a shard folder, or foreign tars if data.num_samples is set. Raises ShardError, one line."""
-    location, label, access = data.train, "data.train", Access.of(data)
-    if location.startswith("pipe:") and not allow_pipe:
-        raise ShardError(
-            f"{label} '{location}' runs a command of the shell; start with --allow-pipe if it is yours"
-        )
-    is_tars = location.startswith("pipe:") or location.endswith(".tar") or "{" in location
-    if data.num_samples is None:
-        if is_tars:
-            raise ShardError(
-                f"{label} '{location}' names tars; give a folder with {MANIFEST} (`dmae-shards index` writes one for tars of "
-                f"any origin), or data.num_samples, an epoch's length, to stream them without an exact order"
-            )
-        shard_set = ShardSet.open(location, label=label, access=access)
-        if data.cache_dir is not None and not shard_set.tars.is_remote and not is_url(data.val or ""):
-            raise ShardError(
-                f"data.cache_dir '{data.cache_dir}' is of no use to '{location}', which is no URL; remove it"
-            )
-        return shard_set
+def find_unindexed(
+    location: str, *, is_tars: bool, num_samples: int, shuffle_buffer: int, label: str, access: Access
+) -> UnindexedShards:
+    """The tars that a folder, a brace pattern or a `pipe:` URL names.
+
+    is_tars: `location` names tars rather than a folder; num_samples: length of an epoch
+    Raises ShardError, one line that begins with `label`.
+    """
     tars = _find_tars(location, is_tars=is_tars, label=label, access=access)
-    if data.block > 1:
-        raise ShardError(
-            f"data.block {data.block} is of no use to tars without an index; remove it, or run `dmae-shards index`"
-        )
     content = json.dumps(
-        [[name if folder is None else folder.path(name), size] for folder, name, size in tars]
-        + [data.num_samples]
+        [[name if folder is None else folder.path(name), size] for folder, name, size in tars] + [num_samples]
     )
-    return UnindexedShards(
-        tars, data.num_samples, data.shuffle_buffer, hashlib.sha256(content.encode()).hexdigest()
-    )
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    return UnindexedShards(tars, num_samples, shuffle_buffer, fingerprint)
 
 
 def _find_tars(

@@ -44,9 +44,9 @@ def recipe(request: dict) -> dict:
 
 def shards(config: RunConfig, *, allow_pipe: bool) -> dict:
     """Opened as training opens them: manifest, index and size of every tar; no tar is read."""
+    from dmae_ds.data.open import open_train
     from dmae_ds.data.shard_set import ShardSet
     from dmae_ds.data.storage import Access
-    from dmae_ds.data.unindexed import open_train
 
     found = {"data.train": open_train(config.data, allow_pipe=allow_pipe)}
     if config.data.val is not None:

@@ -23,10 +23,10 @@ from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.teacher.frozen import own_network
-from dmae_ds.teacher.grid import fit_positions
 from dmae_ds.weights.containers import Container
 from dmae_ds.weights.fit import Dropped, check_fit, fits
 from dmae_ds.weights.formats import Weights, choose_format, open_weights
+from dmae_ds.weights.positions import fit_positions
 
 T = TypeVar("T")
 GLOBAL_POOLS = {"mean": "avg", "cls": "token"}

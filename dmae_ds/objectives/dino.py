@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dmae_ds.config.objectives import DinoConfig
 from dmae_ds.data.batch import Batch
@@ -24,7 +25,6 @@ from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import at_least_float32
 from dmae_ds.objectives.base import Objective, all_places
-from dmae_ds.objectives.dino_head import DinoHead
 from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape, gradient_shares
 from dmae_ds.objectives.needs import EmaSpec, Progress, View
 from dmae_ds.objectives.schedule import half_cosine
@@ -180,3 +180,45 @@ def view_cross_entropy(logits: Tensor, targets: Tensor, *, temperature: float) -
     # [T, N, K]: of each target, the sum over all views but its own
     others = log_q.sum(dim=0) - log_q[: len(targets)]
     return -(targets * others).sum(dim=(0, 2)).mean() / (len(targets) * (len(logits) - 1))
+
+
+class Prototypes(nn.Linear):
+    """Products of unit vectors with unit prototypes [..., bottleneck] -> [..., K].
+
+    The published layer is weight-normed with its lengths held at 1 (`norm_last_layer`). torch's weight_norm would bring them
+    in as a parameter that is never trained, which every ZeRO stage and checkpoint would meet; here they aren't there.
+    """
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return functional.linear(rows, functional.normalize(self.weight, dim=-1))
+
+
+class DinoHead(nn.Module):
+    """Three linear layers with GELU between them, l2 normalisation, prototypes: [..., D] -> [..., K] in -1 to 1."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_prototypes: int,
+        generator: torch.Generator,
+    ):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(embed_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.prototypes = Prototypes(bottleneck_dim, num_prototypes, bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.prototypes(functional.normalize(self.layers(tokens), dim=-1))

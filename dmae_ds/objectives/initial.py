@@ -8,10 +8,10 @@ from dmae_ds.config.run import ModelConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.frozen import check_same_network, own_network
-from dmae_ds.teacher.grid import fit_positions
 from dmae_ds.weights.fit import check_fit, fits
 from dmae_ds.weights.formats import choose_format
 from dmae_ds.weights.hub import locate
+from dmae_ds.weights.positions import fit_positions
 
 
 def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> None:

@@ -23,7 +23,6 @@ from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT, initialize_as_mae
 from dmae_ds.objectives.base import Objective, all_places, freeze
-from dmae_ds.objectives.batch_norm import GlobalBatchNorm
 from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape, gradient_shares
 from dmae_ds.objectives.needs import EmaSpec, Progress, View
 from dmae_ds.objectives.schedule import half_cosine
@@ -137,3 +136,29 @@ def by_view(rows: Tensor) -> Tensor:
 def unit(rows: Tensor) -> Tensor:
     """Unit vectors, in float32 at least; zero stays zero (a batch of one picture, which batch norm takes away whole)."""
     return functional.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
+
+
+EPSILON = 1e-5  # torch's default
+
+
+class GlobalBatchNorm(nn.Module):
+    """[..., N, D] -> the same shape: every channel with mean 0 and variance 1 over the N rows of all ranks, which have equally many.
+
+    Leading axes are batches of their own (views), so that one exchange serves them all. affine: learned scale and shift after it.
+    Statistics are taken in float32 at least. Collective, in backward too.
+    """
+
+    def __init__(self, dim: int, *, affine: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        exact = rows if rows.dtype == torch.float64 else rows.float()
+        # [..., 1, D]; two exchanges, for E[x^2] - E[x]^2 loses the digits that matter
+        centred = exact - collectives.mean_over_ranks_with_gradient(exact.mean(dim=-2, keepdim=True))
+        variance = collectives.mean_over_ranks_with_gradient(centred.square().mean(dim=-2, keepdim=True))
+        normalized = centred * (variance + EPSILON).rsqrt()
+        if self.weight is not None:
+            normalized = normalized * self.weight.to(exact.dtype) + self.bias.to(exact.dtype)
+        return normalized.to(rows.dtype)

@@ -13,10 +13,10 @@ from dmae_ds.config.run import ModelConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.frozen import meta_teacher, own_network
-from dmae_ds.teacher.grid import square_side
 from dmae_ds.weights.containers import Container, open_container
 from dmae_ds.weights.fit import block_of, check_fit, describe_kind, fits
 from dmae_ds.weights.formats import FORMATS, Weights, choose_format, open_weights
+from dmae_ds.weights.positions import square_side
 
 # Tried in this order where no --name is given. Their pictures' size is taken from the file's position codes.
 NETWORKS = (

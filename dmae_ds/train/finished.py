@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.open import open_train
 from dmae_ds.data.order import num_steps
-from dmae_ds.data.unindexed import open_train
 from dmae_ds.errors import UserError
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 

@@ -17,7 +17,7 @@ from dmae_ds.plan.choose import GIB, HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure
 from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory
-from dmae_ds.train.memory import PeakMemory
+from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight
 
 AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 knows in which order it needs the weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 
@@ -14,6 +14,7 @@ from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.distributed.world import World
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.objectives.base import Objective
 
 
@@ -60,3 +61,25 @@ def training_batches(
         if objective.rand_augment is None
         else RandAugment(objective.rand_augment, img_size=img_size, mean=data.mean),
     )
+
+
+def masked_batches(
+    batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device
+) -> Iterator[tuple[Batch, PatchBatch]]:
+    """Move each micro-batch to the device and draw its mask there."""
+    for batch in copied(batches, device):
+        yield batch, prepare(batch, normalize)
+
+
+def copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Each micro-batch on the device. To a GPU it travels on a stream of its own, from pinned memory: while the step before it is still computed."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    for pinned in batches:
+        with torch.cuda.stream(stream):
+            batch = pinned.to(device)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        batch.used_on(torch.cuda.current_stream(device))
+        yield batch

@@ -5,9 +5,7 @@ It knows neither the objective nor the teacher: it sees batches, a stream that a
 
 from __future__ import annotations
 
-from typing import Callable, Iterable, Iterator
-
-import torch
+from typing import Callable, Iterable
 
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives, process_group
@@ -20,28 +18,6 @@ from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.stop import StopRequest
-
-
-def masked_batches(
-    batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device
-) -> Iterator[tuple[Batch, PatchBatch]]:
-    """Move each micro-batch to the device and draw its mask there."""
-    for batch in copied(batches, device):
-        yield batch, prepare(batch, normalize)
-
-
-def copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Each micro-batch on the device. To a GPU it travels on a stream of its own, from pinned memory: while the step before it is still computed."""
-    if device.type != "cuda":
-        yield from (batch.to(device) for batch in batches)
-        return
-    stream = torch.cuda.Stream(device)
-    for pinned in batches:
-        with torch.cuda.stream(stream):
-            batch = pinned.to(device)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        batch.used_on(torch.cuda.current_stream(device))
-        yield batch
 
 
 def train(

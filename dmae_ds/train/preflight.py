@@ -7,10 +7,11 @@ from pathlib import Path
 
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig, looks_like_hub_id
+from dmae_ds.data.open import open_train
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
-from dmae_ds.data.unindexed import UnindexedShards, open_train
+from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels

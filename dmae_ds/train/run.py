@@ -29,16 +29,16 @@ from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.train.checkpoint.folder import write_atomically
 from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.checkpoint.save import Checkpoints
+from dmae_ds.train.collapse import CollapseMonitor
 from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.forecast import LEAST_PARAMETERS, MemoryReport, resolve_placement
-from dmae_ds.train.health import CollapseMonitor
-from dmae_ds.train.inputs import training_batches
+from dmae_ds.train.inputs import masked_batches, training_batches
 from dmae_ds.train.kernels import WarmUp, choose_kernels
-from dmae_ds.train.loop import masked_batches, train
-from dmae_ds.train.memory import PeakMemory
+from dmae_ds.train.loop import train
 from dmae_ds.train.metrics import MetricLogger, build_trackers
 from dmae_ds.train.optim import build_optimizer, learning_rate
+from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.speed import Speed, gemm_rate
 from dmae_ds.train.stop import StopRequest

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dmae_ds.errors import UserError
-from dmae_ds.teacher.grid import square_side
 from dmae_ds.weights.containers import Container
 from dmae_ds.weights.formats import FORMATS, Weights, map_names
+from dmae_ds.weights.positions import square_side
 
 # Parts of a checkpoint that a truncated encoder has no use for: whatever stands above the blocks.
 _DROPPED = re.compile(r"(norm|fc_norm|head|head_dist|attn_pool|decoder_\w+|mask_token)(\.|$)")

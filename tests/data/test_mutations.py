@@ -26,6 +26,7 @@ import pytest
 from PIL import Image
 
 from dmae_ds.data.decode import decode, decode_bytes
+from dmae_ds.data.open import open_train
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import (
@@ -37,7 +38,6 @@ from dmae_ds.data.shards import (
     write_manifest,
     write_shard,
 )
-from dmae_ds.data.unindexed import open_train
 from dmae_ds.data.unindexed_stream import _samples_of
 
 NUM_SAMPLES = 12

@@ -11,9 +11,10 @@ import torch
 from dmae_ds.config.run import DataConfig
 from dmae_ds.data import unindexed_stream as stream_module
 from dmae_ds.data.loader import train_batches
+from dmae_ds.data.open import open_train
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
-from dmae_ds.data.unindexed import UnindexedShards, open_train
+from dmae_ds.data.unindexed import UnindexedShards
 from tests.data.flaky_server import serve
 
 

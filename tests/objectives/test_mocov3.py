@@ -14,9 +14,8 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
-from dmae_ds.objectives.batch_norm import GlobalBatchNorm
 from dmae_ds.objectives.build import build_objective
-from dmae_ds.objectives.mocov3 import info_nce
+from dmae_ds.objectives.mocov3 import GlobalBatchNorm, info_nce
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.optim import build_optimizer

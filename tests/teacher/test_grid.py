@@ -17,7 +17,8 @@ from dmae_ds.models.positions import sincos_positions
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.mae import Mae
 from dmae_ds.teacher.build import build_frozen_teacher
-from dmae_ds.teacher.grid import PatchView, check_grids, explain_grids, fit_positions
+from dmae_ds.teacher.grid import PatchView, check_grids, explain_grids
+from dmae_ds.weights.positions import fit_positions
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

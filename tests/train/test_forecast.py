@@ -114,7 +114,7 @@ def test_the_comparison_leaves_libraries_out_on_a_gpu():
 def test_the_watch_sees_what_is_allocated_after_its_start():
     # A process of its own: this one's heap may hold enough freed pages to give the tensor without growing.
     code = (
-        "import torch; from dmae_ds.train.memory import MemoryWatch; before = torch.ones(2**26); del before; watch = MemoryWatch(torch.device('cpu')); "
+        "import torch; from dmae_ds.train.peak_memory import MemoryWatch; before = torch.ones(2**26); del before; watch = MemoryWatch(torch.device('cpu')); "
         "start = watch.peak(); kept = torch.ones(2**26); print(start, watch.peak())"
     )
     done = subprocess.run(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dmae_ds.data.batch import Batch
-from dmae_ds.train.loop import copied
+from dmae_ds.train.inputs import copied
 from tests.train.conftest import free_port, run
 
 DRIVER = str(Path(__file__).with_name("waits_driver.py"))

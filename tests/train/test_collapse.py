@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmae_ds.models.vit import build_student
-from dmae_ds.train.health import LEAST_ROWS, CollapseMonitor, effective_rank
+from dmae_ds.train.collapse import LEAST_ROWS, CollapseMonitor, effective_rank
 
 SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
 

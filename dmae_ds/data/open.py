@@ -1,0 +1,43 @@
+"""What data.train names, opened: a shard folder, or tars without an index. No torch here."""
+
+from __future__ import annotations
+
+from dmae_ds.config.run import DataConfig
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import MANIFEST, ShardError
+from dmae_ds.data.storage import Access, is_url
+from dmae_ds.data.unindexed import UnindexedShards, find_unindexed
+
+
+def open_train(data: DataConfig, *, allow_pipe: bool) -> ShardSet | UnindexedShards:
+    """What data.train names: a shard folder, or foreign tars if data.num_samples is set. Raises ShardError, one line."""
+    location, label, access = data.train, "data.train", Access.of(data)
+    if location.startswith("pipe:") and not allow_pipe:
+        raise ShardError(
+            f"{label} '{location}' runs a command of the shell; start with --allow-pipe if it is yours"
+        )
+    is_tars = location.startswith("pipe:") or location.endswith(".tar") or "{" in location
+    if data.num_samples is None:
+        if is_tars:
+            raise ShardError(
+                f"{label} '{location}' names tars; give a folder with {MANIFEST} (`dmae-shards index` writes one for tars of "
+                f"any origin), or data.num_samples, an epoch's length, to stream them without an exact order"
+            )
+        shard_set = ShardSet.open(location, label=label, access=access)
+        if data.cache_dir is not None and not shard_set.tars.is_remote and not is_url(data.val or ""):
+            raise ShardError(
+                f"data.cache_dir '{data.cache_dir}' is of no use to '{location}', which is no URL; remove it"
+            )
+        return shard_set
+    if data.block > 1:
+        raise ShardError(
+            f"data.block {data.block} is of no use to tars without an index; remove it, or run `dmae-shards index`"
+        )
+    return find_unindexed(
+        location,
+        is_tars=is_tars,
+        num_samples=data.num_samples,
+        shuffle_buffer=data.shuffle_buffer,
+        label=label,
+        access=access,
+    )
