@@ -16,7 +16,7 @@ import torch
 
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.knn import knn_predict
-from dmae_ds.evaluate.mix_group_size import GIB, TILE, Blocks, choose_blocks, extra_bytes
+from dmae_ds.evaluate.neighbours import GIB, TILE, Blocks, choose_blocks, extra_bytes
 
 SLACK = 64 << 20  # bytes: matrix libraries' own buffers and what an allocator keeps
 

@@ -27,7 +27,7 @@ from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint.folder import write_atomically
 from dmae_ds.train.collapse import CollapseMonitor
 from dmae_ds.train.speed import Speed
-from dmae_ds.train.timer import StepTimer
+from dmae_ds.train.step_timer import StepTimer
 
 
 class _Row(NamedTuple):

@@ -41,9 +41,9 @@ from dmae_ds.train.optim import build_optimizer, learning_rate
 from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.speed import Speed, gemm_rate
+from dmae_ds.train.step_timer import StepTimer
 from dmae_ds.train.stop import StopRequest
 from dmae_ds.train.summary import summary
-from dmae_ds.train.timer import StepTimer
 
 
 def run(preflight: Preflight) -> None:

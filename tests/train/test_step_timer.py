@@ -1,13 +1,12 @@
 """Seconds are booked where they were spent, once, on a clock that is turned by hand."""
 
-from dmae_ds.train.timer import StepTimer
-
-from dmae_ds.train import timer
+from dmae_ds.train import step_timer
+from dmae_ds.train.step_timer import StepTimer
 
 
 def test_waiting_is_booked_once_and_the_parts_are_the_whole(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_timer.time, "perf_counter", lambda: now[0])
 
     def take(seconds, items):
         for item in items:
