@@ -29,9 +29,9 @@ from dmae_ds.data.shards import (
     encode_index,
     index_name,
     is_shard_name,
-    replacing,
     write_manifest,
 )
+from dmae_ds.output.durable import replacing
 
 
 @dataclass(frozen=True)

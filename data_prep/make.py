@@ -42,9 +42,9 @@ from dmae_ds.data.shards import (
     SOURCES,
     ShardError,
     list_files,
-    replacing,
     write_manifest,
 )
+from dmae_ds.output.durable import replacing, sync_folder
 
 MAX_SHARDS = 10**6  # the six digits of a shard's name
 PLAIN_PATH = re.compile(rb"[ !#-\[\]-~]*")  # what JSON leaves as it is
@@ -150,7 +150,7 @@ def _make(
     sources = _write_sources(dst, listing, options)
     skipped = _convert(listing, sources, settings, journal, workers, max_skip=max_skip)
     shards = [journal.done[number]["shard"] for number in sorted(journal.done)]
-    _sync_folder(dst)
+    sync_folder(dst)
     write_manifest(
         dst,
         classes=listing.classes,
@@ -162,7 +162,7 @@ def _make(
         made=plan | {"num_skipped": len(skipped), "sources_sha256": sources.sha256},
     )
     journal.remove()
-    _sync_folder(dst)
+    sync_folder(dst)
     total = sum(shard.num_samples for shard in shards)
     print(f"{total:,} images in {len(shards):,} shards in {dst}; {len(skipped):,} skipped")
 
@@ -313,12 +313,3 @@ def _remove_temporary(dst: Path) -> None:
     for path in list_files(dst):
         if path.name.endswith(".tmp"):
             path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until the names in it are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,8 @@ import torch
 
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.knn import knn_predict
-from dmae_ds.evaluate.neighbours import GIB, TILE, Blocks, choose_blocks, extra_bytes
+from dmae_ds.evaluate.neighbours import TILE, Blocks, choose_blocks, extra_bytes
+from dmae_ds.output.units import GIB
 
 SLACK = 64 << 20  # bytes: matrix libraries' own buffers and what an allocator keeps
 

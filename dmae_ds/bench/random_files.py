@@ -11,9 +11,9 @@ from typing import BinaryIO, Iterator
 import torch
 from timm.models.vision_transformer import Block
 
-from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_timm_vit
+from dmae_ds.output.durable import replacing
 from dmae_ds.weights.containers import open_container
 
 DECODER_DEPTH, DECODER_DIM, DECODER_HEADS = 8, 512, 16  # of every published MAE, ViT-B to ViT-H

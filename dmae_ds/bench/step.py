@@ -22,9 +22,11 @@ from dmae_ds.config.objectives import MaeConfig, MaskedPixels
 from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
+from dmae_ds.distributed.device import hardware_name
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
-from dmae_ds.plan.choose import GIB
+from dmae_ds.output.table import text_table
+from dmae_ds.output.units import GIB
 from dmae_ds.plan.geometry import measure as measure_geometry
 from dmae_ds.plan.work import Work, step_work
 from dmae_ds.train.engine import logged_collectives
@@ -84,7 +86,7 @@ def bench_step(
         )
         found = {
             "recipe": describe(config, world, contestants[0]),
-            "device": device_name(device),
+            "device": hardware_name(device),
             "threads": torch.get_num_threads(),
             "rounds": rounds,
             "gemm_gflops": {_short(dtype): rate / 1e9 for dtype, rate in rates.items()},
@@ -186,19 +188,7 @@ def table(found: dict) -> str:
         rows.append(
             ("step", f"{step['seconds']:.3f}", "100.0%", f"{step['gflop']:.1f}", "", f"{step['of_peak']:.0%}")
         )
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines += [
-            "",
-            *(
-                "  ".join(
-                    [
-                        row[0].ljust(widths[0]),
-                        *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
-                    ]
-                ).rstrip()
-                for row in rows
-            ),
-        ]
+        lines += ["", *text_table(rows)]
         memory = "" if step["peak_gib"] is None else f", peak memory {step['peak_gib']:.2f} GiB a rank"
         exchange = (
             f"; exchange {step['exchange_seconds']:.3f} s, within these parts"
@@ -231,17 +221,6 @@ def describe(config: RunConfig, world: World, one: Contestant) -> str:
         f"{teacher} -> {config.student.name}, {one.step.objective.describe()}; {one.images} images a step on {world.size} ranks; "
         f"{config.precision}, {config.deepspeed}{kernels}"
     )
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or that of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "cpu"
 
 
 def _short(dtype: torch.dtype) -> str:

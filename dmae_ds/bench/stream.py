@@ -32,6 +32,7 @@ from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
+from dmae_ds.output.table import text_table
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
@@ -181,13 +182,7 @@ def table(
                 f"{one.bubble:.0%}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(text_table(rows))
 
 
 def random_teacher(

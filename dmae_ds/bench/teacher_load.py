@@ -21,6 +21,7 @@ from typing import Iterator
 from dmae_ds.bench.measure import Load, measure
 from dmae_ds.bench.random_files import mae_shapes, make_files, num_bytes
 from dmae_ds.errors import RunFailed, UserError
+from dmae_ds.output.table import text_table
 from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.teacher.stages import held_blocks
 
@@ -147,13 +148,7 @@ def table(loads: Loads) -> str:
         )
     for (container, num_stages), ratios in worst.items():
         rows.append((container, f"{num_stages}", "worst", *[""] * 8, *(f"{ratio:.3f}" for ratio in ratios)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(text_table(rows))
 
 
 def verdicts(loads: Loads) -> str:

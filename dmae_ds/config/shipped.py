@@ -12,6 +12,7 @@ from typing import get_args
 
 from dmae_ds.config.objectives import ObjectiveSection, ShippedObjective
 from dmae_ds.errors import UserError
+from dmae_ds.output.table import text_table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RECIPES = (_PACKAGE.parent / "launch" / "recipes", _PACKAGE / "shipped_recipes", ".yaml")
@@ -71,11 +72,9 @@ def objective_table() -> str:
         # A property depends on the rest of the section.
         teacher = {True: "yes", False: "no"}.get(schema.needs_teacher, "if asked for")
         rows.append((name, teacher, "yes" if schema.needs_labels else "no", schema.__doc__.splitlines()[0]))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join(
         [
-            *lines,
+            *text_table(rows, left=range(4)),
             "",
             f"recipes: {', '.join(shipped_files('recipe'))}",
             "train one: dmae-ds train RECIPE [key=value ...]",

@@ -21,11 +21,10 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from isal.isal_zlib import (
@@ -33,6 +32,7 @@ from isal.isal_zlib import (
 )  # zlib's, 7 to 14 times as fast (measured): at zlib's speed it would cost half the time
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.durable import replacing
 
 VERSION = 2
 MANIFEST, SOURCES, SKIPPED = "manifest.json", "sources.txt", "skipped.jsonl"
@@ -95,21 +95,6 @@ def is_shard_name(name: object) -> bool:
         and ANY_TAR_NAME.fullmatch(name) is not None
         and name.isprintable()
     )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is complete and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:  # a full disk needs its space back
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> Shard:

@@ -8,8 +8,8 @@ from dmae_ds.doctor.check import FAIL, OK, SKIP, WARN, Check, by_value, groups, 
 from dmae_ds.doctor.hostfile import Node
 from dmae_ds.doctor.probe import COMPARED
 from dmae_ds.doctor.reach import Trouble
+from dmae_ds.output.units import GIB
 
-GIB = 2**30
 LEAST_FREE = 0.9  # share of a GPU's memory that nobody uses yet
 EQUAL = ("python", *COMPARED, "dmae-ds")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dmae_ds.doctor.check import FAIL, OK, SKIP, Check, by_value, groups, names, split_mend
-from dmae_ds.doctor.judge_machines import GIB, Asked, Facts
+from dmae_ds.doctor.judge_machines import Asked, Facts
+from dmae_ds.output.units import GIB
 
 SHARE = "put it on a file system that all nodes share, or copy it to each of them"
 

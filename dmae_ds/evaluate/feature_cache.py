@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -24,8 +24,9 @@ from dmae_ds.config.run import DataConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.evaluate.features import Processes, extract_features, precision_of
 from dmae_ds.models.patches import Normalize
+from dmae_ds.output.durable import replace_tensors
+from dmae_ds.output.units import GIB
 
-GIB = 1 << 30
 VERSION = 1  # of what features are; another one lets no older file in
 
 
@@ -118,15 +119,7 @@ class FeatureCache:
         self.folder.mkdir(exist_ok=True)
         self._make_room(num_bytes)
         path = self._path(made_of)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            save_file(tensors, temporary, metadata={"student": self.student, "made_of": json.dumps(made_of)})
-            with open(temporary, "rb") as file:
-                os.fchmod(file.fileno(), 0o644)  # safetensors makes it private to the user
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_tensors(path, tensors, {"student": self.student, "made_of": json.dumps(made_of)})
 
     def _make_room(self, num_bytes: int) -> None:
         """Delete what another student left, then the files that were used longest ago."""

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dmae_ds.config.load import read_saved_config
+from dmae_ds.distributed.device import device_name
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.feature_cache import FeatureCache
 from dmae_ds.evaluate.features import POOLS, Processes, load_student, precision_of, read_step
@@ -97,8 +97,3 @@ def write_result(
         **about,
     }
     return append_result(run, result)
-
-
-def device_name(device: torch.device) -> str:
-    """ "cpu", or the GPU's own name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

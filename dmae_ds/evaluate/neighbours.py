@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.units import GIB
 
-GIB = 1 << 30
 # Candidates beyond k. Rounding in float32 is about 1e-6 of a cosine; only where more rows than these lie so near the k-th
 # (a collapsed student) does it take part in the choice.
 MARGIN = 32

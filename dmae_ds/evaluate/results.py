@@ -15,9 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Iterator
 
-from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import check_labels
+from dmae_ds.output.durable import replacing
 
 RESULTS_FILE = "results.jsonl"
 METRICS = ("knn", "linear", "probe", "finetune", "supervised")

@@ -17,9 +17,9 @@ import numpy as np
 
 from dmae_ds.config.run import DataConfig
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.shards import replacing
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
+from dmae_ds.output.durable import replacing
 
 ALL = "all"
 _SHARE, _SHOTS = re.compile(r"(\d+(?:\.\d+)?)%"), re.compile(r"([1-9]\d*)-shot")

@@ -19,6 +19,7 @@ from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.export import to_hf, to_onnx, to_timm
 from dmae_ds.export.card import make_card, write_card
 from dmae_ds.export.source import Inputs, Source, open_source
+from dmae_ds.output.durable import settle
 
 LIMIT = 1e-5  # the largest difference that an export may have, in float32
 # Where float32 itself is coarser: this many times the trained network's own distance from its float64 answers. A ViT-B
@@ -103,19 +104,12 @@ def export(
             )
         card = make_card(source, to=to, differences=differences, limits=limits, license=license)
         write_card(card, target.explain(source, out.name), temporary)
-        _settle(temporary)
+        for path in temporary.iterdir():
+            settle(path)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out, card
-
-
-def _settle(folder: Path) -> None:
-    """Everything on the disk, and readable by others: safetensors makes its files private."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

@@ -12,8 +12,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
+from dmae_ds.output.durable import replacing
 
 RESUME_FILE = "resume.pt"
 VERSION = 1

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dmae_ds.config.evaluation import DistillConfig
 from dmae_ds.config.run import ModelConfig
-from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_timm_vit
+from dmae_ds.output.durable import replacing
 from dmae_ds.teacher.frozen import own_network
 from dmae_ds.weights.containers import Container
 from dmae_ds.weights.fit import Dropped, check_fit, fits

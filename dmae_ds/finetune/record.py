@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dmae_ds.config.evaluation import ClassifierConfig, FinetuneConfig, LinearConfig
-from dmae_ds.data.shards import replacing
 from dmae_ds.finetune.build import Classifier
 from dmae_ds.finetune.checkpoint import RESUME_FILE, save_resume
 from dmae_ds.finetune.network import save_classifier
 from dmae_ds.finetune.source import Source
+from dmae_ds.output.durable import replacing
 from dmae_ds.train.optim import peak_lr
 
 

@@ -20,7 +20,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from dmae_ds.data.loader import eval_batches, train_batches
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.distributed.device import device_name
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.evaluate.subsets import check_labels, open_labelled, open_subset
@@ -235,7 +235,7 @@ def evaluate(
         "num_val": val_set.num_samples,
         "data": train_set.fingerprint,
         "seconds": progress.seconds,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "world_size": accelerator.num_processes,
     }
     if main:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.units import GIB
 from dmae_ds.plan.cost import Cost, Machine, step_cost
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.memory import PRECISIONS, Memory, Zero, rank_memory
 
 EQUAL = 0.02  # seconds closer than this are equal: the guesses in cost.py are no better
 HEADROOM = 0.05  # of a device's memory left to the allocator's fragmentation; a guess
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.data.order import num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
-from dmae_ds.plan.choose import EQUAL, GIB, HEADROOM, Candidate, candidates, fastest
+from dmae_ds.output.table import text_table
+from dmae_ds.output.units import GIB
+from dmae_ds.plan.choose import EQUAL, HEADROOM, Candidate, candidates, fastest
 from dmae_ds.plan.cost import DEVICE_GB_S, EFFICIENCY, HOST_GB_S, LINK_EFFICIENCY, Machine
 from dmae_ds.plan.geometry import Geometry, measure, scaled
 from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS, Zero
@@ -239,14 +241,7 @@ def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -
                 f"{steps * cost.seconds * gpus / 3600:,.0f}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in cells
-    ]
+    return text_table(cells, left=(0, 1))
 
 
 def _assumptions(machine: Machine) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean, stdev
 
-from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.facts import DEAD_RANK
+from dmae_ds.output.durable import replacing
 from dmae_ds.report.figures import to_png
 from dmae_ds.report.published import NUM_IMAGENET, Wanted, matching_result, read_published, wanted
 from dmae_ds.report.runs import Run, find_runs

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dmae_ds.data.shards import replacing
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.facts import Fact, find_collapses, find_dead_terms, list_facts
 from dmae_ds.evaluate.record import read_record
 from dmae_ds.objectives.build import build_objective
+from dmae_ds.output.durable import replacing
 from dmae_ds.report.charts import Charts, draw_health, draw_losses, draw_times, file_name
 from dmae_ds.report.figures import MAX_POINTS, draw_grid, draw_mosaic, light, to_png, to_svg
 from dmae_ds.report.page import Section, figures, missing, render_page, side_by_side

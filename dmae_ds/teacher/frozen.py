@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
+from dmae_ds.output.units import size_text
 from dmae_ds.teacher.identity import Probe, probe
 from dmae_ds.teacher.top import Top
 from dmae_ds.weights.containers import Container
-from dmae_ds.weights.fit import Dropped, block_of, check_fit, read_needed, size_text
+from dmae_ds.weights.fit import Dropped, block_of, check_fit, read_needed
 from dmae_ds.weights.formats import Weights
 from dmae_ds.weights.positions import fit_positions
 

@@ -20,8 +20,9 @@ import torch
 
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
+from dmae_ds.output.durable import sync_folder
 from dmae_ds.tools.checkpoint_find import find_one
-from dmae_ds.train.checkpoint.folder import bytes_in, sync_folder
+from dmae_ds.train.checkpoint.folder import bytes_in
 
 
 def convert(path: Path, out: Path) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.table import text_table
 from dmae_ds.tools.checkpoint_find import find
 from dmae_ds.train.checkpoint.folder import bytes_in, parse_state, what_is_wrong
 
@@ -41,14 +42,7 @@ def inspect(path: Path) -> str:
                 condition + mark,
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 6, 9) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = text_table(rows, left=(0, 6, 9))
     if (
         latest is not None
         and len(checkpoints) > 1

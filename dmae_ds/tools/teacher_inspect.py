@@ -16,11 +16,12 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.feature_distillation import resolve_pairs
+from dmae_ds.output.durable import write_atomically
+from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.frozen import fill, meta_teacher, needed_depths, needs_top
 from dmae_ds.tools.teacher_known import Network, dtype_of, identify
-from dmae_ds.train.checkpoint.folder import write_atomically
-from dmae_ds.weights.fit import block_of, check_fit, describe_kind, fits, size_text
+from dmae_ds.weights.fit import block_of, check_fit, describe_kind, fits
 from dmae_ds.weights.formats import FORMATS, Weights
 
 SIDECAR_VERSION = 1

@@ -18,12 +18,14 @@ from safetensors.torch import save_file
 
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.feature_distillation import resolve_pairs
+from dmae_ds.output.durable import settle
+from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.frozen import DTYPES, meta_teacher
 from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.tools.teacher_inspect import probe_by_block, write_sidecar
 from dmae_ds.tools.teacher_known import Network, identify
-from dmae_ds.weights.fit import block_of, size_text
+from dmae_ds.weights.fit import block_of
 from dmae_ds.weights.formats import open_weights
 
 
@@ -112,7 +114,5 @@ def _write_stages(cut: Network, stages: list[range], folder: Path, dtype: str | 
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes for the owner alone; a cluster's other users read these
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
+        settle(file)
     return num_bytes

@@ -6,12 +6,10 @@ The statistics are of exactly what the loss would compare: the recipe's crops, m
 from __future__ import annotations
 
 import json
-import os
 from math import ceil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +19,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
+from dmae_ds.output.durable import replace_tensors
 from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.build import build_frozen_teacher
 from dmae_ds.train.run import build_objective
@@ -126,12 +125,8 @@ def write_stats(
 
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_tensors(path, tensors, {"about": json.dumps(about)})
     except OSError as error:
         raise UserError(
             f"'{path}' can't be written ({error.strerror or error}); choose another place with --out and set teacher.stats to it"

@@ -9,7 +9,6 @@ What is measured is what was written: timm's own network with the whole fp32 wei
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -20,13 +19,12 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
-from dmae_ds.evaluate.frozen import device_name
+from dmae_ds.distributed.device import device_name
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.augment import normalized
 from dmae_ds.objectives.classifier import Classifier
-from dmae_ds.train.checkpoint.folder import write_atomically
-from dmae_ds.train.checkpoint.save import write_tensors
+from dmae_ds.output.durable import replace_tensors, write_atomically
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.knn import TrainingRanks
 from dmae_ds.train.metrics import MetricLogger
@@ -66,8 +64,7 @@ class FinalAccuracy:
         network.load_state_dict(tensors, strict=True)
         if self.ranks.is_main_process:
             path = self.run_dir / CLASSIFIER_FILE
-            write_tensors(path.with_name(path.name + ".tmp"), tensors, self._metadata(step))
-            os.replace(path.with_name(path.name + ".tmp"), path)
+            replace_tensors(path, tensors, self._metadata(step))
         if data.val is None:
             return
         val = ShardSet.open(data.val, label="data.val", access=Access.of(data))

@@ -19,8 +19,8 @@ from dmae_ds.models.masking import PatchBatch
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.ema import EmaModule, ema_features
 from dmae_ds.objectives.needs import Progress
+from dmae_ds.output.durable import write_tensors
 from dmae_ds.train.checkpoint.folder import Written, crc32_of
-from dmae_ds.train.checkpoint.save import write_tensors
 
 if TYPE_CHECKING:
     from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine

@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from dmae_ds.distributed import collectives
-from dmae_ds.plan.choose import GIB, HEADROOM, Candidate, candidates, choose
+from dmae_ds.output.units import GIB
+from dmae_ds.plan.choose import HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure
 from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from dmae_ds.config.run import DataConfig, EvalConfig, ModelConfig
 from dmae_ds.distributed import collectives
+from dmae_ds.distributed.device import device_name
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.evaluate.features import build_timm, extract_features
-from dmae_ds.evaluate.frozen import FrozenFeatures, device_name, settings_of, write_result
+from dmae_ds.evaluate.frozen import FrozenFeatures, settings_of, write_result
 from dmae_ds.evaluate.knn import classify
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
 from dmae_ds.models.patches import Normalize

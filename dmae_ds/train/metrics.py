@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
-from dmae_ds.train.checkpoint.folder import write_atomically
+from dmae_ds.output.durable import write_atomically
 from dmae_ds.train.collapse import CollapseMonitor
 from dmae_ds.train.speed import Speed
 from dmae_ds.train.step_timer import StepTimer

@@ -21,12 +21,12 @@ from dmae_ds.objectives.build import TeacherShape, build_objective
 from dmae_ds.objectives.classifier import Classifier
 from dmae_ds.objectives.initial import fill_student
 from dmae_ds.objectives.needs import Progress
+from dmae_ds.output.durable import write_atomically
 from dmae_ds.plan.geometry import Geometry, measure
 from dmae_ds.plan.work import PRODUCTS, step_work
 from dmae_ds.teacher.build import load_frozen_teacher, verify
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, NoTeacher
 from dmae_ds.teacher.pipeline import StageGroup, join_group
-from dmae_ds.train.checkpoint.folder import write_atomically
 from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.checkpoint.save import Checkpoints
 from dmae_ds.train.collapse import CollapseMonitor

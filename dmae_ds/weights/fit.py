@@ -35,11 +35,6 @@ class Dropped:
         return sum(sum(part.values()) for part in (self.blocks, self.decoder, self.rest))
 
 
-def size_text(num_bytes: int) -> str:
-    """1.76 GiB, 3.1 MiB."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
-
-
 def block_of(name: str) -> int | None:
     """The block that a tensor belongs to, counted from 0: "blocks.3.mlp.fc1.weight" -> 3."""
     match = _BLOCK.match(name)

@@ -11,7 +11,6 @@ whatever is killed whenever, `latest` names a checkpoint that is whole, and one 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from isal.isal_zlib import crc32
 
 from dmae_ds.errors import RunFailed, UserError
+from dmae_ds.output.durable import sync_folder, write_atomically
 
 STATE_VERSION = 3
 READABLE = (2, 3)  # version 2 knew no crc32
@@ -235,30 +235,6 @@ def crc32_of(path: Path) -> int:
         while piece := file.read(_CHUNK):
             found = crc32(piece, found)
     return found
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it into place; nothing is left of one that fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk: a rename is lasting only then."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _short(value: object, limit: int = 80) -> str:

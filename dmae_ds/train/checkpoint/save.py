@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmae_ds.config.run import CheckpointConfig
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
-from dmae_ds.train.checkpoint.folder import CheckpointFolder, Written, crc32_of, sync_folder
+from dmae_ds.output.durable import sync_folder, temporary_name, write_tensors
+from dmae_ds.train.checkpoint.folder import CheckpointFolder, Written, crc32_of
 from dmae_ds.train.engine import Engine
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Checkpoints:
         def write() -> None:
             for path, tensors in self._plain_files(weights).items():
                 save_plain(path, tensors, {**self.student_metadata, "step": str(step)})
-                os.replace(_temporary(path), path)
+                os.replace(temporary_name(path), path)
 
         problem = self._main_does(write)
         if problem is not None:
@@ -151,7 +151,7 @@ class Checkpoints:
     def _finish(self) -> None:
         """After the pointer has moved: the plain files get their names, old checkpoints go."""
         for path in self._plain_files({}):
-            os.replace(_temporary(path), path)
+            os.replace(temporary_name(path), path)
         sync_folder(self.folder.run_dir)
         self.folder.prune(self.config.keep)
 
@@ -198,7 +198,7 @@ class Checkpoints:
             free.append(f"{shutil.disk_usage(self.folder.path).free / 2**20:,.1f} MiB were free; ")
             self.folder.abandon(step)
             for path in self._plain_files({}):
-                _temporary(path).unlink(missing_ok=True)
+                temporary_name(path).unlink(missing_ok=True)
 
         untidy = self._main_does(tidy)
         left = "" if untidy is None else f"what it had written is still there ({untidy}); "
@@ -221,20 +221,7 @@ class Checkpoints:
 
 def save_plain(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file to the disk, under its temporary name. Raises OSError."""
-    write_tensors(_temporary(path), tensors, metadata)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, to the disk. Raises OSError."""
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
-    except Exception as error:  # safetensors has one class for everything
-        if "os error" not in str(error).lower():
-            raise
-        raise OSError(str(error)) from None
-    with open(path, "rb") as file:
-        os.fchmod(file.fileno(), 0o644)  # safetensors makes it private to the user
-        os.fsync(file.fileno())
+    write_tensors(temporary_name(path), tensors, metadata)
 
 
 def step_of(path: Path) -> int | None:
@@ -244,7 +231,3 @@ def step_of(path: Path) -> int | None:
             return int(file.metadata()["step"])
     except Exception:  # safetensors has one class for everything; whatever it is, the file is written anew
         return None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")

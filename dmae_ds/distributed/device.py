@@ -1,0 +1,26 @@
+"""Names of devices, for results and tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's own name, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def hardware_name(device: torch.device) -> str:
+    """A GPU's own name, or the processor's; "cpu" where the system does not tell."""
+    if device.type == "cuda":
+        return device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return device.type

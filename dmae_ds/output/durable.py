@@ -1,0 +1,78 @@
+"""Durable files: a file appears under its name only when it is whole and on the disk. torch is imported late."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Iterator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(path.name + ".tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that replaces `path` when the block ends; nothing is left of one that fails."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # a full disk needs its space back
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file, and flush its name to the disk too. Raises OSError; then the old file stays."""
+    with replacing(path) as file:
+        file.write(content)
+    sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file to the disk, readable by everyone. Raises OSError."""
+    from safetensors.torch import save_file
+
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
+    except Exception as error:  # safetensors has one class for everything
+        if "os error" not in str(error).lower():
+            raise
+        raise OSError(str(error)) from None
+    settle(path)
+
+
+def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """`write_tensors` under a temporary name, then a rename. Raises OSError; then the old file stays."""
+    temporary = temporary_name(path)
+    try:
+        write_tensors(temporary, tensors, metadata)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def settle(path: Path) -> None:
+    """Flush a file to the disk and let everyone read it: safetensors makes its files private to the user."""
+    with open(path, "rb") as file:
+        os.fchmod(file.fileno(), 0o644)
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk: until then a rename can be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,21 @@
+"""Text tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+
+def text_table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
+    """Lines of a table whose columns are two spaces apart; numbers end on the right.
+
+    rows: the headings first; left: indices of the columns that begin on the left
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,0 +1,11 @@
+"""Sizes as people read them."""
+
+from __future__ import annotations
+
+MIB = 2**20
+GIB = 2**30
+
+
+def size_text(num_bytes: int) -> str:
+    """1.76 GiB, 3.1 MiB."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:.1f} MiB"
