@@ -13,7 +13,7 @@ ONLY=${ONLY:-}
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Name of the run, its recipe, and what is different: the rows of Tables 1 to 4 that make sense at this scale.
-ARMS="
+SETTINGS="
 mae               digits_mae
 mae-mask-.90      digits_mae   objective.mask_ratio=.90
 mae-mask-.95      digits_mae   objective.mask_ratio=.95
@@ -84,9 +84,9 @@ echo "== teachers"
 for seed in $SEEDS; do
     echo "teacher $seed digits_teacher"
 done | in_parallel
-echo "== students: $(grep -c . <<<"$ARMS") settings, seeds $SEEDS"
+echo "== students: $(grep -c . <<<"$SETTINGS") settings, seeds $SEEDS"
 for seed in $SEEDS; do
-    students_of "$seed" <<<"$ARMS"
+    students_of "$seed" <<<"$SETTINGS"
 done | in_parallel
 echo "== classifiers: the teacher, students on labels alone, students beside the teacher"
 for seed in $SEEDS; do
@@ -111,4 +111,4 @@ for seed in $SEEDS; do
     ) >"$OUT/evaluation-seed$seed.log" 2>&1 || { tail -5 "$OUT/evaluation-seed$seed.log" >&2; exit 1; }
     for run in $runs; do touch "$run/evaluated"; done
 done
-dmae-ds report --ledger "$OUT"
+dmae-ds report --results "$OUT"

@@ -82,14 +82,14 @@ def _train(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     runs, out = [Path(run) for run in args.runs], Path(args.out) if args.out else None
-    if args.ledger:
+    if args.results:
         from dmae_ds.report.results_page import write_results_page
 
         print(write_results_page(runs, out or Path("RESULTS.md")))
         return
     if not runs:
         raise UserError(
-            "name the runs of the page: dmae-ds report RUN [RUN ...]; only --ledger goes without one"
+            "name the runs of the page: dmae-ds report RUN [RUN ...]; only --results goes without one"
         )
     from dmae_ds.report import write_report
 
@@ -222,13 +222,13 @@ def parser() -> argparse.ArgumentParser:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="run folders; the first one's holds the page; with --ledger also folders of runs",
+        help="run folders; the first one's holds the page; with --results also folders of runs",
     )
     report.add_argument("--out", help="where to write it (default RUN/report.html, or RESULTS.md)")
     report.add_argument(
-        "--ledger",
+        "--results",
         action="store_true",
-        help="RESULTS.md instead: the papers' tables beside these runs, and every arm of them over its seeds",
+        help="RESULTS.md instead: the papers' tables next to these runs, and every setting over its seeds",
     )
     report.set_defaults(command=_report)
 

@@ -1,4 +1,4 @@
-"""Runs as the ledger sees them: flat facts to be matched with a row, results of the last step, what they cost."""
+"""Runs as the results page sees them: flat facts to be matched with a row, results of the last step, what they cost."""
 
 from __future__ import annotations
 

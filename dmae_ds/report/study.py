@@ -68,7 +68,7 @@ class Setting:
 
 
 def group(runs: list[Run]) -> list[Setting]:
-    """The arms: by objective, the commonest recipe before those that differ from it, and teachers of other runs last."""
+    """The settings: by objective, the commonest recipe before those that differ from it, and teachers of other runs last."""
     taught_by = {
         folder.resolve() for run in runs for folder in [_run_behind(run.config.teacher)] if folder is not None
     }
@@ -140,7 +140,7 @@ def _is_student_of(folder: Path, model: StudentConfig | TeacherConfig) -> bool:
 
 
 def name_settings(flats: dict, defaults: dict[str, dict]) -> dict:
-    """{key: flat config} -> {key: name}: the objective, then the sections that not all of that objective's arms have, and all in which it differs from the commonest value of those that have it.
+    """{key: flat config} -> {key: name}: the objective, then the sections that not all of that objective's settings have, and all in which it differs from the commonest value of those that have it.
 
     defaults: of each objective, flat; of equally common values, they are the one to differ from
     """
@@ -177,7 +177,7 @@ def name_settings(flats: dict, defaults: dict[str, dict]) -> dict:
 
 
 def columns_of(settings: list[Setting]) -> dict[Column, str]:
-    """Every column that some arm has, with its heading, by metric and from many labels to few."""
+    """Every column that some setting has, with its heading, by metric and from many labels to few."""
     found = list(dict.fromkeys(column for setting in settings for column in setting.values))
     order = {name: place for place, name in enumerate((*_METRICS, *_LABELS))}
     found.sort(
@@ -232,7 +232,7 @@ def spread(values: list[float]) -> str:
 
 
 def draw(settings: list[Setting], headings: dict[Column, str]) -> Figure:
-    """A panel a column, a row an arm that has a number beside it: every seed as a ring, their mean as a stroke with its deviation."""
+    """A panel a column, a row a setting that has a number beside it: every seed as a ring, their mean as a stroke with its deviation."""
     rows = math.ceil(len(headings) / PANELS_A_ROW)
     columns = math.ceil(len(headings) / rows)
     shown = [list(headings)[row * columns : (row + 1) * columns] for row in range(rows)]

@@ -1,6 +1,6 @@
-"""`dmae_ds`, and a ledger: which samples each rank trained on at each step. Started by tests in place of the package.
+"""Run `dmae_ds`, and log which samples each rank trained on at each step; tests start this in place of the package.
 
-    LEDGER=folder deepspeed ... tests/train/counting.py train RECIPE ...
+    SAMPLES_LOG=folder deepspeed ... tests/train/counting.py train RECIPE ...
 
 The recorder knows the ids of a step already, for the message about a loss that isn't finite.
 """
@@ -19,7 +19,7 @@ end_step, lives = MetricLogger.end_step, f"{time.time_ns()}-{os.getpid()}"
 
 def end_step_and_note(self: MetricLogger, step: int, lr: float) -> None:
     ids = [number for of_micro_batch in self._ids for number in of_micro_batch.tolist()]
-    with open(Path(os.environ["LEDGER"]) / f"{lives}.jsonl", "a", encoding="utf-8") as file:
+    with open(Path(os.environ["SAMPLES_LOG"]) / f"{lives}.jsonl", "a", encoding="utf-8") as file:
         file.write(
             json.dumps(
                 {

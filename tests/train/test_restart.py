@@ -59,12 +59,12 @@ class Job:
             "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(free_port())],
         }[launcher]
         self.log = folder / f"said-{len(list(folder.glob('said-*')))}"
-        (folder / "ledger").mkdir(exist_ok=True)
+        (folder / "samples_log").mkdir(exist_ok=True)
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [*start, *more, str(COUNTING), *train],
                 cwd=folder,
-                env={**environment(), "LEDGER": str(folder / "ledger"), "OMP_NUM_THREADS": "1"},
+                env={**environment(), "SAMPLES_LOG": str(folder / "samples_log"), "OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=log,
             )
@@ -72,7 +72,7 @@ class Job:
     def step(self) -> int:
         """The newest step of this start, 0 before the first."""
         newest = 0
-        for path in (self.folder / "ledger").glob("*.jsonl"):
+        for path in (self.folder / "samples_log").glob("*.jsonl"):
             lines = path.read_text().split("\n") if int(path.name.split("-")[0]) / 1e9 > self.since else []
             if len(lines) > 1:
                 newest = max(newest, json.loads(lines[-2])["step"])
@@ -145,10 +145,12 @@ def _command_of(process: psutil.Process) -> list[str]:
         return []
 
 
-def ledger(folder: Path) -> list[dict]:
+def samples_log(folder: Path) -> list[dict]:
     """Every whole line of every rank of every start, the oldest first."""
     lines = [
-        line for path in (folder / "ledger").glob("*.jsonl") for line in path.read_text().split("\n")[:-1]
+        line
+        for path in (folder / "samples_log").glob("*.jsonl")
+        for line in path.read_text().split("\n")[:-1]
     ]
     return sorted(map(json.loads, lines), key=lambda line: line["at"])
 
@@ -157,7 +159,7 @@ def trained_on(folder: Path) -> dict[int, list[int]]:
     """{step: sample ids}, of the last time that a step was taken: what was lost with a kill was taken again."""
     rows: dict[int, dict[int, list[int]]] = {}
     ranks_of: dict[int, int] = {}
-    for line in ledger(folder):
+    for line in samples_log(folder):
         if ranks_of.get(line["step"]) != line["ranks"]:
             rows[line["step"]], ranks_of[line["step"]] = {}, line["ranks"]
         rows[line["step"]][line["rank"]] = line["ids"]
@@ -263,7 +265,7 @@ def test_restarts_with_other_ranks_go_on_with_the_same_curve(tiny_recipe, tmp_pa
         print(f"{ranks} ranks until step {job.step()}, all gone after {job.end():.1f} s")
     job = Job(tiny_recipe, tmp_path, ranks=2)
     assert job.process.wait(timeout=LIMIT_S) == 0, job.log.read_text()
-    assert {line["ranks"] for line in ledger(tmp_path)} == {1, 2}
+    assert {line["ranks"] for line in samples_log(tmp_path)} == {1, 2}
     found, expected = losses(tmp_path / "run"), losses(whole / "run")
     print(
         f"losses within {max(abs(one / other - 1) for one, other in zip(found, expected, strict=True)):.1e}"
@@ -291,9 +293,9 @@ def test_the_time_from_a_kill_to_the_next_step(tiny_recipe, tmp_path, whole, lau
         gone = job.end()
         job = Job(tiny_recipe, tmp_path, ranks=2)
     assert job.process.wait(timeout=LIMIT_S) == 0, job.log.read_text()
-    lives = sorted((tmp_path / "ledger").iterdir(), key=lambda path: path.name)
+    lives = sorted((tmp_path / "samples_log").iterdir(), key=lambda path: path.name)
     born = int(lives[2].name.split("-")[0]) / 1e9  # of the restarted program, its imports of the trainer done
-    again = [line for line in ledger(tmp_path) if line["at"] > born]
+    again = [line for line in samples_log(tmp_path) if line["at"] > born]
     assert born > killed and again[0]["step"] <= latest + 1
     print(
         f"{launcher}: {again[0]['at'] - killed:.1f} s from the kill to the end of the first step: {born - killed:.1f} s until the program runs again"
