@@ -56,6 +56,7 @@ COMMUNICATES = {
 TORCH_FREE = [
     "dmae_ds/cli",
     "dmae_ds/config",
+    "dmae_ds/data/batch_spec.py",
     "dmae_ds/data/cache.py",
     "dmae_ds/data/corrupt.py",
     "dmae_ds/data/order.py",

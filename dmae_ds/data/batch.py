@@ -1,6 +1,6 @@
-"""One batch, as a worker makes it from its number: which samples, their bytes, pictures, crops and mask noise.
+"""One batch, made by a worker from its number alone: which samples it holds, their bytes, images, crops and mask noise.
 
-A corrupt sample is replaced by one that the order names (corrupt.py), so that ranks stay in step.
+A corrupt sample is replaced by one that the order determines (corrupt.py), so ranks stay in step.
 """
 
 import dataclasses
@@ -10,186 +10,178 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.corrupt import Corrupt, replacements
 from dmae_ds.data.decode import decode
 from dmae_ds.data.order import batch_positions, block_spans, sample_ids
 from dmae_ds.data.reader import CorruptSample, Sample, SampleReader
 from dmae_ds.data.transforms import AUGMENT_STREAM, MASK_STREAM, draw_views, eval_view, sample_rng
-from dmae_ds.data.views import View
 
 
 @dataclass(frozen=True)
 class Batch:
+    """Images with what is needed to mask and to score them."""
+
     images: torch.Tensor  # [N, 3, H, W] uint8
     noise: torch.Tensor | None  # [N, L] float32 in [0, 1), one draw a patch for the mask; None in evaluation
     labels: torch.Tensor | None = None  # [N] int64
     sample_ids: torch.Tensor | None = None  # [N] int64
     epochs: torch.Tensor | None = None  # [N] int64
-    more_views: tuple[torch.Tensor, ...] = ()  # other crops of the same pictures, each [N, 3, S, S] uint8
+    more_views: tuple[torch.Tensor, ...] = ()  # further crops of the same images, each [N, 3, S, S] uint8
 
     @property
     def views(self) -> tuple[torch.Tensor, ...]:
-        """All crops of the pictures, in the order in which they were asked for; the first is `images`."""
+        """All crops of the images, in the order of `BatchSpec.views`; the first is `images`."""
         return (self.images, *self.more_views)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Everything that is computed with. Ids and epochs stay on the host, whose draws they key: to read them back would wait for the device."""
+        """Move the tensors that are computed with to a device.
+
+        Ids and epochs stay on the host, where they key random draws: reading them back would wait for the device.
+        """
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         return dataclasses.replace(moved, sample_ids=self.sample_ids, epochs=self.epochs)
 
     def first(self, num: int) -> "Batch":
-        """Its first `num` samples."""
+        """The first `num` samples of the batch."""
         return self._map(lambda tensor: tensor[:num])
 
     def used_on(self, stream: "torch.cuda.Stream") -> None:
-        """Its memory came from another stream: it is not to be given away before this one has done with it."""
+        """Keep the memory, which another stream allocated, until the work queued on `stream` has used it."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for tensor in value if isinstance(value, tuple) else (value,):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(stream)
 
-    def pin_memory(self) -> "Batch":  # DataLoader calls it
+    def pin_memory(self) -> "Batch":
+        """Copy the batch to pinned memory; DataLoader calls this."""
         return self._map(torch.Tensor.pin_memory)
 
     @classmethod
-    def join(cls, parts: "list[Batch]") -> "Batch":
-        """Training batches one behind the other."""
-        if len(parts) == 1:
-            return parts[0]
-        columns = {
-            field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)
-        }
-        return cls(
-            **{
-                name: tuple(map(torch.cat, zip(*values))) if name == "more_views" else torch.cat(values)
-                for name, values in columns.items()
-            }
-        )
+    def join(cls, batches: "list[Batch]") -> "Batch":
+        """Concatenate training batches."""
+        if len(batches) == 1:
+            return batches[0]
+        joined = {}
+        for field in dataclasses.fields(cls):
+            values = [getattr(batch, field.name) for batch in batches]
+            is_tuple = field.name == "more_views"
+            joined[field.name] = tuple(map(torch.cat, zip(*values))) if is_tuple else torch.cat(values)
+        return cls(**joined)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(
-            **{
-                name: tuple(map(function, value))
-                if isinstance(value, tuple)
-                else None
-                if value is None
-                else function(value)
-                for name, value in fields.items()
-            }
-        )
+        """Apply a function to every tensor."""
+        mapped = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                mapped[field.name] = tuple(map(function, value))
+            elif value is not None:
+                mapped[field.name] = function(value)
+            else:
+                mapped[field.name] = None
+        return Batch(**mapped)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker hands over."""
+    """A batch as a worker returns it, with the corrupt samples it met."""
 
     batch: Batch
     corrupt: list[Corrupt]
 
-    def pin_memory(self) -> "Loaded":  # DataLoader calls it
+    def pin_memory(self) -> "Loaded":
+        """Copy the batch to pinned memory; DataLoader calls this."""
         return Loaded(self.batch.pin_memory(), self.corrupt)
 
 
-def load_train_batch(
-    number: int,
-    *,
-    reader: SampleReader,
-    img_size: int,
-    num_patches: int,
-    crop_scale: tuple[float, float],
-    flip: bool,
-    seed: int,
-    global_batch: int,
-    micro_batch: int,
-    accumulation: int,
-    rank: int,
-    world_size: int,
-    parts: int,
-    repeat: int,
-    subset: np.ndarray | None,
-    crop: str,
-    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None,
-    views: tuple[View, ...],
-) -> Loaded:
-    """One part of one micro-batch of one rank, by its number alone; arguments as `train_batches` has them. Raises ShardError."""
-    number, part = divmod(number, parts)
-    step, accumulation_step = divmod(number, accumulation)
-    num_samples = reader.shard_set.num_samples if subset is None else len(subset)
-    # Of a sample's `repeat` views all stand in one micro-batch, one behind the other: the order is one of samples.
-    positions = batch_positions(
-        step,
-        global_batch=global_batch // repeat,
-        rank=rank,
-        world_size=world_size,
-        micro_batch=micro_batch // repeat,
-        accumulation_step=accumulation_step,
-        num_samples=num_samples,
-        block=reader.block,
-    )[part * (micro_batch // repeat) // parts : (part + 1) * (micro_batch // repeat) // parts]
-    epochs, ids = sample_ids(positions, num_samples=num_samples, seed=seed, block=reader.block)
+class BatchRows:
+    """Pixels and mask noise of a training batch, filled row by row."""
+
+    def __init__(self, num_rows: int, spec: BatchSpec):
+        self.spec = spec
+        sides = [view.size or spec.img_size for view in spec.views]
+        self.pixels = [torch.empty((num_rows, 3, side, side), dtype=torch.uint8) for side in sides]
+        self.noise = torch.empty((num_rows, spec.num_patches))
+
+    def fill(self, row: int, image: np.ndarray, *, epoch: int, sample_id: int, number: int = 0) -> None:
+        """Draw the views and the mask noise of one row.
+
+        image: uint8 [H, W, 3]
+        sample_id: keys the draws; of the planned sample where `image` replaces a corrupt one
+        number: how often the image was used before in this epoch (data.repeat)
+        """
+        spec, first_view = self.spec, number * len(self.spec.views)
+        views = draw_views(image, spec, epoch=epoch, sample_id=sample_id, first_view=first_view)
+        for place, view in enumerate(views):
+            if spec.augment is not None:
+                key = first_view + place
+                view = spec.augment(view, sample_rng(spec.seed, epoch, sample_id, AUGMENT_STREAM, view=key))
+            # torch is faster than numpy at copying [H, W, 3] memory into [3, H, W]
+            self.pixels[place][row] = torch.from_numpy(view)
+        mask_rng = sample_rng(spec.seed, epoch, sample_id, MASK_STREAM, view=first_view)
+        self.noise[row] = torch.from_numpy(mask_rng.random(spec.num_patches, dtype=np.float32))
+
+    def batch(self, *, labels: torch.Tensor, sample_ids: torch.Tensor, epochs: torch.Tensor) -> Batch:
+        """The filled rows as a batch; arguments: [num_rows] int64."""
+        return Batch(self.pixels[0], self.noise, labels, sample_ids, epochs, tuple(self.pixels[1:]))
+
+
+def load_train_batch(number: int, *, reader: SampleReader, spec: BatchSpec, num_pieces: int) -> Loaded:
+    """Load one of `num_pieces` pieces of one of this rank's micro-batches; pieces are numbered through the run.
+
+    Raises ShardError.
+    """
+    num_samples = reader.shard_set.num_samples if spec.subset is None else len(spec.subset)
+    positions = _piece_positions(number, spec, num_samples=num_samples, num_pieces=num_pieces)
+    epochs, places = sample_ids(positions, num_samples=num_samples, seed=spec.seed, block=spec.block)
+    ids = places if spec.subset is None else spec.subset[places]
     spans = [None] * len(ids)
     if reader.reads_ahead:
-        spans = block_spans(epochs, ids, num_samples=num_samples, seed=seed, block=reader.block)
+        spans = block_spans(epochs, places, num_samples=num_samples, seed=spec.seed, block=spec.block)
         reader.fetch(spans)
-    places, ids = ids, ids if subset is None else subset[ids]
-    pixels = empty_views(views, len(ids) * repeat, img_size=img_size)
-    noise = np.empty((len(ids) * repeat, num_patches), np.float32)
-    labels, shown, corrupt = np.empty(len(ids), np.int64), ids.copy(), []
+    rows = BatchRows(len(ids) * spec.repeat, spec)
+    labels, shown_ids, corrupt = np.empty(len(ids), np.int64), ids.copy(), []
     for row, (epoch, sample_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
-        stand_ins = _stand_ins(
-            int(places[row]), epoch=epoch, num_samples=num_samples, seed=seed, subset=subset
-        )
-        sample, image, found = _read_whole(
+        stand_ins = _stand_ins(int(places[row]), epoch=epoch, num_samples=num_samples, spec=spec)
+        sample, image, newly_corrupt = _read_whole(
             reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins
         )
-        corrupt += found
-        for number in range(repeat):
-            key = {"seed": seed, "epoch": epoch, "sample_id": sample_id}
-            drawn = draw_views(
-                image,
-                views,
-                **key,
-                number=number,
-                img_size=img_size,
-                crop_scale=crop_scale,
-                flip=flip,
-                crop=crop,
-            )
-            for place, view in enumerate(drawn):
-                view_key = number * len(views) + place
-                if augment is not None:
-                    view = augment(view, sample_rng(**key, stream=AUGMENT_STREAM, view=view_key))
-                pixels[place][row * repeat + number] = torch.from_numpy(
-                    view
-                )  # faster than numpy at turning [H, W, 3] memory into [3, H, W]
-            mask_rng = sample_rng(**key, stream=MASK_STREAM, view=number * len(views))
-            noise[row * repeat + number] = mask_rng.random(num_patches, dtype=np.float32)
-        labels[row], shown[row] = sample.label, sample.sample_id
-    per_view = (np.repeat(found, repeat) for found in (labels, shown, epochs))
-    return Loaded(
-        Batch(
-            pixels[0], torch.from_numpy(noise), *map(torch.from_numpy, per_view), more_views=tuple(pixels[1:])
-        ),
-        corrupt,
+        corrupt += newly_corrupt
+        for repetition in range(spec.repeat):
+            place = row * spec.repeat + repetition
+            rows.fill(place, image, epoch=epoch, sample_id=sample_id, number=repetition)
+        labels[row], shown_ids[row] = sample.label, sample.sample_id
+    labels, shown_ids, epochs = (
+        torch.from_numpy(np.repeat(values, spec.repeat)) for values in (labels, shown_ids, epochs)
     )
+    return Loaded(rows.batch(labels=labels, sample_ids=shown_ids, epochs=epochs), corrupt)
 
 
-def empty_views(views: tuple[View, ...], num: int, *, img_size: int) -> list[torch.Tensor]:
-    """Room for each view of `num` pictures: [num, 3, S, S] uint8."""
-    return [
-        torch.empty((num, 3, view.size or img_size, view.size or img_size), dtype=torch.uint8)
-        for view in views
-    ]
+def _piece_positions(number: int, spec: BatchSpec, *, num_samples: int, num_pieces: int) -> np.ndarray:
+    """Positions in the order of the samples of one piece of a micro-batch, int64."""
+    micro_number, piece = divmod(number, num_pieces)
+    step, accumulation_step = divmod(micro_number, spec.accumulation)
+    # All `repeat` rows of a sample are in one micro-batch, next to each other: the order is one of samples.
+    num_in_micro = spec.micro_batch // spec.repeat
+    positions = batch_positions(
+        step,
+        global_batch=spec.global_batch // spec.repeat,
+        rank=spec.rank,
+        world_size=spec.world_size,
+        micro_batch=num_in_micro,
+        accumulation_step=accumulation_step,
+        num_samples=num_samples,
+        block=spec.block,
+    )
+    return positions[piece * num_in_micro // num_pieces : (piece + 1) * num_in_micro // num_pieces]
 
 
-def _stand_ins(
-    place: int, *, epoch: int, num_samples: int, seed: int, subset: np.ndarray | None
-) -> Iterator[int]:
-    """The ids that may stand for a sample, of the same subset. Nothing is computed before the first is asked for."""
-    for candidate in replacements(place, epoch=epoch, num_samples=num_samples, seed=seed):
-        yield candidate if subset is None else int(subset[candidate])
+def _stand_ins(place: int, *, epoch: int, num_samples: int, spec: BatchSpec) -> Iterator[int]:
+    """Ids that may replace a sample, of the same subset; nothing is computed before the first is needed."""
+    for candidate in replacements(place, epoch=epoch, num_samples=num_samples, seed=spec.seed):
+        yield candidate if spec.subset is None else int(spec.subset[candidate])
 
 
 def _read_whole(
@@ -200,31 +192,28 @@ def _read_whole(
     epoch: int,
     stand_ins: Iterator[int],
 ) -> tuple[Sample, np.ndarray, list[Corrupt]]:
-    """A sample and its picture, or where it is corrupt those that stand for it (corrupt.py), and what was corrupt."""
+    """Read a sample and its image, or the first readable stand-in, and list what was corrupt (corrupt.py)."""
     try:
         sample = reader.read(sample_id, span=span)
         return sample, decode(sample), []
     except CorruptSample as error:
-        first, found = error, [error]
+        errors = [error]
     for candidate in stand_ins:
         try:
             sample = reader.read(candidate)
             image = decode(sample)
         except CorruptSample as error:
-            found.append(error)
+            errors.append(error)
             continue
-        return (
-            sample,
-            image,
-            [Corrupt(e.shard, e.key, e.sample_id, e.reason, epoch, candidate) for e in found],
-        )
-    raise first
+        corrupt = [Corrupt(e.shard, e.key, e.sample_id, e.reason, epoch, candidate) for e in errors]
+        return sample, image, corrupt
+    raise errors[0]
 
 
 def load_eval_batch(
     number: int, *, reader: SampleReader, ids: Sequence[int], batch_size: int, img_size: int, crop_pct: float
 ) -> Loaded:
-    """The central crops of ids [number * batch_size, (number + 1) * batch_size). Raises ShardError."""
+    """Load the central crops of ids [number * batch_size, (number + 1) * batch_size). Raises ShardError."""
     batch_ids = ids[number * batch_size : (number + 1) * batch_size]
     spans = [(sample_id, 1) if reader.reads_ahead else None for sample_id in batch_ids]
     if reader.reads_ahead:

@@ -10,8 +10,8 @@ import math
 import numpy as np
 import torch
 
+from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.photometric import PHOTOMETRIC
-from dmae_ds.data.views import View
 
 # What is drawn from a sample's key; each needs its own stream.
 CROP_STREAM, MASK_STREAM, AUGMENT_STREAM, ERASE_STREAM, PHOTOMETRIC_STREAM = range(5)
@@ -29,39 +29,26 @@ def sample_rng(seed: int, epoch: int, sample_id: int, stream: int, *, view: int 
 
 
 def draw_views(
-    image: np.ndarray,
-    views: tuple[View, ...],
-    *,
-    seed: int,
-    epoch: int,
-    sample_id: int,
-    number: int = 0,
-    img_size: int,
-    crop_scale: tuple[float, float],
-    flip: bool,
-    crop: str = "torchvision",
+    image: np.ndarray, spec: BatchSpec, *, epoch: int, sample_id: int, first_view: int = 0
 ) -> list[np.ndarray]:
-    """The views that an objective asks for of a picture, uint8 [H, W, 3]: each uint8 [3, S, S].
+    """Draw the views of an image, uint8 [H, W, 3]: each uint8 [3, S, S].
 
-    number: how many times the picture was taken before in this epoch (data.repeat); img_size, crop_scale: where a view says none
+    first_view: number that keys the first view's draws, above 0 for an image that comes again in this epoch (data.repeat)
     """
     drawn = []
-    for key, view in enumerate(views, start=number * len(views)):
-        rng = sample_rng(seed, epoch, sample_id, CROP_STREAM, view=key)
+    for number, view in enumerate(spec.views, start=first_view):
         pixels = train_view(
             image,
-            rng,
-            img_size=view.size or img_size,
-            crop_scale=view.scale or crop_scale,
-            flip=flip,
-            crop=crop,
+            sample_rng(spec.seed, epoch, sample_id, CROP_STREAM, view=number),
+            img_size=view.size or spec.img_size,
+            crop_scale=view.scale or spec.crop_scale,
+            flip=spec.flip,
+            crop=spec.crop,
         )
         change = PHOTOMETRIC[view.photometric]
-        drawn.append(
-            pixels
-            if change is None
-            else change(pixels, sample_rng(seed, epoch, sample_id, PHOTOMETRIC_STREAM, view=key))
-        )
+        if change is not None:
+            pixels = change(pixels, sample_rng(spec.seed, epoch, sample_id, PHOTOMETRIC_STREAM, view=number))
+        drawn.append(pixels)
     return drawn
 
 

@@ -11,7 +11,6 @@ import random
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,15 +19,14 @@ import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
-from dmae_ds.data.batch import Batch, Loaded, empty_views
+from dmae_ds.data.batch import Batch, BatchRows, Loaded
+from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.corrupt import Corrupt, CorruptLog
 from dmae_ds.data.decode import decode_bytes
 from dmae_ds.data.reader import MAX_SAMPLE_BYTES
 from dmae_ds.data.shards import ShardError
 from dmae_ds.data.storage import LocalFile, RemoteFile
-from dmae_ds.data.transforms import MASK_STREAM, draw_views, sample_rng
 from dmae_ds.data.unindexed import UnindexedShards
-from dmae_ds.data.views import View
 from dmae_ds.data.worker import end_with_parent
 
 EXTENSIONS = ("jpg", "jpeg", "png")
@@ -43,55 +41,81 @@ class StreamedSample:
     epoch: int  # the worker's pass over its tars
 
 
+def stream_batches(
+    shards: UnindexedShards,
+    spec: BatchSpec,
+    *,
+    start_step: int,
+    stop_step: int,
+    num_workers: int,
+    pin_memory: bool,
+    log: CorruptLog,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of steps [start_step, stop_step).
+
+    Raises ShardError where there are fewer tars than readers, and where `log` counts too many corrupt samples.
+    """
+    assert spec.subset is None and spec.augment is None and spec.repeat == 1  # they require indexed shards
+    num_tars, num_readers = len(shards.tars), spec.world_size * max(1, num_workers)
+    if num_tars < num_readers:
+        raise ShardError(
+            f"{num_tars} tars are too few for {num_readers} readers (ranks x data.num_workers): each needs a tar; "
+            f"lower data.num_workers, or run `dmae-shards index`"
+        )
+    loader = DataLoader(
+        StreamedBatches(shards, spec, start_step),
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=end_with_parent,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+    for item in itertools.islice(loader, (stop_step - start_step) * spec.accumulation):
+        if isinstance(item, ShardError):
+            raise item
+        log.add(item.corrupt)
+        yield item.batch
+
+
 @dataclass(frozen=True)
 class StreamedBatches(IterableDataset):
     """Micro-batches without end, or a ShardError."""
 
     shards: UnindexedShards
-    img_size: int
-    num_patches: int
-    crop_scale: tuple[float, float]
-    flip: bool
-    views: tuple[View, ...]
-    seed: int
-    micro_batch: int
-    rank: int
-    world_size: int
+    spec: BatchSpec
     start_step: int
 
     def __iter__(self) -> Iterator[Loaded | ShardError]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        reader, num_readers = self.spec.rank * num_workers + worker, self.spec.world_size * num_workers
         corrupt: list[Corrupt] = []
-        samples = self._samples(self.rank * num_workers + worker, self.world_size * num_workers, corrupt)
+        samples = self._samples(reader, num_readers, corrupt)
         try:
             while True:
-                batch = self._batch(list(itertools.islice(samples, self.micro_batch)))
+                batch = self._batch(list(itertools.islice(samples, self.spec.micro_batch)))
                 yield Loaded(batch, corrupt.copy())
                 corrupt.clear()
         except ShardError as error:
             yield ShardError(str(error))
 
     def _samples(self, reader: int, num_readers: int, corrupt: list[Corrupt]) -> Iterator[StreamedSample]:
-        """Raises ShardError where a whole pass gives nothing."""
+        """Decoded samples of one reader, pass after pass. Raises ShardError where a whole pass gives nothing."""
         for number in itertools.count(self.start_step):  # a resumed run draws other passes
-            tars = random.Random(f"{self.seed} {number}").sample(self.shards.tars, len(self.shards.tars))
-            shuffle = webdataset.shuffle(
-                self.shards.shuffle_buffer, rng=random.Random(f"{self.seed} {number} {reader}")
-            )
+            key = f"{self.spec.seed} {number}"
+            tars = random.Random(key).sample(self.shards.tars, len(self.shards.tars))
+            shuffle = webdataset.shuffle(self.shards.shuffle_buffer, rng=random.Random(f"{key} {reader}"))
             empty = True
             for sample in shuffle(_samples_of(tars[reader::num_readers], number, corrupt)):
                 try:
-                    decoded = StreamedSample(
-                        decode_bytes(sample["data"]), sample["label"], sample["id"], number
-                    )
+                    image = decode_bytes(sample["data"])
                 except ValueError as error:
                     corrupt.append(
                         Corrupt(sample["tar"], sample["key"], sample["id"], str(error), number, -1)
                     )
                     continue
                 empty = False
-                yield decoded
+                yield StreamedSample(image, sample["label"], sample["id"], number)
             if empty:
                 last = f" (the last: {corrupt[-1].shard}: {corrupt[-1].reason})" if corrupt else ""
                 raise ShardError(
@@ -99,67 +123,14 @@ class StreamedBatches(IterableDataset):
                 )
 
     def _batch(self, samples: list[StreamedSample]) -> Batch:
-        pixels = empty_views(self.views, len(samples), img_size=self.img_size)
-        noise = torch.empty((len(samples), self.num_patches))
+        rows = BatchRows(len(samples), self.spec)
         for row, sample in enumerate(samples):
-            key = {"seed": self.seed, "epoch": sample.epoch, "sample_id": sample.sample_id}
-            drawn = draw_views(
-                sample.image,
-                self.views,
-                **key,
-                img_size=self.img_size,
-                crop_scale=self.crop_scale,
-                flip=self.flip,
-            )
-            for place, view in enumerate(drawn):
-                pixels[place][row] = torch.from_numpy(view)
-            noise[row] = torch.from_numpy(
-                sample_rng(**key, stream=MASK_STREAM).random(self.num_patches, dtype=np.float32)
-            )
-        fields = {
-            name: torch.tensor([getattr(sample, name) for sample in samples])
-            for name in ("label", "sample_id", "epoch")
-        }
-        return Batch(
-            pixels[0],
-            noise,
-            fields["label"],
-            fields["sample_id"],
-            fields["epoch"],
-            more_views=tuple(pixels[1:]),
+            rows.fill(row, sample.image, epoch=sample.epoch, sample_id=sample.sample_id)
+        return rows.batch(
+            labels=torch.tensor([sample.label for sample in samples]),
+            sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+            epochs=torch.tensor([sample.epoch for sample in samples]),
         )
-
-
-def stream_batches(
-    dataset: StreamedBatches,
-    *,
-    num_batches: int,
-    num_workers: int,
-    pin_memory: bool,
-    max_corrupt: int,
-    corrupt_log: Path | None,
-) -> Iterator[Batch]:
-    """Raises ShardError above max_corrupt, and where there are fewer tars than readers."""
-    num_tars, num_readers = len(dataset.shards.tars), dataset.world_size * max(1, num_workers)
-    if num_tars < num_readers:
-        raise ShardError(
-            f"{num_tars} tars for {num_readers} readers (ranks x data.num_workers): some would have nothing to read; lower "
-            f"data.num_workers, or run `dmae-shards index`"
-        )
-    log = CorruptLog(corrupt_log, max_corrupt=max_corrupt)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=end_with_parent,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-    )
-    for item in itertools.islice(loader, num_batches):
-        if isinstance(item, ShardError):
-            raise item
-        log.add(item.corrupt)
-        yield item.batch
 
 
 def _samples_of(tars: list, number: int, corrupt: list[Corrupt]) -> Iterator[dict[str, Any]]:

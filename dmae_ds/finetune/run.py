@@ -26,6 +26,7 @@ from tqdm import tqdm
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import dump_config, flatten
 from dmae_ds.data.batch import Batch
+from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import eval_batches, train_batches
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.rand_augment import RandAugment
@@ -264,8 +265,7 @@ def _batches(
     data, rand_augment = config.data, None
     if isinstance(config, FinetuneConfig) and config.augment.rand_augment is not None:
         rand_augment = RandAugment(config.augment.rand_augment, img_size=classifier.img_size, mean=data.mean)
-    return train_batches(
-        train_set,
+    spec = BatchSpec(
         img_size=classifier.img_size,
         num_patches=0,
         crop_scale=data.crop_scale,
@@ -276,17 +276,21 @@ def _batches(
         accumulation=cut[1],
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        crop="tensorflow" if isinstance(config, LinearConfig) else "torchvision",
+        augment=rand_augment,
+        subset=None if config.labels == "all" else ids,
+        block=data.block,
+    )
+    return train_batches(
+        train_set,
+        spec,
         start_step=start_step,
         stop_step=stop_step,
         num_workers=data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        block=data.block,
         buffer_gib=data.buffer_gib,
         max_corrupt=data.max_corrupt,
         corrupt_log=Path(config.run.dir).expanduser() / "corrupt.jsonl",
-        subset=None if config.labels == "all" else ids,
-        crop="tensorflow" if isinstance(config, LinearConfig) else "torchvision",
-        augment=rand_augment,
     )
 
 

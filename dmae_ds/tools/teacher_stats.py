@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import train_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
@@ -78,8 +79,7 @@ def write_stats(
     num_images = min(num_images, shards.num_samples)
     batch_size = min(config.optim.micro_batch or 64, num_images)
     student = objective.student
-    batches = train_batches(
-        shards,
+    spec = BatchSpec(
         img_size=student.grid[0] * student.patch_size,
         num_patches=student.num_patches,
         crop_scale=config.data.crop_scale,
@@ -87,14 +87,15 @@ def write_stats(
         seed=config.run.seed,
         global_batch=batch_size,
         micro_batch=batch_size,
-        accumulation=1,
-        rank=0,
-        world_size=1,
+        views=objective.views,
+    )
+    batches = train_batches(
+        shards,
+        spec,
         start_step=0,
         stop_step=ceil(num_images / batch_size),
         num_workers=config.data.num_workers,
         pin_memory=device.type == "cuda",
-        views=objective.views,
     )
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     moments = {tap: Moments() for tap in objective.taps}

@@ -9,6 +9,7 @@ import torch
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
+from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import train_batches
 from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
@@ -35,8 +36,10 @@ def training_batches(
     """This rank's micro-batches of steps [start_step, stop_step), on the host (data/loader.py says what is raised)."""
     data, student = config.data, objective.student
     img_size = student.grid[0] * student.patch_size
-    return train_batches(
-        shards,
+    augment = None
+    if objective.rand_augment is not None:
+        augment = RandAugment(objective.rand_augment, img_size=img_size, mean=data.mean)
+    spec = BatchSpec(
         img_size=img_size,
         num_patches=student.num_patches,
         crop_scale=data.crop_scale,
@@ -47,19 +50,21 @@ def training_batches(
         accumulation=accumulation,
         rank=world.rank,
         world_size=world.size,
+        views=objective.views,
+        repeat=data.repeat,
+        augment=augment,
+        block=data.block,
+    )
+    return train_batches(
+        shards,
+        spec,
         start_step=start_step,
         stop_step=stop_step,
         num_workers=data.num_workers,
         pin_memory=device.type == "cuda",
-        block=data.block,
-        repeat=data.repeat,
         buffer_gib=data.buffer_gib,
         max_corrupt=max_corrupt,
         corrupt_log=corrupt_log,
-        views=objective.views,
-        augment=None
-        if objective.rand_augment is None
-        else RandAugment(objective.rand_augment, img_size=img_size, mean=data.mean),
     )
 
 

@@ -10,71 +10,11 @@ from torch.utils.data import DataLoader
 
 from dmae_ds.data import loader
 from dmae_ds.data.batch import Batch
-from dmae_ds.data.loader import eval_batches, train_batches
+from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError, write_manifest, write_shard
 from dmae_ds.errors import UserError
-
-GLOBAL_BATCH = 8
-NUM_STEPS = 7  # 56 samples: two epochs of 23 and a part of the third
-
-
-def train(
-    shard_set,
-    *,
-    world_size=1,
-    rank=0,
-    accumulation=1,
-    start_step=0,
-    stop_step=NUM_STEPS,
-    num_workers=0,
-    **changes,
-):
-    settings = dict(
-        img_size=16,
-        num_patches=4,
-        crop_scale=(0.2, 1.0),
-        flip=True,
-        seed=5,
-        global_batch=GLOBAL_BATCH,
-        micro_batch=GLOBAL_BATCH // world_size // accumulation,
-        accumulation=accumulation,
-        rank=rank,
-        world_size=world_size,
-        start_step=start_step,
-        stop_step=stop_step,
-        num_workers=num_workers,
-        pin_memory=False,
-    )
-    return train_batches(shard_set, **(settings | changes))
-
-
-def join(batches):
-    return [
-        torch.cat(parts)
-        for parts in zip(
-            *((b.images, b.noise, b.labels, b.sample_ids, b.epochs) for b in batches), strict=True
-        )
-    ]
-
-
-def global_batches(shard_set, *, world_size, accumulation=1, **settings):
-    """All ranks' micro-batches put together in the order of their positions: one list of fields a step."""
-    ranks = [
-        list(train(shard_set, world_size=world_size, rank=rank, accumulation=accumulation, **settings))
-        for rank in range(world_size)
-    ]
-    steps = len(ranks[0]) // accumulation
-    return [
-        join(batch for rank in ranks for batch in rank[step * accumulation : (step + 1) * accumulation])
-        for step in range(steps)
-    ]
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+from tests.data.batches import GLOBAL_BATCH, NUM_STEPS, assert_same, global_batches, join, train
 
 
 @pytest.fixture
@@ -216,7 +156,7 @@ def test_global_batches_of_blocks_do_not_depend_on_ranks_accumulation_or_workers
 def test_blocks_that_do_not_fit_the_buffer_are_refused(shard_set):
     with pytest.raises(
         UserError,
-        match=r"data.block 4 needs about .* GiB a rank .* data.buffer_gib is 1e-06; take a smaller block",
+        match=r"data.block 4 needs about .* GiB a rank .* data.buffer_gib is 1e-06; use a smaller block",
     ):
         train(shard_set, block=4, buffer_gib=1e-6)
 
@@ -402,7 +342,5 @@ def test_repeated_views_stand_together_and_differ(shard_set, block, world_size, 
 
 
 def test_views_that_do_not_fill_a_micro_batch_are_refused(shard_set):
-    with pytest.raises(
-        UserError, match="data.repeat 3 does not divide the 4 images that a rank sees at once"
-    ):
+    with pytest.raises(UserError, match="data.repeat 3 does not divide the micro-batch of 4 images"):
         train(shard_set, world_size=2, repeat=3)

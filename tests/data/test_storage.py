@@ -11,11 +11,11 @@ import torch
 
 from dmae_ds.data import storage as storage_module
 from dmae_ds.data.cache import CHUNK_BYTES, FOLDER, make_cache
-from dmae_ds.data.loader import train_batches
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
 from dmae_ds.data.storage import Access
+from tests.data.batches import train
 from tests.data.flaky_server import serve
 
 pytest.importorskip("aiohttp", reason="http:// is read with aiohttp: dmae-ds[remote]")
@@ -29,28 +29,8 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(storage_module, "LONGEST_WAIT_S", 0.05)
 
 
-def batches(shard_set, *, num_steps, block=1, num_workers=0, world_size=1, rank=0, **settings):
-    return list(
-        train_batches(
-            shard_set,
-            img_size=16,
-            num_patches=4,
-            crop_scale=(0.2, 1.0),
-            flip=True,
-            seed=5,
-            global_batch=8,
-            micro_batch=8 // world_size,
-            accumulation=1,
-            rank=rank,
-            world_size=world_size,
-            start_step=0,
-            stop_step=num_steps,
-            num_workers=num_workers,
-            pin_memory=False,
-            block=block,
-            **settings,
-        )
-    )
+def batches(shard_set, *, num_steps, **settings):
+    return list(train(shard_set, stop_step=num_steps, **settings))
 
 
 def cached_bytes(folder):

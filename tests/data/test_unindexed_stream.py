@@ -10,11 +10,11 @@ import torch
 
 from dmae_ds.config.run import DataConfig
 from dmae_ds.data import unindexed_stream as stream_module
-from dmae_ds.data.loader import train_batches
 from dmae_ds.data.open import open_train
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
 from dmae_ds.data.unindexed import UnindexedShards
+from tests.data.batches import train
 from tests.data.flaky_server import serve
 
 
@@ -48,27 +48,10 @@ def data(location, **settings):
     return DataConfig(train=str(location), num_samples=20, **settings)
 
 
-def batches(shards, *, num_steps=5, world_size=1, rank=0, num_workers=0, start_step=0, **settings):
-    return list(
-        train_batches(
-            shards,
-            img_size=16,
-            num_patches=4,
-            crop_scale=(0.2, 1.0),
-            flip=True,
-            seed=0,
-            global_batch=4 * world_size,
-            micro_batch=4,
-            accumulation=1,
-            rank=rank,
-            world_size=world_size,
-            start_step=start_step,
-            stop_step=start_step + num_steps,
-            num_workers=num_workers,
-            pin_memory=False,
-            **settings,
-        )
-    )
+def batches(shards, *, num_steps=5, start_step=0, **settings):
+    """Micro-batches of four samples."""
+    settings = {"seed": 0, "micro_batch": 4, "global_batch": 4 * settings.get("world_size", 1), **settings}
+    return list(train(shards, start_step=start_step, stop_step=start_step + num_steps, **settings))
 
 
 def test_every_sample_comes_once_a_pass_and_ranks_share_the_tars(tars):
@@ -99,7 +82,8 @@ def test_the_same_tars_by_pattern_over_http_and_from_workers(tars, num_workers):
 
 def test_fewer_tars_than_readers_are_refused(tars):
     with pytest.raises(
-        ShardError, match="4 tars for 6 readers .* lower data.num_workers, or run `dmae-shards index`"
+        ShardError,
+        match="4 tars are too few for 6 readers .* lower data.num_workers, or run `dmae-shards index`",
     ):
         batches(open_train(data(tars), allow_pipe=False), world_size=2, num_workers=3)
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from dmae_ds.data.batch import Batch
-from dmae_ds.data.loader import train_batches
 from dmae_ds.data.photometric import GREY, JITTER, PHOTOMETRIC, Photometric
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.transforms import sample_rng
 from dmae_ds.data.views import View
+from tests.data.batches import train
 
 VIEWS = (View(), View(photometric="dino2"), View(size=12, scale=(0.05, 0.3), photometric="dino_local"))
 
@@ -24,27 +24,21 @@ def shards(digits) -> ShardSet:
     return ShardSet.open(digits / "train", label="data.train")
 
 
-def batches(shards, *, world_size: int = 1, views=VIEWS, **changes) -> list[Batch]:
-    """The global batches of two steps, each out of all ranks' micro-batches."""
+def batches(shards, *, world_size: int = 1, **changes) -> list[Batch]:
+    """The global batches of two steps, each put together from all ranks' micro-batches."""
     settings = {
         "img_size": 32,
         "num_patches": 64,
         "crop_scale": (0.5, 1.0),
-        "flip": True,
         "seed": 3,
-        "global_batch": 8,
-        "accumulation": 1,
-        "start_step": 0,
-        "stop_step": 2,
-        "num_workers": 0,
-        "pin_memory": False,
-        "views": views,
-        "micro_batch": 8 // world_size,
-        "world_size": world_size,
+        "views": VIEWS,
         **changes,
     }
-    ranks = [list(train_batches(shards, rank=rank, **settings)) for rank in range(world_size)]
-    return [Batch.join(list(parts)) for parts in zip(*ranks, strict=True)]
+    ranks = [
+        list(train(shards, world_size=world_size, rank=rank, stop_step=2, **settings))
+        for rank in range(world_size)
+    ]
+    return [Batch.join(list(micro_batches)) for micro_batches in zip(*ranks, strict=True)]
 
 
 def same(ours: Batch, theirs: Batch) -> bool:
