@@ -1,17 +1,10 @@
-"""Figures of a report: each a picture for a paper or a chat (PNG) and a part of a page, light or dark (SVG).
-
-A figure is drawn once, in the colours of the light page. In the SVG every colour becomes a CSS variable of the page,
-so that the browser can put the dark page's in its place; the text stays text.
-"""
+"""Figures of a report: curves, bars, heat maps and mosaics of images."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,27 +13,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dmae_ds.evaluate.facts import DEAD_SHARE
+from dmae_ds.report.theme import NUM_SERIES, add_key, add_legend, light, new_figure, plain_text, series_colour
 
-# CSS variable -> (light, dark). The series' order is fixed: neighbours stay apart for colour-blind eyes.
-COLOURS = {
-    "--surface": ("#fcfcfb", "#1a1a19"),
-    "--ink": ("#161615", "#f4f3ee"),
-    "--soft": ("#62615c", "#aeada5"),
-    "--line": ("#dedcd5", "#3a3936"),
-    "--alarm": ("#b3261e", "#ff8a80"),
-    "--series-0": ("#2a78d6", "#3987e5"),
-    "--series-1": ("#eb6834", "#d95926"),
-    "--series-2": ("#1baf7a", "#199e70"),
-    "--series-3": ("#eda100", "#c98500"),
-    "--series-4": ("#e87ba4", "#d55181"),
-    "--series-5": ("#008300", "#2c9a2c"),
-    "--series-6": ("#4a3aa7", "#9085e9"),
-    "--series-7": ("#e34948", "#e66767"),
-}
-NUM_SERIES = 8
-MAX_POINTS = 300  # a curve of more steps is drawn as means: a pixel of the page holds no more
-OPAQUE = 0.85  # of a heat map's 1: a number can be read on it, on either page
-DASHES = ["-", "--", ":"]  # runs 8 to 15 take the colours again, dashed
+MAX_POINTS = 300  # a longer curve is drawn as means: the page has no more pixels for it
+MAX_OPACITY = 0.85  # of a heat map's cell of value 1: the number in it can be read in light and dark mode
+DASHES = ["-", "--", ":"]  # runs 8 to 15 use the colours again, dashed
+WIDTH = 4.3  # inches
+MAX_NUMBERED_GRID = (8, 12)  # rows and columns up to which the cells of a heat map carry their values
+MAX_TICKS = 12  # of a heat map's axis; a longer one has a tick at every fourth block
 
 
 @dataclass(frozen=True)
@@ -53,18 +33,17 @@ class Curve:
     values: list[float]
 
 
-def light(variable: str) -> str:
-    return COLOURS[variable][0]
-
-
 def thin_out(
     epochs: list[float], values: list[float], max_points: int = MAX_POINTS
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean epochs and values of equally long stretches of steps (the last may be shorter); returns them and the stretch."""
-    stretch = math.ceil(len(values) / max_points)
-    starts = np.arange(0, len(values), stretch)
-    lengths = np.diff(np.append(starts, len(values)))
-    return np.add.reduceat(epochs, starts) / lengths, np.add.reduceat(values, starts) / lengths, stretch
+    """Average a curve over equally long groups of steps, so that at most `max_points` remain.
+
+    The last group may be shorter. Returns the mean epochs, the mean values and the length of a group.
+    """
+    length = math.ceil(len(values) / max_points)
+    starts = np.arange(0, len(values), length)
+    counts = np.diff(np.append(starts, len(values)))
+    return np.add.reduceat(epochs, starts) / counts, np.add.reduceat(values, starts) / counts, length
 
 
 def draw_curves(
@@ -77,20 +56,18 @@ def draw_curves(
     from_zero: bool = False,
     mark: tuple[float, str] | None = None,
 ) -> Figure:
-    """Curves of several runs in one axes.
+    """Draw curves of several runs in one axes.
 
-    unit: of the values, along the axis; share: values are parts of 1, drawn as percent with the mark of a dead term
-    points: few values that were measured apart, each of which is marked; from_zero: the axis begins at zero
-    mark: (value, what it means) of a line across
+    unit: the label of the y axis; share: the values are parts of 1, drawn in percent, with the limit of a dead term
+    points: mark every value, for curves of few; from_zero: start the y axis at zero
+    mark: (value, meaning) of a horizontal line
     """
-    with _plain_text():
-        figure, axes = _figure(title, width=4.3, height=2.9)
-        axes.set_xlabel("epoch", fontsize=9, color=light("--soft"))
-        axes.set_ylabel(unit, fontsize=9, color=light("--soft"))
+    with plain_text():
+        figure, axes = new_figure(title, width=WIDTH, height=2.9, xlabel="epoch", ylabel=unit)
         axes.grid(axis="y", color=light("--line"), linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.spines["bottom"].set(visible=True, color=light("--line"))
-        lines = [_draw(axes, curve, points=points) for curve in curves]
+        lines = [_draw_curve(axes, curve, points=points) for curve in curves]
         if share:
             axes.set_ylim(0, 1)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
@@ -98,215 +75,124 @@ def draw_curves(
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
         if mark is not None:
-            axes.axhline(mark[0], color=light("--alarm"), linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                mark[1],
-                (1, mark[0]),
-                (0, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                fontsize=8.5,
-                color=light("--alarm"),
-            )
+            _draw_mark(axes, *mark)
         if from_zero:
-            axes.set_ylim(bottom=0)  # after the mark, which is to be seen as well
+            axes.set_ylim(bottom=0)  # after the mark, so that the mark is inside the axes too
         if len(curves) > 1:
-            figure.legend(
-                lines,
-                [curve.name for curve in curves],
-                loc="outside lower left",
-                ncols=min(3, len(curves)),
-                frameon=False,
-                fontsize=8.5,
-                labelcolor=light("--soft"),
-                handlelength=1.4,
-            )
+            names = [curve.name for curve in curves]
+            add_legend(figure, lines, names, columns=min(3, len(curves)), handlelength=1.4)
     return figure
+
+
+def _draw_curve(axes: Axes, curve: Curve, *, points: bool) -> Line2D:
+    epochs, values, _ = thin_out(curve.epochs, curve.values)
+    (line,) = axes.plot(
+        epochs,
+        values,
+        color=series_colour(curve.place),
+        linewidth=1.6,
+        linestyle=DASHES[curve.place // NUM_SERIES % len(DASHES)],
+        marker="o" if points or len(values) == 1 else None,  # a line of one point can't be seen
+        markersize=4,
+    )
+    return line
+
+
+def _draw_mark(axes: Axes, value: float, meaning: str) -> None:
+    axes.axhline(value, color=light("--alarm"), linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        meaning,
+        (1, value),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=8.5,
+        color=light("--alarm"),
+    )
 
 
 def draw_grid(
     title: str, values: np.ndarray, *, rows: str, columns: str, marked: list[tuple[int, int]]
 ) -> Figure:
-    """A heat map of values in 0 to 1, [R, C], the first row at the bottom; rows and columns are counted from 1.
+    """Draw values in 0 to 1, [R, C], as a heat map with the first row at the bottom; rows and columns count from 1.
 
-    rows, columns: what they are; marked: (row, column) pairs, from 1, that get a frame. The colour of a cell is one hue, as
-    opaque as the value is large, so that it reads on a light and on a dark page; up to 8 x 12 cells carry their number, more a key.
+    rows, columns: the labels of the axes; marked: (row, column) pairs, from 1, that get a frame
+    All cells have one hue, and a cell is as opaque as its value is large: this can be read in light and dark mode. Up to
+    8 x 12 cells carry their numbers, a larger grid has a key.
     """
     num_rows, num_columns = values.shape
-    numbered = num_rows <= 8 and num_columns <= 12
-    with _plain_text():
-        figure, axes = _figure(
-            title, width=4.3, height=min(4.3, 1.3 + 2.9 * max(0.35, num_rows / num_columns))
-        )
-        axes.set_xlabel(columns, fontsize=9, color=light("--soft"))
-        axes.set_ylabel(rows, fontsize=9, color=light("--soft"))
+    max_rows, max_columns = MAX_NUMBERED_GRID
+    numbered = num_rows <= max_rows and num_columns <= max_columns
+    height = min(4.3, 1.3 + 2.9 * max(0.35, num_rows / num_columns))
+    with plain_text():
+        figure, axes = new_figure(title, width=WIDTH, height=height, xlabel=columns, ylabel=rows)
         for (row, column), value in np.ndenumerate(values.clip(0, 1)):
-            axes.add_patch(
-                Rectangle(
-                    (column + 0.52, row + 0.52),
-                    0.96,
-                    0.96,
-                    facecolor=(light("--series-0"), OPAQUE * float(value)),
-                    linewidth=0,
-                )
-            )
+            _draw_cell(axes, row + 1, column + 1, facecolor=_shade(float(value)), linewidth=0)
             if numbered:
-                axes.text(
-                    column + 1,
-                    row + 1,
-                    _short(value),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color=light("--ink"),
-                )
+                options = {"ha": "center", "va": "center", "fontsize": 8, "color": light("--ink")}
+                axes.text(column + 1, row + 1, _short(value), **options)
         for row, column in marked:
-            axes.add_patch(
-                Rectangle(
-                    (column - 0.48, row - 0.48),
-                    0.96,
-                    0.96,
-                    fill=False,
-                    edgecolor=light("--ink"),
-                    linewidth=1.6,
-                )
-            )
+            _draw_cell(axes, row, column, fill=False, edgecolor=light("--ink"), linewidth=1.6)
         axes.set(xlim=(0.5, num_columns + 0.5), ylim=(0.5, num_rows + 0.5))
         for axis, num in ((axes.xaxis, num_columns), (axes.yaxis, num_rows)):
-            axis.set_ticks(range(1, num + 1) if num <= 12 else [1, *range(4, num + 1, 4)])
+            axis.set_ticks(range(1, num + 1) if num <= MAX_TICKS else [1, *range(4, num + 1, 4)])
         if not numbered:
-            _add_key(
-                figure,
-                [(_short(value), (light("--series-0"), OPAQUE * value)) for value in (0, 0.25, 0.5, 0.75, 1)],
-            )
+            add_key(figure, [(_short(value), _shade(value)) for value in (0, 0.25, 0.5, 0.75, 1)])
     return figure
 
 
+def _draw_cell(axes: Axes, row: int, column: int, **options) -> None:
+    axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, **options))
+
+
+def _shade(value: float) -> tuple[str, float]:
+    return light("--series-0"), MAX_OPACITY * value
+
+
+def _short(value: float) -> str:
+    """A value in 0 to 1 as .93, 1 or 0."""
+    if value >= 0.995:
+        return "1"
+    return "0" if value < 0.005 else f"{value:.2f}"[1:]
+
+
 def draw_bars(title: str, bars: list[tuple[str, int, list[float]]], parts: list[str], *, unit: str) -> Figure:
-    """One bar a run, (name, place, a value for each part), cut into its parts: the run's colour, each part fainter than the one before."""
-    faintness = np.linspace(1, 0.25, len(parts))
-    with _plain_text():
-        figure, axes = _figure(title, width=4.3, height=1.2 + 0.42 * len(bars))
-        axes.set_xlabel(unit, fontsize=9, color=light("--soft"))
+    """Draw one horizontal bar a run in the run's colour, divided into its parts, each fainter than the one before.
+
+    bars: (name of the run, its place on the page, one value for each part)
+    """
+    opacities = np.linspace(1, 0.25, len(parts))
+    longest = max(sum(values) for _, _, values in bars)
+    with plain_text():
+        figure, axes = new_figure(title, width=WIDTH, height=1.2 + 0.42 * len(bars), xlabel=unit)
         axes.grid(axis="x", color=light("--line"), linewidth=0.8)
         for height, (_, place, values) in enumerate(bars):
-            for start, value, alpha in zip(np.cumsum([0, *values]), values, faintness):
-                axes.add_patch(
-                    Rectangle(
-                        (start, height - 0.3),
-                        value,
-                        0.6,
-                        facecolor=(light(f"--series-{place % NUM_SERIES}"), alpha),
-                        linewidth=0,
-                    )
-                )
-        axes.set(
-            xlim=(0, 1.05 * max(sum(values) for _, _, values in bars) or 1), ylim=(len(bars) - 0.5, -0.5)
-        )
+            starts = np.cumsum([0, *values[:-1]])
+            for start, value, opacity in zip(starts, values, opacities, strict=True):
+                colour = (series_colour(place), opacity)
+                axes.add_patch(Rectangle((start, height - 0.3), value, 0.6, facecolor=colour, linewidth=0))
+        axes.set(xlim=(0, 1.05 * longest or 1), ylim=(len(bars) - 0.5, -0.5))
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        _add_key(
-            figure, [(part, (light("--soft"), alpha)) for part, alpha in zip(parts, faintness, strict=True)]
-        )
+        shades = [(light("--soft"), opacity) for opacity in opacities]
+        add_key(figure, list(zip(parts, shades, strict=True)))
     return figure
 
 
 def draw_mosaic(title: str, mosaic: np.ndarray, labels: list[str], heads: list[str]) -> Figure:
-    """One [H, W, 3] uint8 picture of equally high rows, with a label beside each, and of columns, with heads above (or none)."""
+    """Draw one [H, W, 3] uint8 image that consists of equally high rows and of columns.
+
+    labels: one for each row, at its left; heads: one for each column, above it, or none
+    """
     height, width = mosaic.shape[:2]
-    with _plain_text():
-        figure, axes = _figure(
-            title, width=6.6 + 0.085 * max(map(len, labels)), height=0.7 + 6.5 * height / width
-        )
+    size = {"width": 6.6 + 0.085 * max(map(len, labels)), "height": 0.7 + 6.5 * height / width}
+    with plain_text():
+        figure, axes = new_figure(title, **size)
         axes.imshow(mosaic, interpolation="nearest")
         axes.set_yticks([(row + 0.5) * height / len(labels) for row in range(len(labels))], labels)
         axes.set_xticks([(column + 0.5) * width / len(heads) for column in range(len(heads))], heads)
         axes.xaxis.tick_top()
         axes.tick_params(axis="x", length=0)
     return figure
-
-
-def _add_key(figure: Figure, colours: list[tuple[str, tuple[str, float]]]) -> None:
-    """What the opaqueness of a colour means, under the axes."""
-    swatches = [Rectangle((0, 0), 1, 1, facecolor=colour, linewidth=0) for _, colour in colours]
-    figure.legend(
-        swatches,
-        [name for name, _ in colours],
-        loc="outside lower left",
-        ncols=len(colours),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=light("--soft"),
-        handlelength=1.2,
-    )
-
-
-def _short(value: float) -> str:
-    """.93, 1 or 0, of a value that is about in 0 to 1."""
-    return "1" if value >= 0.995 else "0" if value < 0.005 else f"{value:.2f}"[1:]
-
-
-def _plain_text():
-    return matplotlib.rc_context({"text.parse_math": False})  # a run may be called a$b
-
-
-def _figure(title: str, *, width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure, in inches, and its axes without frame or ticks."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=light("--surface"))
-    axes = figure.add_subplot(facecolor=light("--surface"))
-    axes.set_title(title, loc="left", fontsize=10, color=light("--ink"), pad=8)
-    axes.tick_params(labelsize=9, labelcolor=light("--soft"), length=0)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    return figure, axes
-
-
-def _draw(axes: Axes, curve: Curve, *, points: bool) -> Line2D:
-    epochs, values, _ = thin_out(curve.epochs, curve.values)
-    dash = DASHES[curve.place // NUM_SERIES % len(DASHES)]
-    marker = "o" if points or len(values) == 1 else None  # a line of one point can't be seen
-    return axes.plot(
-        epochs,
-        values,
-        color=light(f"--series-{curve.place % NUM_SERIES}"),
-        linewidth=1.6,
-        linestyle=dash,
-        marker=marker,
-        markersize=4,
-    )[0]
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure in the light page's colours, with its background."""
-    file = io.BytesIO()
-    figure.savefig(
-        file, format="png", dpi=160, metadata={"Software": None}, pil_kwargs={"compress_level": 3}
-    )  # smaller takes three times as long
-    figure.set_layout_engine("none")  # it stands: an SVG of it needn't be laid out again
-    return file.getvalue()
-
-
-def to_svg(figure: Figure) -> str:
-    """An <svg> element for a page that defines the variables of COLOURS; nothing in it is fetched from elsewhere."""
-    file = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "dmae-ds"}
-    ):  # text as text; equal figures, equal bytes
-        figure.savefig(
-            file,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML prolog, which has no place in the middle of a page
-    svg = re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)  # every text once more
-    svg = re.sub(
-        r' id="[a-zA-Z0-9.]+_[0-9]+"', "", svg
-    )  # the parts' names, which nothing refers to and every figure repeats
-    svg = re.sub(r' (width|height)="[0-9.]+pt"', "", svg, count=2)  # the page says how wide
-    for variable, (colour, _) in COLOURS.items():
-        svg = re.sub(re.escape(colour), f"var({variable})", svg, flags=re.IGNORECASE)
-    return svg

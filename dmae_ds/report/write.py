@@ -12,9 +12,10 @@ from dmae_ds.evaluate.record import read_record
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.output.durable import replacing
 from dmae_ds.report.charts import Charts, draw_health, draw_losses, draw_times, file_name
-from dmae_ds.report.figures import MAX_POINTS, draw_grid, draw_mosaic, light, to_png, to_svg
+from dmae_ds.report.figures import MAX_POINTS, draw_grid, draw_mosaic
 from dmae_ds.report.page import Section, figures, missing, render_page, side_by_side
 from dmae_ds.report.reference import Teachers
+from dmae_ds.report.theme import light, to_png, to_svg
 from dmae_ds.report.views import Views, look
 
 # Section of the page -> title, how to read it.

@@ -3,16 +3,8 @@
 import numpy as np
 import pytest
 
-from dmae_ds.report.figures import (
-    Curve,
-    draw_bars,
-    draw_curves,
-    draw_grid,
-    draw_mosaic,
-    thin_out,
-    to_png,
-    to_svg,
-)
+from dmae_ds.report.figures import Curve, draw_bars, draw_curves, draw_grid, draw_mosaic, thin_out
+from dmae_ds.report.theme import to_png, to_svg
 
 CURVE = Curve("run", 0, [0, 1], [0.4, 0.5])
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dmae_ds.errors import UserError
 from dmae_ds.report import name_runs, write_report
-from dmae_ds.report.figures import COLOURS
+from dmae_ds.report.theme import COLOURS
 from tests.evaluate.conftest import make_run
 from tests.report.conftest import ODD_NAME
 

@@ -2,86 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 from dmae_ds.cli.main import main
-from dmae_ds.config.load import dump_config, load_config
-from dmae_ds.errors import UserError
-from dmae_ds.report.published import NUM_IMAGENET, matching_result, read_published, wanted
+from dmae_ds.report.published import matching_result, read_published, wanted
 from dmae_ds.report.results_page import PAPERS, render_published, write_results_page
-from dmae_ds.report.runs import find_runs, read_run
-from dmae_ds.report.study import Column, Setting, columns_of, draw, group, identity, name_settings
-from dmae_ds.train.checkpoint.folder import CheckpointFolder
+from dmae_ds.report.runs import read_run
+from tests.messages import refused
+from tests.report.made_runs import FINETUNE, KNN, make_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FINETUNE = {
-    "recipe": "finetune_mae",
-    "epochs": 100.0,
-    "img_size": 224,
-    "seed": 0,
-    "init": "weights",
-    "distill": None,
-}
-KNN = {"k": 20, "temperature": 0.07, "pool": "mean"}
-
-
-def make_run(
-    folder,
-    recipe="dmae_vit_large_to_base",
-    *overrides,
-    results=(),
-    num_images=NUM_IMAGENET,
-    progress=1.0,
-    images_per_s=1000.0,
-    world_size=8,
-    num_val=50_000,
-):
-    """A run folder without weights, as far as it came. results: (metric, labels, top1, settings), measured at its last step."""
-    config = load_config(recipe, [f"run.dir={folder}", *overrides])
-    step = int(progress * config.optim.epochs * num_images / config.optim.global_batch)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "student.safetensors").touch()
-    row = {
-        "step": step,
-        "epoch": step * config.optim.global_batch / num_images,
-        "lr": 1e-3,
-        "loss": 1.0,
-        "pixel": 1.0,
-        "images_per_s": images_per_s,
-    }
-    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    checkpoints = CheckpointFolder(folder)
-    checkpoints.begin(step)
-    checkpoints.commit(step, {"step": step, "world_size": world_size}, {})
-    lines = [
-        {
-            "metric": metric,
-            "top1": top1,
-            "top5": None,
-            "labels": labels,
-            "subset_seed": seed,
-            "settings": settings,
-            "step": step,
-            "num_train": num_images,
-            "num_val": num_val,
-            "data": "f",
-            "seconds": 3600.0,
-            "device": "NVIDIA H100",
-            "world_size": 8,
-            "when": "2026-01-01T00:00:00+00:00",
-        }
-        for metric, labels, seed, top1, settings in (
-            result if len(result) == 5 else (*result[:2], None if result[1] == "all" else 0, *result[2:])
-            for result in results
-        )
-    ]
-    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 def filled(run):
@@ -255,189 +188,6 @@ def test_seeds_hardware_and_cost_stand_in_the_row(tmp_path):
     )
 
 
-# ---- the study
-
-
-def make_study(folder):
-    """Two DMAE settings and an MAE setting over two seeds, each with a teacher of its own."""
-    small = ["data.num_workers=0"]
-    for seed in (0, 1):
-        teacher = make_run(
-            folder / f"seed{seed}" / "teacher",
-            "digits_teacher",
-            f"run.seed={seed}",
-            *small,
-            results=[("knn", "all", 86.0 + seed, KNN)],
-            num_images=1400,
-        )
-        for name, recipe, overrides, top1 in (
-            ("dmae", "digits_dmae", [f"teacher.weights={teacher / 'student.safetensors'}"], 80.0),
-            (
-                "mask",
-                "digits_dmae",
-                [f"teacher.weights={teacher / 'student.safetensors'}", "objective.mask_ratio=0.9"],
-                78.0,
-            ),
-            ("mae", "digits_mae", [], 70.0),
-        ):
-            few = [("knn", "10%", draw, top1 - 20 - draw, KNN) for draw in (0, 1, 2)]
-            results = (
-                [("knn", "all", top1 + 2 * seed, KNN), *few]
-                if (name, seed) != ("mask", 1)
-                else [("knn", "all", top1, {**KNN, "k": 10})]
-            )
-            make_run(
-                folder / f"seed{seed}" / name,
-                recipe,
-                f"run.seed={seed}",
-                *small,
-                *overrides,
-                results=results,
-                num_images=1400,
-            )
-    return folder
-
-
-def test_settings_are_runs_that_differ_in_their_seed_alone(tmp_path):
-    settings = group(find_runs([make_study(tmp_path / "study")]))
-    assert [setting.name for setting in settings] == ["dmae", "dmae, mask_ratio 0.9", "mae", "teacher: mae"]
-    assert all(setting.seeds == [0, 1] for setting in settings)
-    headings = columns_of(settings)
-    assert list(headings.values()) == ["k-NN, k 10", "k-NN, k 20", "k-NN, 10% labels"]
-    by_heading = {heading: settings[0].values.get(column) for column, heading in headings.items()}
-    assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
-
-
-def test_runs_that_begin_with_other_runs_are_settings_too(tmp_path):
-    """Each seed has its own first stage and its own fine-tuned teacher; what lies behind the paths is the same."""
-    for seed in (0, 1):
-        folder = tmp_path / f"seed{seed}"
-        teacher = make_run(folder / "teacher", "digits_teacher", f"run.seed={seed}", num_images=1400)
-        generic = make_run(
-            folder / "generic",
-            "digits_g2sd_generic",
-            f"run.seed={seed}",
-            f"teacher.weights={teacher}",
-            num_images=1400,
-        )
-        best = f"teacher.weights={teacher / 'finetune_digits' / 'best.safetensors'}"
-        for name, weights in (("specific", generic), ("deit", "null")):
-            settings = {"recipe": "g2sd_specific", "epochs": 15.0}
-            result = ("finetune" if name == "specific" else "supervised", "all", 90.0 + seed, settings)
-            make_run(
-                folder / name,
-                "digits_g2sd_specific",
-                f"run.seed={seed}",
-                best,
-                f"student.weights={weights}",
-                results=[result],
-                num_images=1400,
-            )
-    settings = group(find_runs([tmp_path]))
-    assert {setting.name: setting.seeds for setting in settings} == {
-        "g2sd_generic": [0, 1],
-        "g2sd_specific": [0, 1],
-        "g2sd_specific, student.weights g2sd_generic": [0, 1],
-        "teacher: mae": [0, 1],
-    }
-    assert (
-        identity(settings[0].runs[0].config)["teacher.weights"]
-        != identity(settings[1].runs[0].config)["teacher.weights"]
-    )  # an MAE, and what it was fine-tuned to
-
-
-def test_a_section_that_other_settings_lack_is_named_once():
-    plain = {
-        "precision": "fp32",
-        "objective.name": "dino",
-        "objective.distill": None,
-        "teacher": None,
-        "optim.epochs": 9,
-    }
-    one = {
-        "precision": "fp32",
-        "objective.name": "dino",
-        "objective.distill.alpha": 1.0,
-        "teacher.name": "vit",
-        "optim.epochs": 9,
-    }
-    flats = {
-        "a": plain,
-        "b": one,
-        "c": one | {"objective.distill.alpha": 2.0},
-        "d": one | {"optim.epochs": 8},
-    }
-    names = name_settings(flats, {"dino": {"objective.name": "dino"}})
-    assert names == {
-        "a": "dino",
-        "b": "dino, with distill, with teacher",
-        "c": "dino, with distill, with teacher, distill.alpha 2.0",
-        "d": "dino, with distill, with teacher, optim.epochs 8",
-    }
-
-
-def test_the_effective_rank_of_a_setting_is_the_mean_and_the_lowest(tmp_path):
-    for seed, value in ((0, 6.0), (1, 4.5)):
-        run = make_run(
-            tmp_path / f"run{seed}",
-            "digits_mae",
-            f"run.seed={seed}",
-            results=[("knn", "all", 70.0, KNN)],
-            num_images=1400,
-        )
-        (run / "metrics.jsonl").write_text(
-            (run / "metrics.jsonl").read_text().replace('"pixel"', f'"rank/mean": {value}, "pixel"')
-        )
-    make_run(tmp_path / "other", "digits_dmae", results=[("knn", "all", 80.0, KNN)], num_images=1400)
-    page = write_results_page([tmp_path], tmp_path / "RESULTS.md").read_text()
-    assert re.search(r"\| mae \| 70.0 ± 0.0 \| 0, 1 \| [^|]* \| 5.2 \(4.5\) \|", page) and re.search(
-        r"\| dmae \| [^\n]* \| not watched \|", page
-    )
-    assert "below 3 counts as collapsed" in page
-
-
-def test_the_study_s_table_and_plot(tmp_path):
-    study = make_study(tmp_path / "study")
-    page = write_results_page([study], tmp_path / "RESULTS.md").read_text()
-    assert "| dmae | not run | 81.0 ± 1.4 | 59.0 ± 0.0 | 0, 1 |" in page
-    assert (
-        "| dmae, mask_ratio 0.9 | 78.0 (1 of 2) | 78.0 (1 of 2) | 57.0 (1 of 2) | 0, 1 |" in page
-        and "| teacher: mae | not run | 86.5 ± 0.7 | not run |" in page
-    )
-    assert "8 runs on 1,400 images" in page and "(.github/results.png)" in page and "0 of 124 rows" in page
-    picture = (tmp_path / ".github" / "results.png").read_bytes()
-    assert picture[:4] == b"\x89PNG"
-    again = write_results_page(
-        [study / "seed1", study / "seed0", study / "seed0" / "mae"], tmp_path / "RESULTS.md"
-    )  # other words, the same runs
-    assert again.read_text() == page and (tmp_path / ".github" / "results.png").read_bytes() == picture
-
-
-def test_the_plot_s_headings_have_room_and_its_rows_have_numbers():
-    columns = {
-        Column("knn", "all", str(number)): f"fine-tuned with many labels, recipe {number}"
-        for number in range(5)
-    }
-    whole = Setting(
-        "g2sd_specific, student.weights g2sd_generic, optim.epochs 15.0",
-        [],
-        {column: [80.0, 81.0] for column in columns},
-    )
-    half = Setting("mae", [], {column: [70.0] for column in list(columns)[:3]})
-    figure = draw([whole, half], columns)
-    figure.draw_without_rendering()
-    panels = [axes for axes in figure.axes if axes.get_visible()]
-    titles = [axes._left_title.get_window_extent() for axes in panels]
-    assert [axes._left_title.get_text().replace("\n", " ") for axes in panels] == list(columns.values())
-    assert all(title.x0 >= 0 and title.x1 <= figure.bbox.x1 for title in titles)
-    assert not any(one.overlaps(other) for place, one in enumerate(titles) for other in titles[place + 1 :])
-    rows = [
-        [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
-        for axes in (panels[0], panels[3])
-    ]
-    assert rows == [[whole.name, half.name], [whole.name]]
-
-
 def test_a_run_under_way_is_left_out_and_counted(tmp_path):
     make_run(tmp_path / "study" / "whole", "digits_mae", results=[("knn", "all", 70.0, KNN)], num_images=1400)
     make_run(
@@ -457,9 +207,9 @@ def test_a_run_under_way_is_left_out_and_counted(tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
-    with pytest.raises(UserError, match="holds no run; name run folders"):
+    with refused(tmp_path):
         write_results_page([tmp_path], tmp_path / "RESULTS.md")
-    with pytest.raises(UserError, match="there is no folder"):
+    with refused("--out", tmp_path / "nowhere"):
         write_results_page([], tmp_path / "nowhere" / "RESULTS.md")
     monkeypatch.chdir(tmp_path)
     assert main(["report"]) == 2 and "--results" in capsys.readouterr().err

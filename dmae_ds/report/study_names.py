@@ -1,0 +1,120 @@
+"""What a run was trained on and with, apart from its seed and folder, and a short name for it among other runs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from dmae_ds.config.load import flatten, read_saved_config
+from dmae_ds.config.run import RunConfig, StudentConfig, TeacherConfig
+from dmae_ds.report.runs import Run
+
+# Sections and keys that don't change what is trained.
+_IRRELEVANT = {
+    "run",
+    "log",
+    "checkpoint",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.cache_gib",
+    "data.retries",
+    "data.timeout_s",
+    "data.val",
+    "teacher.stats",
+}
+
+
+def describe_training(config: RunConfig) -> dict[str, object]:
+    """The config without seed and folders, flat: {"optim.epochs": 20.0}.
+
+    Weights that a run of this project wrote are described by that run's training, not by their path: each seed may have
+    its own.
+    """
+    flat = {
+        key: value
+        for key, value in flatten(config.model_dump(mode="json")).items()
+        if key not in _IRRELEVANT and key.split(".")[0] not in _IRRELEVANT
+    }
+    for name, model in (("teacher", config.teacher), ("student", config.student)):
+        folder = find_source_run(model)
+        if folder is not None:
+            source = describe_training(read_saved_config(folder))
+            if not _is_student_of(folder, model):
+                source["evaluation"] = Path(model.weights).parent.name
+            flat[f"{name}.weights"] = source
+    return flat
+
+
+def find_source_run(model: StudentConfig | TeacherConfig | None) -> Path | None:
+    """The run folder that a network's weights come from, its student's or an evaluation's; None if from elsewhere."""
+    if model is None or model.weights is None:
+        return None
+    path = Path(model.weights).expanduser()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file():
+            return folder
+    return None
+
+
+def _is_student_of(folder: Path, model: StudentConfig | TeacherConfig) -> bool:
+    return Path(model.weights).expanduser() in (folder, folder / "student.safetensors")
+
+
+def default_objectives(runs: list[Run]) -> dict[str, dict]:
+    """The default options of each objective of these runs, flat, by the objective's name."""
+    schemas = {run.config.objective.name: type(run.config.objective) for run in runs}
+    return {
+        name: flatten({"objective": schema(name=name).model_dump(mode="json")})
+        for name, schema in schemas.items()
+    }
+
+
+def name_settings(trainings: dict, defaults: dict[str, dict]) -> dict:
+    """Name trainings by what tells them apart: {key: flat config} -> {key: name}.
+
+    A name is the objective, then the sections that not every training of this objective has, then the options that differ
+    from the commonest value among the trainings that have this section. defaults: the options of each objective, flat;
+    the default is taken for the commonest value if others are as common.
+    """
+    names = {}
+    for key, training in trainings.items():
+        objective = training["objective.name"]
+        peers = [other for other in trainings.values() if other["objective.name"] == objective]
+        differing = [f"with {section}" for section in _extra_sections(training, peers)]
+        for field, value in training.items():
+            usual = _commonest(field, peers, defaults[objective].get(field))
+            if _as_text(value) != usual:
+                differing.append(f"{field.removeprefix('objective.')} {_short(field, value)}")
+        names[key] = ", ".join([objective, *differing])
+    return names
+
+
+def _extra_sections(training: dict, peers: list[dict]) -> list[str]:
+    """Sections that not all peers have."""
+    extra = _sections(training) - set.intersection(*map(_sections, peers))
+    return [section.removeprefix("objective.") for section in sorted(extra)]
+
+
+def _sections(training: dict) -> set[str]:
+    return {field.rpartition(".")[0] for field in training}  # optim.epochs is in section "optim"
+
+
+def _commonest(field: str, peers: list[dict], default: object) -> str:
+    """The commonest value of an option, as JSON, among the peers that have its section."""
+    holders = [peer for peer in peers if field.rpartition(".")[0] in _sections(peer)]
+    counts = Counter(_as_text(peer.get(field)) for peer in holders)
+    return max(counts, key=lambda text: (counts[text], text == _as_text(default), text))
+
+
+def _as_text(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _short(field: str, value: object) -> str:
+    """A value as a name shows it; weights of another run by that run's objective."""
+    if isinstance(value, dict):
+        return value["objective.name"] if field == "student.weights" else "another"
+    if field == "objective.pairs" and value is None:
+        return "3/4"  # of the depth
+    return json.dumps(value).strip('"')
