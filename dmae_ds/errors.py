@@ -1,25 +1,25 @@
-"""The ways a command ends on purpose before it is done; `cli.py` turns them into one line and an exit code.
+"""Exceptions that end a command on purpose; `cli/main.py` turns them into one line and an exit code.
 
-Everything else is a bug of ours and keeps its traceback. `on_every_rank` is set where all ranks raise the same error,
-so that one of them tells it.
+Every other exception is a bug of this program and keeps its traceback. `on_every_rank` is set where all ranks
+raise the same error, so that one rank prints it.
 """
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: says what was found, what was expected and what to do. Exit code 2."""
+    """A mistake that the user can fix: what was found, what was expected, what to do. Exit code 2."""
 
     on_every_rank = False
 
 
 class RunFailed(RuntimeError):
-    """The run itself broke (a non-finite loss, say): says where, and what is still good. Exit code 1."""
+    """The run broke (a loss was not finite, for example): where, and which checkpoint is good. Exit code 1."""
 
     on_every_rank = False
 
 
 class RankLost(RunFailed):
-    """Another rank is gone or stuck. Whoever meets it leaves at once: there is nobody to take leave of."""
+    """Another rank is gone or stuck. The process ends at once: leaving the group would wait for that rank."""
 
 
 class Requeue(RunFailed):
-    """The run was told to stop and has saved: the same command with --resume auto goes on. Exit code 75, EX_TEMPFAIL."""
+    """The run was stopped by a signal and has saved; --resume auto continues it. Exit code 75, EX_TEMPFAIL."""

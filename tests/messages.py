@@ -1,13 +1,31 @@
-"""What tests ask of a message: the words that it must carry, never the sentence, so that prose can be improved freely."""
+"""Checks on messages: the words that a message must carry, never its sentence, so that prose can be improved."""
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import Iterator
 
 import pytest
 
 from dmae_ds.errors import UserError
+
+# Words that sources, messages and READMEs do not use, alone or as part of an identifier; the plain word is in
+# the comment of each line.
+_BANNED = re.compile(
+    r"(?<![a-z])("
+    r"mend(?:s|ed|ing)?"  # fix
+    r"|anew"  # again
+    r"|twins?"  # EMA teacher
+    r"|ledgers?"  # results
+    r"|of no use"  # requires
+    r")(?![a-z])"
+)
+
+
+def banned_words(text: str) -> list[str]:
+    """Words of `text` that this repository does not use, in their order."""
+    return _BANNED.findall(text.lower())
 
 
 @contextmanager

@@ -1,1 +1,4 @@
-"""The command `dmae-ds`: a file a group of subcommands; rooms that need torch are imported when a command runs."""
+"""The command `dmae-ds`: one file for each group of subcommands.
+
+A room that needs torch is imported when one of its commands runs.
+"""

@@ -1,21 +1,58 @@
-"""`dmae-ds bench step | teacher-load | stream | save | knn`. Parsers and handlers; torch is imported when one of them needs it."""
+"""`dmae-ds bench step | teacher-load | stream | save | knn`: arguments; torch is imported late."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
+from typing import TYPE_CHECKING
 
+from dmae_ds.cli.arguments import add_recipe, at_least_one
+from dmae_ds.cli.ranks import same_on_every_rank
 from dmae_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from dmae_ds.distributed.world import World
 
-def add_bench(commands) -> None:
-    """Put `bench` and what is below it into the root parser's subparsers."""
-    bench = commands.add_parser("bench", help="ratios measured on this machine").add_subparsers(
-        required=True, metavar="step | teacher-load | stream | save | knn"
+
+def add_bench(subcommands) -> None:
+    """Add `bench` and its subcommands to the root parser."""
+    bench = subcommands.add_parser("bench", help="measure ratios of times and bytes on this machine")
+    kinds = bench.add_subparsers(required=True, metavar="step | teacher-load | stream | save | knn")
+    _add_step(kinds)
+    _add_teacher_load(kinds)
+    _add_stream(kinds)
+    _add_save(kinds)
+    _add_knn(kinds)
+
+
+def _add_step(kinds) -> None:
+    step = kinds.add_parser(
+        "step", help="the parts of a training step, compared with the fastest matrix product of this device"
     )
-    load = bench.add_parser(
-        "teacher-load", help="bytes read and memory of a cut teacher, against the bytes needed"
+    add_recipe(step)
+    step.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="mae|KEY=VALUE",
+        help="also measure, in turns, plain MAE of the same student, or the recipe with another value; "
+        "may be repeated",
+    )
+    step.add_argument(
+        "--data",
+        action="store_true",
+        help="read the recipe's data.train as training does (default: random pixels on the device)",
+    )
+    _add_rounds(step, 7)
+    step.add_argument("--json", action="store_true", help="print JSON")
+    step.set_defaults(command=_step)
+
+
+def _add_teacher_load(kinds) -> None:
+    load = kinds.add_parser(
+        "teacher-load",
+        help="bytes read and memory used to load a cut teacher, compared with the bytes needed",
     )
     load.add_argument(
         "--name",
@@ -26,7 +63,7 @@ def add_bench(commands) -> None:
         "--last-block",
         type=int,
         metavar="K",
-        help="the deepest block that is tapped (default: three quarters of the depth)",
+        help="the deepest tapped block (default: three quarters of the depth)",
     )
     load.add_argument(
         "--stages",
@@ -34,131 +71,105 @@ def add_bench(commands) -> None:
         nargs="+",
         default=[1, 2, 4],
         metavar="P",
-        help="pipeline lengths (default 1 2 4)",
+        help="numbers of pipeline stages (default 1 2 4)",
     )
     load.add_argument(
         "--folder",
         type=Path,
-        help="where the random weights files are made and left (default: a temporary folder)",
+        help="where the files of random weights are written and kept (default: a temporary folder)",
     )
     load.set_defaults(command=_teacher_load)
 
-    step = _with_recipe(
-        bench,
-        "step",
-        "where a training step's time goes, and its share of the fastest matrix product here",
-        gives="",
-    )
-    step.add_argument(
-        "--against",
-        action="append",
-        default=[],
-        metavar="mae|KEY=VALUE",
-        help="measure a second step beside it, in turns: mae, the same student's without teacher or EMA teacher; or the recipe's with another value. Again for a third",
-    )
-    step.add_argument(
-        "--data",
-        action="store_true",
-        help="read the recipe's data.train as training does (default: random pixels on the device)",
-    )
-    step.add_argument(
-        "--rounds", type=_at_least_one, default=7, help="of which the median counts (default 7)"
-    )
-    step.add_argument("--json", action="store_true", help="for machines")
-    step.set_defaults(command=_step)
 
-    stream = _with_recipe(
-        bench,
+def _add_stream(kinds) -> None:
+    stream = kinds.add_parser(
         "stream",
-        "a teacher in stages against a replicated one and DeepSpeed's eval_batch; start it with a launcher",
-        gives="; it gives the teacher's geometry and the micro-batch",
+        help="a teacher in stages, a replicated one, and DeepSpeed's eval_batch; start it with a launcher",
     )
+    add_recipe(stream, note="; it gives the teacher and the micro-batch")
     stream.add_argument(
         "--stages",
         type=int,
         nargs="+",
         metavar="P",
-        help="pipeline lengths (default: all that the ranks allow)",
+        help="numbers of pipeline stages (default: all that the ranks allow)",
     )
     stream.add_argument(
         "--sleep-ms",
         type=float,
         metavar="MS",
-        help="let every block sleep so long instead of computing: the schedule alone",
+        help="replace each block's computation by a sleep, to measure the schedule alone",
     )
     stream.add_argument(
-        "--clocks", type=_at_least_one, default=16, help="micro-batches a rank in a round (default 16)"
+        "--clocks",
+        type=at_least_one,
+        default=16,
+        metavar="N",
+        help="pipeline ticks of one round: micro-batches of each rank (default 16)",
     )
-    stream.add_argument(
-        "--rounds", type=_at_least_one, default=7, help="rounds, of which the median counts (default 7)"
-    )
+    _add_rounds(stream, 7)
     stream.set_defaults(command=_stream)
 
-    save = _with_recipe(
-        bench,
+
+def _add_save(kinds) -> None:
+    save = kinds.add_parser(
         "save",
-        "bytes and seconds of a checkpoint, against a plain write of as many; start it with a launcher, or alone",
-        gives="; it gives the networks, the DeepSpeed file and the batch",
+        help="bytes and seconds of a checkpoint, compared with a plain write of as many bytes",
     )
-    save.add_argument("--steps", type=_at_least_one, default=3, help="optimiser steps in a round (default 3)")
+    add_recipe(save, note="; it gives the networks, the DeepSpeed file and the batch")
     save.add_argument(
-        "--rounds", type=_at_least_one, default=5, help="rounds, of which the median counts (default 5)"
+        "--steps", type=at_least_one, default=3, metavar="N", help="optimiser steps of one round (default 3)"
     )
+    _add_rounds(save, 5)
     save.add_argument(
         "--folder",
         type=Path,
-        help="a folder on the disk that is meant; nothing stays in it (default: the temporary folder)",
+        help="a folder on the disk to measure; nothing is left in it (default: the temporary folder)",
     )
     save.set_defaults(command=_save)
 
-    knn = bench.add_parser("knn", help="memory and time of eval knn at ImageNet's size, on random features")
-    for name, default, what in (
-        ("train", 1_281_167, "training rows"),
-        ("queries", 2048, "rows to classify"),
-        ("dim", 768, "width of a feature"),
-        ("k", 20, "neighbours"),
-        ("classes", 1000, "classes"),
-    ):
+
+def _add_knn(kinds) -> None:
+    knn = kinds.add_parser("knn", help="memory and time of eval knn at ImageNet's size, on random features")
+    counts = {
+        "train": (1_281_167, "training rows"),
+        "queries": (2048, "rows to classify"),
+        "dim": (768, "width of a feature"),
+        "k": (20, "neighbours"),
+        "classes": (1000, "classes"),
+    }
+    for name, (default, meaning) in counts.items():
         knn.add_argument(
             f"--{name}",
-            type=_at_least_one,
+            type=at_least_one,
             default=default,
             metavar="N",
-            help=f"{what} (default {default:,})",
+            help=f"{meaning} (default {default:,})",
         )
     knn.add_argument(
         "--memory-gib",
         type=float,
         default=1.0,
         metavar="GIB",
-        help="for the search, beyond the features (default 1)",
+        help="memory of the search, without the features (default 1)",
     )
     knn.set_defaults(command=_knn)
 
 
-def _with_recipe(bench, name: str, help: str, *, gives: str) -> argparse.ArgumentParser:
-    command = bench.add_parser(name, help=help)
-    command.add_argument("recipe", help=f"a YAML file, or the name of a shipped recipe{gives}")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
-    return command
+def _add_rounds(command: argparse.ArgumentParser, default: int) -> None:
+    command.add_argument(
+        "--rounds",
+        type=at_least_one,
+        default=default,
+        metavar="N",
+        help=f"number of rounds; their median is printed (default {default})",
+    )
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
-def _on_all_ranks(measure: Callable[..., str]) -> None:
-    """Give `measure` this process's World, and print its text on rank 0. A mistake in the recipe is every rank's."""
-    from dmae_ds.distributed.world import world_from_env
-
-    world = world_from_env()
-    try:
+def _print_on_main(measure: Callable[[World], str]) -> None:
+    """Call `measure` on every rank, and print rank 0's text."""
+    with same_on_every_rank() as world:
         text = measure(world)
-    except UserError as error:
-        error.on_every_rank = True
-        raise
     if world.is_main:
         print(text, flush=True)
 
@@ -166,13 +177,10 @@ def _on_all_ranks(measure: Callable[..., str]) -> None:
 def _step(args: argparse.Namespace) -> None:
     from dmae_ds.config.load import load_config
 
-    def measure(world) -> str:
+    def measure(world: World) -> str:
         config = load_config(args.recipe, args.overrides)
-        variants = {
-            override: load_config(args.recipe, [*args.overrides, override])
-            for override in args.against
-            if override != "mae"
-        }
+        changes = [change for change in args.against if change != "mae"]
+        variants = {change: load_config(args.recipe, [*args.overrides, change]) for change in changes}
         from dmae_ds.bench.step import bench_step
 
         return bench_step(
@@ -185,13 +193,13 @@ def _step(args: argparse.Namespace) -> None:
             as_json=args.json,
         )
 
-    _on_all_ranks(measure)
+    _print_on_main(measure)
 
 
 def _stream(args: argparse.Namespace) -> None:
     from dmae_ds.config.load import load_config
 
-    def measure(world) -> str:
+    def measure(world: World) -> str:
         config = load_config(args.recipe, args.overrides)
         from dmae_ds.bench.stream import bench_stream
 
@@ -199,19 +207,19 @@ def _stream(args: argparse.Namespace) -> None:
             config, world, stages=args.stages, sleep_ms=args.sleep_ms, clocks=args.clocks, rounds=args.rounds
         )
 
-    _on_all_ranks(measure)
+    _print_on_main(measure)
 
 
 def _save(args: argparse.Namespace) -> None:
     from dmae_ds.config.load import load_config
 
-    def measure(world) -> str:
+    def measure(world: World) -> str:
         config = load_config(args.recipe, args.overrides)
         from dmae_ds.bench.save import bench_save
 
         return bench_save(config, world, steps=args.steps, rounds=args.rounds, folder=args.folder)
 
-    _on_all_ranks(measure)
+    _print_on_main(measure)
 
 
 def _teacher_load(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`dmae-ds checkpoint inspect | verify | convert`. Parsers and handlers; torch is imported when one of them needs it."""
+"""`dmae-ds checkpoint inspect | verify | convert`: arguments; torch is imported when a command needs it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import argparse
 from pathlib import Path
 
 
-def add_checkpoint(commands) -> None:
-    """Put `checkpoint` and what is below it into the root parser's subparsers."""
-    checkpoint = commands.add_parser(
-        "checkpoint", help="look at, check or convert what a run saved"
-    ).add_subparsers(required=True, metavar="inspect | verify | convert")
-    about = "a run folder, or one checkpoint's folder"
-    inspect = checkpoint.add_parser(
-        "inspect", help="every checkpoint of a run: step, epoch, what wrote it, bytes, whether it is whole"
+def add_checkpoint(subcommands) -> None:
+    """Add `checkpoint` and its subcommands to the root parser."""
+    checkpoint = subcommands.add_parser("checkpoint", help="inspect, verify or convert a run's checkpoints")
+    kinds = checkpoint.add_subparsers(required=True, metavar="inspect | verify | convert")
+    inspect = kinds.add_parser(
+        "inspect", help="list a run's checkpoints: step, epoch, ranks, ZeRO stage, bytes, whether complete"
     )
+    inspect.add_argument("path", metavar="RUN|FOLDER", help="a run folder, or the folder of one checkpoint")
     inspect.set_defaults(command=_inspect)
-    verify = checkpoint.add_parser(
-        "verify", help="read every byte and compare the checksums; exit code 2 where something is wrong"
+
+    verify = kinds.add_parser(
+        "verify", help="read every byte and compare the checksums; exit code 2 if something is wrong"
     )
+    verify.add_argument("path", metavar="RUN|FOLDER", help="a run folder, or the folder of one checkpoint")
     verify.set_defaults(command=_verify)
-    convert = checkpoint.add_parser(
+
+    convert = kinds.add_parser(
         "convert",
-        help="DeepSpeed's universal layout, for other programs (--resume auto moves checkpoints by itself)",
+        help="write DeepSpeed's universal format, for other programs (--resume auto does not need it)",
     )
-    convert.set_defaults(command=_convert)
-    for command in (inspect, verify, convert):
-        command.add_argument(
-            "path",
-            metavar="RUN|FOLDER",
-            help=about + (" (of a run: the newest)" if command is convert else ""),
-        )
+    convert.add_argument(
+        "path",
+        metavar="RUN|FOLDER",
+        help="a run folder (its newest checkpoint), or the folder of one checkpoint",
+    )
     convert.add_argument("out", metavar="OUT", help="the folder to write")
+    convert.set_defaults(command=_convert)
 
 
 def _inspect(args: argparse.Namespace) -> None:

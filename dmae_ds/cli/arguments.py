@@ -1,0 +1,47 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_recipe(
+    parser: argparse.ArgumentParser,
+    *,
+    note: str = "",
+    optional: bool = False,
+    example: str = "objective.mask_ratio=0.9",
+) -> None:
+    """Add RECIPE and its key=value overrides; `note` ends the recipe's help text."""
+    parser.add_argument(
+        "recipe",
+        nargs="?" if optional else None,
+        help=f"a YAML file, or the name of a shipped recipe{note}",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"change keys of the recipe, for example {example}"
+    )
+
+
+def add_labels(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
+    """Add `--labels` and `--subset-seed`, which `evaluate.subsets.open_subset` takes."""
+    parser.add_argument(
+        "--labels",
+        default="all" if nargs is None else ["all"],
+        nargs=nargs,
+        metavar="SHARE",
+        help="labelled training images: all, 1%%, 10%%, 5-shot, ... (default all)",
+    )
+    parser.add_argument(
+        "--subset-seed",
+        type=int,
+        metavar="S",
+        help="seed that draws the labelled images (default 0; RUN/subsets keeps their keys)",
+    )
+
+
+def at_least_one(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)

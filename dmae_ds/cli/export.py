@@ -1,0 +1,45 @@
+"""`dmae-ds export`: arguments."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_export(subcommands) -> None:
+    """Add `export` to the root parser."""
+    export = subcommands.add_parser(
+        "export",
+        help="write the student in another library's format, load it there, compare, and add a model card",
+    )
+    export.add_argument(
+        "run", metavar="RUN", help="a run folder, or the folder that eval finetune or eval linear wrote"
+    )
+    export.add_argument(
+        "--to",
+        choices=("timm", "hf", "onnx", "safetensors"),
+        required=True,
+        help="the format; hf is transformers",
+    )
+    export.add_argument(
+        "--what",
+        choices=("encoder", "mae", "classifier"),
+        default="encoder",
+        help="what to write; mae is the encoder with its pixel decoder, for hf (default encoder)",
+    )
+    export.add_argument("--out", metavar="DIR", help="the folder to write (default RUN/export/FORMAT)")
+    export.add_argument(
+        "--license",
+        metavar="ID",
+        default="unknown",
+        help="licence of these weights, for the card (default unknown)",
+    )
+    export.set_defaults(command=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from dmae_ds.export.export import describe, export
+
+    out = Path(args.out) if args.out else None
+    exported = export(Path(args.run), to=args.to, what=args.what, out=out, license=args.license)
+    print(describe(*exported))

@@ -1,0 +1,49 @@
+"""`dmae-ds train`: arguments, and the checks that need no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from dmae_ds.cli.arguments import add_recipe
+from dmae_ds.cli.ranks import same_on_every_rank
+from dmae_ds.errors import UserError
+
+
+def add_train(subcommands) -> None:
+    """Add `train` to the root parser."""
+    train = subcommands.add_parser(
+        "train", help="train a recipe, in one process or under deepspeed, torchrun or accelerate launch"
+    )
+    add_recipe(train, note="; without one, the objectives are listed", optional=True)
+    train.add_argument(
+        "--resume",
+        choices=("never", "auto"),
+        default="never",
+        help="auto: continue from the newest checkpoint if there is one (default never)",
+    )
+    train.add_argument(
+        "--allow-pipe",
+        action="store_true",
+        help="allow data.train to be a pipe: URL, whose command is run by a shell",
+    )
+    train.set_defaults(command=_train)
+
+
+def _train(args: argparse.Namespace) -> None:
+    # Set before torch is imported: its C++ code would add stack frames to the one line about a lost rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from dmae_ds.config.load import load_config
+    from dmae_ds.train.preflight import prepare
+
+    if args.recipe is None:
+        from dmae_ds.config.shipped import objective_table
+
+        print(objective_table())
+        raise UserError("no recipe was given; name one of those listed above, or a YAML file")
+    with same_on_every_rank() as world:
+        config = load_config(args.recipe, args.overrides)
+        preflight = prepare(config, world, resume=args.resume, allow_pipe=args.allow_pipe)
+    from dmae_ds.train.run import run
+
+    run(preflight)

@@ -1,0 +1,128 @@
+"""The help pages: complete, in plain words, and shown without importing torch; exit codes; the old option names."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from dmae_ds.cli.arguments import at_least_one
+from dmae_ds.cli.main import GROUPS, main, parser
+from dmae_ds.errors import Requeue, RunFailed, UserError
+from tests.messages import banned_words
+
+
+def subparsers_of(command: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
+    return actions[0].choices if actions else {}
+
+
+def all_commands() -> dict[str, argparse.ArgumentParser]:
+    """Every command as it is typed after `dmae-ds`, and its parser."""
+    commands, todo = {}, [("", parser())]
+    while todo:
+        name, command = todo.pop()
+        commands[name] = command
+        todo += [(f"{name} {word}".strip(), child) for word, child in subparsers_of(command).items()]
+    return commands
+
+
+COMMANDS = all_commands()
+
+
+def test_the_commands_are_those_of_the_table():
+    assert set(GROUPS) == {name for name in COMMANDS if name and " " not in name}
+    assert {"train", "eval knn", "teacher slice", "checkpoint verify", "bench step"} <= set(COMMANDS)
+    assert len(COMMANDS) > 20
+
+
+def test_every_help_page_is_shown_without_torch():
+    program = (
+        "import sys\n"
+        "from dmae_ds.cli.main import main\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        main([*name.split(), '--help'])\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0, name\n"
+        "heavy = {'torch', 'timm', 'deepspeed', 'accelerate', 'torchvision'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *COMMANDS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: dmae-ds") == len(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_in_plain_words(name):
+    command = COMMANDS[name]
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            continue
+        assert action.help, f"{action.dest} has no help"
+    assert not banned_words(command.format_help())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("x"), 2), (RunFailed("x"), 1), (Requeue("x"), 75)],
+    ids=["mistake", "broken", "stopped"],
+)
+def test_an_error_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr("dmae_ds.cli.plan._plan", fail)
+    assert main(["plan", "digits_dmae"]) == code
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("dmae-ds: ") and "x" in line
+    assert ("stopped" in line) == (code == 75)
+
+
+@pytest.mark.parametrize(
+    ("rank", "everywhere", "printed"), [(0, True, True), (1, True, False), (1, False, True)]
+)
+def test_an_error_of_all_ranks_is_printed_by_one(monkeypatch, capsys, rank, everywhere, printed):
+    def fail(args):
+        error = UserError("x")
+        error.on_every_rank = everywhere
+        raise error
+
+    monkeypatch.setattr("dmae_ds.cli.plan._plan", fail)
+    monkeypatch.setenv("RANK", str(rank))
+    assert main(["plan", "digits_dmae"]) == 2
+    line = capsys.readouterr().err
+    assert bool(line) == printed
+    assert ("(rank 1)" in line) == (rank == 1 and printed)
+
+
+def test_overrides_may_stand_behind_an_option(monkeypatch):
+    parsed = []
+    monkeypatch.setattr("dmae_ds.cli.train._train", parsed.append)
+    assert main(["--local_rank=1", "train", "digits_dmae", "--resume", "auto", "optim.epochs=2"]) == 0
+    (args,) = parsed
+    assert args.overrides == ["optim.epochs=2"] and args.resume == "auto"
+    with pytest.raises(SystemExit) as end:
+        main(["train", "digits_dmae", "--no-such-option"])
+    assert end.value.code == 2
+
+
+def test_a_recipe_is_asked_for_and_the_objectives_are_listed(capsys):
+    assert main(["train"]) == 2
+    output = capsys.readouterr()
+    assert "dmae_vit_large_to_base" in output.out
+    assert "recipe" in output.err
+
+
+def test_an_old_option_is_still_taken():
+    old, new = (parser().parse_args(["report", option]) for option in ("--ledger", "--results"))
+    assert old == new and old.results
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "many"])
+def test_a_count_is_at_least_one(text):
+    assert at_least_one("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError):
+        at_least_one(text)
