@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run broke (a loss was not finite, for example): where, and which checkpoint is good. Exit code 1."""
+    """The run broke (a loss was not finite, say): where, and which checkpoint is good. Exit code 1."""
 
     on_every_rank = False
 
@@ -22,4 +22,4 @@ class RankLost(RunFailed):
 
 
 class Requeue(RunFailed):
-    """The run was stopped by a signal and has saved; --resume auto continues it. Exit code 75, EX_TEMPFAIL."""
+    """The run was stopped by a signal and has saved; --resume auto continues it. Exit code 75."""

@@ -1,4 +1,4 @@
-"""Checks on messages: the words that a message must carry, never its sentence, so that prose can be improved."""
+"""Checks on messages: the words that a message must carry, never the whole sentence."""
 
 from __future__ import annotations
 

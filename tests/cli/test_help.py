@@ -1,4 +1,4 @@
-"""The help pages: complete, in plain words, and shown without importing torch; exit codes; the old option names."""
+"""Help pages of every command, exit codes, and options under their old names."""
 
 from __future__ import annotations
 
