@@ -20,6 +20,7 @@ from typing import Callable
 import torch
 
 from dmae_ds.bench.stream import MIB, random_batches, settle
+from dmae_ds.config.batch import split_recipe
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives, process_group
@@ -32,7 +33,6 @@ from dmae_ds.train.checkpoint.save import PLAIN, Checkpoints
 from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.optim import build_optimizer
-from dmae_ds.train.preflight import split_batch
 
 KEPT = 12  # bytes a parameter: the weight and AdamW's two moments in fp32
 
@@ -49,9 +49,7 @@ def bench_save(config: RunConfig, world: World, *, steps: int, rounds: int, fold
     ):
         run_dir = Path(collectives.broadcast_from_main(mine))
         check_precision(config.precision, device)
-        micro_batch, accumulation = split_batch(
-            config.optim.global_batch, config.optim.micro_batch, world.size
-        )
+        micro_batch, accumulation = split_recipe(config, world.size)
         deepspeed = load_deepspeed(
             config.deepspeed,
             micro_batch=micro_batch,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dmae_ds.bench.pipeline_engine import EvalBatch
+from dmae_ds.config.batch import split_recipe
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives, process_group
@@ -38,7 +39,6 @@ from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.teacher.top import Top, meta_top
-from dmae_ds.train.preflight import split_batch
 
 MIB = 1 << 20
 
@@ -87,9 +87,7 @@ def bench_stream(
         ticks = (
             -(-ticks // (2 * max(stages))) * 2 * max(stages)
         )  # whole calls of whoever takes several batches at once
-        micro_batch, _ = collectives.raise_on_all_ranks(
-            lambda: split_batch(config.optim.global_batch, config.optim.micro_batch, world.size)
-        )
+        micro_batch, _ = collectives.raise_on_all_ranks(lambda: split_recipe(config, world.size))
         batches = list(
             random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device)
         )

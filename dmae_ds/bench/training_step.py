@@ -9,6 +9,7 @@ from typing import Iterator
 import torch
 
 from dmae_ds.bench.stream import random_batch, random_teacher, random_top, resized_view
+from dmae_ds.config.batch import split_recipe
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
@@ -26,7 +27,6 @@ from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.inputs import copied, training_batches
 from dmae_ds.train.kernels import choose_kernels
 from dmae_ds.train.optim import build_optimizer
-from dmae_ds.train.preflight import split_batch
 from dmae_ds.train.speed import wait_for
 
 NUM_STEPS = 100_000  # of data that is read: more than anybody measures
@@ -42,12 +42,7 @@ class TrainingStep:
     def __init__(self, config: RunConfig, *, world: World, device: torch.device, data: bool):
         check_precision(config.precision, device)
         self.device = device
-        self.micro_batch, self.accumulation = split_batch(
-            config.optim.global_batch,
-            config.optim.micro_batch,
-            world.size,
-            group_size=max(config.data.repeat, config.objective.mix_group_size),
-        )
+        self.micro_batch, self.accumulation = split_recipe(config, world.size)
         self.objective, shape = build_objective(config)
         self.ema = (
             None

@@ -204,7 +204,7 @@ def _stream(args: argparse.Namespace) -> None:
         from dmae_ds.bench.stream import bench_stream
 
         return bench_stream(
-            config, world, stages=args.stages, sleep_ms=args.sleep_ms, clocks=args.clocks, rounds=args.rounds
+            config, world, stages=args.stages, sleep_ms=args.sleep_ms, ticks=args.clocks, rounds=args.rounds
         )
 
     _print_on_main(measure)

@@ -184,6 +184,15 @@ def zero_stage(config: dict) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
+def check_compile(compile: bool, name: str, config: dict) -> None:
+    """Raise UserError where `compile` is set under ZeRO 3, whose hooks fetch the weights that a compiled block would hold."""
+    if compile and zero_stage(config) == 3:
+        raise UserError(
+            f"compile=true does not work under ZeRO 3 ({name}): weights are fetched by hooks that a compiled block "
+            "does not run; use deepspeed=zero2, or compile=false"
+        )
+
+
 def _check_keys(found: dict, known: dict, path: Path, prefix: str) -> None:
     for key, value in found.items():
         if key not in known:

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from dmae_ds.config.objectives import ObjectiveConfig, Section
+from dmae_ds.errors import UserError
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
 
@@ -317,3 +318,13 @@ class RunConfig(Section):
     def _objective_fits_into_the_run(self):
         self.objective.check_epochs(self.optim.epochs)
         return self
+
+    def check_teacher(self) -> None:
+        """Raise UserError where an objective lacks the teacher that it needs, or has one that it doesn't use."""
+        name = self.objective.name
+        if self.objective.needs_teacher and self.teacher is None:
+            raise UserError(f"objective {name} needs a teacher; give teacher.name and teacher.weights")
+        if self.teacher is not None and not self.objective.needs_teacher:
+            raise UserError(
+                f"objective {name} does not use a teacher; remove the teacher section, or choose another objective.name"
+            )

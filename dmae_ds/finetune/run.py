@@ -23,6 +23,7 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from dmae_ds.config.batch import split_batch
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import dump_config, flatten
 from dmae_ds.data.batch import Batch
@@ -43,7 +44,6 @@ from dmae_ds.finetune.record import Progress, metric_of, save_epoch, settings_of
 from dmae_ds.finetune.source import find_source
 from dmae_ds.models.patches import Normalize
 from dmae_ds.train.optim import learning_rate
-from dmae_ds.train.preflight import split_batch
 
 SCHEMAS = {"finetune": FinetuneConfig, "linear": LinearConfig}
 # What may change between a run and its continuation: where things lie, and how fast they come.

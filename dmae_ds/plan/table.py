@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmae_ds.config.deepspeed import load_deepspeed
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.order import num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.output.table import text_table
 from dmae_ds.output.units import GIB
-from dmae_ds.plan.choose import EQUAL, HEADROOM, Candidate, candidates, fastest
+from dmae_ds.plan.choose import EQUAL, HEADROOM, Candidate
 from dmae_ds.plan.cost import DEVICE_GB_S, EFFICIENCY, HOST_GB_S, LINK_EFFICIENCY, Machine
-from dmae_ds.plan.geometry import Geometry, measure, scaled
-from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS, Zero
+from dmae_ds.plan.geometry import Geometry
+from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS
+from dmae_ds.plan.search import Plan, search
 
 IMAGENET = 1_281_167
-SHARDINGS = ("zero1", "zero2", "zero3", "zero3_offload")
 _HEADS = {
     "parameters": "weights",
     "gradients": "gradients",
@@ -38,72 +37,58 @@ def plan(
     Raises UserError for what can't be, in one line.
     """
     check_machine(machine)
-    check_teacher(config)
     num_images, source = count_images(config.data.train, images)
-    asked, accumulation = whole_split(config, machine.gpus)
-    zeros = _shardings(config, micro_batch=asked, accumulation=accumulation, ranks=machine.gpus)
-
-    def rows_of(geometry: Geometry) -> list[Candidate]:
-        return candidates(
-            geometry, machine, zeros, precision=config.precision, accumulation=accumulation, gpu=True
-        )
-
-    geometry, micro_batch = measure(config, asked), asked
-    rows = rows_of(geometry)
-    # Halve by proportion first, which costs nothing, and build only what may fit.
-    while fastest(rows) is None and micro_batch % 2 == 0:
-        micro_batch, accumulation = micro_batch // 2, accumulation * 2
-        if micro_batch % 2 or fastest(rows_of(scaled(geometry, micro_batch))) is not None:
-            geometry = measure(config, micro_batch)
-            rows = rows_of(geometry)
-    best = fastest(rows)
-    changed = micro_batch != asked
+    found = search(config, machine)
+    micro_batch, accumulation = found.split
     steps = num_steps(config.optim.epochs, num_images, config.optim.global_batch)
     lines = [
         f"{recipe} on {machine.gpus} GPUs of {machine.memory_gib:g} GiB, {machine.gpus_per_node} a node; predicted; never measured on a GPU",
-        *_describe(config, geometry, accumulation=accumulation),
+        *_describe(config, found.geometry, accumulation=accumulation),
         f"data: {num_images:,} images ({source}); {steps:,} steps of {config.optim.global_batch} = {machine.gpus} x {micro_batch} x {accumulation} accumulated",
         "",
-        *_table(rows, config, steps=steps, gpus=machine.gpus),
+        *_table(found.rows, config, steps=steps, gpus=machine.gpus),
         "",
     ]
-    if best is None:
-        least = min(rows, key=lambda row: row.memory.total)
-        lines.append(
-            f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with {least.deepspeed}, {least.memory.total / GIB:.1f} GiB a rank"
-        )
-    else:
-        if changed:
-            lines.append(
-                f"nothing fits with optim.micro_batch={asked}; {micro_batch} is the largest of its halves with which something does"
-            )
-        lines.append(
-            f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, {best.cost.seconds:.3g} s a step"
-        )
-        lines.append(
-            command(
-                best,
-                machine,
-                recipe=recipe,
-                overrides=overrides,
-                has_teacher=config.teacher is not None,
-                micro_batch=micro_batch if changed else None,
-            )
-        )
+    lines += _verdict(config, machine, found, recipe=recipe, overrides=overrides)
     lines += ["", _assumptions(machine)]
     return "\n".join(lines)
 
 
-def _shardings(config: RunConfig, *, micro_batch: int, accumulation: int, ranks: int) -> dict[str, Zero]:
-    """The recipe's own DeepSpeed file first, then the shipped ones."""
-    batch = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": ranks}
-    names = dict.fromkeys((config.deepspeed, *SHARDINGS))
-    return {
-        name: Zero.of(
-            load_deepspeed(name, **batch, clip_grad=config.optim.clip_grad, precision=config.precision)
+def _verdict(
+    config: RunConfig, machine: Machine, found: Plan, *, recipe: str, overrides: list[str]
+) -> list[str]:
+    """What is fastest and the command that starts it, or what the smallest needs."""
+    asked, micro_batch = found.first.micro_batch, found.split.micro_batch
+    best = found.best
+    if best is None:
+        least = min(found.rows, key=lambda row: row.memory.total)
+        why = (
+            f"; objective {config.objective.name} compares all images of a batch, so it can't be cut: use more GPUs, "
+            "or a smaller optim.global_batch"
+            if config.objective.needs_whole_batch
+            else ""
         )
-        for name in names
-    }
+        return [
+            f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with {least.deepspeed}, "
+            f"{least.memory.total / GIB:.1f} GiB a rank{why}"
+        ]
+    lines = [
+        f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, {best.cost.seconds:.3g} s a step",
+        command(
+            best,
+            machine,
+            recipe=recipe,
+            overrides=overrides,
+            has_teacher=config.teacher is not None,
+            micro_batch=micro_batch if found.is_smaller else None,
+        ),
+    ]
+    if found.is_smaller:
+        lines.insert(
+            0,
+            f"nothing fits with optim.micro_batch={asked}; {micro_batch} is the largest that does, of those tried by halving",
+        )
+    return lines
 
 
 def check_machine(machine: Machine) -> None:
@@ -123,31 +108,6 @@ def check_machine(machine: Machine) -> None:
         raise UserError(
             f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; every node has equally many"
         )
-
-
-def check_teacher(config: RunConfig) -> None:
-    """Raise UserError where objective and teacher don't go together, as training does."""
-    if config.objective.needs_teacher and config.teacher is None:
-        raise UserError(
-            f"objective {config.objective.name} needs a teacher; give teacher.name and teacher.weights"
-        )
-    if config.teacher is not None and not config.objective.needs_teacher:
-        raise UserError(
-            f"objective {config.objective.name} has no use for a teacher; remove the teacher section, or choose another objective.name"
-        )
-
-
-def whole_split(config: RunConfig, ranks: int) -> tuple[int, int]:
-    """(micro_batch, accumulation) of the recipe on so many ranks. Raises UserError where the global batch doesn't divide."""
-    batch, micro_batch = config.optim.global_batch, config.optim.micro_batch
-    unit = ranks * (micro_batch or 1)
-    if batch % unit == 0:
-        micro_batch = micro_batch or batch // ranks
-        return micro_batch, batch // (ranks * micro_batch)
-    what = f"{ranks} ranks" + (f" x optim.micro_batch {micro_batch}" if micro_batch else "")
-    raise UserError(
-        f"optim.global_batch {batch} doesn't divide by {what} = {unit}; set another optim.micro_batch or optim.global_batch"
-    )
 
 
 def count_images(train: str, images: int | None) -> tuple[int, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
+from dmae_ds.config.batch import split_recipe
+from dmae_ds.config.deepspeed import check_compile, load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig, looks_like_hub_id
 from dmae_ds.data.open import open_train
 from dmae_ds.data.order import ORDER_VERSION, num_steps
@@ -52,18 +53,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     """
     folder = CheckpointFolder(Path(config.run.dir).expanduser())
     resume_from = folder.latest() if resume == "auto" else None
-    # What fitted before is what is known to fit: fewer ranks accumulate more, where the recipe says nothing and the objective bears it.
-    fitted = (
-        None
-        if resume_from is None or config.objective.needs_whole_batch
-        else folder.read_state(resume_from).get("micro_batch")
-    )
-    micro_batch, accumulation = split_batch(
-        config.optim.global_batch,
-        config.optim.micro_batch or fitted,
-        world.size,
-        group_size=max(config.data.repeat, config.objective.mix_group_size),
-    )
+    fitted = None if resume_from is None else folder.read_state(resume_from).get("micro_batch")
+    micro_batch, accumulation = split_recipe(config, world.size, fitted=fitted)
     deepspeed = load_deepspeed(
         config.deepspeed,
         micro_batch=micro_batch,
@@ -72,11 +63,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         clip_grad=config.optim.clip_grad,
         precision=config.precision,
     )
-    if config.compile and zero_stage(deepspeed) == 3:
-        raise UserError(
-            f"compile=true and ZeRO 3 ({config.deepspeed}): its hooks fetch the weights that a compiled block would hold; use deepspeed=zero2, or compile=false"
-        )
-    check_objective(config, accumulation=accumulation)
+    check_compile(config.compile, config.deepspeed, deepspeed)
+    config.check_teacher()
     shards = open_train(config.data, allow_pipe=allow_pipe)
     if config.objective.needs_labels:
         check_labelled(config, shards)
@@ -130,26 +118,6 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     )
 
 
-def check_objective(config: RunConfig, *, accumulation: int) -> None:
-    """Raise UserError where objective, teacher and batch don't go together, as far as the recipe tells."""
-    name = config.objective.name
-    if config.objective.needs_teacher and config.teacher is None:
-        raise UserError(f"objective {name} needs a teacher; give teacher.name and teacher.weights")
-    if config.teacher is not None and not config.objective.needs_teacher:
-        raise UserError(
-            f"objective {name} has no use for a teacher; remove the teacher section, or choose another objective.name"
-        )
-    if config.objective.mix_group_size > 1 and config.data.repeat > 1:
-        raise UserError(
-            f"objective {name} mixes neighbouring pictures, and data.repeat {config.data.repeat} makes crops of one picture neighbours; set data.repeat=1"
-        )
-    if config.objective.needs_whole_batch and accumulation > 1:
-        raise UserError(
-            f"objective {name} compares the pictures of a whole batch, and optim.micro_batch {config.optim.micro_batch} would cut each rank's share of "
-            f"optim.global_batch {config.optim.global_batch} into {accumulation}; leave optim.micro_batch out, or take more ranks or a smaller batch"
-        )
-
-
 def check_labelled(config: RunConfig, shards: ShardSet | UnindexedShards) -> None:
     """Raise UserError where training pictures have no labels to learn from; a pass over the index, no picture is read."""
     name = config.objective.name
@@ -181,42 +149,3 @@ def check_knn(config: RunConfig) -> None:
         raise UserError(
             f"eval.knn_k {config.eval.knn_k} is larger than the {num} labelled training pictures of eval.knn_labels {config.eval.knn_labels}; choose a smaller one"
         )
-
-
-def split_batch(
-    global_batch: int, micro_batch: int | None, world_size: int, *, exact: bool = False, group_size: int = 1
-) -> tuple[int, int]:
-    """(images a rank sees at once, accumulated micro-batches), whose product with the ranks is global_batch.
-
-    micro_batch: the most that fits into a rank's memory, of which the largest that divides is taken, so that a run can go on
-    with other ranks than it began with; None: all at once; exact: that or none, where the micro-batch is part of the result
-    together: images that follow each other and stay in one micro-batch (views of a picture, neighbours that are mixed)
-    Raises UserError where it can't be cut.
-    """
-    if global_batch % world_size:
-        near = sorted(
-            (number for number in range(1, global_batch + 1) if global_batch % number == 0),
-            key=lambda number: (abs(number - world_size), number),
-        )
-        raise UserError(
-            f"optim.global_batch {global_batch} doesn't divide by {world_size} ranks; start {' or '.join(map(str, sorted(near[:2])))} ranks, or choose another batch"
-        )
-    share = global_batch // world_size
-    found = max(
-        (
-            number
-            for number in range(group_size, min(micro_batch or share, share) + 1, group_size)
-            if share % number == 0
-        ),
-        default=None,
-    )
-    if found is None:
-        at_most = f", at most optim.micro_batch {micro_batch} at once" if micro_batch else ""
-        raise UserError(
-            f"{group_size} images stay together (data.repeat, or pictures that are mixed), which doesn't divide the {share} of a step that a rank sees{at_most}; choose another optim.global_batch"
-        )
-    if exact and found != (micro_batch or share):
-        raise UserError(
-            f"optim.global_batch {global_batch} on {world_size} ranks doesn't divide by optim.micro_batch {micro_batch}; the next smaller one that does is {found}"
-        )
-    return found, share // found

@@ -95,12 +95,12 @@ def test_images_are_counted_from_the_manifest(capsys, digits):
         ([*TINY, "--gpu-memory-gib", "-1"], "--gpu-memory-gib is -1"),
         ([*TINY, "--tflops", "0"], "--tflops is 0"),
         (["digits_mae", "--images", "0"], "--images is 0"),
-        ([*TINY, "--gpus", "3"], "optim.global_batch 64 doesn't divide by 3 ranks"),
+        ([*TINY, "--gpus", "3"], "optim.global_batch 64"),
         (["no_such_recipe"], "recipe 'no_such_recipe' is neither a file nor a shipped name"),
         ([*TINY, "student.depht=2"], "did you mean student.depth?"),
         ([*TINY, "teacher.patch_size=8"], "one mask can't serve both"),
         ([*TINY, "deepspeed=zero9"], "DeepSpeed file 'zero9' is neither"),
-        ([*TINY, "objective.name=mae"], "has no use for a teacher"),
+        ([*TINY, "objective.name=mae"], "objective mae"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, words):

@@ -1,0 +1,97 @@
+"""The largest micro-batch with which a recipe fits on a machine, and every placement and sharding at that size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmae_ds.config.batch import BatchSplit, smaller_split, split_recipe
+from dmae_ds.config.deepspeed import check_compile, load_deepspeed
+from dmae_ds.config.run import RunConfig
+from dmae_ds.errors import UserError
+from dmae_ds.plan.choose import Candidate, candidates, fastest
+from dmae_ds.plan.cost import Machine
+from dmae_ds.plan.geometry import Geometry, measure, scaled
+from dmae_ds.plan.memory import Zero
+
+SHARDINGS = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every candidate at one cut of the batch. `first` is the cut that training would take by itself."""
+
+    first: BatchSplit
+    split: BatchSplit
+    geometry: Geometry
+    rows: list[Candidate]
+
+    @property
+    def best(self) -> Candidate | None:
+        return fastest(self.rows)
+
+    @property
+    def is_smaller(self) -> bool:
+        """Whether the micro-batch is smaller than training would choose, so that the command must set it."""
+        return self.split != self.first
+
+
+def search(config: RunConfig, machine: Machine) -> Plan:
+    """Take training's own cut of the batch, then smaller ones, until something fits.
+
+    Raises UserError where training would.
+    """
+    config.check_teacher()
+    first = split = split_recipe(config, machine.gpus)
+    geometry = measure(config, split.micro_batch)
+    rows = _rows(config, machine, geometry, split, is_first=True)
+    smaller = smaller_split(config, machine.gpus, split)
+    while fastest(rows) is None and smaller is not None:
+        split, smaller = smaller, smaller_split(config, machine.gpus, smaller)
+        # Scaling costs nothing; the networks are measured again only where something may fit.
+        expected = _rows(config, machine, scaled(geometry, split.micro_batch), split)
+        if smaller is None or fastest(expected) is not None:
+            geometry = measure(config, split.micro_batch)
+            rows = _rows(config, machine, geometry, split)
+    return Plan(first, split, geometry, rows)
+
+
+def _rows(
+    config: RunConfig, machine: Machine, geometry: Geometry, split: BatchSplit, *, is_first: bool = False
+) -> list[Candidate]:
+    """Candidates that training accepts."""
+    rows = candidates(
+        geometry,
+        machine,
+        _shardings(config, machine, split, is_first=is_first),
+        precision=config.precision,
+        accumulation=split.accumulation,
+        gpu=True,
+    )
+    if config.teacher is not None and config.teacher.dtype == "fp8":
+        rows = [row for row in rows if row.placement == "replicated"]
+    return rows
+
+
+def _shardings(config: RunConfig, machine: Machine, split: BatchSplit, *, is_first: bool) -> dict[str, Zero]:
+    """DeepSpeed files that training accepts, the recipe's own before the shipped ones.
+
+    is_first: raise UserError where the recipe's own is not accepted; at smaller cuts it is left out, since it may set the micro-batch
+    """
+    zeros = {}
+    for name in dict.fromkeys((config.deepspeed, *SHARDINGS)):
+        try:
+            deepspeed = load_deepspeed(
+                name,
+                micro_batch=split.micro_batch,
+                accumulation=split.accumulation,
+                world_size=machine.gpus,
+                clip_grad=config.optim.clip_grad,
+                precision=config.precision,
+            )
+            check_compile(config.compile, name, deepspeed)
+        except UserError:
+            if is_first and name == config.deepspeed:
+                raise
+            continue
+        zeros[name] = Zero.of(deepspeed)
+    return zeros
