@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from dmae_ds.teacher.frozen import fill, meta_teacher
+from dmae_ds.teacher.fill import fill
+from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.weights.fit import block_of
-from dmae_ds.weights.formats import open_weights
+from dmae_ds.weights.named import open_weights
 
 _BUFFER = 8 << 20  # bytes a plain read asks for
 

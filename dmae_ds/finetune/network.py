@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Callable, TypeVar
 
 import timm
 import torch
@@ -22,13 +21,11 @@ from dmae_ds.config.run import ModelConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.output.durable import replacing
-from dmae_ds.teacher.frozen import own_network
-from dmae_ds.weights.containers import Container
-from dmae_ds.weights.fit import Dropped, check_fit, fits
-from dmae_ds.weights.formats import Weights, choose_format, open_weights
-from dmae_ds.weights.positions import fit_positions
+from dmae_ds.weights.label import CLASSIFIER, WEIGHTS, Label
+from dmae_ds.weights.load import LoadedNetwork, load_network
+from dmae_ds.weights.metadata import own_network_if_readable
+from dmae_ds.weights.named import open_weights
 
-T = TypeVar("T")
 GLOBAL_POOLS = {"mean": "avg", "cls": "token"}
 HEAD_STD = 2e-5  # of a new head: it starts at nearly equal logits (MAE's published fine-tuning)
 
@@ -84,14 +81,15 @@ def fill_trunk(model: VisionTransformer, path: Path, format: str, network: Model
         for name, tensor in model.state_dict().items()
         if not name.startswith(("head.", "fc_norm."))
     }
-    weights, dropped, notes = _read_strictly(model, needed, path, format, network, "network")
+    loaded = _load(model, needed, path, format, network, WEIGHTS)
+    dropped, notes = loaded.dropped, loaded.notes
     left = [
         f"{len(part)} tensors of {name}"
         for name, part in (("decoder", dropped.decoder), ("head and norm", dropped.rest))
         if part
     ]
     notes += [f"left in the file: {', '.join(left)}"] if left else []
-    step = weights.container.metadata.get("step", "0")
+    step = loaded.weights.container.metadata.get("step", "0")
     return (int(step) if step.isdigit() else 0), "; ".join(notes)
 
 
@@ -105,8 +103,8 @@ def load_teacher(
     Raises UserError for a file that isn't a classifier of as many classes.
     """
     path = Path(config.teacher).expanduser()
-    weights = _said(lambda: open_weights(path, "dmae_ds"), "distill.") if config.name is None else None
-    own = None if weights is None else said_network(weights.container)
+    weights = open_weights(path, "dmae_ds", label=CLASSIFIER) if config.name is None else None
+    own = None if weights is None else own_network_if_readable(weights.container)
     if config.name is None and (own is None or "classifier" not in weights.container.metadata):
         raise UserError(
             f"distill.teacher '{path}' doesn't say what it is; give best.safetensors of an `eval finetune`, or set distill.name, such as vit_large_patch16_224"
@@ -133,84 +131,32 @@ def load_teacher(
         raise UserError(
             f"distill.teacher '{path}' sees pictures of {model.patch_embed.img_size[0]} px, the network of {img_size} px; both see the same ones: set network.img_size"
         )
-    _read_strictly(
-        model, model.state_dict(), path, config.format if own is None else "dmae_ds", network, "distill"
-    )
+    format = config.format if own is None else "dmae_ds"
+    _load(model, model.state_dict(), path, format, network, CLASSIFIER)
     return model.eval().requires_grad_(False)
 
 
-def said_network(container: Container) -> tuple[str, dict] | None:
-    """(timm name, overrides) that a file of ours says it holds; None for others, and for those of an early version, unreadable now."""
-    try:
-        return own_network(container)
-    except UserError:
-        return None
-
-
-def _read_strictly(
+def _load(
     model: VisionTransformer,
     needed: dict[str, Tensor],
     path: Path,
     format: str,
     network: ModelConfig,
-    where: str,
-) -> tuple[Weights, Dropped, list[str]]:
-    def read() -> tuple[Weights, Dropped]:
-        depth = len(model.blocks)
-        weights = (
-            choose_format(path, fits(needed, depth=depth, may_resize=True), needed.keys())
-            if format == "auto"
-            else open_weights(path, format)
-        )
-        return weights, check_fit(needed, weights, depth=depth, may_resize=True)
-
-    prefix = "" if where == "network" else f"{where}."
-    weights, dropped = _said(read, prefix)
-    if dropped.blocks:
-        raise UserError(
-            f"{prefix}weights '{path}' has more blocks than the {len(model.blocks)} of {network.name}; make {where}.name and its numbers agree with the file"
-        )
-    own = said_network(weights.container)
-    if own is not None:  # heads and the like can't be told from shapes
-        said, expected = (
-            (name.split(".")[0], {k: v for k, v in keys.items() if k != "img_size"})
-            for name, keys in (own, (network.name, network.overrides()))
-        )
-        if said != expected:
-            raise UserError(
-                f"{prefix}weights '{path}' holds {said[0]} {said[1] or ''}, {where} is {expected[0]} {expected[1] or ''}; make them agree, or leave {where}.name out"
-            )
-    tensors, notes = {name: weights[name].float() for name in needed}, []
-    if "pos_embed" in needed and tensors["pos_embed"].shape != needed["pos_embed"].shape:
-        num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        tensors["pos_embed"], note = _said(
-            lambda: fit_positions(
-                tensors["pos_embed"], num_prefix=num_prefix, grid=model.patch_embed.grid_size
-            ),
-            prefix,
-        )
-        notes.append(note)
-    model.load_state_dict(
-        tensors, strict=False
-    )  # `needed` was all there; the rest stays as it was initialised
-    return weights, dropped, notes
-
-
-def _said(step: Callable[[], T], prefix: str) -> T:
-    """Do something of the teacher's room; its complaints name the teacher's keys, which are others here."""
-    try:
-        return step()
-    except UserError as error:
-        text = (
-            str(error)
-            .replace("teacher.weights", f"{prefix}weights")
-            .replace("teacher.format", f"{prefix}format")
-        )
-        raise UserError(
-            text.replace("teacher.name", "network.name" if not prefix else f"{prefix}name").replace(
-                "teacher.img_size", "network.img_size"
-            )
-        ) from None
+    label: Label,
+) -> LoadedNetwork:
+    loaded = load_network(
+        path,
+        needed,
+        network=(network.name, network.overrides()),
+        depth=len(model.blocks),
+        grid=model.patch_embed.grid_size,
+        num_prefix=0 if model.no_embed_class else model.num_prefix_tokens,
+        label=label,
+        format=format,
+    )
+    # All of `needed` was there; the rest stays as it was initialised.
+    model.load_state_dict(loaded.tensors, strict=False)
+    return loaded
 
 
 def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[VisionTransformer, ModelConfig]:

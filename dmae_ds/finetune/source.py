@@ -8,11 +8,12 @@ from typing import TypeVar
 
 from dmae_ds.config.evaluation import ClassifierConfig
 from dmae_ds.config.load import load_config, read_saved_config
-from dmae_ds.config.run import TeacherConfig, looks_like_hub_id
+from dmae_ds.config.run import looks_like_hub_id
 from dmae_ds.errors import UserError
-from dmae_ds.finetune.network import said_network
 from dmae_ds.weights.containers import open_container
 from dmae_ds.weights.hub import locate
+from dmae_ds.weights.label import WEIGHTS
+from dmae_ds.weights.metadata import own_network_if_readable
 
 Config = TypeVar("Config", bound=ClassifierConfig)
 _BESIDE = "?"  # run.dir of a run folder's evaluation, until its labels are known
@@ -60,7 +61,7 @@ def find_source(
         }
     else:
         file = _find_file(word)
-        own = said_network(open_container(file)) if file.suffix == ".safetensors" else None
+        own = own_network_if_readable(open_container(file)) if file.suffix == ".safetensors" else None
         below |= {"run": {}, "data": {}, "network": {} if own is None else {"name": own[0], **own[1]}}
     config = load_config(recipe, overrides, schema=schema, kind="evaluation recipe", below=below)
     if config.run.dir == _BESIDE:
@@ -77,7 +78,4 @@ def _find_file(word: str) -> Path:
         raise UserError(
             f"'{word}' is neither a run folder nor a weights file; give one that `dmae-ds train` wrote, a .safetensors or .pth file, or a hub id"
         )
-    try:
-        return locate(TeacherConfig(name="-", weights=word))
-    except UserError as error:
-        raise UserError(str(error).replace("teacher.weights ", "weights ")) from None
+    return locate(word, label=WEIGHTS)

@@ -1,4 +1,4 @@
-"""A recipe's teacher section -> the frozen teacher, found, opened, filled and looked at."""
+"""Build the frozen teacher of a recipe's teacher section: find its file, open it, read it, check its features."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 
 from dmae_ds.config.run import TeacherConfig
 from dmae_ds.errors import UserError
-from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher import identity, targets
+from dmae_ds.teacher.fill import fill
 from dmae_ds.teacher.fp8 import check_fp8, to_fp8
 from dmae_ds.teacher.frozen import (
     DTYPES,
     FrozenTeacher,
-    fill,
     meta_teacher,
     needed_depths,
     needs_top,
@@ -25,9 +24,10 @@ from dmae_ds.teacher.pipeline import StageGroup, StreamedTeacher
 from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.teacher.top import meta_top
-from dmae_ds.weights.fit import fits
-from dmae_ds.weights.formats import Weights, choose_format, open_weights, with_own_decoder
-from dmae_ds.weights.hub import locate, pixel_statistics
+from dmae_ds.weights.hub import locate, locate_pretrained, timm_tag
+from dmae_ds.weights.label import TEACHER
+from dmae_ds.weights.load import open_format
+from dmae_ds.weights.named import Weights, with_own_decoder
 
 
 def build_frozen_teacher(
@@ -40,7 +40,10 @@ def build_frozen_teacher(
     device: torch.device,
     standardize: bool = True,
 ) -> FrozenTeacher:
-    """The replicated teacher, loaded and verified. `standardize=False` leaves its features raw, to take their statistics."""
+    """Load and verify the replicated teacher.
+
+    standardize: False leaves its features raw, to take their statistics
+    """
     config = config if standardize else config.model_copy(update={"standardize": "none"})
     teacher = load_frozen_teacher(
         config, taps=taps, whole_blocks=whole_blocks, mean=mean, std=std, device=device
@@ -61,9 +64,10 @@ def load_frozen_teacher(
     sharded: bool = False,
     num_classes: int | None = None,
 ) -> FrozenTeacher:
-    """Only the blocks up to the deepest tap, read strictly; of a pipeline, only this rank's stage. No collective.
+    """Load the blocks up to the deepest tap and nothing above; in a pipeline, this rank's stage alone. No collective.
 
-    mean, std: of the data, which the student's patches are normalised with
+    mean, std: of the data, with which the student's patches are normalised
+    group: the pipeline's, if there is one
     sharded: read the embedding alone; `verify` spreads the blocks over the ranks
     num_classes: of the data, which a classifier must share; None: whatever it has
     Raises UserError.
@@ -73,19 +77,18 @@ def load_frozen_teacher(
     depth, decoder_depth = needed_depths(taps, whole_blocks, config.decoder_depth)
     if decoder_depth and config.sees == "all":
         raise UserError(
-            "teacher.sees=all leaves the teacher's decoder no masked patch to fill in; the objective taps it: set teacher.sees=visible"
+            "teacher.sees=all leaves no masked patch for the teacher's decoder, which the objective taps; "
+            "set teacher.sees=visible"
         )
-    stage = (
-        range(0) if sharded else None if group is None else held_blocks(depth, group.num_stages)[group.stage]
-    )
     vit = meta_teacher(config.name, config.overrides(), depth, keep_norm=needs_top(taps))
     norm, vit.norm = vit.norm, None  # a top begins with the encoder's final norm
-    path = locate(config)
-    weights = open_teacher(config, path, vit)
-    if sharded and weights.container.absent:
-        raise UserError(
-            f"teacher.weights '{path}' lacks {', '.join(weights.container.absent)}; teacher.placement=zero3 reads every part on the first rank"
-        )
+    path = locate_teacher(config)
+    resize = config.img_size is not None
+    weights = open_format(
+        path, vit.state_dict(), format=config.format, depth=depth, may_resize=resize, label=TEACHER
+    )
+    if sharded:
+        _check_complete(weights, path)
     weights = with_own_decoder(weights) if decoder_depth else weights
     top = meta_top(
         config, vit, norm, taps=taps, decoder_depth=decoder_depth, num_classes=num_classes, weights=weights
@@ -94,43 +97,86 @@ def load_frozen_teacher(
         vit,
         weights,
         whole_blocks=whole_blocks,
-        may_resize=config.img_size is not None,
+        may_resize=resize,
         dtype=DTYPES[config.dtype],
         device=device,
-        said=(config.name, config.overrides()),
+        network=(config.name, config.overrides()),
         top=top,
-        blocks=stage,
+        blocks=_blocks_to_read(depth, group, sharded),
     )
+    view = _build_view(config, vit.patch_size, mean, std, taps).to(device)
+    parts = with_notes(parts, *_describe_choices(config, weights, view))
+    kwargs = {"view": view, "sees": config.sees, "top": top, "path": path}
+    if sharded:
+        kwargs |= {"weights": weights, "dtype": DTYPES[config.dtype], "device": device}
+        return ShardedTeacher(vit, taps, parts, **kwargs)
+    if group is None:
+        return FrozenTeacher(vit, taps, parts, **kwargs)
+    return StreamedTeacher(vit, taps, parts, **kwargs, group=group)
+
+
+def locate_teacher(config: TeacherConfig) -> Path:
+    """The file or folder of a teacher's weights, on this machine. Raises UserError."""
+    if config.pretrained:
+        return locate_pretrained(config.name, label=TEACHER)
+    return locate(config.weights, label=TEACHER)
+
+
+def pixel_statistics(config: TeacherConfig, mean: tuple, std: tuple) -> tuple[tuple, tuple]:
+    """The mean and std with which the teacher's pixels are normalised: its own, its timm tag's, or the data's."""
+    if config.mean is not None:
+        return config.mean, config.std
+    tag = timm_tag(config.name) if "." in config.name and ":" not in config.name else None
+    return (mean, std) if tag is None else (tuple(tag.mean), tuple(tag.std))
+
+
+def _blocks_to_read(depth: int, group: StageGroup | None, sharded: bool) -> range | None:
+    """The blocks that this rank reads now, counted from 0; None: all."""
+    if sharded:
+        return range(0)
+    return None if group is None else held_blocks(depth, group.num_stages)[group.stage]
+
+
+def _check_complete(weights: Weights, path: Path) -> None:
+    absent = weights.container.absent
+    if absent:
+        raise UserError(
+            f"teacher.weights '{path}' lacks {', '.join(absent)}; with teacher.placement=zero3 the first rank reads "
+            "every file of the index"
+        )
+
+
+def _build_view(
+    config: TeacherConfig, patch_size: int, mean: tuple, std: tuple, taps: tuple[str, ...]
+) -> PatchView:
     teacher_mean, teacher_std = pixel_statistics(config, mean, std)
-    view = PatchView(
-        vit.patch_size, mean=mean, std=std, teacher_mean=teacher_mean, teacher_std=teacher_std
-    ).to(device)
+    view = PatchView(patch_size, mean=mean, std=std, teacher_mean=teacher_mean, teacher_std=teacher_std)
     if "prediction" in taps and not view.same_pixels:
         raise UserError(
-            "the objective taps the teacher's predicted pixels, which are normalised otherwise than the data's; set data.mean and data.std to the teacher's"
+            "the objective taps the teacher's predicted pixels, which are normalised differently from the data's; set "
+            "data.mean and data.std to the teacher's"
         )
-    notes = [] if config.format != "auto" else [f"format {weights.format} (chosen by auto)"]
-    notes += (
-        []
-        if view.same_pixels
-        else [f"pixels normalised for the teacher: mean {list(teacher_mean)}, std {list(teacher_std)}"]
-    )
-    keys = {"view": view, "sees": config.sees, "top": top, "path": path}
-    parts = with_notes(parts, *notes)
-    if sharded:
-        return ShardedTeacher(
-            vit, taps, parts, **keys, weights=weights, dtype=DTYPES[config.dtype], device=device
+    return view
+
+
+def _describe_choices(config: TeacherConfig, weights: Weights, view: PatchView) -> list[str]:
+    """Lines for the start of a run: the format that was chosen, and the teacher's own pixel statistics."""
+    notes = []
+    if config.format == "auto":
+        notes.append(f"format {weights.format} (chosen by auto)")
+    if not view.same_pixels:
+        notes.append(
+            f"pixels normalised for the teacher: mean {list(view.teacher_mean)}, std {list(view.teacher_std)}"
         )
-    if group is None:
-        return FrozenTeacher(vit, taps, parts, **keys)
-    return StreamedTeacher(vit, taps, parts, **keys, group=group)
+    return notes
 
 
 def verify(teacher: FrozenTeacher, config: TeacherConfig) -> None:
-    """Look at a fixed input's features, hold them against the fingerprint beside the weights, and fetch the targets' statistics.
+    """Check the features of a fixed input against the fingerprint next to the weights, and read the targets' statistics.
 
-    Collective in a pipeline's group, and of all ranks where they share the weights out. Raises UserError where features are dead or not those of the fingerprint, and where
-    statistics are missing or of other weights; a teacher that looks untrained is noted.
+    Collective in a pipeline's group, and over all ranks where they share the weights. A teacher that looks untrained gets a
+    note. Raises UserError where features are dead or not those of the fingerprint, and where statistics are missing or
+    those of other weights.
     """
     dtype, path = DTYPES[config.dtype], teacher.path
     teacher.spread()
@@ -139,40 +185,35 @@ def verify(teacher: FrozenTeacher, config: TeacherConfig) -> None:
     if teacher.top is not None:
         features |= identity.probe_top(teacher.top, teacher.vit, probed.features[teacher.vit.depth])
     identity.check_alive({tap: features[tap] for tap in teacher.taps})
-    found = identity.fingerprint(probed.features)
-    known = identity.read_sidecar(path)
-    if known is not None:
-        identity.check_fingerprint(
-            found, known["fingerprint"], dtype=dtype, where=str(identity.sidecar(path))
-        )
-        teacher.parts = with_notes(
-            teacher.parts, f"features match the fingerprint in {identity.sidecar(path).name}"
-        )
+    fingerprint = identity.fingerprint(probed.features)
+    sidecar = identity.read_sidecar(path)
+    if sidecar is not None:
+        file = identity.sidecar(path)
+        identity.check_fingerprint(fingerprint, sidecar["fingerprint"], dtype=dtype, where=str(file))
+        teacher.parts = with_notes(teacher.parts, f"features match the fingerprint in {file.name}")
     else:
         untrained = identity.find_untrained(teacher.vit, probed)
         if untrained:
             teacher.parts = with_notes(teacher.parts, f"WARNING: THIS TEACHER LOOKS UNTRAINED: {untrained}")
     stats = None
     if config.standardize in ("zscore", "phi_s"):
-        stats_file = Path(config.stats).expanduser() if config.stats else targets.stats_path(path)
-        stats, about = targets.read_stats(stats_file, teacher.taps)
-        identity.check_fingerprint(found, about["fingerprint"], dtype=dtype, where=str(stats_file))
-        if about["sees"] != config.sees:
-            raise UserError(
-                f"'{stats_file}' was made with teacher.sees={about['sees']}, the recipe says {config.sees}; make it again with dmae-ds teacher stats"
-            )
-    teacher.target = targets.build_target(
-        config.standardize, teacher.taps, stats, teacher.vit.patch_embed.proj.weight.device
-    )
+        stats = _read_stats(teacher, config, fingerprint)
+    device = teacher.vit.patch_embed.proj.weight.device
+    teacher.target = targets.build_target(config.standardize, teacher.taps, stats, device)
     if config.dtype == "fp8":
         teacher.parts = with_notes(teacher.parts, to_fp8(teacher))
 
 
-def open_teacher(config: TeacherConfig, path: Path, vit: MaskedViT) -> Weights:
-    """The weights file in its format; `auto` takes the one format under which it fits `vit`."""
-    if config.format != "auto":
-        return open_weights(path, config.format)
-    needed = vit.state_dict()
-    return choose_format(
-        path, fits(needed, depth=vit.depth, may_resize=config.img_size is not None), needed.keys()
-    )
+def _read_stats(
+    teacher: FrozenTeacher, config: TeacherConfig, fingerprint: identity.Fingerprint
+) -> dict[str, torch.Tensor]:
+    """Statistics of the features of exactly these weights, seen in the same way. Raises UserError."""
+    file = Path(config.stats).expanduser() if config.stats else targets.stats_path(teacher.path)
+    stats, about = targets.read_stats(file, teacher.taps)
+    identity.check_fingerprint(fingerprint, about["fingerprint"], dtype=DTYPES[config.dtype], where=str(file))
+    if about["sees"] != config.sees:
+        raise UserError(
+            f"'{file}' was made with teacher.sees={about['sees']}, the recipe has {config.sees}; make it again with "
+            "dmae-ds teacher stats"
+        )
+    return stats

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
-from dmae_ds.weights.fit import describe_kind
-from dmae_ds.weights.formats import Weights
+from dmae_ds.weights.kinds import describe_kind
+from dmae_ds.weights.named import Weights
 
 
 class TeacherDecoder(nn.Module):

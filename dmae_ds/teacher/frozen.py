@@ -6,24 +6,19 @@ never made; then filled tensor by tensor from a lazily opened file (fit.py says 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
 from dmae_ds.output.units import size_text
 from dmae_ds.teacher.identity import Probe, probe
 from dmae_ds.teacher.top import Top
-from dmae_ds.weights.containers import Container
-from dmae_ds.weights.fit import Dropped, block_of, check_fit, read_needed
-from dmae_ds.weights.formats import Weights
-from dmae_ds.weights.positions import fit_positions
+from dmae_ds.weights.fit import Dropped
 
 DTYPES = {
     "fp32": torch.float32,
@@ -234,107 +229,6 @@ def meta_teacher(
 ) -> MaskedViT:
     """A teacher's geometry without a byte of weights: on the meta device, its first `depth` blocks, no final norm."""
     return MaskedViT(build_timm_vit(name, overrides, depth=depth, where="teacher"), keep_norm=keep_norm)
-
-
-def fill(
-    vit: MaskedViT,
-    weights: Weights,
-    *,
-    whole_blocks: int,
-    may_resize: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    said: tuple[str, dict] | None = None,
-    blocks: range | None = None,
-    top: Top | None = None,
-) -> TeacherParts:
-    """Give a teacher on the meta device its tensors; `blocks`, counted from 0, reads a stage: the embedding and these alone.
-
-    said: (name, overrides) of the recipe, held against what a file of ours says of itself
-    """
-    check_own_metadata(weights, said)
-    whole = vit.state_dict() | ({} if top is None else top.state_dict())
-    needed = {
-        name: tensor
-        for name, tensor in whole.items()
-        if blocks is None or block_of(name) is None or block_of(name) in blocks
-    }
-    dropped = check_fit(
-        whole if not weights.container.absent else needed, weights, depth=vit.depth, may_resize=may_resize
-    )
-    tensors = read_needed(list(needed), weights, dtype=dtype, device=device)
-    notes = []
-    for name, num_prefix in (("pos_embed", vit.num_prefix_positions), ("decoder_pos_embed", 1)):
-        if name in needed and weights.like(name).shape != needed[name].shape:
-            positions, note = fit_positions(weights[name], num_prefix=num_prefix, grid=vit.grid)
-            tensors[name] = positions.to(device=device, dtype=dtype)
-            notes += [] if note in notes else [note]
-    # `assign` puts the read tensors in the place of the meta ones: nothing is allocated twice.
-    for module in (vit,) if top is None else (vit, top):
-        own = {name: tensors[name] for name in module.state_dict() if name in tensors}
-        module.load_state_dict(own, strict=blocks is None, assign=True)
-        move_buffers(module, dtype, device)
-        module.eval().requires_grad_(False)
-    return TeacherParts(
-        blocks=vit.depth,
-        whole_blocks=whole_blocks,
-        kept=sum(tensor.numel() for tensor in tensors.values()),
-        kept_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        block_parameters=sum(tensor.numel() for name, tensor in whole.items() if block_of(name) is not None),
-        decoder_parameters=sum(
-            tensor.numel() for name, tensor in whole.items() if name.startswith("decoder_blocks.")
-        ),
-        dropped=dropped,
-        notes=tuple(notes),
-    )
-
-
-def move_buffers(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Buffers that no file holds (rotary angles, EVA's zero key bias); angles stay in float32."""
-    for module in network.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(
-                    device=device, dtype=buffer.dtype if name == "rope" else dtype
-                )
-
-
-def own_network(container: Container) -> tuple[str, dict] | None:
-    """(timm name, overrides) that a file of ours says it holds, or None. Raises UserError where that is unreadable."""
-    if "timm_name" not in container.metadata:
-        return None
-    try:
-        return container.metadata["timm_name"], dict(json.loads(container.metadata["timm_overrides"]))
-    except (KeyError, ValueError, TypeError):
-        raise UserError(
-            f"teacher.weights '{container.path}' was written by an early version of this project; set teacher.format to timm"
-        ) from None
-
-
-def check_own_metadata(weights: Weights, said: tuple[str, dict] | None) -> None:
-    """A file of ours names the network that it holds: raise UserError where the recipe names another."""
-    if weights.format != "dmae_ds":
-        return
-    own = own_network(weights.container)
-    if own is None:
-        raise UserError(
-            f"teacher.weights '{weights.path}' was not written by this project (it names no network); set teacher.format to timm or to what it is"
-        )
-    if said is not None:
-        check_same_network(weights.path, own, said)
-
-
-def check_same_network(path: Path, own: tuple[str, dict], said: tuple[str, dict]) -> None:
-    """Raise UserError unless (name, overrides) of a file are those of the recipe."""
-    # The picture's size is the recipe's to choose: the position codes follow it. A tag names weights, not a network.
-    (found_name, found), (name, expected) = (
-        (name.split(".")[0], {k: v for k, v in keys.items() if k != "img_size"}) for name, keys in (own, said)
-    )
-    if (found_name, found) != (name, expected):
-        raise UserError(
-            f"teacher.weights '{path}' holds {found_name} {found or ''}, the recipe's teacher is {name} {expected or ''}; "
-            "make teacher.name and its numbers agree with the file"
-        )
 
 
 def with_notes(parts: TeacherParts, *notes: str) -> TeacherParts:

@@ -51,6 +51,7 @@ class PatchView(nn.Module):
     def __init__(self, patch_size: int, *, mean: tuple, std: tuple, teacher_mean: tuple, teacher_std: tuple):
         super().__init__()
         self.patch_size = patch_size
+        self.teacher_mean, self.teacher_std = tuple(teacher_mean), tuple(teacher_std)
         self.same_pixels = tuple(mean) == tuple(teacher_mean) and tuple(std) == tuple(teacher_std)
         mean, std, teacher_mean, teacher_std = (
             torch.tensor(values, dtype=torch.float64) for values in (mean, std, teacher_mean, teacher_std)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.weights.fit import describe_kind
-from dmae_ds.weights.formats import Weights
+from dmae_ds.weights.kinds import describe_kind
+from dmae_ds.weights.named import Weights
 
 NORMS = ("norm", "fc_norm")
 

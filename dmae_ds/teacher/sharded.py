@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dmae_ds.distributed import collectives
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
-from dmae_ds.teacher.frozen import FrozenTeacher, move_buffers
+from dmae_ds.teacher.fill import move_buffers
+from dmae_ds.teacher.frozen import FrozenTeacher
 from dmae_ds.teacher.identity import Probe, is_pristine, probe
-from dmae_ds.weights.fit import read_needed
-from dmae_ds.weights.formats import Weights
+from dmae_ds.weights.named import Weights
 
 
 class ShardedTeacher(FrozenTeacher):
@@ -70,13 +70,10 @@ class ShardedTeacher(FrozenTeacher):
                 name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
                 for name, tensor in block.state_dict().items()
             }
-        tensors = read_needed(
-            [f"blocks.{number}.{name}" for name in names],
-            self._weights,
-            dtype=self._dtype,
-            device=self._device,
-        )
-        return dict(zip(names, tensors.values(), strict=True))
+        return {
+            name: self._weights[f"blocks.{number}.{name}"].to(device=self._device, dtype=self._dtype)
+            for name in names
+        }
 
     def run(self, patches: Tensor, ids: Tensor) -> dict[int, Tensor]:
         tokens, tapped = self.vit.embed(patches, ids), {}

@@ -12,7 +12,7 @@ from dmae_ds.config.run import TeacherConfig
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.decoder import TeacherDecoder, meta_decoder
 from dmae_ds.teacher.head import TeacherHead, meta_head
-from dmae_ds.weights.formats import Weights
+from dmae_ds.weights.named import Weights
 
 Top = TeacherDecoder | TeacherHead
 

@@ -19,10 +19,13 @@ from dmae_ds.objectives.feature_distillation import resolve_pairs
 from dmae_ds.output.durable import write_atomically
 from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
-from dmae_ds.teacher.frozen import fill, meta_teacher, needed_depths, needs_top
+from dmae_ds.teacher.fill import fill
+from dmae_ds.teacher.frozen import meta_teacher, needed_depths, needs_top
 from dmae_ds.tools.teacher_known import Network, dtype_of, identify
-from dmae_ds.weights.fit import block_of, check_fit, describe_kind, fits
-from dmae_ds.weights.formats import FORMATS, Weights
+from dmae_ds.weights.fit import block_of, check_fit, fits
+from dmae_ds.weights.formats import FORMATS
+from dmae_ds.weights.kinds import describe_kind
+from dmae_ds.weights.named import Weights
 
 SIDECAR_VERSION = 1
 
@@ -130,8 +133,8 @@ def serving_recipes(path: Path, network: Network) -> list[str]:
             "decoder_embed.weight" if decoder_depth else "head.weight" if needs_top(objective.taps) else None
         )
         if (top is None or top in network.weights) and fits(
-            needed, depth=cut, may_resize=config.teacher.img_size is not None
-        )(network.weights):
+            needed, network.weights, depth=cut, may_resize=config.teacher.img_size is not None
+        ):
             names.append(f"{file.stem} (teacher.format={network.weights.format})")
     return names
 

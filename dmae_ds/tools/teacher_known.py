@@ -12,10 +12,16 @@ from pydantic import ValidationError
 from dmae_ds.config.run import ModelConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.teacher.frozen import meta_teacher, own_network
-from dmae_ds.weights.containers import Container, open_container
-from dmae_ds.weights.fit import block_of, check_fit, describe_kind, fits
-from dmae_ds.weights.formats import FORMATS, Weights, choose_format, open_weights
+from dmae_ds.teacher.frozen import meta_teacher
+from dmae_ds.weights.containers import open_container
+from dmae_ds.weights.fit import block_of, check_fit, fits
+from dmae_ds.weights.formats import FORMATS
+from dmae_ds.weights.kinds import describe_kind
+from dmae_ds.weights.label import TEACHER
+from dmae_ds.weights.load import open_format
+from dmae_ds.weights.metadata import own_network
+from dmae_ds.weights.named import Weights, open_weights
+from dmae_ds.weights.places import Container
 from dmae_ds.weights.positions import square_side
 
 # Tried in this order where no --name is given. Their pictures' size is taken from the file's position codes.
@@ -113,7 +119,7 @@ def _open_own(path: Path) -> Container | None:
     """A file or a folder of ours, which names its network; None for anything else."""
     if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".json"):
         return None
-    container = open_container(path)
+    container = open_container(path, label=TEACHER)
     return container if "timm_name" in container.metadata else None
 
 
@@ -121,12 +127,9 @@ def _named(path: Path, name: str, keys: dict, format: str, last_block: str | Non
     """last_block: of a slice, whose upper blocks were left behind on purpose."""
     vit = meta_teacher(name, keys, int(last_block) if last_block else None)
     resize = "img_size" in keys
-    if format == "auto":
-        weights = choose_format(
-            path, fits(vit.state_dict(), depth=vit.depth, may_resize=resize), vit.state_dict().keys()
-        )
-    else:
-        weights = open_weights(path, format)
+    weights = open_format(
+        path, vit.state_dict(), format=format, depth=vit.depth, may_resize=resize, label=TEACHER
+    )
     check_fit(vit.state_dict(), weights, depth=vit.depth, may_resize=resize)
     return Network(name, keys, vit, weights)
 
@@ -136,7 +139,7 @@ def _open_all(path: Path, format: str) -> list[Weights]:
     opened, first_error = [], None
     for chosen in FORMATS if format == "auto" else [format]:
         try:
-            opened.append(open_weights(path, chosen))
+            opened.append(open_weights(path, chosen, label=TEACHER))
         except UserError as error:
             first_error = first_error or error
     if not opened:
@@ -157,7 +160,7 @@ def _try(name: str, keys: dict, opened: list[Weights]) -> Network | None:
             else _own_size(vit, weights)
         )
         sized = meta_teacher(name, {**keys, **size}) if size else vit
-        if fits(sized.state_dict(), depth=sized.depth, may_resize="img_size" in keys)(weights):
+        if fits(sized.state_dict(), weights, depth=sized.depth, may_resize="img_size" in keys):
             return Network(name, {**keys, **size}, sized, weights)
     return None
 

@@ -26,7 +26,7 @@ from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.tools.teacher_inspect import probe_by_block, write_sidecar
 from dmae_ds.tools.teacher_known import Network, identify
 from dmae_ds.weights.fit import block_of
-from dmae_ds.weights.formats import open_weights
+from dmae_ds.weights.named import open_weights
 
 
 def slice_teacher(

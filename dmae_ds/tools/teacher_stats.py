@@ -22,9 +22,8 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.output.durable import replace_tensors
 from dmae_ds.teacher import identity, targets
-from dmae_ds.teacher.build import build_frozen_teacher
+from dmae_ds.teacher.build import build_frozen_teacher, locate_teacher
 from dmae_ds.train.run import build_objective
-from dmae_ds.weights.hub import locate
 
 
 class Moments:
@@ -108,7 +107,7 @@ def write_stats(
         for tap, features in teacher.features(masked).items():
             moments[tap].add(features)
         seen += len(batch.images)
-    out = out or targets.stats_path(locate(config.teacher))
+    out = out or targets.stats_path(locate_teacher(config.teacher))
     about = {
         "version": targets.STATS_VERSION,
         "taps": list(objective.taps),

@@ -1,1 +1,1 @@
-"""Vision transformers' weight files: containers of bytes, formats of names, whether a file fits a network, the hub."""
+"""Weights files of vision transformers: kinds of files, formats of names, whether a file fits a network, the hub."""

@@ -1,29 +1,33 @@
-"""Whether a weights file is surely this teacher's: every needed tensor there, none left over without a known reason."""
+"""Check that a weights file surely belongs to a network.
+
+Every tensor that the network needs is there in its shape, and none is left over without a known reason.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Callable
 
-import torch
 from torch import Tensor
 
 from dmae_ds.errors import UserError
-from dmae_ds.weights.containers import Container
-from dmae_ds.weights.formats import FORMATS, Weights, map_names
+from dmae_ds.weights.formats import FORMATS
+from dmae_ds.weights.kinds import describe_kind
+from dmae_ds.weights.named import Weights, map_names
 from dmae_ds.weights.positions import square_side
 
-# Parts of a checkpoint that a truncated encoder has no use for: whatever stands above the blocks.
+# Parts of a checkpoint above the blocks, which a truncated encoder doesn't need.
 _DROPPED = re.compile(r"(norm|fc_norm|head|head_dist|attn_pool|decoder_\w+|mask_token)(\.|$)")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-# Changes nothing where it is zero everywhere: DINOv3's distilled models store such biases.
+# Biases that change nothing where they are zero everywhere: DINOv3's distilled models store such ones.
 _MAY_BE_ZERO = re.compile(r".*attn\.[qv]_bias$")
+# A tensor's pieces don't go together.
+_BAD_PIECES = (RuntimeError, IndexError)
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """What stays in the file: names under timm's key map, by the part they belong to. Numbers are parameters and bytes."""
+    """Tensors that are left in the file, by the part they belong to: {timm's name: number of entries}."""
 
     blocks: dict[str, int]
     decoder: dict[str, int]
@@ -32,6 +36,7 @@ class Dropped:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters that are left in the file."""
         return sum(sum(part.values()) for part in (self.blocks, self.decoder, self.rest))
 
 
@@ -42,158 +47,143 @@ def block_of(name: str) -> int | None:
 
 
 def check_fit(needed: dict[str, Tensor], weights: Weights, *, depth: int, may_resize: bool) -> Dropped:
-    """needed: {name: tensor of the right shape}, the first `depth` blocks; may_resize: the recipe sets another picture size,
-    so position codes may come from another (square) grid.
+    """Check that the file has every needed tensor and nothing that is unexplained.
 
-    Returns what is knowingly left in the file. Raises UserError that lists the first missing, misshapen and unexpected
-    names and says what the file looks like.
+    needed: {name: tensor of the right shape} of a network with `depth` blocks
+    may_resize: positional embeddings may come from another (square) grid, since the recipe sets another image size
+    Returns what is left in the file on purpose. Raises UserError with the first missing, misshapen and unexpected names and
+    what the file looks like.
     """
-    problems, parts = _compare(needed, weights, depth, may_resize)
+    problems, dropped = _compare(needed, weights, depth, may_resize)
     if any(problems.values()):
         raise UserError(_explain(weights, needed, problems, depth, may_resize))
-    left = {key for part in parts.values() for name in part for key in weights.sources[name].names} | set(
-        weights.ignored
-    )
+    left = set(weights.ignored)
+    for names in dropped.values():
+        left.update(key for name in names for key in weights.sources[name].names)
     num_bytes = sum(weights.container.places[key].num_bytes for key in left)
-    return Dropped(**parts, num_bytes=num_bytes)
+    return Dropped(**dropped, num_bytes=num_bytes)
 
 
-def fits(needed: dict[str, Tensor], *, depth: int, may_resize: bool) -> Callable[[Weights], bool]:
-    """The same as a question."""
-    return lambda weights: not any(_compare(needed, weights, depth, may_resize)[0].values())
+def fits(needed: dict[str, Tensor], weights: Weights, *, depth: int, may_resize: bool) -> bool:
+    """Whether `check_fit` accepts the file."""
+    problems, _ = _compare(needed, weights, depth, may_resize)
+    return not any(problems.values())
 
 
 def _compare(
     needed: dict[str, Tensor], weights: Weights, depth: int, may_resize: bool
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
-    """What is wrong: {"missing" | "misshapen" | "unexpected": names}; and what is left out: {part: {name: entries}}."""
+    """Problems {"missing" | "misshapen" | "unexpected": names}, and tensors left out {part: {name: entries}}."""
     missing = [name for name in needed if name not in weights]
     misshapen = [
         f"{name} {_shape_of(name, weights)} instead of {list(tensor.shape)}"
         for name, tensor in needed.items()
         if name in weights and not _same_shape(name, weights, tensor, may_resize)
     ]
-    parts: dict[str, dict[str, int]] = {"blocks": {}, "decoder": {}, "rest": {}}
+    dropped: dict[str, dict[str, int]] = {"blocks": {}, "decoder": {}, "rest": {}}
     unexpected = []
     # DINOv2 and DINOv3 have a mask token and no decoder.
-    of_decoder = (
-        ("decoder_", "mask_token") if any(name.startswith("decoder_") for name in weights) else ("decoder_",)
-    )
+    has_decoder = any(name.startswith("decoder_") for name in weights)
+    of_decoder = ("decoder_", "mask_token") if has_decoder else ("decoder_",)
     for name in weights:
         if name in needed:
             continue
         block = block_of(name)
         if block is not None and block >= depth:
-            parts["blocks"][name] = _num_entries(name, weights)
+            dropped["blocks"][name] = _num_entries(name, weights)
         elif _DROPPED.match(name):
-            parts["decoder" if name.startswith(of_decoder) else "rest"][name] = _num_entries(name, weights)
+            part = "decoder" if name.startswith(of_decoder) else "rest"
+            dropped[part][name] = _num_entries(name, weights)
         elif not (_MAY_BE_ZERO.match(name) and not weights[name].any()):
             unexpected.append(name)
-    return {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}, parts
+    return {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}, dropped
 
 
 def _same_shape(name: str, weights: Weights, tensor: Tensor, may_resize: bool) -> bool:
     try:
-        found = weights.like(name)
-    except (RuntimeError, IndexError):
-        return False  # parts of it don't go together
-    if found.shape == tensor.shape:
-        return True
-    if not (
-        name in ("pos_embed", "decoder_pos_embed")
-        and may_resize
-        and found.ndim == 3
-        and found.shape[2] == tensor.shape[2]
-    ):
+        stored = weights.like(name)
+    except _BAD_PIECES:
         return False
-    return any(square_side(found.shape[1] - prefix) for prefix in (0, 1))
+    if stored.shape == tensor.shape:
+        return True
+    if name not in ("pos_embed", "decoder_pos_embed") or not may_resize:
+        return False
+    if stored.ndim != 3 or stored.shape[2] != tensor.shape[2]:
+        return False
+    return any(square_side(stored.shape[1] - prefix) for prefix in (0, 1))
 
 
 def _shape_of(name: str, weights: Weights) -> str:
     try:
         return str(list(weights.like(name).shape))
-    except (RuntimeError, IndexError):
-        return " + ".join(
-            str(list(weights.container.places[key].shape)) for key in weights.sources[name].names
-        )
+    except _BAD_PIECES:
+        keys = weights.sources[name].names
+        return " + ".join(str(list(weights.container.places[key].shape)) for key in keys)
 
 
 def _num_entries(name: str, weights: Weights) -> int:
     try:
         return weights.like(name).numel()
-    except (RuntimeError, IndexError):
+    except _BAD_PIECES:
         return sum(weights.container.like(key).numel() for key in weights.sources[name].names)
 
 
 def _explain(
     weights: Weights, needed: dict[str, Tensor], problems: dict[str, list[str]], depth: int, may_resize: bool
 ) -> str:
-    lists = "; ".join(f"{label} {len(names)}: {_first(names)}" for label, names in problems.items() if names)
-    hint = ""
-    if weights.container.absent:
-        hint = f"; {len(weights.container.absent)} parts are not here: {_first(weights.container.absent)}"
-    elif weights.container.metadata.get("last_block", "").isdigit():
-        hint = f"; this slice holds blocks 1-{weights.container.metadata['last_block']}: for a deeper tap, slice again with --last-block"
-    else:
-        kind = describe_kind(weights.container)
-        better = _better_format(weights, needed, bool(problems["missing"]), depth, may_resize)
-        hint = f"; the file looks like {kind}" if kind else ""
-        if better:
-            hint += f"{':' if kind else ';'} try teacher.format={better}"
-        if any(name.startswith("pos_embed ") for name in problems["misshapen"]) and not may_resize:
-            hint += "; for another picture size set teacher.img_size"
-    return f"teacher.weights '{weights.path}' does not fit the teacher as format {weights.format}: {lists}{hint}; check teacher.name, teacher.format and the file"
+    label = weights.label
+    lists = "; ".join(f"{kind} {len(names)}: {_first(names)}" for kind, names in problems.items() if names)
+    hints = _hints(weights, needed, problems, depth, may_resize)
+    return (
+        f"{label.weights} '{weights.path}' does not fit the {label.network} as format {weights.format}: {lists}"
+        f"{''.join(f'; {hint}' for hint in hints)}; check the file, {label.keys()}"
+    )
+
+
+def _hints(
+    weights: Weights, needed: dict[str, Tensor], problems: dict[str, list[str]], depth: int, may_resize: bool
+) -> list[str]:
+    """What may explain the problems: files that are not here, a slice that ends too early, another format or size."""
+    label = weights.label
+    absent = weights.container.absent
+    if absent:
+        return [f"{len(absent)} of the index's files not here: {_first(absent)}"]
+    last_block = weights.container.metadata.get("last_block", "")
+    if last_block.isdigit():
+        return [
+            f"this slice holds blocks 1-{last_block}: for a deeper tap, slice again with a larger --last-block"
+        ]
+    hints = []
+    kind = describe_kind(weights.container)
+    better = _better_format(weights, needed, bool(problems["missing"]), depth, may_resize)
+    advice = label.set_format(better) if better else ""
+    if kind:
+        hints.append(f"the file looks like {kind}{f': {advice}' if advice else ''}")
+    elif advice:
+        hints.append(advice)
+    misplaced = any(name.startswith("pos_embed ") for name in problems["misshapen"])
+    if misplaced and not may_resize and label.img_size:
+        hints.append(f"for another image size set {label.img_size}")
+    return hints
 
 
 def _better_format(
     weights: Weights, needed: dict[str, Tensor], names_are_missing: bool, depth: int, may_resize: bool
 ) -> str | None:
-    """Another format under which the file fits; else, where names are missing, one that has them all, whatever the shapes."""
+    """Another format under which the file fits.
+
+    Where names are missing and none fits, one that has all the names, whatever the shapes.
+    """
     others = []
     for format in FORMATS:
         try:
             others.append(map_names(weights.container, format))
         except UserError:
             continue
-    ask = fits(needed, depth=depth, may_resize=may_resize)
-    fitting = [other.format for other in others if ask(other)]
+    fitting = [other.format for other in others if fits(needed, other, depth=depth, may_resize=may_resize)]
     naming = [other.format for other in others if names_are_missing and needed.keys() <= other.keys()]
     return next(iter(fitting + naming), None)
 
 
-# What published files are called by their names; the first that matches says it. (pattern that some name has, what it is)
-_KINDS = (
-    (r"^decoder\.decoder_(embed|pred)", "transformers' ViT-MAE with its decoder (format hf)"),
-    (
-        r"^(\w+\.)?encoder\.layer\.\d+\.attention\.attention\.query",
-        "transformers' ViT or DINOv2 encoder (format hf)",
-    ),
-    (r"^(model\.)?layer\.\d+\.attention\.q_proj", "transformers' DINOv3 (format hf)"),
-    (r"^storage_tokens$", "a published DINOv3 (format dinov3)"),
-    (r"^register_tokens$|^backbone\.", "a published DINOv2 (format dinov2)"),
-    (
-        r"^(visual\.)?transformer\.resblocks\.|^visual\.",
-        "an OpenAI or OpenCLIP checkpoint; save its image tower under timm's names",
-    ),
-    (r"^student\.|^decoder\.blocks\.", "a file of ours that holds no teacher; use student.safetensors"),
-    (r"^module\.", "a DataParallel state dict; strip `module.` from its names"),
-    (r"^decoder_embed\.", "a whole MAE, encoder and decoder (format mae)"),
-    (r"^(fc_norm|head)\.", "a classifier (format timm or mae): encoder and head, no decoder"),
-    (r"^blocks\.0\.", "an encoder only: has no decoder"),
-)
-
-
-def describe_kind(names: Container | list[str]) -> str:
-    """What kind of known file has such names; empty where none does."""
-    return next((kind for pattern, kind in _KINDS if any(re.search(pattern, name) for name in names)), "")
-
-
 def _first(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def read_needed(
-    needed: list[str], weights: Weights, *, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """Read exactly these tensors, one at a time: the peak is what is kept and one tensor of the file."""
-    return {name: weights[name].to(device=device, dtype=dtype) for name in needed}

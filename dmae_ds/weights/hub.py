@@ -1,4 +1,4 @@
-"""Where a teacher's weights are: a path of yours, or a file of the Hugging Face hub, fetched once a machine.
+"""Find a weights file on this machine: a path of the user's, or a file of the Hugging Face hub, fetched once.
 
 Only plain file names of a hub's repository are fetched, never code; HF_HUB_OFFLINE=1 takes what is in the cache.
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 import timm
 from timm.models import PretrainedCfg
 
-from dmae_ds.config.run import TeacherConfig, looks_like_hub_id
+from dmae_ds.config.run import looks_like_hub_id
 from dmae_ds.errors import UserError
-from dmae_ds.weights.containers import parts_of_index
+from dmae_ds.weights.containers import read_index
+from dmae_ds.weights.label import WEIGHTS, Label
 
 FILES = (
     "model.safetensors",
@@ -22,42 +23,34 @@ FILES = (
 )
 
 
-def locate(config: TeacherConfig) -> Path:
-    """The file or folder of this teacher's weights, on this machine. Raises UserError."""
-    if config.pretrained:
-        return _fetch(_timm_repository(config.name), f"teacher.name '{config.name}' (pretrained)")
-    path = Path(config.weights).expanduser()
-    if not path.exists() and looks_like_hub_id(config.weights):
-        return _fetch(config.weights, f"teacher.weights '{config.weights}'")
+def locate(weights: str, *, label: Label = WEIGHTS) -> Path:
+    """The file or folder that a path or a hub id (`owner/name`) means; a hub's file is fetched. Raises UserError."""
+    path = Path(weights).expanduser()
+    if not path.exists() and looks_like_hub_id(weights):
+        return _fetch(weights, f"{label.weights} '{weights}'", label)
     return path
 
 
-def pixel_statistics(config: TeacherConfig, mean: tuple, std: tuple) -> tuple[tuple, tuple]:
-    """The mean and std that the teacher's pixels are normalised with: its own, its timm tag's, or the data's."""
-    if config.mean is not None:
-        return config.mean, config.std
-    tagged = _timm_tag(config.name) if "." in config.name and ":" not in config.name else None
-    return (tuple(tagged.mean), tuple(tagged.std)) if tagged is not None else (mean, std)
-
-
-def _timm_repository(name: str) -> str:
-    known = _timm_tag(name)
-    if known is None or not known.hf_hub_id:
+def locate_pretrained(name: str, *, label: Label = WEIGHTS) -> Path:
+    """The file of the weights that timm knows under a tagged name (vit_large_patch16_224.mae). Raises UserError."""
+    tag = timm_tag(name)
+    if tag is None or not tag.hf_hub_id:
         raise UserError(
-            f"teacher.name '{name}' has no weights on the hub that timm knows; give teacher.weights, or a tag of timm.list_pretrained()"
+            f"{label.name} '{name}' has no weights on the hub that timm knows; give {label.weights}, or a tag of "
+            "timm.list_pretrained()"
         )
-    return known.hf_hub_id
+    return _fetch(tag.hf_hub_id, f"{label.name} '{name}' (pretrained)", label)
 
 
-def _timm_tag(name: str) -> PretrainedCfg | None:
-    """What timm knows of a tagged name's weights."""
+def timm_tag(name: str) -> PretrainedCfg | None:
+    """timm's entry for a tagged name; None for a network that it knows without this tag."""
     try:
         return timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a network that it knows, without this tag
+    except RuntimeError:
         return None
 
 
-def _fetch(repository: str, who: str) -> Path:
+def _fetch(repository: str, asked_for: str, label: Label) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -67,27 +60,29 @@ def _fetch(repository: str, who: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    reason = None
+    error: Exception | None = None
     for name in FILES:
         try:
             path = Path(hf_hub_download(repository, name))
             if name.endswith(".index.json"):
-                for part in parts_of_index(path):
+                for part in read_index(path, label=label):
                     hf_hub_download(repository, part)
             return path
-        except LocalEntryNotFoundError as error:  # unreachable, or offline and not in the cache
-            reason = reason or error
+        except LocalEntryNotFoundError as unreachable:  # or offline and not in the cache
+            error = error or unreachable
         except EntryNotFoundError:
             continue
-        except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-            reason = error
+        except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as failed:
+            error = failed
             break
-    reason = (reason.__cause__ or reason) if reason else None
-    said = (
-        (str(reason).splitlines() or [type(reason).__name__])[0][:160]
-        if reason
-        else f"it holds none of {', '.join(FILES)}"
-    )
+    reason = f"it holds none of {', '.join(FILES)}" if error is None else _first_line(error)
     raise UserError(
-        f"{who} is no file here, and {repository} could not be fetched from the hub ({said}); give the path of a file or folder"
+        f"{asked_for} was not found here, and {repository} could not be fetched from the hub ({reason}); "
+        "give the path of a file or folder"
     )
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    lines = str(cause).splitlines() or [type(cause).__name__]
+    return lines[0][:160]

@@ -10,37 +10,42 @@ from torch import Tensor
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.positions import sincos_positions
+from dmae_ds.weights.label import WEIGHTS, Label
 
 
-def fit_positions(positions: Tensor, *, num_prefix: int, grid: tuple[int, int]) -> tuple[Tensor, str]:
-    """Position codes [1, num_prefix + L', D] of a square grid, for another grid: [1, num_prefix + L, D], and how it was done.
+def fit_positions(
+    positions: Tensor, *, num_prefix: int, grid: tuple[int, int], label: Label = WEIGHTS
+) -> tuple[Tensor, str]:
+    """Fit positional embeddings of a square grid to another grid.
 
-    Sin-cos codes (MAE) are computed anew, exactly; learned ones are interpolated by timm (bicubic, antialiased).
-    Raises UserError where L' is no square.
+    positions: [1, num_prefix + L', D]
+    Returns [1, num_prefix + L, D] in the same dtype, and a line about how it was done: sin-cos embeddings (MAE) are computed
+    exactly; learned ones are interpolated by timm (bicubic, antialiased).
+    Raises UserError where L' is not a square.
     """
     side = square_side(positions.shape[1] - num_prefix)
     if side is None:
         raise UserError(
-            f"teacher.weights has {positions.shape[1]} position codes, which are no square of patches after {num_prefix} for CLS; check teacher.name"
+            f"{label.weights} has {positions.shape[1]} positional embeddings, which are not a square of patches after "
+            f"{num_prefix} for CLS; check {label.name}"
         )
-    source, dim = (side, side), positions.shape[2]
-    if (
-        num_prefix == 1
-        and dim % 4 == 0
-        and torch.allclose(positions.float(), sincos_positions(dim, source), rtol=0, atol=1e-4)
-    ):
-        return sincos_positions(dim, grid).to(
-            positions.dtype
-        ), f"sin-cos positions computed anew: {side}x{side} -> {grid[0]}x{grid[1]}"
+    dim = positions.shape[2]
+    change = f"{side}x{side} -> {grid[0]}x{grid[1]}"
+    if num_prefix == 1 and dim % 4 == 0 and _is_sincos(positions, side):
+        computed = sincos_positions(dim, grid).to(positions.dtype)
+        return computed, f"sin-cos positions computed for this grid: {change}"
     resized = resample_abs_pos_embed(
-        positions.float(), new_size=list(grid), old_size=list(source), num_prefix_tokens=num_prefix
+        positions.float(), new_size=list(grid), old_size=[side, side], num_prefix_tokens=num_prefix
     )
-    return resized.to(
-        positions.dtype
-    ), f"learned positions interpolated: {side}x{side} -> {grid[0]}x{grid[1]} (bicubic)"
+    return resized.to(positions.dtype), f"learned positions interpolated: {change} (bicubic)"
+
+
+def _is_sincos(positions: Tensor, side: int) -> bool:
+    expected = sincos_positions(positions.shape[2], (side, side))
+    return torch.allclose(positions.float(), expected, rtol=0, atol=1e-4)
 
 
 def square_side(num_patches: int) -> int | None:
-    """196 -> 14; None where it is no square."""
+    """The side of a square grid of so many patches: 196 -> 14; None where they are not a square."""
     side = isqrt(max(num_patches, 0))
     return side if side and side * side == num_patches else None

@@ -245,7 +245,7 @@ def test_mistakes_are_one_line_and_touch_nothing(run, tmp_path):
         (
             ["distill.method=features", "distill.teacher=x.safetensors"],
             {},
-            "distill.weights 'x.safetensors' is not a file",
+            "distill.teacher 'x.safetensors' is not a file",
         ),
         (["precision=fp64"], {}, "precision"),
     ):

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch, gather_patches
 from dmae_ds.models.patches import patchify
-from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
+from dmae_ds.teacher.fill import fill
+from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths
 from dmae_ds.weights.fit import check_fit
-from dmae_ds.weights.formats import Weights, open_weights
+from dmae_ds.weights.label import TEACHER
+from dmae_ds.weights.named import Weights, open_weights
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TAP, TAPS = 2, ("block/2",)
@@ -468,7 +470,7 @@ def load_teacher(
         may_resize=may_resize,
         dtype=DTYPES[dtype],
         device=device,
-        said=(name, overrides),
+        network=(name, overrides),
     )
     return FrozenTeacher(vit, taps, parts)
 
@@ -485,7 +487,7 @@ def load(
         reference.name,
         reference.overrides,
         whole_blocks=3,
-        weights=open_weights(path, format or reference.format),
+        weights=open_weights(path, format or reference.format, label=TEACHER),
         taps=taps,
         dtype=dtype,
         device=torch.device("cpu"),
@@ -501,7 +503,7 @@ def fit(reference: Reference, path: Path, format: str | None = None) -> None:
     """What loading begins with, without building the network anew."""
     check_fit(
         needed_by(reference.name, tuple(reference.overrides.items())),
-        open_weights(path, format or reference.format),
+        open_weights(path, format or reference.format, label=TEACHER),
         depth=TAP,
         may_resize=False,
     )

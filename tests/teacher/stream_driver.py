@@ -19,11 +19,12 @@ from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World, world_from_env
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.teacher import identity
-from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, fill, meta_teacher, needed_depths
+from dmae_ds.teacher.fill import fill
+from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
-from dmae_ds.weights.formats import open_weights
+from dmae_ds.weights.named import open_weights
 
 
 def batches(rank: int, sizes: list[int]):

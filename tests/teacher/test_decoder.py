@@ -174,14 +174,14 @@ def test_a_run_folder_of_ours_has_its_decoder_beside_the_student(tmp_path):
     with pytest.raises(UserError, match="teacher.decoder_embed_dim is 48, the decoder in .* is 24 wide"):
         build(tmp_path, taps=("decoder/1",), format="dmae_ds", decoder_embed_dim=48)
     (tmp_path / "decoder.safetensors").unlink()
-    with pytest.raises(UserError, match="is an encoder only: has no decoder.*or a run folder of ours"):
+    with pytest.raises(UserError, match="is an encoder without a decoder.*or a run folder of ours"):
         build(tmp_path, taps=("decoder/1",), format="dmae_ds")
 
 
 def test_a_file_without_a_decoder_is_one_line_that_says_so(tmp_path):
     with pytest.raises(
         UserError,
-        match="is an encoder only: has no decoder; the objective taps decoder block 4: give a whole MAE",
+        match="is an encoder without a decoder; the objective taps decoder block 4: give a whole MAE",
     ) as caught:
         build(full_mae(tmp_path, decoder=False), taps=("decoder/4",), format="mae")
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.objectives.dmae import resolve_pairs
 from dmae_ds.teacher.frozen import meta_teacher
-from dmae_ds.weights.formats import open_weights
+from dmae_ds.weights.named import open_weights
 from tests.teacher.references import load_teacher
 from tests.train.conftest import environment
 
@@ -143,7 +143,7 @@ def test_the_huge_recipe_instantiates_24_of_32_blocks():
 MEASURE = """
 import os, sys, torch
 from pathlib import Path
-from dmae_ds.weights.formats import open_weights
+from dmae_ds.weights.named import open_weights
 from dmae_ds.teacher.frozen import meta_teacher
 from tests.teacher.references import load_teacher
 name, depth, cut, path, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]

@@ -107,7 +107,9 @@ def test_a_masked_neighbour_never_reaches_the_teacher(weights):
 def test_sin_cos_positions_are_computed_anew_and_exactly(weights):
     teacher = teacher_at(weights / "sincos.safetensors", 196)
     assert torch.equal(teacher.vit.pos_embed, sincos_positions(32, (14, 14)))
-    assert any("sin-cos positions computed anew: 16x16 -> 14x14" in note for note in teacher.parts.notes)
+    assert any(
+        "sin-cos positions computed for this grid: 16x16 -> 14x14" in note for note in teacher.parts.notes
+    )
 
 
 def test_learned_positions_are_interpolated_as_timm_does(weights):
@@ -125,7 +127,7 @@ def test_prefix_positions_stay_and_the_grid_may_grow():
     larger, note = fit_positions(positions, num_prefix=1, grid=(6, 6))
     assert larger.shape == (1, 37, 8) and torch.equal(larger[:, 0], positions[:, 0])
     assert "interpolated: 4x4 -> 6x6" in note
-    with pytest.raises(UserError, match="no square"):
+    with pytest.raises(UserError, match="not a square"):
         fit_positions(torch.zeros(1, 18, 8), num_prefix=1, grid=(4, 4))
 
 

@@ -19,11 +19,12 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_student
 from dmae_ds.teacher.build import build_frozen_teacher
-from dmae_ds.teacher.frozen import fill, meta_teacher
+from dmae_ds.teacher.fill import fill
+from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.tools.teacher_inspect import inspect
 from dmae_ds.tools.teacher_slice import slice_teacher
-from dmae_ds.weights.formats import open_weights
+from dmae_ds.weights.named import open_weights
 from tests.train.conftest import environment
 
 NAME = "vit_tiny_patch16_224"

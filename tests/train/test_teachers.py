@@ -116,7 +116,7 @@ def refusals(tiny_recipe, tmp_path_factory):
         ("removed", "missing 1: blocks.1.mlp.fc1.weight"),
         ("transposed", "misshapen 1: blocks.1.mlp.fc1.weight [48, 192] instead of [192, 48]"),
         ("renamed", "missing 1: blocks.1.mlp.fc1.weight; unexpected 1: blocks.1.mlp.fc.weight"),
-        ("encoder_only", "is an encoder only: has no decoder; the objective taps decoder block 4"),
+        ("encoder_only", "is an encoder without a decoder; the objective taps decoder block 4"),
         ("truncated", "is not a whole safetensors file"),
         ("truncated_pth", "is not a whole file"),
         ("code", "nothing in it was run"),

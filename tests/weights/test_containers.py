@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from dmae_ds.errors import UserError
 from dmae_ds.weights.containers import IN_A_FOLDER, open_container
+from dmae_ds.weights.label import TEACHER
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -309,7 +310,10 @@ def test_a_pth_without_weights_says_what_it_holds(tmp_path, content, words):
 def test_an_entry_of_another_format_names_that_format(tmp_path):
     torch.save({"model": tensors()}, tmp_path / "mae.pth")
     assert "try teacher.format=mae" in refusal(
-        tmp_path / "mae.pth", entries=("state_dict",), formats={"state_dict": ["timm"], "model": ["mae"]}
+        tmp_path / "mae.pth",
+        entries=("state_dict",),
+        formats={"state_dict": ["timm"], "model": ["mae"]},
+        label=TEACHER,
     )
 
 
@@ -343,18 +347,18 @@ def test_the_hand_written_header_is_a_good_one(tmp_path):
         ({"a": entry(0, 4), "b": entry(8, 16)}, "b is at 8-16 instead of 4-12"),
         ({"a": entry(-8, 8, shape=[4]), "b": entry(8, 16)}, "a is at -8-8 instead of 0-16"),
         ({"a": entry(0, 16, shape=[3])}, "a is at 0-16 instead of 0-12"),
-        ({"a": entry(0, 16, shape=[-4])}, "not a whole safetensors file"),
-        ({"a": entry(0, 16, shape=[2**40, 2**40])}, "not a whole safetensors file"),
-        ({"a": entry(0, 16, shape="four")}, "not a whole safetensors file"),
+        ({"a": entry(0, 16, shape=[-4])}, "not a complete safetensors file"),
+        ({"a": entry(0, 16, shape=[2**40, 2**40])}, "not a complete safetensors file"),
+        ({"a": entry(0, 16, shape="four")}, "not a complete safetensors file"),
         ({"a": entry(0, 8)}, "bytes instead of"),
         ({"a": entry(0, 32)}, "bytes instead of"),
         ({"a": entry(0, 16, shape=[32], dtype="F4")}, "a is F4, known are F64"),
         ({"a": {"dtype": "F32"}}, "data_offsets"),
-        ({"a": 5}, "not a whole safetensors file"),
-        ({"__metadata__": 5}, "not a whole safetensors file"),
-        ([], "not a whole safetensors file"),
+        ({"a": 5}, "not a complete safetensors file"),
+        ({"__metadata__": 5}, "not a complete safetensors file"),
+        ([], "not a complete safetensors file"),
         (b"{'a': 1}", "JSONDecodeError"),
-        (b"\xff\xfe", "not a whole safetensors file"),
+        (b"\xff\xfe", "not a complete safetensors file"),
     ],
 )
 def test_a_header_that_is_wrong_is_refused(tmp_path, header, words):
@@ -387,7 +391,7 @@ def test_an_index_that_names_anything_but_a_neighbour_is_refused(tmp_path, part)
     (folder / "code.py").write_text("")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": part}}))
-    assert f"names the part {part!r}" in refusal(index)
+    assert f"names the file {part!r}" in refusal(index)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +400,7 @@ def test_an_index_that_names_anything_but_a_neighbour_is_refused(tmp_path, part)
 )
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    assert "is not an index of parts" in refusal(tmp_path / "model.safetensors.index.json")
+    assert "is not an index of weights files" in refusal(tmp_path / "model.safetensors.index.json")
 
 
 def test_a_place_without_weights_says_what_would_be_known(tmp_path):

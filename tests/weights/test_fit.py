@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dmae_ds.teacher.frozen import meta_teacher
-from dmae_ds.weights.fit import describe_kind, fits
-from dmae_ds.weights.formats import map_names, open_weights
+from dmae_ds.weights.fit import fits
+from dmae_ds.weights.kinds import describe_kind
+from dmae_ds.weights.named import map_names, open_weights
 from tests.teacher.references import (
     IDS,
     ONE_OF_EACH,
@@ -49,11 +50,11 @@ def test_every_tensor_is_missed_where_it_is_removed(tmp_path, what):
     reference = build_reference(what)
     needed = meta_teacher(reference.name, reference.overrides, 1).state_dict()
     weights = open_weights(reference.save(tmp_path, reference.tensors), reference.format)
-    covers = fits(needed, depth=1, may_resize=False)
-    assert covers(weights)
+    assert fits(needed, weights, depth=1, may_resize=False)
     for key in {key for name in needed for key in weights.sources[name].names}:
         place = weights.container.places.pop(key)
-        assert not covers(map_names(weights.container, reference.format)), key
+        mapped = map_names(weights.container, reference.format)
+        assert not fits(needed, mapped, depth=1, may_resize=False), key
         weights.container.places[key] = place
 
 
@@ -130,7 +131,7 @@ def test_transformers_biases_that_the_teacher_lacks_are_refused_unless_they_are_
         ("dinov3-gated-qkvb", "dinov2", "try teacher.format=dinov3"),
         ("timm-registers", "dinov2", "try teacher.format=timm"),
         ("dinov2-registers", "hf", "try teacher.format=dinov2"),
-        ("dmae_ds", "hf", "an encoder only: has no decoder: try teacher.format=timm"),
+        ("dmae_ds", "hf", "an encoder without a decoder: try teacher.format=timm"),
         (
             "mae",
             "timm",
@@ -168,13 +169,13 @@ def test_a_file_of_another_size_suggests_no_format(tmp_path):
     wide = Reference(**{**vars(reference), "overrides": {**SHAPE, "embed_dim": 48}})
     message = refusal(fit, wide, path)
     assert "cls_token [1, 1, 32] instead of [1, 1, 48]" in message
-    assert "an encoder only: has no decoder" in message and "try teacher.format" not in message
+    assert "an encoder without a decoder" in message and "try teacher.format" not in message
 
 
 @pytest.mark.parametrize(
     "what, kind",
     [
-        ("timm", "an encoder only: has no decoder"),
+        ("timm", "an encoder without a decoder"),
         ("mae", "a whole MAE, encoder and decoder (format mae)"),
         ("mae-finetuned", "a classifier (format timm or mae)"),
         ("hf-mae", "transformers' ViT-MAE with its decoder"),
@@ -252,4 +253,4 @@ def test_a_missing_part_matters_where_a_needed_tensor_is_in_it(tmp_path):
     )
     (tmp_path / "one.safetensors").unlink()
     message = refusal(load, reference, tmp_path)
-    assert "missing 28: cls_token, " in message and "1 parts are not here: one.safetensors" in message
+    assert "missing 28: cls_token, " in message and "not here: one.safetensors" in message

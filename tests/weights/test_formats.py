@@ -10,8 +10,11 @@ import torch
 
 from dmae_ds.errors import UserError
 from dmae_ds.teacher.frozen import meta_teacher
-from dmae_ds.weights.fit import check_fit, fits
-from dmae_ds.weights.formats import FORMATS, Format, choose_format, open_weights
+from dmae_ds.weights.choose import choose_format
+from dmae_ds.weights.fit import check_fit
+from dmae_ds.weights.formats import FORMATS, Format
+from dmae_ds.weights.label import TEACHER
+from dmae_ds.weights.named import open_weights
 from tests.teacher.references import (
     HF,
     IDS,
@@ -147,7 +150,7 @@ def test_a_map_of_the_user_s_own_is_imported(tmp_path, my_lab):
     [
         ("my_lab_maps:absent", "can't be imported"),
         ("my_lab_typo:to_timm", "can't be imported"),
-        ("my_lab_maps:number", "is a int"),
+        ("my_lab_maps:number", "int"),
     ],
 )
 def test_a_map_that_is_none_is_refused(tmp_path, my_lab, format, words):
@@ -157,7 +160,7 @@ def test_a_map_that_is_none_is_refused(tmp_path, my_lab, format, words):
 
 def choose(reference: Reference, path: Path):
     vit = meta_teacher(reference.name, reference.overrides, TAP)
-    return choose_format(path, fits(vit.state_dict(), depth=TAP, may_resize=True))
+    return choose_format(path, vit.state_dict(), depth=TAP, may_resize=True, label=TEACHER)
 
 
 @pytest.mark.parametrize("what", ONE_OF_EACH)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmae_ds.config.run import TeacherConfig
-from dmae_ds.weights.hub import locate
+from dmae_ds.weights.hub import locate, locate_pretrained
+from dmae_ds.weights.label import TEACHER
 from tests.teacher.references import IDS, PICTURES, assert_close, build_reference, features, load, refusal
 
 
@@ -43,8 +43,7 @@ def test_a_hub_id_is_served_from_the_cache(tmp_path, hub, kind):
     else:
         reference.model.save_pretrained(saved, **({"max_shard_size": "40KB"} if kind == "sharded" else {}))
     snapshot = put_into_cache(hub, "facebook", "tiny-dino", {file.name: file for file in saved.iterdir()})
-    config = TeacherConfig(name=reference.name, weights="facebook/tiny-dino", format="hf")
-    path = locate(config)
+    path = locate("facebook/tiny-dino")
     assert path.parent == snapshot
     assert_close(features(load(reference, path), IDS), reference.features(PICTURES, IDS))
 
@@ -52,7 +51,10 @@ def test_a_hub_id_is_served_from_the_cache(tmp_path, hub, kind):
 @pytest.mark.parametrize(
     "files, words",
     [
-        (None, "is no file here, and owner/name could not be fetched from the hub (Cannot reach"),
+        (
+            None,
+            "'owner/name' was not found here, and owner/name could not be fetched from the hub (Cannot reach",
+        ),
         ({"config.json": "{}"}, "could not be fetched from the hub"),
         (
             {"model.safetensors.index.json": '{"weight_map": {"a": "absent.safetensors"}}'},
@@ -60,35 +62,28 @@ def test_a_hub_id_is_served_from_the_cache(tmp_path, hub, kind):
         ),
         (
             {"model.safetensors.index.json": '{"weight_map": {"a": "../../evil.safetensors"}}'},
-            "names the part '../../evil.safetensors'",
+            "names the file '../../evil.safetensors'",
         ),
-        ({"model.safetensors.index.json": "<html>"}, "is not an index of parts"),
+        ({"model.safetensors.index.json": "<html>"}, "is not an index"),
     ],
 )
 def test_a_hub_id_that_can_not_be_served_is_one_line(hub, files, words):
     if files is not None:
         put_into_cache(hub, "owner", "name", files)
-    assert words in refusal(
-        locate, TeacherConfig(name="vit_tiny_patch16_224", weights="owner/name", format="hf")
-    )
+    assert words in refusal(locate, "owner/name", label=TEACHER)
 
 
 def test_a_path_is_no_hub_id(tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "name").mkdir()
-    assert locate(TeacherConfig(name="vit_tiny_patch16_224", weights="owner/name")) == Path("owner/name")
-    assert locate(TeacherConfig(name="vit_tiny_patch16_224", weights="weights/absent.pth")) == Path(
-        "weights/absent.pth"
-    )
+    assert locate("owner/name") == Path("owner/name")
+    assert locate("weights/absent.pth") == Path("weights/absent.pth")
 
 
 def test_pretrained_weights_are_those_of_timm_s_tag(hub):
     snapshot = put_into_cache(hub, "timm", "vit_base_patch16_224.mae", {"model.safetensors": "x"})
-    assert (
-        locate(TeacherConfig(name="vit_base_patch16_224.mae", pretrained=True))
-        == snapshot / "model.safetensors"
-    )
+    assert locate_pretrained("vit_base_patch16_224.mae") == snapshot / "model.safetensors"
     assert "has no weights on the hub that timm knows" in refusal(
-        locate, TeacherConfig(name="vit_base_patch16_224.mine", pretrained=True)
+        locate_pretrained, "vit_base_patch16_224.mine"
     )

@@ -1,0 +1,38 @@
+"""Names that messages about a weights file use: the key under which a user set the file, and the keys that change the fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Label:
+    """Keys of one place in a recipe that names a weights file.
+
+    weights: the key that holds the path or hub id, such as `teacher.weights`
+    network: what the file has to fit, in words; name: the key that names it in timm
+    format: the key of the file's format; None where there is none and the format is always found
+    img_size: the key of the image size; None where there is none
+    """
+
+    weights: str
+    network: str = "network"
+    name: str = "network.name"
+    format: str | None = None
+    img_size: str | None = None
+
+    def set_format(self, *formats: str) -> str:
+        """Advice to try these formats; empty where no key sets one."""
+        return f"try {self.format}={' or '.join(formats)}" if self.format and formats else ""
+
+    def keys(self, *, also_img_size: bool = False) -> str:
+        """The keys that decide whether a file fits: "teacher.name and teacher.format"."""
+        keys = (self.name, self.format, self.img_size if also_img_size else None)
+        return " and ".join(key for key in keys if key is not None)
+
+
+WEIGHTS = Label("weights", format="format", img_size="network.img_size")
+TEACHER = Label("teacher.weights", "teacher", "teacher.name", "teacher.format", "teacher.img_size")
+STUDENT = Label("student.weights", "student", "student.name", img_size="student.img_size")
+# The fine-tuned classifier that distils into another one (`dmae-ds eval finetune`).
+CLASSIFIER = Label("distill.teacher", "classifier", "distill.name", "distill.format", "network.img_size")

@@ -1,0 +1,171 @@
+"""Read the names and places of a .pth, .pt or .bin file of torch.save, without running a pickle's code.
+
+torch's zip files are opened with weights_only=True and mmap. Only argparse.Namespace is allowed besides tensors: published
+checkpoints pickle one next to the weights, and it is plain data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from dmae_ds.errors import UserError
+from dmae_ds.weights.label import Label
+from dmae_ds.weights.places import Container, Place, describe_error, open_unbuffered
+
+# Errors that damaged pickles and zip directories were seen to raise.
+_DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    OSError,
+)
+_COMPRESSED = -1  # in place of a record's size
+
+
+def open_torch(
+    path: Path, entries: tuple[str, ...], formats: dict[str, list[str]], label: Label
+) -> Container:
+    """Open a file of torch.save; only names and places are read.
+
+    entries: names under which it may hold its weights; the first that is there wins, else the top level itself
+    formats: {entry: the formats that read it}, to suggest one where another entry is found
+    Raises UserError where the file is damaged, would run code, or holds no plain tensors.
+    """
+    if not _is_zip(path):
+        raise UserError(
+            f"{label.weights} '{path}' is not a complete file of torch.save's zip format (cut off, or older than torch "
+            f"1.6); copy it again, or rewrite an old one: "
+            f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pth')"
+        )
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        records = _read_records(path)
+    except _DAMAGED as error:
+        raise UserError(
+            f"{label.weights} '{path}' can't be read as plain tensors, and nothing in it was run "
+            f"({describe_error(error)}); copy it again, or where you trust it save its state dict as .safetensors with "
+            "safetensors.torch.save_file"
+        ) from None
+    tensors = _find_tensors(content, entries)
+    if not _is_state_dict(tensors):
+        raise UserError(f"{label.weights} '{path}' {_describe_content(content, entries, formats, label)}")
+    # torch maps the file as a whole: a storage's address tells which record it is.
+    base = min((_address(value) for value in _tensors_in(content)), default=0) - min(records, default=0)
+    places = {}
+    for name, value in tensors.items():
+        start = _start_in_file(value, base, records)
+        if start is None:
+            raise UserError(
+                f"{label.weights} '{path}' holds '{name}' in a way that can't be read by places in the file (sparse, "
+                "quantised or compressed, say); save its plain tensors as .safetensors with "
+                "safetensors.torch.save_file"
+            )
+        offset = start + value.storage_offset() * value.dtype.itemsize
+        places[name] = Place(path, value.dtype, tuple(value.shape), value.stride(), offset)
+    return Container(path, places, label=label)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
+def _find_tensors(content: object, entries: tuple[str, ...]) -> object:
+    """The first of these entries that is a dict, else the content itself."""
+    if isinstance(content, dict):
+        for entry in entries:
+            if isinstance(content.get(entry), dict):
+                return content[entry]
+    return content
+
+
+def _is_state_dict(tensors: object) -> bool:
+    if not isinstance(tensors, dict) or not tensors:
+        return False
+    return all(isinstance(value, Tensor) and isinstance(name, str) for name, value in tensors.items())
+
+
+def _describe_content(
+    content: object, entries: tuple[str, ...], formats: dict[str, list[str]], label: Label
+) -> str:
+    """What a file without the expected tensors holds, what was expected, and a format that might read it."""
+    advice = f"is {label.format} right?" if label.format else "give a file of a network's weights"
+    if isinstance(content, dict):
+        held = ", ".join(map(str, list(content)[:6])) or "nothing"
+        fitting = [entry for entry in formats if isinstance(content.get(entry), dict)]
+        if fitting and label.format:
+            advice = label.set_format(*formats[fitting[0]])
+    else:
+        held = type(content).__name__
+    expected = " or ".join([*(f"an entry '{entry}'" for entry in entries), "a plain dict of tensors"])
+    return f"holds {held}, expected {expected}; {advice}"
+
+
+def _start_in_file(tensor: Tensor, base: int, records: dict[int, int]) -> int | None:
+    """Where the tensor's storage begins in the file; None unless its bytes in the file are its values."""
+    if not _is_plain(tensor):
+        return None
+    if not tensor.numel():
+        return 0
+    start = _address(tensor) - base
+    whole_record = records.get(start) == tensor.untyped_storage().nbytes()
+    return start if whole_record and base % mmap.PAGESIZE == 0 else None
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the entries in the file are the tensor's values: not sparse, quantised or conjugated."""
+    changed = tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not changed
+
+
+def _tensors_in(content: object) -> Iterator[Tensor]:
+    """Every tensor of a nested checkpoint that has bytes in the file."""
+    if isinstance(content, Tensor):
+        on_cpu = content.layout is torch.strided and content.device.type == "cpu"
+        if on_cpu and content.untyped_storage().nbytes():
+            yield content
+    elif isinstance(content, (dict, list, tuple, set, argparse.Namespace)):
+        items = vars(content) if isinstance(content, argparse.Namespace) else content
+        for value in items.values() if isinstance(items, dict) else items:
+            yield from _tensors_in(value)
+
+
+def _read_records(path: Path) -> dict[int, int]:
+    """{where the payload of a tensor's record begins: its size in bytes}, without empty ones.
+
+    A compressed record has size -1 (torch.save never makes one).
+    """
+    records = {}
+    with open_unbuffered(path) as file, zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if "/data/" in record.filename and record.file_size:
+                # A local header ends with the lengths of name and extra field.
+                name, extra = struct.unpack("<HH", os.pread(file.fileno(), 4, record.header_offset + 26))
+                stored = record.compress_type == zipfile.ZIP_STORED
+                start = record.header_offset + 30 + name + extra
+                records[start] = record.file_size if stored else _COMPRESSED
+    return records
