@@ -1,4 +1,4 @@
-"""Fixtures that several rooms' tests share: the published numbers, a small real data set as shards, a tiny recipe on it."""
+"""Fixtures of several rooms: the published numbers, a small real data set as shards, a tiny recipe on it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def oracles() -> Path:
-    """The folder of numbers computed with the published implementations; it lies beside the checkout."""
+    """The folder of numbers that the published implementations computed; it is next to the checkout."""
     folder = Path(os.environ.get("DMAE_DS_ORACLES", REPOSITORY.parent / "shared" / "oracles"))
     if folder.is_dir():
         return folder
-    message = f"NOT CHECKED AGAINST THE PUBLISHED CODE: no folder {folder}; set DMAE_DS_ORACLES to where the oracles are"
+    message = f"NOT CHECKED AGAINST THE PUBLISHED CODE: folder {folder} not found; set DMAE_DS_ORACLES to the oracles"
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
@@ -34,23 +34,15 @@ def digits(tmp_path_factory) -> Path:
         capture_output=True,
     )
     for part in ("train", "val"):
-        command = [
-            sys.executable,
-            "-m",
-            "data_prep.cli",
-            "make",
-            folder / "images" / part,
-            folder / part,
-            "--samples-per-shard",
-            "500",
-        ]
+        command = [sys.executable, "-m", "data_prep.cli", "make", folder / "images" / part, folder / part]
+        command += ["--samples-per-shard", "500"]
         subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_recipe(digits, tmp_path_factory) -> list[str]:
-    """Arguments of `dmae-ds train`: 20 steps of DMAE, batch 16, teacher 48x4 cut at 3, student 32x4."""
+    """Arguments of `dmae-ds train`: 20 steps of DMAE, batch 16, teacher 48 x 4 cut at block 3, student 32 x 4."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""An installed wheel works from any folder: recipes and DeepSpeed files come along, and take no name of their own."""
+"""The installed package works from any folder, with its recipes and DeepSpeed files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """`pip install .` of a copy of the checkout, into a folder."""
+    """A folder into which a copy of the checkout was installed by pip."""
     source, target = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("site")
     unwanted = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "__pycache__")
     shutil.copytree(REPOSITORY, source, ignore=unwanted)
@@ -34,7 +34,11 @@ def run_installed(installed: Path, cwd: Path, *command: str) -> subprocess.Compl
 
 
 def test_every_recipe_and_deepspeed_file_is_found(installed, tmp_path):
-    code = "import dmae_ds.config.shipped as s; print(s.__file__, *s.shipped_files('recipe'), *s.shipped_files('DeepSpeed file'))"
+    code = (
+        "import dmae_ds.config.shipped as shipped\n"
+        "print(shipped.__file__)\n"
+        "print(*shipped.shipped_files('recipe'), *shipped.shipped_files('DeepSpeed file'))\n"
+    )
     done = run_installed(installed, tmp_path, sys.executable, "-c", code)
     where, *names = done.stdout.split()
     assert Path(where).is_relative_to(installed)
