@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from dmae_ds.evaluate.results import read_results
+from dmae_ds.evaluate.results import headline, read_results
 
 RUNS = {"plain MAE": "mae", "distilled (DMAE)": "dmae", "the teacher": "teacher"}
 COLOURS = ["#c98500", "#2a78d6", "#8a8a86"]
@@ -27,7 +27,7 @@ def main() -> None:
     left.set_axis_off()
     for row, (label, run) in enumerate(RUNS.items()):
         top1 = [
-            [result["top1"] for result in read_results(Path(seed) / run) if result["metric"] == "knn"][-1]
+            [headline(result) for result in read_results(Path(seed) / run) if result["metric"] == "knn"][-1]
             for seed in seeds
         ]
         mean = sum(top1) / len(top1)

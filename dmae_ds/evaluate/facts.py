@@ -10,6 +10,7 @@ from torch import nn
 
 from dmae_ds.config.run import ModelConfig
 from dmae_ds.evaluate.record import RunRecord
+from dmae_ds.evaluate.results import METRICS, headline, headline_score
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.frozen import needed_depths
 
@@ -25,13 +26,6 @@ JUDGED_FROM = 2 / 3  # of the epochs
 # Of an EMA teacher's targets (objectives/spread.py): the share of them that differs from picture to picture. On digits a MoCo-v3 that
 # learned (k-NN 78%) ended at .007, SdAE at .04 to .2; a DINO that fell to one distribution for all pictures was at .0002 after 6 epochs.
 DEAD_SPREAD = 1e-3
-METRICS = {
-    "knn": "k-NN",
-    "linear": "linear probe",
-    "probe": "logistic probe",
-    "finetune": "fine-tuning",
-    "supervised": "supervised",
-}
 
 
 class Fact(NamedTuple):
@@ -141,7 +135,7 @@ def _knn(record: RunRecord) -> Fact:
         else f"step {knn['step']:,}"
     )
     return Fact(
-        f"{knn['top1']:.1f}%",
+        headline_score("knn").format(headline(knn)),
         f"k {knn['settings']['k']}, T {knn['settings']['temperature']:g}, {knn['settings']['pool']} pool; "
         f"{knn['num_train']:,} train, {knn['num_val']:,} val; {stale}",
     )
@@ -159,7 +153,9 @@ def _other_results(record: RunRecord) -> dict[str, Fact]:
             note = _joined(
                 settings if len(settings) < 90 else settings[:90] + " ...", f"step {result['step']:,}"
             )
-            facts[f"{METRICS[result['metric']]} top-1{labels}"] = Fact(f"{result['top1']:.1f}%", note)
+            score = headline_score(result["metric"])
+            question = f"{METRICS[result['metric']].title} {score.title}{labels}"
+            facts[question] = Fact(score.format(headline(result)), note)
     return facts
 
 

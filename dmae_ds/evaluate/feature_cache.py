@@ -1,8 +1,9 @@
-"""RUN/features: what a student made of the pictures, kept, so that k-NN and the probe embed them once between them.
+"""RUN/features: a student's features of the images, kept so that k-NN and the probe embed them only once.
 
-A file's name is a hash of all that its content depends on: the student's weights, the data's fingerprint (and the drawn
-subset), the crop, the pool, the precision. Nothing refers to a file but this: delete them whenever you like. Files of
-an older student go when a new one's are written, and the oldest go where a bound in GiB asks for it.
+The name of a file is a hash of everything that its content depends on: the student's weights, the data's
+fingerprint (and the drawn subset), the crop, the pool, the precision. No other file refers to these, so they
+can be deleted at any time. Files of an older student are deleted when new ones are written, and the longest
+unused files are deleted to stay within a limit in GiB.
 """
 
 from __future__ import annotations
@@ -20,20 +21,18 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from dmae_ds.config.run import DataConfig
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.evaluate.features import Processes, extract_features, precision_of
-from dmae_ds.models.patches import Normalize
+from dmae_ds.evaluate.features import FeatureOptions, Processes, extract_features, precision_of
 from dmae_ds.output.durable import replace_tensors
 from dmae_ds.output.units import GIB
 
-VERSION = 1  # of what features are; another one lets no older file in
+VERSION = 1  # of the features' definition; files of another version are not read
 
 
 class FeatureCache:
-    """The files of one run and one student.
+    """Feature files of one run and one student.
 
-    gib: the bound on RUN/features; 0 keeps and reads nothing
+    gib: the limit of RUN/features; 0: files are neither read nor kept
     """
 
     def __init__(self, run: Path, student: VisionTransformer, *, gib: float):
@@ -44,52 +43,43 @@ class FeatureCache:
         self,
         student: VisionTransformer,
         shard_set: ShardSet,
-        data: DataConfig,
+        options: FeatureOptions,
         *,
         processes: Processes,
-        pool: str,
-        batch_size: int,
         title: str,
         subset: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`extract_features`, or what it gave before. Collective; a file counts only where every process can read it."""
+        """Read what `extract_features` returned before, or call it and keep the result. Collective.
+
+        A file is used only where every process can read it.
+        """
         made_of = {
             "version": VERSION,
             "student": self.student,
             "data": shard_set.fingerprint,
-            "crop_pct": data.crop_pct,
-            "mean": data.mean,
-            "std": data.std,
-            "pool": pool,
+            "crop_pct": options.crop_pct,
+            "mean": options.mean,
+            "std": options.std,
+            "pool": options.pool,
             "img_size": student.patch_embed.img_size,
             "precision": precision_of(processes),
         }
-        # The whole set's features hold every subset's.
-        ways = [(None, made_of)] + (
-            []
-            if subset is None
-            else [(subset, {**made_of, "subset": hashlib.sha256(subset.tobytes()).hexdigest()})]
-        )
-        for ids, key in ways if self.gib else []:
-            found = self._read(key)
-            here = torch.tensor([found is not None], device=processes.device)
-            if processes.gather(here).all():
+        # The features of the whole set hold those of every subset.
+        candidates = [(None, made_of)]
+        if subset is not None:
+            digest = hashlib.sha256(subset.tobytes()).hexdigest()
+            candidates.append((subset, {**made_of, "subset": digest}))
+        for ids, key in candidates if self.gib else []:
+            stored = self._read(key)
+            is_here = torch.tensor([stored is not None], device=processes.device)
+            if processes.gather(is_here).all():
                 rows = slice(None) if ids is subset else torch.from_numpy(subset)
-                return tuple(tensor[rows].to(processes.device) for tensor in found)
+                return tuple(tensor[rows].to(processes.device) for tensor in stored)
         features, labels = extract_features(
-            student,
-            shard_set,
-            accelerator=processes,
-            normalize=Normalize(data.mean, data.std).to(processes.device),
-            crop_pct=data.crop_pct,
-            pool=pool,
-            batch_size=batch_size,
-            num_workers=data.num_workers,
-            title=title,
-            subset=subset,
+            student, shard_set, options, processes=processes, title=title, subset=subset
         )
         if self.gib and processes.is_main_process:
-            self._write(ways[-1][1], {"features": features.cpu(), "labels": labels.cpu()})
+            self._write(candidates[-1][1], {"features": features.cpu(), "labels": labels.cpu()})
         return features, labels
 
     def _path(self, made_of: dict) -> Path:
@@ -102,9 +92,9 @@ class FeatureCache:
             return None
         try:
             tensors = load_file(path)
-            os.utime(path)  # the oldest in use goes last
+            os.utime(path)  # the longest unused file is deleted first
         except (SafetensorError, OSError) as error:
-            print(f"'{path}' can't be used ({error}); the features are extracted again", file=sys.stderr)
+            print(f"'{path}' cannot be read ({error}); extracting the features again", file=sys.stderr)
             return None
         return tensors["features"], tensors["labels"]
 
@@ -112,7 +102,7 @@ class FeatureCache:
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if num_bytes > self.gib * GIB:
             print(
-                f"features of {num_bytes / GIB:.1f} GiB are not kept: --cache-gib is {self.gib:g}",
+                f"features of {num_bytes / GIB:.1f} GiB are not kept, because --cache-gib is {self.gib:g}",
                 file=sys.stderr,
             )
             return
@@ -122,11 +112,11 @@ class FeatureCache:
         replace_tensors(path, tensors, {"student": self.student, "made_of": json.dumps(made_of)})
 
     def _make_room(self, num_bytes: int) -> None:
-        """Delete what another student left, then the files that were used longest ago."""
+        """Delete the files of other students, then the longest unused ones."""
         kept = []
         for path in self.folder.glob("*.safetensors*"):
             if path.suffix == ".tmp" or _student_of(path) != self.student:
-                path.unlink(missing_ok=True)  # a killed writer's .tmp, too
+                path.unlink(missing_ok=True)  # or the .tmp of a killed writer
             else:
                 kept.append(path)
         kept.sort(key=lambda path: path.stat().st_mtime)
@@ -135,7 +125,7 @@ class FeatureCache:
 
 
 def fingerprint(student: VisionTransformer) -> str:
-    """sha256 of the weights by name: of the values that are in memory, whatever a file on the disk became meanwhile."""
+    """sha256 of the weights in memory, by name (the file on the disk may have changed since)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())

@@ -1,13 +1,15 @@
-"""A run's student as plain timm, and its frozen features of the pictures of a shard folder, in the order of their ids.
+"""A run's student as plain timm, and its frozen features of a shard folder's images, in the order of ids.
 
-Works alone and under `accelerate launch --multi_gpu -m dmae_ds eval knn RUN` or torchrun: each of P processes embeds every
-P-th picture, and the rows are put back in order. `--mixed_precision bf16` of accelerate is obeyed; features are float32.
+Works alone and under `accelerate launch --multi_gpu -m dmae_ds eval knn RUN` or torchrun: each of P processes
+embeds every P-th image, and the rows are put back in order. accelerate's `--mixed_precision bf16` takes
+effect; features are float32.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,21 +23,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmae_ds.config.load import read_saved_config
-from dmae_ds.config.run import ModelConfig
+from dmae_ds.config.run import DataConfig, ModelConfig
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 
-# Tokens after the final norm, [N, 1 + L, D] with CLS first -> features [N, D].
+# Tokens after the final norm, [N, 1 + L, D] with CLS first -> features [N, D], or [N, L, D] of the patches.
 POOLS = {
     "mean": lambda tokens: tokens[:, 1:].mean(dim=1),
     "cls": lambda tokens: tokens[:, 0],
+    "patches": lambda tokens: tokens[:, 1:],
 }
+VECTOR_POOLS = ("mean", "cls")  # one feature per image; `patches` is for dense tasks
 
 
 class Processes(Protocol):
-    """The part of accelerate's Accelerator that evaluation uses; a training run has one of its own (train/knn.py)."""
+    """The part of accelerate's Accelerator that evaluation uses; training has its own (train/knn.py)."""
 
     num_processes: int
     process_index: int
@@ -43,50 +47,70 @@ class Processes(Protocol):
     device: torch.device
     mixed_precision: str  # no, bf16, fp16
 
-    def autocast(self) -> AbstractContextManager: ...
+    def autocast(self) -> AbstractContextManager:
+        """The context of the student's passes."""
 
-    def gather(
-        self, tensor: Tensor
-    ) -> Tensor: ...  # [n, ...] of each of P processes -> [P * n, ...], one after the other
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[n, ...] of each of P processes -> [P * n, ...], one process after the other."""
 
-    def reduce(self, tensor: Tensor) -> Tensor: ...  # the sum over processes
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over processes."""
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """How images become features. pool: a name of POOLS; the rest as in DataConfig."""
+
+    pool: str
+    batch_size: int
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_workers: int
+
+    @classmethod
+    def of(cls, data: DataConfig, *, pool: str, batch_size: int) -> FeatureOptions:
+        """Take crop, pixel statistics and workers from a recipe's data section."""
+        return cls(pool, batch_size, data.crop_pct, data.mean, data.std, data.num_workers)
 
 
 def precision_of(processes: Processes) -> str:
-    """Of the student's passes: fp32, bf16, fp16."""
+    """Precision of the student's passes: fp32, bf16, fp16."""
     return {"no": "fp32"}.get(processes.mixed_precision, processes.mixed_precision)
 
 
 def read_step(run: Path) -> int:
-    """The step of RUN/student.safetensors; 0 where the file doesn't say."""
+    """The step of RUN/student.safetensors; 0 where the file does not have it."""
     with safe_open(run / "student.safetensors", framework="pt") as file:
         return int((file.metadata() or {}).get("step", 0))
 
 
 def build_timm(config: ModelConfig) -> VisionTransformer:
-    """The network that a recipe's section names, in timm's own class, without a head; its weights are random."""
+    """Build the network of a recipe's section in timm's own class, without a head; its weights are random."""
     return timm.create_model(config.name, num_classes=0, **config.overrides())
 
 
 def load_student(run: Path) -> VisionTransformer:
-    """The student of a run folder in timm's own class, in eval mode: its file must fit strictly.
+    """Load the student of a run folder into timm's own class, in eval mode; its file must fit strictly.
 
-    Raises UserError where the file is missing, damaged, or of another network than config.yaml names.
+    Raises UserError where the file is missing, damaged, or holds another network than config.yaml names.
     """
     config = read_saved_config(run).student
     path = run / "student.safetensors"
     if not path.is_file():
         raise UserError(
-            f"'{path}' is not there; a run writes it with its first checkpoint: wait for one, or set checkpoint.every_steps lower"
+            f"'{path}' not found; a run writes it with its first checkpoint: "
+            "wait for one, or lower checkpoint.every_steps"
         )
     student = build_timm(config)
     try:
         student.load_state_dict(load_file(path), strict=True)
     except SafetensorError as error:
-        raise UserError(f"'{path}' is not a whole safetensors file ({error}); copy it again") from None
-    except RuntimeError as error:  # torch lists every key that doesn't fit; the first says enough
+        raise UserError(f"'{path}' is not a complete safetensors file ({error}); copy it again") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]  # torch lists every key that does not fit
         raise UserError(
-            f"'{path}' doesn't fit the student of config.yaml ({' '.join(str(error).split())[:200]}); is it another run's file?"
+            f"'{path}' does not fit the student of config.yaml ({reason}); does it belong to another run?"
         ) from None
     return student.eval()
 
@@ -95,60 +119,54 @@ def load_student(run: Path) -> VisionTransformer:
 def extract_features(
     student: VisionTransformer,
     shard_set: ShardSet,
+    options: FeatureOptions,
     *,
-    accelerator: Processes,
-    normalize: Normalize,
-    crop_pct: float,
-    pool: str,
-    batch_size: int,
-    num_workers: int,
+    processes: Processes,
     title: str | None,
     subset: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Embed the central crop of every picture. Collective; `student` and `normalize` are on the accelerator's device.
+    """Embed the central crop of every image with a student that is on the processes' device. Collective.
 
-    pool: `mean` of the patch tokens or `cls`, after the final norm; title: of the progress bar, None: no bar
-    subset: rising sample ids [n]; None: all of them
-    Returns features [n, D] float32 and labels [n] int64, row i for the i-th id, on the device of every process.
+    title: of the progress bar, None for no bar; subset: rising sample ids [n], None for all samples
+    Returns features after the final norm, [n, D] or [n, L, D] float32 as the pool says, and labels [n] int64.
+    Row i belongs to the i-th id; every process gets all rows on its device.
     """
-    num_processes = accelerator.num_processes
+    device, num_processes = processes.device, processes.num_processes
+    pool = POOLS[options.pool]
+    normalize = Normalize(options.mean, options.std).to(device)
     num_samples = shard_set.num_samples if subset is None else len(subset)
-    num_rows = math.ceil(num_samples / num_processes)  # equal everywhere: the last row may stay a filler
-    features = torch.zeros(num_rows, student.num_features, device=accelerator.device)
-    labels = torch.zeros(num_rows, dtype=torch.int64, device=accelerator.device)
+    num_rows = math.ceil(num_samples / num_processes)  # equal on all processes; the last row may be unused
+    tokens_of_none = torch.zeros(0, 1 + student.patch_embed.num_patches, student.num_features)
+    features = torch.zeros(num_rows, *pool(tokens_of_none).shape[1:], device=device)
+    labels = torch.zeros(num_rows, dtype=torch.int64, device=device)
     batches = eval_batches(
         shard_set,
         img_size=student.patch_embed.img_size[0],
-        crop_pct=crop_pct,
-        batch_size=batch_size,
-        rank=accelerator.process_index,
+        crop_pct=options.crop_pct,
+        batch_size=options.batch_size,
+        rank=processes.process_index,
         world_size=num_processes,
-        num_workers=num_workers,
+        num_workers=options.num_workers,
         subset=subset,
     )
-    bar = tqdm(
-        total=num_rows * num_processes,
-        desc=title,
-        unit="img",
-        disable=title is None or not accelerator.is_main_process,
-    )
+    silent = title is None or not processes.is_main_process
     stop = 0
-    with bar:
+    with tqdm(total=num_rows * num_processes, desc=title, unit="img", disable=silent) as bar:
         for batch in batches:
-            batch = batch.to(accelerator.device)
+            batch = batch.to(device)
             rows = slice(stop, stop := stop + len(batch.labels))
-            with accelerator.autocast():
+            with processes.autocast():
                 # [N, 3, H, W] -> [N, H, W, 3] to be normalised -> [N, 3, H, W]
-                tokens = student.forward_features(normalize(batch.images.movedim(1, -1)).movedim(-1, 1))
-                features[rows] = POOLS[pool](tokens.float())
+                pixels = normalize(batch.images.movedim(1, -1)).movedim(-1, 1)
+                features[rows] = pool(student.forward_features(pixels).float())
             labels[rows] = batch.labels
             bar.update(len(batch.labels) * num_processes)
     return tuple(
-        _in_id_order(accelerator.gather(rows), num_processes)[:num_samples] for rows in (features, labels)
+        _in_id_order(processes.gather(rows), num_processes)[:num_samples] for rows in (features, labels)
     )
 
 
 def _in_id_order(gathered: Tensor, num_processes: int) -> Tensor:
-    """Rows as gathered, one process after the other -> row i of process r at place i * num_processes + r."""
+    """Move row r * R + i (the i-th of process r) of the gathered rows to place i * num_processes + r."""
     # [P * R, ...] -> [P, R, ...] -> [R, P, ...] -> [R * P, ...]
     return gathered.unflatten(0, (num_processes, -1)).transpose(0, 1).flatten(0, 1)

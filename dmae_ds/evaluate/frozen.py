@@ -1,8 +1,7 @@
-"""What k-NN and the probe have in common: a run's frozen features with their labels, and the line that they write."""
+"""A run's frozen features with their labels, as k-NN and the probe use them."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +11,35 @@ from dmae_ds.config.load import read_saved_config
 from dmae_ds.distributed.device import device_name
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.feature_cache import FeatureCache
-from dmae_ds.evaluate.features import POOLS, Processes, load_student, precision_of, read_step
-from dmae_ds.evaluate.results import append_result
+from dmae_ds.evaluate.features import (
+    POOLS,
+    VECTOR_POOLS,
+    FeatureOptions,
+    Processes,
+    load_student,
+    precision_of,
+    read_step,
+)
+from dmae_ds.evaluate.results import MeasuredOn
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
 
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """Features [n, D] float32 and classes [n] int64 of the labelled training pictures and of all validation pictures."""
+    """Features [n, D] float32 and classes [n] int64 of the labelled training images and the validation images."""
 
     train: Tensor
     train_labels: Tensor
     val: Tensor
     val_labels: Tensor
     num_classes: int
-    about: dict  # the fields of a result that are known by now
+    measured_on: MeasuredOn
+
+    def describe(self) -> str:
+        """The numbers of images, and the share of the labels if it is not all, for printed lines."""
+        on = self.measured_on
+        share = "" if on.labels == ALL else f", {on.labels} of the labels, seed {on.subset_seed}"
+        return f"{on.num_train} train, {on.num_val} val{share}"
 
 
 def open_frozen(
@@ -40,15 +53,17 @@ def open_frozen(
     processes: Processes,
     least_train: int = 1,
 ) -> FrozenFeatures:
-    """Read a run's student and embed its data, or take both from RUN/features. Collective.
+    """Read a run's student and embed its data, or read the features from RUN/features. Collective.
 
-    labels, subset_seed: which training pictures count (evaluate/subsets.py); cache_gib: bound on RUN/features, 0: no cache
-    least_train: how many of them are needed
-    Raises UserError for a run without labelled data, or numbers that mean nothing.
+    labels, subset_seed: which training images are used (evaluate/subsets.py); least_train: how many are
+    needed
+    cache_gib: limit of RUN/features, 0 for no cache
+    Raises UserError for a run without labelled data, and for options out of range.
     """
-    if batch_size < 1 or cache_gib < 0 or pool not in POOLS:
+    check_pool(pool)
+    if batch_size < 1 or cache_gib < 0:
         raise UserError(
-            f"batch size {batch_size}, cache {cache_gib:g} GiB, pool {pool}: expected 1 or more, 0 or more, and one of {', '.join(POOLS)}"
+            f"batch size {batch_size}, cache {cache_gib:g} GiB: expected at least 1 image and at least 0 GiB"
         )
     seed = check_labels(labels, subset_seed)
     data = read_saved_config(run).data
@@ -56,44 +71,44 @@ def open_frozen(
     ids = open_subset(run, train, labels=labels, seed=seed, write=processes.is_main_process)
     if len(ids) < least_train:
         raise UserError(
-            f"{least_train} labelled training pictures are asked for (--k?), labels {labels} gives {len(ids)}; ask for fewer, or for more labels"
+            f"{least_train} labelled training images are needed (--k), labels {labels} gives {len(ids)}; "
+            "lower --k, or use more labels"
         )
-    step, student = read_step(run) if (run / "student.safetensors").is_file() else 0, load_student(run)
+    step = read_step(run) if (run / "student.safetensors").is_file() else 0
+    student = load_student(run)
     cache = FeatureCache(run, student, gib=cache_gib)
     student.to(processes.device)
-    options = {"processes": processes, "pool": pool, "batch_size": batch_size}
-    train_features, train_labels = cache.embed(
-        student, train, data, subset=None if labels == ALL else ids, title="train features", **options
+    options = FeatureOptions.of(data, pool=pool, batch_size=batch_size)
+    subset = None if labels == ALL else ids
+    train_rows = cache.embed(
+        student, train, options, processes=processes, title="train features", subset=subset
     )
-    val_features, val_labels = cache.embed(student, val, data, title="val features", **options)
-    about = {
-        "labels": labels,
-        "subset_seed": seed,
-        "step": step,
-        "num_train": len(ids),
-        "num_val": val.num_samples,
-        "data": train.fingerprint,
-        "device": device_name(processes.device),
-        "world_size": processes.num_processes,
-    }
-    return FrozenFeatures(train_features, train_labels, val_features, val_labels, len(train.classes), about)
+    val_rows = cache.embed(student, val, options, processes=processes, title="val features")
+    measured_on = MeasuredOn(
+        labels=labels,
+        subset_seed=seed,
+        step=step,
+        num_train=len(ids),
+        num_val=val.num_samples,
+        data=train.fingerprint,
+        device=device_name(processes.device),
+        world_size=processes.num_processes,
+    )
+    return FrozenFeatures(*train_rows, *val_rows, len(train.classes), measured_on)
+
+
+def check_pool(pool: str) -> None:
+    """Raise UserError unless the pool gives one feature per image, as k-NN and the probe require."""
+    offered = " or ".join(VECTOR_POOLS)
+    if pool not in POOLS:
+        raise UserError(f"pool '{pool}' is unknown; choose {offered}")
+    if pool not in VECTOR_POOLS:
+        raise UserError(
+            f"pool {pool} gives one feature per patch; k-NN and the probe require one per image: "
+            f"choose {offered}"
+        )
 
 
 def settings_of(processes: Processes, *, pool: str) -> dict:
-    """The part of a result's settings that both evaluations share."""
+    """The part of a result's settings that k-NN and the probe share."""
     return {"pool": pool, "precision": precision_of(processes)}
-
-
-def write_result(
-    run: Path, about: dict, *, metric: str, top1: float, top5: float | None, settings: dict, since: float
-) -> dict:
-    """Complete a result, add it to RUN/results.jsonl and return it. since: of time.monotonic(). By one process alone."""
-    result = {
-        "metric": metric,
-        "top1": top1,
-        "top5": top5,
-        "settings": settings,
-        "seconds": round(time.monotonic() - since, 3),
-        **about,
-    }
-    return append_result(run, result)

@@ -1,8 +1,8 @@
-"""Weighted k-nearest-neighbour top-1 and top-5 on frozen features (Wu et al. 2018, Sec. 3.4; k and T as DINO and Wu have them).
+"""Weighted k-nearest-neighbour top-1 and top-5 on frozen features (Wu et al. 2018, Sec. 3.4).
 
     dmae-ds eval knn RUN [--k 1 10 20 100] [--labels 10%]
 
-The student is never tuned, so the number says what its features are worth as they are, in one pass over the pictures.
+The defaults of k and T are DINO's. The student is not tuned: the number measures its features as they are, in one pass over the images.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import Processes
-from dmae_ds.evaluate.frozen import FrozenFeatures, open_frozen, settings_of, write_result
+from dmae_ds.evaluate.frozen import FrozenFeatures, open_frozen, settings_of
 from dmae_ds.evaluate.neighbours import Blocks, choose_blocks, nearest
+from dmae_ds.evaluate.results import append_result, make_result
 
 TOP = 5
 
@@ -34,10 +35,11 @@ def evaluate_run(
     memory_gib: float = 1.0,
     cache_gib: float = 16.0,
 ) -> list[dict]:
-    """Classify data.val by data.train; prints a line for each k and adds it to RUN/results.jsonl. Collective under `accelerate launch`.
+    """Classify data.val by data.train; print a line for each k and add it to RUN/results.jsonl. Collective.
 
-    memory_gib: for the search, beyond the features; the other options as in `open_frozen`
-    Returns, on the main process, the results. Raises UserError for a run without labelled data or numbers that make no vote.
+    memory_gib: for the search, in addition to the features; the other options as in `open_frozen`
+    Returns the results, on the main process. Raises UserError for a run without labelled data or numbers out
+    of range.
     """
     ks = check_vote(ks, temperature)
     start, accelerator = time.monotonic(), Accelerator()
@@ -51,30 +53,27 @@ def evaluate_run(
         processes=accelerator,
         least_train=ks[-1],
     )
-    found = classify(frozen, ks=ks, temperature=temperature, memory_gib=memory_gib, processes=accelerator)
+    scores = classify(frozen, ks=ks, temperature=temperature, memory_gib=memory_gib, processes=accelerator)
     results = []
-    if accelerator.is_main_process:
-        for k, (top1, top5) in found.items():
-            settings = {"k": k, "temperature": temperature, **settings_of(accelerator, pool=pool)}
-            results.append(
-                write_result(
-                    run, frozen.about, metric="knn", top1=top1, top5=top5, settings=settings, since=start
-                )
-            )
-            few = "" if labels == "all" else f", {labels} of the labels, seed {frozen.about['subset_seed']}"
-            second = "" if top5 is None else f", top-5 {top5:.1f}%"
-            counts = f"{frozen.about['num_train']} train, {frozen.about['num_val']} val"
-            print(
-                f"knn top-1 {top1:.1f}%{second} (k {k}, T {temperature:g}, {pool} pool, {counts}{few})",
-                flush=True,
-            )
+    for k, (top1, top5) in scores.items() if accelerator.is_main_process else ():
+        result = make_result(
+            frozen.measured_on,
+            metric="knn",
+            scores={"top1": top1, "top5": top5},
+            settings={"k": k, "temperature": temperature, **settings_of(accelerator, pool=pool)},
+            seconds=round(time.monotonic() - start, 3),
+        )
+        results.append(append_result(run, result))
+        second = "" if top5 is None else f", top-5 {top5:.1f}%"
+        settings = f"k {k}, T {temperature:g}, {pool} pool"
+        print(f"knn top-1 {top1:.1f}%{second} ({settings}, {frozen.describe()})", flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
 
 def check_vote(ks: list[int], temperature: float) -> list[int]:
-    """The numbers of neighbours, rising and each once. Raises UserError for numbers that make no vote."""
+    """The numbers of neighbours, rising and each once. Raises UserError unless all numbers are above 0."""
     if not ks or min(ks) < 1 or not temperature > 0:
         raise UserError(
             f"k {' '.join(map(str, ks))}, temperature {temperature:g}: the numbers must be above 0"
@@ -85,13 +84,13 @@ def check_vote(ks: list[int], temperature: float) -> list[int]:
 def classify(
     frozen: FrozenFeatures, *, ks: list[int], temperature: float, memory_gib: float, processes: Processes
 ) -> dict[int, tuple[float, float | None]]:
-    """Top-1 and top-5 in percent for each k; top-5 is None with 5 classes or fewer. Collective: each process takes a part of the queries."""
-    if not (
-        frozen.train.isfinite().all() and frozen.val.isfinite().all()
-    ):  # on every process: the features are whole on each
-        raise UserError(
-            "the student's features are not finite, so nothing is near anything; was its training broken?"
-        )
+    """Top-1 and top-5 in percent for each k; top-5 is None with 5 classes or fewer.
+
+    Collective: each process takes a part of the queries. Raises UserError for features that are not finite.
+    """
+    # The same on every process: each has all features.
+    if not (frozen.train.isfinite().all() and frozen.val.isfinite().all()):
+        raise UserError("the student's features are not finite; check its training with `dmae-ds report`")
     part = slice(processes.process_index, None, processes.num_processes)
     queries, expected = frozen.val[part].contiguous(), frozen.val_labels[part]
     blocks = choose_blocks(
@@ -114,10 +113,8 @@ def classify(
     right = torch.stack([predicted[k] == expected[:, None] for k in ks])  # [ks, m, TOP]
     hits = torch.stack([right[:, :, 0].sum(dim=1), right.any(dim=2).sum(dim=1)], dim=1)  # [ks, 2]
     percent = (100 * processes.reduce(hits).double() / len(frozen.val)).tolist()
-    return {
-        k: (top1, top5 if frozen.num_classes > TOP else None)
-        for k, (top1, top5) in zip(ks, percent, strict=True)
-    }
+    has_top5 = frozen.num_classes > TOP
+    return {k: (top1, top5 if has_top5 else None) for k, (top1, top5) in zip(ks, percent, strict=True)}
 
 
 def knn_predict(
@@ -130,24 +127,27 @@ def knn_predict(
     num_classes: int,
     blocks: Blocks,
 ) -> dict[int, Tensor]:
-    """Each query's classes by vote of its k most similar training rows, weighted by exp(cosine / temperature), for every k at once.
+    """Classify each query by a weighted vote of its k most similar training rows, for every k at once.
 
+    A row's weight is exp(cosine / temperature).
     train [N, D], queries [M, D] float32, train_labels [N] int64; blocks: `neighbours.choose_blocks`
-    Returns for each k the classes [M, TOP] int64, the most voted first, of equal votes the lowest; -1 where nobody voted for more.
+    Returns for each k the classes [M, TOP] int64, most votes first, the lowest class first among equal votes;
+    -1 where there are no further votes.
     """
-    found: dict[int, list[Tensor]] = {
-        k: [torch.empty(0, TOP, dtype=torch.int64, device=train.device)] for k in ks
-    }
+    none = torch.empty(0, TOP, dtype=torch.int64, device=train.device)
+    predicted: dict[int, list[Tensor]] = {k: [none] for k in ks}
     for cosines, rows in nearest(train, queries, k=max(ks), blocks=blocks):
-        # A factor that all votes of a query share changes nothing: with it, no temperature overflows or empties the urn.
+        # A factor common to all votes of a query changes no order; this one keeps any temperature from over-
+        # and underflow.
         weights = ((cosines - cosines[:, :1]) / temperature).exp()
         classes = train_labels[rows]
         votes = weights.new_zeros(len(rows), max(TOP, num_classes))
-        # One neighbour of each query at a time: sums in a fixed order, on a GPU too (scatter_add_ has none there).
+        # One neighbour of each query at a time: sums in a fixed order, on a GPU too (scatter_add_ has none
+        # there).
         lines = torch.arange(len(rows), device=votes.device)
         for place in range(max(ks)):
             votes[lines, classes[:, place]] += weights[:, place]
-            if place + 1 in found:
+            if place + 1 in predicted:
                 most, order = votes.sort(dim=1, descending=True, stable=True)
-                found[place + 1].append(order[:, :TOP].where(most[:, :TOP] > 0, -1))
-    return {k: torch.cat(parts) for k, parts in found.items()}
+                predicted[place + 1].append(order[:, :TOP].where(most[:, :TOP] > 0, -1))
+    return {k: torch.cat(classes) for k, classes in predicted.items()}

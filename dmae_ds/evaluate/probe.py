@@ -1,8 +1,9 @@
-"""A linear probe in a minute: logistic regression on frozen, standardised features (`dmae-ds eval linear` is MAE's, with SGD).
+"""A logistic probe: logistic regression on frozen, standardised features, fitted in about a minute.
 
     dmae-ds eval probe RUN [--l2 1e-3] [--labels 1%]
 
-l2 is chosen on a tenth of the training pictures, drawn class by class, out of GRID; then all of them are fitted.
+(`dmae-ds eval linear` is MAE's linear probe, trained with LARS.) l2 is chosen from GRID on a tenth of the
+training images, drawn class by class; then all of them are fitted.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import Processes
-from dmae_ds.evaluate.frozen import open_frozen, settings_of, write_result
+from dmae_ds.evaluate.frozen import open_frozen, settings_of
 from dmae_ds.evaluate.logistic import BLOCK, Alone, Probe, fit_probe
+from dmae_ds.evaluate.results import append_result, make_result
 
-GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)  # from the strongest: each begins where the one before ended
+GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)  # strongest first: each fit starts from the one before
 HELD_OUT = 0.1
 TOP = 5
 
@@ -37,17 +39,16 @@ def evaluate_run(
     batch_size: int = 256,
     cache_gib: float = 16.0,
 ) -> dict | None:
-    """Fit data.train, classify data.val; prints a line and adds it to RUN/results.jsonl. Collective under `accelerate launch`.
+    """Fit data.train and classify data.val; print a line and add it to RUN/results.jsonl. Collective.
 
     l2: see evaluate/logistic.py; None: the best of GRID; the other options as in `open_frozen`
-    Returns, on the main process, the result. Raises UserError for a run without labelled data or numbers that fit nothing.
+    Returns the result, on the main process. Raises UserError for a run without labelled data or numbers out
+    of range.
     """
-    if (l2 is not None and not l2 > 0) or max_iterations < 1:
-        raise UserError(
-            f"l2 {l2:g}, iterations {max_iterations}: the numbers must be above 0"
-            if l2 is not None
-            else f"iterations {max_iterations}: must be above 0"
-        )
+    if l2 is not None and not l2 > 0:
+        raise UserError(f"l2 {l2:g}: must be above 0")
+    if max_iterations < 1:
+        raise UserError(f"iterations {max_iterations}: must be above 0")
     start, accelerator = time.monotonic(), Accelerator()
     frozen = open_frozen(
         run,
@@ -59,27 +60,32 @@ def evaluate_run(
         processes=accelerator,
     )
     options = {"num_classes": frozen.num_classes, "max_iterations": max_iterations, "processes": accelerator}
-    chosen, before = (l2, None) if l2 is not None else choose_l2(frozen.train, frozen.train_labels, **options)
+    if l2 is None:
+        chosen, before = choose_l2(frozen.train, frozen.train_labels, **options)
+    else:
+        chosen, before = l2, None
     probe = fit_probe(frozen.train, frozen.train_labels, l2=chosen, start=before, **options)
     result = None
     if accelerator.is_main_process:
         top1, top5 = accuracy(probe, frozen.val, frozen.val_labels)
-        settings = {"l2": "held-out" if l2 is None else l2, **settings_of(accelerator, pool=pool)}
-        result = write_result(
-            run, frozen.about, metric="probe", top1=top1, top5=top5, settings=settings, since=start
+        result = make_result(
+            frozen.measured_on,
+            metric="probe",
+            scores={"top1": top1, "top5": top5},
+            settings={"l2": "held-out" if l2 is None else l2, **settings_of(accelerator, pool=pool)},
+            seconds=round(time.monotonic() - start, 3),
         )
+        result = append_result(run, result)
         if not probe.converged:
             print(
-                f"the probe had not converged after {probe.iterations} iterations (gradient {probe.gradient:.1e}); raise --max-iterations",
+                f"the probe had not converged after {probe.iterations} iterations "
+                f"(gradient {probe.gradient:.1e}); raise --max-iterations",
                 file=sys.stderr,
             )
-        few = "" if labels == "all" else f", {labels} of the labels, seed {result['subset_seed']}"
         second = "" if top5 is None else f", top-5 {top5:.1f}%"
-        how = "from a tenth held out" if l2 is None else "given"
-        print(
-            f"probe top-1 {top1:.1f}%{second} (l2 {chosen:g} {how}, {pool} pool, {result['num_train']} train, {result['num_val']} val{few})",
-            flush=True,
-        )
+        origin = "from a tenth held out" if l2 is None else "given"
+        settings = f"l2 {chosen:g} {origin}, {pool} pool"
+        print(f"probe top-1 {top1:.1f}%{second} ({settings}, {frozen.describe()})", flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
@@ -93,14 +99,15 @@ def choose_l2(
     max_iterations: int,
     processes: Processes | Alone = Alone(),
 ) -> tuple[float, Probe]:
-    """The l2 of GRID with the highest top-1 on a held-out tenth (of equals the strongest), and its probe. Collective.
+    """Choose the l2 of GRID with the highest top-1 on a held-out tenth. Collective.
 
-    Raises UserError where no class has a picture to spare.
+    Returns the strongest among equals, and its probe. Raises UserError if no class has two labelled images.
     """
     held_out = torch.from_numpy(hold_out(labels.cpu().numpy(), HELD_OUT)).to(labels.device)
     if not held_out.any():
         raise UserError(
-            "no class has a second labelled picture to hold out for the choice of l2; give --l2, for example --l2 0.1"
+            "no class has a second labelled image to hold out, which the choice of l2 requires; "
+            "give --l2, for example --l2 0.1"
         )
     best, probe = (-1.0, 0.0, None), None
     for l2 in GRID:
@@ -120,7 +127,10 @@ def choose_l2(
 
 
 def hold_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """Which rows [n] bool to hold out: of a class with n_c rows round(share * n_c), at least 1, never all; always the same ones."""
+    """Rows [n] bool to hold out, always the same ones.
+
+    A class with n_c rows gives round(share * n_c), at least 1 and never all.
+    """
     draws = np.random.Philox(key=0).random_raw(len(labels))
     order = np.lexsort((draws, labels))
     counts = np.bincount(labels)

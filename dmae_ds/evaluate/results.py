@@ -1,7 +1,12 @@
-"""RUN/results.jsonl: every number that an evaluation found, one line a number, with all that defines it (no torch).
+"""RUN/results.jsonl: every number that was measured of a run, one JSON object per line (no torch).
 
-The newest line of equal (metric, labels, subset_seed, settings) counts; older ones stay, as the history of a student
-that was still being trained. Written whole under another name and renamed, so a line is there or it isn't.
+    {"metric": "knn", "scores": {"top1": 81.2, "top5": 97.0}, "labels": "all", "settings": {"k": 20, ...},
+    ...}
+
+The newest line of each (metric, labels, subset_seed, settings) counts; older lines stay as the history of a
+student that was still being trained. A new metric is one entry of METRICS. Lines of earlier versions have
+`top1` and `top5` in place of `scores`; they are read like the others, and stay as they are when lines are
+added.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import json
 import math
 import os
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Iterator
@@ -20,35 +26,111 @@ from dmae_ds.evaluate.subsets import check_labels
 from dmae_ds.output.durable import replacing
 
 RESULTS_FILE = "results.jsonl"
-METRICS = ("knn", "linear", "probe", "finetune", "supervised")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a metric: its title for people, its unit, and the range of its values."""
+
+    title: str
+    unit: str
+    low: float
+    high: float
+
+    def format(self, value: float, digits: int = 1) -> str:
+        """The value with its unit, such as 81.2%."""
+        return f"{value:.{digits}f}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One kind of evaluation.
+
+    scores: by name; headline: the name of the score that stands for it, which every result must have
+    """
+
+    title: str
+    scores: dict[str, Score]
+    headline: str
+
+
+TOP = {"top1": Score("top-1", "%", 0, 100), "top5": Score("top-5", "%", 0, 100)}
+# In the order in which pages list them.
+METRICS = {
+    "knn": Metric("k-NN", TOP, "top1"),
+    "probe": Metric("logistic probe", TOP, "top1"),
+    "linear": Metric("linear probe", TOP, "top1"),
+    "finetune": Metric("fine-tuned", TOP, "top1"),
+    "supervised": Metric("supervised", TOP, "top1"),
+}
 # Field -> the types that its value may have.
 FIELDS = {
-    "metric": str,  # one of METRICS
-    "top1": (int, float),  # percent
-    "top5": (int, float, type(None)),  # percent; None: not measured, or of five classes or fewer
+    "metric": str,  # a key of METRICS
+    "scores": dict,  # {name: number}, names of METRICS[metric].scores, the headline among them
     "labels": str,  # all, 10%, 5-shot: evaluate/subsets.py
-    "subset_seed": (int, type(None)),  # None: labels all
+    "subset_seed": (int, type(None)),  # None with labels all
     "settings": dict,  # flat: what defines the evaluation, such as k, temperature, pool, recipe, epochs
-    "step": int,  # the student's
-    "num_train": int,  # labelled pictures that were used
+    "step": int,  # of the student
+    "num_train": int,  # labelled images that were used
     "num_val": int,
     "data": str,  # fingerprint of data.train
-    "seconds": (int, float),  # wall
+    "seconds": (int, float),  # wall time
     "device": str,  # "cpu", or the GPU's name
     "world_size": int,
     "when": str,  # ISO 8601, UTC
 }
+_OLD_SCORES = ("top1", "top5")  # fields of their own in lines of earlier versions; top5 may be null
+
+
+@dataclass(frozen=True)
+class MeasuredOn:
+    """The student's step, the data and the device of a measurement: fields of a result, see FIELDS."""
+
+    labels: str
+    subset_seed: int | None
+    step: int
+    num_train: int
+    num_val: int
+    data: str
+    device: str
+    world_size: int
+
+
+def make_result(
+    measured_on: MeasuredOn, *, metric: str, scores: dict[str, float | None], settings: dict, seconds: float
+) -> dict:
+    """Put a result together, for `append_result`; scores that are None (not measured) are left out."""
+    scores = {name: value for name, value in scores.items() if value is not None}
+    return {
+        "metric": metric,
+        "scores": scores,
+        "settings": settings,
+        "seconds": seconds,
+        **asdict(measured_on),
+    }
+
+
+def headline(result: dict) -> float:
+    """The score that stands for a result."""
+    return result["scores"][METRICS[result["metric"]].headline]
+
+
+def headline_score(metric: str) -> Score:
+    """Title and unit of the score that stands for a metric."""
+    return METRICS[metric].scores[METRICS[metric].headline]
 
 
 def append_result(run: Path, result: dict) -> dict:
-    """Add one line to RUN/results.jsonl and return it; `when` is filled in if it is left out. To be called by one process.
+    """Add one line to RUN/results.jsonl and return it; `when` is filled in if it is left out.
 
-    Raises ValueError for a result that lacks a field of FIELDS, has another or one of a wrong type: a bug of ours.
+    Call it on one process. Raises ValueError for missing or unknown fields and for wrong values: a bug of
+    ours.
     """
-    result = {**result, "when": result.get("when", datetime.now(timezone.utc).isoformat(timespec="seconds"))}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    result = {**result, "when": result.get("when", now)}
     _check(result)
     path = run / RESULTS_FILE
-    with _alone(run):
+    with _locked(run):
         before = path.read_bytes() if path.is_file() else b""
         with replacing(path) as file:
             file.write(before + json.dumps({name: result[name] for name in FIELDS}).encode() + b"\n")
@@ -56,12 +138,18 @@ def append_result(run: Path, result: dict) -> dict:
 
 
 def read_results(run: Path) -> list[dict]:
-    """The newest line of each (metric, labels, subset_seed, settings), the newest last; [] without a file. Raises UserError."""
+    """The newest line of each (metric, labels, subset_seed, settings), the newest last; [] without a file.
+
+    Raises UserError for a line that is not a result.
+    """
     return _newest(_read_lines(run), "metric", "labels", "subset_seed", "settings")
 
 
 def read_history(run: Path) -> list[dict]:
-    """The newest line of each (metric, labels, subset_seed, settings, step), by step: a curve over training. Raises UserError."""
+    """The newest line of each (metric, labels, subset_seed, settings, step), sorted by step.
+
+    This is a curve over training. Raises UserError for a line that is not a result.
+    """
     by_step = _newest(_read_lines(run), "metric", "labels", "subset_seed", "settings", "step")
     return sorted(by_step, key=lambda result: result["step"])
 
@@ -72,35 +160,47 @@ def _read_lines(run: Path) -> list[dict]:
     results = []
     for number, line in enumerate(lines, start=1):
         try:
-            results.append(json.loads(line))
-            _check(results[-1])
+            result = _with_scores(json.loads(line))
+            _check(result)
         except ValueError as error:
-            raise UserError(f"'{path}', line {number} is no result ({error}); remove the line") from None
+            raise UserError(f"'{path}', line {number} is not a result ({error}); remove the line") from None
+        results.append(result)
     return results
 
 
+def _with_scores(line: object) -> object:
+    """A line of an earlier version in today's form; other lines as they are."""
+    if not isinstance(line, dict) or "scores" in line or not set(_OLD_SCORES) <= set(line):
+        return line
+    result = {}
+    for name, value in line.items():
+        if name == "top1":  # at its old place, so that the order of the fields is FIELDS'
+            result["scores"] = {old: line[old] for old in _OLD_SCORES if line[old] is not None}
+        elif name != "top5":
+            result[name] = value
+    return result
+
+
 def _newest(results: list[dict], *names: str) -> list[dict]:
-    found: dict[str, dict] = {}
+    newest: dict[str, dict] = {}
     for result in results:
         key = json.dumps([result[name] for name in names], sort_keys=True)
-        found.pop(key, None)
-        found[key] = result
-    return list(found.values())
+        newest.pop(key, None)
+        newest[key] = result
+    return list(newest.values())
 
 
-def _check(result: dict) -> None:
-    if not isinstance(result, dict) or set(result) != set(FIELDS):
-        raise ValueError(
-            f"found {sorted(result) if isinstance(result, dict) else result!r}, expected the fields {', '.join(FIELDS)}"
-        )
+def _check(result: object) -> None:
+    if not isinstance(result, dict):
+        raise ValueError(f"found {result!r}, expected an object with the fields {', '.join(FIELDS)}")
+    if set(result) != set(FIELDS):
+        raise ValueError(f"found {sorted(result)}, expected the fields {', '.join(FIELDS)}")
     for name, types in FIELDS.items():
         if not isinstance(result[name], types) or isinstance(result[name], bool):
             raise ValueError(f"{name} is {result[name]!r}")
     if result["metric"] not in METRICS:
         raise ValueError(f"metric is {result['metric']!r}, expected one of {', '.join(METRICS)}")
-    for name in ("top1", "top5"):
-        if result[name] is not None and not 0 <= result[name] <= 100:
-            raise ValueError(f"{name} is {result[name]}, expected percent")
+    _check_scores(METRICS[result["metric"]], result["scores"])
     if not math.isfinite(result["seconds"]):
         raise ValueError(f"seconds is {result['seconds']}")
     if check_labels(result["labels"], result["subset_seed"]) != result["subset_seed"]:
@@ -110,9 +210,20 @@ def _check(result: dict) -> None:
             raise ValueError(f"settings.{name} is {value!r}, expected a plain value")
 
 
+def _check_scores(metric: Metric, scores: dict) -> None:
+    if metric.headline not in scores or not set(scores) <= set(metric.scores):
+        offered = ", ".join(metric.scores)
+        raise ValueError(f"scores are {sorted(scores)}, expected {metric.headline}, and others of {offered}")
+    for name, value in scores.items():
+        low, high = metric.scores[name].low, metric.scores[name].high
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
+
+
 @contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Two evaluations of one run may end at the same moment: the second waits, and neither's line is lost."""
+def _locked(run: Path) -> Iterator[None]:
+    """Hold the run folder's lock, so that two evaluations that end at the same moment lose no line."""
     descriptor = os.open(run, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -10,7 +10,7 @@ from pathlib import Path
 from dmae_ds import __version__
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.results import read_results
+from dmae_ds.evaluate.results import METRICS, read_results
 from dmae_ds.export.source import Source
 from dmae_ds.export.teacher_of import UNKNOWN, describe_teacher
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
@@ -165,16 +165,21 @@ def render_card(card: dict, usage: str) -> str:
         "",
     ]
     if card["metrics"]:
-        lines += ["| metric | labels | top-1 | settings | step | device |", "|---|---|---|---|---|---|"]
+        lines += ["| metric | labels | scores | settings | step | device |", "|---|---|---|---|---|---|"]
         for result in card["metrics"]:
             settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+            known = METRICS[result["metric"]].scores
+            scores = ", ".join(
+                f"{known[name].title} {known[name].format(value, 2)}"
+                for name, value in result["scores"].items()
+            )
             labels = (
                 result["labels"]
                 if result["subset_seed"] is None
                 else f"{result['labels']}, seed {result['subset_seed']}"
             )
             lines.append(
-                f"| {result['metric']} | {labels} | {result['top1']:.2f}% | {_cell(settings)} | {result['step']} | {_cell(result['device'])} |"
+                f"| {result['metric']} | {labels} | {scores} | {_cell(settings)} | {result['step']} | {_cell(result['device'])} |"
             )
     else:
         lines += ["Nothing has been measured with these weights yet."]

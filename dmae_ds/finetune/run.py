@@ -34,7 +34,7 @@ from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.distributed.device import device_name
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.results import append_result
+from dmae_ds.evaluate.results import MeasuredOn, append_result, make_result
 from dmae_ds.evaluate.subsets import check_labels, open_labelled, open_subset
 from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.build import Classifier, build
@@ -79,7 +79,7 @@ def evaluate(
     """Train a classifier by `finetune` or `linear` and write down what it is worth. Collective under a launcher.
 
     word: a run folder or a weights file; resume: `auto` continues a killed run, `never` refuses a folder that holds one
-    Returns the line of results.jsonl: top1 is the last epoch's. Raises UserError, and RunFailed for a loss that isn't finite.
+    Returns the line of results.jsonl, with the last epoch's scores. Raises UserError, and RunFailed for a loss that isn't finite.
     """
     source = find_source(
         word,
@@ -224,21 +224,23 @@ def evaluate(
             after_epoch=after_epoch,
         )
     last, best = progress.epochs[-1], max(row["top1"] for row in progress.epochs)
-    result = {
-        "metric": metric_of(config),
-        "top1": last["top1"],
-        "top5": last["top5"],
-        "labels": config.labels,
-        "subset_seed": check_labels(config.labels, config.subset_seed),
-        "settings": settings_of(source, classifier),
-        "step": classifier.step,
-        "num_train": len(ids),
-        "num_val": val_set.num_samples,
-        "data": train_set.fingerprint,
-        "seconds": progress.seconds,
-        "device": device_name(device),
-        "world_size": accelerator.num_processes,
-    }
+    measured_on = MeasuredOn(
+        labels=config.labels,
+        subset_seed=check_labels(config.labels, config.subset_seed),
+        step=classifier.step,
+        num_train=len(ids),
+        num_val=val_set.num_samples,
+        data=train_set.fingerprint,
+        device=device_name(device),
+        world_size=accelerator.num_processes,
+    )
+    result = make_result(
+        measured_on,
+        metric=metric_of(config),
+        scores={"top1": last["top1"], "top5": last["top5"]},
+        settings=settings_of(source, classifier),
+        seconds=progress.seconds,
+    )
     if main:
         append_result(source.results, result)
         print(

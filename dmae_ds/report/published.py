@@ -111,7 +111,7 @@ TEACHER_BLOCKS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """facts: of the run (`runs.facts_of`); result: of a line of its results.jsonl, in its fields or its settings; gives: top1 or gpu_hours."""
+    """facts: of the run (`runs.facts_of`); result: of a line of its results.jsonl, in its fields or its settings; gives: the name of a score, or gpu_hours."""
 
     facts: dict[str, object]
     result: dict[str, object]

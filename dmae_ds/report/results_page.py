@@ -111,7 +111,7 @@ def _our_cells(row: Wanted | None, runs: list[Run]) -> tuple[str, str, str, str]
     if not filled:
         return NOT_RUN, "", "", ""
     hours = [_gpu_hours(run, result, row) for run, result in filled]
-    values = hours if row.gives == "gpu_hours" else [result["top1"] for _, result in filled]
+    values = hours if row.gives == "gpu_hours" else [result["scores"][row.gives] for _, result in filled]
     ours = f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
     seeds = ", ".join(str(run.config.run.seed) for run, _ in filled)
     hardware = dict.fromkeys(f"{result['world_size']} x {result['device']}" for _, result in filled)

@@ -7,16 +7,10 @@ import math
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from dmae_ds.evaluate.results import METRICS, headline
 from dmae_ds.report.runs import Run
 from dmae_ds.report.study_names import default_objectives, describe_training, find_source_run, name_settings
 
-_METRICS = {
-    "knn": "k-NN",
-    "probe": "logistic probe",
-    "linear": "linear probe",
-    "finetune": "fine-tuned",
-    "supervised": "supervised",
-}
 _LABELS = ("all", "10%", "1%")
 TEACHER = "teacher: "  # the names of runs that taught others start with this
 NOT_WATCHED = "not watched"
@@ -80,7 +74,7 @@ def _collect_values(runs: list[Run]) -> dict[Column, list[float]]:
         for result in run.results:
             settings = {key: value for key, value in result["settings"].items() if key != "seed"}
             column = Column(result["metric"], result["labels"], json.dumps(settings, sort_keys=True))
-            draws.setdefault(column, []).append(result["top1"])
+            draws.setdefault(column, []).append(headline(result))
         for column, numbers in draws.items():
             # Several draws of few labels count as one number of this run.
             values.setdefault(column, []).append(fmean(numbers))
@@ -90,7 +84,7 @@ def _collect_values(runs: list[Run]) -> dict[Column, list[float]]:
 def columns_of(settings: list[Setting]) -> dict[Column, str]:
     """Every column that a setting has a value in, with its heading, by metric and from many labels to few."""
     columns = list(dict.fromkeys(column for setting in settings for column in setting.values))
-    places = {name: place for place, name in enumerate((*_METRICS, *_LABELS))}
+    places = {name: place for place, name in enumerate((*METRICS, *_LABELS))}
 
     def order(column: Column) -> tuple:
         num_labels = places.get(column.labels, len(places))
@@ -115,7 +109,7 @@ def _head_column(column: Column, columns: list[Column]) -> str:
     ]
     if len({other.get("recipe") for other in same_kind}) == len(same_kind):  # the recipe tells them apart
         differing = [text for text in differing if text.startswith("recipe ")]
-    heading = [_METRICS[column.metric]]
+    heading = [METRICS[column.metric].title]
     if column.labels != "all":
         heading.append(f"{column.labels} labels" if column.labels.endswith("%") else column.labels)
     return ", ".join([*heading, *differing])

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dmae_ds.evaluate.results import headline_score
 from dmae_ds.report.study import TEACHER, Column, Setting
 from dmae_ds.report.theme import light, plain_text
 
@@ -56,7 +57,8 @@ def _draw_panel(axes: Axes, settings: list[Setting], column: Column, *, heading:
     axes.grid(axis="x", color=light("--line"), linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("top-1, %", fontsize=8, color=light("--soft"))
+    score = headline_score(column.metric)
+    axes.set_xlabel(f"{score.title}, {score.unit}", fontsize=8, color=light("--soft"))
 
 
 def _colour(setting: Setting) -> str:

@@ -20,7 +20,8 @@ from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.distributed.device import device_name
-from dmae_ds.evaluate.results import append_result
+from dmae_ds.evaluate.results import MeasuredOn, append_result, make_result
+from dmae_ds.evaluate.subsets import ALL
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.augment import normalized
 from dmae_ds.objectives.classifier import Classifier
@@ -96,20 +97,24 @@ class FinalAccuracy:
                 "img_size": self.classifier.numbers["img_size"],
                 "precision": self.ranks.mixed_precision,
             }
-            append_result(
-                self.run_dir,
-                {
-                    **said,
-                    "metric": "finetune" if begun else "supervised",
-                    "labels": "all",
-                    "subset_seed": None,
-                    "settings": settings,
-                    "num_train": self.train.num_samples,
-                    "seconds": seconds,
-                    "device": device_name(device),
-                    "world_size": self.ranks.num_processes,
-                },
+            measured_on = MeasuredOn(
+                labels=ALL,
+                subset_seed=None,
+                step=step,
+                num_train=self.train.num_samples,
+                num_val=val.num_samples,
+                data=self.train.fingerprint,
+                device=device_name(device),
+                world_size=self.ranks.num_processes,
             )
+            result = make_result(
+                measured_on,
+                metric="finetune" if begun else "supervised",
+                scores={"top1": top1, "top5": top5},
+                settings=settings,
+                seconds=seconds,
+            )
+            append_result(self.run_dir, result)
         self.metric_logger.note(found, seconds=seconds)
 
     def _metadata(self, step: int) -> dict[str, str]:

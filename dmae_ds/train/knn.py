@@ -20,11 +20,11 @@ from dmae_ds.distributed import collectives
 from dmae_ds.distributed.device import device_name
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed, UserError
-from dmae_ds.evaluate.features import build_timm, extract_features
-from dmae_ds.evaluate.frozen import FrozenFeatures, settings_of, write_result
+from dmae_ds.evaluate.features import FeatureOptions, build_timm, extract_features
+from dmae_ds.evaluate.frozen import FrozenFeatures, settings_of
 from dmae_ds.evaluate.knn import classify
+from dmae_ds.evaluate.results import MeasuredOn, append_result, make_result
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
-from dmae_ds.models.patches import Normalize
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.metrics import MetricLogger
 
@@ -110,9 +110,14 @@ class KnnDuringTraining:
                 "temperature": self.config.knn_temperature,
                 **settings_of(self.ranks, pool=self.config.knn_pool),
             }
-            write_result(
-                self.run_dir, frozen.about, metric="knn", top1=top1, top5=top5, settings=settings, since=start
+            result = make_result(
+                frozen.measured_on,
+                metric="knn",
+                scores={"top1": top1, "top5": top5},
+                settings=settings,
+                seconds=round(time.monotonic() - start, 3),
             )
+            append_result(self.run_dir, result)
         found = {"knn/top1": top1} if top5 is None else {"knn/top1": top1, "knn/top5": top5}
         self.metric_logger.note(found, seconds=time.monotonic() - start)
 
@@ -126,7 +131,7 @@ class KnnDuringTraining:
         }
         student.load_state_dict(weights, strict=True)
         student.eval().to(self.ranks.device)
-        normalize = Normalize(self.data.mean, self.data.std).to(self.ranks.device)
+        options = FeatureOptions.of(self.data, pool=self.config.knn_pool, batch_size=self.config.batch_size)
         found = []
         for shard_set, subset in zip(
             self.sets, (None if self.config.knn_labels == ALL else self.ids, None), strict=True
@@ -134,26 +139,22 @@ class KnnDuringTraining:
             found += extract_features(
                 student,
                 shard_set,
-                accelerator=self.ranks,
-                normalize=normalize,
-                crop_pct=self.data.crop_pct,
-                pool=self.config.knn_pool,
-                batch_size=self.config.batch_size,
-                num_workers=self.data.num_workers,
+                options,
+                processes=self.ranks,
                 title=None,
                 subset=subset,
             )
-        about = {
-            "labels": self.config.knn_labels,
-            "subset_seed": self.seed,
-            "step": step,
-            "num_train": len(self.ids),
-            "num_val": self.sets[1].num_samples,
-            "data": self.sets[0].fingerprint,
-            "device": device_name(self.ranks.device),
-            "world_size": self.ranks.num_processes,
-        }
-        return FrozenFeatures(*found, len(self.sets[0].classes), about)
+        measured_on = MeasuredOn(
+            labels=self.config.knn_labels,
+            subset_seed=self.seed,
+            step=step,
+            num_train=len(self.ids),
+            num_val=self.sets[1].num_samples,
+            data=self.sets[0].fingerprint,
+            device=device_name(self.ranks.device),
+            world_size=self.ranks.num_processes,
+        )
+        return FrozenFeatures(*found, len(self.sets[0].classes), measured_on)
 
 
 def is_due(step: int, *, every: float, steps_per_epoch: float, num_steps: int) -> bool:

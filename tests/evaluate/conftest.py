@@ -148,8 +148,7 @@ def knn_result(top1, *, step=STEP, k=20, labels="all", subset_seed=None):
     """A line of RUN/results.jsonl, as `eval knn` writes it."""
     return {
         "metric": "knn",
-        "top1": top1,
-        "top5": None,
+        "scores": {"top1": top1},
         "labels": labels,
         "subset_seed": subset_seed,
         "settings": {"k": k, "temperature": 0.07, "pool": "mean"},

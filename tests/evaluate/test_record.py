@@ -162,7 +162,7 @@ def test_other_results_are_facts_too(run):
     append_result(run, knn_result(71.25))
     record = read_record(run)
     facts = list_facts(record, *build_objective(record.config))
-    assert facts["k-NN top-1"].text == "71.2%" and facts["fine-tuning top-1, 10% of the labels"] == (
+    assert facts["k-NN top-1"].text == "71.2%" and facts["fine-tuned top-1, 10% of the labels"] == (
         "50.0%",
         "recipe mae, epochs 100; step 30",
     )

@@ -1,16 +1,30 @@
-"""RUN/results.jsonl: what is written is read back, the newest counts, and nothing half or wrong gets in."""
+"""RUN/results.jsonl: what is written is read back, the newest counts, and nothing incomplete or wrong gets in."""
 
 import json
 import threading
 
 import pytest
 
-from dmae_ds.errors import UserError
-from dmae_ds.evaluate.results import FIELDS, append_result, read_history, read_results
+from dmae_ds.evaluate.results import (
+    FIELDS,
+    METRICS,
+    MeasuredOn,
+    append_result,
+    headline,
+    headline_score,
+    make_result,
+    read_history,
+    read_results,
+)
 from tests.evaluate.conftest import knn_result
+from tests.messages import refused
 
 
-def test_the_newest_of_each_kind_counts_and_the_history_keeps_a_line_a_step(tmp_path):
+def top1(results):
+    return [result["scores"]["top1"] for result in results]
+
+
+def test_the_newest_of_each_kind_counts_and_the_history_keeps_a_line_per_step(tmp_path):
     assert read_results(tmp_path) == read_history(tmp_path) == []
     lines = [
         knn_result(20.0, step=10),
@@ -22,69 +36,106 @@ def test_the_newest_of_each_kind_counts_and_the_history_keeps_a_line_a_step(tmp_
     ]
     for line in lines:
         append_result(tmp_path, line)
-    assert [result["top1"] for result in read_results(tmp_path)] == [
-        31.0,
-        29.0,
-        28.0,
-        25.0,
-    ]  # the newest last
-    assert [(result["step"], result["top1"]) for result in read_history(tmp_path)] == [
-        (10, 25.0),
-        (20, 30.0),
-        (20, 31.0),
-        (20, 29.0),
-        (20, 28.0),
-    ]
+    results, history = read_results(tmp_path), read_history(tmp_path)
+    assert top1(results) == [31.0, 29.0, 28.0, 25.0]  # the newest last
+    assert [result["step"] for result in history] == [10, 20, 20, 20, 20]
+    assert top1(history) == [25.0, 30.0, 31.0, 29.0, 28.0]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
-    (first, *_), when = read_results(tmp_path), "2026-01-02T03:04:05+00:00"
-    assert (
-        {name: first[name] for name in lines[2]} == lines[2]
-        and first["when"].endswith("+00:00")
-        and list(first) == list(FIELDS)
+    assert {name: results[0][name] for name in lines[2]} == lines[2]
+    assert results[0]["when"].endswith("+00:00") and list(results[0]) == list(FIELDS)
+    append_result(tmp_path, {**lines[0], "when": "2026-01-02T03:04:05+00:00"})
+    assert read_results(tmp_path)[-1]["when"] == "2026-01-02T03:04:05+00:00"
+
+
+def test_a_result_is_put_together_from_what_it_was_measured_on():
+    expected = knn_result(20.0)
+    fields = {name: expected[name] for name in MeasuredOn.__dataclass_fields__}
+    made = make_result(
+        MeasuredOn(**fields),
+        metric="knn",
+        scores={"top1": 20.0, "top5": None},
+        settings=expected["settings"],
+        seconds=expected["seconds"],
     )
-    append_result(tmp_path, {**lines[0], "when": when})
-    assert read_results(tmp_path)[-1]["when"] == when
+    assert made == expected
+
+
+def test_every_metric_has_a_headline_with_a_title_and_a_unit():
+    for name, metric in METRICS.items():
+        assert metric.headline in metric.scores and metric.title and headline_score(name).title
+    assert (
+        headline_score("knn").format(71.25) == "71.2%" and headline_score("knn").format(71.25, 2) == "71.25%"
+    )
+
+
+def old_line(top1, top5, *, step):
+    """A line of results.jsonl as earlier versions wrote it."""
+    line = {**knn_result(0.0, step=step), "when": "2026-01-01T00:00:00+00:00"}
+    del line["scores"]
+    return {"metric": line.pop("metric"), "top1": top1, "top5": top5, **line}
+
+
+def test_lines_of_earlier_versions_are_read_and_stay_when_lines_are_added(tmp_path):
+    old = [old_line(20.0, None, step=10), old_line(30.0, 90.0, step=20)]
+    text = "".join(json.dumps(line) + "\n" for line in old)
+    (tmp_path / "results.jsonl").write_text(text)
+    assert [result["scores"] for result in read_history(tmp_path)] == [
+        {"top1": 20.0},
+        {"top1": 30.0, "top5": 90.0},
+    ]
+    assert set(read_results(tmp_path)[0]) == set(FIELDS) and headline(read_results(tmp_path)[0]) == 30.0
+    append_result(tmp_path, {**knn_result(40.0, step=30), "scores": {"top1": 40.0, "top5": 95.0}})
+    assert (tmp_path / "results.jsonl").read_text().startswith(text)
+    assert top1(read_history(tmp_path)) == [20.0, 30.0, 40.0]
+    assert top1(read_results(tmp_path)) == [40.0]  # an old and a new line of one evaluation are one kind
+    (tmp_path / "results.jsonl").write_text(text + json.dumps(old_line(None, None, step=30)) + "\n")
+    with refused("line 3", "top1"):
+        read_results(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, words",
     [
-        ({"metric": "guess"}, "metric is 'guess'"),
-        ({"top1": 101}, "top1 is 101"),
-        ({"top1": float("nan")}, "top1 is nan"),
-        ({"top1": None}, "top1 is None"),
-        ({"top5": -1}, "top5 is -1"),
-        ({"labels": "few"}, "labels 'few'"),
-        ({"labels": "10%"}, "subset_seed is None"),
-        ({"subset_seed": 3}, "subset seed 3"),
-        ({"settings": {"k": [1]}}, "settings.k"),
-        ({"step": 1.5}, "step is 1.5"),
-        ({"step": True}, "step is True"),
-        ({"seconds": float("inf")}, "seconds is inf"),
-        ({"extra": 1}, "expected the fields"),
+        ({"metric": "guess"}, ("'guess'", *METRICS)),
+        ({"scores": {"top1": 101}}, ("top1", 101)),
+        ({"scores": {"top1": float("nan")}}, ("top1", "nan")),
+        ({"scores": {"top1": None}}, ("top1", "None")),
+        ({"scores": {"top1": True}}, ("top1", "True")),
+        ({"scores": {"top1": 50.0, "top5": -1}}, ("top5", "-1")),
+        ({"scores": {"top5": 90.0}}, ("top5", "top1")),
+        ({"scores": {}}, ("top1", "top5")),
+        ({"scores": {"top1": 50.0, "miou": 40.0}}, ("miou", "top1", "top5")),
+        ({"scores": 50.0}, ("scores", 50.0)),
+        ({"labels": "few"}, ("labels", "'few'")),
+        ({"labels": "10%"}, ("subset_seed", "None")),
+        ({"subset_seed": 3}, ("subset seed", 3)),
+        ({"settings": {"k": [1]}}, ("settings.k", "[1]")),
+        ({"step": 1.5}, ("step", 1.5)),
+        ({"step": True}, ("step", "True")),
+        ({"seconds": float("inf")}, ("seconds", "inf")),
+        ({"top1": 20.0}, ("top1", *FIELDS)),
     ],
 )
-def test_what_is_no_result_is_not_written(tmp_path, change, message):
+def test_what_is_not_a_result_is_not_written(tmp_path, change, words):
     append_result(tmp_path, knn_result(20.0))
     before = (tmp_path / "results.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=message):
+    with refused(*words, error=ValueError):
         append_result(tmp_path, {**knn_result(20.0), **change})
     result = knn_result(20.0)
     del result["data"]
-    with pytest.raises(ValueError, match="expected the fields"):
+    with refused("data", error=ValueError):
         append_result(tmp_path, result)
     assert (tmp_path / "results.jsonl").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_damaged_line_is_named(tmp_path):
     append_result(tmp_path, knn_result(20.0))
-    for broken in ('{"metric": "knn"', "[]", json.dumps({**read_results(tmp_path)[0], "top1": 200})):
-        (tmp_path / "results.jsonl").write_text(
-            (tmp_path / "results.jsonl").read_text().splitlines()[0] + "\n" + broken + "\n"
-        )
-        with pytest.raises(UserError, match="line 2 is no result") as error:
+    whole = (tmp_path / "results.jsonl").read_text()
+    wrong = {**read_results(tmp_path)[0], "scores": {"top1": 200}}
+    for broken in ('{"metric": "knn"', "[]", json.dumps(wrong)):
+        (tmp_path / "results.jsonl").write_text(whole + broken + "\n")
+        with refused("line 2", tmp_path):
             read_results(tmp_path)
-        assert "\n" not in str(error.value)
 
 
 def test_evaluations_that_end_together_lose_no_line(tmp_path):

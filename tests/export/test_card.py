@@ -78,8 +78,7 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
         run,
         {
             "metric": "knn",
-            "top1": 71.25,
-            "top5": None,
+            "scores": {"top1": 71.25},
             "labels": "10%",
             "subset_seed": 3,
             "settings": {"k": 20},
@@ -98,7 +97,7 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
     assert (
         stored["data"]["fingerprint"] == "f" * 64
         and stored["step"] == 1234
-        and stored["metrics"][0]["top1"] == 71.25
+        and stored["metrics"][0]["scores"] == {"top1": 71.25}
     )
     assert stored["config"] == read_saved_config(run).model_dump(mode="json") and set(stored["versions"]) >= {
         "torch",
@@ -121,7 +120,7 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
     }
     assert (
         "| teacher's licence | cc-by-nc-4.0 (teacher.license of the recipe) |" in text
-        and "| knn | 10%, seed 3 | 71.25% | k 20 | 1234 | cpu |" in text
+        and "| knn | 10%, seed 3 | top-1 71.25% | k 20 | 1234 | cpu |" in text
     )
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from dmae_ds.finetune.run import evaluate
+from tests.evaluate.conftest import on_the_cpu, run, shards
+
+__all__ = ["on_the_cpu", "run", "shards"]  # fixtures
 
 # Two epochs of three steps on 20 pictures; everything random is on.
 QUICK = [
@@ -14,6 +20,15 @@ QUICK = [
     "drop_path=0.3",
 ]
 PLAIN = ["augment.rand_augment=null", "augment.erase=0", "augment.mixup=0", "augment.cutmix=0", "drop_path=0"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Equal sums in every run: a test's threads do not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def finetune(weights, *overrides, recipe="finetune_mae", **options):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dmae_ds.evaluate.results import read_results
 from tests.finetune.conftest import PLAIN, QUICK, finetune
-from tests.finetune.test_run import assert_same_outcome  # noqa: F401: a fixture
+from tests.finetune.test_run import assert_same_outcome
 from tests.train.conftest import LIMIT_S, environment, free_port
 
 LONGER = ["optim.epochs=12"]  # thirty steps, saved every two or three
@@ -100,5 +100,5 @@ def test_fine_tuning_a_digits_student_beats_its_neighbours(digits, tmp_path):
             capture_output=True,
             timeout=LIMIT_S,
         )
-    top1 = {result["metric"]: result["top1"] for result in read_results(run)}
+    top1 = {result["metric"]: result["scores"]["top1"] for result in read_results(run)}
     assert top1["finetune"] > top1["knn"] + 5

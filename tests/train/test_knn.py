@@ -76,11 +76,11 @@ def test_the_numbers_are_those_of_eval_knn_and_stand_in_both_files(two_runs, cap
         row["step"]: row for row in map(json.loads, (two_runs[0] / "metrics.jsonl").read_text().splitlines())
     }
     history = read_history(two_runs[0])
-    assert [(result["step"], result["top1"], result["top5"]) for result in history] == [
+    assert [(result["step"], result["scores"]["top1"], result["scores"]["top5"]) for result in history] == [
         (step, rows[step]["knn/top1"], rows[step]["knn/top5"]) for step in (8, 16, 20)
     ]
     assert (
-        len({result["top1"] for result in history}) > 1
+        len({result["scores"]["top1"] for result in history}) > 1
         and (two_runs[0] / "subsets" / "10%-seed0.txt").is_file()
     )
     (again,) = evaluate_run(two_runs[0], ks=[5], labels="10%", cache_gib=0)
@@ -130,7 +130,7 @@ def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
         "steps_per_epoch": 1.0,
         "num_steps": 3,
         "ranks": knn.TrainingRanks(World(), torch.device("cpu"), precision="fp32"),
-        "recorder": type("", (), {"flush": lambda self: flushed.append(1)})(),
+        "metric_logger": type("", (), {"flush": lambda self: flushed.append(1)})(),
     }
     monkeypatch.setattr(knn.KnnDuringTraining, "_embed", lambda self, step: broken)
     with pytest.raises(RunFailed, match="k-NN at step 2: the student's features are not finite") as error:
@@ -159,7 +159,7 @@ def test_two_ranks_with_sharded_weights_and_a_streamed_teacher_do_not_notice_it_
 
     (alone,) = evaluate_run(tmp_path / "with", ks=[5], cache_gib=0)
     assert (
-        alone["top1"] == pytest.approx(history[-1]["top1"], abs=0.26)
+        alone["scores"]["top1"] == pytest.approx(history[-1]["scores"]["top1"], abs=0.26)
         and alone["settings"] == history[-1]["settings"]
     )  # one picture of 397
     assert [result["settings"]["precision"] for result in read_history(tmp_path / "bf16")] == ["bf16"] * 3
