@@ -1,11 +1,11 @@
-"""What a checkpoint costs: bytes and seconds of a save, against the bytes that must be kept and a plain write of as many.
+"""Bytes and seconds of a checkpoint, against the bytes that must be kept and a plain write of as many.
 
     deepspeed --num_gpus 2 --module dmae_ds bench save RECIPE [key=value] [--steps 3] [--rounds 5] [--folder F]
 
-The recipe gives the trained networks, the DeepSpeed file, the micro-batch and how often is saved; weights, pixels and the
-teacher's features are random, and no teacher computes, so a real step is longer and the share of saving smaller. Steps,
-saves and plain writes (every rank its part of the bytes at the same time, to the disk) take turns. Seconds belong to
-one disk; ratios and bytes are what to look at.
+The recipe gives the trained networks, the DeepSpeed file, the micro-batch and how often a run saves; weights, pixels and
+the teacher's features are random, and no teacher computes, so a real step is longer and the share of saving smaller.
+Steps, saves and plain writes (all ranks write their part of the bytes at the same time, to the disk) take turns. Seconds
+belong to one disk; ratios and bytes are what to look at.
 """
 
 from __future__ import annotations
@@ -14,141 +14,190 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
+from torch import Tensor
 
-from dmae_ds.bench.stream import MIB, random_batches, settle
-from dmae_ds.config.batch import split_recipe
+from dmae_ds.bench.random_batch import random_batches
+from dmae_ds.config.batch import BatchSplit, split_recipe
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
-from dmae_ds.config.run import RunConfig
+from dmae_ds.config.run import CheckpointConfig, RunConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
+from dmae_ds.models.masking import PatchBatch
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
+from dmae_ds.output.units import MIB
 from dmae_ds.train.checkpoint.folder import CheckpointFolder, bytes_in
 from dmae_ds.train.checkpoint.save import PLAIN, Checkpoints
 from dmae_ds.train.ema import EmaTeacher
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.optim import build_optimizer
+from dmae_ds.train.speed import wait_for
 
-KEPT = 12  # bytes a parameter: the weight and AdamW's two moments in fp32
+STATE_BYTES = 12  # a parameter: the weight and AdamW's two moments in fp32
+PLAIN_BYTES = 4  # the plain files hold the weight once more
+
+
+@dataclass
+class _Run:
+    """What saves: an engine with its checkpoints, and batches to step on."""
+
+    engine: Engine
+    checkpoints: Checkpoints
+    ema: EmaTeacher | None
+    batches: list[PatchBatch]
+    features: dict[str, Tensor]
+    split: BatchSplit
+    num_parameters: int
+    device: torch.device
+
+    def take_steps(self, count: int) -> None:
+        for number in range(count * self.split.accumulation):
+            batch = self.batches[number % len(self.batches)]
+            features = self.features if self.ema is None else self.features | self.ema.features(batch)
+            self.engine.train_micro_batch(batch, features)
+        if self.ema is not None:
+            self.ema.update(self.engine, 0.99)
+        wait_for(self.device)
+
+    def saved_bytes(self) -> tuple[int, int]:
+        """Bytes in DeepSpeed's files of the newest checkpoint, and in the plain ones."""
+        folder = self.checkpoints.folder
+        plain = [folder.run_dir / f"{name}.safetensors" for name in PLAIN]
+        return bytes_in(folder.latest()), sum(path.stat().st_size for path in plain)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Medians of the rounds in seconds, and bytes."""
+
+    step_s: float
+    save_s: float
+    write_s: float
+    deepspeed_bytes: int
+    plain_bytes: int
 
 
 def bench_save(config: RunConfig, world: World, *, steps: int, rounds: int, folder: Path | None) -> str:
     """Measure and return the text, to print on rank 0. Collective; the process group is made here.
 
-    steps: optimiser steps in a round; folder: where to write, on the disk that is meant (default: a temporary folder), and nothing stays there
-    Raises UserError for a recipe that can't be.
+    steps: optimiser steps in a round
+    folder: a folder on the disk that is to be measured, in which nothing stays; None: the system's temporary one
+    Raises UserError for a recipe that can't be built.
     """
     with (
         process_group.joined(world, timeout_s=config.dist.timeout_s) as device,
-        tempfile.TemporaryDirectory(dir=folder) as mine,
+        tempfile.TemporaryDirectory(dir=folder) as temporary,
     ):
-        run_dir = Path(collectives.broadcast_from_main(mine))
-        check_precision(config.precision, device)
-        micro_batch, accumulation = split_recipe(config, world.size)
-        deepspeed = load_deepspeed(
-            config.deepspeed,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            world_size=world.size,
-            clip_grad=config.optim.clip_grad,
-            precision=config.precision,
-        )
-        objective, shape = build_objective(config)
-        if any(not tap.startswith("block/") for tap in objective.taps):
-            raise UserError(
-                f"bench save makes up the features of encoder blocks alone, and the objective taps {', '.join(objective.taps)}; take a recipe of another objective"
-            )
-        ema = (
-            None
-            if objective.ema is None
-            else EmaTeacher(objective, precision=config.precision, device=device)
-        )
-        objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
-        num_parameters = sum(parameter.numel() for parameter in objective.parameters())
-        batches = list(
-            random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device)
-        )
-        sees = (
-            objective.num_visible
-            if config.teacher is None or config.teacher.sees == "visible"
-            else objective.student.num_patches
-        )
-        features = {
-            tap: torch.randn(micro_batch, 1 + sees, shape.embed_dim, device=device) for tap in objective.taps
-        }
-        engine = Engine(objective, build_optimizer(objective, config.optim), deepspeed, device)
-        identity = {
-            "world_size": world.size,
-            "zero_stage": zero_stage(deepspeed),
-            "precision": config.precision,
-            "global_batch": config.optim.global_batch,
-        }
-        checkpoints = Checkpoints(
-            CheckpointFolder(run_dir),
-            config.checkpoint.model_copy(update={"keep": 1}),
-            identity=identity,
-            student_metadata={"format": "pt"},
-            ema=ema,
-        )
-        engine.set_lr(1e-5)
+        run_dir = Path(collectives.broadcast_from_main(temporary))
+        run = _build(config, world, run_dir, device)
+        result = _measure(run, world, steps=steps, rounds=rounds)
+        collectives.barrier()  # before the folder is removed
+    micro_batch, accumulation = run.split
+    title = (
+        f"{config.student.name}, {run.num_parameters / 1e6:.1f} M trained parameters, {config.deepspeed}, "
+        f"{config.precision}; {world.size} ranks x {micro_batch} x {accumulation} images; {device.type}; "
+        f"median of {rounds} rounds"
+    )
+    return "\n".join([title, "", *_report(config, result, run.num_parameters)])
 
-        def step() -> None:
-            for number in range(steps * accumulation):
-                masked = batches[number % len(batches)]
-                engine.train_micro_batch(masked, features if ema is None else features | ema.features(masked))
-            if ema is not None:
-                ema.update(engine, 0.99)
-            settle()
 
-        step()  # lets everybody allocate, and makes the moments
-        times: dict[str, list[float]] = {"step": [], "save": [], "write": []}
-        for number in range(1, rounds + 1):
-            times["step"].append(_time(step) / steps)
-            times["save"].append(_time(lambda: checkpoints.save(engine, step=number, position=number)))
-            saved = {
-                "parts": bytes_in(checkpoints.folder.latest()),
-                "plain files": sum((run_dir / f"{name}.safetensors").stat().st_size for name in PLAIN),
-            }
-            share = sum(saved.values()) // world.size
-            times["write"].append(_time(lambda: _write(run_dir / f"write-{world.rank}", share)))
-        collectives.barrier()  # before the folder goes
-    step_s, save_s, write_s = (statistics.median(times[name]) for name in ("step", "save", "write"))
-    total, kept = (
-        sum(saved.values()),
-        (KEPT + 4) * num_parameters,
-    )  # the plain files hold the weights once more
-    alone = "" if config.teacher is None else " without its teacher"
-    lines = [
-        f"{config.student.name}, {num_parameters / 1e6:.1f} M trained parameters, {config.deepspeed}, {config.precision}; {world.size} ranks x {micro_batch} x {accumulation} images; "
-        f"{device.type}; median of {rounds} rounds",
-        "",
-        f"bytes   {total / MIB:.1f} MiB = {saved['parts'] / MIB:.1f} in DeepSpeed's files + {saved['plain files'] / MIB:.1f} in the plain ones; "
-        f"{total / kept:.3f} of the {kept / MIB:.1f} that must be kept (weights and two moments in fp32, and the weights as plain files)",
-        f"seconds {save_s:.3f} a save, {write_s:.3f} for a plain write of as many bytes by the same ranks: {save_s / write_s:.2f}",
-        f"share   a step takes {step_s:.3f} s{alone}, so a save is {save_s / step_s:.2f} steps; {_share(config, step_s, save_s)}",
+def _build(config: RunConfig, world: World, run_dir: Path, device: torch.device) -> _Run:
+    check_precision(config.precision, device)
+    split = split_recipe(config, world.size)
+    deepspeed = load_deepspeed(
+        config.deepspeed,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        world_size=world.size,
+        clip_grad=config.optim.clip_grad,
+        precision=config.precision,
+    )
+    objective, shape = build_objective(config)
+    if any(not tap.startswith("block/") for tap in objective.taps):
+        raise UserError(
+            f"bench save makes random features of encoder blocks only, but the objective taps "
+            f"{', '.join(objective.taps)}; use a recipe of another objective"
+        )
+    ema = None
+    if objective.ema is not None:
+        ema = EmaTeacher(objective, precision=config.precision, device=device)
+    objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
+    num_parameters = sum(parameter.numel() for parameter in objective.parameters())
+    batches = random_batches(objective, config, micro_batch=split.micro_batch, rank=world.rank, device=device)
+    sees_all = config.teacher is not None and config.teacher.sees == "all"
+    num_patches = objective.student.num_patches if sees_all else objective.num_visible
+    features = {
+        tap: torch.randn(split.micro_batch, 1 + num_patches, shape.embed_dim, device=device)
+        for tap in objective.taps
+    }
+    engine = Engine(objective, build_optimizer(objective, config.optim), deepspeed, device)
+    engine.set_lr(1e-5)
+    identity = {
+        "world_size": world.size,
+        "zero_stage": zero_stage(deepspeed),
+        "precision": config.precision,
+        "global_batch": config.optim.global_batch,
+    }
+    checkpoints = Checkpoints(
+        CheckpointFolder(run_dir),
+        config.checkpoint.model_copy(update={"keep": 1}),
+        identity=identity,
+        student_metadata={"format": "pt"},
+        ema=ema,
+    )
+    return _Run(engine, checkpoints, ema, batches, features, split, num_parameters, device)
+
+
+def _measure(run: _Run, world: World, *, steps: int, rounds: int) -> _Result:
+    run.take_steps(steps)  # allocates, and makes the moments
+    times: dict[str, list[float]] = {"step": [], "save": [], "write": []}
+    path = run.checkpoints.folder.run_dir / f"write-{world.rank}"
+    for number in range(1, rounds + 1):
+        times["step"].append(_time(lambda: run.take_steps(steps)) / steps)
+        times["save"].append(
+            _time(lambda number=number: run.checkpoints.save(run.engine, step=number, position=number))
+        )
+        saved = run.saved_bytes()
+        share = sum(saved) // world.size
+        times["write"].append(_time(lambda share=share: _write(path, share)))
+    medians = (statistics.median(times[name]) for name in ("step", "save", "write"))
+    return _Result(*medians, *saved)
+
+
+def _report(config: RunConfig, result: _Result, num_parameters: int) -> list[str]:
+    total = result.deepspeed_bytes + result.plain_bytes
+    needed = (STATE_BYTES + PLAIN_BYTES) * num_parameters
+    without = "" if config.teacher is None else " without its teacher"
+    return [
+        f"bytes   {total / MIB:.1f} MiB = {result.deepspeed_bytes / MIB:.1f} in DeepSpeed's files + "
+        f"{result.plain_bytes / MIB:.1f} in the plain ones; {total / needed:.3f} of the {needed / MIB:.1f} that must be "
+        "kept (weights and two moments in fp32, and the weights as plain files)",
+        f"seconds {result.save_s:.3f} a save, {result.write_s:.3f} for a plain write of as many bytes by the same ranks: "
+        f"{result.save_s / result.write_s:.2f}",
+        f"share   a step takes {result.step_s:.3f} s{without}, so a save is {result.save_s / result.step_s:.2f} steps; "
+        f"{_share_of_run(config.checkpoint, result)}",
     ]
-    return "\n".join(lines)
 
 
-def _share(config: RunConfig, step_s: float, save_s: float) -> str:
-    said = []
-    if config.checkpoint.every_minutes is not None:
-        said.append(
-            f"every {config.checkpoint.every_minutes:g} minutes that is {save_s / (save_s + 60 * config.checkpoint.every_minutes):.3%} of a run's time"
-        )
-    if config.checkpoint.every_steps is not None:
-        said.append(
-            f"every {config.checkpoint.every_steps} steps that is {save_s / (save_s + config.checkpoint.every_steps * step_s):.3%} of a run's time"
-        )
-    return ", ".join(said) or "the recipe saves only at its end"
+def _share_of_run(checkpoint: CheckpointConfig, result: _Result) -> str:
+    shares = []
+    if checkpoint.every_minutes is not None:
+        share = result.save_s / (result.save_s + 60 * checkpoint.every_minutes)
+        shares.append(f"every {checkpoint.every_minutes:g} minutes that is {share:.3%} of a run's time")
+    if checkpoint.every_steps is not None:
+        share = result.save_s / (result.save_s + checkpoint.every_steps * result.step_s)
+        shares.append(f"every {checkpoint.every_steps} steps that is {share:.3%} of a run's time")
+    return ", ".join(shares) or "the recipe saves only at its end"
 
 
-def _time(action: Callable[[], None]) -> float:
+def _time(action: Callable[[], object]) -> float:
+    """Seconds until all ranks have done it."""
     collectives.barrier()
     since = time.perf_counter()
     action()
@@ -157,7 +206,8 @@ def _time(action: Callable[[], None]) -> float:
 
 
 def _write(path: Path, size: int) -> None:
-    block = os.urandom(1 << 20)
+    """Write so many bytes to the disk, and remove them again."""
+    block = os.urandom(MIB)
     with open(path, "wb", buffering=0) as file:
         for start in range(0, size, len(block)):
             file.write(block[: size - start])

@@ -8,7 +8,8 @@ from typing import Iterator
 
 import torch
 
-from dmae_ds.bench.stream import random_batch, random_teacher, random_top, resized_view
+from dmae_ds.bench.random_batch import random_batch
+from dmae_ds.bench.random_teacher import random_teacher, random_teacher_view, random_top
 from dmae_ds.config.batch import split_recipe
 from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
 from dmae_ds.config.run import RunConfig
@@ -137,7 +138,7 @@ def _random_teacher(
         vit,
         objective.taps,
         None,
-        view=resized_view(config, device),
+        view=random_teacher_view(config, device),
         sees=config.teacher.sees,
         top=random_top(config, objective, device=device),
     )
