@@ -130,10 +130,10 @@ def _build(config: RunConfig, world: World, run_dir: Path, device: torch.device)
     objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
     num_parameters = sum(parameter.numel() for parameter in objective.parameters())
     batches = random_batches(objective, config, micro_batch=split.micro_batch, rank=world.rank, device=device)
-    sees_all = config.teacher is not None and config.teacher.sees == "all"
-    num_patches = objective.student.num_patches if sees_all else objective.num_visible
+    # What the student compares itself with: CLS and its own visible patches, whatever the teacher sees.
+    num_images, num_visible = batches[0].ids_keep.shape
     features = {
-        tap: torch.randn(split.micro_batch, 1 + num_patches, shape.embed_dim, device=device)
+        tap: torch.randn(num_images, 1 + num_visible, shape.embed_dim, device=device)
         for tap in objective.taps
     }
     engine = Engine(objective, build_optimizer(objective, config.optim), deepspeed, device)
