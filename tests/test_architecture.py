@@ -176,17 +176,21 @@ def test_what_a_recipe_is_checked_with_is_imported_without_torch():
     assert done.returncode == 0, done.stderr
 
 
+SCHEMA_MODULES = [
+    "dmae_ds.config.evaluation",
+    "dmae_ds.config.objective_base",
+    "dmae_ds.config.objectives",
+    "dmae_ds.config.run",
+]
+
+
 def schema_classes() -> set[type[Section]]:
     classes, todo = set(), [Section]
     while todo:
         children = todo.pop().__subclasses__()
         classes |= set(children)
         todo += children
-    return {
-        cls
-        for cls in classes
-        if cls.__module__ in (run_schemas.__name__, objective_schemas.__name__, evaluation_schemas.__name__)
-    }
+    return {cls for cls in classes if cls.__module__ in SCHEMA_MODULES}
 
 
 def test_every_config_field_is_read_somewhere():
@@ -235,15 +239,19 @@ def test_the_tables_are_the_schemas():
     assert set(GLOBAL_POOLS) == choices(evaluation_schemas.ClassifierConfig, "pool")
 
 
-# Rooms that wire what an objective declares (objectives/base.py).
-WIRE = ("train", "data", "teacher", "models", "plan", "bench")
+# Every room but the objectives' own and their schemas' wires or shows what an objective declares (objectives/base.py).
+# Exempt are two files about papers: the rows of published tables name the methods that they are about.
+NAME_NO_OBJECTIVE = [
+    path
+    for path in SOURCES
+    if path.parts[-2] not in ("objectives", "config")
+    and name_of(path) not in ("dmae_ds/report/published.py", "dmae_ds/report/results_page.py")
+]
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in SOURCES if path.relative_to(REPOSITORY).parts[1] in WIRE], ids=name_of
-)
-def test_those_who_wire_an_objective_name_none(path):
-    """Neither in a string, nor as an identifier, nor by importing its file. Plain MAE is exempt: a format of teachers, and bench step's yardstick."""
+@pytest.mark.parametrize("path", NAME_NO_OBJECTIVE, ids=name_of)
+def test_no_room_names_an_objective(path):
+    """No name in a string, as an identifier or in an import. Plain MAE is exempt: it is a teacher format and bench step's baseline."""
     from dmae_ds.objectives import OBJECTIVES
 
     names = set(OBJECTIVES) - {"mae"}
@@ -257,17 +265,46 @@ def test_those_who_wire_an_objective_name_none(path):
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
-            assert node.value not in names and not in_text & set(
-                re.findall(r"[a-z0-9_]+", node.value.lower())
-            ), f"{name_of(path)} says {node.value!r}"
+            words = set(re.findall(r"[a-z0-9_]+", node.value.lower()))
+            assert node.value not in names and not in_text & words, f"{name_of(path)}: {node.value!r}"
         for field in ("id", "attr", "name", "arg"):
-            found = getattr(node, field, None)
-            assert not isinstance(found, str) or found.lower().replace("_", "") not in identifiers, (
-                f"{name_of(path)} names {found}"
-            )
+            identifier = getattr(node, field, None)
+            if isinstance(identifier, str):
+                assert identifier.lower().replace("_", "") not in identifiers, (
+                    f"{name_of(path)}: {identifier}"
+                )
     files = {objective.__module__ for name, objective in OBJECTIVES.items() if name != "mae"}
     imported = {name.rpartition(".")[0] for name in imports_of(path)} & files
     assert not imported, f"{name_of(path)} imports {imported}"
+
+
+@pytest.fixture(scope="module")
+def shared_by_all_objectives() -> set[str]:
+    """Attributes of every objective and of every objective's section of a recipe."""
+    import torch
+
+    from dmae_ds.models.vit import build_student
+    from dmae_ds.objectives.base import Objective
+
+    network = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    student = build_student("vit_tiny_patch16_224", network, generator=torch.Generator())
+    return set(dir(Objective(student))) | set(dir(objective_schemas.ObjectiveSection)) | {"name"}
+
+
+@pytest.mark.parametrize("path", NAME_NO_OBJECTIVE, ids=name_of)
+def test_rooms_read_of_an_objective_only_what_every_objective_has(path, shared_by_all_objectives):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and is_objective(node.value):
+            assert node.attr in shared_by_all_objectives, f"{name_of(path)}: objective.{node.attr}"
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("getattr", "hasattr"):
+            field = node.args[1].value if isinstance(node.args[1], ast.Constant) else "a computed field"
+            assert not is_objective(node.args[0]) or field in shared_by_all_objectives, (
+                f"{name_of(path)}: {node.func.id}(objective, {field!r})"
+            )
+
+
+def is_objective(node: ast.AST) -> bool:
+    return "objective" in (getattr(node, "attr", None), getattr(node, "id", None))
 
 
 def test_every_package_is_installed_and_nothing_else_becomes_importable():

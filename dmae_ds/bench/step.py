@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dmae_ds.bench.training_step import TrainingStep
-from dmae_ds.config.objectives import MaeConfig, MaskedPixels
+from dmae_ds.config.objectives import plain_mae
 from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
@@ -97,14 +97,9 @@ def bench_step(
 
 def as_plain_mae(config: RunConfig) -> RunConfig:
     """The same student and batch under plain MAE, with the objective's own mask and decoder where it has them, else MAE's."""
-    shared = {
-        name: getattr(config.objective, name)
-        for name in MaskedPixels.model_fields
-        if hasattr(config.objective, name)
-    }
     optim = config.optim.model_copy(update={"layer_decay": 1.0})  # it tells no layers apart
     return config.model_copy(
-        update={"objective": MaeConfig(name="mae", **shared), "teacher": None, "optim": optim}
+        update={"objective": plain_mae(config.objective), "teacher": None, "optim": optim}
     )
 
 

@@ -11,8 +11,6 @@ import re
 from typing import Annotated, Any, Callable, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -25,56 +23,19 @@ from pydantic import (
     model_validator,
 )
 
+from dmae_ds.config.objective_base import (
+    DecoderConfig,
+    FeatureDistillationConfig,
+    MaskedPatches,
+    MaskedPixels,
+    ObjectiveSection,
+    Section,
+)
+
+__all__ = ["DecoderConfig", "FeatureDistillationConfig", "MaskedPatches", "ObjectiveSection", "Section"]
+
 Momentum = Annotated[float, Field(ge=0, le=1)]
 RAND_AUGMENT = r"rand(-(m\d+|n\d+|p0?\.\d+|mstd\d*\.?\d+|mmax\d+|inc[01]))*"
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values are final once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DecoderConfig(Section):
-    """MAE's pixel decoder (MAE, Sec. 3; DMAE, Table 3b: depth 8)."""
-
-    depth: PositiveInt = 8
-    embed_dim: PositiveInt = 512
-    num_heads: PositiveInt = 16
-
-
-class ObjectiveSection(Section):
-    """What a recipe must bring for an objective, as it is known before a network is built; the module says the rest (objectives/needs.py).
-
-    needs_teacher: a frozen teacher; needs_labels: labelled shards, the constructor is given `num_classes`
-    needs_whole_batch: all of optim.global_batch at once, nothing accumulated
-    neighbours: pictures that follow each other in the global batch and stay in one micro-batch
-    judged_by: where a collapse of the features shows: in the mean of the patch tokens, or in CLS, where the loss reads of the last block nothing else
-    """
-
-    needs_teacher: ClassVar[bool] = False
-    needs_labels: ClassVar[bool] = False
-    needs_whole_batch: ClassVar[bool] = False
-    mix_group_size: ClassVar[int] = 1
-    judged_by: ClassVar[Literal["mean", "cls"]] = "mean"
-
-    def check_epochs(self, epochs: float) -> None:
-        """Raise ValueError where a schedule of the objective's own does not fit into a run of so many epochs."""
-
-
-class MaskedPatches(ObjectiveSection):
-    """What every objective shares that masks patches and has a decoder predict something of them."""
-
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    # How many patches stay visible: `round` gives the paper's ten at .95 and four at .98, `int` the code's nine and three.
-    patch_count: Literal["round", "int"] = "round"
-    decoder: DecoderConfig = DecoderConfig()
-
-
-class MaskedPixels(MaskedPatches):
-    """With a pixel loss."""
-
-    norm_pix: bool = False
 
 
 class MaeConfig(MaskedPixels):
@@ -83,22 +44,17 @@ class MaeConfig(MaskedPixels):
     name: Literal["mae"]
 
 
-class FeatureDistillationConfig(Section):
-    """The imitation of a frozen teacher's blocks (DMAE, Eq. 2): `dmae`'s own, and `distill` of other objectives."""
-
-    # [student block, teacher block], counted from 1; null: both at three quarters of their depth (Sec. 4.1).
-    pairs: Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)] | None = None
-    head: Literal["linear", "mlp2", "mlp3"] = "mlp2"
-    distance: Literal["l1", "l2", "smooth_l1", "cosine"] = "l1"
-    normalize: Literal["none", "l2"] = "none"
-    alpha: Annotated[float, Field(ge=0)] = 1.0
-
-
 class DmaeConfig(FeatureDistillationConfig, MaskedPixels):
     """Pixels plus the imitation of a frozen teacher's features (DMAE, Eq. 1-3)."""
 
     needs_teacher: ClassVar[bool] = True
+    distillation_key: ClassVar[str] = "objective"
     name: Literal["dmae"]
+
+    @property
+    def distillation(self) -> FeatureDistillationConfig:
+        """The objective's own settings."""
+        return self
 
 
 class MoCoV3Config(ObjectiveSection):
@@ -275,6 +231,12 @@ class G2sdSpecificConfig(ObjectiveSection):
     def mix_group_size(self) -> int:
         """Two pictures are mixed with each other."""
         return 2 if self.augment.mixes else 1
+
+
+def plain_mae(objective: ObjectiveSection) -> MaeConfig:
+    """Plain MAE with the mask and the decoder of an objective that has them, otherwise MAE's."""
+    names = [name for name in MaskedPixels.model_fields if hasattr(objective, name)]
+    return MaeConfig(name="mae", **{name: getattr(objective, name) for name in names})
 
 
 def find_own(name: str) -> type | None:

@@ -42,7 +42,7 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
     return {
         "k-NN top-1": _knn(record),
         **_other_results(record),
-        **{f"{name} at the end": _loss(record, name) for name in record.losses},
+        **{f"{name} at the end": _loss(record, name, objective) for name in record.losses},
         **{
             f"share of distillation, block {block_of(name)}": _share(record.last_tenth(name))
             for name in record.named("share/")
@@ -75,12 +75,9 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
 
 def find_dead_terms(record: RunRecord, name: str) -> list[str]:
     """A sentence for every distilled block whose share of the gradient has died; `name` is what the reader calls the run."""
-    distill = getattr(
-        record.config.objective, "distill", None
-    )  # a section of its own, or the objective itself
-    section = "objective" if distill is None else "objective.distill"
+    distillation, section = record.config.objective.distillation, record.config.objective.distillation_key
     advice = f"raise {section}.alpha"
-    if getattr(distill or record.config.objective, "normalize", "none") != "none":
+    if distillation is not None and distillation.normalize != "none":
         advice += f", or compare raw features with {section}.normalize=none"
     sentences = []
     for column in record.named("share/"):
@@ -180,8 +177,8 @@ def _time_split(record: RunRecord) -> str:
     )
 
 
-def _loss(record: RunRecord, name: str) -> Fact:
-    other_units = name == "pixel" and getattr(record.config.objective, "norm_pix", False)
+def _loss(record: RunRecord, name: str, objective: nn.Module) -> Fact:
+    other_units = name == "pixel" and objective.norm_pix
     return Fact(
         f"{record.last_tenth(name):.4f}",
         "of normalised patches; not comparable with raw pixels" if other_units else "",

@@ -58,12 +58,7 @@ def reconstruct(
     """
     batch = objective.prepare(Batch(images, noise), normalize, num_visible=num_visible)
     latent, _ = objective.student(batch.visible, batch.ids_keep)
-    pixels = objective.decoder(latent, batch.ids_keep, batch.ids_masked).float()  # [N, L - K, P, P, 3]
-    if (
-        objective.norm_pix
-    ):  # the decoder reconstructed each patch in units of its own contrast: lend it the original's
-        variance, mean = torch.var_mean(batch.masked, dim=(-3, -2, -1), keepdim=True)
-        pixels = pixels * (variance + 1e-6).sqrt() + mean
+    pixels = objective.reconstruct(latent, batch)  # [N, L - K, P, P, 3]
     reconstructed = ((pixels - normalize.shift) / normalize.scale).round().clamp(0, 255).to(torch.uint8)
     patches = patchify(images, objective.student.patch_size)  # [N, L, P, P, 3]
     grey = torch.full_like(gather_patches(patches, batch.ids_masked), GREY)

@@ -40,6 +40,7 @@ def make_card(
             "parameters": sum(parameter.numel() for parameter in source.vit.parameters()),
         },
         "step": source.step,
+        "objective": None if source.config is None else source.config.objective.summary(),
         "teacher": _teacher_facts(source),
         "data": {
             "train": data["train"],
@@ -193,9 +194,8 @@ def render_card(card: dict, usage: str) -> str:
 
 def _training(card: dict) -> str:
     parts, evaluation = [], card["evaluation"]
-    if card["config"] is not None:
-        objective = card["config"]["objective"]
-        parts.append(f"objective {objective['name']}, mask ratio {objective['mask_ratio']:g}")
+    if card["objective"] is not None:
+        parts.append(f"objective {card['objective']}")
     if evaluation is not None:
         distill = evaluation.get("distill")
         parts.append(

@@ -157,7 +157,7 @@ def _config(source: Source) -> dict:
             "decoder_intermediate_size": decoder.blocks[0].mlp.fc1.out_features,
             "norm_pix_loss": source.model.norm_pix,
             "mask_ratio": truncating_ratio(
-                source.config.objective.mask_ratio, source.num_patches, source.model.num_visible
+                source.model.mask_ratio, source.num_patches, source.model.num_visible
             ),
         }
     return config

@@ -1,4 +1,12 @@
-"""What every objective is: one module that owns what the optimiser trains, and says in plain values what it needs (needs.py)."""
+"""What every objective is: one module that owns everything the optimiser trains, and declares what it needs.
+
+To add an objective, subclass `Objective`, set the declarations that differ from the defaults, and write `prepare` and
+`forward` (and `ema_features` where `ema` is set); `dmae_ds/objectives/README.md` lists the few other places.
+The order of calls in every optimiser step: `start_step`, then for each micro-batch `ema_features` (no gradients) and
+`forward`, then backward and `gradient_shares`. `prepare` runs ahead of them, as far as the teacher's pipeline is deep.
+
+Shapes: N images, L patches, K visible patches, D width of the student, D_t of the teacher, C pixel channels.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +23,27 @@ from dmae_ds.objectives.needs import EmaSpec, Progress, View
 
 
 class Objective(nn.Module):
-    """The declarations with their defaults. A subclass sets what it needs, on the class or in its constructor.
+    """Base class: the declarations with their defaults. A subclass sets its own, on the class or in its constructor.
 
-    taps: the frozen teacher's features: "block/18", "decoder/4", "prediction", "logits"; none: no teacher
-    views: crops of each picture; the first is `Batch.images`, all are `Batch.views`
-    rand_augment: timm's RandAugment, in its notation, on every view; None: none
-    labels: whether `Batch.labels` is read; the schema class says the same as `needs_labels`, for which the constructor is given `num_classes`, of the labels
-    ema: an EMA copy of some parts
-    lr_scales: {prefix of parameter names: factor of the coming step's rate}; such parameters get groups of their own. The keys are
-        final once constructed, the values may be set in `start_step`
-    no_weight_decay: names of parameters that don't decay, beside those of one dimension
-    num_visible: patches of a picture that the student's encoder sees; for the account of a run
-    pairs: distilled (student block, teacher block), and reconstructs_pixels: whether `decoder` fills in the pixels of masked patches; for the report
+    The constructor is called as `Cls(config, student=, generator=)`, with `teacher=` (a `TeacherShape`) where the recipe
+    has a teacher and `num_classes=` where the schema says `needs_labels`. `generator` draws every initial weight.
+
+    What it needs
+        taps: features of the frozen teacher: "block/18", "decoder/4", "prediction", "logits"; none: no teacher
+        views: crops of each image; the first one is `Batch.images`, all of them are `Batch.views`
+        rand_augment: timm's RandAugment on every view, in timm's notation; None: not used
+        labels: whether `Batch.labels` is read, the same as the schema's `needs_labels`; num_classes: of the labels
+        ema: which submodules have an EMA copy, and how fast it follows
+    What the optimiser is told
+        lr_scales: {prefix of parameter names: factor of the coming step's learning rate}; such parameters have groups
+            of their own. The prefixes are final once constructed; `start_step` may set the factors
+        no_weight_decay: names of parameters without weight decay, besides all one-dimensional ones
+    What cards, reports and plans show
+        num_visible: patches of an image that the student's encoder sees
+        pairs: distilled (student block, teacher block), counted from 1
+        reconstructs_pixels: whether `decoder` predicts the pixels of masked patches. Such an objective also has
+            `mask_ratio`, `pixel_loss`, `visible_at` and `reconstruct`, as `Mae` does
+        norm_pix: whether the part "pixel" of the loss compares normalised patches
     """
 
     taps: tuple[str, ...] = ()
@@ -38,6 +55,7 @@ class Objective(nn.Module):
     no_weight_decay: tuple[str, ...] = ()
     pairs: Sequence[tuple[int, int]] = ()
     reconstructs_pixels: bool = False
+    norm_pix: bool = False
 
     def __init__(self, student: MaskedViT):
         super().__init__()
@@ -46,73 +64,100 @@ class Objective(nn.Module):
         self.lr_scales: dict[str, float] = {}
 
     def prepare(self, batch: Batch, normalize: nn.Module) -> PatchBatch:
-        """The batch on the device -> what teacher, EMA teacher and `forward` share; a subclass of MaskedBatch where that isn't enough.
+        """Return what teacher, EMA teacher and `forward` share of a micro-batch; required.
 
-        A frozen teacher sees `visible` (and `masked`) of it. A pipelined teacher runs ahead of training, so this is called some
-        steps early: it must not depend on `start_step`, nor on weights.
+        batch: on the device; images uint8 [N, 3, H, W], noise float32 [N, L], labels int64 [N], the other views
+        normalize: uint8 pixels with the channels last, [..., C], to float32 of the recipe's mean and std
+        Returns `visible` [N, K, P, P, C] float32, `ids_keep` [N, K] int64, `masked` and `ids_masked` alike; a
+        subclass of `PatchBatch` where more is needed. A frozen teacher sees `visible` (and `masked`).
+        It is called some steps early where the teacher is pipelined: it must not depend on `start_step` or on weights.
         """
         raise NotImplementedError
 
     def start_step(self, progress: Progress) -> None:
-        """Told before every optimiser step, also the first after a resume: for temperatures, frozen layers and other schedules."""
+        """Set temperatures, held layers and other schedules; called before every optimiser step, also after a resume."""
 
     def ema_features(self, ema: nn.Module, masked: PatchBatch) -> dict[str, Tensor]:
-        """What the EMA teacher makes of a micro-batch, under names that begin with "ema/"; merged into `features`. Called without gradients.
+        """Return what the EMA teacher makes of a micro-batch, {"ema/NAME": tensor}; required where `ema` is set.
 
-        ema: has the parts as attributes, and `state`, the dict of `ema_state`, whose tensors may be updated in place
+        Called without gradients, once a micro-batch before `forward`, whose `features` hold what it returns.
+        ema: has the submodules named in `ema.parts` as attributes, and `state`: the tensors of `ema_state`, which may
+            be updated in place
         """
         raise NotImplementedError
 
     def ema_state(self) -> dict[str, Tensor]:
-        """What the EMA teacher keeps and checkpoints beside its parts, as it starts: DINO's centre."""
+        """Return the initial tensors that the EMA teacher keeps and checkpoints besides its weights (DINO's centre)."""
         return {}
 
     def classifier(self) -> Classifier | None:
-        """How timm builds the classifier that this objective trains: its accuracy is then measured at the end of a run; None: it trains none."""
+        """Return how timm builds the classifier that is trained; its accuracy is measured at the end. None: no classifier."""
         return None
 
     def layer_of(self, name: str) -> int | None:
-        """The layer of a parameter for optim.layer_decay, from 0 (embedding) up; None: of the top group. Where all are None, there are no layers to tell apart."""
+        """Return a parameter's layer for optim.layer_decay, from 0 (embedding) upwards; None: the top group.
+
+        Where it is None for every parameter, optim.layer_decay is refused.
+        """
         return None
 
     def forward(self, masked: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns {"loss", and every named part}, scalars, the same names in every step. features: {tap: ...}, and the EMA teacher's.
+        """Return {"loss": scalar with gradient, and every named part: scalar without}; required.
 
-        Call submodules, don't read their weights: ZeRO-3 puts a parameter together for the forward of the module that owns it alone.
+        The names are the same in every step; each becomes a column of metrics.jsonl.
+        features: {tap: [N, 1 + K, D_t] of "block/18", [N, classes] of "logits", ...} and the EMA teacher's "ema/NAME"
+        Call submodules instead of reading their weights: ZeRO-3 gathers a parameter only for the forward of the
+        module that owns it.
         """
         raise NotImplementedError
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """Return the settings that matter, as one line for the start of a run and for reports."""
         return ""
 
-    def gradient_shares(self) -> dict[str, Tensor]:
-        """After backward: {"share/9": norm of distillation's gradient at student block 9 / (that + norm of the rest's)}.
+    def visible_at(self, mask_ratio: float) -> int:
+        """Return how many patches stay visible at another mask ratio; only with `reconstructs_pixels`."""
+        raise NotImplementedError
 
-        A share near 0 is a dead term; {} where no block is distilled.
+    def reconstruct(self, latent: Tensor, batch: PatchBatch) -> Tensor:
+        """Return the predicted pixels of masked patches; only with `reconstructs_pixels`.
+
+        latent [N, 1 + K, D]: what the student's encoder gives for the batch
+        Returns [N, L - K, P, P, C] float32, in the units of `batch.masked`, also with norm_pix.
         """
-        return {}
+        raise NotImplementedError
+
+    def gradient_shares(self) -> dict[str, Tensor]:
+        """Return {"share/9": norm of distillation's gradient at student block 9 / (that + norm of the rest's)}.
+
+        Called after backward; {} where no block of the student is tapped. A share near 0 is a dead term.
+        """
+        norms = self.student.gradient_norms
+        return {
+            f"share/{block}": norms[block]["tap"] / (norms[block]["tap"] + norms[block]["trunk"])
+            for block in sorted(norms)
+        }
 
 
 def freeze(module: nn.Module) -> None:
     """Turn a module's parameters into buffers of the same names: saved and exported as before, unknown to the optimiser.
 
-    A parameter without a gradient would meet every ZeRO stage and checkpoint; a buffer meets none.
+    Every ZeRO stage and checkpoint would have to treat a parameter without a gradient; a buffer concerns none of them.
     """
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            delattr(part, name)
-            part.register_buffer(name, parameter.detach())
+    for submodule in module.modules():
+        for name, parameter in list(submodule.named_parameters(recurse=False)):
+            delattr(submodule, name)
+            submodule.register_buffer(name, parameter.detach())
 
 
 def with_zero_gradient(weight: Tensor) -> Tensor:
-    """The same values, whose gradient is zero and not missing: Adam counts its steps alike at every ZeRO stage.
+    """Return the same values with a gradient of zero instead of none: Adam counts its steps alike at every ZeRO stage.
 
-    For a layer that is held for a while; its lr_scales entry must be 0 meanwhile, or it decays.
+    For a layer that is held for a while; its lr_scales entry must be 0 meanwhile, or its weights decay.
     """
     return weight.detach() + 0 * weight
 
 
 def all_places(num: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """ids [num, rows * columns] of every patch of a grid, in order: for networks that see whole pictures."""
+    """Return ids [num, rows * columns] int64 of every patch of a grid, in order: for networks that see whole images."""
     return torch.arange(grid[0] * grid[1], device=device).expand(num, -1)

@@ -25,7 +25,7 @@ from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import at_least_float32
 from dmae_ds.objectives.base import Objective, all_places
-from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape, gradient_shares
+from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape
 from dmae_ds.objectives.needs import EmaSpec, Progress, View
 from dmae_ds.objectives.schedule import half_cosine
 from dmae_ds.objectives.spread import spread
@@ -74,12 +74,10 @@ class Dino(Objective):
             num_prototypes=config.num_prototypes,
             generator=generator,
         )
-        self.heads = (
-            None
-            if config.distill is None
-            else FeatureDistillation(config.distill, student=student, teacher=teacher, generator=generator)
+        self.heads = FeatureDistillation(
+            config.distill, student=student, teacher=teacher, generator=generator
         )
-        self.taps, self.pairs = ((), []) if self.heads is None else (self.heads.taps, self.heads.pairs)
+        self.taps, self.pairs = self.heads.taps, self.heads.pairs
         self.ema = EmaSpec(parts=("student", "head"), momentum=self.momentum_at)
         # Adam's averages fill while the last layer is held, so that it doesn't jump when it is let go.
         self.lr_scales = {"head.prototypes": 1.0}
@@ -88,8 +86,8 @@ class Dino(Objective):
 
     def describe(self) -> str:
         first, last = self.config.teacher_temperature
-        text = f"2 global and {self.config.local_crops} local crops, {self.config.num_prototypes} prototypes, teacher temperature {first:g} to {last:g}, momentum {self.config.momentum:g} to 1"
-        return text if self.heads is None else f"{text}; {self.heads.describe()}"
+        crops = f"2 global and {self.config.local_crops} local crops, {self.config.num_prototypes} prototypes, teacher temperature {first:g} to {last:g}, momentum {self.config.momentum:g} to 1"
+        return "; ".join([crops, *self.heads.describe()])
 
     def momentum_at(self, progress: Progress) -> float:
         """Of the EMA teacher's update after this step."""
@@ -136,27 +134,21 @@ class Dino(Objective):
 
     def forward(self, batch: Crops, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss", "cross_entropy", "align/9-18" with distill, "target/spread"}, scalars."""
-        latent, tapped = self.student(
-            batch.visible, batch.ids_keep, taps=() if self.heads is None else self.heads.blocks
-        )
+        latent, tapped = self.student(batch.visible, batch.ids_keep, taps=self.heads.blocks)
         cls = latent[:, 0]
         if batch.local is not None:
             ids = all_places(len(batch.local), self.local_grid, cls.device)
             cls = torch.cat([cls, self.student(batch.local, ids, grid=self.local_grid)[0][:, 0]])
         targets = features["ema/targets"]
         logits = self.head(cls).unflatten(0, (-1, targets.shape[1]))
-        loss = cross_entropy = view_cross_entropy(
-            logits, targets, temperature=self.config.student_temperature
-        )
-        parts = {"cross_entropy": cross_entropy.detach()}
-        if self.heads is not None:
-            for name, align in self.heads(tapped, features).items():
-                loss = loss + self.heads.alpha * align
-                parts[name] = align.detach()
-        return {"loss": loss, **parts, "target/spread": spread(targets.flatten(0, 1))}
-
-    def gradient_shares(self) -> dict[str, Tensor]:
-        return gradient_shares(self.student)
+        cross_entropy = view_cross_entropy(logits, targets, temperature=self.config.student_temperature)
+        loss, parts = self.heads.add_to(cross_entropy, tapped, features)
+        return {
+            "loss": loss,
+            "cross_entropy": cross_entropy.detach(),
+            **parts,
+            "target/spread": spread(targets.flatten(0, 1)),
+        }
 
 
 def move_centre(state: dict[str, Tensor], momentum: float) -> None:

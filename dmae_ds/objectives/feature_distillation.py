@@ -1,8 +1,8 @@
-"""DMAE's term by itself: a student's blocks imitate a frozen teacher's blocks (DMAE, Eq. 2), beside whatever else a student learns.
+"""Feature distillation: blocks of the student imitate blocks of a frozen teacher (DMAE, Eq. 2), next to any other loss.
 
-`dmae` adds it to pixels. Beside a contrastive objective (DMAE, Table 9) the paper says no more than that it helps; what is
-done here: both look at the same whole pictures, the global crops as they were drawn, colours and all; block 3/4 of the
-student imitates block 3/4 of the teacher, CLS and every patch, by Eq. 2 with alpha 1, as in masked autoencoding.
+`dmae` adds it to pixels. Next to a contrastive objective (DMAE, Table 9) the paper gives no details. What is done here:
+student and teacher look at the same whole images, the global crops as they were drawn, with their colours; block 3/4 of
+the student imitates block 3/4 of the teacher, CLS and every patch, by Eq. 2 with alpha 1, as in masked autoencoding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from dmae_ds.objectives.align import build_head, distance
 
 
 class TeacherShape(NamedTuple):
-    """All that an objective knows of its teacher. decoder_dim: width of its decoder, patch_size: in px; 0 where nobody asks."""
+    """Everything that an objective knows about its frozen teacher.
+
+    decoder_depth, decoder_dim: blocks and width of its decoder; patch_size: px; 0 where no objective reads it
+    """
 
     depth: int
     embed_dim: int
@@ -31,19 +34,20 @@ class TeacherShape(NamedTuple):
 def resolve_pairs(
     pairs: list[tuple[int, int]] | None, *, student_depth: int, teacher_depth: int
 ) -> list[tuple[int, int]]:
-    """The aligned (student block, teacher block), counted from 1; None: three quarters of both depths (DMAE, Sec. 4.1).
+    """Return the distilled (student block, teacher block), counted from 1; None: 3/4 of both depths (DMAE, Sec. 4.1).
 
     Raises UserError for a block that doesn't exist and for a pair given twice.
     """
     if pairs is None:
         return [(max(1, student_depth * 3 // 4), max(1, teacher_depth * 3 // 4))]
     for side, depth, blocks in (
-        ("student", student_depth, [s for s, _ in pairs]),
-        ("teacher", teacher_depth, [t for _, t in pairs]),
+        ("student", student_depth, [student for student, _ in pairs]),
+        ("teacher", teacher_depth, [teacher for _, teacher in pairs]),
     ):
         if max(blocks) > depth:
             raise UserError(
-                f"objective.pairs names {side} block {max(blocks)}, but the {side} has {depth}; blocks count from 1"
+                f"objective.pairs names {side} block {max(blocks)}, but the {side} has {depth}; "
+                "blocks count from 1"
             )
     if len(set(pairs)) < len(pairs):
         raise UserError(f"objective.pairs {[list(pair) for pair in pairs]} names a pair twice")
@@ -51,57 +55,68 @@ def resolve_pairs(
 
 
 class FeatureDistillation(nn.ModuleList):
-    """One projection head for each aligned pair of blocks, student width to teacher width.
+    """One projection head for each distilled pair of blocks, student width to teacher width.
 
-    taps: what to ask of the frozen teacher; blocks: what to tap of the student, counted from 1; alpha: the term's weight
+    taps: what is asked of the frozen teacher, {"block/18", ...}; blocks: the student's blocks, counted from 1
+    Without `config` the term is absent: no pair, no parameter, and `add_to` returns the loss as it is.
     Raises UserError as `resolve_pairs` does.
     """
 
     def __init__(
         self,
-        config: FeatureDistillationConfig,
+        config: FeatureDistillationConfig | None,
         *,
         student: MaskedViT,
-        teacher: TeacherShape,
+        teacher: TeacherShape | None,
         generator: torch.Generator,
     ):
-        pairs = resolve_pairs(config.pairs, student_depth=student.depth, teacher_depth=teacher.depth)
-        super().__init__(build_head(config.head, student.embed_dim, teacher.embed_dim) for _ in pairs)
-        initialize_as_mae(self, generator)
-        self.pairs, self.blocks = pairs, [block for block, _ in pairs]
-        self.taps = tuple(f"block/{block}" for block in sorted({block for _, block in pairs}))
-        self.head, self.alpha, self.distance, self.normalize = (
-            config.head,
-            config.alpha,
-            config.distance,
-            config.normalize,
-        )
+        super().__init__()
+        self.config = config
+        self.pairs: list[tuple[int, int]] = []
+        if config is not None:
+            self.pairs = resolve_pairs(config.pairs, student_depth=student.depth, teacher_depth=teacher.depth)
+            self.extend(build_head(config.head, student.embed_dim, teacher.embed_dim) for _ in self.pairs)
+            initialize_as_mae(self, generator)
+        self.blocks = [block for block, _ in self.pairs]
+        self.taps = tuple(f"block/{block}" for block in sorted({block for _, block in self.pairs}))
 
     def forward(self, tapped: dict[int, Tensor], features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How far each pair is apart: {"align/9-18": scalar, ...}, with gradients, not yet times alpha.
+        """Return the distance of each pair, {"align/9-18": scalar, ...}, with gradients, before alpha.
 
-        tapped {student block: [N, 1 + K, D]}; features {"block/18": [N, 1 + K, D_t], ...}, or [N, K, D_t] of a teacher
-        without CLS, which has no target for the student's.
+        tapped: {student block: [N, 1 + K, D]}, what the student's forward gives for `taps=self.blocks`
+        features: {"block/18": [N, 1 + K, D_t], ...}; [N, K, D_t] of a teacher without CLS, where the student's CLS
+            has no target
         """
-        found = {}
+        distances = {}
         for (student_block, teacher_block), head in zip(self.pairs, self, strict=True):
             target = features[f"block/{teacher_block}"]
             projected = head(tapped[student_block][:, -target.shape[1] :])
-            found[f"align/{student_block}-{teacher_block}"] = distance(
-                self.distance, projected, target, normalize=self.normalize
+            distances[f"align/{student_block}-{teacher_block}"] = distance(
+                self.config.distance, projected, target, normalize=self.config.normalize
             )
-        return found
+        return distances
 
-    def describe(self) -> str:
-        """Part of the line at the start of a run."""
+    def add_to(
+        self, loss: Tensor, tapped: dict[int, Tensor], features: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss with the term added, and the detached parts {"align/9-18": scalar, ...}.
+
+        Eq. 3: L = L_MAE + alpha * L_Dist, with another objective's loss in the place of MAE's where it is another's.
+        tapped, features: as in `forward`
+        """
+        parts = {}
+        for name, align in self(tapped, features).items():
+            loss = loss + self.config.alpha * align
+            parts[name] = align.detach()
+        return loss, parts
+
+    def describe(self) -> list[str]:
+        """Return the term's part of the line at the start of a run: one text, or none where the term is absent."""
+        if self.config is None:
+            return []
         pairs = ", ".join(f"{student} <- {teacher}" for student, teacher in self.pairs)
-        return f"block {pairs}, {self.head} head, {self.distance} distance, normalize {self.normalize}, alpha {self.alpha:g}"
-
-
-def gradient_shares(student: MaskedViT) -> dict[str, Tensor]:
-    """After backward: {"share/9": norm of distillation's gradient at student block 9 / (that + norm of the rest's)}."""
-    norms = student.gradient_norms
-    return {
-        f"share/{block}": norms[block]["tap"] / (norms[block]["tap"] + norms[block]["trunk"])
-        for block in sorted(norms)
-    }
+        config = self.config
+        return [
+            f"block {pairs}, {config.head} head, {config.distance} distance, normalize {config.normalize}, "
+            f"alpha {config.alpha:g}"
+        ]

@@ -36,8 +36,22 @@ class Mae(MaskedObjective):
         target = normalize_patches(batch.masked) if self.norm_pix else batch.masked
         return nn.functional.mse_loss(predicted.float(), target)
 
+    def reconstruct(self, latent: Tensor, batch: PatchBatch) -> Tensor:
+        pixels = self.decoder(latent, batch.ids_keep, batch.ids_masked).float()
+        if not self.norm_pix:
+            return pixels
+        # The decoder predicts each patch in units of its own contrast, which only the original knows.
+        mean, scale = patch_statistics(batch.masked)
+        return pixels * scale + mean
+
 
 def normalize_patches(patches: Tensor) -> Tensor:
     """`norm_pix`: each patch [..., P, P, C] minus its mean, over sqrt(unbiased variance + 1e-6) (MAE, Sec. 3)."""
+    mean, scale = patch_statistics(patches)
+    return (patches - mean) / scale
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of each patch [..., P, P, C] and its sqrt(unbiased variance + 1e-6), both [..., 1, 1, 1]."""
     variance, mean = torch.var_mean(patches, dim=(-3, -2, -1), keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+    return mean, (variance + 1e-6).sqrt()

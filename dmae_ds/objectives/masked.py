@@ -23,7 +23,12 @@ class MaskedObjective(Objective):
 
     def __init__(self, config: MaskedPatches, *, student: MaskedViT):
         super().__init__(student)
-        self.num_visible = num_visible(student.num_patches, config.mask_ratio, config.patch_count)
+        self.mask_ratio, self.patch_count = config.mask_ratio, config.patch_count
+        self.num_visible = self.visible_at(config.mask_ratio)
+
+    def visible_at(self, mask_ratio: float) -> int:
+        """Return how many patches stay visible at a mask ratio, counted as the recipe's `patch_count` does."""
+        return num_visible(self.student.num_patches, mask_ratio, self.patch_count)
 
     def prepare(self, batch: Batch, normalize: nn.Module, *, num_visible: int | None = None) -> PatchBatch:
         """Draw the mask, by the batch's noise; `normalize` turns pixels as read (uint8) into floats.

@@ -23,7 +23,7 @@ from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT, initialize_as_mae
 from dmae_ds.objectives.base import Objective, all_places, freeze
-from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape, gradient_shares
+from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape
 from dmae_ds.objectives.needs import EmaSpec, Progress, View
 from dmae_ds.objectives.schedule import half_cosine
 from dmae_ds.objectives.spread import spread
@@ -53,12 +53,10 @@ class MoCoV3(Objective):
         self.predictor = build_mlp([config.output_dim, config.hidden_dim, config.output_dim])
         for head in (self.projector, self.predictor):
             initialize_as_mae(head, generator)
-        self.heads = (
-            None
-            if config.distill is None
-            else FeatureDistillation(config.distill, student=student, teacher=teacher, generator=generator)
+        self.heads = FeatureDistillation(
+            config.distill, student=student, teacher=teacher, generator=generator
         )
-        self.taps, self.pairs = ((), []) if self.heads is None else (self.heads.taps, self.heads.pairs)
+        self.taps, self.pairs = self.heads.taps, self.heads.pairs
         if config.freeze_patch_projection:
             freeze(self.student.patch_embed.proj)
 
@@ -73,8 +71,8 @@ class MoCoV3(Objective):
         return PatchBatch(visible=patches, masked=patches[:, :0], ids_keep=ids, ids_masked=ids[:, :0])
 
     def describe(self) -> str:
-        text = f"2 views{'' if self.views[0].photometric == 'none' else ' in changed colours'}, temperature {self.temperature:g}, momentum {self.momentum:g} to 1"
-        return text if self.heads is None else f"{text}; {self.heads.describe()}"
+        views = f"2 views{'' if self.views[0].photometric == 'none' else ' in changed colours'}, temperature {self.temperature:g}, momentum {self.momentum:g} to 1"
+        return "; ".join([views, *self.heads.describe()])
 
     def ema_features(self, ema: nn.Module, batch: PatchBatch) -> dict[str, Tensor]:
         """Of this rank's pictures {"ema/cls": [2, N, D]}, the momentum encoder's CLS tokens of both views, and {"ema/keys": [2, N, C]}, unit vectors."""
@@ -84,9 +82,7 @@ class MoCoV3(Objective):
 
     def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss", "contrast", "align/9-18" with distill, "target/spread"}, scalars. Collective."""
-        latent, tapped = self.student(
-            batch.visible, batch.ids_keep, taps=[] if self.heads is None else self.heads.blocks
-        )
+        latent, tapped = self.student(batch.visible, batch.ids_keep, taps=self.heads.blocks)
         queries = unit(self.predictor(self.projector(by_view(latent[:, 0]))))
         keys = features["ema/keys"]
         first, second = collectives.gather_rows(keys[0]), collectives.gather_rows(keys[1])
@@ -94,18 +90,14 @@ class MoCoV3(Objective):
         contrast = info_nce(queries[0], second, own=own, temperature=self.temperature) + info_nce(
             queries[1], first, own=own, temperature=self.temperature
         )
-        loss, parts = contrast, {"contrast": contrast.detach()}
-        if self.heads is not None:
-            for name, align in self.heads(tapped, features).items():
-                loss = (
-                    loss + self.heads.alpha * align
-                )  # DMAE's Eq. 3, with MoCo-v3's loss in the place of MAE's
-                parts[name] = align.detach()
-        # Of the tokens, not of the keys: batch norm pulls keys apart whatever they are made of.
-        return {"loss": loss, **parts, "target/spread": spread(features["ema/cls"][0])}
-
-    def gradient_shares(self) -> dict[str, Tensor]:
-        return gradient_shares(self.student)
+        loss, parts = self.heads.add_to(contrast, tapped, features)
+        return {
+            "loss": loss,
+            "contrast": contrast.detach(),
+            **parts,
+            # The spread of tokens, not of keys: batch norm pulls keys apart whatever they are made of.
+            "target/spread": spread(features["ema/cls"][0]),
+        }
 
 
 def info_nce(queries: Tensor, keys: Tensor, *, own: int, temperature: float) -> Tensor:

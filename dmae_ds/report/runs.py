@@ -81,18 +81,12 @@ def read_run(path: Path) -> Run:
 def facts_of(config: RunConfig, num_images: int, step: int) -> dict[str, object]:
     """What a row of a paper may fix, as plain values. num_images: of an epoch; step: the last finished one."""
     objective, teacher, optim = config.objective, config.teacher, config.optim
-    term = getattr(objective, "distill", None) or objective  # which imitates a teacher's blocks
     return {
+        **objective.facts(),
         "objective": objective.name,
         "student": _name(config.student),
         "teacher": None if teacher is None else _name(teacher),
         "pairs": _pairs(config),
-        **{
-            field: getattr(objective, field, None)
-            for field in ("mask_ratio", "target", "teacher_sees", "cosine_over")
-        },
-        **{field: getattr(term, field, None) for field in ("head", "distance", "alpha", "normalize")},
-        "decoder_depth": objective.decoder.depth if hasattr(objective, "decoder") else None,
         "distilled": objective.needs_teacher,
         "standardize": None if teacher is None else teacher.standardize,
         "epochs": optim.epochs,
@@ -116,12 +110,11 @@ def _name(model: ModelConfig) -> str:
 
 def _pairs(config: RunConfig) -> tuple | None:
     """((student block, teacher block), ...), where the depths are known."""
-    term = getattr(config.objective, "distill", None) or config.objective
-    pairs = getattr(term, "pairs", None)
-    if pairs is not None:
-        return tuple(sorted(tuple(pair) for pair in pairs))
-    if config.teacher is None or not hasattr(term, "pairs"):
+    distillation = config.objective.distillation
+    if distillation is None or config.teacher is None:
         return None
+    if distillation.pairs is not None:
+        return tuple(sorted(tuple(pair) for pair in distillation.pairs))
     depths = [
         model.depth or DEPTHS.get(model.name.split("_")[1] if "_" in model.name else "")
         for model in (config.student, config.teacher)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from dmae_ds.config.load import flatten, read_saved_config
+from dmae_ds.config.objective_base import NULL_WORDS
 from dmae_ds.config.run import RunConfig, StudentConfig, TeacherConfig
 from dmae_ds.report.runs import Run
 
@@ -115,6 +116,6 @@ def _short(field: str, value: object) -> str:
     """A value as a name shows it; weights of another run by that run's objective."""
     if isinstance(value, dict):
         return value["objective.name"] if field == "student.weights" else "another"
-    if field == "objective.pairs" and value is None:
-        return "3/4"  # of the depth
+    if value is None and field in NULL_WORDS:
+        return NULL_WORDS[field]
     return json.dumps(value).strip('"')

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmae_ds.config.run import RunConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
@@ -22,7 +21,6 @@ from dmae_ds.evaluate.cka import cka_grid
 from dmae_ds.evaluate.pca import pca_colours
 from dmae_ds.evaluate.reconstruct import choose_pictures, reconstruct
 from dmae_ds.evaluate.record import RunRecord
-from dmae_ds.models.masking import num_visible
 from dmae_ds.models.patches import Normalize, patchify
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.report.boards import Board, heat_picture
@@ -64,7 +62,7 @@ def look(record: RunRecord, objective: nn.Module, shape: TeacherShape | None, te
     if objective.reconstructs_pixels:
         views.boards["pictures"] = _reconstructed(objective, images[:NUM_SHOWN], noise[:NUM_SHOWN], normalize)
         views.boards["ratios"] = _reconstructed_at_ratios(
-            objective, images[:NUM_AT_RATIOS], noise[:NUM_AT_RATIOS], normalize, record.config
+            objective, images[:NUM_AT_RATIOS], noise[:NUM_AT_RATIOS], normalize
         )
     else:
         views.missing |= dict.fromkeys(
@@ -138,14 +136,12 @@ def _reconstructed(objective: nn.Module, images: Tensor, noise: Tensor, normaliz
 
 
 def _reconstructed_at_ratios(
-    objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize, config: RunConfig
+    objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize
 ) -> Board:
     """Each picture at every ratio: what was seen above what was reconstructed; the first column is the original."""
     total = objective.student.num_patches
     counts = {
-        ratio: num_visible(total, ratio, config.objective.patch_count)
-        for ratio in RATIOS
-        if 0 < round(total * (1 - ratio)) < total
+        ratio: objective.visible_at(ratio) for ratio in RATIOS if 0 < round(total * (1 - ratio)) < total
     }
     found = [reconstruct(objective, images, noise, normalize, num_visible=count) for count in counts.values()]
     rows = []

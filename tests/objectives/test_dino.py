@@ -142,7 +142,9 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
     """The last layer is held for the first two steps; the temperature warms up over the first three."""
     objective = build(section(momentum=0.6))
     stepper = Stepper(objective, num_steps=num_steps, epochs=2.0, lr=rate)
-    stepper.keeper.ema.state = {name: tensor.double() for name, tensor in stepper.keeper.ema.state.items()}
+    stepper.keeper.module.state = {
+        name: tensor.double() for name, tensor in stepper.keeper.module.state.items()
+    }
     weights = weights_of(objective)
     held = weights["head.prototypes.weight"].detach().clone()
     ema = {name: value.detach().clone() for name, value in weights.items()}
@@ -179,9 +181,9 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
         )
     for name, parameter in objective.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name].detach(), rtol=1e-6, atol=1e-7, msg=name)
-    for name, parameter in stepper.keeper.ema.named_parameters():
+    for name, parameter in stepper.keeper.module.named_parameters():
         torch.testing.assert_close(parameter.detach(), ema[name], rtol=1e-6, atol=1e-7, msg=name)
-    state = stepper.keeper.ema.state
+    state = stepper.keeper.module.state
     move_centre(state, 0.9)  # as the next step will
     torch.testing.assert_close(state["centre"], centre, rtol=1e-7, atol=1e-9)
     assert centre.abs().max() > 0.01 and state["micro_batches"] == 0

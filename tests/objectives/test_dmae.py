@@ -12,7 +12,8 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.align import build_head, distance
-from dmae_ds.objectives.dmae import Dmae, TeacherShape, resolve_pairs
+from dmae_ds.objectives.dmae import Dmae
+from dmae_ds.objectives.feature_distillation import TeacherShape, resolve_pairs
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 4, "num_heads": 2}
 TEACHER = TeacherShape(depth=8, embed_dim=12)

@@ -166,7 +166,7 @@ def test_three_steps_through_the_builders_are_the_formulas(rate=0.01, num_steps=
         assert stepper.step(step, [batch]) == pytest.approx(loss.item(), rel=1e-9)
     for name, parameter in objective.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name].detach(), rtol=1e-7, atol=1e-9, msg=name)
-    for name, parameter in stepper.keeper.ema.named_parameters():
+    for name, parameter in stepper.keeper.module.named_parameters():
         torch.testing.assert_close(parameter.detach(), ema[name], rtol=1e-7, atol=1e-9, msg=name)
     assert not torch.equal(ema["student.blocks.0.mlp.fc1.weight"], weights["student.blocks.0.mlp.fc1.weight"])
 

@@ -14,7 +14,7 @@ from dmae_ds.config.load import load_config
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_timm_vit
-from dmae_ds.objectives.dmae import resolve_pairs
+from dmae_ds.objectives.feature_distillation import resolve_pairs
 from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.weights.named import open_weights
 from tests.teacher.references import load_teacher

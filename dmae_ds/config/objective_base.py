@@ -1,0 +1,110 @@
+"""What the sections of several objectives share: their base class, the mask, the decoder, feature distillation.
+
+`config/objectives.py` has one class an objective, built from these.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are final once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ObjectiveSection(Section):
+    """The objective's section of a recipe; every subclass adds `name: Literal["its name"]`.
+
+    The class variables declare what a recipe must bring, as it is known before a network is built; the module
+    declares the rest (objectives/needs.py). A subclass may turn each into a property of its settings.
+
+    needs_teacher: a frozen teacher
+    needs_labels: labelled shards; the module's constructor is given `num_classes`
+    needs_whole_batch: all of optim.global_batch at once, without gradient accumulation
+    mix_group_size: consecutive images of the global batch that are mixed together and stay in one micro-batch
+    judged_by: where a collapse of the features shows: in the mean of the patch tokens, or in CLS, where the loss
+        reads nothing else of the last block
+    distillation_key: the section that holds the settings of feature distillation
+    """
+
+    needs_teacher: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    needs_whole_batch: ClassVar[bool] = False
+    mix_group_size: ClassVar[int] = 1
+    judged_by: ClassVar[Literal["mean", "cls"]] = "mean"
+    distillation_key: ClassVar[str] = "objective.distill"
+
+    @property
+    def distillation(self) -> FeatureDistillationConfig | None:
+        """The settings of feature distillation; None for an objective without that term."""
+        return getattr(self, "distill", None)
+
+    def check_epochs(self, epochs: float) -> None:
+        """Raise ValueError where a schedule of the objective does not fit into a run of so many epochs."""
+
+    def summary(self) -> str:
+        """Return the name and the few settings that tell runs apart, for cards."""
+        if self.distillation is None or self.distillation is self:
+            return self.name
+        return f"{self.name}, with feature distillation"
+
+    def facts(self) -> dict[str, object]:
+        """Return the settings as flat plain values, under the names by which published results fix them.
+
+        A section inside gives its name as a prefix (`decoder_depth`); feature distillation is at the top level.
+        """
+        facts: dict[str, object] = {}
+        for key, value in self.model_dump().items():
+            inner = value if isinstance(value, dict) else {}
+            facts |= {f"{key}_{name}": setting for name, setting in inner.items()} or {key: value}
+        if self.distillation is not None:
+            facts |= {key: getattr(self.distillation, key) for key in FeatureDistillationConfig.model_fields}
+        return facts
+
+
+class DecoderConfig(Section):
+    """MAE's pixel decoder (MAE, Sec. 3; DMAE, Table 3b: depth 8)."""
+
+    depth: PositiveInt = 8
+    embed_dim: PositiveInt = 512
+    num_heads: PositiveInt = 16
+
+
+class MaskedPatches(ObjectiveSection):
+    """Settings of every objective that masks patches and has a decoder predict something of them."""
+
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    # How many patches stay visible: `round` gives the paper's ten at .95 and four at .98, `int` the code's nine and three.
+    patch_count: Literal["round", "int"] = "round"
+    decoder: DecoderConfig = DecoderConfig()
+
+    def summary(self) -> str:
+        return f"{super().summary()}, mask ratio {self.mask_ratio:g}"
+
+
+class MaskedPixels(MaskedPatches):
+    """Settings of the pixel loss."""
+
+    norm_pix: bool = False
+
+
+class FeatureDistillationConfig(Section):
+    """Settings of feature distillation from a frozen teacher's blocks (DMAE, Eq. 2).
+
+    They are `dmae`'s own, and the section `distill` of other objectives.
+    """
+
+    # [student block, teacher block], counted from 1; null: both at three quarters of their depth (Sec. 4.1).
+    pairs: Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)] | None = None
+    head: Literal["linear", "mlp2", "mlp3"] = "mlp2"
+    distance: Literal["l1", "l2", "smooth_l1", "cosine"] = "l1"
+    normalize: Literal["none", "l2"] = "none"
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+
+
+# How `null` of a setting reads in the name of a run, where null has a meaning of its own.
+NULL_WORDS = {"objective.pairs": "3/4", "objective.distill.pairs": "3/4"}
