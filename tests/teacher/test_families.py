@@ -21,7 +21,7 @@ from dmae_ds.objectives.dmae import Dmae, TeacherShape
 from dmae_ds.teacher.frozen import FrozenTeacher
 from tests.teacher.references import (
     IDS,
-    PICTURES,
+    IMAGES,
     SHAPE,
     TAP,
     Reference,
@@ -68,7 +68,7 @@ def family(request, tmp_path_factory) -> SimpleNamespace:
 
 def batch(ids: Tensor = IDS) -> PatchBatch:
     patches, others = (
-        patchify(PICTURES, 8),
+        patchify(IMAGES, 8),
         torch.stack([torch.tensor([i for i in range(16) if i not in keep.tolist()]) for keep in ids]),
     )
     return PatchBatch(
@@ -81,7 +81,7 @@ def batch(ids: Tensor = IDS) -> PatchBatch:
 
 @pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "masked"])
 def test_features_are_timm_s_own(family, ids):
-    assert_close(features(load(family.reference, family.path), ids), family.reference.features(PICTURES, ids))
+    assert_close(features(load(family.reference, family.path), ids), family.reference.features(IMAGES, ids))
 
 
 def test_features_are_cls_and_visible_patches_whatever_stands_in_front(family):
@@ -91,10 +91,10 @@ def test_features_are_cls_and_visible_patches_whatever_stands_in_front(family):
     assert teacher.vit.num_prefix == ("cls" in in_front) + 4 * ("4" in in_front)
 
 
-def test_a_teacher_that_sees_all_gives_the_visible_patches_of_a_whole_picture(family):
+def test_a_teacher_that_sees_all_gives_the_visible_patches_of_a_whole_image(family):
     teacher = load(family.reference, family.path)
     seeing = FrozenTeacher(teacher.vit, teacher.taps, teacher.parts, sees="all")
-    whole = family.reference.features(PICTURES, None)
+    whole = family.reference.features(IMAGES, None)
     has_cls = whole.shape[1] == 17
     expected = torch.stack(
         [torch.cat([one[:has_cls], one[has_cls:][keep]]) for one, keep in zip(whole, IDS, strict=True)]
@@ -123,7 +123,7 @@ def test_a_patch_keeps_its_own_place(family):
 
 def test_bf16_features_are_close_to_fp32_s(family):
     half = features(load(family.reference, family.path, dtype="bf16"), IDS)
-    expected = family.reference.features(PICTURES, IDS)
+    expected = family.reference.features(IMAGES, IDS)
     assert half.dtype == torch.bfloat16
     assert (half.float() - expected).square().mean() < 0.03**2 * expected.square().mean()
 
@@ -138,7 +138,7 @@ def test_a_rotary_teacher_s_masked_features_are_those_of_timm_s_own_patch_droppi
     model.patch_drop.register_forward_hook(lambda module, inputs, output: dropped.append(output[1]))
     with torch.no_grad():
         _, ((patches, prefix),) = model.forward_intermediates(
-            PICTURES, indices=[TAP - 1], return_prefix_tokens=True, output_fmt="NLC", norm=False
+            IMAGES, indices=[TAP - 1], return_prefix_tokens=True, output_fmt="NLC", norm=False
         )
     (ids,) = dropped
     assert ids.shape == (2, 4)
@@ -227,7 +227,7 @@ def test_a_network_of_the_user_s_own_is_built_by_import(tmp_path, my_lab):
     own = Reference(**{**vars(known), "name": "my_lab_nets:net"})
     path = known.save(tmp_path, known.tensors)
     for ids in (None, IDS):
-        assert_close(features(load(own, path), ids), known.features(PICTURES, ids))
+        assert_close(features(load(own, path), ids), known.features(IMAGES, ids))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A /14 teacher and a /16 student look at the same places of the same picture."""
+"""A /14 teacher and a /16 student look at the same places of the same image."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_painting_one_patch_changes_exactly_that_token_on_both_sides(
 
 
 def test_a_masked_neighbour_never_reaches_the_teacher(weights):
-    """Resizing the whole picture would carry its pixels over the border."""
+    """Resizing the whole image would carry its pixels over the border."""
     objective, teacher = student_at(224), teacher_at(weights / "sincos.safetensors", 196)
     images = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     noise = torch.arange(196.0)[None]  # the first quarter of the patches stays visible
