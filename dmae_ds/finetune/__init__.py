@@ -1,1 +1,1 @@
-"""Training a classifier on labels: fine-tuning (`dmae-ds eval finetune`), supervised distillation, MAE's linear probe."""
+"""Training of a classifier on labels: fine-tuning, supervised distillation, MAE's linear probe."""

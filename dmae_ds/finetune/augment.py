@@ -1,8 +1,8 @@
-"""Random erasing, mixup and cutmix, timm's, each keyed before it draws (objectives/augment.py says how).
+"""timm's random erasing, mixup and cutmix, each with a keyed random generator (see objectives/augment.py).
 
-The key is that of what is drawn for: (seed, epoch, sample) for a picture, (seed, step, piece) for a micro-batch, the piece being its
-place in the global batch. So pictures, mixes and dropped paths are the same on any workers, after any resume, and on any
-number of ranks that cut the global batch into the same micro-batches.
+The key is (seed, epoch, sample) for an image and (seed, step, piece) for a micro-batch, where `piece` is its
+place in the global batch. So images, mixes and dropped paths are the same for any number of workers, after
+any resume, and on any number of ranks that cut the global batch into the same micro-batches.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from dmae_ds.data.transforms import sample_rng
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.augment import MIX_STREAM, erase_rectangles, normalized, seed_globals
 
-# Keyed by step and piece instead of epoch and sample: streams beyond those of a sample (data/transforms.py).
+# Keyed by step and piece instead of epoch and sample, so its number is above those of the samples' streams
+# (data/transforms.py).
 DROP_PATH_STREAM = 101
 
 
 class Prepare:
-    """A micro-batch as the loader gives it -> what a classifier trains on, on its device.
+    """Turns a micro-batch of the loader into the images and labels that a classifier trains on.
 
-    augment None: normalised pictures and their labels, nothing else
+    augment: None for normalised images and their labels, nothing else
     """
 
     def __init__(
@@ -38,31 +39,30 @@ class Prepare:
         device: torch.device,
     ):
         self.normalize, self.seed = normalize, seed
-        self.erasing = (
-            RandomErasing(augment.erase, mode="pixel", device=device)
-            if augment is not None and augment.erase
-            else None
-        )
-        mixes = augment is not None and augment.mixes
-        self.mix = (
-            Mixup(
+        self.erasing, self.mix, self.label_smoothing = None, None, 0.0
+        if augment is None:
+            return
+        if augment.erase:
+            self.erasing = RandomErasing(augment.erase, mode="pixel", device=device)
+        if augment.mixes:  # which smooths the labels, too
+            self.mix = Mixup(
                 augment.mixup,
                 augment.cutmix,
                 label_smoothing=augment.label_smoothing,
                 num_classes=num_classes,
             )
-            if mixes
-            else None
-        )
-        # mixed labels are smoothed by the mixing
-        self.label_smoothing = 0.0 if augment is None or mixes else augment.label_smoothing
+        else:
+            self.label_smoothing = augment.label_smoothing
 
     def criterion(self) -> nn.CrossEntropyLoss:
-        """The labels' loss; it takes classes [N], and the probabilities [N, C] that mixing makes of them."""
+        """The labels' loss, for classes [N] and for the probabilities [N, C] of mixed labels."""
         return nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
 
     def __call__(self, batch: Batch, *, step: int, piece: int) -> tuple[Tensor, Tensor]:
-        """Returns images [N, 3, H, W] float32 and labels [N] int64, mixed ones [N, C] float32. Reseeds the global generators."""
+        """Normalise, erase and mix. Reseeds the global generators.
+
+        Returns images [N, 3, H, W] float32 and labels [N] int64, or [N, C] float32 if they are mixed.
+        """
         images = normalized(batch.images, self.normalize)
         if self.erasing is not None:
             erase_rectangles(self.erasing, images, batch, seed=self.seed)
@@ -72,5 +72,5 @@ class Prepare:
         return self.mix(images, batch.labels)
 
     def seed_drop_path(self, *, step: int, piece: int) -> None:
-        """Key what the network draws in its next forward pass."""
+        """Seed the random numbers of the network's next forward pass."""
         seed_globals(sample_rng(self.seed, step, piece, DROP_PATH_STREAM))

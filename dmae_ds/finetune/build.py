@@ -1,4 +1,4 @@
-"""A source -> the classifier to train: network with weights, task, optimiser, and how to write it down."""
+"""The classifier of a source: network with weights, task, optimiser, and the tensors that are saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmae_ds.config.run import ModelConfig
 from dmae_ds.finetune.linear import LinearProbe
 from dmae_ds.finetune.network import (
     build_classifier,
-    classifier_keys,
+    classifier_kwargs,
     fill_trunk,
     load_teacher,
     with_distillation_token,
@@ -26,61 +26,61 @@ from dmae_ds.finetune.tasks import build_task
 
 @dataclass
 class Classifier:
-    """What is trained, on its device. network: plain timm or a LinearProbe; model and keys: how timm builds it again; about: for a person."""
+    """A classifier in training, on its device.
+
+    network: plain timm or a LinearProbe; model, kwargs: the arguments with which timm builds it again
+    step: of the student; about: a note on its weights, for a person
+    """
 
     network: nn.Module
     model: ModelConfig
-    keys: dict
+    kwargs: dict
     img_size: int
     task: nn.Module
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
-    step: int  # of the student
+    step: int
     about: str
 
     @property
     def judged(self) -> nn.Module:
-        """What is validated and kept: the averaged network where there is one."""
+        """The network that is validated and saved: the averaged one if there is one."""
         return self.network if self.ema is None else self.ema.module
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept, in timm's names."""
+        """The tensors to save, in timm's names."""
         return self.judged.folded() if isinstance(self.judged, LinearProbe) else self.judged.state_dict()
 
 
 def build(source: Source, criterion: nn.Module, *, num_classes: int, device: torch.device) -> Classifier:
-    """Network with weights, task and optimiser, ready on a device; criterion: the labels' loss. Raises UserError where the weights don't fit."""
+    """Build a network with weights, its task and its optimiser on a device.
+
+    criterion: the labels' loss. Raises UserError for weights that do not fit.
+    """
     config = source.config
+    seed, mean, std = config.run.seed, config.data.mean, config.data.std
     linear = isinstance(config, LinearConfig)
-    keys = classifier_keys(
+    kwargs = classifier_kwargs(
         config.pool, num_classes, norm_first=linear, drop_path=0.0 if linear else config.drop_path
     )
-    network: nn.Module = build_classifier(
-        config.network, keys, seed=config.run.seed, mean=config.data.mean, std=config.data.std
-    )
+    network: nn.Module = build_classifier(config.network, kwargs, seed=seed, mean=mean, std=std)
     model, img_size = config.network, network.patch_embed.img_size[0]
     if not linear and config.init == "random":
         step, about = 0, "random initial weights"
     else:
         step, about = fill_trunk(network, source.file, config.format, config.network)
     if linear:
-        network = LinearProbe(network, seed=config.run.seed).to(device)
-        task = build_task(network, criterion, distill=None, teacher=None, seed=config.run.seed, device=device)
-        return Classifier(
-            network, model, keys, img_size, task, build_lars(network.head, config.optim), None, step, about
-        )
-    distill, teacher = config.distill, None
-    if distill is not None:
-        teacher = load_teacher(
-            distill, num_classes=num_classes, img_size=img_size, mean=config.data.mean, std=config.data.std
-        )
-        if distill.method.startswith("deit"):
-            network, model = with_distillation_token(network, seed=config.run.seed)
-            keys = {"num_classes": num_classes}
-    task = build_task(
-        network, criterion, distill=distill, teacher=teacher, seed=config.run.seed, device=device
-    )
-    ema = None if config.ema is None else ModelEmaV3(copy.deepcopy(network), decay=config.ema)
-    return Classifier(
-        network, model, keys, img_size, task, build_adamw(network, task, config.optim), ema, step, about
-    )
+        network = LinearProbe(network, seed=seed).to(device)
+        task = build_task(network, criterion, distill=None, teacher=None, seed=seed, device=device)
+        optimizer, ema = build_lars(network.head, config.optim), None
+    else:
+        distill, teacher = config.distill, None
+        if distill is not None:
+            teacher = load_teacher(distill, num_classes=num_classes, img_size=img_size, mean=mean, std=std)
+            if distill.method.startswith("deit"):
+                network, model = with_distillation_token(network, seed=seed)
+                kwargs = {"num_classes": num_classes}
+        task = build_task(network, criterion, distill=distill, teacher=teacher, seed=seed, device=device)
+        ema = None if config.ema is None else ModelEmaV3(copy.deepcopy(network), decay=config.ema)
+        optimizer = build_adamw(network, task, config.optim)
+    return Classifier(network, model, kwargs, img_size, task, optimizer, ema, step, about)

@@ -1,6 +1,7 @@
-"""What a killed run continues from: one file, written whole after every epoch, read without running a pickle's code.
+"""The file that a killed run continues from, written after every epoch.
 
-OUT/resume.pt    network, optimiser, averaged weights, the epochs' figures; no random state: all draws are keyed
+OUT/resume.pt holds network, optimiser, averaged weights and the epochs' numbers. It needs no random state:
+every draw is keyed (augment.py). It is read without running a pickle's code.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ def save_resume(
     identity: dict,
     **state: object,
 ) -> None:
-    """Write everything; `state` holds plain values. By one process."""
+    """Write everything that a run continues from; `state` holds plain values. Call it on one process."""
     content = {
         "version": VERSION,
         "identity": identity,
-        "task": _own_tensors(task),
+        "task": _trained_tensors(task),
         "optimizer": optimizer.state_dict(),
         "ema": None if ema is None else ema.module.state_dict(),
         **state,
@@ -42,39 +43,44 @@ def save_resume(
 
 
 def read_resume(path: Path, identity: dict) -> dict | None:
-    """What `save_resume` wrote, on the CPU, or None where there is nothing. Raises UserError unless it is of this very run."""
+    """Read the content of `save_resume` on the CPU; None without a file.
+
+    Raises UserError for a file of another run, naming the first key that differs.
+    """
     if not path.is_file():
         return None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        version, saved = found["version"], found["identity"]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version, saved = content["version"], content["identity"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
         raise UserError(
-            f"'{path}' can't be read ({type(error).__name__}); delete it to start again"
+            f"'{path}' cannot be read ({type(error).__name__}); delete it to start again"
         ) from None
     if version != VERSION:
         raise UserError(
-            f"'{path}' has format version {version}, this program reads {VERSION}; use the program that wrote it"
+            f"'{path}' has format version {version}, this program reads version {VERSION}; "
+            "use the program that wrote it"
         )
     for key in sorted(saved.keys() | identity.keys()):
         if saved.get(key) != identity.get(key):
             raise UserError(
-                f"'{path}' was written with {key} {saved.get(key)}, now it is {identity.get(key)}; set it back, or choose another run.dir"
+                f"'{path}' was written with {key} {saved.get(key)}, now it is {identity.get(key)}; "
+                "set it back, or choose another run.dir"
             )
-    return found
+    return content
 
 
 def restore(
-    found: dict, *, task: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None
+    content: dict, *, task: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None
 ) -> None:
-    """Put a saved state back. `task` must be on its device, and not yet wrapped."""
-    missing, unexpected = task.load_state_dict(found["task"], strict=False)
+    """Load a saved state. `task` must be on its device and not yet wrapped."""
+    missing, unexpected = task.load_state_dict(content["task"], strict=False)
     assert not unexpected and all(name.startswith("teacher.") for name in missing)
-    optimizer.load_state_dict(found["optimizer"])
+    optimizer.load_state_dict(content["optimizer"])
     if ema is not None:
-        ema.module.load_state_dict(found["ema"])
+        ema.module.load_state_dict(content["ema"])
 
 
-def _own_tensors(task: nn.Module) -> dict[str, Tensor]:
-    """Without the teacher, which has a file of its own."""
+def _trained_tensors(task: nn.Module) -> dict[str, Tensor]:
+    """The task's tensors without the teacher's, which has its own file."""
     return {name: tensor for name, tensor in task.state_dict().items() if not name.startswith("teacher.")}

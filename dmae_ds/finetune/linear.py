@@ -1,6 +1,7 @@
-"""MAE's linear probe: a frozen network, a batch norm without affine part, one linear layer (MAE, A.1, "Linear probing").
+"""MAE's linear probe: a frozen network, a batch norm without affine part, one linear layer (MAE, A.1).
 
-The batch norm's statistics are those of a micro-batch on one rank, as published: they are not shared between ranks.
+As in the published code, the batch norm's statistics are those of one rank's micro-batch; ranks do not share
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ HEAD_STD = 0.01
 
 
 class LinearProbe(nn.Module):
-    """A classifier of which only `network.head` is trained, and which learns running statistics of the features."""
+    """A frozen classifier of which only `network.head` and the features' running statistics are trained."""
 
     def __init__(self, network: VisionTransformer, *, seed: int):
         super().__init__()
@@ -27,9 +28,11 @@ class LinearProbe(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
+        """The layer that is trained."""
         return self.network.head
 
-    def train(self, mode: bool = True) -> "LinearProbe":
+    def train(self, mode: bool = True) -> LinearProbe:
+        """Set training mode for all but the frozen network."""
         super().train(mode)
         self.network.eval()
         return self
@@ -45,7 +48,7 @@ class LinearProbe(nn.Module):
         return self.head(self.norm(features))
 
     def folded(self) -> dict[str, Tensor]:
-        """The network's tensors with the batch norm's running statistics inside the head: timm alone computes the same."""
+        """The network's tensors, with the batch norm folded into the head so that timm alone suffices."""
         scale = (self.norm.running_var + NORM_EPS).rsqrt()  # [D]
         weight = self.head.weight * scale
         return {

@@ -1,4 +1,4 @@
-"""The loop: steps of accumulated micro-batches, and validation. Everything random was keyed before (augment.py)."""
+"""The training loop: steps of accumulated micro-batches, and validation. All draws are keyed (augment.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dmae_ds.finetune.tasks import set_training
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.augment import normalized
 
-CHECK_EVERY = 50  # steps between two looks at the loss, which wait for the device
+CHECK_EVERY = 50  # steps between checks that the loss is finite; a check waits for the device
 
 
 def take_step(
@@ -32,9 +32,9 @@ def take_step(
     clip_grad: float,
     accelerator: Accelerator,
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step over `accumulation` micro-batches (images, labels), whose gradients are averaged.
+    """Take one optimiser step over `accumulation` micro-batches (images, labels); gradients are averaged.
 
-    clip_grad: largest global gradient norm; 0: not clipped
+    clip_grad: largest global gradient norm, 0: no clipping
     Returns the mean loss and the gradient's global norm before clipping, scalars on the device.
     """
     set_lr(optimizer, lr)
@@ -55,7 +55,7 @@ def take_step(
 
 @dataclass
 class Losses:
-    """Sums since the last validation; `mean` is over steps and ranks."""
+    """Sums of losses and gradient norms since the last validation."""
 
     accelerator: Accelerator
     total: Tensor | float = 0.0
@@ -63,71 +63,86 @@ class Losses:
     steps: int = 0
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
+        """Add one step's."""
         self.total, self.norm, self.steps = self.total + loss, self.norm + norm, self.steps + 1
 
     def mean(self, step: int) -> dict[str, float]:
-        """{"loss", "grad_norm"}, the same on every rank. Collective. Raises RunFailed, on every rank, unless the loss is finite."""
-        sums = torch.stack([torch.as_tensor(self.total), torch.as_tensor(self.norm)]).float().to(
-            self.accelerator.device
-        ) / max(1, self.steps)
-        loss, norm = self.accelerator.reduce(sums, reduction="mean").tolist()
+        """{"loss", "grad_norm"} over steps and ranks, the same on every rank. Collective.
+
+        Raises RunFailed, on every rank, for a loss that is not finite.
+        """
+        sums = torch.stack([torch.as_tensor(self.total), torch.as_tensor(self.norm)])
+        means = sums.float().to(self.accelerator.device) / max(1, self.steps)
+        loss, norm = self.accelerator.reduce(means, reduction="mean").tolist()
         if not math.isfinite(loss):
             error = RunFailed(
-                f"the loss of one of the {self.steps} steps up to {step} is not finite; the last checkpoint is untouched: lower optim.base_lr, or set precision=fp32"
+                f"the loss of one of the {self.steps} steps up to {step} is not finite; "
+                "the last checkpoint is unchanged: lower optim.base_lr, or set precision=fp32"
             )
             error.on_every_rank = True
             raise error
         return {"loss": loss, "grad_norm": norm}
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """Numbers of the loop. lr_at: finished steps -> the rate of the next step.
+
+    epoch_ends: numbers of finished steps after which an epoch is over; clip_grad: largest global gradient
+    norm, 0: none
+    """
+
+    start_step: int
+    num_steps: int
+    epoch_ends: set[int]
+    accumulation: int
+    clip_grad: float
+    lr_at: Callable[[int], float]
+
+
 def train(
     task: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
+    settings: LoopSettings,
     *,
     prepare: Prepare,
     accelerator: Accelerator,
-    lr_at: Callable[[int], float],
-    start_step: int,
-    num_steps: int,
-    accumulation: int,
-    clip_grad: float,
-    epoch_ends: set[int],
     after_step: Callable[[], None],
     after_epoch: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Run from start_step to num_steps; `batches` yields `accumulation` micro-batches of this rank a step.
+    """Train from start_step to num_steps.
 
-    lr_at: finished steps -> the rate of the next one; epoch_ends: numbers of finished steps after which an epoch is over
-    after_epoch: is told the finished steps and the mean losses of the epoch; it may leave the task in eval mode
-    Raises RunFailed when a loss is not finite.
+    batches: `accumulation` micro-batches of this rank per step
+    after_epoch: gets the finished steps and the mean losses of the epoch; it may leave the task in eval mode
+    Raises RunFailed for a loss that is not finite.
     """
     model = accelerator.prepare_model(task)
+    accumulation = settings.accumulation
     first_piece = accelerator.process_index * accumulation
+
+    def pieces(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(accumulation):
+            place = {"step": step, "piece": first_piece + number}
+            prepared = prepare(next(batches).to(accelerator.device), **place)
+            prepare.seed_drop_path(**place)
+            yield prepared
+
     losses = Losses(accelerator)
     set_training(task)
-    for step in range(start_step, num_steps):
-
-        def pieces(step: int = step) -> Iterator[tuple[Tensor, Tensor]]:
-            for number in range(accumulation):
-                place = {"step": step, "piece": first_piece + number}
-                prepared = prepare(next(batches).to(accelerator.device), **place)
-                prepare.seed_drop_path(**place)
-                yield prepared
-
-        losses.add(
-            *take_step(
-                model,
-                optimizer,
-                pieces(),
-                lr=lr_at(step),
-                accumulation=accumulation,
-                clip_grad=clip_grad,
-                accelerator=accelerator,
-            )
+    for step in range(settings.start_step, settings.num_steps):
+        loss, norm = take_step(
+            model,
+            optimizer,
+            pieces(step),
+            lr=settings.lr_at(step),
+            accumulation=accumulation,
+            clip_grad=settings.clip_grad,
+            accelerator=accelerator,
         )
+        losses.add(loss, norm)
         after_step()
-        if step + 1 in epoch_ends:
+        if step + 1 in settings.epoch_ends:
             after_epoch(step + 1, losses.mean(step + 1))
             losses = Losses(accelerator)
             set_training(task)
@@ -144,11 +159,13 @@ def validate(
     num_classes: int,
     accelerator: Accelerator,
 ) -> tuple[float, float | None]:
-    """Top-1 and top-5 in percent over all ranks' batches, every picture once; top-5 is None with five classes or fewer. Collective."""
+    """Top-1 and top-5 in percent over all ranks' batches, every image once. Collective.
+
+    Top-5 is None with five classes or fewer.
+    """
     network.eval()
-    counts = torch.zeros(
-        3, dtype=torch.float64, device=accelerator.device
-    )  # right at once, right among five, pictures
+    # Images whose class is first, among the first five, and all images.
+    counts = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
@@ -158,5 +175,6 @@ def validate(
         counts += torch.stack(
             [hits[:, 0].sum(), hits.any(dim=1).sum(), torch.tensor(len(hits), device=hits.device)]
         )
-    right, among_five, pictures = accelerator.reduce(counts, reduction="sum").tolist()
-    return 100 * right / pictures, (100 * among_five / pictures if num_classes > 5 else None)
+    right, among_five, num_images = accelerator.reduce(counts, reduction="sum").tolist()
+    top5 = 100 * among_five / num_images if num_classes > 5 else None
+    return 100 * right / num_images, top5

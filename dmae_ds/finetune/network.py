@@ -1,8 +1,8 @@
-"""timm's classifier with a checkpoint's trunk in it: read strictly, saved so that timm alone loads it again.
+"""timm's classifiers: a checkpoint's trunk is read into them strictly, and timm alone loads the saved file.
 
     model = timm.create_model(name, **overrides, **classifier); model.load_state_dict(..., strict=True)
 
-with the three out of the file's metadata: `timm_name`, `timm_overrides` and `classifier`, the last two in JSON.
+The three are in the file's metadata as `timm_name`, `timm_overrides` and `classifier`, the last two in JSON.
 """
 
 from __future__ import annotations
@@ -27,41 +27,46 @@ from dmae_ds.weights.metadata import own_network_if_readable
 from dmae_ds.weights.named import open_weights
 
 GLOBAL_POOLS = {"mean": "avg", "cls": "token"}
-HEAD_STD = 2e-5  # of a new head: it starts at nearly equal logits (MAE's published fine-tuning)
+HEAD_STD = 2e-5  # of a new head, for nearly equal logits at the start (MAE's published fine-tuning)
 
 
-def classifier_keys(pool: str, num_classes: int, *, norm_first: bool = False, drop_path: float = 0.0) -> dict:
-    """What `timm.create_model` is told beside the geometry.
+def classifier_kwargs(
+    pool: str, num_classes: int, *, norm_first: bool = False, drop_path: float = 0.0
+) -> dict:
+    """Arguments of `timm.create_model` for a classifier, in addition to the geometry.
 
-    pool `mean`: the mean of the patch tokens is normed (MAE's fine-tuning); norm_first: each token is, by the network's
-    own final norm, and then the mean is taken, as frozen features are
+    pool `mean`: the mean of the patch tokens is normed (MAE's fine-tuning); norm_first: each token is normed
+    by the network's own final norm, and then the mean is taken, as for frozen features
     """
-    keys = {"num_classes": num_classes, "global_pool": GLOBAL_POOLS[pool]}
-    keys |= {"fc_norm": False} if norm_first and pool == "mean" else {}
-    return keys | ({"drop_path_rate": drop_path} if drop_path else {})
+    kwargs = {"num_classes": num_classes, "global_pool": GLOBAL_POOLS[pool]}
+    if norm_first and pool == "mean":
+        kwargs["fc_norm"] = False
+    if drop_path:
+        kwargs["drop_path_rate"] = drop_path
+    return kwargs
 
 
 def build_classifier(
-    network: ModelConfig, keys: dict, *, seed: int, mean: tuple, std: tuple, where: str = "network"
+    network: ModelConfig, kwargs: dict, *, seed: int, mean: tuple, std: tuple, where: str = "network"
 ) -> VisionTransformer:
-    """timm's own network with a head for these classes; initial weights are timm's, drawn from `seed`, and a head near zero.
+    """Build timm's network with a head for these classes, with timm's initial weights, drawn from `seed`.
 
-    keys: of `classifier_keys`. Raises UserError for a name or numbers that timm can't build, or another kind of network.
+    kwargs: from `classifier_kwargs`; mean, std: of the pixels; the head's initial weights are near zero
+    Raises UserError for a name or numbers that timm cannot build, or another kind of network.
     """
-    if (
-        not isinstance(build_timm_vit(network.name, network.overrides(), where=where), VisionTransformer)
-        or ":" in network.name
-    ):
+    vit = build_timm_vit(network.name, network.overrides(), where=where)
+    if not isinstance(vit, VisionTransformer) or ":" in network.name:
         raise UserError(
-            f"{where}.name '{network.name}' is not a VisionTransformer of timm's; classifiers are trained on those, such as vit_base_patch16_224"
+            f"{where}.name '{network.name}' is not a VisionTransformer of timm, as classifiers require; "
+            "choose one such as vit_base_patch16_224"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # tasks read the data's statistics out of pretrained_cfg
+        # timm's tasks read the pixel statistics from pretrained_cfg.
         model = timm.create_model(
             network.name,
             **network.overrides(),
-            **keys,
+            **kwargs,
             pretrained_cfg_overlay={"mean": tuple(mean), "std": tuple(std)},
         )
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
@@ -70,11 +75,14 @@ def build_classifier(
 
 
 def fill_trunk(model: VisionTransformer, path: Path, format: str, network: ModelConfig) -> tuple[int, str]:
-    """Read everything but the head from a weights file; a norm behind the pooling stays new (MAE's fine-tuning).
+    """Read everything but the head from a weights file.
 
-    Position codes of another grid are fitted: sin-cos ones computed anew, learned ones interpolated by timm.
-    Returns (the step that the file says it was trained to, or 0; a line about what was left in the file or changed).
-    Raises UserError where the file doesn't fit.
+    A norm behind the pooling keeps its initial weights (MAE's fine-tuning).
+    Positional embeddings of another grid are fitted: sin-cos ones are computed for it, learned ones
+    interpolated.
+    Returns the step in the file's metadata (or 0), and a line about tensors that were not read or were
+    changed.
+    Raises UserError for a file that does not fit.
     """
     needed = {
         name: tensor
@@ -83,12 +91,12 @@ def fill_trunk(model: VisionTransformer, path: Path, format: str, network: Model
     }
     loaded = _load(model, needed, path, format, network, WEIGHTS)
     dropped, notes = loaded.dropped, loaded.notes
-    left = [
-        f"{len(part)} tensors of {name}"
-        for name, part in (("decoder", dropped.decoder), ("head and norm", dropped.rest))
-        if part
+    not_read = [
+        f"{len(tensors)} tensors of {name}"
+        for name, tensors in (("decoder", dropped.decoder), ("head and norm", dropped.rest))
+        if tensors
     ]
-    notes += [f"left in the file: {', '.join(left)}"] if left else []
+    notes += [f"not read: {', '.join(not_read)}"] if not_read else []
     step = loaded.weights.container.metadata.get("step", "0")
     return (int(step) if step.isdigit() else 0), "; ".join(notes)
 
@@ -96,40 +104,37 @@ def fill_trunk(model: VisionTransformer, path: Path, format: str, network: Model
 def load_teacher(
     config: DistillConfig, *, num_classes: int, img_size: int, mean: tuple, std: tuple
 ) -> VisionTransformer:
-    """A fine-tuned classifier, frozen, in eval mode; its pretrained_cfg has the statistics of its own pixels.
+    """Load a fine-tuned classifier, frozen and in eval mode; its pretrained_cfg has its own pixel statistics.
 
-    mean, std: of the data, for a file that doesn't say its own
-
-    Raises UserError for a file that isn't a classifier of as many classes.
+    mean, std: of the data, for a file that does not have its own
+    Raises UserError for a file that is not a classifier of as many classes.
     """
     path = Path(config.teacher).expanduser()
     weights = open_weights(path, "dmae_ds", label=CLASSIFIER) if config.name is None else None
     own = None if weights is None else own_network_if_readable(weights.container)
     if config.name is None and (own is None or "classifier" not in weights.container.metadata):
         raise UserError(
-            f"distill.teacher '{path}' doesn't say what it is; give best.safetensors of an `eval finetune`, or set distill.name, such as vit_large_patch16_224"
+            f"distill.teacher '{path}' does not name its network; "
+            "give best.safetensors of an `eval finetune`, or set distill.name, such as vit_large_patch16_224"
         )
     if own is None:
-        network, keys = (
-            ModelConfig(name=config.name, img_size=img_size),
-            classifier_keys(config.pool, num_classes),
-        )
+        network = ModelConfig(name=config.name, img_size=img_size)
+        kwargs = classifier_kwargs(config.pool, num_classes)
     else:
-        about = json.loads(weights.container.metadata["classifier"])
-        network, keys, mean, std = (
-            ModelConfig(name=own[0], **own[1]),
-            about["keys"],
-            about["mean"],
-            about["std"],
-        )
-    if keys["num_classes"] != num_classes:
+        described = json.loads(weights.container.metadata["classifier"])
+        network, kwargs = ModelConfig(name=own[0], **own[1]), described["keys"]
+        mean, std = described["mean"], described["std"]
+    if kwargs["num_classes"] != num_classes:
         raise UserError(
-            f"distill.teacher '{path}' tells {keys['num_classes']} classes apart, data.train has {num_classes}; fine-tune a teacher on the same classes"
+            f"distill.teacher '{path}' has {kwargs['num_classes']} classes, data.train has {num_classes}; "
+            "fine-tune a teacher on the same classes"
         )
-    model = build_classifier(network, keys, seed=0, mean=mean, std=std, where="distill")
-    if model.patch_embed.img_size[0] != img_size:
+    model = build_classifier(network, kwargs, seed=0, mean=mean, std=std, where="distill")
+    teacher_size = model.patch_embed.img_size[0]
+    if teacher_size != img_size:
         raise UserError(
-            f"distill.teacher '{path}' sees pictures of {model.patch_embed.img_size[0]} px, the network of {img_size} px; both see the same ones: set network.img_size"
+            f"distill.teacher '{path}' takes images of {teacher_size} px, the network of {img_size} px; "
+            "both get the same images: set network.img_size"
         )
     format = config.format if own is None else "dmae_ds"
     _load(model, model.state_dict(), path, format, network, CLASSIFIER)
@@ -144,6 +149,7 @@ def _load(
     network: ModelConfig,
     label: Label,
 ) -> LoadedNetwork:
+    """Read the tensors named in `needed` into the model."""
     loaded = load_network(
         path,
         needed,
@@ -154,15 +160,16 @@ def _load(
         label=label,
         format=format,
     )
-    # All of `needed` was there; the rest stays as it was initialised.
+    # `needed` is complete; other tensors keep their initial values.
     model.load_state_dict(loaded.tensors, strict=False)
     return loaded
 
 
 def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[VisionTransformer, ModelConfig]:
-    """The same network with DeiT's second token, its head beside the first, and a zero position code for it (DeiT, Sec. 4).
+    """Add DeiT's distillation token and its head to a network (DeiT, Sec. 4).
 
-    Returns it and its name and numbers. Raises UserError for a network that isn't a plain ViT.
+    The token's positional embedding is zero. Returns the network, and its name and numbers. Raises UserError
+    for a network that is not a plain ViT.
     """
     block = model.blocks[0]
     numbers = ModelConfig(
@@ -174,7 +181,7 @@ def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[Vis
         num_heads=block.attn.num_heads,
         mlp_ratio=block.mlp.fc1.out_features / model.embed_dim,
     )
-    keys = {
+    kwargs = {
         "num_classes": model.num_classes,
         "drop_path_rate": getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0),
     }
@@ -182,7 +189,7 @@ def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[Vis
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = timm.create_model(
-            numbers.name, **numbers.overrides(), **keys, pretrained_cfg_overlay=statistics
+            numbers.name, **numbers.overrides(), **kwargs, pretrained_cfg_overlay=statistics
         )
         nn.init.trunc_normal_(network.head_dist.weight, std=HEAD_STD)
         nn.init.zeros_(network.head_dist.bias)
@@ -192,8 +199,10 @@ def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[Vis
     try:
         network.load_state_dict({**network.state_dict(), **model.state_dict(), "pos_embed": both})
     except RuntimeError as error:  # registers, layer scale
+        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"a distillation token goes beside the CLS of a plain ViT, not into this network ({' '.join(str(error).split())[:160]}); choose distill.method logits or features"
+            f"a distillation token requires a plain ViT, this network is not one ({reason}); "
+            "choose distill.method logits or features"
         ) from None
     return network, numbers
 
@@ -202,15 +211,15 @@ def save_classifier(
     path: Path,
     tensors: dict[str, Tensor],
     network: ModelConfig,
-    keys: dict,
+    kwargs: dict,
     *,
     mean: tuple,
     std: tuple,
-    **said: object,
+    **extra: object,
 ) -> None:
-    """Write a classifier in timm's names, whole or not at all; `said` goes into the metadata as text."""
-    about = {
-        "keys": {name: value for name, value in keys.items() if name != "drop_path_rate"},
+    """Write a classifier in timm's names, complete or not at all; `extra` goes into the metadata as text."""
+    described = {
+        "keys": {name: value for name, value in kwargs.items() if name != "drop_path_rate"},
         "mean": list(mean),
         "std": list(std),
     }
@@ -218,10 +227,9 @@ def save_classifier(
         "format": "pt",
         "timm_name": network.name,
         "timm_overrides": json.dumps(network.overrides()),
-        "classifier": json.dumps(about),
-        **{name: str(value) for name, value in said.items()},
+        "classifier": json.dumps(described),
+        **{name: str(value) for name, value in extra.items()},
     }
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as file:
-        file.write(
-            save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-        )
+        file.write(save(plain, metadata))

@@ -1,4 +1,4 @@
-"""The two optimisers: AdamW with one rate a layer for fine-tuning, LARS for the linear probe."""
+"""The two optimisers: AdamW with one rate per layer for fine-tuning, LARS for the linear probe."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from dmae_ds.train.optim import peak_lr
 def build_adamw(
     network: VisionTransformer, task: nn.Module, config: FinetuneOptimConfig
 ) -> torch.optim.AdamW:
-    """AdamW over the network's layers, and over what a task trains beside it (a projection), at the full rate."""
+    """AdamW over the network's layers, and at the full rate over a task's own parameters (a projection)."""
     groups = layer_groups(network, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
-    inside = {id(parameter) for parameter in network.parameters()}
-    beside = [
-        parameter
-        for parameter in task.parameters()
-        if parameter.requires_grad and id(parameter) not in inside
-    ]
+    of_network = {id(parameter) for parameter in network.parameters()}
+    others = [p for p in task.parameters() if p.requires_grad and id(p) not in of_network]
     for decay, parameters in (
-        (config.weight_decay, [p for p in beside if p.ndim > 1]),
-        (0.0, [p for p in beside if p.ndim <= 1]),
+        (config.weight_decay, [p for p in others if p.ndim > 1]),
+        (0.0, [p for p in others if p.ndim <= 1]),
     ):
-        groups += [{"params": parameters, "lr_scale": 1.0, "weight_decay": decay}] if parameters else []
+        if parameters:
+            groups.append({"params": parameters, "lr_scale": 1.0, "weight_decay": decay})
     return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.betas)
 
 
 def layer_groups(network: VisionTransformer, *, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Parameter groups with `lr_scale` = layer_decay^(depth + 1 - layer) (MAE, A.1, after BEiT), by timm's function.
+    """Parameter groups with `lr_scale` = layer_decay^(depth + 1 - layer) (MAE, A.1, after BEiT).
 
-    Layer 0: tokens, position codes, patch projection; i + 1: block i; depth + 1: all the rest. timm itself counts the
-    final norm to the last block, the published code to the head. 1-D tensors, tokens and positions don't decay.
+    The groups are made by timm's function.
+    Layer 0: tokens, positional embedding, patch projection; i + 1: block i; depth + 1: everything else. timm
+    itself counts the final norm to the last block, the published code to the head, and so does this function.
+    Weight decay does not apply to 1-D tensors, tokens and positional embeddings.
     """
 
     def layers(coarse: bool = False) -> dict:
@@ -48,7 +47,7 @@ def layer_groups(network: VisionTransformer, *, weight_decay: float, layer_decay
 
 
 def build_lars(head: nn.Module, config: LinearOptimConfig) -> Lars:
-    """LARS as MAE's probe has it (You et al. 2017), timm's: only tensors of more than one dimension are scaled."""
+    """timm's LARS as in MAE's probe (You et al. 2017): only tensors of more than one dimension are scaled."""
     scaled, plain = ([p for p in head.parameters() if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": scaled, "always_adapt": True}, {"params": plain, "always_adapt": False}]
     return Lars(groups, lr=peak_lr(config), momentum=config.momentum, trust_coeff=config.trust)

@@ -1,4 +1,4 @@
-"""What an evaluation writes down: the files of an epoch, the line of results.jsonl, what is said at the start."""
+"""Records of an evaluation: the files of an epoch, the settings of its result, the summary at the start."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from dmae_ds.config.evaluation import ClassifierConfig, FinetuneConfig, LinearConfig
 from dmae_ds.finetune.build import Classifier
 from dmae_ds.finetune.checkpoint import RESUME_FILE, save_resume
+from dmae_ds.finetune.evaluation import Evaluation
 from dmae_ds.finetune.network import save_classifier
 from dmae_ds.finetune.source import Source
 from dmae_ds.output.durable import replacing
@@ -17,11 +18,17 @@ from dmae_ds.train.optim import peak_lr
 
 @dataclass
 class Progress:
-    """How far an evaluation is: finished steps, seconds so far, and a row of figures for each finished epoch."""
+    """The state of an evaluation: finished steps, seconds so far, a row of numbers per finished epoch."""
 
     step: int = 0
     seconds: float = 0.0
     epochs: list[dict] = field(default_factory=list)
+
+    def add(self, row: dict) -> bool:
+        """Add a finished epoch. Returns whether its top-1 is above that of all epochs before."""
+        is_best = all(row["top1"] > earlier["top1"] for earlier in self.epochs)
+        self.step, self.seconds, self.epochs = row["step"], row["seconds"], [*self.epochs, row]
+        return is_best
 
 
 def save_epoch(
@@ -33,9 +40,12 @@ def save_epoch(
     identity: dict,
     is_best: bool,
 ) -> None:
-    """The files of an epoch; what is continued from comes last, so that a run killed in between makes the same files again."""
+    """Write the files of an epoch.
+
+    The state to continue from is written last, so a run that is killed in between makes the same files again.
+    """
     row = progress.epochs[-1]
-    said = {
+    metadata = {
         "step": row["step"],
         "epoch": f"{row['epoch']:.6g}",
         "top1": f"{row['top1']:.4f}",
@@ -44,7 +54,7 @@ def save_epoch(
     }
     for name in ("best", "last") if is_best else ("last",):
         save_classifier(
-            out / f"{name}.safetensors", classifier.tensors(), classifier.model, classifier.keys, **said
+            out / f"{name}.safetensors", classifier.tensors(), classifier.model, classifier.kwargs, **metadata
         )
     write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in progress.epochs))
     save_resume(
@@ -58,20 +68,20 @@ def save_epoch(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a text file, complete or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def metric_of(config: ClassifierConfig) -> str:
-    """linear, finetune; supervised: from scratch, or beside a teacher."""
+    """The metric's name: linear, finetune, or supervised (from scratch or with a teacher)."""
     if isinstance(config, LinearConfig):
         return "linear"
     return "supervised" if config.distill is not None or config.init == "random" else "finetune"
 
 
 def settings_of(source: Source, classifier: Classifier) -> dict:
-    """What defines the number, flat."""
+    """The settings that define the number, flat."""
     config = source.config
     settings = {
         "recipe": source.recipe,
@@ -95,27 +105,26 @@ def settings_of(source: Source, classifier: Classifier) -> dict:
     return settings
 
 
-def summary(
-    source: Source,
-    classifier: Classifier,
-    num_train: int,
-    num_val: int,
-    steps: int,
-    start: int,
-    cut: tuple[int, int, int],
-) -> str:
-    """What is about to happen, for a person to read before it costs anything."""
-    config, (world_size, micro_batch, accumulation) = source.config, cut
-    trained = sum(
-        parameter.numel() for group in classifier.optimizer.param_groups for parameter in group["params"]
+def summary(evaluation: Evaluation, *, start_step: int) -> str:
+    """A description of the training that is about to start, for a person to read before it costs anything."""
+    config, classifier = evaluation.config, evaluation.classifier
+    groups = classifier.optimizer.param_groups
+    num_trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    network = f"{classifier.model.name}, {num_trained / 1e6:.2f} M parameters trained"
+    note = f"; {classifier.about}" if classifier.about else ""
+    schedule = (
+        f"{evaluation.num_steps:,} steps = {config.optim.epochs:g} epochs "
+        f"({config.optim.warmup_epochs:g} warm-up), lr {peak_lr(config.optim):.3g}"
     )
+    ranks = f"{evaluation.accelerator.num_processes} ranks"
+    images = f"{evaluation.micro_batch} images x {evaluation.accumulation} accumulated"
+    num_val = evaluation.val_set.num_samples
     rows = {
-        "weights": f"{source.file}" + (f"; {classifier.about}" if classifier.about else ""),
-        "network": f"{classifier.model.name}, {trained / 1e6:.2f} M parameters trained, {classifier.img_size} px, {config.pool} pooled",
-        "data": f"{num_train:,} images ({config.labels} labels), {num_val:,} to validate on",
-        "batch": f"{config.optim.global_batch} = {world_size} ranks x {micro_batch} images x {accumulation} accumulated",
-        "schedule": f"{steps:,} steps = {config.optim.epochs:g} epochs ({config.optim.warmup_epochs:g} warm-up), lr {peak_lr(config.optim):.3g}"
-        + (f", from step {start}" if start else ""),
+        "weights": f"{evaluation.source.file}{note}",
+        "network": f"{network}, {classifier.img_size} px, {config.pool} pooled",
+        "data": f"{len(evaluation.ids):,} images ({config.labels} labels), {num_val:,} to validate on",
+        "batch": f"{config.optim.global_batch} = {ranks} x {images}",
+        "schedule": schedule + (f", from step {start_step}" if start_step else ""),
         "out": config.run.dir,
     }
     return "\n".join(f"{name:<10}{text}" for name, text in rows.items())

@@ -1,4 +1,4 @@
-"""What `dmae-ds eval finetune` and `eval linear` were given: a run folder or a weights file, a recipe, overrides."""
+"""Input of `dmae-ds eval finetune` and `eval linear`: a run folder or weights file, a recipe, overrides."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from dmae_ds.weights.label import WEIGHTS
 from dmae_ds.weights.metadata import own_network_if_readable
 
 Config = TypeVar("Config", bound=ClassifierConfig)
-_BESIDE = "?"  # run.dir of a run folder's evaluation, until its labels are known
+_IN_RUN = "?"  # run.dir of a run folder's evaluation, until its labels are known
 
 
 @dataclass(frozen=True)
 class Source:
-    """config: the recipe, complete; file: the weights; results: the folder whose results.jsonl gets the number."""
+    """A complete recipe and its weights.
+
+    file: the weights; results: the folder whose results.jsonl gets the line
+    """
 
     config: ClassifierConfig
     recipe: str
@@ -38,10 +41,12 @@ def find_source(
     labels: str,
     subset_seed: int | None,
 ) -> Source:
-    """Join what the weights say of themselves, the recipe and the overrides, the later over the earlier.
+    """Join the settings that come with the weights, the recipe and the overrides.
 
-    word: a run folder, which gives network, data, seed and the place of the result; or a weights file or hub id, for which the
-    overrides give data.train, data.val and run.dir, and network.name where the file doesn't say
+    Later ones replace earlier ones.
+    word: a run folder, which gives network, data, seed and the place of the result; or a weights file or hub
+    id, for which the overrides give data.train, data.val and run.dir, and network.name if the file does not
+    have it
     Raises UserError.
     """
     path, stem = Path(word).expanduser(), Path(recipe).stem
@@ -51,24 +56,25 @@ def find_source(
         file = run / "student.safetensors"
         if not file.is_file():
             raise UserError(
-                f"'{file}' is not there; a training run writes it with its first checkpoint; for the result of an evaluation name its best.safetensors"
+                f"'{file}' not found; a training run writes it with its first checkpoint. "
+                "To evaluate the result of an evaluation, name its best.safetensors"
             )
         trained = read_saved_config(run)
         below |= {
-            "run": {"dir": _BESIDE, "seed": trained.run.seed},
+            "run": {"dir": _IN_RUN, "seed": trained.run.seed},
             "network": trained.student.model_dump(exclude_none=True, exclude={"weights"}),
             "data": trained.data.model_dump(mode="json"),
         }
     else:
         file = _find_file(word)
         own = own_network_if_readable(open_container(file)) if file.suffix == ".safetensors" else None
-        below |= {"run": {}, "data": {}, "network": {} if own is None else {"name": own[0], **own[1]}}
+        network = {} if own is None else {"name": own[0], **own[1]}
+        below |= {"run": {}, "data": {}, "network": network}
     config = load_config(recipe, overrides, schema=schema, kind="evaluation recipe", below=below)
-    if config.run.dir == _BESIDE:
+    if config.run.dir == _IN_RUN:
         drawn = "" if config.labels == "all" else f"-{config.labels}-seed{config.subset_seed or 0}"
-        config = config.model_copy(
-            update={"run": config.run.model_copy(update={"dir": str(run / f"{stem}{drawn}")})}
-        )
+        run_section = config.run.model_copy(update={"dir": str(run / f"{stem}{drawn}")})
+        config = config.model_copy(update={"run": run_section})
     folder = Path(config.run.dir).expanduser()
     return Source(config, stem, file, run if run is not None else folder)
 
@@ -76,6 +82,7 @@ def find_source(
 def _find_file(word: str) -> Path:
     if not Path(word).expanduser().exists() and not looks_like_hub_id(word):
         raise UserError(
-            f"'{word}' is neither a run folder nor a weights file; give one that `dmae-ds train` wrote, a .safetensors or .pth file, or a hub id"
+            f"'{word}' is neither a run folder nor a weights file; "
+            "give a run of `dmae-ds train`, a .safetensors or .pth file, or a hub id"
         )
     return locate(word, label=WEIGHTS)

@@ -1,6 +1,7 @@
-"""What is minimised: the labels' loss, alone or beside a fine-tuned classifier's, all of them timm.task's.
+"""Training tasks of classifiers: the labels' loss, alone or with a fine-tuned classifier's (timm.task).
 
-A task maps (images, labels) to {"loss": scalar, "output": logits, named parts}. A teacher stays in eval mode without gradients.
+A task maps (images, labels) to {"loss": scalar, "output": logits, named parts}. A teacher stays in eval mode
+and gets no gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from dmae_ds.config.evaluation import DistillConfig
 
 TASKS = {
-    # DeiT, Sec. 4, Eq. 2: KL at a temperature, through the second token's head
+    # DeiT, Sec. 4, Eq. 2: KL divergence at a temperature, on the head of the distillation token
     "deit_soft": lambda config: (
         TokenDistillationTask,
         {"distill_type": "soft", "temperature": config.temperature},
@@ -27,7 +28,7 @@ TASKS = {
     "deit_hard": lambda config: (TokenDistillationTask, {"distill_type": "hard"}),
     # Hinton et al. 2015
     "logits": lambda config: (LogitDistillationTask, {"temperature": config.temperature}),
-    # squared error of the pooled features before the head, behind a linear map where the widths differ
+    # Squared error of the pooled features before the head, after a linear map if the widths differ
     "features": lambda config: (FeatureDistillationTask, {}),
 }
 
@@ -41,31 +42,32 @@ def build_task(
     seed: int,
     device: torch.device,
 ) -> nn.Module:
-    """The module to train: its trainable parameters are the network's and, for features of other width, a projection's.
+    """Build the module to train, from a network, the labels' loss and a teacher if `distill` is given.
 
-    The projection's initial weights are drawn from `seed`.
+    Its trainable parameters are the network's and, for features of another width, those of a projection,
+    whose initial weights are drawn from `seed`.
     """
     if distill is None:
         return ClassificationTask(network, criterion, device=device, verbose=False).to(device)
-    task, keys = TASKS[distill.method](distill)
+    task_class, kwargs = TASKS[distill.method](distill)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # built on the CPU, so that a projection is the same on every device
-        built = task(
+        # Built on the CPU, so that a projection is the same on every device.
+        task = task_class(
             network.cpu(),
             teacher.cpu(),
             criterion=criterion,
             distill_loss_weight=distill.weight,
             task_loss_weight=distill.task_weight,
             verbose=False,
-            **keys,
+            **kwargs,
         )
-    built.teacher.requires_grad_(False)
-    return built.to(device)
+    task.teacher.requires_grad_(False)
+    return task.to(device)
 
 
 def set_training(task: nn.Module) -> None:
-    """Training mode for all but the teacher (timm's own tasks see to it only in later versions than 1.0.26)."""
+    """Set training mode for all but the teacher (timm's tasks do this only in versions after 1.0.26)."""
     task.train()
     teacher = getattr(task, "teacher", None)
     if teacher is not None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import ModelConfig, RunConfig
-from dmae_ds.finetune.network import build_classifier, classifier_keys, save_classifier
+from dmae_ds.finetune.network import build_classifier, classifier_kwargs, save_classifier
 from dmae_ds.objectives.build import build_objective
 
 STUDENT = {
@@ -72,7 +72,7 @@ def make_run(folder, *, student=STUDENT, seed=0, **sections):
 
 def make_classifier(folder, *, pool):
     """The folder that `dmae-ds eval finetune` writes, of five classes; its data is nowhere."""
-    model_config, keys = ModelConfig(**STUDENT), classifier_keys(pool, 5)
+    model_config, keys = ModelConfig(**STUDENT), classifier_kwargs(pool, 5)
     model = build_classifier(model_config, keys, seed=0, mean=DATA["mean"], std=DATA["std"])
     generator = torch.Generator().manual_seed(0)
     tensors = {

@@ -16,7 +16,7 @@ from dmae_ds.config.load import load_config
 from dmae_ds.config.run import ModelConfig, RunConfig
 from dmae_ds.finetune.linear import LinearProbe
 from dmae_ds.finetune.loop import take_step
-from dmae_ds.finetune.network import build_classifier, classifier_keys
+from dmae_ds.finetune.network import build_classifier, classifier_kwargs
 from dmae_ds.finetune.optim import build_adamw, build_lars, layer_groups
 from dmae_ds.finetune.tasks import build_task
 from dmae_ds.train.optim import learning_rate, peak_lr
@@ -58,7 +58,7 @@ def recipe(name):
 def tiny(numbers, pool):
     """The oracle's network, out of the builder that `eval finetune` uses."""
     model = build_classifier(
-        TINY, classifier_keys({"gap": "mean", "cls": "cls"}[pool], 10), seed=0, **STATISTICS
+        TINY, classifier_kwargs({"gap": "mean", "cls": "cls"}[pool], 10), seed=0, **STATISTICS
     )
     model.load_state_dict(
         {
@@ -77,7 +77,7 @@ def test_vit_b_has_the_published_groups_and_drop_path(schedules, name, decay):
     with torch.device("meta"):
         model = build_classifier(
             config.network,
-            classifier_keys(config.pool, 1000, drop_path=config.drop_path),
+            classifier_kwargs(config.pool, 1000, drop_path=config.drop_path),
             seed=0,
             **STATISTICS,
         )
@@ -105,7 +105,7 @@ def test_vit_b_has_the_published_groups_and_drop_path(schedules, name, decay):
 
 def test_the_final_norm_before_cls_has_the_head_s_rate():
     """Where the published code and timm's own grouping differ."""
-    model = build_classifier(TINY, classifier_keys("cls", 10), seed=0, **STATISTICS)
+    model = build_classifier(TINY, classifier_kwargs("cls", 10), seed=0, **STATISTICS)
     groups = layer_groups(model, weight_decay=0.05, layer_decay=0.5)
     assert (
         next(
@@ -208,7 +208,7 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before(numbers):
 
 
 def test_three_steps_of_the_linear_probe(numbers):
-    model = build_classifier(TINY, classifier_keys("cls", 10, norm_first=True), seed=0, **STATISTICS)
+    model = build_classifier(TINY, classifier_kwargs("cls", 10, norm_first=True), seed=0, **STATISTICS)
     probe = LinearProbe(model, seed=0)
     probe.head.load_state_dict({name: numbers[f"lp.head_init.{name}"] for name in ("weight", "bias")})
     optimizer = build_lars(

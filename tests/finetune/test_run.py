@@ -16,10 +16,11 @@ from dmae_ds.data import shards as shard_format
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.evaluate.results import read_results
 from dmae_ds.finetune import checkpoint, network, record
-from dmae_ds.finetune import run as wiring
+from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.run import evaluate
 from tests.evaluate.conftest import STEP, make_shards
 from tests.finetune.conftest import PLAIN, finetune
+from tests.messages import refused
 
 LINEAR = [
     "optim.global_batch=20",
@@ -156,9 +157,9 @@ def test_accumulated_micro_batches_are_one_batch(run, tmp_path):
 
 def test_few_labels_are_all_that_is_seen(run, monkeypatch):
     seen = set()
-    plain = wiring.Prepare.__call__
+    plain = Prepare.__call__
     monkeypatch.setattr(
-        wiring.Prepare,
+        Prepare,
         "__call__",
         lambda self, batch, **place: seen.update(batch.sample_ids.tolist()) or plain(self, batch, **place),
     )
@@ -183,12 +184,12 @@ def test_a_weights_file_needs_data_and_a_place(run, tmp_path, shards):
             ("num_heads", 2),
         )
     ]
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error:  # one line per missing key
         finetune(file, *data)
-    assert all(f"{key} is missing" in str(error.value) for key in ("run.dir", "network.name"))
+    assert all(key in str(error.value) for key in ("run.dir", "network.name"))
     assert finetune(file, *data, *geometry, f"run.dir={tmp_path / 'out'}")["step"] == STEP
     assert read_results(tmp_path / "out")[0]["metric"] == "finetune"
-    with pytest.raises(UserError, match="neither a run folder nor a weights file"):
+    with refused(tmp_path / "nothing.pth", "run folder", "weights file"):
         finetune(tmp_path / "nothing.pth")
 
 
@@ -221,52 +222,51 @@ def test_supervised_baselines_run_on_a_fine_tuned_teacher(run, tmp_path, recipe)
 
 
 def test_mistakes_are_one_line_and_touch_nothing(run, tmp_path):
+    gone = tmp_path / "gone.safetensors"
     alone = make_shards(tmp_path / "alone", num=9, seed=3, classes=["all"], labels=0)
-    for overrides, options, message in (
-        (["optim.global_batch=9", "optim.micro_batch=2"], {}, "optim.micro_batch"),
-        (["optim.global_batch=7"], {}, "7 is odd"),
-        (["optim.layer_dekay=1"], {}, "did you mean optim.layer_decay"),
-        (["augment.rand_augment=random"], {}, "timm's notation"),
-        ([f"data.train={alone}"], {}, "1 classes"),
-        (["data.block=2"], {"labels": "2-shot"}, "data.block=1"),
-        ([], {"labels": "1000-shot"}, "1000-shot"),
-        ([], {"labels": "some"}, "labels 'some'"),
-        (["distill.method=deit_hard", "distill.teacher=x"], {}, "pool=cls"),
-        (["distill.method=logits", "distill.teacher=x"], {}, "temperature None"),
+    for overrides, options, words in (
         (
-            ["distill.method=features", "distill.teacher=x.safetensors"],
+            ["optim.global_batch=9", "optim.micro_batch=2"],
             {},
-            "distill.teacher 'x.safetensors' is not a file",
+            ("optim.micro_batch 2", "optim.global_batch 9"),
         ),
-        (["precision=fp64"], {}, "precision"),
+        (["optim.global_batch=7"], {}, ("optim.micro_batch", 7, "odd", "augment.mixup=0")),
+        (["optim.layer_dekay=1"], {}, ("optim.layer_dekay", "optim.layer_decay")),
+        (["augment.rand_augment=random"], {}, ("augment.rand_augment", "random", "timm")),
+        ([f"data.train={alone}"], {}, ("data.train", alone, "1 class")),
+        (["data.block=2"], {"labels": "2-shot"}, ("data.block 2", "data.block=1")),
+        ([], {"labels": "1000-shot"}, ("1000-shot", "class")),
+        ([], {"labels": "some"}, ("labels", "some", "10%", "5-shot")),
+        (["distill.method=deit_hard", "distill.teacher=x"], {}, ("distill.method deit_hard", "pool=cls")),
+        (["distill.method=logits", "distill.teacher=x"], {}, ("distill.method logits", "temperature None")),
+        (["distill.method=features", f"distill.teacher={gone}"], {}, ("distill.teacher", gone)),
+        (["precision=fp64"], {}, ("precision", "fp64", "fp32", "bf16")),
     ):
-        with pytest.raises(UserError, match=message) as error:
+        with refused(*words):
             finetune(run, *overrides, **options)
-        assert "\n" not in str(error.value), message
         AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(UserError, match="at least two pictures"):
+    with refused("optim.micro_batch", 2):
         evaluate("linear", str(run), recipe="linear_mae", overrides=[*LINEAR, "optim.micro_batch=1"])
-    assert (
-        not list(run.glob("*_mae*")) and not (run / "results.jsonl").exists()
-    )  # the corrected command may start
+    # The corrected command may start.
+    assert not list(run.glob("*_mae*")) and not (run / "results.jsonl").exists()
 
 
 def test_an_evaluation_is_neither_overwritten_nor_continued_as_another(run, monkeypatch):
     finetune(run)
-    with pytest.raises(UserError, match="--resume auto"):
+    with refused(run / "finetune_mae", "--resume auto", "run.dir"):
         finetune(run)
-    with pytest.raises(UserError, match="optim.base_lr 0.2, now it is 0.4"):
+    with refused("optim.base_lr", 0.2, 0.4):
         finetune(run, "optim.base_lr=0.4", resume="auto")
     (run / "finetune_mae" / "resume.pt").write_bytes(b"half")
-    with pytest.raises(UserError, match="delete it to start again"):
+    with refused(run / "finetune_mae" / "resume.pt", "delete it"):
         finetune(run, resume="auto")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(UserError, match="told --mixed_precision fp16"):
+    with refused("--mixed_precision fp16", "precision fp32"):
         finetune(run, f"run.dir={run / 'other'}")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run):
-    with pytest.raises(RunFailed, match="not finite"):
+    with refused("finite", "optim.base_lr", error=RunFailed):
         finetune(run, *PLAIN, "optim.base_lr=1e30")
     assert not (run / "results.jsonl").exists()
 

@@ -9,7 +9,7 @@ from torch import nn
 from dmae_ds.config.evaluation import DistillConfig, FinetuneOptimConfig
 from dmae_ds.config.run import ModelConfig
 from dmae_ds.errors import UserError
-from dmae_ds.finetune.network import build_classifier, classifier_keys, with_distillation_token
+from dmae_ds.finetune.network import build_classifier, classifier_kwargs, with_distillation_token
 from dmae_ds.finetune.optim import build_adamw, set_lr
 from dmae_ds.finetune.tasks import TASKS, build_task, set_training
 
@@ -20,7 +20,10 @@ OTHER = {"mean": (0.2, 0.2, 0.2), "std": (0.3, 0.3, 0.3)}
 def network(embed_dim, pool="mean", statistics=STATISTICS, seed=0, **more):
     numbers = {"img_size": 16, "patch_size": 4, "embed_dim": embed_dim, "depth": 2, "num_heads": 2, **more}
     return build_classifier(
-        ModelConfig(name="vit_tiny_patch16_224", **numbers), classifier_keys(pool, 3), seed=seed, **statistics
+        ModelConfig(name="vit_tiny_patch16_224", **numbers),
+        classifier_kwargs(pool, 3),
+        seed=seed,
+        **statistics,
     )
 
 
@@ -132,7 +135,7 @@ def test_the_distillation_token_is_put_beside_cls():
         with_distillation_token(
             build_classifier(
                 ModelConfig(name="vit_small_patch14_dinov2", img_size=28, depth=1, embed_dim=24, num_heads=2),
-                classifier_keys("cls", 3),
+                classifier_kwargs("cls", 3),
                 seed=0,
                 **STATISTICS,
             ),

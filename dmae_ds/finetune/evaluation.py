@@ -1,0 +1,226 @@
+"""An evaluation that is ready to be trained: source, data, processes, batch sizes and classifier."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from dmae_ds.config.batch import split_batch
+from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
+from dmae_ds.config.load import flatten
+from dmae_ds.data.batch import Batch
+from dmae_ds.data.batch_spec import BatchSpec
+from dmae_ds.data.loader import eval_batches, train_batches
+from dmae_ds.data.order import ORDER_VERSION, num_steps
+from dmae_ds.data.rand_augment import RandAugment
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.distributed.device import device_name
+from dmae_ds.errors import UserError
+from dmae_ds.evaluate.results import MeasuredOn
+from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
+from dmae_ds.finetune.augment import Prepare
+from dmae_ds.finetune.build import Classifier, build
+from dmae_ds.finetune.source import Source
+from dmae_ds.models.patches import Normalize
+
+# Keys that may differ between a run and its continuation: locations, and settings that only change the speed.
+_FREE = {
+    "run.dir",
+    "weights",
+    "format",
+    "optim.micro_batch",
+    "distill.teacher",
+    "data.train",
+    "data.val",
+    "data.num_workers",
+    "data.buffer_gib",
+    "data.retries",
+    "data.timeout_s",
+    "data.cache_dir",
+    "data.cache_gib",
+    "data.max_corrupt",
+    "data.shuffle_buffer",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that training a classifier needs, on this process.
+
+    ids: sample ids [n] of the labelled training images in use
+    """
+
+    source: Source
+    train_set: ShardSet
+    val_set: ShardSet
+    ids: np.ndarray
+    accelerator: Accelerator
+    micro_batch: int
+    accumulation: int
+    prepare: Prepare
+    classifier: Classifier
+
+    @property
+    def config(self) -> FinetuneConfig | LinearConfig:
+        """The recipe, complete."""
+        return self.source.config
+
+    @property
+    def out(self) -> Path:
+        """The folder of the evaluation's files."""
+        return Path(self.config.run.dir).expanduser()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.steps_after(self.config.optim.epochs)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which every image is seen once, not rounded."""
+        return len(self.ids) / self.config.optim.global_batch
+
+    def steps_after(self, epochs: float) -> int:
+        """Finished steps after a number of epochs."""
+        return num_steps(epochs, len(self.ids), self.config.optim.global_batch)
+
+    def epoch_ends(self) -> set[int]:
+        """Numbers of finished steps after which an epoch is over; the last step is always one."""
+        whole = range(1, int(self.config.optim.epochs) + 1)
+        return {min(self.num_steps, self.steps_after(epoch)) for epoch in whole} | {self.num_steps}
+
+    def identity(self, command: str) -> dict:
+        """Values that a continued run must have in common with the run that was killed."""
+        recipe = flatten(self.config.model_dump(mode="json"))
+        return {key: value for key, value in recipe.items() if key not in _FREE} | {
+            "command": command,
+            "micro_batch": self.micro_batch,
+            "order": ORDER_VERSION,
+            "data.train's fingerprint": self.train_set.fingerprint,
+            "data.val's fingerprint": self.val_set.fingerprint,
+        }
+
+    def measured_on(self) -> MeasuredOn:
+        """The student, data and device of the result."""
+        return MeasuredOn(
+            labels=self.config.labels,
+            subset_seed=check_labels(self.config.labels, self.config.subset_seed),
+            step=self.classifier.step,
+            num_train=len(self.ids),
+            num_val=self.val_set.num_samples,
+            data=self.train_set.fingerprint,
+            device=device_name(self.accelerator.device),
+            world_size=self.accelerator.num_processes,
+        )
+
+    def train_batches(self, *, start_step: int) -> Iterator[Batch]:
+        """This process's micro-batches, augmented as the recipe says."""
+        config, data = self.config, self.config.data
+        img_size = self.classifier.img_size
+        rand_augment = None
+        if isinstance(config, FinetuneConfig) and config.augment.rand_augment is not None:
+            rand_augment = RandAugment(config.augment.rand_augment, img_size=img_size, mean=data.mean)
+        spec = BatchSpec(
+            img_size=img_size,
+            num_patches=0,
+            crop_scale=data.crop_scale,
+            flip=data.flip,
+            seed=config.run.seed,
+            global_batch=config.optim.global_batch,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            crop="tensorflow" if isinstance(config, LinearConfig) else "torchvision",
+            augment=rand_augment,
+            subset=None if config.labels == ALL else self.ids,
+            block=data.block,
+        )
+        return train_batches(
+            self.train_set,
+            spec,
+            start_step=start_step,
+            stop_step=self.num_steps,
+            num_workers=data.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            buffer_gib=data.buffer_gib,
+            max_corrupt=data.max_corrupt,
+            corrupt_log=self.out / "corrupt.jsonl",
+        )
+
+    def val_batches(self) -> Iterator[Batch]:
+        """This process's validation images."""
+        return eval_batches(
+            self.val_set,
+            img_size=self.classifier.img_size,
+            crop_pct=self.config.data.crop_pct,
+            batch_size=max(64, self.micro_batch),
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            num_workers=self.config.data.num_workers,
+        )
+
+
+def open_evaluation(source: Source) -> Evaluation:
+    """Open the data, start accelerate and build the classifier; nothing is written.
+
+    Collective. Raises UserError for settings that do not fit together.
+    """
+    config = source.config
+    train_set, val_set = open_labelled(config.data)
+    ids = open_subset(source.results, train_set, labels=config.labels, seed=config.subset_seed, write=False)
+    accelerator = _accelerator(config.precision)
+    micro_batch, accumulation = split_batch(
+        config.optim.global_batch, config.optim.micro_batch, accelerator.num_processes, exact=True
+    )
+    _check_micro_batch(config, micro_batch)
+    num_classes, device = len(train_set.classes), accelerator.device
+    prepare = Prepare(
+        config.augment if isinstance(config, FinetuneConfig) else None,
+        Normalize(config.data.mean, config.data.std).to(device),
+        num_classes=num_classes,
+        seed=config.run.seed,
+        device=device,
+    )
+    classifier = build(source, prepare.criterion(), num_classes=num_classes, device=device)
+    return Evaluation(
+        source=source,
+        train_set=train_set,
+        val_set=val_set,
+        ids=ids,
+        accelerator=accelerator,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        prepare=prepare,
+        classifier=classifier,
+    )
+
+
+def _check_micro_batch(config: FinetuneConfig | LinearConfig, micro_batch: int) -> None:
+    if isinstance(config, FinetuneConfig) and config.augment.mixes and micro_batch % 2:
+        raise UserError(
+            f"mixup and cutmix mix the images of a micro-batch in pairs, but its size {micro_batch} is odd; "
+            "set optim.micro_batch to an even number, or augment.mixup=0 augment.cutmix=0"
+        )
+    if isinstance(config, LinearConfig) and micro_batch < 2:
+        raise UserError(
+            "the linear probe's batch norm requires at least 2 images in a micro-batch; "
+            "raise optim.micro_batch, or use fewer ranks"
+        )
+
+
+def _accelerator(precision: str) -> Accelerator:
+    """Start accelerate with the recipe's precision; a launcher's other precision is a UserError."""
+    wanted = {"fp32": "no", "bf16": "bf16"}[precision]
+    given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if given not in ("no", wanted):
+        raise UserError(
+            f"accelerate launch was given --mixed_precision {given}, "
+            f"but the recipe has precision {precision}; set precision=bf16, or leave the option out"
+        )
+    return Accelerator(mixed_precision=wanted)
