@@ -78,7 +78,7 @@ def _add_nodes(doctor: argparse.ArgumentParser) -> None:
 
 def _doctor(args: argparse.Namespace) -> None:
     from dmae_ds.doctor import over_ssh, without_ssh
-    from dmae_ds.doctor.examine import Question
+    from dmae_ds.doctor.checklist import Question
 
     _check(args)
     question = Question(

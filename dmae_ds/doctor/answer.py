@@ -1,4 +1,4 @@
-"""A probe's question and answer as words, and a part of the answer that may fail alone."""
+"""Requests to a node and its answers as text, and parts of an answer that may fail without the others."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import json
 from collections.abc import Callable
 
 MARK = "dmae-ds-facts "
-CONNECT_S = 5.0  # that a part waits for another node
+CONNECT_S = 5.0  # how long a node waits for another one
 
 
 def encode(request: dict) -> str:
-    """A request as one word that every shell leaves alone."""
+    """Encode a request as one word that no shell changes."""
     return base64.urlsafe_b64encode(json.dumps(request).encode()).decode()
 
 
 def decode(word: str) -> dict:
-    """A request again."""
+    """Decode the word that `encode` made."""
     return json.loads(base64.urlsafe_b64decode(word))
 
 
 def decode_answer(output: str) -> dict | None:
-    """The facts in a probe's output, whatever else a login shell or a library printed; None where there are none."""
+    """Find the facts in a node's output, among lines of a login shell or a library; None if there are none."""
     for line in reversed(output.splitlines()):
         _, mark, text = line.partition(MARK)
         if mark:
@@ -33,11 +33,11 @@ def decode_answer(output: str) -> dict | None:
 
 
 def guarded(part: Callable[[], dict]) -> dict:
-    """A part's facts, or {"error": one line}."""
+    """The facts of one part, or {"error": one line} if it raised."""
     try:
         return part()
-    except Exception as error:  # whatever a strange machine does: it is a fact
-        ours = type(error).__module__.startswith("dmae_ds")
-        return {
-            "error": str(error) if ours else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        }
+    except Exception as error:  # anything may happen on an unknown machine, and it is a fact
+        if type(error).__module__.startswith("dmae_ds"):
+            return {"error": str(error)}
+        first_line = (str(error).splitlines() or [""])[0]
+        return {"error": f"{type(error).__name__}: {first_line}"}

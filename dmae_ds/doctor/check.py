@@ -1,4 +1,4 @@
-"""One line of the doctor's answer, and how all of them look on a terminal."""
+"""One line of the doctor's output, and how lists of nodes are written in it."""
 
 from __future__ import annotations
 
@@ -6,62 +6,60 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
-MOST_NAMES = 4
+MAX_NAMES = 4
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, the verdict, what was found, and where something is wrong what mends it."""
+    """The name of a check, its verdict, what was found, and how to fix it if something is wrong."""
 
     name: str
     verdict: str
-    found: str
-    mend: str = ""
+    detail: str
+    fix: str = ""
 
 
 def render(check: Check) -> str:
-    """One line; under a failure or a warning a second one with the mend."""
-    line = f"{check.verdict:<5} {check.name:<11} {' '.join(check.found.split())}"
-    return f"{line}\n      {'':<11} -> {check.mend}" if check.mend else line
+    """One line; a failure or a warning has a second one with the fix."""
+    line = f"{check.verdict:<5} {check.name:<11} {' '.join(check.detail.split())}"
+    return f"{line}\n      {'':<11} -> {check.fix}" if check.fix else line
 
 
 def verdict_line(checks: list[Check]) -> str:
-    """How many passed, failed and were skipped."""
+    """How many checks passed, failed, warned and were skipped."""
     count = {verdict: sum(check.verdict == verdict for check in checks) for verdict in (OK, WARN, FAIL, SKIP)}
-    done = len(checks) - count[SKIP]
-    notes = [
-        f"{count[WARN]} with a warning" if count[WARN] else "",
-        f"{count[SKIP]} skipped" if count[SKIP] else "",
-    ]
-    note = f" ({', '.join(filter(None, notes))})" if any(notes) else ""
-    return (
-        f"{count[FAIL]} of {done} checks failed{note}" if count[FAIL] else f"all {done} checks passed{note}"
-    )
+    num_done = len(checks) - count[SKIP]
+    notes = []
+    if count[WARN]:
+        notes.append(f"{count[WARN]} with a warning")
+    if count[SKIP]:
+        notes.append(f"{count[SKIP]} skipped")
+    summary = f"{count[FAIL]} of {num_done} checks failed" if count[FAIL] else f"all {num_done} checks passed"
+    return f"{summary} ({', '.join(notes)})" if notes else summary
 
 
-def names(nodes: Iterable[str]) -> str:
-    """node1, node2, ... in a readable number."""
+def join_names(nodes: Iterable[str]) -> str:
+    """node1, node2, ... and how many more, if there are many."""
     nodes = list(nodes)
-    shown = (
-        nodes if len(nodes) <= MOST_NAMES + 1 else [*nodes[:MOST_NAMES], f"{len(nodes) - MOST_NAMES} more"]
-    )
-    return ", ".join(shown)
+    if len(nodes) > MAX_NAMES + 1:
+        nodes = [*nodes[:MAX_NAMES], f"{len(nodes) - MAX_NAMES} more"]
+    return ", ".join(nodes)
 
 
-def groups(values: Mapping[str, object]) -> dict[object, list[str]]:
-    """value -> the nodes that have it, the value of most nodes first (of equals: the first node's)."""
-    found: dict[object, list[str]] = {}
+def group_nodes(values: Mapping[str, object]) -> dict[object, list[str]]:
+    """Group nodes by value; the value of most nodes comes first (of equally common ones, the first node's)."""
+    groups: dict[object, list[str]] = {}
     for node, value in values.items():
-        found.setdefault(value, []).append(node)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+        groups.setdefault(value, []).append(node)
+    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-def by_value(values: Mapping[str, object]) -> str:
-    """ "2.6 on node1, node2; 2.5 on node3"."""
-    return "; ".join(f"{value} on {names(nodes)}" for value, nodes in groups(values).items())
+def list_values(values: Mapping[str, object]) -> str:
+    """Every value with its nodes: "2.6 on node1, node2; 2.5 on node3"."""
+    return "; ".join(f"{value} on {join_names(nodes)}" for value, nodes in group_nodes(values).items())
 
 
-def split_mend(error: str) -> tuple[str, str]:
-    """Our error lines say what was found and, behind the last semicolon, what to do."""
-    found, _, mend = error.replace("\n", " | ").rpartition("; ")
-    return (found, mend) if found else (error, "")
+def split_fix(error: str) -> tuple[str, str]:
+    """Split an error message of this project into what was found and, after the last semicolon, what to do."""
+    problem, _, fix = error.replace("\n", " | ").rpartition("; ")
+    return (problem, fix) if problem else (error, "")

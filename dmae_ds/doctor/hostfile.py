@@ -1,4 +1,4 @@
-"""The nodes of a run and what DeepSpeed's launcher carries to them: its hostfile, and the variables that it exports."""
+"""The nodes of a run, and what DeepSpeed's launcher takes to them: its hostfile and the variables it exports."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 from dmae_ds.errors import UserError
 
-# What deepspeed/launcher/runner.py (0.19.8) exports: variables that begin so, and the lines of two files.
+# What deepspeed/launcher/runner.py (0.19.8) exports: variables with these prefixes, and the lines of two files.
 EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX")
 EXPORTED_WITH_GPUS = ("NCCL",)
+EXPECTED = "write one line a node: NAME slots=RANKS"
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,12 @@ class Node:
 
 
 def read_hostfile(path: Path) -> list[Node]:
-    """The nodes in their order. Raises UserError that names the line, for whatever DeepSpeed itself would refuse."""
+    """Read the nodes in their order. Raises UserError that names the line, where DeepSpeed would refuse it too."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--hostfile '{path}' cannot be read ({getattr(error, 'strerror', None) or error}); write one line a node: NAME slots=RANKS"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--hostfile '{path}' cannot be read ({reason}); {EXPECTED}") from None
     nodes: dict[str, Node] = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -38,42 +38,43 @@ def read_hostfile(path: Path) -> list[Node]:
         match = re.match(r"(\S+)\s+slots=(\d+)", line)
         if match is None or int(match[2]) == 0:
             raise UserError(
-                f"{path}, line {number}: '{line}' is no node; write NAME slots=RANKS, for example node1 slots=8"
+                f"{path}, line {number}: '{line}' is not a node; "
+                "write NAME slots=RANKS, for example node1 slots=8"
             )
         if match[1] in nodes:
             raise UserError(
-                f"{path}, line {number}: {match[1]} stands there twice; give every node one line with all of its slots"
+                f"{path}, line {number}: node {match[1]} is listed twice; "
+                "give every node one line with all of its slots"
             )
         nodes[match[1]] = Node(match[1], int(match[2]))
     if not nodes:
-        raise UserError(f"--hostfile '{path}' names no node; write one line a node: NAME slots=RANKS")
+        raise UserError(f"--hostfile '{path}' names no node; {EXPECTED}")
     return list(nodes.values())
 
 
 def exported_environment(environment: dict[str, str], *, cwd: Path, home: Path) -> dict[str, str]:
-    """What the `deepspeed` launcher sets on every node: some variables of here, then ~/.deepspeed_env and ./.deepspeed_env.
+    """The variables that the `deepspeed` launcher sets on every node.
 
-    Raises UserError for a line of those that is no NAME=VALUE; DeepSpeed ends with a traceback there.
+    They are some variables of this machine, then the lines of ~/.deepspeed_env and ./.deepspeed_env. Raises UserError for
+    a line of these files that is not NAME=VALUE; DeepSpeed ends with a traceback there.
     """
-    environment = {
-        **environment,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(cwd), environment.get("PYTHONPATH")])),
-    }
-    found = {
-        name: value for name, value in environment.items() if name.startswith(EXPORTED + EXPORTED_WITH_GPUS)
-    }
+    python_path = os.pathsep.join(filter(None, [str(cwd), environment.get("PYTHONPATH")]))
+    environment = {**environment, "PYTHONPATH": python_path}
+    prefixes = EXPORTED + EXPORTED_WITH_GPUS
+    exported = {name: value for name, value in environment.items() if name.startswith(prefixes)}
     for path in environment_files(environment, cwd=cwd, home=home):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             name, equals, value = line.partition("=")
             if not equals or not name.strip():
                 raise UserError(
-                    f"{path}, line {number}: '{line}' is not NAME=VALUE, and DeepSpeed's launcher stops at it; remove it (blank lines too)"
+                    f"{path}, line {number}: '{line}' is not NAME=VALUE, and DeepSpeed's launcher stops there; "
+                    "remove it (blank lines too)"
                 )
-            found[name.strip()] = value.strip()
-    return found
+            exported[name.strip()] = value.strip()
+    return exported
 
 
 def environment_files(environment: dict[str, str], *, cwd: Path, home: Path) -> list[Path]:
-    """Those of DeepSpeed's two files that are there; the later one wins."""
+    """Those of DeepSpeed's two files that exist; the later one overrides the earlier."""
     name = environment.get("DS_ENV_FILE", ".deepspeed_env")
     return [path for path in dict.fromkeys((home / name, cwd / name)) if path.is_file()]

@@ -1,197 +1,154 @@
-"""Facts of all nodes -> checks of the recipe, its data, teacher and run folder. Pure; no torch."""
+"""Checks of the recipe, its data, teacher and run folder, from the facts of all nodes. Pure functions, no torch."""
 
 from __future__ import annotations
 
-from dmae_ds.doctor.check import FAIL, OK, SKIP, Check, by_value, groups, names, split_mend
-from dmae_ds.doctor.judge_machines import Asked, Facts
-from dmae_ds.output.units import GIB
+from dmae_ds.doctor.check import FAIL, OK, SKIP, Check, group_nodes, join_names, list_values, split_fix
+from dmae_ds.doctor.judge_machines import Facts, Target
+from dmae_ds.output.units import size_text
 
 SHARE = "put it on a file system that all nodes share, or copy it to each of them"
 
 
-def judge_recipe(facts: Facts, meetings: Facts, asked: Asked) -> list[Check]:
-    """Everything that concerns the recipe; one skipped line where none was given."""
-    if asked.recipe is None:
-        return [Check("recipe", SKIP, "none was given: nothing is said of data, teacher, checkpoints")]
-    read = _recipe(facts)
-    facts = {node: part for node, part in facts.items() if "error" not in part["recipe"]}
+def judge_recipe(facts: Facts, meetings: Facts, target: Target) -> list[Check]:
+    """Check all that concerns the recipe; without a recipe, one skipped line."""
+    if target.recipe is None:
+        return [Check("recipe", SKIP, "none was given: data, teacher and checkpoints are not checked")]
+    recipe = _judge_equal_recipes(facts)
+    facts = {node: node_facts for node, node_facts in facts.items() if "error" not in node_facts["recipe"]}
     if not facts:
-        return [read]
+        return [recipe]
     return [
-        read,
-        _shards(facts),
-        _teacher(facts),
-        _start(facts, asked),
-        _shared(facts, meetings),
-        _space(facts),
+        recipe,
+        _judge_shards(facts),
+        _judge_teacher(facts),
+        _judge_batch(facts, target),
+        _judge_run_folder(facts, meetings),
+        _judge_disk(facts),
     ]
 
 
-def _failed(name: str, facts: Facts, part: str, mend: str) -> Check | None:
-    """The first node's error, and which others have one."""
-    found = {node: facts[node][part]["error"] for node in facts if "error" in facts[node].get(part, {})}
-    if not found:
+def _check_errors(name: str, facts: Facts, part: str, fix: str) -> Check | None:
+    """A failed check with the commonest error of a part of the facts, and who has another one; None without errors."""
+    errors = {node: facts[node][part]["error"] for node in facts if "error" in facts[node].get(part, {})}
+    if not errors:
         return None
-    kinds = {error: nodes for error, nodes in groups(found).items()}
-    error, nodes = next(iter(kinds.items()))
-    text, own_mend = split_mend(error)
-    more = (
-        f" (and otherwise on {names(node for other, those in kinds.items() if other != error for node in those)})"
-        if len(kinds) > 1
-        else ""
-    )
-    where = "every node" if len(nodes) == len(facts) > 1 else names(nodes)
-    return Check(name, FAIL, f"{where}: {text}{more}", own_mend or mend)
+    (error, nodes), *others = group_nodes(errors).items()
+    problem, fix_of_error = split_fix(error)
+    where = "every node" if len(nodes) == len(facts) > 1 else join_names(nodes)
+    detail = f"{where}: {problem}"
+    if others:
+        detail += f" (and another error on {join_names(node for _, nodes in others for node in nodes)})"
+    return Check(name, FAIL, detail, fix_of_error or fix)
 
 
-def _recipe(facts: Facts) -> Check:
-    if failed := _failed("recipe", facts, "recipe", f"mend the recipe; {SHARE}"):
+def _minority(values: dict[str, object]) -> str:
+    """The nodes whose value is not the commonest one."""
+    _, *others = group_nodes(values).values()
+    return join_names(node for nodes in others for node in nodes)
+
+
+def _judge_equal_recipes(facts: Facts) -> Check:
+    if failed := _check_errors("recipe", facts, "recipe", f"fix the recipe; {SHARE}"):
         return failed
-    digests = {node: part["recipe"]["digest"] for node, part in facts.items()}
+    digests = {node: node_facts["recipe"]["digest"] for node, node_facts in facts.items()}
     if len(set(digests.values())) > 1:
-        _, *others = groups(digests).values()
-        return Check(
-            "recipe",
-            FAIL,
-            f"it says other things on other nodes: {by_value(digests)}",
-            f"copy it to {names(node for nodes in others for node in nodes)}; {SHARE}",
-        )
-    return Check(
-        "recipe",
-        OK,
-        f"the same on {names(facts)} ({next(iter(digests.values()))})" if len(facts) > 1 else "readable",
-    )
+        detail = f"it differs between nodes: {list_values(digests)}"
+        return Check("recipe", FAIL, detail, f"copy it to {_minority(digests)}; {SHARE}")
+    if len(facts) == 1:
+        return Check("recipe", OK, "readable")
+    return Check("recipe", OK, f"the same on {join_names(facts)} ({next(iter(digests.values()))})")
 
 
-def _shards(facts: Facts) -> Check:
-    if failed := _failed("shards", facts, "shards", SHARE):
+def _judge_shards(facts: Facts) -> Check:
+    if failed := _check_errors("shards", facts, "shards", SHARE):
         return failed
-    for name in next(iter(facts.values()))["shards"]:
-        prints = {node: part["shards"][name]["fingerprint"] for node, part in facts.items()}
-        if len(set(prints.values())) > 1:
-            return Check(
-                "shards",
-                FAIL,
-                f"{name} holds other data on other nodes: {by_value(prints)}",
-                f"copy one of them everywhere; {SHARE}",
-            )
-    parts = next(iter(facts.values()))["shards"]
-    return Check(
-        "shards",
-        OK,
-        ", ".join(f"{name} {part['samples']:,} in {part['shards']:,} tars" for name, part in parts.items())
-        + ", of the right size",
-    )
+    first = next(iter(facts.values()))["shards"]
+    for name in first:
+        fingerprints = {node: node_facts["shards"][name]["fingerprint"] for node, node_facts in facts.items()}
+        if len(set(fingerprints.values())) > 1:
+            detail = f"{name} differs between nodes: {list_values(fingerprints)}"
+            return Check("shards", FAIL, detail, f"copy one of them everywhere; {SHARE}")
+    sizes = [f"{name} {part['samples']:,} in {part['shards']:,} tars" for name, part in first.items()]
+    return Check("shards", OK, f"{', '.join(sizes)}, of the right size")
 
 
-def _teacher(facts: Facts) -> Check:
-    if failed := _failed("teacher", facts, "teacher", SHARE):
+def _judge_teacher(facts: Facts) -> Check:
+    if failed := _check_errors("teacher", facts, "teacher", SHARE):
         return failed
-    sizes = {node: part["teacher"].get("bytes") for node, part in facts.items()}
+    sizes = {node: node_facts["teacher"].get("bytes") for node, node_facts in facts.items()}
     if len(set(sizes.values())) > 1:
-        _, *others = groups(sizes).values()
         path = next(iter(facts.values()))["teacher"].get("path")
-        return Check(
-            "teacher",
-            FAIL,
-            f"{path}: {by_value({node: f'{count:,} bytes' if count is not None else 'none' for node, count in sizes.items()})}",
-            f"copy it to {names(node for nodes in others for node in nodes)} again",
-        )
-    found = next(iter(sizes.values()))
-    if found is None:
+        texts = {node: "none" if size is None else f"{size:,} bytes" for node, size in sizes.items()}
+        detail = f"{path}: {list_values(texts)}"
+        return Check("teacher", FAIL, detail, f"copy it to {_minority(sizes)} again")
+    size = next(iter(sizes.values()))
+    if size is None:
         return Check("teacher", SKIP, "no file of weights in the recipe")
-    return Check("teacher", OK, f"{size(found)}{' on every node' if len(facts) > 1 else ''}")
+    return Check("teacher", OK, f"{size_text(size)}{' on every node' if len(facts) > 1 else ''}")
 
 
-def _start(facts: Facts, asked: Asked) -> Check:
-    """What `dmae-ds train` would refuse."""
-    if failed := _failed("batch", facts, "start", "mend the recipe"):
+def _judge_batch(facts: Facts, target: Target) -> Check:
+    """Check what `dmae-ds train` would refuse before it builds a model."""
+    if failed := _check_errors("batch", facts, "start", "fix the recipe"):
         return failed
-    parts = [part["start"] for part in facts.values() if "start" in part]
-    if not parts:
+    starts = [node_facts["start"] for node_facts in facts.values() if "start" in node_facts]
+    if not starts:
         return Check("batch", SKIP, "needs shards and teacher")
-    first = parts[0]
-    resumes = f", resumes from {first['resumes']}" if first["resumes"] else ""
-    return Check(
-        "batch",
-        OK,
-        f"{asked.world} x {first['micro_batch']} images x {first['accumulation']} accumulated, {first['steps']:,} steps{resumes}",
-    )
+    start = starts[0]
+    batch = f"{target.world} x {start['micro_batch']} images x {start['accumulation']} accumulated"
+    resumes = f", resumes from {start['resumes']}" if start["resumes"] else ""
+    return Check("batch", OK, f"{batch}, {start['steps']:,} steps{resumes}")
 
 
-def _shared(facts: Facts, meetings: Facts) -> Check:
-    """One run folder for all: every node sees every node's token."""
-    if failed := _failed("run folder", facts, "run_dir", SHARE):
+def _judge_run_folder(facts: Facts, meetings: Facts) -> Check:
+    """Check that all nodes share one run folder: every node sees every node's token in it."""
+    if failed := _check_errors("run folder", facts, "run_dir", SHARE):
         return failed
-    paths = {node: part["run_dir"]["path"] for node, part in facts.items()}
+    folders = {node: node_facts["run_dir"] for node, node_facts in facts.items()}
+    paths = {node: folder["path"] for node, folder in folders.items()}
     path = next(iter(paths.values()))
-    if all(part["run_dir"].get("cannot_write") == "disk full" for part in facts.values()):
+    refusals = {node: folder["cannot_write"] for node, folder in folders.items() if "cannot_write" in folder}
+    if len(refusals) == len(facts) and set(refusals.values()) == {"disk full"}:
         return Check("run folder", SKIP, "nothing can be written: see disk")
-    if closed := {
-        node: part["run_dir"]["cannot_write"]
-        for node, part in facts.items()
-        if "cannot_write" in part["run_dir"]
-    }:
-        return Check(
-            "run folder",
-            FAIL,
-            f"{path} cannot be written: {by_value(closed)}",
-            "free space or mend its permissions and quota; or choose another run.dir",
-        )
-    if holders := [part["run_dir"]["held"] for part in facts.values() if part["run_dir"]["held"]]:
-        return Check(
-            "run folder",
-            FAIL,
-            f"{path} is in use by {holders[0]}",
-            "wait for it or stop it, or choose another run.dir",
-        )
+    if refusals:
+        fix = "free space or fix its permissions and quota; or choose another run.dir"
+        return Check("run folder", FAIL, f"{path} cannot be written: {list_values(refusals)}", fix)
+    if holders := [folder["held"] for folder in folders.values() if folder["held"]]:
+        fix = "wait for it or stop it, or choose another run.dir"
+        return Check("run folder", FAIL, f"{path} is in use by {holders[0]}", fix)
     if len(facts) == 1:
         return Check("run folder", OK, f"{path} can be written")
     if len(set(paths.values())) > 1:
-        return Check(
-            "run folder",
-            FAIL,
-            f"run.dir is another folder on other nodes: {by_value(paths)}",
-            "give an absolute path that all nodes share",
-        )
+        detail = f"run.dir is another folder on other nodes: {list_values(paths)}"
+        return Check("run folder", FAIL, detail, "give an absolute path that all nodes share")
     seen = {node: meeting["tokens"].get("seen") for node, meeting in meetings.items() if node in facts}
     if not seen:
         return Check("run folder", SKIP, "the nodes did not meet")
-    alone = [node for node, tokens in seen.items() if tokens is None or len(tokens) < len(facts)]
-    if alone:
-        return Check(
-            "run folder",
-            FAIL,
-            f"{path} is not the same folder on {names(seen)}",
-            "set run.dir to a file system that all nodes share (NFS, Lustre): a checkpoint has parts of every rank",
+    if any(tokens is None or len(tokens) < len(facts) for tokens in seen.values()):
+        fix = (
+            "set run.dir to a file system that all nodes share (NFS, Lustre): "
+            "a checkpoint has parts of every rank"
         )
-    return Check("run folder", OK, f"{path} is shared by {names(seen)}")
+        return Check("run folder", FAIL, f"{path} is not the same folder on {join_names(seen)}", fix)
+    return Check("run folder", OK, f"{path} is shared by {join_names(seen)}")
 
 
-def _space(facts: Facts) -> Check:
-    needs = next((part["needs"] for part in facts.values() if "needs" in part), {})
+def _judge_disk(facts: Facts) -> Check:
+    needs = next((node_facts["needs"] for node_facts in facts.values() if "needs" in node_facts), {})
+    if not needs:
+        return Check("disk", SKIP, "the first node did not answer")
     if "save" not in needs:
-        return (
-            Check("disk", FAIL, f"the size of a checkpoint is not known: {needs['error']}", "mend the recipe")
-            if needs
-            else Check("disk", SKIP, "the first node did not answer")
-        )
-    needed = needs["save"] * (needs["keep"] + 1)
-    free = {node: part["run_dir"]["free"] for node, part in facts.items() if "free" in part["run_dir"]}
+        detail = f"the size of a checkpoint is not known: {needs['error']}"
+        return Check("disk", FAIL, detail, "fix the recipe")
+    folders = {node: node_facts["run_dir"] for node, node_facts in facts.items()}
+    free = {node: folder["free"] for node, folder in folders.items() if "free" in folder}
     if not free:
         return Check("disk", SKIP, "the run folder cannot be looked at")
     node, least = min(free.items(), key=lambda item: item[1])
-    what = f"{needs['keep']} + 1 checkpoints of {size(needs['save'])}"
+    needed = needs["save"] * (needs["keep"] + 1)
+    checkpoints = f"{needs['keep']} + 1 checkpoints of {size_text(needs['save'])}"
     if least < needed:
-        return Check(
-            "disk",
-            FAIL,
-            f"{size(least)} free in {facts[node]['run_dir']['path']} on {node}; {what} need {size(needed)}",
-            "free some, choose another run.dir, or lower checkpoint.keep",
-        )
-    return Check("disk", OK, f"{size(least)} free for {what}")
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
+        where = f"{size_text(least)} free in {folders[node]['path']} on {node}"
+        fix = "free some, choose another run.dir, or lower checkpoint.keep"
+        return Check("disk", FAIL, f"{where}; {checkpoints} need {size_text(needed)}", fix)
+    return Check("disk", OK, f"{size_text(least)} free for {checkpoints}")

@@ -1,6 +1,6 @@
-"""Without ssh the doctor runs on every node at once: they meet at a store of torch on the first one's master port.
+"""Without ssh the doctor runs on every node at once, and its copies meet at a torch store on the first one's master port.
 
-The same port and the same kind of store that the ranks of a run meet at, so that coming together is itself a check.
+A run's ranks meet at the same port and the same kind of store, so that the meeting is a check by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ POLL_S = 0.1
 
 
 class Meeting:
-    """One node's seat. Every node must call the same methods in the same order; each raises RunFailed that names who is missing."""
+    """One node's place in the meeting.
+
+    Every node must call the same methods in the same order; each raises RunFailed that names the missing nodes.
+    """
 
     def __init__(self, address: str, port: int, *, index: int, size: int, limit_s: float):
         self.index, self.size, self.limit_s = index, size, limit_s
@@ -37,32 +40,35 @@ class Meeting:
                 timeout=timedelta(seconds=limit_s),
             )
         except (OSError, RuntimeError) as error:  # torch's DistError is a RuntimeError
-            who = (
-                "this node cannot listen there"
-                if index == 0
-                else f"node 0 does not answer within {limit_s:g} s"
-            )
+            problem = "this node cannot listen there"
+            if index > 0:
+                problem = f"node 0 does not answer within {limit_s:g} s"
             reason = str(error).splitlines()[0][:120]
             raise RunFailed(
-                f"{address}:{port}: {who} ({reason}); --master_addr must be node 0's, the port open, and the doctor running there"
+                f"{address}:{port}: {problem} ({reason}); "
+                "--master_addr must be node 0's, the port open, and the doctor running there"
             ) from None
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """Every node's value, in their order."""
+        """Every node's value, in the order of the nodes."""
         self._store.set(f"{name}/{self.index}", json.dumps(value))
         end = time.monotonic() + self.limit_s
         missing = list(range(self.size))
         while missing := [index for index in missing if not self._store.check([f"{name}/{index}"])]:
             if time.monotonic() > end:
                 raise RunFailed(
-                    f"node {', '.join(map(str, missing))} did not come within {self.limit_s:g} s; start the doctor on every node at about the same time, each with its own --node_rank"
+                    f"node {', '.join(map(str, missing))} did not come within {self.limit_s:g} s; "
+                    "start the doctor on every node at about the same time, each with its own --node_rank"
                 )
             time.sleep(POLL_S)
         return [json.loads(self._store.get(f"{name}/{index}")) for index in range(self.size)]
 
-    def clock(self) -> tuple[float, float]:
-        """How far this node's clock is ahead of node 0's, and how far that may be off, in seconds. One node after the other."""
-        mine = (0.0, 0.0)
+    def compare_clocks(self) -> tuple[float, float]:
+        """How far this node's clock is ahead of node 0's, and the possible error of that, in seconds.
+
+        One node asks after the other.
+        """
+        ahead, error = 0.0, 0.0
         for index in range(1, self.size):
             if self.index == 0:
                 self._store.get(f"ask/{index}")
@@ -70,13 +76,13 @@ class Meeting:
             elif index == self.index:
                 start = time.time()
                 self._store.set(f"ask/{index}", "")
-                answer = float(self._store.get(f"time/{index}"))
+                time_of_first = float(self._store.get(f"time/{index}"))
                 end = time.time()
-                mine = ((start + end) / 2 - answer, (end - start) / 2)
-        return mine
+                ahead, error = (start + end) / 2 - time_of_first, (end - start) / 2
+        return ahead, error
 
     def close(self) -> None:
-        """Leave; node 0, which holds the store, goes last, and then the port is free."""
+        """Leave the meeting; node 0, which holds the store, leaves last, and then the port is free."""
         self._store.add("left", 1)
         end = time.monotonic() + self.limit_s
         while self.index == 0 and self._store.add("left", 0) < self.size and time.monotonic() < end:
@@ -85,7 +91,10 @@ class Meeting:
 
 
 def wait_until_open(address: str, port: int, limit_s: float) -> None:
-    """Return once somebody listens; nodes don't start at the same moment. Raises the last OSError after limit_s."""
+    """Wait until the port answers, because nodes don't start at the same moment.
+
+    Raises the last OSError after limit_s.
+    """
     end = time.monotonic() + limit_s
     while True:
         try:
@@ -99,7 +108,7 @@ def wait_until_open(address: str, port: int, limit_s: float) -> None:
 
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """While torch is imported, which reads then how much its C++ half says; it would comment on each address without a name."""
+    """Silence torch's C++ log, whose level is read at import: it would warn of each address without a host name."""
     before = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     yield

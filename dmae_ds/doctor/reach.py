@@ -1,6 +1,6 @@
-"""A probe on every node: over ssh with the words that pdsh would use, or in a process of this machine.
+"""Reaching the nodes: a process that reports facts on each, over ssh as pdsh would start it, or on this machine.
 
-ssh is called directly and not through pdsh, because pdsh mixes what the nodes say and keeps ssh's reasons to itself; the
+ssh is called directly and not through pdsh, because pdsh mixes the output of the nodes and hides ssh's reasons. The
 arguments, the folder, the interpreter and the exported variables are those of DeepSpeed's pdsh launcher, and the real
 start (start.py) goes through the launcher itself.
 """
@@ -15,25 +15,25 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from getpass import getuser
 from pathlib import Path
 
 from dmae_ds.doctor.answer import decode_answer, encode
 
-PDSH_SSH_ARGS = "-2 -a -x -l%u %h"  # pdsh 2.34's own
+PDSH_SSH_ARGS = "-2 -a -x -l%u %h"  # the default of pdsh 2.34
 SSH_CONNECT_S = 10
-AT_ONCE = 64
+MAX_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a node gave no facts. where: ssh, or python (the node answers, and the probe doesn't run)."""
+    """Why a node gave no facts. where: "ssh", or "python" if the node answers and the process there fails."""
 
     where: str
     what: str
-    mend: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Reach:
     running: set[subprocess.Popen] = field(default_factory=set)
 
     def ask_all(self, requests: dict[str, dict]) -> dict[str, dict | Trouble]:
-        """node -> its facts, all nodes at once."""
-        with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as pool:
+        """Ask all nodes at once; returns {node: its facts, or why there are none}."""
+        with ThreadPoolExecutor(min(MAX_AT_ONCE, len(requests))) as pool:
             try:
-                return dict(zip(requests, pool.map(self.ask, requests, requests.values())))
+                answers = pool.map(self.ask, requests, requests.values())
+                return dict(zip(requests, answers, strict=True))
             except BaseException:  # Ctrl-C: the pool would wait for the slowest node
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(self.running):
@@ -58,7 +59,7 @@ class Reach:
                 raise
 
     def ask(self, node: str, request: dict) -> dict | Trouble:
-        """One node's facts; "clock" beside them: how far its clock is ahead of ours, and how far that may be off, in seconds."""
+        """One node's facts, and "clock": how far its clock is ahead of ours, and the possible error, in seconds."""
         start = time.time()
         process = start_group(
             self.command(node, request),
@@ -71,43 +72,31 @@ class Reach:
         try:
             output, errors = process.communicate(timeout=self.limit_s)
         except subprocess.TimeoutExpired:
-            return Trouble(
-                "python",
-                f"no answer within {self.limit_s:g} s",
-                f"look for a hanging file system or GPU driver on {node}, or raise --limit_s",
-            )
+            fix = f"look for a hanging file system or GPU driver on {node}, or raise --limit_s"
+            return Trouble("python", f"no answer within {self.limit_s:g} s", fix)
         finally:
             end_group(process)
             self.running.discard(process)
         facts = decode_answer(output.decode(errors="replace"))
         if process.returncode == 0 and facts is not None:
-            return facts | {
-                "clock": compare_clocks(start, time.time(), arrived=facts["time"], took=facts["took"])
-            }
-        return explain(
-            node, process.returncode, errors.decode(errors="replace"), python=sys.executable, cwd=self.cwd
-        )
+            clock = compare_clocks(start, time.time(), arrived=facts["time"], took=facts["took"])
+            return {**facts, "clock": clock}
+        text = errors.decode(errors="replace")
+        return explain(node, process.returncode, text, python=sys.executable, cwd=self.cwd)
 
     def command(self, node: str, request: dict) -> list[str]:
-        """What is run here for a probe there."""
-        probe = [
-            sys.executable,
-            "-u",
-            "-m",
-            "dmae_ds.doctor.probe",
-            encode({**request, "limit_s": self.limit_s}),
-        ]
+        """The command of this machine that inspects a node."""
+        word = encode({**request, "limit_s": self.limit_s})
+        inspect = [sys.executable, "-u", "-m", "dmae_ds.doctor.inspect_node", word]
         if self.local:
-            return probe
+            return inspect
         exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in self.exports.items())
-        return [
-            *ssh_command(node, dict(os.environ)),
-            f"{exports}cd {shlex.quote(str(self.cwd))} && {shlex.join(probe)}",
-        ]
+        remote = f"{exports}cd {shlex.quote(str(self.cwd))} && {shlex.join(inspect)}"
+        return [*ssh_command(node, dict(os.environ)), remote]
 
     @contextmanager
     def listening(self, node: str, request: dict) -> Iterator[None]:
-        """While node 0 answers on the master port. A node that doesn't is noticed by those that call it."""
+        """Let node 0 answer on the master port during the context; if it doesn't, those that call it notice."""
         process = start_group(
             self.command(node, request),
             stdin=subprocess.PIPE,
@@ -116,94 +105,81 @@ class Reach:
             cwd=self.cwd,
         )
         try:
-            for line in process.stdout:  # ends with the process, whose own alarm bounds it
+            for line in process.stdout:  # ends with the process, which is bounded by its own alarm
                 if decode_answer(line.decode(errors="replace")):
                     break
             yield
         finally:
             process.stdin.close()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=SSH_CONNECT_S)
-            except subprocess.TimeoutExpired:
-                pass
             end_group(process)
 
 
 def compare_clocks(start: float, end: float, *, arrived: float, took: float) -> tuple[float, float]:
-    """(how far a node's clock is ahead, how far that may be off), in seconds: asked at `start`, answered at `end` by our clock.
+    """How far a node's clock is ahead, and the possible error of that, in seconds.
 
-    arrived: by its clock when the work there began; took: how long the work was
+    start, end: when it was asked and when its answer arrived, by our clock
+    arrived: when the work began, by its clock; took: the length of the work
     """
-    end -= took  # had it answered at once
+    end -= took  # as if it had answered at once
     return arrived - (start + end) / 2, (end - start) / 2
 
 
 def start_group(command: list[str], **options) -> subprocess.Popen:
-    """Popen in a process group of its own, which end_group can end without asking anybody's launcher to kill by name."""
+    """Start a process in a group of its own, which `end_group` can end without a launcher that kills by name."""
     return subprocess.Popen(command, start_new_session=True, **options)
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process and all that it started here."""
-    try:
+    """End a process and all that it started on this machine."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
 def ssh_command(node: str, environment: dict[str, str]) -> list[str]:
-    """ssh as pdsh calls it, but never asking for a password. PDSH_SSH_ARGS and PDSH_SSH_ARGS_APPEND count as they do there."""
-    own = environment.get("PDSH_SSH_ARGS", PDSH_SSH_ARGS).replace("%u", getuser()).replace("%h", node)
-    added = environment.get("PDSH_SSH_ARGS_APPEND", "")
-    return [
-        "ssh",
-        "-oBatchMode=yes",
-        f"-oConnectTimeout={SSH_CONNECT_S}",
-        *shlex.split(added),
-        *shlex.split(own),
-    ]
+    """The ssh command that pdsh would use, but never asking for a password.
+
+    PDSH_SSH_ARGS and PDSH_SSH_ARGS_APPEND have the same meaning as for pdsh.
+    """
+    arguments = environment.get("PDSH_SSH_ARGS", PDSH_SSH_ARGS).replace("%u", getuser()).replace("%h", node)
+    appended = environment.get("PDSH_SSH_ARGS_APPEND", "")
+    options = ["-oBatchMode=yes", f"-oConnectTimeout={SSH_CONNECT_S}"]
+    return ["ssh", *options, *shlex.split(appended), *shlex.split(arguments)]
 
 
 def explain(node: str, code: int, errors: str, *, python: str, cwd: Path) -> Trouble:
-    """ssh's, the shell's or Python's last words on a node -> what they mean."""
+    """What the last words of ssh, the shell or Python on a node mean, and what to do."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"exit code {code}, and not a word"
+    last = lines[-1] if lines else f"exit code {code} without a message"
     if code == 255:
-        for sign, what, mend in _SSH:
-            if sign in errors:
-                return Trouble("ssh", what, mend.format(node=node))
+        for pattern, what, fix in _SSH_ERRORS:
+            if pattern in errors:
+                return Trouble("ssh", what, fix.format(node=node))
         return Trouble("ssh", last, f"try `ssh {node} hostname` here until it answers without a question")
     if "No module named 'dmae_ds" in errors or "No module named dmae_ds" in errors:
-        return Trouble(
-            "python",
-            f"dmae_ds is not installed for {python}",
-            f"install it there, or start from a folder that {node} sees too",
-        )
+        fix = f"install it there, or start from a folder that {node} sees too"
+        return Trouble("python", f"dmae_ds is not installed for {python}", fix)
     if "cd: " in errors:
-        return Trouble(
-            "python",
-            f"no folder {cwd}",
-            f"the launcher starts ranks in the folder that you are in; start from one that {node} sees too",
-        )
+        fix = f"the launcher starts ranks in your current folder; start from one that {node} sees too"
+        return Trouble("python", f"no folder {cwd}", fix)
     if code in (126, 127):
-        return Trouble(
-            "python",
-            f"no {python}",
-            f"the launcher uses the same interpreter everywhere; install the environment at that path on {node}",
+        fix = (
+            "the launcher uses the same interpreter everywhere; "
+            f"install the environment at that path on {node}"
         )
-    return Trouble(
-        "python",
-        f"the probe ended with exit code {code}: {last}",
-        f"run `{python} -c 'import dmae_ds, torch'` on {node} and mend what it says",
-    )
+        return Trouble("python", f"no {python}", fix)
+    fix = f"run `{python} -c 'import dmae_ds, torch'` on {node} and fix what it reports"
+    return Trouble("python", f"the inspection ended with exit code {code}: {last}", fix)
 
 
-_SSH = [
+# (part of ssh's message, what it means, what to do)
+_SSH_ERRORS = [
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "its host key is another one than ~/.ssh/known_hosts says",
-        "if the node was set up anew: ssh-keygen -R {node}, then ssh-keyscan {node} >> ~/.ssh/known_hosts",
+        "its host key differs from the one in ~/.ssh/known_hosts",
+        "if the node was reinstalled: ssh-keygen -R {node}, then ssh-keyscan {node} >> ~/.ssh/known_hosts",
     ),
     (
         "Host key verification failed",

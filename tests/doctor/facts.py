@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from dmae_ds.doctor.hostfile import Node
-from dmae_ds.doctor.judge_machines import Asked
+from dmae_ds.doctor.judge_machines import Target
 
 GIB = 2**30
 FOUND = {
@@ -20,8 +20,8 @@ FOUND = {
 GPU = {"name": "NVIDIA H100", "free": 79 * GIB, "total": 80 * GIB}
 
 
-def asked(num: int = 2, *, slots: int = 1, kind: str = "pdsh", recipe: str | None = "digits_dmae") -> Asked:
-    return Asked([Node(f"node{index}", slots) for index in range(num)], kind, "10.0.0.1", 29500, recipe)
+def asked(num: int = 2, *, slots: int = 1, kind: str = "pdsh", recipe: str | None = "digits_dmae") -> Target:
+    return Target([Node(f"node{index}", slots) for index in range(num)], kind, "10.0.0.1", 29500, recipe)
 
 
 def healthy(num: int = 2, *, gpus: int = 0) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""Facts of all nodes -> the right line, the right mend, and no other line."""
+"""Facts of all nodes -> the right line, the right fix, and no other line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from dmae_ds.doctor.check import FAIL, OK, SKIP, WARN, Check, render, verdict_line
-from dmae_ds.doctor.examine import Table, judge
+from dmae_ds.doctor.checklist import Table, judge
 from dmae_ds.doctor.judge_machines import judge_clocks, judge_python, judge_ssh
 from dmae_ds.doctor.judge_network import matches
 from dmae_ds.doctor.reach import Trouble
@@ -46,11 +46,11 @@ def test_healthy_nodes_are_all_ok(num, gpus):
         "limits",
     } <= set(checks)
     assert ("interface" in checks) == ("master" in checks) == ("clocks" in checks) == (num > 1)
-    assert all(len(render(check)) < 250 and not check.mend for check in checks.values())
+    assert all(len(render(check)) < 250 and not check.fix for check in checks.values())
 
 
 ONE = {"error": "data.train '/data': shard-000001.tar is missing; copy it again"}
-# changed facts (of a meeting: "met:..."), the check, its verdict, what it says, the mend
+# changed facts (of a meeting: "met:..."), the check, its verdict, what it says, the fix
 CASES = [
     (
         {"node1:versions:found:torch": "2.7.0"},
@@ -234,15 +234,15 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    "changes, name, verdict, words, mend", CASES, ids=[f"{case[1]}: {case[3][:30]}" for case in CASES]
+    "changes, name, verdict, words, fix", CASES, ids=[f"{case[1]}: {case[3][:30]}" for case in CASES]
 )
-def test_one_wrong_fact_is_one_line_with_its_mend(changes, name, verdict, words, mend):
+def test_one_wrong_fact_is_one_line_with_its_fix(changes, name, verdict, words, fix):
     facts, met = healthy(), meetings()
     for path, value in changes.items():
         put(met if path.startswith("met:") else facts, path.removeprefix("met:"), value)
     checks = judged(facts, met)
     found = checks[name]
-    assert (found.verdict, words in found.found, mend in found.mend) == (verdict, True, True), render(found)
+    assert (found.verdict, words in found.detail, fix in found.fix) == (verdict, True, True), render(found)
     # A port that is taken cannot be listened at, a folder that differs is not looked at: those say so.
     assert {other for other, check in checks.items() if check.verdict not in (OK, SKIP)} == {name}
     assert len(render(found).splitlines()) == 2
@@ -262,7 +262,7 @@ def test_the_address_that_works_is_named():
     for node in met.values():
         node["reached"]["192.168.7.1"] = {"from": "192.168.7.2"}
     met["node1"]["reached"]["10.0.0.1"]["error"] = "no answer"
-    assert "--master_addr 192.168.7.1" in judged(facts, met)["master"].mend
+    assert "--master_addr 192.168.7.1" in judged(facts, met)["master"].fix
 
 
 GPU_CASES = [
@@ -271,13 +271,13 @@ GPU_CASES = [
 ]
 
 
-@pytest.mark.parametrize("changes, verdict, words, mend", GPU_CASES)
-def test_gpus_are_counted_and_compared(changes, verdict, words, mend):
+@pytest.mark.parametrize("changes, verdict, words, fix", GPU_CASES)
+def test_gpus_are_counted_and_compared(changes, verdict, words, fix):
     facts = healthy(gpus=2)
     for path, value in changes.items():
         put(facts, path, value)
     found = judged(facts, meetings(), asked(slots=2))["devices"]
-    assert (found.verdict, words in found.found, mend in found.mend) == (verdict, True, True), render(found)
+    assert (found.verdict, words in found.detail, fix in found.fix) == (verdict, True, True), render(found)
 
 
 def test_a_gpu_that_somebody_uses_is_a_warning_with_the_process():
@@ -285,7 +285,9 @@ def test_a_gpu_that_somebody_uses_is_a_warning_with_the_process():
     facts["node1"]["devices"]["gpus"][1]["free"] = 10 * GIB
     facts["node1"]["devices"]["processes"] = ["4711, python"]
     found = judged(facts, meetings(), asked(slots=2))["devices"]
-    assert found.verdict == WARN and "node1: 10 of 80 GiB free on GPU 1 (process 4711, python)" in found.found
+    assert (
+        found.verdict == WARN and "node1: 10 of 80 GiB free on GPU 1 (process 4711, python)" in found.detail
+    )
 
 
 def test_on_gpus_nccl_s_interface_counts_and_not_gloo_s():
@@ -319,7 +321,7 @@ def test_without_ssh_the_variable_is_set_on_the_node():
     facts["node1"]["network"]["own_name"] = ["127.0.1.1"]
     assert (
         "export GLOO_SOCKET_IFNAME=eth0 on node1"
-        in judged(facts, meetings(), asked(kind="no_ssh"))["interface"].mend
+        in judged(facts, meetings(), asked(kind="no_ssh"))["interface"].fix
     )
 
 
@@ -333,7 +335,7 @@ def test_without_a_recipe_only_the_machines_are_judged():
         for node, found in healthy().items()
     }
     checks = judged(facts, meetings(), asked(recipe=None))
-    assert checks["recipe"].verdict == SKIP and "none was given" in checks["recipe"].found
+    assert checks["recipe"].verdict == SKIP and "none was given" in checks["recipe"].detail
     assert not {"shards", "disk", "run folder"} & set(checks)
 
 
@@ -344,8 +346,8 @@ def test_a_clock_is_wrong_when_it_surely_is(skew, unsure, verdict):
     found = judge_clocks({"node0": (0.0, 0.1), "node1": (skew, unsure)})
     assert found.verdict == verdict
     assert verdict == OK or (
-        f"node1 is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}" in found.found
-        and "chrony" in found.mend
+        f"node1 is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}" in found.detail
+        and "chrony" in found.fix
     )
 
 
@@ -357,14 +359,14 @@ def test_nodes_that_ssh_refuses_leave_the_others_judged():
         "node3": Trouble("python", "no /venv/bin/python", "install the environment"),
     }
     ssh, pdsh = judge_ssh(answers, pdsh="pdsh-2.34 (+readline)\nrcmd modules: ssh,rsh,exec (default: rsh)")
-    assert (ssh.verdict, ssh.found, ssh.mend) == (
+    assert (ssh.verdict, ssh.detail, ssh.fix) == (
         FAIL,
         "node1, node2: it does not accept your ssh key",
         "ssh-copy-id node1; the same for node2",
     )
-    assert (pdsh.verdict, pdsh.found) == (OK, "pdsh-2.34")
+    assert (pdsh.verdict, pdsh.detail) == (OK, "pdsh-2.34")
     python = judge_python(answers)
-    assert (python.verdict, python.found) == (FAIL, "node3: no /venv/bin/python")
+    assert (python.verdict, python.detail) == (FAIL, "node3: no /venv/bin/python")
     assert judge_python({"node1": answers["node1"]}).verdict == SKIP
 
 
@@ -374,4 +376,4 @@ def test_nodes_that_ssh_refuses_leave_the_others_judged():
 )
 def test_pdsh_must_be_there_with_its_ssh_module(said, words):
     _, found = judge_ssh({"node0": {}}, pdsh=said)
-    assert found.verdict == FAIL and words in found.found and "install" in found.mend
+    assert found.verdict == FAIL and words in found.detail and "install" in found.fix

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dmae_ds.doctor import probe, probe_later
+from dmae_ds.doctor import inspect_node, later_rounds
 from dmae_ds.doctor.answer import MARK, decode_answer, encode
-from dmae_ds.doctor.probe import code, port, requirements
-from dmae_ds.doctor.probe_recipe import held_by
+from dmae_ds.doctor.inspect_node import hash_code, inspect_port, read_requirements
+from dmae_ds.doctor.inspect_recipe import find_holder
 from dmae_ds.doctor.reach import Reach, Trouble, compare_clocks, end_group, explain, ssh_command, start_group
 from tests.train.conftest import free_port
 
@@ -66,19 +66,19 @@ SSH = [
     ),
     (
         1,
-        "/venv/bin/python: Error while finding module specification for 'dmae_ds.doctor.probe' (ModuleNotFoundError: No module named 'dmae_ds')",
+        "/venv/bin/python: Error while finding module specification for 'dmae_ds.doctor.inspect_node' (ModuleNotFoundError: No module named 'dmae_ds')",
         "python",
         "not installed",
         "install it",
     ),
-    (1, "Traceback ...\nMemoryError: no", "python", "exit code 1: MemoryError: no", "mend what it says"),
+    (1, "Traceback ...\nMemoryError: no", "python", "exit code 1: MemoryError: no", "fix what it says"),
 ]
 
 
-@pytest.mark.parametrize("code, errors, where, words, mend", SSH, ids=[case[3] for case in SSH])
-def test_last_words_are_explained(code, errors, where, words, mend):
+@pytest.mark.parametrize("code, errors, where, words, fix", SSH, ids=[case[3] for case in SSH])
+def test_last_words_are_explained(code, errors, where, words, fix):
     found = explain("node1", code, errors, python="/venv/bin/python", cwd=Path("/srv/work"))
-    assert found.where == where and words in found.what and mend in found.mend
+    assert found.where == where and words in found.what and fix in found.fix
 
 
 def test_ssh_is_called_with_pdsh_s_arguments_and_never_asks():
@@ -135,25 +135,25 @@ def test_a_port_is_free_or_taken_by_somebody():
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("", 0))
         number = server.getsockname()[1]
-        assert port(number) == {"busy": None}
+        assert inspect_port(number) == {"busy": None}
         server.listen()
-        assert str(os.getpid()) in port(number)["busy"]
+        assert str(os.getpid()) in inspect_port(number)["busy"]
 
 
 def test_the_first_node_answers_until_its_caller_is_gone_and_others_are_told_apart(tmp_path):
     number = free_port()
-    assert probe_later.call("127.0.0.1", number, "word") == {"error": "Connection refused"}
+    assert later_rounds.call("127.0.0.1", number, "word") == {"error": "Connection refused"}
     request = {"round": "listen", "port": number, "word": "word", "limit_s": 60}
     process = start_group(
-        [sys.executable, "-m", "dmae_ds.doctor.probe", encode(request)],
+        [sys.executable, "-m", "dmae_ds.doctor.inspect_node", encode(request)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     try:
         while decode_answer(process.stdout.readline().decode()) is None:
             pass
-        assert probe_later.call("127.0.0.1", number, "word") == {}
-        assert probe_later.call("127.0.0.1", number, "other word") == {
+        assert later_rounds.call("127.0.0.1", number, "word") == {}
+        assert later_rounds.call("127.0.0.1", number, "other word") == {
             "error": "another program answers there"
         }
         process.stdin.close()
@@ -169,25 +169,25 @@ def test_one_changed_byte_is_other_code(tmp_path, monkeypatch):
     for folder in ("launch/recipes", "ds_configs"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "x.yaml").write_text("a")
-    monkeypatch.setattr(probe, "PACKAGE", package)
-    before = code()["files"]
+    monkeypatch.setattr(inspect_node, "PACKAGE", package)
+    before = hash_code()["files"]
     (tmp_path / "launch" / "recipes" / "x.yaml").write_text("b")
-    after = code()["files"]
+    after = hash_code()["files"]
     assert set(before) == set(after) == {"dmae_ds/train/loop.py", "recipes/x.yaml", "ds_configs/x.yaml"}
     assert [name for name in before if before[name] != after[name]] == ["recipes/x.yaml"]
 
 
 def test_requirements_are_those_of_setup_cfg():
-    found = requirements()
+    found = read_requirements()
     assert "deepspeed >= 0.19.8" in found and len(found) > 15
 
 
 def test_leaving_takes_the_token_and_the_folders_that_were_made(tmp_path):
     run_dir = tmp_path / "runs" / "one"
     request = {"word": "w", "run_dir": str(run_dir), "made": [str(run_dir), str(run_dir.parent)]}
-    probe_later.token_folder(request).mkdir(parents=True)
-    (probe_later.token_folder(request) / "0").write_text("")
-    probe_later.leave(request)
+    later_rounds.token_folder(request).mkdir(parents=True)
+    (later_rounds.token_folder(request) / "0").write_text("")
+    later_rounds.leave(request)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,7 +207,7 @@ def test_leaving_ends_what_bears_this_doctor_s_word_and_nothing_else():
 
     mine, other = rank("my-word"), rank("other-word")
     try:
-        assert probe_later.end_processes("my-word") == 1
+        assert later_rounds.end_processes("my-word") == 1
         assert mine.wait(timeout=30) != 0 and other.poll() is None
     finally:
         for process in (mine, other):
@@ -218,7 +218,7 @@ def test_leaving_ends_what_bears_this_doctor_s_word_and_nothing_else():
 def test_a_probe_is_one_line_of_json():
     request = {"round": "leave", "word": "w", "run_dir": None, "made": [], "limit_s": 60}
     done = subprocess.run(
-        [sys.executable, "-m", "dmae_ds.doctor.probe", encode(request)],
+        [sys.executable, "-m", "dmae_ds.doctor.inspect_node", encode(request)],
         capture_output=True,
         text=True,
         check=True,
@@ -228,7 +228,7 @@ def test_a_probe_is_one_line_of_json():
 
 
 def test_a_run_that_holds_its_folder_is_seen_and_left_alone(tmp_path):
-    assert held_by(tmp_path) is None
+    assert find_holder(tmp_path) is None
     code = (
         "import fcntl, json, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX);"
         "json.dump({'pid': 7, 'host': 'node3', 'since': 'noon'}, f); f.flush(); print('held', flush=True); input()"
@@ -237,9 +237,9 @@ def test_a_run_that_holds_its_folder_is_seen_and_left_alone(tmp_path):
         [sys.executable, "-c", code, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout.readline() == b"held\n"
-    assert held_by(tmp_path) == "process 7 on node3, since noon"
+    assert find_holder(tmp_path) == "process 7 on node3, since noon"
     process.communicate(b"\n")
-    assert held_by(tmp_path) is None
+    assert find_holder(tmp_path) is None
 
 
 def test_a_clock_is_compared_without_the_time_that_the_work_took():

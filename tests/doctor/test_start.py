@@ -69,16 +69,16 @@ PAIR = Launch("pdsh", [Node("node1", 1), Node("node2", 1)], 29500, "10.0.0.1", "
 @pytest.mark.parametrize("ranks, gbit", [(2, 8), (4, 12)])
 def test_bandwidth_is_what_a_link_of_the_ring_carries(ranks, gbit):
     done = say(stage="done", rank=0, host="node1", seconds=1.0, bytes=10**9, ranks=ranks, device="cuda")
-    found = judge_start(STARTED + done, ended="", launch=PAIR, ok=True)
+    found = judge_start(STARTED + done, end="", launch=PAIR, ok=True)
     assert (
         found.verdict == OK
-        and f"{ranks} ranks" in found.found
-        and f"in 1000 ms: {gbit} Gbit/s" in found.found
+        and f"{ranks} ranks" in found.detail
+        and f"in 1000 ms: {gbit} Gbit/s" in found.detail
     )
 
 
 @pytest.mark.parametrize(
-    "output, words, mend",
+    "output, words, fix",
     [
         (STARTED, "2 of 2 ranks started, 0 joined", "cannot talk"),
         (STARTED.splitlines()[0] + "\n", "1 of 2 ranks started", "see for yourself: deepspeed"),
@@ -91,15 +91,15 @@ def test_bandwidth_is_what_a_link_of_the_ring_carries(ranks, gbit):
         ("", "0 of 2 ranks started", "see for yourself"),
     ],
 )
-def test_a_start_that_fails_says_how_far_it_came(output, words, mend):
-    found = judge_start(output, ended="did not come back within 60 s", launch=PAIR, ok=False)
+def test_a_start_that_fails_says_how_far_it_came(output, words, fix):
+    found = judge_start(output, end="did not come back within 60 s", launch=PAIR, ok=False)
     assert (
-        found.verdict == FAIL and words in found.found and mend in found.mend and "within 60 s" in found.found
+        found.verdict == FAIL and words in found.detail and fix in found.fix and "within 60 s" in found.detail
     )
 
 
 def test_a_launcher_that_says_0_without_a_word_of_the_ranks_has_failed():
-    assert judge_start("", ended="ended with exit code 0", launch=PAIR, ok=True).verdict == FAIL
+    assert judge_start("", end="ended with exit code 0", launch=PAIR, ok=True).verdict == FAIL
 
 
 ARGUMENTS = [

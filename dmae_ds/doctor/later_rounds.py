@@ -1,4 +1,4 @@
-"""A probe's short rounds after `look`: does node 0 answer, is the run folder one and the same, what time is it, tidying up."""
+"""The short rounds after `look`: whether node 0 answers, whether the run folder is shared, the time, and cleaning up."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import shutil
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from dmae_ds.doctor.answer import CONNECT_S, MARK, guarded
 
-VISIBLE_S = 5.0
+VISIBLE_S = 5.0  # how long a node waits for the tokens of the others
 
 
 def listen(request: dict) -> dict:
-    """Node 0: answer every call on the master port with this doctor's word, until the input ends or the time is up."""
+    """Answer every call on the master port with this doctor's word, until the input ends or the time is over.
+
+    Only node 0 does so.
+    """
     end = time.monotonic() + request["limit_s"]
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -35,22 +39,22 @@ def listen(request: dict) -> dict:
 
 
 def meet(request: dict) -> dict:
-    """Which addresses of node 0 answer from here, by which own address, and whose tokens lie in the run folder.
+    """Which addresses of node 0 answer, from which address of this node, and whose tokens are in the run folder.
 
-    request["listening"] False: nobody is called, and only the own addresses are said.
+    Without request["listening"] nothing is called, and only the addresses of this node are reported.
     """
     reached = {}
     for address in request["addresses"]:
-        reached[address] = (
-            guarded(lambda: call(address, request["port"], request["word"])) if request["listening"] else {}
-        )
-        reached[address] |= {"from": own_address(address, request["port"])}
-    tokens = guarded(lambda: {"seen": see_tokens(request)}) if request["run_dir"] else None
+        answer = {}
+        if request["listening"]:
+            answer = guarded(partial(call, address, request["port"], request["word"]))
+        reached[address] = answer | {"from": source_address(address, request["port"])}
+    tokens = guarded(lambda: {"seen": list_tokens(request)}) if request["run_dir"] else None
     return {"reached": reached, "tokens": tokens}
 
 
-def see_tokens(request: dict) -> list[str]:
-    """The nodes whose tokens lie in the run folder; waits a little for all, for NFS may show an older listing at first."""
+def list_tokens(request: dict) -> list[str]:
+    """The nodes whose tokens are in the run folder; waits for all, because NFS may list an older state at first."""
     end = time.monotonic() + VISIBLE_S
     while True:
         seen = sorted(path.name for path in token_folder(request).iterdir())
@@ -60,21 +64,20 @@ def see_tokens(request: dict) -> list[str]:
 
 
 def call(address: str, port: int, word: str) -> dict:
-    """{}, or {"error": what happened}."""
+    """Call node 0; returns {}, or {"error": what happened}."""
     try:
         with socket.create_connection((address, port), timeout=CONNECT_S) as caller:
-            said = caller.recv(256).decode("ascii", "replace")
+            answer = caller.recv(256).decode("ascii", "replace")
     except OSError as error:
         return {"error": error.strerror or "no answer"}
-    return {} if said == word else {"error": "another program answers there"}
+    return {} if answer == word else {"error": "another program answers there"}
 
 
-def own_address(address: str, port: int) -> str | None:
-    """The address that packets to another one leave from; none is sent."""
+def source_address(address: str, port: int) -> str | None:
+    """The address of this node that packets to another address leave from; sends none."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        with socket.socket(
-            socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM
-        ) as packets:
+        with socket.socket(family, socket.SOCK_DGRAM) as packets:
             packets.connect((address, port))
             return packets.getsockname()[0]
     except OSError:
@@ -82,11 +85,12 @@ def own_address(address: str, port: int) -> str | None:
 
 
 def token_folder(request: dict) -> Path:
+    """The folder inside the run folder where each node leaves its token."""
     return Path(request["run_dir"]).expanduser() / f".doctor-{request['word']}"
 
 
 def leave(request: dict) -> dict:
-    """Take the token away, with the folders that were made for it; end what a start of this doctor left behind."""
+    """Remove the token and the folders that were made for it, and end what a start of this doctor left behind."""
     ended = guarded(lambda: {"ended": end_processes(request["word"])})
     if request["run_dir"]:
         shutil.rmtree(token_folder(request), ignore_errors=True)
@@ -99,17 +103,17 @@ def leave(request: dict) -> dict:
 
 
 def end_processes(word: str) -> int:
-    """Kill what carries this doctor's word on its command line, and is not the doctor: a start that never came back."""
+    """Kill all-reduce processes that carry this doctor's word on their command line; returns how many there were."""
     import psutil
 
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if word in line and any("dmae_ds.doctor.allreduce" in part for part in line):
-            found.append(process)
-    for process in found:
+        arguments = process.info["cmdline"] or []
+        if word in arguments and any("dmae_ds.doctor.allreduce" in argument for argument in arguments):
+            processes.append(process)
+    for process in processes:
         try:
             process.kill()
         except psutil.Error:
             continue
-    return len(found)
+    return len(processes)
