@@ -1,6 +1,9 @@
-"""The program that the doctor starts on every rank in place of training: join the process group and time an all-reduce.
+"""The program that the doctor starts on every rank in place of training.
 
-It ends by itself after --limit_s, whatever hangs: the launcher's own way to end ranks kills processes by name.
+It joins the process group and times an all-reduce.
+
+It ends by itself after --limit_s, whatever hangs: the launcher's own way to end ranks kills processes by
+name.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def decode(word: str) -> dict:
 
 
 def decode_answer(output: str) -> dict | None:
-    """Find the facts in a node's output, among lines of a login shell or a library; None if there are none."""
+    """Find the facts in a node's output, among lines of a login shell or a library, or return None."""
     for line in reversed(output.splitlines()):
         _, mark, text = line.partition(MARK)
         if mark:

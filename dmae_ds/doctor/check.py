@@ -47,7 +47,7 @@ def join_names(nodes: Iterable[str]) -> str:
 
 
 def group_nodes(values: Mapping[str, object]) -> dict[object, list[str]]:
-    """Group nodes by value; the value of most nodes comes first (of equally common ones, the first node's)."""
+    """Group nodes by value, the commonest value first (among equally common ones, the first node's)."""
     groups: dict[object, list[str]] = {}
     for node, value in values.items():
         groups.setdefault(value, []).append(node)
@@ -60,6 +60,6 @@ def list_values(values: Mapping[str, object]) -> str:
 
 
 def split_fix(error: str) -> tuple[str, str]:
-    """Split an error message of this project into what was found and, after the last semicolon, what to do."""
+    """Split an error message of this project at its last semicolon into the problem and the fix."""
     problem, _, fix = error.replace("\n", " | ").rpartition("; ")
     return (problem, fix) if problem else (error, "")

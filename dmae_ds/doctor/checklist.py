@@ -1,6 +1,7 @@
 """What the doctor with ssh (over_ssh.py) and without (without_ssh.py) share.
 
-That is: the question, the requests to the nodes, the checks in their order, the try of a start, and the last line.
+That is: the question, the requests to the nodes, the checks in their order, the try of a start, and the last
+line.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ def find_nodes(question: Question) -> list[Node]:
 
 
 def count_gpus(environment: dict[str, str]) -> int:
-    """Count the GPUs without a library, which would take seconds; inspect_node.py counts them again with torch."""
+    """Count the GPUs without a library, whose import would take seconds.
+
+    inspect_node.py counts them again with torch.
+    """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return len(list(Path("/dev").glob("nvidia[0-9]*")))

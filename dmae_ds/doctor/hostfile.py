@@ -1,4 +1,4 @@
-"""The nodes of a run, and what DeepSpeed's launcher takes to them: its hostfile and the variables it exports."""
+"""The nodes of a run, and what DeepSpeed's launcher takes there: its hostfile and exported variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dmae_ds.errors import UserError
 
-# What deepspeed/launcher/runner.py (0.19.8) exports: variables with these prefixes, and the lines of two files.
+# deepspeed/launcher/runner.py (0.19.8) exports variables with these prefixes, and the lines of two files.
 EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX")
 EXPORTED_WITH_GPUS = ("NCCL",)
 EXPECTED = "write one line a node: NAME slots=RANKS"
@@ -24,7 +24,10 @@ class Node:
 
 
 def read_hostfile(path: Path) -> list[Node]:
-    """Read the nodes in their order. Raises UserError that names the line, where DeepSpeed would refuse it too."""
+    """Read the nodes in their order.
+
+    Raises UserError that names the line, where DeepSpeed would refuse it too.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -55,8 +58,8 @@ def read_hostfile(path: Path) -> list[Node]:
 def exported_environment(environment: dict[str, str], *, cwd: Path, home: Path) -> dict[str, str]:
     """The variables that the `deepspeed` launcher sets on every node.
 
-    They are some variables of this machine, then the lines of ~/.deepspeed_env and ./.deepspeed_env. Raises UserError for
-    a line of these files that is not NAME=VALUE; DeepSpeed ends with a traceback there.
+    They are some variables of this machine, then the lines of ~/.deepspeed_env and ./.deepspeed_env. Raises
+    UserError for a line of these files that is not NAME=VALUE; DeepSpeed ends with a traceback there.
     """
     python_path = os.pathsep.join(filter(None, [str(cwd), environment.get("PYTHONPATH")]))
     environment = {**environment, "PYTHONPATH": python_path}
@@ -67,8 +70,8 @@ def exported_environment(environment: dict[str, str], *, cwd: Path, home: Path) 
             name, equals, value = line.partition("=")
             if not equals or not name.strip():
                 raise UserError(
-                    f"{path}, line {number}: '{line}' is not NAME=VALUE, and DeepSpeed's launcher stops there; "
-                    "remove it (blank lines too)"
+                    f"{path}, line {number}: '{line}' is not NAME=VALUE, and DeepSpeed's launcher "
+                    "stops there; remove it (blank lines too)"
                 )
             exported[name.strip()] = value.strip()
     return exported

@@ -1,13 +1,16 @@
 """The facts of one node, started on every node as `python -m dmae_ds.doctor.inspect_node REQUEST`.
 
-It prints one marked line of JSON. REQUEST is JSON in base64, so that no shell changes it; its "round" is one of:
+It prints one marked line of JSON. REQUEST is JSON in base64, so that no shell changes it; its "round" is one
+of:
 
-    look      all that one node can find alone: versions, code, devices, network, port, recipe (inspect_recipe.py)
+    look      all that one node can find alone: versions, code, devices, network, port, recipe
+    (inspect_recipe.py)
     listen    node 0: answer on the master port until the input ends
     meet      reach node 0, list the tokens that every node left in the run folder, read the clock
     leave     remove the token, end what a start left behind
 
-This program does not judge, and a part that fails reports its error and leaves the others alone. Libraries are imported
+This program does not judge, and a part that fails reports its error and leaves the others alone. Libraries
+are imported
 late: the later rounds should be quick, and `look` has to report that torch cannot be imported.
 """
 
@@ -137,7 +140,7 @@ def _query_nvidia_smi(query: str) -> list[str]:
 
 
 def inspect_network() -> dict:
-    """Interfaces that are up, the addresses of this host's name, and variables for the collective libraries."""
+    """Interfaces that are up, the addresses of this host's name, and variables for gloo and NCCL."""
     import psutil
 
     states = psutil.net_if_stats()

@@ -1,4 +1,4 @@
-"""The facts of a recipe on one node: its shards, its teacher's file, its run folder, and what a run of it needs."""
+"""The facts of a recipe on one node: shards, the teacher's file, the run folder, and the resources it needs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def inspect_shards(config: RunConfig, *, allow_pipe: bool) -> dict:
 
 
 def inspect_teacher(config: RunConfig) -> dict:
-    """Path and size of the weights; {} if the recipe names no file of its own (none, or timm's or the hub's)."""
+    """Path and size of the weights; {} without a local file (no weights, or timm's or the hub's)."""
     from dmae_ds.config.run import looks_like_hub_id
     from dmae_ds.errors import UserError
 
@@ -106,7 +106,7 @@ def inspect_run_folder(config: RunConfig, request: dict) -> dict:
 
 
 def find_holder(folder: Path) -> str | None:
-    """The process that trains into a run folder now, by its lock (train/checkpoint/run_lock.py); None if there is none."""
+    """The process that trains into a run folder now, or None, by its lock (train/checkpoint/run_lock.py)."""
     try:
         with open(folder / "lock", "r+", encoding="utf-8") as file:
             try:
@@ -135,7 +135,7 @@ def prepare_start(config: RunConfig, request: dict) -> dict:
 
 
 def estimate_needs(config: RunConfig, world: int) -> dict:
-    """Bytes of one checkpoint, of a gradient all-reduce, and of a rank's prefetched batches in shared memory."""
+    """Bytes of one checkpoint, of a gradient all-reduce, and of a rank's prefetched batches."""
     from dmae_ds.objectives.build import build_objective
 
     objective, _ = build_objective(config, device="meta")
@@ -143,7 +143,7 @@ def estimate_needs(config: RunConfig, world: int) -> dict:
     student = objective.student
     side = student.grid[0] * student.patch_size
     micro_batch = config.optim.micro_batch or max(1, config.optim.global_batch // world)
-    # A sample is a uint8 image and one float of noise a patch; every worker prefetches two batches (torch's default).
+    # A sample is a uint8 image and one float of noise a patch; every worker prefetches two batches.
     bytes_per_sample = 3 * side**2 + 4 * student.num_patches
     return {
         # Weights, fp32 masters, Adam's two moments, and the weights again as student and decoder.

@@ -36,7 +36,7 @@ Facts = dict[str, dict]  # {node: its facts by part}
 def judge_ssh(answers: dict[str, dict | Trouble], *, pdsh: str | None) -> list[Check]:
     """Check ssh to every node and pdsh here. pdsh: the output of `pdsh -V`; None if it is not installed."""
     if pdsh is None:
-        fix = "install pdsh (apt-get install pdsh), which the deepspeed launcher uses; or --no_ssh on every node"
+        fix = "install pdsh (apt-get install pdsh), which the launcher uses; or --no_ssh on every node"
         pdsh_check = Check("pdsh", FAIL, "not installed here", fix)
     elif "ssh" not in pdsh.partition("rcmd modules:")[2].split("\n")[0]:
         fix = "install the package with pdsh's ssh module (pdsh-rcmd-ssh)"
@@ -138,7 +138,7 @@ def judge_code(facts: Facts) -> Check:
 
 
 def judge_devices(facts: Facts, target: Target) -> Check:
-    """Check that every rank has a GPU, free and like the others; or, on nodes without any, list cores and memory."""
+    """Check that every rank has a GPU, free and like the others; without GPUs, list cores and memory."""
     if errors := list_errors(facts, "devices"):
         return Check("devices", FAIL, "; ".join(errors), "run `nvidia-smi` there")
     slots = {node.name: node.slots for node in target.nodes}

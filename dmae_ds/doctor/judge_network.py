@@ -1,4 +1,4 @@
-"""Checks of the port, the addresses and the interfaces, from the facts of all nodes. Pure functions, no torch."""
+"""Checks of port, addresses and interfaces, from the facts of all nodes. Pure functions, no torch."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _fix_interface(variable: str, node: str, route: str | None, target: Target, 
 
 
 def _find_route(node: str, node_facts: dict, meetings: Facts, target: Target) -> str | None:
-    """The interface over which a node reaches the first one; on the first, the one with the master's address."""
+    """The interface over which a node reaches the first one; there, the one with the master's address."""
     if node == target.nodes[0].name:
         address = target.master_address
     else:
@@ -143,7 +143,8 @@ def interface_of(address: str, interfaces: dict[str, list[str]]) -> str | None:
 def matches(value: str, interface: str, *, nccl: bool) -> bool:
     """Whether a variable's value selects an interface.
 
-    gloo takes a comma-separated list of names; NCCL takes prefixes, with `=` in front names, with `^` all others.
+    gloo takes a comma-separated list of names; NCCL takes prefixes, with `=` in front names, with `^` all
+    others.
     """
     if not nccl:
         return interface in value.split(",")

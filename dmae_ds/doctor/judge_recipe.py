@@ -1,4 +1,4 @@
-"""Checks of the recipe, its data, teacher and run folder, from the facts of all nodes. Pure functions, no torch."""
+"""Checks of recipe, data, teacher and run folder, from the facts of all nodes. Pure functions, no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def judge_recipe(facts: Facts, meetings: Facts, target: Target) -> list[Check]:
 
 
 def _check_errors(name: str, facts: Facts, part: str, fix: str) -> Check | None:
-    """A failed check with the commonest error of a part of the facts, and who has another one; None without errors."""
+    """A failed check with the commonest error in a part of the facts; None without errors."""
     errors = {node: facts[node][part]["error"] for node in facts if "error" in facts[node].get(part, {})}
     if not errors:
         return None

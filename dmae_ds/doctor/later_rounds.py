@@ -1,4 +1,4 @@
-"""The short rounds after `look`: whether node 0 answers, whether the run folder is shared, the time, and cleaning up."""
+"""The short rounds after `look`: does node 0 answer, is the run folder shared, what time is it, cleaning up."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def listen(request: dict) -> dict:
 
 
 def meet(request: dict) -> dict:
-    """Which addresses of node 0 answer, from which address of this node, and whose tokens are in the run folder.
+    """Try the addresses of node 0, and list the nodes whose tokens are in the run folder.
 
     Without request["listening"] nothing is called, and only the addresses of this node are reported.
     """
@@ -54,7 +54,10 @@ def meet(request: dict) -> dict:
 
 
 def list_tokens(request: dict) -> list[str]:
-    """The nodes whose tokens are in the run folder; waits for all, because NFS may list an older state at first."""
+    """List the nodes whose tokens are in the run folder.
+
+    Waits for all of them for some seconds, because NFS may list an older state at first.
+    """
     end = time.monotonic() + VISIBLE_S
     while True:
         seen = sorted(path.name for path in token_folder(request).iterdir())
@@ -90,7 +93,7 @@ def token_folder(request: dict) -> Path:
 
 
 def leave(request: dict) -> dict:
-    """Remove the token and the folders that were made for it, and end what a start of this doctor left behind."""
+    """Remove the token and the folders made for it, and end what a start of this doctor left behind."""
     ended = guarded(lambda: {"ended": end_processes(request["word"])})
     if request["run_dir"]:
         shutil.rmtree(token_folder(request), ignore_errors=True)
@@ -103,7 +106,7 @@ def leave(request: dict) -> dict:
 
 
 def end_processes(word: str) -> int:
-    """Kill all-reduce processes that carry this doctor's word on their command line; returns how many there were."""
+    """Kill the all-reduce processes with this doctor's word on their command line; returns their number."""
     import psutil
 
     processes = []

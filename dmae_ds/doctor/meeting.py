@@ -1,4 +1,4 @@
-"""Without ssh the doctor runs on every node at once, and its copies meet at a torch store on the first one's master port.
+"""The meeting of nodes that run the doctor at once, without ssh: a torch store on the first one's master port.
 
 A run's ranks meet at the same port and the same kind of store, so that the meeting is a check by itself.
 """
@@ -22,7 +22,8 @@ POLL_S = 0.1
 class Meeting:
     """One node's place in the meeting.
 
-    Every node must call the same methods in the same order; each raises RunFailed that names the missing nodes.
+    Every node must call the same methods in the same order; each raises RunFailed that names the missing
+    nodes.
     """
 
     def __init__(self, address: str, port: int, *, index: int, size: int, limit_s: float):
@@ -108,7 +109,7 @@ def wait_until_open(address: str, port: int, limit_s: float) -> None:
 
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """Silence torch's C++ log, whose level is read at import: it would warn of each address without a host name."""
+    """Silence torch's C++ log, which warns of each address without a name; its level is read at import."""
     before = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     yield

@@ -31,7 +31,10 @@ MAX_ADDRESSES = 4  # of the first node, that the others try
 
 
 def examine(question: Question) -> bool:
-    """Print every check, then the command or the number of failures; returns whether none failed. Raises UserError."""
+    """Print every check, then the command or the number of failures; returns whether none failed.
+
+    Raises UserError for options, a hostfile or a .deepspeed_env that can't work.
+    """
     nodes, cwd = find_nodes(question), Path.cwd()
     over_ssh = question.hostfile is not None
     exports = exported_environment(dict(os.environ), cwd=cwd, home=Path.home()) if over_ssh else {}
@@ -88,7 +91,7 @@ def _check_arguments(table: Table, question: Question) -> None:
 
 
 def _meet(reach: Reach, requests: dict[str, dict], facts: Facts, target: Target) -> Facts:
-    """The second round: every node calls the first one, looks for the others' tokens, and reports the time."""
+    """Ask for the second round: every node calls the first one, looks for tokens, and reports the time."""
     first = target.nodes[0].name
     facts_of_first = facts.get(first, {})
     listening = facts_of_first.get("port", {}).get("busy", "unknown") is None

@@ -1,8 +1,8 @@
-"""Reaching the nodes: a process that reports facts on each, over ssh as pdsh would start it, or on this machine.
+"""Nodes are asked by a process on each that reports facts, started over ssh as pdsh does, or on this machine.
 
-ssh is called directly and not through pdsh, because pdsh mixes the output of the nodes and hides ssh's reasons. The
-arguments, the folder, the interpreter and the exported variables are those of DeepSpeed's pdsh launcher, and the real
-start (start.py) goes through the launcher itself.
+ssh is called directly and not through pdsh, because pdsh mixes the output of the nodes and hides ssh's
+reasons. The arguments, the folder, the interpreter and the exported variables are those of DeepSpeed's pdsh
+launcher, and the real start (start.py) goes through the launcher itself.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class Reach:
                 raise
 
     def ask(self, node: str, request: dict) -> dict | Trouble:
-        """One node's facts, and "clock": how far its clock is ahead of ours, and the possible error, in seconds."""
+        """Ask one node for its facts.
+
+        Its "clock" is how far its clock is ahead of ours, and the possible error of that, in seconds.
+        """
         start = time.time()
         process = start_group(
             self.command(node, request),
@@ -96,7 +99,7 @@ class Reach:
 
     @contextmanager
     def listening(self, node: str, request: dict) -> Iterator[None]:
-        """Let node 0 answer on the master port during the context; if it doesn't, those that call it notice."""
+        """Let node 0 answer on the master port during the context; if it doesn't, its callers notice."""
         process = start_group(
             self.command(node, request),
             stdin=subprocess.PIPE,
@@ -127,7 +130,7 @@ def compare_clocks(start: float, end: float, *, arrived: float, took: float) -> 
 
 
 def start_group(command: list[str], **options) -> subprocess.Popen:
-    """Start a process in a group of its own, which `end_group` can end without a launcher that kills by name."""
+    """Start a process in a group of its own, which `end_group` can end as a whole."""
     return subprocess.Popen(command, start_new_session=True, **options)
 
 
@@ -189,7 +192,7 @@ _SSH_ERRORS = [
     (
         "Permission denied",
         "it does not accept your ssh key",
-        "ssh-copy-id {node} (make a key with ssh-keygen if there is none; one with a passphrase needs ssh-agent)",
+        "ssh-copy-id {node} (ssh-keygen makes a key; one with a passphrase needs ssh-agent)",
     ),
     (
         "Could not resolve hostname",

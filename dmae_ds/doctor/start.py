@@ -1,8 +1,9 @@
-"""The command that starts a run on these nodes: tried with an all-reduce in place of training, and printed at the end.
+"""The command that starts a run on these nodes, tried with an all-reduce in place of training.
 
-A start that hangs is never sent a signal: on SIGTERM DeepSpeed's multi-node runner kills every launcher of the user on
-every node, also those of other runs. Its processes on this machine are killed as one group, and the ranks by the round
-`leave`, which looks for this doctor's word on their command lines; both also end by themselves.
+A start that hangs is never sent a signal: on SIGTERM DeepSpeed's multi-node runner kills every launcher of
+the user on every node, also those of other runs. Its processes on this machine are killed as one group, and
+the ranks by the round `leave`, which looks for this doctor's word on their command lines; both also end by
+themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ MAX_MESSAGE = 200  # characters of a rank's error
 
 @dataclass(frozen=True)
 class Launch:
-    """How ranks are started. kind: alone, pdsh, no_ssh (DeepSpeed's launcher on every node), torchrun (on every node)."""
+    """How ranks are started.
+
+    kind: alone, pdsh, no_ssh (DeepSpeed's launcher on every node), torchrun (on every node)
+    """
 
     kind: str
     nodes: list[Node]

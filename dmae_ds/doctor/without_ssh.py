@@ -1,4 +1,4 @@
-"""The doctor where nodes cannot ssh to each other: it runs on all of them at once, and the first one prints the checks."""
+"""The doctor on nodes that cannot ssh to each other: it runs on all at once, and the first one prints the checks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def examine(question: Question) -> bool:
 
 
 def _take_seats(meeting: Meeting, question: Question, nodes: list[Node]) -> tuple[list[Node], str]:
-    """Exchange names and slots; returns the nodes of the run and the word of this doctor, the same everywhere."""
+    """Exchange names and slots; returns the nodes of the run and the word of this doctor."""
     seat = {
         "word": secrets.token_hex(8),
         "host": socket.gethostname(),
@@ -95,7 +95,7 @@ def _take_seats(meeting: Meeting, question: Question, nodes: list[Node]) -> tupl
 def _meet(
     meeting: Meeting, reach: Reach, question: Question, nodes: list[Node], request: dict, mine: dict
 ) -> dict[str, dict]:
-    """The second round on every node: {node: whose tokens it sees and its address}, of nodes that answered."""
+    """Do the second round on every node; returns {node: tokens it sees and its address}."""
     answer = None
     if "trouble" not in mine:
         call = {"port": question.port, "addresses": [question.address], "listening": False}

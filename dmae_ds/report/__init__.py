@@ -2,8 +2,8 @@
 
     dmae-ds report RUN [RUN ...] [--out page.html]
 
-The page needs nothing but itself (no script, no request) and follows the reader's light or dark mode. Its figures lie
-as PNG in the first run's `figures/`.
+The page needs nothing but itself (no script, no request) and follows the reader's light or dark mode. Its
+figures lie as PNG in the first run's `figures/`.
 """
 
 from dmae_ds.report.write import name_runs, write_report

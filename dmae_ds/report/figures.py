@@ -58,7 +58,8 @@ def draw_curves(
 ) -> Figure:
     """Draw curves of several runs in one axes.
 
-    unit: the label of the y axis; share: the values are parts of 1, drawn in percent, with the limit of a dead term
+    unit: the label of the y axis; share: the values are parts of 1, drawn in percent, with the limit of a
+    dead term
     points: mark every value, for curves of few; from_zero: start the y axis at zero
     mark: (value, meaning) of a horizontal line
     """
@@ -119,8 +120,8 @@ def draw_grid(
     """Draw values in 0 to 1, [R, C], as a heat map with the first row at the bottom; rows and columns count from 1.
 
     rows, columns: the labels of the axes; marked: (row, column) pairs, from 1, that get a frame
-    All cells have one hue, and a cell is as opaque as its value is large: this can be read in light and dark mode. Up to
-    8 x 12 cells carry their numbers, a larger grid has a key.
+    All cells have one hue, and a cell is as opaque as its value is large: this can be read in light and dark
+    mode. Up to 8 x 12 cells carry their numbers, a larger grid has a key.
     """
     num_rows, num_columns = values.shape
     max_rows, max_columns = MAX_NUMBERED_GRID

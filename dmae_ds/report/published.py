@@ -1,7 +1,8 @@
 """The papers' rows, and which run would be one of them.
 
-`published.json` holds every number of the papers' tables with what the row says of itself. `wanted` turns a row into
-conditions on a run's facts and on one of its results; a run that fulfils them fills the row's cell, whoever made it.
+`published.json` holds every number of the papers' tables with what the row says of itself. `wanted` turns a
+row into conditions on a run's facts and on one of its results; a run that fulfils them fills the row's cell,
+whoever made it.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class Teachers:
     ) -> Reference | None:
         """The run's teacher, or a borrowed one; None where no run of the page has one. objective, shape: of the run.
 
-        Raises UserError, a sentence for the page, where its file is gone, it is too large, or a borrowed one doesn't fit.
+        Raises UserError, a sentence for the page, where its file is gone, it is too large, or a borrowed one
+        doesn't fit.
         """
         grid, data = objective.student.grid, record.config.data
         if shape is not None:

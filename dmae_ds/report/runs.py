@@ -20,7 +20,8 @@ DEPTHS = {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32, "giant":
 class Run:
     """A run. facts["finished"]: whether it came to its end; results: those of its last step; hours: wall time of pre-training; world_size: its ranks, None if not known.
 
-    rank: effective rank of what the objective is judged by, over the last tenth of training; NaN where it was not watched
+    rank: effective rank of what the objective is judged by, over the last tenth of training; NaN where it was
+    not watched
     """
 
     path: Path

@@ -29,8 +29,8 @@ _IRRELEVANT = {
 def describe_training(config: RunConfig) -> dict[str, object]:
     """The config without seed and folders, flat: {"optim.epochs": 20.0}.
 
-    Weights that a run of this project wrote are described by that run's training, not by their path: each seed may have
-    its own.
+    Weights that a run of this project wrote are described by that run's training, not by their path: each
+    seed may have its own.
     """
     flat = {
         key: value
@@ -74,9 +74,9 @@ def default_objectives(runs: list[Run]) -> dict[str, dict]:
 def name_settings(trainings: dict, defaults: dict[str, dict]) -> dict:
     """Name trainings by what tells them apart: {key: flat config} -> {key: name}.
 
-    A name is the objective, then the sections that not every training of this objective has, then the options that differ
-    from the commonest value among the trainings that have this section. defaults: the options of each objective, flat;
-    the default is taken for the commonest value if others are as common.
+    A name is the objective, then the sections that not every training of this objective has, then the options
+    that differ from the commonest value among the trainings that have this section. defaults: the options of
+    each objective, flat; the default is taken for the commonest value if others are as common.
     """
     names = {}
     for key, training in trainings.items():

@@ -1,7 +1,7 @@
 """Colours of the report in light and dark mode, empty figures in these colours, and figures as PNG or SVG.
 
-A figure is drawn once, in light colours. In the SVG every colour is replaced by a CSS variable of the page, so that the
-browser can choose the dark colour; text stays text.
+A figure is drawn once, in light colours. In the SVG every colour is replaced by a CSS variable of the page,
+so that the browser can choose the dark colour; text stays text.
 """
 
 from __future__ import annotations

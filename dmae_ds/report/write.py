@@ -69,8 +69,9 @@ NOTES = {
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
     """Write the page (default: report.html in the first run's folder) and its figures; returns the page's path.
 
-    Raises UserError for a folder that is no run, a run without metrics or named twice, or a page that has no folder. What a
-    run merely lacks (weights, pictures, its teacher's file, columns of an older version) is a sentence on the page.
+    Raises UserError for a folder that is no run, a run without metrics or named twice, or a page that has no
+    folder. What a run merely lacks (weights, pictures, its teacher's file, columns of an older version) is a
+    sentence on the page.
     """
     records = {name: read_record(path) for name, path in zip(name_runs(runs), runs, strict=True)}
     out, folder = out or runs[0] / "report.html", runs[0] / "figures"

@@ -1,10 +1,15 @@
-"""What healthy nodes would say, and how one of their facts is changed: the material of the tests of judging."""
+"""Facts that healthy nodes would report, ways to change one of them, and the checks that follow.
+
+GPUs appear here as made-up facts alone: none of these tests has seen one.
+"""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+from dmae_ds.doctor.check import FAIL, OK, SKIP, Check, render, verdict_line
+from dmae_ds.doctor.checklist import Table, judge
 from dmae_ds.doctor.hostfile import Node
 from dmae_ds.doctor.judge_machines import Target
 
@@ -20,7 +25,7 @@ FOUND = {
 GPU = {"name": "NVIDIA H100", "free": 79 * GIB, "total": 80 * GIB}
 
 
-def asked(num: int = 2, *, slots: int = 1, kind: str = "pdsh", recipe: str | None = "digits_dmae") -> Target:
+def target(num: int = 2, *, slots: int = 1, kind: str = "pdsh", recipe: str | None = "digits_dmae") -> Target:
     return Target([Node(f"node{index}", slots) for index in range(num)], kind, "10.0.0.1", 29500, recipe)
 
 
@@ -69,6 +74,7 @@ def _node(index: int, gpus: int) -> dict:
 
 
 def meetings(num: int = 2) -> dict[str, dict]:
+    """The second answers of node0, node1, ...: all reach node0 and see all tokens."""
     tokens = {"seen": [str(index) for index in range(num)]}
     return {
         f"node{index}": {"reached": {"10.0.0.1": {"from": f"10.0.0.{index + 1}"}}, "tokens": dict(tokens)}
@@ -77,11 +83,43 @@ def meetings(num: int = 2) -> dict[str, dict]:
 
 
 def put(facts: dict, path: str, value: Any) -> None:
-    """put(facts, "node1:versions:found:torch", "2.5"); a value of KeyError takes the fact away."""
+    """Change a fact: put(facts, "node1:versions:found:torch", "2.5"); the value KeyError removes it."""
     *parents, last = path.split(":")
     for name in parents:
-        facts = facts[name]
+        facts = facts[int(name) if isinstance(facts, list) else name]
     if value is KeyError:
         del facts[last]
     else:
         facts[last] = value
+
+
+def judge_all(
+    facts: dict, met: dict, where: Target | None = None, clocks: dict | None = None
+) -> dict[str, Check]:
+    """All checks of these facts, by name. met: as `meetings` gives them."""
+    table = Table(silent=True)
+    judge(table, facts, met, clocks or {"node0": (0.0, 0.1), "node1": (0.2, 0.3)}, where or target())
+    assert len({check.name for check in table.checks}) == len(table.checks)
+    return {check.name: check for check in table.checks}
+
+
+def assert_check(check: Check, verdict: str, detail: str, fix: str = "") -> None:
+    """The check has this verdict, and its two texts carry these words, separated by |."""
+    assert check.verdict == verdict, render(check)
+    assert all(word.strip() in check.detail for word in detail.split("|")), render(check)
+    assert all(word.strip() in check.fix for word in fix.split("|")), render(check)
+
+
+def assert_one_wrong(changes: dict[str, Any], name: str, verdict: str, detail: str, fix: str) -> None:
+    """Changing these facts (of a meeting: "met:...") makes this one check fail or warn, and no other.
+
+    A check that can't be made because of it is skipped: a port that is taken cannot be listened at.
+    """
+    facts, met = healthy(), meetings()
+    for path, value in changes.items():
+        put(met if path.startswith("met:") else facts, path.removeprefix("met:"), value)
+    checks = judge_all(facts, met)
+    assert_check(checks[name], verdict, detail, fix)
+    assert {other for other, check in checks.items() if check.verdict not in (OK, SKIP)} == {name}
+    assert len(render(checks[name]).splitlines()) == 2
+    assert verdict_line(list(checks.values())).startswith("1 of " if verdict == FAIL else "all ")

@@ -1,4 +1,4 @@
-"""Probes are started as pdsh would start them, their answers survive noise, and what goes wrong is explained."""
+"""Nodes are asked as pdsh would start a program there; answers are found among noise, errors explained."""
 
 from __future__ import annotations
 
@@ -18,70 +18,38 @@ from dmae_ds.doctor.inspect_recipe import find_holder
 from dmae_ds.doctor.reach import Reach, Trouble, compare_clocks, end_group, explain, ssh_command, start_group
 from tests.train.conftest import free_port
 
-SSH = [
-    (
-        255,
-        "root@node1: Permission denied (publickey).",
-        "ssh",
-        "does not accept your ssh key",
-        "ssh-copy-id node1",
-    ),
-    (
-        255,
-        "@@@@\n@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
-        "ssh",
-        "host key is another",
-        "ssh-keygen -R node1",
-    ),
-    (
-        255,
-        "No ED25519 host key is known for node1 and you have requested strict checking.\nHost key verification failed.",
-        "ssh",
-        "not in ~/.ssh/known_hosts",
-        "ssh-keyscan node1",
-    ),
-    (
-        255,
-        "ssh: Could not resolve hostname node1: Name or service not known",
-        "ssh",
-        "no such host name",
-        "/etc/hosts",
-    ),
-    (255, "ssh: connect to host node1 port 22: Connection refused", "ssh", "no sshd answers", "--no_ssh"),
-    (255, "ssh: connect to host node1 port 22: Connection timed out", "ssh", "does not answer", "port 22"),
+PYTHON, WORK = "/venv/bin/python", "/srv/work"
+CHANGED = "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed."
+UNKNOWN = "No ED25519 host key is known for node1 and you have requested strict checking.\n"
+RESOLVE = "ssh: Could not resolve hostname node1: Name or service not known"
+CONNECT = "ssh: connect to host node1 port 22: Connection"
+NO_MODULE = (
+    f"{PYTHON}: Error while finding module specification (ModuleNotFoundError: No module named 'dmae_ds')"
+)
+LAST_WORDS = [
+    (255, "root@node1: Permission denied (publickey).", "ssh", "ssh key", "ssh-copy-id node1"),
+    (255, CHANGED, "ssh", "host key", "ssh-keygen -R node1"),
+    (255, f"{UNKNOWN}Host key verification failed.", "ssh", "~/.ssh/known_hosts", "ssh-keyscan node1"),
+    (255, RESOLVE, "ssh", "host name", "/etc/hosts"),
+    (255, f"{CONNECT} refused", "ssh", "sshd", "--no_ssh"),
+    (255, f"{CONNECT} timed out", "ssh", "answer", "port 22"),
     (255, "something new", "ssh", "something new", "ssh node1 hostname"),
-    (
-        127,
-        "bash: line 1: /venv/bin/python: No such file or directory",
-        "python",
-        "no /venv/bin/python",
-        "same interpreter",
-    ),
-    (
-        1,
-        "bash: line 1: cd: /srv/work: No such file or directory",
-        "python",
-        "no folder /srv/work",
-        "node1 sees too",
-    ),
-    (
-        1,
-        "/venv/bin/python: Error while finding module specification for 'dmae_ds.doctor.inspect_node' (ModuleNotFoundError: No module named 'dmae_ds')",
-        "python",
-        "not installed",
-        "install it",
-    ),
-    (1, "Traceback ...\nMemoryError: no", "python", "exit code 1: MemoryError: no", "fix what it says"),
+    (127, f"bash: line 1: {PYTHON}: No such file or directory", "python", PYTHON, "node1"),
+    (1, f"bash: line 1: cd: {WORK}: No such file or directory", "python", f"no folder {WORK}", "node1"),
+    (1, NO_MODULE, "python", f"not installed|{PYTHON}", "install"),
+    (1, "Traceback ...\nMemoryError: no", "python", "exit code 1|MemoryError: no", f"{PYTHON}|node1"),
 ]
 
 
-@pytest.mark.parametrize("code, errors, where, words, fix", SSH, ids=[case[3] for case in SSH])
-def test_last_words_are_explained(code, errors, where, words, fix):
-    found = explain("node1", code, errors, python="/venv/bin/python", cwd=Path("/srv/work"))
-    assert found.where == where and words in found.what and fix in found.fix
+@pytest.mark.parametrize("code, errors, where, what, fix", LAST_WORDS, ids=[case[3] for case in LAST_WORDS])
+def test_last_words_are_explained(code, errors, where, what, fix):
+    trouble = explain("node1", code, errors, python=PYTHON, cwd=Path(WORK))
+    assert trouble.where == where
+    assert all(word in trouble.what for word in what.split("|")), trouble
+    assert all(word in trouble.fix for word in fix.split("|")), trouble
 
 
-def test_ssh_is_called_with_pdsh_s_arguments_and_never_asks():
+def test_ssh_gets_the_arguments_of_pdsh_and_never_asks():
     words = ssh_command("node1", {"PDSH_SSH_ARGS_APPEND": "-F '/my config' -p 2222"})
     assert words[:2] == ["ssh", "-oBatchMode=yes"] and words[-1] == "node1"
     assert words[3:7] == ["-F", "/my config", "-p", "2222"]
@@ -100,7 +68,7 @@ def test_facts_are_found_among_noise(before, after):
     assert decode_answer(f'{before}\n{MARK}{{"a": [1]}}\n{after}') == {"a": [1]}
 
 
-def test_noise_alone_is_no_answer():
+def test_noise_alone_is_not_an_answer():
     assert decode_answer("hello\nworld") is None
 
 
@@ -109,7 +77,7 @@ def test_no_shell_can_change_a_request():
     assert word.replace("_", "").replace("-", "").rstrip("=").isalnum()
 
 
-def test_a_probe_that_hangs_is_ended_with_what_it_started(tmp_path):
+def test_an_inspection_that_hangs_is_ended_with_what_it_started(tmp_path):
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\nsleep 1000 & echo $! > {tmp_path}/child; wait\n")
     script.chmod(0o755)
@@ -118,8 +86,8 @@ def test_a_probe_that_hangs_is_ended_with_what_it_started(tmp_path):
         def command(self, node, request):
             return [str(script)]
 
-    found = Hanging(local=True, limit_s=1).ask("node1", {})
-    assert isinstance(found, Trouble) and "no answer within 1 s" in found.what
+    trouble = Hanging(local=True, limit_s=1).ask("node1", {})
+    assert isinstance(trouble, Trouble) and "1 s" in trouble.what and "--limit_s" in trouble.fix
     assert not _alive(int((tmp_path / "child").read_text()))
 
 
@@ -130,7 +98,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_port_is_free_or_taken_by_somebody():
+def test_a_port_is_free_or_taken_by_a_process():
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("", 0))
@@ -140,7 +108,7 @@ def test_a_port_is_free_or_taken_by_somebody():
         assert str(os.getpid()) in inspect_port(number)["busy"]
 
 
-def test_the_first_node_answers_until_its_caller_is_gone_and_others_are_told_apart(tmp_path):
+def test_node_0_answers_until_its_caller_is_gone(tmp_path):
     number = free_port()
     assert later_rounds.call("127.0.0.1", number, "word") == {"error": "Connection refused"}
     request = {"round": "listen", "port": number, "word": "word", "limit_s": 60}
@@ -178,11 +146,11 @@ def test_one_changed_byte_is_other_code(tmp_path, monkeypatch):
 
 
 def test_requirements_are_those_of_setup_cfg():
-    found = read_requirements()
-    assert "deepspeed >= 0.19.8" in found and len(found) > 15
+    requirements = read_requirements()
+    assert "deepspeed >= 0.19.8" in requirements and len(requirements) > 15
 
 
-def test_leaving_takes_the_token_and_the_folders_that_were_made(tmp_path):
+def test_leaving_removes_the_token_and_the_new_folders(tmp_path):
     run_dir = tmp_path / "runs" / "one"
     request = {"word": "w", "run_dir": str(run_dir), "made": [str(run_dir), str(run_dir.parent)]}
     later_rounds.token_folder(request).mkdir(parents=True)
@@ -191,19 +159,10 @@ def test_leaving_takes_the_token_and_the_folders_that_were_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leaving_ends_what_bears_this_doctor_s_word_and_nothing_else():
+def test_leaving_ends_what_carries_this_doctors_word_and_nothing_else():
     def rank(word: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import time; time.sleep(600)",
-                "-m",
-                "dmae_ds.doctor.allreduce",
-                "--word",
-                word,
-            ]
-        )
+        arguments = ["-m", "dmae_ds.doctor.allreduce", "--word", word]
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *arguments])
 
     mine, other = rank("my-word"), rank("other-word")
     try:
@@ -215,7 +174,7 @@ def test_leaving_ends_what_bears_this_doctor_s_word_and_nothing_else():
             process.wait()
 
 
-def test_a_probe_is_one_line_of_json():
+def test_an_answer_is_one_line_of_json():
     request = {"round": "leave", "word": "w", "run_dir": None, "made": [], "limit_s": 60}
     done = subprocess.run(
         [sys.executable, "-m", "dmae_ds.doctor.inspect_node", encode(request)],
@@ -227,11 +186,12 @@ def test_a_probe_is_one_line_of_json():
     assert len(marked) == 1 and json.loads(marked[0].removeprefix(MARK))["ended"] == 0
 
 
-def test_a_run_that_holds_its_folder_is_seen_and_left_alone(tmp_path):
+def test_a_run_that_locks_its_folder_is_found_and_left_alone(tmp_path):
     assert find_holder(tmp_path) is None
     code = (
         "import fcntl, json, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX);"
-        "json.dump({'pid': 7, 'host': 'node3', 'since': 'noon'}, f); f.flush(); print('held', flush=True); input()"
+        "json.dump({'pid': 7, 'host': 'node3', 'since': 'noon'}, f); f.flush();"
+        "print('held', flush=True); input()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -242,6 +202,6 @@ def test_a_run_that_holds_its_folder_is_seen_and_left_alone(tmp_path):
     assert find_holder(tmp_path) is None
 
 
-def test_a_clock_is_compared_without_the_time_that_the_work_took():
-    # asked at 1000, a second of way there and back each, work of 20 s; the clock there is 100 s ahead
+def test_the_length_of_the_work_does_not_count_in_the_comparison_of_clocks():
+    # Asked at 1000, one second each way, work of 20 s; the clock there is 100 s ahead.
     assert compare_clocks(1000.0, 1022.0, arrived=1101.0, took=20.0) == (100.0, 1.0)

@@ -32,7 +32,8 @@ def make_run(
 ):
     """Write a run folder without weights.
 
-    results: (metric, labels[, subset_seed], top1, settings), measured at the last step; progress: share of its epochs
+    results: (metric, labels[, subset_seed], top1, settings), measured at the last step; progress: share of
+    its epochs
     """
     config = load_config(recipe, [f"run.dir={folder}", *overrides])
     step = int(progress * config.optim.epochs * num_images / config.optim.global_batch)
