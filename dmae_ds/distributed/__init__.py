@@ -1,1 +1,1 @@
-"""Processes that train together: the process group, which rank this is, who is missing, how ranks meet."""
+"""Processes that train together: the process group, this rank, missing ranks, how ranks meet."""

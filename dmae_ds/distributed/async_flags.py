@@ -9,10 +9,10 @@ from dmae_ds.distributed import collectives
 
 
 class AsyncFlags:
-    """Flags that any rank may raise and every rank sees at the same step, one step later.
+    """Flags that any rank may raise and that every rank sees at the same step, one step later.
 
-    The sum over ranks is started by `reduce` and read by `result` a step later, so no device is ever waited for that has
-    nothing else to do. With one rank, `result` gives that rank's own flags; before the first `reduce`, none is raised.
+    `reduce` starts the sum over ranks, `result` reads it a step later, so the host never waits for a busy
+    device. With one rank, `result` gives that rank's own flags; before the first `reduce`, none is raised.
     """
 
     def __init__(self, num: int, device: torch.device):
@@ -21,7 +21,8 @@ class AsyncFlags:
         pinned = device.type == "cuda" and not self._alone
         self._own = torch.zeros(num, pin_memory=pinned)
         self._sums = torch.zeros(num, pin_memory=pinned)
-        self._work, self._copied = None, None
+        self._work = None
+        self._copied = None
 
     def reduce(self, flags: list[bool]) -> None:
         """Start the all-reduce of this rank's flags. Collective."""

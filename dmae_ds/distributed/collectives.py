@@ -1,4 +1,4 @@
-"""Collectives of the trainer, and which rank this is in the process group. torch is imported late."""
+"""Collectives of the trainer, and this process's rank in the process group. torch is imported late."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-_alone = False  # see alone()
+_alone = False  # set by `alone`
 
 
 def rank() -> int:
-    """This process's number in the process group; 0 where there is none."""
+    """This process's rank in the process group; 0 where there is no group."""
     from torch import distributed
 
     return 0 if _alone or not distributed.is_initialized() else distributed.get_rank()
 
 
 def world_size() -> int:
-    """Ranks in the process group; 1 where there is none."""
+    """Number of ranks in the process group; 1 where there is no group."""
     from torch import distributed
 
     return 1 if _alone or not distributed.is_initialized() else distributed.get_world_size()
@@ -36,7 +36,7 @@ def is_main() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """As if this rank were the only one: for networks that one rank looks at by itself, on fake tensors."""
+    """Let this rank act as the only one in the block: for networks on fake tensors, which one rank builds."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -53,16 +53,16 @@ def barrier() -> None:
 
 
 def broadcast_from_main(value: T) -> T:
-    """Rank 0's answer, on every rank; the others' is ignored."""
+    """Return rank 0's value on every rank; the values of other ranks are ignored."""
     from torch import distributed
 
-    answer = [value]
-    distributed.broadcast_object_list(answer, src=0)
-    return answer[0]
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's plain value, in the order of ranks. For rare, small things."""
+    """Return every rank's plain value, in the order of ranks. For rare, small things."""
     from torch import distributed
 
     values = [None] * distributed.get_world_size()
@@ -71,7 +71,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def raise_on_all_ranks(step: Callable[[], T]) -> T:
-    """Do something that may meet a user's mistake, perhaps on one rank alone; then every rank raises the same UserError.
+    """Call `step`; if it raised UserError on any rank, raise the same UserError on every rank.
 
     Collective: every rank must call it.
     """
@@ -80,20 +80,20 @@ def raise_on_all_ranks(step: Callable[[], T]) -> T:
         result = step()
     except UserError as error:
         message = str(error)
-    messages = gather_objects((socket.gethostname(), message))
-    failed = [rank for rank, (_, found) in enumerate(messages) if found is not None]
+    outcomes = gather_objects((socket.gethostname(), message))
+    failed = [rank for rank, (_, text) in enumerate(outcomes) if text is not None]
     if not failed:
         return result
-    host, first = messages[failed[0]]
-    error = UserError(
-        first if len(failed) == len(messages) else f"{first} (met by rank {failed[0]} on {host})"
-    )
+    host, first = outcomes[failed[0]]
+    if len(failed) < len(outcomes):
+        first = f"{first} (met by rank {failed[0]} on {host})"
+    error = UserError(first)
     error.on_every_rank = True
     raise error
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, on every rank, without gradient."""
+    """Return the sum of a tensor over all ranks, on every rank, without gradient."""
     from torch import distributed
 
     total = values.detach().clone()
@@ -103,15 +103,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all ranks, the same on every rank, without gradient; NaNs stay NaNs."""
+    """Return the mean of a tensor over all ranks, on every rank, without gradient; NaNs stay NaNs."""
     return sum_over_ranks(values) / world_size()
 
 
 def mean_over_ranks_with_gradient(values: torch.Tensor) -> torch.Tensor:
-    """`mean_over_ranks` that gradients pass: each rank gets back the mean of all ranks' gradients. Collective, also in backward.
+    """Return `mean_over_ranks` with a gradient: each rank gets back the mean of all ranks' gradients.
 
-    With gradients of parameters averaged over ranks, as DeepSpeed does, that is the gradient of the mean of all ranks' losses.
-    Alone, the tensor itself.
+    With gradients of parameters averaged over ranks, as DeepSpeed does, that is the gradient of the mean of
+    all ranks' losses. With one rank, the tensor itself. Collective, also in the backward pass.
     """
     if world_size() == 1:
         return values
@@ -130,18 +130,18 @@ def mean_over_ranks_with_gradient(values: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """[n, ...] of every rank -> [ranks * n, ...] on every rank, in the order of ranks, without gradient. Alone, the tensor itself.
+    """Concatenate the rows [n, ...] of all ranks to [ranks * n, ...], without gradient.
 
-    n must be the same on every rank.
+    The order is that of the ranks; n must be the same on every rank. With one rank, the tensor itself.
     """
     if world_size() == 1:
         return rows.detach()
     import torch
     from torch import distributed
 
-    found = [
+    gathered = [
         torch.empty_like(rows, requires_grad=False, memory_format=torch.contiguous_format)
         for _ in range(world_size())
     ]
-    distributed.all_gather(found, rows.detach().contiguous())
-    return torch.cat(found)
+    distributed.all_gather(gathered, rows.detach().contiguous())
+    return torch.cat(gathered)

@@ -1,4 +1,4 @@
-"""DeepSpeed, imported late (it takes seconds) and quietly, on whatever this machine computes with."""
+"""Late and quiet import of DeepSpeed, which takes seconds, for the accelerator of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def import_deepspeed(device: torch.device):
-    """The module, once its logger is quiet and, on CPUs, its compiled op is left alone."""
+    """Import DeepSpeed with a quiet logger and, on CPUs, without its compiled op; returns the module."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -17,6 +17,6 @@ def import_deepspeed(device: torch.device):
 
     logger.setLevel(logging.WARNING)
     if device.type == "cpu":
-        # Its shared-memory op takes 40 s to compile and needs a compiler; gloo does the same work.
+        # Its shared-memory op takes 40 s to compile and requires a compiler; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

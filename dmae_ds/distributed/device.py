@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's own name, or "cpu"."""
+    """Name of a GPU, or "cpu"."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def hardware_name(device: torch.device) -> str:
-    """A GPU's own name, or the processor's; "cpu" where the system does not tell."""
+    """Name of a GPU or of the processor; "cpu" where the system does not give one."""
     if device.type == "cuda":
         return device_name(device)
     try:

@@ -1,18 +1,22 @@
-"""Who is missing, judged from what every rank said last (heartbeat.py). Pure."""
+"""Judge from all ranks' last reports which rank is missing (heartbeat.py). Pure functions of plain values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-GONE_S = 4.0  # a collective broke: whoever is silent for so long is the cause. A living rank may miss a few beats in a long import
+# Once a collective broke, a rank that is silent for so long is the cause. A living rank may miss a few beats
+# during a long import.
+GONE_S = 4.0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank said last. All durations are seconds.
+    """A rank's last report. All durations are seconds.
 
-    silent_s: since then, by the reader's clock; idle_s: since it began what it is `doing`
-    waits_s: how long it stands in one collective; broken: how a collective failed in its hands, "closed" or "timed out"
+    silent_s: since the report, by the reader's clock
+    idle_s: since the rank began what it is `doing`
+    waits_s: how long it has been inside one collective
+    broken: how a collective failed for it, "closed" or "timed out"
     """
 
     rank: int
@@ -32,7 +36,7 @@ class Report:
 
 
 def judge(reports: list[Report], *, timeout_s: float) -> str | None:
-    """The verdict over all ranks' reports: who is missing and what is known of it; None while nobody is."""
+    """Return who is missing and what is known of it, or None while no rank is."""
     broken = [report for report in reports if report.broken]
     quietest = max(
         (report for report in reports if not report.broken),
@@ -40,15 +44,19 @@ def judge(reports: list[Report], *, timeout_s: float) -> str | None:
         default=broken[0] if broken else None,
     )
     if quietest.silent_s > (GONE_S if broken else timeout_s):
-        return f"{quietest.name()} has not been heard of for {quietest.silent_s:.0f} s; {quietest.last()}"
+        return f"{quietest.name()} has not reported for {quietest.silent_s:.0f} s; {quietest.last()}"
+    timed_out = any(report.broken == "timed out" for report in broken)
     waited_s = max(report.idle_s if report.broken == "timed out" else report.waits_s for report in reports)
-    if waited_s > timeout_s or any(report.broken == "timed out" for report in broken):
-        at_work = [report for report in reports if not report.broken and not report.waits_s]
-        # Where all of them wait, whoever is furthest behind waits in the wrong place.
-        stuck = (
-            max(at_work, key=lambda report: report.idle_s)
-            if at_work
-            else min(reports, key=lambda report: (report.step, -report.idle_s))
-        )
-        return f"{stuck.name()} is stuck: others have waited {waited_s:.0f} s for it; {stuck.last()}, {stuck.idle_s:.0f} s ago"
-    return None
+    if waited_s <= timeout_s and not timed_out:
+        return None
+    stuck = _stuck(reports)
+    waited = f"others have waited {waited_s:.0f} s for it"
+    return f"{stuck.name()} is stuck: {waited}; {stuck.last()}, {stuck.idle_s:.0f} s ago"
+
+
+def _stuck(reports: list[Report]) -> Report:
+    """The rank that is not in a collective; if all are, the one furthest behind, which is in a wrong one."""
+    at_work = [report for report in reports if not report.broken and not report.waits_s]
+    if at_work:
+        return max(at_work, key=lambda report: report.idle_s)
+    return min(reports, key=lambda report: (report.step, -report.idle_s))

@@ -1,6 +1,6 @@
-"""Ranks and the few collectives of the trainer. Only this file, `heartbeat.py`, `rendezvous.py`, `vote.py` and `teacher/pipeline.py` communicate.
+"""The process group from its start to its end: join it, watch its ranks, leave it together or with a reason.
 
-Who we are is `World` (world.py). torch is imported late.
+A run is watched by heartbeat.py. torch is imported late.
 """
 
 from __future__ import annotations
@@ -11,61 +11,32 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Iterator
 
-from dmae_ds.distributed.heartbeat import Heartbeat
-from dmae_ds.distributed.rendezvous import agent_serves, own_store
+from dmae_ds.distributed.heartbeat import CONTINUE, Heartbeat
+from dmae_ds.distributed.rendezvous import agent_serves, open_own_store
 from dmae_ds.distributed.world import World, threads_per_rank
 from dmae_ds.errors import RankLost, RunFailed, UserError
 
 if TYPE_CHECKING:
     import torch
 
-TIMEOUT_S = 600.0  # where nobody says otherwise; a run says dist.timeout_s
-_watch: Heartbeat | None = None  # of the process group
+TIMEOUT_S = 600.0  # default of dist.timeout_s
+_watch: Heartbeat | None = None
 _timeout_s = TIMEOUT_S
 
 
 def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
-    """Join the process group (NCCL on GPUs, gloo on CPUs), watch over its ranks, and return this rank's device.
+    """Join the process group (NCCL on GPUs, gloo on CPUs), start the heartbeat, return this rank's device.
 
-    timeout_s: how long anybody waits for a rank; then the run ends with a line that names it (heartbeat.py)
+    timeout_s: how long a rank may be waited for; then the run ends with a line that names it (heartbeat.py)
     """
     global _watch, _timeout_s
-    import torch
     from torch import distributed
 
-    if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"{world.name()} has no GPU of its own: {torch.cuda.device_count()} here; start at most one rank a GPU"
-            )
-        device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(threads_per_rank(world))
+    device = _set_device(world)
     _timeout_s = timeout_s
     life = "0"
     if not distributed.is_initialized():
-        options: dict[str, Any] = {
-            "backend": "nccl" if device.type == "cuda" else "gloo",
-            "timeout": timeout(),
-        }
-        if world.size == 1:
-            # Alone, nobody has to be found: no port is opened.
-            options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        try:
-            if world.size > 1 and agent_serves():
-                store, life = own_store(rank=world.rank, size=world.size, timeout=timeout())
-                options |= {"store": store, "rank": world.rank, "world_size": world.size}
-            distributed.init_process_group(**options)
-        except (RuntimeError, TimeoutError) as error:
-            if not isinstance(error, TimeoutError) and not lost_a_rank(error):
-                raise
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise RunFailed(
-                f"{world.name()} did not meet all {world.size} ranks at {place} within {timeout_s:g} s: {reason_of(error)}"
-            ) from None
+        life = _join(world, device)
     if world.size > 1 and _watch is None:
         _watch = Heartbeat(
             rank=world.rank,
@@ -78,62 +49,115 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
     return device
 
 
+def _set_device(world: World) -> torch.device:
+    """Make this rank's GPU the current device, or on CPUs set its number of threads. Raises UserError."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads_per_rank(world))
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if world.local_rank >= num_gpus:
+        raise UserError(
+            f"{world.name()} has no GPU of its own: {num_gpus} here; start at most one rank for each GPU"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(world: World, device: torch.device) -> str:
+    """Initialise the process group; returns the name of this start.
+
+    Raises RunFailed where the ranks do not meet.
+    """
+    from torch import distributed
+
+    life = "0"
+    options: dict[str, Any] = {
+        "backend": "nccl" if device.type == "cuda" else "gloo",
+        "timeout": timeout(),
+    }
+    if world.size == 1:
+        # One rank meets no other: no port is opened.
+        options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    try:
+        if world.size > 1 and agent_serves():
+            store, life = open_own_store(rank=world.rank, size=world.size, timeout=timeout())
+            options |= {"store": store, "rank": world.rank, "world_size": world.size}
+        distributed.init_process_group(**options)
+    except (RuntimeError, TimeoutError) as error:
+        if not isinstance(error, TimeoutError) and not lost_a_rank(error):
+            raise
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunFailed(
+            f"{world.name()} did not meet all {world.size} ranks at {place} within {_timeout_s:g} s: "
+            f"{reason_of(error)}"
+        ) from None
+    return life
+
+
 @contextmanager
 def joined(world: World, *, timeout_s: float) -> Iterator[torch.device]:
-    """`start`, and the end that fits: together, or alone with a reason for the others, or naming who is missing.
+    """Join the process group for the block, and leave it as the block ended.
 
-    Raises RankLost where a collective broke because of another rank that nobody can name.
+    Ranks leave together, or one alone with a reason for the others. Where a collective broke, the missing
+    rank is named; RankLost is raised where it cannot be named.
     """
     device = start(world, timeout_s=timeout_s)
     try:
         yield device
     except RankLost:
-        raise  # leaving a group may wait for the lost one
+        raise  # leaving a group may wait for the lost rank
     except BaseException as error:
         if getattr(error, "on_every_rank", False):
             stop()
         elif isinstance(error, RuntimeError) and not isinstance(error, RunFailed) and lost_a_rank(error):
             ask_who_is_missing(error)
             raise RankLost(
-                f"another rank is gone or stuck, as {world.name()} found: {reason_of(error)}; continue with --resume auto"
+                f"another rank is gone or stuck, {world.name()} reports: {reason_of(error)}; {CONTINUE}"
             ) from None
         else:
-            abort(
-                (
-                    str(error)
-                    if isinstance(error, (UserError, RunFailed))
-                    else f"{type(error).__name__}: {error}"
-                ).split("\n")[0]
-            )
+            is_ours = isinstance(error, (UserError, RunFailed))
+            text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            abort(text.split("\n")[0])
         raise
     stop()
 
 
 def timeout() -> timedelta:
-    """The bound on every wait, as process groups take it."""
+    """The bound on every wait, in the type that process groups take."""
     return timedelta(seconds=_timeout_s)
 
 
 def bound_every_wait() -> None:
-    """Give every process group of this rank the time-out of `start`: those that DeepSpeed makes have the backend's, of 10 or 30 minutes."""
+    """Give every process group of this rank the time-out of `start`.
+
+    Groups that DeepSpeed makes have the backend's time-out, of 10 or 30 minutes.
+    """
     from torch import distributed
     from torch.distributed import distributed_c10d
 
-    set_timeout = (
-        getattr(distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
-    )  # torch 2.15; before it
+    if hasattr(distributed, "set_timeout"):  # torch 2.15
+        set_timeout = distributed.set_timeout
+    else:
+        set_timeout = distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map):
         set_timeout(timeout(), group)
 
 
 def report(step: int, doing: str) -> None:
-    """Tell the others what this rank turns to after `step` finished steps: it stands in their message if it is never heard of again."""
+    """Report what this rank does after `step` finished steps; printed if it never reports again."""
     if _watch is not None:
         _watch.report(step, doing)
 
 
 def ask_who_is_missing(error: RuntimeError | None = None) -> None:
-    """A collective broke because of another rank: end this process with a line that names it. Returns where that isn't found out."""
+    """End this process with a line that names the missing rank; returns where none is found.
+
+    error: of the collective that broke because of another rank
+    """
     if _watch is not None:
         _watch.ask("timed out" if "timed out" in str(error).lower() else "closed")
 
@@ -148,12 +172,13 @@ def stop() -> None:
     if _watch is not None:
         _watch.stop()
         _watch = None
-        distributed.barrier()  # whoever serves the store leaves no sooner than the others have stopped looking
+        # The rank that serves the store must leave after the others have stopped reading.
+        distributed.barrier()
     distributed.destroy_process_group()
 
 
 def abort(reason: str) -> None:
-    """Leave the process group alone, for a reason that the others end with."""
+    """Leave the process group alone; the other ranks end with `reason`."""
     from torch import distributed
 
     global _watch
@@ -165,7 +190,10 @@ def abort(reason: str) -> None:
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because somebody else is gone or stuck (gloo says so in words, NCCL by its type)."""
+    """Whether a collective failed because another rank is gone or stuck.
+
+    gloo raises a plain RuntimeError with certain words, NCCL a type of its own.
+    """
     from torch import distributed
 
     words = ("gloo", "connection closed by peer", "connection reset by peer", "timed out")
@@ -173,6 +201,6 @@ def lost_a_rank(error: RuntimeError) -> bool:
 
 
 def reason_of(error: RuntimeError) -> str:
-    """A backend's complaint without the place in its source and its advice."""
+    """The first sentence of a backend's message, without the place in its source."""
     text = str(error).splitlines()[0]
     return re.sub(r"^\[[^\]]*:\d+\] ", "", text).split(". ")[0]

@@ -1,8 +1,9 @@
-"""A store that belongs to one start of the ranks alone.
+"""A store for one start of the ranks, inside the store of torchrun's agent.
 
-torchrun's agent serves one store for all restarts of its ranks, and torch 2.15 puts nothing between them (before, the
-number of the restart, which the agents of several nodes may count differently): ranks that are started again would find
-the addresses of the dead. So the ranks of a start first agree on a name that no start before had.
+torchrun's agent serves one store for all restarts of its ranks, and torch 2.15 does not separate them
+(earlier versions used the number of the restart, which the agents of several nodes may count differently):
+restarted ranks would find the addresses of dead ones. So the ranks of a start first agree on a name that no
+earlier start had.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ POLL_S = 0.2
 
 
 def agent_serves() -> bool:
-    """Whether the store at MASTER_ADDR:MASTER_PORT is torchrun's agent's, and not rank 0's."""
+    """Whether the store at MASTER_ADDR:MASTER_PORT is served by torchrun's agent, not by rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def own_store(*, rank: int, size: int, timeout: timedelta) -> tuple[Store, str]:
-    """(a part of the agent's store that is empty, its name), the same for all ranks of this start. Collective.
+def open_own_store(*, rank: int, size: int, timeout: timedelta) -> tuple[Store, str]:
+    """Open an empty part of the agent's store, the same for all ranks of this start. Collective.
 
-    Raises torch's DistError, or TimeoutError, where the ranks don't come together.
+    Returns the store and its name.
+    Raises torch's DistError, or TimeoutError, where the ranks do not meet.
     """
     from torch import distributed
 
@@ -38,6 +40,7 @@ def own_store(*, rank: int, size: int, timeout: timedelta) -> tuple[Store, str]:
 
 
 def _offer(store: Store, size: int) -> str:
+    """Rank 0: offer a new name, and repeat each rank's word to it."""
     name = uuid.uuid4().hex
     store.set("dmae-ds/offer", name)
     for other in range(1, size):
@@ -46,8 +49,12 @@ def _offer(store: Store, size: int) -> str:
 
 
 def _accept(store: Store, rank: int, timeout_s: float) -> str:
-    """The offer may be an earlier start's: it counts once rank 0 answers with this process's own word."""
-    word, end = uuid.uuid4().hex, time.monotonic() + timeout_s
+    """Other ranks: accept an offer once rank 0 has repeated this process's word.
+
+    Before that, the offer may be of an earlier start.
+    """
+    word = uuid.uuid4().hex
+    end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         name = store.get("dmae-ds/offer").decode()
         store.set(f"dmae-ds/{name}/ack/{rank}", word)

@@ -1,4 +1,4 @@
-"""Started by tests/distributed/test_dist.py on two ranks: the collectives that objectives use, against what one process would compute."""
+"""Started by test_collectives.py on two ranks: collectives of objectives, compared with one process."""
 
 import torch
 
@@ -13,11 +13,11 @@ own = shares[world.rank].clone().requires_grad_()
 
 gathered = collectives.gather_rows(own)
 assert torch.equal(gathered, shares.flatten(0, 1)) and not gathered.requires_grad
-assert not collectives.mean_over_ranks(own).requires_grad and torch.equal(
-    collectives.mean_over_ranks(own), shares.mean(dim=0)
-)
+averaged = collectives.mean_over_ranks(own)
+assert torch.equal(averaged, shares.mean(dim=0)) and not averaged.requires_grad
 
-# L = mean over ranks of (rank + 1) * sum(mean^3): what a rank gets back, averaged over ranks as DeepSpeed does, is dL / dx
+# L = mean over ranks of (rank + 1) * sum(mean^3). The gradient that a rank gets back, averaged over ranks as
+# DeepSpeed does, is dL / dx.
 whole = shares.clone().requires_grad_()
 expected = sum((rank + 1) * (whole.mean(dim=0) ** 3).sum() for rank in range(2)) / 2
 expected.backward()
@@ -27,11 +27,9 @@ assert torch.equal(mean, shares.mean(dim=0))
 torch.testing.assert_close(own.grad / 2, whole.grad[world.rank])
 
 with collectives.alone():
-    assert (
-        (collectives.world_size(), collectives.rank()) == (1, 0)
-        and torch.equal(collectives.gather_rows(own), own)
-        and collectives.mean_over_ranks_with_gradient(own) is own
-    )
+    assert (collectives.world_size(), collectives.rank()) == (1, 0)
+    assert torch.equal(collectives.gather_rows(own), own)
+    assert collectives.mean_over_ranks_with_gradient(own) is own
 assert (collectives.world_size(), collectives.rank()) == (2, world.rank)
 print("checked", world.rank, flush=True)
 process_group.stop()

@@ -1,4 +1,4 @@
-"""One rank of a world without a trainer. Arguments: timeout_s, rank, what this rank does once all of them are at work."""
+"""One rank without a trainer. Arguments: timeout_s, rank, what this rank does once all ranks have begun."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ with process_group.joined(world, timeout_s=timeout_s):
     for step in range(3):
         process_group.report(step, "training")
         distributed.all_reduce(torch.ones(1))
-    time.sleep(2.5)  # for reports of it, which come once a second
+    time.sleep(2.5)  # several reports, which are sent once a second
     if fate == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if fate == "is stopped":
@@ -28,6 +28,6 @@ with process_group.joined(world, timeout_s=timeout_s):
         time.sleep(600)
     if fate == "fails":
         raise RunFailed("no space left")
-    if fate == "computes":  # and never meets a broken collective, as on a GPU
+    if fate == "computes":  # and never sees a broken collective, as on a GPU
         time.sleep(600)
     distributed.all_reduce(torch.ones(1))

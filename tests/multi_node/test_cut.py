@@ -73,7 +73,7 @@ def test_both_sides_of_a_cut_link_end_and_name_each_other(nodes, tiny_recipe, la
     said = [(node.folder / "cut.log").read_text() for node in nodes.nodes]
     # Which node has rank 0 is torchrun's choice.
     for text, other in zip(said, ("node-b", "node-a"), strict=True):
-        assert f"({other}) has not been heard of for" in text, text
+        assert f"({other}) has not reported for" in text, text
         assert "continue with --resume auto" in text
     nodes.b.mend()
     assert [process.wait(timeout=LIMIT_S) for process in start(nodes, commands(run_dir), "mended.log")] == [
