@@ -33,8 +33,9 @@ from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.output.units import MIB
 from dmae_ds.train.checkpoint.folder import CheckpointFolder, bytes_in
-from dmae_ds.train.checkpoint.save import PLAIN, Checkpoints
-from dmae_ds.train.ema import EmaTeacher
+from dmae_ds.train.checkpoint.save import Checkpoints
+from dmae_ds.train.checkpoint.student_file import NAMES
+from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher, build_ema_teacher
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.speed import wait_for
@@ -49,7 +50,7 @@ class _Run:
 
     engine: Engine
     checkpoints: Checkpoints
-    ema: EmaTeacher | None
+    ema: EmaTeacher | NoEmaTeacher
     batches: list[PatchBatch]
     features: dict[str, Tensor]
     split: BatchSplit
@@ -59,16 +60,14 @@ class _Run:
     def take_steps(self, count: int) -> None:
         for number in range(count * self.split.accumulation):
             batch = self.batches[number % len(self.batches)]
-            features = self.features if self.ema is None else self.features | self.ema.features(batch)
-            self.engine.train_micro_batch(batch, features)
-        if self.ema is not None:
-            self.ema.update(self.engine, 0.99)
+            self.engine.train_micro_batch(batch, self.features | self.ema.features(batch))
+        self.ema.update(self.engine, 0.99)
         wait_for(self.device)
 
     def saved_bytes(self) -> tuple[int, int]:
         """Bytes in DeepSpeed's files of the newest checkpoint, and in the plain ones."""
         folder = self.checkpoints.folder
-        plain = [folder.run_dir / f"{name}.safetensors" for name in PLAIN]
+        plain = [folder.run_dir / name for name in NAMES]
         return bytes_in(folder.latest()), sum(path.stat().st_size for path in plain)
 
 
@@ -124,9 +123,7 @@ def _build(config: RunConfig, world: World, run_dir: Path, device: torch.device)
             f"bench save makes random features of encoder blocks only, but the objective taps "
             f"{', '.join(objective.taps)}; use a recipe of another objective"
         )
-    ema = None
-    if objective.ema is not None:
-        ema = EmaTeacher(objective, precision=config.precision, device=device)
+    ema = build_ema_teacher(objective, precision=config.precision, device=device)
     objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
     num_parameters = sum(parameter.numel() for parameter in objective.parameters())
     batches = random_batches(objective, config, micro_batch=split.micro_batch, rank=world.rank, device=device)

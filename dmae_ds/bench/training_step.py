@@ -23,9 +23,9 @@ from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
-from dmae_ds.train.ema import EmaTeacher
+from dmae_ds.train.ema import build_ema_teacher
 from dmae_ds.train.engine import Engine, check_precision
-from dmae_ds.train.inputs import copied, training_batches
+from dmae_ds.train.inputs import batch_spec, copied, training_batches
 from dmae_ds.train.kernels import choose_kernels
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.speed import wait_for
@@ -45,11 +45,7 @@ class TrainingStep:
         self.device = device
         self.micro_batch, self.accumulation = split_recipe(config, world.size)
         self.objective, shape = build_objective(config)
-        self.ema = (
-            None
-            if self.objective.ema is None
-            else EmaTeacher(self.objective, precision=config.precision, device=device)
-        )
+        self.ema = build_ema_teacher(self.objective, precision=config.precision, device=device)
         self._progress = Progress(0, NUM_STEPS, 0.0, config.optim.epochs)
         self.objective.start_step(self._progress)
         self.teacher = NoTeacher()
@@ -65,12 +61,10 @@ class TrainingStep:
         )
         self.kernels = choose_kernels(
             config,
-            self.objective,
-            None if config.teacher is None else self.teacher.vit,
+            [self.objective, getattr(self.teacher, "vit", None), self.ema.module],
             device,
             zero_stage=zero_stage(deepspeed),
-            large=True,
-            ema=None if self.ema is None else self.ema.module,
+            is_large=True,
         ).text
         self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
         self.engine.set_lr(0.0)
@@ -91,11 +85,11 @@ class TrainingStep:
             if self.objective.taps:
                 features = self.teacher.features(masked)
                 laps("teacher")
-            if self.ema is not None:
+            if self.objective.ema is not None:
                 features |= self.ema.features(masked)
                 laps("ema")
             self.engine.train_micro_batch(masked, features, lap=laps)
-        if self.ema is not None and self.objective.ema.every == "step":
+        if self.objective.ema is not None and self.objective.ema.every == "step":
             self.ema.update(self.engine, self.objective.ema.momentum(self._progress))
             laps("update")
         return laps.seconds()
@@ -107,15 +101,19 @@ class TrainingStep:
         )
 
     def _loaded(self, config: RunConfig, world: World) -> Iterator[Batch]:
-        batches = training_batches(
+        spec = batch_spec(
             config,
             self.objective,
-            open_train(config.data, allow_pipe=False),
             world=world,
-            device=self.device,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,
+        )
+        batches = training_batches(
+            config,
+            open_train(config.data, allow_pipe=False),
+            spec,
             stop_step=NUM_STEPS,
+            pin_memory=self.device.type == "cuda",
         )
         return copied(batches, self.device)
 

@@ -113,9 +113,9 @@ def _convert_plain(checkpoint: Path, out: Path) -> None:
     from deepspeed.checkpoint.constants import DS_VERSION, PARAM, PARAM_GROUPS
 
     from dmae_ds.train.checkpoint.deepspeed_files import load_file
-    from dmae_ds.train.checkpoint.full_state import WholeState
+    from dmae_ds.train.checkpoint.full_state import FullState
 
-    state = WholeState(checkpoint, stage=0)
+    state = FullState(checkpoint, stage=0)
     for name in state.names:
         folder = out / "zero" / name
         folder.mkdir(parents=True)

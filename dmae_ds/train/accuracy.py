@@ -1,9 +1,10 @@
-"""The classifier that a run has trained, where its objective trains one: written as timm names it, and measured on data.val.
+"""Final accuracy of a run that trains a classifier, stored with timm's names and measured on data.val.
 
-    RUN/classifier.safetensors   timm's network: its create_model arguments are in the metadata, as `dmae-ds eval finetune` has them
-    RUN/accuracy.json            top-1 and top-5 in percent; also in the last line of metrics.jsonl and in results.jsonl
+    RUN/classifier.safetensors   timm's network; its create_model arguments are in the metadata, as those of
+                                 `dmae-ds eval finetune` are
+    RUN/accuracy.json            top-1 and top-5 in percent; also in metrics.jsonl (last line), results.jsonl
 
-What is measured is what was written: timm's own network with the whole fp32 weights in it, in evaluation mode.
+What is measured is what was written: timm's own network with the full fp32 weights in it, in evaluation mode.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from dmae_ds.output.durable import replace_tensors, write_atomically
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.knn import TrainingRanks
 from dmae_ds.train.metrics import MetricLogger
+from dmae_ds.train.schedule import Schedule
 
 CLASSIFIER_FILE, ACCURACY_FILE = "classifier.safetensors", "accuracy.json"
-BATCH_SIZE = 64  # pictures a rank looks at together
+BATCH_SIZE = 64  # images of a rank
 
 
 class FinalAccuracy:
-    """Call it with the number of finished steps, after each: at the last one the classifier is written and measured. Collective.
+    """Writes and measures the classifier after the last step; call it with every finished step.
 
-    train: the shards it was trained on. Without data.val it is written and not measured.
+    train: the shards it was trained on. Without data.val it is written and not measured. Collective.
     """
 
     def __init__(
@@ -47,16 +49,17 @@ class FinalAccuracy:
         train: ShardSet,
         *,
         run_dir: Path,
+        schedule: Schedule,
         engine: Engine,
         metric_logger: MetricLogger,
         ranks: TrainingRanks,
-        num_steps: int,
     ):
-        self.classifier, self.config, self.train, self.run_dir = classifier, config, train, run_dir
-        self.engine, self.metric_logger, self.ranks, self.num_steps = engine, metric_logger, ranks, num_steps
+        self.classifier, self.config, self.train = classifier, config, train
+        self.run_dir, self.schedule = run_dir, schedule
+        self.engine, self.metric_logger, self.ranks = engine, metric_logger, ranks
 
     def __call__(self, step: int) -> None:
-        if step != self.num_steps:
+        if step != self.schedule.num_steps:
             return
         start, device, data = time.monotonic(), self.ranks.device, self.config.data
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -64,8 +67,7 @@ class FinalAccuracy:
         tensors = self.classifier.tensors(self.engine.full_weights(on_every_rank=True))
         network.load_state_dict(tensors, strict=True)
         if self.ranks.is_main_process:
-            path = self.run_dir / CLASSIFIER_FILE
-            replace_tensors(path, tensors, self._metadata(step))
+            replace_tensors(self.run_dir / CLASSIFIER_FILE, tensors, self._metadata(step))
         if data.val is None:
             return
         val = ShardSet.open(data.val, label="data.val", access=Access.of(data))
@@ -77,48 +79,54 @@ class FinalAccuracy:
             img_size=self.classifier.numbers["img_size"],
         )
         seconds = time.monotonic() - start
-        found = {"accuracy/top1": top1} if top5 is None else {"accuracy/top1": top1, "accuracy/top5": top5}
         if self.ranks.is_main_process:
-            said = {
-                "top1": top1,
-                "top5": top5,
-                "step": step,
-                "num_val": val.num_samples,
-                "data": self.train.fingerprint,
-            }
-            write_atomically(
-                self.run_dir / ACCURACY_FILE, json.dumps({**said, "val": val.fingerprint}).encode() + b"\n"
-            )
-            begun = self.config.student.weights is not None
-            settings = {
-                "recipe": self.config.objective.name,
-                "init": "weights" if begun else "random",
-                "epochs": self.config.optim.epochs,
-                "img_size": self.classifier.numbers["img_size"],
-                "precision": self.ranks.mixed_precision,
-            }
-            measured_on = MeasuredOn(
-                labels=ALL,
-                subset_seed=None,
-                step=step,
-                num_train=self.train.num_samples,
-                num_val=val.num_samples,
-                data=self.train.fingerprint,
-                device=device_name(device),
-                world_size=self.ranks.num_processes,
-            )
-            result = make_result(
-                measured_on,
-                metric="finetune" if begun else "supervised",
-                scores={"top1": top1, "top5": top5},
-                settings=settings,
-                seconds=seconds,
-            )
-            append_result(self.run_dir, result)
-        self.metric_logger.note(found, seconds=seconds)
+            self._write_results(val, top1=top1, top5=top5, step=step, seconds=seconds)
+        numbers = {"accuracy/top1": top1} if top5 is None else {"accuracy/top1": top1, "accuracy/top5": top5}
+        self.metric_logger.note(numbers, seconds=seconds)
+
+    def _write_results(
+        self, val: ShardSet, *, top1: float, top5: float | None, step: int, seconds: float
+    ) -> None:
+        """Write RUN/accuracy.json and a line of RUN/results.jsonl."""
+        accuracy = {
+            "top1": top1,
+            "top5": top5,
+            "step": step,
+            "num_val": val.num_samples,
+            "data": self.train.fingerprint,
+            "val": val.fingerprint,
+        }
+        write_atomically(self.run_dir / ACCURACY_FILE, json.dumps(accuracy).encode() + b"\n")
+        has_weights = self.config.student.weights is not None
+        settings = {
+            "recipe": self.config.objective.name,
+            "init": "weights" if has_weights else "random",
+            "epochs": self.config.optim.epochs,
+            "img_size": self.classifier.numbers["img_size"],
+            "precision": self.ranks.mixed_precision,
+        }
+        measured_on = MeasuredOn(
+            labels=ALL,
+            subset_seed=None,
+            step=step,
+            num_train=self.train.num_samples,
+            num_val=val.num_samples,
+            data=self.train.fingerprint,
+            device=device_name(self.ranks.device),
+            world_size=self.ranks.num_processes,
+        )
+        result = make_result(
+            measured_on,
+            metric="finetune" if has_weights else "supervised",
+            scores={"top1": top1, "top5": top5},
+            settings=settings,
+            seconds=seconds,
+        )
+        append_result(self.run_dir, result)
 
     def _metadata(self, step: int) -> dict[str, str]:
-        about = {
+        """Strings that go into the file, from which `dmae-ds eval` and export build the network again."""
+        classifier = {
             "keys": self.classifier.keys,
             "mean": list(self.config.data.mean),
             "std": list(self.config.data.std),
@@ -127,7 +135,7 @@ class FinalAccuracy:
             "format": "pt",
             "timm_name": self.classifier.name,
             "timm_overrides": json.dumps(self.classifier.numbers),
-            "classifier": json.dumps(about),
+            "classifier": json.dumps(classifier),
             "step": str(step),
         }
 
@@ -136,7 +144,10 @@ class FinalAccuracy:
 def measure(
     network: nn.Module, val: ShardSet, config: RunConfig, *, ranks: TrainingRanks, img_size: int
 ) -> tuple[float, float | None]:
-    """Top-1 and top-5 in percent over all ranks' pictures, each seen once; top-5 is None with five classes or fewer. Collective."""
+    """Measure top-1 and top-5 in percent over all ranks' images, each seen once. Collective.
+
+    top-5 is None with five classes or fewer.
+    """
     data, num_classes = config.data, len(val.classes)
     normalize = Normalize(data.mean, data.std).to(ranks.device)
     batches = eval_batches(
@@ -148,16 +159,14 @@ def measure(
         world_size=ranks.num_processes,
         num_workers=data.num_workers,
     )
-    counts = torch.zeros(
-        3, dtype=torch.float64, device=ranks.device
-    )  # right at once, right among five, pictures
+    # Images that are right with one guess and with five, and all images.
+    counts = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for batch in batches:
         batch = batch.to(ranks.device)
         with ranks.autocast():
             logits = network(normalized(batch.images, normalize))
         hits = logits.float().topk(min(5, num_classes), dim=1).indices == batch.labels[:, None]  # [N, 5]
-        counts += torch.stack(
-            [hits[:, 0].sum(), hits.any(dim=1).sum(), torch.tensor(len(hits), device=hits.device)]
-        )
-    right, among_five, pictures = ranks.reduce(counts).tolist()
-    return 100 * right / pictures, (100 * among_five / pictures if num_classes > 5 else None)
+        num_images = torch.tensor(len(hits), device=hits.device)
+        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), num_images])
+    num_top1, num_top5, num_images = ranks.reduce(counts).tolist()
+    return 100 * num_top1 / num_images, (100 * num_top5 / num_images if num_classes > 5 else None)

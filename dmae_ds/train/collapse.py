@@ -1,7 +1,7 @@
-"""Whether a student's features still differ: their norm and effective rank, looked at in passing while it trains.
-
-Features may collapse, into one point or onto a few directions, under a loss that still falls. Both numbers are taken
-from what the student computes anyway, by hooks that only read: a run with them is the run without them, bit for bit.
+"""Watching a student's features for collapse: their norms and effective rank, measured while it trains.
+ Features may collapse, into one point or onto a few directions, under a loss that still falls. Both numbers
+are computed from the student's ordinary forward passes, by hooks that only read: a run with them is bit for
+bit the run without.
 """
 
 from __future__ import annotations
@@ -11,30 +11,27 @@ from torch import Tensor, nn
 
 from dmae_ds.models.vit import MaskedViT
 
-LEAST_ROWS = (
-    16  # of a rank's pictures: the rank of fewer is the rank of a small sample, whatever the features
-)
-MAX_ROWS = 1024  # of a rank's pictures: bounds the eigenvalues' cost to a 1024 x 1024 matrix
+MIN_ROWS = 16  # images of a rank: the rank of fewer is that of a small sample, whatever the features
+MAX_ROWS = 1024  # images of a rank: limits the cost of the eigenvalues to a 1024 x 1024 matrix
 POINT = (
-    1e-6  # spread over size (both squared) below which features are one point: rounding alone has a full rank
+    1e-6  # spread / size (both squared) below which features are one point: rounding alone has a full rank
 )
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """How many directions the rows spread over: exp(entropy of the covariance's eigenvalues, normalised to sum 1)
-    (Roy and Vetterli 2007, with the covariance's eigenvalues instead of singular values).
+    """Number of directions the rows spread over: exp(entropy of the covariance's normalized eigenvalues).
 
-    features [N, D]
-    Returns a scalar, float32, on the same device: 1 (one direction, or all rows alike) to min(N - 1, D); NaN where a
-    feature is not finite. Needs N >= 2 to say anything: a single row gives 1.
+    From Roy and Vetterli 2007, with the covariance's eigenvalues instead of singular values.
+    features: [N, D]
+    Returns a float32 scalar on the same device, from 1 (one direction, or all rows equal) to min(N - 1, D);
+    NaN where a feature is not finite. A single row gives 1.
     """
     features = features.float()
     finite = features.isfinite().all()
-    features = torch.where(
-        finite, features, torch.zeros_like(features)
-    )  # eigenvalues of NaNs are an error, which belongs to the loss
+    # The eigenvalues of NaNs would raise here; non-finite values are reported with the loss.
+    features = torch.where(finite, features, torch.zeros_like(features))
     centred = features - features.mean(dim=0)
-    # The smaller of [N, N] and [D, D]: both have the same eigenvalues but for zeros.
+    # Of [N, N] and [D, D] the smaller: both have the same non-zero eigenvalues.
     matrix = centred @ centred.T if len(centred) <= centred.shape[1] else centred.T @ centred
     eigenvalues = torch.linalg.eigvalsh(matrix).clamp(min=0)
     total = eigenvalues.sum()
@@ -45,11 +42,12 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 class CollapseMonitor:
-    """Looks at a student's forward passes in training mode while `active`, and sums them up at the end of a step.
+    """Observes a student's forward passes in training mode while `active`.
 
-    `measure` returns, of this rank's pictures since the last call (all micro-batches of a step, under their masks):
-        rank/mean, rank/cls   effective rank of the mean of the patch tokens, and of CLS, after the final norm; it grows with the number of
-                              pictures, and is left out for fewer than 16 a rank and step
+    `measure` returns, over this rank's images since the last call (all micro-batches of a step, under their
+    masks):
+        rank/mean, rank/cls   effective rank of the mean of the patch tokens, and of CLS, after the last norm;
+                              it grows with the number of images, and is left out for fewer than MIN_ROWS
         norm/<block>          mean L2 norm of a token right after a tapped block, and after the last one
     """
 
@@ -63,32 +61,27 @@ class CollapseMonitor:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Tensor]:
-        """Scalars on the device by name; {} where nothing was seen."""
+        """Scalars on the device by name; {} where nothing was observed."""
         pooled = {pool: torch.cat(rows) for pool, rows in self._pooled.items()}
-        found = {
+        numbers = {
             f"rank/{pool}": effective_rank(features[:MAX_ROWS])
             for pool, features in pooled.items()
-            if len(features) >= LEAST_ROWS
+            if len(features) >= MIN_ROWS
         }
-        found |= {name: torch.stack(norms).mean() for name, norms in sorted(self._norms.items())}
+        numbers |= {name: torch.stack(norms).mean() for name, norms in sorted(self._norms.items())}
         self._pooled, self._norms = {}, {}
-        return found
+        return numbers
 
     @torch.no_grad()
     def _see_student(
-        self, student: MaskedViT, inputs: tuple, options: dict, output: tuple[Tensor, dict[int, Tensor]]
+        self, student: MaskedViT, inputs: tuple, kwargs: dict, output: tuple[Tensor, dict[int, Tensor]]
     ) -> None:
-        if not (self.active and student.training) or options.get("grid") not in (
-            None,
-            student.grid,
-        ):  # small crops are other pictures
+        is_small_crop = kwargs.get("grid") not in (None, student.grid)
+        if not self.active or not student.training or is_small_crop:
             return
         latent, tapped = output
-        for pool, features in (
-            ("mean", latent[:, 1:].float().mean(dim=1)),
-            ("cls", latent[:, 0].float().clone()),
-        ):
-            self._pooled.setdefault(pool, []).append(features)
+        self._pooled.setdefault("mean", []).append(latent[:, 1:].float().mean(dim=1))
+        self._pooled.setdefault("cls", []).append(latent[:, 0].float().clone())
         for number, tokens in tapped.items():
             self._add_norm(number, tokens)
 

@@ -1,4 +1,4 @@
-"""The student's DeepSpeed engine: ZeRO, precision, accumulation."""
+"""DeepSpeed engine of a run: ZeRO, precision, accumulation, and full weights on request."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise UserError where DeepSpeed can't run a precision on this device."""
+    """Raise UserError where DeepSpeed cannot run a precision on this device."""
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision fp16 needs a GPU; on CPUs use fp32, bf16_autocast or bf16")
+        raise UserError("precision fp16 requires a GPU; on CPUs use fp32, bf16_autocast or bf16")
 
 
 @contextlib.contextmanager
 def logged_collectives() -> Iterator[Callable[[], float]]:
-    """DeepSpeed's own log of collectives, each waited for; gives what says how many seconds they have taken since."""
+    """Turn on DeepSpeed's log of collectives, which waits for each; gives a function for their seconds."""
     from deepspeed.comm.comm import comms_logger
 
     comms_logger.enabled = comms_logger.prof_all = True
     comms_logger.comms_dict = {}
+
+    def seconds() -> float:
+        # {operation: {bytes: [count, [milliseconds], ...]}}
+        entries = [entry for sizes in comms_logger.comms_dict.values() for entry in sizes.values()]
+        return sum(sum(entry[1]) for entry in entries) / 1000
+
     try:
-        # {operation: {bytes: [how often, [milliseconds], ...]}}
-        yield (
-            lambda: (
-                sum(sum(entry[1]) for sizes in comms_logger.comms_dict.values() for entry in sizes.values())
-                / 1000
-            )
-        )
+        yield seconds
     finally:
         comms_logger.enabled = False
 
 
 class Engine:
-    """An objective under `deepspeed.initialize`, also when it runs alone on a CPU.
+    """An objective under `deepspeed.initialize`, also for one process on a CPU.
 
     The process group must exist. `stage` is the ZeRO stage.
     """
@@ -58,9 +58,9 @@ class Engine:
         self.objective, self.device = objective, device
         self._fp32_weights = not (config["bf16"]["enabled"] or config["fp16"]["enabled"])
         self._deepspeed = deepspeed
+        zero = config.get("zero_optimization", {})
         self._offloads_to_disk = any(
-            config.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device") == "nvme"
-            for what in ("param", "optimizer")
+            zero.get(key, {}).get("device") == "nvme" for key in ("offload_param", "offload_optimizer")
         )
         names = {parameter: name for name, parameter in objective.named_parameters()}
         self._groups = [
@@ -75,11 +75,15 @@ class Engine:
         from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
         self._engine.checkpoint_engine = self._files = SafeCheckpointEngine()
-        # Its scripts for reading checkpoints unpickle anything, and a full disk would raise while they are copied.
+        # DeepSpeed's scripts for reading checkpoints unpickle anything, and copying them raises on a full
+        # disk.
         self._engine._copy_recovery_script = lambda folder: None
 
     def set_lr(self, lr: float) -> None:
-        """Set the rate of every parameter group for the coming step: its share of `lr`, by layer and by the objective's `lr_scales`."""
+        """Set the learning rate of every parameter group for the coming step.
+
+        It is `lr`, scaled by layer decay and by the objective's `lr_scales`.
+        """
         scales = self.objective.lr_scales
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0) * scales.get(group.get("scaled_by"), 1.0)
@@ -87,22 +91,23 @@ class Engine:
     def train_micro_batch(
         self, batch, features: dict[str, Tensor], *, lap: Callable[[str], None] = lambda part: None
     ) -> dict[str, Tensor]:
-        """Forward and backward; at an accumulation boundary also the optimiser's step. Returns the loss's parts, detached.
+        """Do forward and backward, and at an accumulation boundary the optimizer's step.
 
-        lap: is told when "forward", "backward" and "optimizer" are over, for who takes the time
+        lap: called with "forward", "backward" and "optimizer" when each is over, for measuring time
+        Returns the loss and its named parts, detached.
         """
-        parts = self._engine(batch, features)
+        losses = self._engine(batch, features)
         lap("forward")
-        self._engine.backward(parts["loss"])
+        self._engine.backward(losses["loss"])
         lap("backward")
         self._engine.step()
         lap("optimizer")
-        return {name: value.detach() for name, value in parts.items()}
+        return {name: value.detach() for name, value in losses.items()}
 
     def full_weights(self, *, on_every_rank: bool = False) -> dict[str, Tensor]:
-        """The objective's whole state dict in fp32 on the CPU, gathered a tensor at a time; {} on ranks other than 0, unless asked.
+        """Gather the objective's full state dict in fp32 on the CPU, one tensor at a time. Collective.
 
-        Collective: every rank must call it.
+        Returns {} on ranks other than 0, unless on_every_rank is set.
         """
         keep = on_every_rank or collectives.is_main()
         weights: dict[str, Tensor] = {}
@@ -114,18 +119,18 @@ class Engine:
         return weights
 
     def full_parameters(self, parts: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 weight on this rank's device), one parameter after the other; each is only to be read, before the next is asked for.
+        """Yield (name, full fp32 weight on this rank's device), one parameter after the other.
 
-        parts: submodules of the objective; none: all of it
-        Collective: every rank must go through all of it.
+        parts: submodules of the objective; none: all of it A weight may only be read, and only before the
+            next one is requested. Collective: every rank must go through all of them.
         """
         for name, parameter in self.objective.named_parameters():
             if not parts or name.startswith(tuple(f"{part}." for part in parts)):
-                with self._whole(parameter) as full:
+                with self._gathered(parameter) as full:
                     yield name, full
 
     @contextlib.contextmanager
-    def _whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+    def _gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         if not self._fp32_weights:
             from deepspeed.utils import safe_get_full_fp32_param
 
@@ -133,17 +138,17 @@ class Engine:
             if master is not None:
                 yield master.detach().float()
                 return
-        with (
-            self._deepspeed.zero.GatheredParameters([parameter])
-            if self.stage == 3
-            else contextlib.nullcontext()
-        ):
+        gathered = contextlib.nullcontext()
+        if self.stage == 3:
+            gathered = self._deepspeed.zero.GatheredParameters([parameter])
+        with gathered:
             yield parameter.detach().float()
 
     def save(self, folder: str, tag: str) -> SafeCheckpointEngine:
-        """Write DeepSpeed's files of all ranks under folder/tag, to the disk. Collective; says nothing of `latest`.
+        """Write DeepSpeed's files of all ranks under folder/tag, to the disk; `latest` stays. Collective.
 
-        Returns what this rank wrote, and what went wrong: nothing is raised where a disk refuses, for the other ranks wait.
+        Returns what this rank wrote and its first problem; nothing is raised where a disk refuses, because
+        the other ranks wait.
         """
         from dmae_ds.train.checkpoint.full_state import GROUPS
 
@@ -152,21 +157,24 @@ class Engine:
         return self._files
 
     def load(self, folder: str, tag: str) -> None:
-        """Read what `save` wrote, at the same world size and ZeRO stage."""
+        """Read what `save` wrote, at the same world size and ZeRO stage. Collective."""
         path, _ = self._engine.load_checkpoint(folder, tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder}/{tag}"
 
-    def load_moved(self, checkpoint: Path, *, stage: int, step: int, global_batch: int) -> None:
-        """Read what another number of ranks wrote, or another ZeRO stage: `stage`, at a step. Collective; raises UserError.
+    def load_resharded(self, checkpoint: Path, *, stage: int, step: int, global_batch: int) -> None:
+        """Read what another number of ranks wrote, or another ZeRO stage (`stage`).
 
-        Weights, Adam's moments and its counter move; the optimiser's settings are the recipe's.
+        Collective; raises UserError.
+        Weights, Adam's moments and its counter are loaded; the optimizer's settings are the recipe's.
         """
-        from dmae_ds.train.checkpoint.full_state import WholeState
-        from dmae_ds.train.checkpoint.reshard import load_whole
+        from dmae_ds.train.checkpoint.full_state import FullState
+        from dmae_ds.train.checkpoint.reshard import load_full_state
 
         if self._offloads_to_disk:
             raise UserError(
-                f"checkpoint '{checkpoint}' does not move into an optimiser that is offloaded to NVMe; offload to cpu, or start as it was written"
+                f"checkpoint '{checkpoint}' cannot be resharded into an optimizer that is offloaded to NVMe; "
+                "offload to cpu, or start with the world size and ZeRO stage that wrote it"
             )
-        load_whole(self._engine, dict(self.objective.named_parameters()), WholeState(checkpoint, stage=stage))
+        parameters = dict(self.objective.named_parameters())
+        load_full_state(self._engine, parameters, FullState(checkpoint, stage=stage))
         self._engine.global_steps, self._engine.global_samples = step, step * global_batch

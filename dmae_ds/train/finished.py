@@ -1,7 +1,8 @@
-"""Whether a run is through: python -m dmae_ds.train.finished RECIPE [key=value ...]   (exit code 0: yes, 3: no; no torch)
+"""Whether a run is finished (exit code 0: yes, 3: no).
 
-For scripts that start a run again until it is (launch/train.sh). A launcher's exit code isn't enough: DeepSpeed's says 0 when
-the process between it and the ranks was killed.
+    python -m dmae_ds.train.finished RECIPE [key=value ...]
+ For scripts that start a run again until it is finished (launch/train.sh). A launcher's exit code is not
+enough: DeepSpeed's is 0 when the process between it and the ranks was killed. It does not import torch.
 """
 
 from __future__ import annotations
@@ -21,33 +22,34 @@ NOT_YET = 3
 
 
 def finished(config: RunConfig, *, allow_pipe: bool = False) -> bool:
-    """Whether the newest whole checkpoint of a recipe's run folder is of its last step. Raises UserError."""
+    """Whether the newest complete checkpoint of a recipe's run folder is that of the last step.
+
+    Raises UserError.
+    """
     folder = CheckpointFolder(Path(config.run.dir).expanduser())
     latest = folder.latest()
     if latest is None:
         return False
     shards = open_train(config.data, allow_pipe=allow_pipe)
-    return folder.read_state(latest)["step"] >= num_steps(
-        config.optim.epochs, shards.num_samples, config.optim.global_batch
-    )
+    last = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
+    return folder.read_state(latest)["step"] >= last
 
 
 def main(arguments: list[str]) -> int:
-    """Takes the arguments of `dmae-ds train`. A mistake in them is left to `train`, which says it."""
+    """Take the arguments of `dmae-ds train`; returns the exit code.
+
+    A mistake in them counts as not finished.
+    """
     parser = argparse.ArgumentParser(prog="python -m dmae_ds.train.finished")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--allow-pipe", action="store_true")
     parser.add_argument("--resume", help=argparse.SUPPRESS)
-    args, more = parser.parse_known_args(
-        arguments
-    )  # as in cli.py: argparse gives up on positionals behind an option
+    # As in `dmae-ds`: argparse stops taking positional arguments behind an option.
+    args, more = parser.parse_known_args(arguments)
     try:
-        return (
-            0
-            if finished(load_config(args.recipe, args.overrides + more), allow_pipe=args.allow_pipe)
-            else NOT_YET
-        )
+        config = load_config(args.recipe, args.overrides + more)
+        return 0 if finished(config, allow_pipe=args.allow_pipe) else NOT_YET
     except UserError:
         return NOT_YET
 

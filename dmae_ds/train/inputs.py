@@ -1,4 +1,4 @@
-"""The pictures of a recipe as its objective wants them: views, augmentation and crops from the recipe, places in the order from the world."""
+"""The way of a batch to the training loop: loader -> device -> mask -> teacher. `input_stream` shows it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
@@ -16,30 +17,62 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.distributed.world import World
 from dmae_ds.models.masking import PatchBatch
+from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
+from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
+from dmae_ds.train.preflight import Preflight
+from dmae_ds.train.step_timer import StepTimer
 
 
-def training_batches(
-    config: RunConfig,
+def input_stream(
+    preflight: Preflight,
     objective: Objective,
-    shards: ShardSet | UnindexedShards,
+    teacher: FrozenTeacher | NoTeacher,
     *,
-    world: World,
+    start_step: int,
     device: torch.device,
-    micro_batch: int,
-    accumulation: int,
-    start_step: int = 0,
-    stop_step: int,
-    max_corrupt: int = 0,
-    corrupt_log: Path | None = None,
-) -> Iterator[Batch]:
-    """This rank's micro-batches of steps [start_step, stop_step), on the host (data/loader.py says what is raised)."""
+    timer: StepTimer,
+) -> Iterator[tuple[Batch, PatchBatch, dict[str, Tensor]]]:
+    """Give this rank's micro-batches from start_step to the end of the run, with their teacher's features.
+
+    timer: gets the time that is spent waiting for data and for the teacher
+    Yields (batch, its patches, {tap: features}), all on the device. data/loader.py describes what is raised.
+    """
+    config = preflight.config
+    spec = batch_spec(
+        config,
+        objective,
+        world=preflight.world,
+        micro_batch=preflight.micro_batch,
+        accumulation=preflight.accumulation,
+    )
+    normalize = Normalize(config.data.mean, config.data.std).to(device)
+    loaded = training_batches(
+        config,
+        preflight.shards,
+        spec,
+        start_step=start_step,
+        stop_step=preflight.num_steps,
+        pin_memory=device.type == "cuda",
+        max_corrupt=config.data.max_corrupt,
+        corrupt_log=preflight.run_dir / "corrupt.jsonl",
+    )
+    on_device = copied(timer.waiting("data", loaded), device)
+    masked = masked_batches(on_device, objective.prepare, normalize)
+    with_features = teacher.stream(masked)
+    return timer.waiting("teacher", with_features)
+
+
+def batch_spec(
+    config: RunConfig, objective: Objective, *, world: World, micro_batch: int, accumulation: int
+) -> BatchSpec:
+    """Settings of the batches: crops from the recipe, views from the objective, the rank from the world."""
     data, student = config.data, objective.student
     img_size = student.grid[0] * student.patch_size
     augment = None
     if objective.rand_augment is not None:
         augment = RandAugment(objective.rand_augment, img_size=img_size, mean=data.mean)
-    spec = BatchSpec(
+    return BatchSpec(
         img_size=img_size,
         num_patches=student.num_patches,
         crop_scale=data.crop_scale,
@@ -55,29 +88,39 @@ def training_batches(
         augment=augment,
         block=data.block,
     )
+
+
+def training_batches(
+    config: RunConfig,
+    shards: ShardSet | UnindexedShards,
+    spec: BatchSpec,
+    *,
+    start_step: int = 0,
+    stop_step: int,
+    pin_memory: bool,
+    max_corrupt: int = 0,
+    corrupt_log: Path | None = None,
+) -> Iterator[Batch]:
+    """Load this rank's micro-batches of steps [start_step, stop_step), on the host."""
     return train_batches(
         shards,
         spec,
         start_step=start_step,
         stop_step=stop_step,
-        num_workers=data.num_workers,
-        pin_memory=device.type == "cuda",
-        buffer_gib=data.buffer_gib,
+        num_workers=config.data.num_workers,
+        pin_memory=pin_memory,
+        buffer_gib=config.data.buffer_gib,
         max_corrupt=max_corrupt,
         corrupt_log=corrupt_log,
     )
 
 
-def masked_batches(
-    batches: Iterable[Batch], prepare: Callable, normalize: torch.nn.Module, device: torch.device
-) -> Iterator[tuple[Batch, PatchBatch]]:
-    """Move each micro-batch to the device and draw its mask there."""
-    for batch in copied(batches, device):
-        yield batch, prepare(batch, normalize)
-
-
 def copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Each micro-batch on the device. To a GPU it travels on a stream of its own, from pinned memory: while the step before it is still computed."""
+    """Copy each micro-batch to the device.
+
+    To a GPU it is copied from pinned memory on a stream of its own, while the previous step is still being
+    computed.
+    """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
@@ -88,3 +131,13 @@ def copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         torch.cuda.current_stream(device).wait_stream(stream)
         batch.used_on(torch.cuda.current_stream(device))
         yield batch
+
+
+def masked_batches(
+    batches: Iterable[Batch],
+    prepare: Callable[[Batch, torch.nn.Module], PatchBatch],
+    normalize: torch.nn.Module,
+) -> Iterator[tuple[Batch, PatchBatch]]:
+    """Add to each micro-batch its normalized patches, divided by the mask that is drawn on the device."""
+    for batch in batches:
+        yield batch, prepare(batch, normalize)

@@ -1,13 +1,13 @@
-"""What computes a run's networks: torch's own kernels, oneDNN's linear layers where they are faster, or compiled blocks.
+"""Kernels of a run's networks: torch's own, oneDNN's linear layers where they are faster, or compiled blocks.
 
-Weights, names and results up to rounding stay the same; a recipe says `compile` and `linear`.
+Names of weights stay, and results stay up to rounding; the recipe's keys are `compile` and `linear`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import torch
 from timm.models.eva import EvaBlock
@@ -22,7 +22,7 @@ from dmae_ds.models.onednn import FASTER, onednn_operator, onednn_speedup, use_o
 
 
 class Kernels(NamedTuple):
-    """linear: "torch" or "onednn", what `linear: auto` came to; text: a line for the summary, or nothing."""
+    """What was chosen: `linear` is "torch" or "onednn"; `text` is a line for the summary, or empty."""
 
     linear: str
     text: str = ""
@@ -30,71 +30,71 @@ class Kernels(NamedTuple):
 
 def choose_kernels(
     config: RunConfig,
-    objective: nn.Module,
-    teacher: nn.Module | None,
+    networks: Sequence[nn.Module | None],
     device: torch.device,
     *,
     zero_stage: int,
-    large: bool,
-    ema: nn.Module | None = None,
-    before: str | None = None,
+    is_large: bool,
+    previous: str | None = None,
 ) -> Kernels:
-    """Prepare the networks as the recipe says, before an engine takes them.
+    """Prepare the networks as the recipe asks, before an engine takes them. Collective.
 
-    large: whether it is worth the time to try what `linear: auto` might take
-    before: what it came to in the run that is resumed, which goes on with the same wherever it still can
-    Collective. Raises UserError for `linear: onednn` where it can't be.
+    is_large: whether the networks are large enough for `linear: auto` to time oneDNN
+    previous: the choice of the run that is resumed; it is kept if it is still possible
+    Raises UserError for `linear: onednn` where it is not possible.
     """
-    networks = [network for network in (objective, teacher, ema) if network is not None]
-    why_not = _why_not_onednn(config, device, zero_stage=zero_stage)
-    collectives.raise_on_all_ranks(lambda: _refuse(config, why_not))
+    networks = [network for network in networks if network is not None]
+    obstacle = _why_not_onednn(config, device, zero_stage=zero_stage)
+    collectives.raise_on_all_ranks(lambda: _raise_if_asked_for(config, obstacle))
     if config.compile:
-        return Kernels(
-            "torch",
-            f"{sum(map(compile_blocks, networks))} blocks, compiled by torch.compile in their first step",
-        )
-    wanted = before if config.linear == "auto" and before is not None else config.linear
-    if wanted == "torch" or why_not or not (large or wanted == "onednn"):
+        num_blocks = sum(compile_blocks(network) for network in networks)
+        return Kernels("torch", f"{num_blocks} blocks, compiled by torch.compile in their first step")
+    wanted = config.linear if previous is None or config.linear != "auto" else previous
+    if wanted == "torch" or obstacle or not (is_large or wanted == "onednn"):
         return Kernels("torch")
-    if wanted == before:
-        return Kernels("onednn", f"{sum(map(use_onednn, networks))} linear layers through oneDNN, as before")
-    speedup = collectives.broadcast_from_main(
-        onednn_speedup()
-    )  # on all ranks at once, as they share their cores in training
+    if wanted == previous:
+        return Kernels("onednn", f"{_use_onednn(networks)} linear layers through oneDNN, as before")
+    # All ranks measure at once, because they share their cores in training.
+    speedup = collectives.broadcast_from_main(onednn_speedup())
     if wanted == "auto" and speedup < FASTER:
         return Kernels("torch")
+    num_layers = _use_onednn(networks)
     return Kernels(
-        "onednn",
-        f"{sum(map(use_onednn, networks))} linear layers through oneDNN, {speedup:.2f} times as fast here as torch's",
+        "onednn", f"{num_layers} linear layers through oneDNN, {speedup:.2f} times as fast here as torch's"
     )
 
 
-def _refuse(config: RunConfig, why_not: str) -> None:
-    if config.linear == "onednn" and why_not:
-        raise UserError(f"linear=onednn {why_not}; use linear=auto")
+def _use_onednn(networks: list[nn.Module]) -> int:
+    return sum(use_onednn(network) for network in networks)
+
+
+def _raise_if_asked_for(config: RunConfig, obstacle: str) -> None:
+    if config.linear == "onednn" and obstacle:
+        raise UserError(f"linear=onednn {obstacle}; use linear=auto")
 
 
 def _why_not_onednn(config: RunConfig, device: torch.device, *, zero_stage: int) -> str:
+    """Why oneDNN's linear layers are not possible here, as the end of a sentence; "" where they are."""
     if device.type != "cpu":
         return "is for CPUs"
     if config.precision != "fp32":
-        return f"is for precision fp32, found {config.precision}"
+        return f"requires precision fp32, found {config.precision}"
     if not onednn_operator():
-        return "needs an operator that this torch doesn't have"
+        return "requires an operator that this torch does not have"
     if zero_stage == 3:
-        return "can't keep weights that ZeRO 3 takes away after each layer"
+        return "cannot keep weights that ZeRO 3 removes after each layer"
     return "and compile=true exclude each other" if config.compile else ""
 
 
 class WarmUp:
-    """Says once how long a compiled run's first step took, beside its third."""
+    """Prints once how long the first step of a compiled run took, and the third."""
 
     def __init__(self, compiled: bool):
         self._seconds: list[float] | None = [] if compiled else None
         self._since = time.perf_counter()
 
     def step(self) -> None:
-        """After every step."""
+        """Note the end of a step."""
         if self._seconds is None:
             return
         now = time.perf_counter()
@@ -104,16 +104,16 @@ class WarmUp:
             first, _, third = self._seconds
             self._seconds = None
             if collectives.is_main():
-                tqdm.write(
-                    f"compile   the first step took {first:.1f} s, the third {third:.3g} s", file=sys.stderr
-                )
+                text = f"compile   the first step took {first:.1f} s, the third {third:.3g} s"
+                tqdm.write(text, file=sys.stderr)
 
 
 def compile_blocks(network: nn.Module) -> int:
-    """Have every transformer block under a network compiled when it first runs; returns the number of blocks.
+    """Let every transformer block of a network be compiled when it first runs; returns the number of blocks.
 
-    One graph serves all shapes, because shapes never change in a run: the size of the mask is fixed. The block is what
-    repeats, so compiling it takes a fraction of what a whole network takes. Names of parameters stay.
+    One graph serves all steps, because the size of the mask is fixed and shapes never change in a run.
+    Compiling the block, which repeats, takes a fraction of the time of a whole network. Names of parameters
+    stay.
     """
     blocks = [module for module in network.modules() if isinstance(module, (Block, EvaBlock))]
     for block in blocks:

@@ -1,8 +1,8 @@
-"""k-NN during training (`eval.knn_every`): what the student's features are worth by now, measured on all ranks together.
-
-The number is the one that `dmae-ds eval knn` would give at that step. It goes beside the step's losses into
-metrics.jsonl and the trackers (knn/top1, knn/top5), and into RUN/results.jsonl. The student is copied out of the engine,
-and random numbers are put back, so training goes on as if nothing had been.
+"""k-NN during training (`eval.knn_every`): how good the student's features are so far, on all ranks together.
+ The number is the one that `dmae-ds eval knn` would give at that step. It goes with the step's losses into
+metrics.jsonl and the trackers (knn/top1, knn/top5), and into RUN/results.jsonl. The student is copied out
+of the engine, and random numbers are restored afterwards, so training continues as if it had not been
+measured.
 """
 
 from __future__ import annotations
@@ -27,39 +27,37 @@ from dmae_ds.evaluate.results import MeasuredOn, append_result, make_result
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.metrics import MetricLogger
+from dmae_ds.train.schedule import Schedule
 
 AUTOCAST = {"bf16": torch.bfloat16, "bf16_autocast": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingRanks:
-    """The ranks of a training run, as evaluation sees processes (`evaluate.features.Processes`)."""
+    """Ranks of a training run, as evaluation sees processes (`evaluate.features.Processes`)."""
 
     def __init__(self, world: World, device: torch.device, *, precision: str):
-        self.num_processes, self.process_index, self.is_main_process, self.device = (
-            world.size,
-            world.rank,
-            world.is_main,
-            device,
-        )
+        self.num_processes, self.process_index = world.size, world.rank
+        self.is_main_process, self.device = world.is_main, device
         self._dtype = AUTOCAST.get(precision)
-        self.mixed_precision = (
-            "no" if self._dtype is None else {torch.bfloat16: "bf16", torch.float16: "fp16"}[self._dtype]
-        )
+        self.mixed_precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}[self._dtype]
 
     def autocast(self) -> AbstractContextManager:
+        """Context in which networks compute in the recipe's precision."""
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
 
     def gather(self, tensor: Tensor) -> Tensor:
+        """Rows of all ranks, in the order of ranks. Collective."""
         return collectives.gather_rows(tensor)
 
     def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks. Collective."""
         return collectives.sum_over_ranks(tensor)
 
 
 class KnnDuringTraining:
-    """Call it with the number of finished steps, after each: where k-NN is due, it is measured. Collective.
+    """Measures k-NN where it is due; call it with the number of finished steps after each step.
 
-    steps_per_epoch: a float, as schedules count; num_steps: of the whole run
+    Collective.
     """
 
     def __init__(
@@ -69,15 +67,14 @@ class KnnDuringTraining:
         student: ModelConfig,
         *,
         run_dir: Path,
+        schedule: Schedule,
         engine: Engine,
         metric_logger: MetricLogger,
         ranks: TrainingRanks,
-        steps_per_epoch: float,
-        num_steps: int,
     ):
-        self.config, self.data, self.student, self.run_dir = config, data, student, run_dir
+        self.config, self.data, self.student = config, data, student
+        self.run_dir, self.schedule = run_dir, schedule
         self.engine, self.metric_logger, self.ranks = engine, metric_logger, ranks
-        self.steps_per_epoch, self.num_steps = steps_per_epoch, num_steps
         self.sets = open_labelled(data)
         self.seed = check_labels(config.knn_labels, None)
         self.ids = open_subset(
@@ -86,24 +83,29 @@ class KnnDuringTraining:
 
     def __call__(self, step: int) -> None:
         if not is_due(
-            step, every=self.config.knn_every, steps_per_epoch=self.steps_per_epoch, num_steps=self.num_steps
+            step,
+            every=self.config.knn_every,
+            steps_per_epoch=self.schedule.steps_per_epoch,
+            num_steps=self.schedule.num_steps,
         ):
             return
         start, device = time.monotonic(), self.ranks.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             frozen = self._embed(step)
         try:
-            options = {
-                "temperature": self.config.knn_temperature,
-                "memory_gib": self.config.memory_gib,
-                "processes": self.ranks,
-            }
-            ((k, (top1, top5)),) = classify(frozen, ks=[self.config.knn_k], **options).items()
+            accuracies = classify(
+                frozen,
+                ks=[self.config.knn_k],
+                temperature=self.config.knn_temperature,
+                memory_gib=self.config.memory_gib,
+                processes=self.ranks,
+            )
         except UserError as error:
-            self.metric_logger.flush()  # a loss that isn't finite says more
+            self.metric_logger.flush()  # raises for a loss that is not finite, which explains more
             failure = RunFailed(f"k-NN at step {step}: {error}")
             failure.on_every_rank = True
             raise failure from None
+        ((k, (top1, top5)),) = accuracies.items()
         if self.ranks.is_main_process:
             settings = {
                 "k": k,
@@ -118,10 +120,11 @@ class KnnDuringTraining:
                 seconds=round(time.monotonic() - start, 3),
             )
             append_result(self.run_dir, result)
-        found = {"knn/top1": top1} if top5 is None else {"knn/top1": top1, "knn/top5": top5}
-        self.metric_logger.note(found, seconds=time.monotonic() - start)
+        numbers = {"knn/top1": top1} if top5 is None else {"knn/top1": top1, "knn/top5": top5}
+        self.metric_logger.note(numbers, seconds=time.monotonic() - start)
 
     def _embed(self, step: int) -> FrozenFeatures:
+        """Compute the features of the labelled training images and of data.val."""
         student = build_timm(self.student)
         prefix = "student."
         weights = {
@@ -132,17 +135,11 @@ class KnnDuringTraining:
         student.load_state_dict(weights, strict=True)
         student.eval().to(self.ranks.device)
         options = FeatureOptions.of(self.data, pool=self.config.knn_pool, batch_size=self.config.batch_size)
-        found = []
-        for shard_set, subset in zip(
-            self.sets, (None if self.config.knn_labels == ALL else self.ids, None), strict=True
-        ):
-            found += extract_features(
-                student,
-                shard_set,
-                options,
-                processes=self.ranks,
-                title=None,
-                subset=subset,
+        train_subset = None if self.config.knn_labels == ALL else self.ids
+        tensors = []
+        for shard_set, subset in zip(self.sets, (train_subset, None), strict=True):
+            tensors += extract_features(
+                student, shard_set, options, processes=self.ranks, title=None, subset=subset
             )
         measured_on = MeasuredOn(
             labels=self.config.knn_labels,
@@ -154,13 +151,13 @@ class KnnDuringTraining:
             device=device_name(self.ranks.device),
             world_size=self.ranks.num_processes,
         )
-        return FrozenFeatures(*found, len(self.sets[0].classes), measured_on)
+        return FrozenFeatures(*tensors, len(self.sets[0].classes), measured_on)
 
 
 def is_due(step: int, *, every: float, steps_per_epoch: float, num_steps: int) -> bool:
-    """Whether `step` is the first at or behind a multiple of `every` epochs, or the last of the run."""
+    """Whether `step` is the first at or after a multiple of `every` epochs, or the last of the run."""
 
-    def passed(steps: int) -> int:
+    def multiples(steps: int) -> int:
         return math.floor(steps / (every * steps_per_epoch) + 1e-9)  # 3 * (1 / 3) epochs are one
 
-    return step == num_steps or passed(step) > passed(step - 1)
+    return step == num_steps or multiples(step) > multiples(step - 1)

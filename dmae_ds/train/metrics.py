@@ -1,11 +1,15 @@
-"""What a run says while it runs: losses read off the device in batches, JSON lines, trackers, a progress bar.
+"""Logs of a run: losses are read off the device in batches and go to JSON lines, trackers and a progress bar.
+ Losses stay on the device until `flush`, so the loop never waits for one. A flush averages over ranks, so
+every rank learns of a non-finite loss at the same moment.
 
-Losses stay on the device until `flush`, so the loop never waits for one. A flush averages over ranks, so every rank
-learns of a non-finite loss at the same moment.
-
-A line of RUN/metrics.jsonl is a step: step, epoch, lr, loss and its parts, share/<block>, images_per_s (of the steps since
-the last flush), tflops of a rank and of_peak, its share of the fastest matrix product here (speed.py; networks from 5 M parameters), seconds/data | teacher | save | rest (clock.py; a save counts to the step after it), and every log.every_steps and at the end rank/... and norm/... (health.py),
-and where eval.knn_every asks for it knn/top1 and knn/top5 in percent (knn.py).
+Each line of RUN/metrics.jsonl is one step:
+    step, epoch, lr, loss and its named parts
+    share/<block>                    share of distillation in the gradient at a student block
+    images_per_s                     of the steps since the last flush
+    tflops, of_peak                  of this rank, for networks from 5 M parameters (speed.py)
+    seconds/data|teacher|save|rest   where the time went (step_timer.py); a save counts to the step after it
+    rank/..., norm/...               every log.every_steps and at the end (collapse.py)
+    knn/top1, knn/top5               in percent, where eval.knn_every asks for it (knn.py)
 """
 
 from __future__ import annotations
@@ -26,12 +30,13 @@ from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.output.durable import write_atomically
 from dmae_ds.train.collapse import CollapseMonitor
+from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import Speed
 from dmae_ds.train.step_timer import StepTimer
 
 
 class _Row(NamedTuple):
-    """A finished step's numbers of this rank: `values` on the device, `seconds` of the host."""
+    """A finished step's numbers on this rank: `values` on the device, `seconds` of the host."""
 
     step: int
     lr: float
@@ -44,57 +49,52 @@ class _Row(NamedTuple):
 class MetricLogger:
     """Collects each step's scalars; rank 0 writes RUN/metrics.jsonl, one line a step.
 
-    global_batch and num_samples turn steps into epochs and images; accumulation is the micro-batches a step
-    watch: looks at the student's features every `log_every` steps and in the last; clock: says where the time went; speed: how near that is to the fastest
+    monitor: observes the student's features every `log_every` steps and in the last one
+    timer: measures where the time goes; speed: compares the time of a step with the fastest matrix product
+    `trackers` may be set before the first step.
     """
 
     def __init__(
         self,
         run_dir: Path,
+        schedule: Schedule,
         *,
         is_main: bool,
-        accumulation: int,
-        global_batch: int,
-        num_samples: int,
-        log_every: int,
-        watch: CollapseMonitor,
+        monitor: CollapseMonitor,
         timer: StepTimer,
         speed: Speed | None,
-        trackers: list,
     ):
-        self.path, self.is_main = run_dir / "metrics.jsonl", is_main
-        self.accumulation, self.global_batch, self.num_samples = accumulation, global_batch, num_samples
-        self.log_every, self.watch, self.timer, self.speed, self.trackers = (
-            log_every,
-            watch,
-            timer,
-            speed,
-            trackers,
-        )
-        self.step = 0  # the last finished one
+        self.path, self.schedule, self.is_main = run_dir / "metrics.jsonl", schedule, is_main
+        self.monitor, self.timer, self.speed = monitor, timer, speed
+        self.trackers: list = []
+        self.step = 0  # number of finished steps
         self._names: list[str] = []
-        self._sums: Tensor | None = None  # of the step under way
+        self._sums: Tensor | None = None  # over the micro-batches of the current step
         self._rows: list[_Row] = []
-        self._num_steps = 0
         self._notes: dict[int, dict[str, float]] = {}
         self._ids: list[Tensor] = []
         self._since = time.perf_counter()
         self._bar: tqdm | None = None
-        # Trackers take their time (TensorBoard a millisecond a step), which needn't be the loop's.
-        self._teller, self._told = ThreadPoolExecutor(max_workers=1), None
+        # Trackers take time (TensorBoard a millisecond a step), which the loop need not wait for.
+        self._tracker_thread, self._tracked = ThreadPoolExecutor(max_workers=1), None
 
-    def start(self, *, step: int, num_steps: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint, and show the bar."""
-        self.step, self._num_steps = step, num_steps
-        self._look_at_next()
-        self.timer.lap()  # what came before the first step is no part of it
+    def start(self, step: int) -> None:
+        """Drop the lines that a killed run wrote after its last checkpoint, and show the progress bar."""
+        self.step = step
+        self._activate_monitor()
+        self.timer.lap()  # drops the time before the first step
         if not self.is_main:
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(total=num_steps, initial=step, unit="step", mininterval=interval, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=self.schedule.num_steps,
+            initial=step,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            dynamic_ncols=True,
+        )
 
     def add(self, scalars: dict[str, Tensor], sample_ids: Tensor) -> None:
         """Take one micro-batch's scalars, still on the device."""
@@ -105,20 +105,27 @@ class MetricLogger:
         self._ids.append(sample_ids)
 
     def end_step(self, step: int, lr: float) -> None:
-        """Close a step: `step` counts the finished ones, `lr` is the rate that it was taken with."""
+        """Close a step: `step` counts the finished ones, `lr` is the learning rate it was made with."""
         self.step = step
-        seen = self.watch.measure()
+        observed = self.monitor.measure()
         values = torch.cat(
-            [self._sums / self.accumulation, *(value.float().reshape(1) for value in seen.values())]
+            [
+                self._sums / self.schedule.accumulation,
+                *(value.float().reshape(1) for value in observed.values()),
+            ]
         )
-        self._rows.append(_Row(step, lr, [*self._names, *seen], values, self.timer.lap(), self._ids))
+        names = [*self._names, *observed]
+        self._rows.append(_Row(step, lr, names, values, self.timer.lap(), self._ids))
         self._sums, self._ids = None, []
-        self._look_at_next()
+        self._activate_monitor()
         if self._bar is not None:
             self._bar.update()
 
     def note(self, numbers: dict[str, float], *, seconds: float) -> None:
-        """Numbers that all ranks agree on go into the line of the step that has just ended; `seconds` went into finding them, and are no part of any step."""
+        """Add numbers that all ranks agree on to the line of the step that has just ended.
+
+        seconds: spent on measuring them; they are left out of every step's time
+        """
         self._notes[self.step] = numbers
         self._since += seconds
         self.timer.lap()
@@ -130,37 +137,7 @@ class MetricLogger:
         """
         if not self._rows:
             return
-        # Every rank's steps have the same numbers, so all of them travel as one row of numbers.
-        seconds = torch.tensor(
-            [second for row in self._rows for second in row.seconds.values()],
-            device=self._rows[0].values.device,
-        )
-        means = iter(
-            collectives.mean_over_ranks(torch.cat([*(row.values for row in self._rows), seconds])).tolist()
-        )
-        scalars = [dict(zip(row.names, means)) for row in self._rows]
-        waits = [dict(zip(row.seconds, means)) for row in self._rows]
-        now = time.perf_counter()
-        images_per_s = self.global_batch * len(self._rows) / (now - self._since)
-        speed = {} if self.speed is None else self.speed.at(self.global_batch / images_per_s)
-        self._since = now
-        records = []
-        for row, found, wait in zip(self._rows, scalars, waits, strict=True):
-            losses = {name: found.pop(name) for name in self._names}
-            epoch = row.step * self.global_batch / self.num_samples
-            records.append(
-                {
-                    "step": row.step,
-                    "epoch": epoch,
-                    "lr": row.lr,
-                    **losses,
-                    "images_per_s": images_per_s,
-                    **speed,
-                    **wait,
-                    **found,
-                    **self._notes.pop(row.step, {}),
-                }
-            )
+        records = self._average_rows()
         bad = next((i for i, record in enumerate(records) if not math.isfinite(record["loss"])), None)
         if self.is_main:
             self._write(records[: len(records) if bad is None else bad])
@@ -168,13 +145,44 @@ class MetricLogger:
             self._fail(self._rows[bad])
         self._rows.clear()
 
+    def _average_rows(self) -> list[dict]:
+        """One record for each collected step, the same on all ranks. Collective."""
+        # Every rank's steps have the same numbers, so all of them are sent as one row of numbers.
+        values = torch.cat([row.values for row in self._rows])
+        seconds = [second for row in self._rows for second in row.seconds.values()]
+        sent = torch.cat([values, torch.tensor(seconds, device=values.device)])
+        means = iter(collectives.mean_over_ranks(sent).tolist())
+        scalars_by_row = [dict(zip(row.names, means, strict=False)) for row in self._rows]
+        seconds_by_row = [dict(zip(row.seconds, means, strict=False)) for row in self._rows]
+        now = time.perf_counter()
+        images_per_s = self.schedule.global_batch * len(self._rows) / (now - self._since)
+        speed = {} if self.speed is None else self.speed.at(self.schedule.global_batch / images_per_s)
+        self._since = now
+        records = []
+        for row, scalars, row_seconds in zip(self._rows, scalars_by_row, seconds_by_row, strict=True):
+            losses = {name: scalars.pop(name) for name in self._names}
+            records.append(
+                {
+                    "step": row.step,
+                    "epoch": self.schedule.epoch_at(row.step),
+                    "lr": row.lr,
+                    **losses,
+                    "images_per_s": images_per_s,
+                    **speed,
+                    **row_seconds,
+                    **scalars,
+                    **self._notes.pop(row.step, {}),
+                }
+            )
+        return records
+
     def close(self) -> None:
-        """Finish trackers and the bar."""
+        """Finish trackers and the progress bar."""
         if self._bar is not None:
             self._bar.close()
-        self._teller.shutdown()  # once all is told
-        if self._told is not None:
-            self._told.result()
+        self._tracker_thread.shutdown()  # waits until everything is tracked
+        if self._tracked is not None:
+            self._tracked.result()
         for tracker in self.trackers:
             tracker.finish()
 
@@ -182,48 +190,50 @@ class MetricLogger:
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
         if self.trackers:
-            if self._told is not None:
-                self._told.result()  # raises what went wrong there
-            self._told = self._teller.submit(self._tell, records)
+            if self._tracked is not None:
+                self._tracked.result()  # raises what went wrong in the thread
+            self._tracked = self._tracker_thread.submit(self._track, records)
         if self._bar is not None and records:
-            shown = {
-                name: f"{records[-1][name]:.4f}" for name in self._names if not name.startswith("share/")
-            }
-            waited, spent = (
-                sum(record[name] for record in records for name in record if name.startswith(kind))
-                for kind in ("seconds/data", "seconds/")
-            )
-            shown |= {"img/s": f"{records[-1]['images_per_s']:.0f}", "data": f"{waited / spent:.0%}"}
-            if self.speed is not None:
-                shown |= {
-                    "TFLOP/s": f"{records[-1]['tflops']:.3g}",
-                    "of peak": f"{records[-1]['of_peak']:.0%}",
-                }
-            self._bar.set_postfix(shown, refresh=False)
+            self._bar.set_postfix(self._bar_numbers(records), refresh=False)
 
-    def _tell(self, records: list[dict]) -> None:
+    def _bar_numbers(self, records: list[dict]) -> dict[str, str]:
+        last = records[-1]
+        shown = {name: f"{last[name]:.4f}" for name in self._names if not name.startswith("share/")}
+        data_s = sum(record.get("seconds/data", 0.0) for record in records)
+        all_s = sum(
+            seconds for record in records for name, seconds in record.items() if name.startswith("seconds/")
+        )
+        shown |= {"img/s": f"{last['images_per_s']:.0f}", "data": f"{data_s / all_s:.0%}"}
+        if self.speed is not None:
+            shown |= {"TFLOP/s": f"{last['tflops']:.3g}", "of peak": f"{last['of_peak']:.0%}"}
+        return shown
+
+    def _track(self, records: list[dict]) -> None:
         for record in records:
+            numbers = {name: value for name, value in record.items() if name != "step"}
             for tracker in self.trackers:
-                tracker.log(
-                    {name: value for name, value in record.items() if name != "step"}, step=record["step"]
-                )
+                tracker.log(numbers, step=record["step"])
 
-    def _look_at_next(self) -> None:
-        self.watch.active = (self.step + 1) % self.log_every == 0 or self.step + 1 == self._num_steps
+    def _activate_monitor(self) -> None:
+        """Let the monitor observe the next step if it is logged or the last one."""
+        following = self.step + 1
+        is_logged = following % self.schedule.log_every == 0
+        self.monitor.active = is_logged or following == self.schedule.num_steps
 
     def _fail(self, row: _Row) -> None:
         mine = torch.cat(row.ids).tolist() if not row.values[row.names.index("loss")].isfinite() else []
-        samples = collectives.gather_objects(mine)
-        where = "; ".join(f"rank {rank}: {_short(ids)}" for rank, ids in enumerate(samples) if ids)
+        ids_by_rank = collectives.gather_objects(mine)
+        samples = "; ".join(f"rank {rank}: {_short(ids)}" for rank, ids in enumerate(ids_by_rank) if ids)
         error = RunFailed(
-            f"the loss of step {row.step} is not finite; sample ids of the micro-batches it came from: {where}; the last checkpoint is untouched"
+            f"the loss of step {row.step} is not finite; sample ids of the micro-batches: {samples}; "
+            "the last checkpoint is untouched"
         )
         error.on_every_rank = True
         raise error
 
 
 def build_trackers(names: list[str], run_dir: Path) -> list:
-    """accelerate's trackers by name, logging under the run folder. Call on rank 0 alone."""
+    """Build accelerate's trackers by name, which log under the run folder. Call it on rank 0 alone."""
     from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -231,10 +241,10 @@ def build_trackers(names: list[str], run_dir: Path) -> list:
     trackers = []
     for name in names:
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
-        directory = (
-            {"logging_dir": run_dir / "tensorboard"} if tracker_class.requires_logging_directory else {}
-        )
-        tracker = tracker_class(run_dir.name, **directory)
+        kwargs = {}
+        if tracker_class.requires_logging_directory:
+            kwargs["logging_dir"] = run_dir / "tensorboard"
+        tracker = tracker_class(run_dir.name, **kwargs)
         tracker.start()
         trackers.append(tracker)
     return trackers
@@ -244,8 +254,9 @@ def _step_of(line: str) -> int | None:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return None  # the half line of a killed run
+        return None  # half a line of a killed run
 
 
 def _short(ids: list[int], limit: int = 16) -> str:
-    return ", ".join(map(str, ids[:limit])) + (f", ... ({len(ids)} in all)" if len(ids) > limit else "")
+    text = ", ".join(map(str, ids[:limit]))
+    return text + f", ... ({len(ids)} in all)" if len(ids) > limit else text

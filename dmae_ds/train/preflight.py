@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run and be known without building a model: found here, in a second, without torch."""
+"""Checks before a run, in a second and without torch: whatever can be known without building a network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dmae_ds.config.batch import split_recipe
 from dmae_ds.config.deepspeed import check_compile, load_deepspeed, zero_stage
-from dmae_ds.config.run import RunConfig, looks_like_hub_id
+from dmae_ds.config.run import RunConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.data.open import open_train
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.shard_set import ShardSet
@@ -18,10 +18,19 @@ from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
+# Keys of the teacher section that may change when a run is resumed: they change neither features nor
+# positions.
+TEACHER_MAY_CHANGE = {"weights", "format", "stats", "license", "placement", "stages"}
+
 
 @dataclass(frozen=True)
 class Preflight:
-    """A run that can start: the recipe, what it reads, and how its batch is cut."""
+    """A run that can start: the recipe, its data, and how its batch is divided.
+
+    identity: what a checkpoint must agree with (`folder.MUST_AGREE`), with world_size, zero_stage and
+        micro_batch
+    resume_from: the checkpoint to continue from; None for a new run
+    """
 
     config: RunConfig
     world: World
@@ -36,11 +45,12 @@ class Preflight:
 
     @property
     def run_dir(self) -> Path:
+        """The run folder."""
         return self.folder.run_dir
 
     @property
     def num_classes(self) -> int | None:
-        """Of the training pictures, where the objective needs labels."""
+        """Number of classes of the training images, where the objective needs labels."""
         return len(self.shards.classes) if self.config.objective.needs_labels else None
 
 
@@ -48,17 +58,18 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     """Check a recipe against this world and this machine.
 
     allow_pipe: whether data.train may be a command
-    resume: `auto` continues from the newest checkpoint if there is one, `never` refuses a folder that holds a run
+    resume: `auto` continues from the newest checkpoint if there is one, `never` refuses a folder that holds
+        a run
     Raises UserError.
     """
     folder = CheckpointFolder(Path(config.run.dir).expanduser())
     resume_from = folder.latest() if resume == "auto" else None
     fitted = None if resume_from is None else folder.read_state(resume_from).get("micro_batch")
-    micro_batch, accumulation = split_recipe(config, world.size, fitted=fitted)
+    split = split_recipe(config, world.size, fitted=fitted)
     deepspeed = load_deepspeed(
         config.deepspeed,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
         world_size=world.size,
         clip_grad=config.optim.clip_grad,
         precision=config.precision,
@@ -72,24 +83,41 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         ShardSet.open(config.data.val, label="data.val", access=Access.of(config.data))
     if config.eval.knn_every is not None:
         check_knn(config)
-    if config.teacher is not None and config.teacher.weights is not None:
-        weights = config.teacher.weights
-        if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
-            raise UserError(
-                f"teacher.weights '{weights}' is not a file; give the path of a .safetensors or .pth file, of a folder, or a hub id such as facebook/vit-mae-large"
-            )
-    if (
-        config.teacher is not None
-        and config.teacher.stages is not None
-        and world.size % config.teacher.stages
-    ):
-        fitting = ", ".join(str(number) for number in range(1, world.size + 1) if world.size % number == 0)
+    if config.teacher is not None:
+        check_teacher_file(config.teacher)
+        check_stages(config.teacher.stages, world.size)
+    identity = identity_of(
+        config, shards, world_size=world.size, stage=zero_stage(deepspeed), micro_batch=split.micro_batch
+    )
+    if resume_from is not None:
+        folder.check_same_run(resume_from, identity)
+    if resume == "never" and (folder.run_dir / "config.yaml").exists():
         raise UserError(
-            f"teacher.stages {config.teacher.stages} does not divide the {world.size} ranks into groups; take one of {fitting}"
+            f"run.dir '{folder.run_dir}' holds a run already; continue it with --resume auto, "
+            "or choose another run.dir"
         )
-    identity = {
-        "world_size": world.size,
-        "zero_stage": zero_stage(deepspeed),
+    return Preflight(
+        config=config,
+        world=world,
+        shards=shards,
+        deepspeed=deepspeed,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        num_steps=num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch),
+        folder=folder,
+        identity=identity,
+        resume_from=resume_from,
+    )
+
+
+def identity_of(
+    config: RunConfig, shards: ShardSet | UnindexedShards, *, world_size: int, stage: int, micro_batch: int
+) -> dict:
+    """What is stored with every checkpoint to recognize the run: plain JSON values."""
+    teacher = config.teacher
+    return {
+        "world_size": world_size,
+        "zero_stage": stage,
         "precision": config.precision,
         "seed": config.run.seed,
         "fingerprint": shards.fingerprint,
@@ -98,54 +126,67 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         "repeat": config.data.repeat,
         "global_batch": config.optim.global_batch,
         "micro_batch": micro_batch,
-        "teacher": None
-        if config.teacher is None
-        else config.teacher.model_dump(
-            mode="json", exclude={"weights", "format", "stats", "license", "placement", "stages"}
-        ),
+        "teacher": None if teacher is None else teacher.model_dump(mode="json", exclude=TEACHER_MAY_CHANGE),
         "student": config.student.model_dump(mode="json", exclude={"weights"}),
         "objective": config.objective.model_dump(mode="json"),
     }
-    if resume_from is not None:
-        folder.check_same_run(resume_from, identity)
-    if resume == "never" and (folder.run_dir / "config.yaml").exists():
-        raise UserError(
-            f"run.dir '{folder.run_dir}' holds a run already; continue it with --resume auto, or choose another run.dir"
-        )
-    steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
-    return Preflight(
-        config, world, shards, deepspeed, micro_batch, accumulation, steps, folder, identity, resume_from
+
+
+def check_teacher_file(teacher: TeacherConfig) -> None:
+    """Raise UserError where the teacher's weights are neither a path that exists nor a name on the hub."""
+    weights = teacher.weights
+    if weights is None or Path(weights).expanduser().exists() or looks_like_hub_id(weights):
+        return
+    raise UserError(
+        f"teacher.weights '{weights}' is not a file; give the path of a .safetensors or .pth file, "
+        "of a folder, or a hub id such as facebook/vit-mae-large"
+    )
+
+
+def check_stages(stages: int | None, world_size: int) -> None:
+    """Raise UserError where the ranks cannot be divided into groups of `stages`."""
+    if stages is None or world_size % stages == 0:
+        return
+    divisors = ", ".join(str(number) for number in range(1, world_size + 1) if world_size % number == 0)
+    raise UserError(
+        f"teacher.stages {stages} does not divide the {world_size} ranks into groups; "
+        f"choose one of {divisors}"
     )
 
 
 def check_labelled(config: RunConfig, shards: ShardSet | UnindexedShards) -> None:
-    """Raise UserError where training pictures have no labels to learn from; a pass over the index, no picture is read."""
+    """Raise UserError where training images have no labels; reads the index, and no image."""
     name = config.objective.name
     if isinstance(shards, UnindexedShards):
         raise UserError(
-            f"objective {name} needs labels, and data.num_samples streams tars whose labels nobody counted; make an index with `dmae-shards index`, and leave it out"
+            f"objective {name} needs labels, and unindexed tars (data.num_samples) have none that are known; "
+            "make an index with `dmae-shards index`, and remove data.num_samples"
         )
     if len(shards.classes) < 2:
         raise UserError(
-            f"objective {name} needs labels, and data.train '{shards.folder}' has {len(shards.classes)} classes; make the shards from one folder a class"
+            f"objective {name} needs labels, and data.train '{shards.folder}' has "
+            f"{len(shards.classes)} classes; make the shards from one folder for each class"
         )
     if config.data.val is not None:
-        open_labelled(config.data)  # the same classes on both sides
+        open_labelled(config.data)  # checks that both have the same classes
     unlabelled = int((read_labels(shards) < 0).sum())
     if unlabelled:
         raise UserError(
-            f"objective {name} needs labels, and {unlabelled:,} of {shards.num_samples:,} samples of data.train '{shards.folder}' have none; leave them out of the shards"
+            f"objective {name} needs labels, and {unlabelled:,} of {shards.num_samples:,} samples "
+            f"of data.train '{shards.folder}' have none; leave them out of the shards"
         )
 
 
 def check_knn(config: RunConfig) -> None:
-    """Raise UserError where k-NN during training will find no labelled pictures, or too few."""
+    """Raise UserError where k-NN during training would find no labelled images, or too few."""
+    settings = config.eval
     try:
         train, _ = open_labelled(config.data)
-        num = len(draw_subset(train, config.eval.knn_labels, 0))
+        num_labelled = len(draw_subset(train, settings.knn_labels, 0))
     except UserError as error:
-        raise UserError(f"eval.knn_every {config.eval.knn_every:g}: {error}") from None
-    if num < config.eval.knn_k:
+        raise UserError(f"eval.knn_every {settings.knn_every:g}: {error}") from None
+    if num_labelled < settings.knn_k:
         raise UserError(
-            f"eval.knn_k {config.eval.knn_k} is larger than the {num} labelled training pictures of eval.knn_labels {config.eval.knn_labels}; choose a smaller one"
+            f"eval.knn_k {settings.knn_k} is larger than the {num_labelled} labelled training images of "
+            f"eval.knn_labels {settings.knn_labels}; choose a smaller one"
         )

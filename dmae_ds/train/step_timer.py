@@ -1,4 +1,4 @@
-"""What a step's time went into, as the host sees it: waiting for data, for the teacher, a save since the step before, and the rest."""
+"""Where a step's time goes, as the host sees it: waiting for data or the teacher, saving, and the rest."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 class StepTimer:
     """Seconds since the last `lap`, by name.
 
-    Only the host's time, read where the host stops anyway: nothing is synchronised for it. On a CPU that is where the
-    time went. A GPU computes behind the host's back: there `data` is true waiting, a long `teacher` or `rest` only says
-    where the host caught up with the GPU.
+    It measures only the host's time, where the host stops anyway, and synchronizes nothing. On a CPU that
+    is where the time went. A GPU computes asynchronously: there `data` is real waiting, while a long
+    `teacher` or `rest` only shows where the host caught up with the GPU.
     """
 
     def __init__(self):
@@ -22,7 +22,7 @@ class StepTimer:
         self._since = time.perf_counter()
 
     def waiting(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """The same items; the time until each arrives is booked under `name`, less what is booked under names within it."""
+        """Yield the items; count the time until each arrives under `name`, without what is counted in it."""
         iterator = iter(items)
         while True:
             start, within = time.perf_counter(), sum(self._waited.values())
@@ -37,15 +37,15 @@ class StepTimer:
 
     @contextmanager
     def booking(self, name: str) -> Iterator[None]:
-        """What is done within is booked under `name`; nothing in it may be."""
+        """Count the time of the block under `name`; nothing in it may be counted under another name."""
         start = time.perf_counter()
         yield
         self._waited[name] = self._waited.get(name, 0.0) + time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
-        """{"seconds/data": ..., "seconds/rest": ...} since the last call; together they are the time that passed."""
+        """{"seconds/data": ..., "seconds/rest": ...} since the last call; they add up to the whole time."""
         now = time.perf_counter()
         rest = now - self._since - sum(self._waited.values())
-        found = {**self._waited, "rest": rest}
+        spent = {**self._waited, "rest": rest}
         self._since, self._waited = now, dict.fromkeys(self._waited, 0.0)
-        return {f"seconds/{name}": seconds for name, seconds in found.items()}
+        return {f"seconds/{name}": seconds for name, seconds in spent.items()}

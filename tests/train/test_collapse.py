@@ -1,4 +1,4 @@
-"""Effective rank of known spectra, and a watch that sees what the student computed and nothing else."""
+"""Effective rank of known spectra, and a monitor that observes what the student computes and changes nothing."""
 
 import math
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from dmae_ds.models.vit import build_student
-from dmae_ds.train.collapse import LEAST_ROWS, CollapseMonitor, effective_rank
+from dmae_ds.train.collapse import MIN_ROWS, CollapseMonitor, effective_rank
 
 SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
 
 def with_spectrum(variances, num):
-    """[num, len(variances)]: centred columns, orthogonal, of these variances."""
+    """Draw [num, len(variances)]: centred orthogonal columns with these variances."""
     draw = torch.randn(num, len(variances), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     directions = torch.linalg.qr(draw - draw.mean(dim=0))[0]
     return directions * torch.tensor(variances, dtype=torch.float64).sqrt()
@@ -32,15 +32,13 @@ def test_effective_rank_of_known_spectra(variances, rank, num):
     features = with_spectrum([variance for variance in variances if variance], num)
     features = torch.nn.functional.pad(features, (0, len(variances) - features.shape[1]))
     assert effective_rank(features).item() == pytest.approx(rank, rel=1e-3)
-    rotation = torch.linalg.qr(
-        torch.randn(
-            len(variances), len(variances), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-        )
-    )[0]
+    generator = torch.Generator().manual_seed(1)
+    square = torch.randn(len(variances), len(variances), dtype=torch.float64, generator=generator)
+    rotation = torch.linalg.qr(square)[0]
     assert effective_rank(1e-3 * features @ rotation + 0.01).item() == pytest.approx(rank, rel=1e-2)
 
 
-def test_one_point_is_rank_one_though_rounding_has_every_rank():
+def test_one_point_has_rank_one_in_spite_of_rounding():
     point = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
     noise = 1e-7 * torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
     assert effective_rank(point + noise).item() == 1
@@ -49,7 +47,7 @@ def test_one_point_is_rank_one_though_rounding_has_every_rank():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_feature_that_is_not_finite_is_no_rank_and_no_error(bad):
+def test_a_feature_that_is_not_finite_has_no_rank_and_raises_nothing(bad):
     features = torch.ones(20, 4)
     features[3, 1] = bad
     assert math.isnan(effective_rank(features).item())
@@ -65,15 +63,13 @@ def run(student, num, seed=0, taps=(2,)):
     return student(patches, torch.arange(4).expand(num, -1), taps)
 
 
-def test_the_watch_measures_the_micro_batches_of_a_step_together(student):
-    watch = CollapseMonitor(student)
-    watch.active = True
+def test_the_micro_batches_of_a_step_are_measured_together(student):
+    monitor = CollapseMonitor(student)
+    monitor.active = True
     outputs = [run(student, 12, seed) for seed in (0, 1)]
-    found = watch.measure()
-    latent, tapped = (
-        torch.cat(parts)
-        for parts in ([latent for latent, _ in outputs], [tapped[2] for _, tapped in outputs])
-    )
+    found = monitor.measure()
+    latent = torch.cat([latent for latent, _ in outputs])
+    tapped = torch.cat([tapped[2] for _, tapped in outputs])
     assert list(found) == ["rank/mean", "rank/cls", "norm/2", "norm/3"]
     assert found["rank/mean"].item() == pytest.approx(
         effective_rank(latent[:, 1:].mean(dim=1)).item(), rel=1e-4
@@ -82,28 +78,28 @@ def test_the_watch_measures_the_micro_batches_of_a_step_together(student):
     assert found["norm/2"].item() == pytest.approx(tapped.norm(dim=-1).mean().item(), rel=1e-5)
     last = student.blocks[2](tapped)  # the residual stream, before the final norm
     assert found["norm/3"].item() == pytest.approx(last.norm(dim=-1).mean().item(), rel=1e-5)
-    assert watch.measure() == {} and not any(value.requires_grad for value in found.values())
+    assert monitor.measure() == {} and not any(value.requires_grad for value in found.values())
 
 
-def test_few_pictures_have_no_rank_and_a_tapped_last_block_one_norm(student):
-    watch = CollapseMonitor(student)
-    watch.active = True
-    run(student, LEAST_ROWS - 1, taps=(3,))
-    assert list(watch.measure()) == ["norm/3"]
-    run(student, LEAST_ROWS)
-    assert "rank/mean" in watch.measure()
+def test_few_images_have_no_rank_and_a_tapped_last_block_has_one_norm(student):
+    monitor = CollapseMonitor(student)
+    monitor.active = True
+    run(student, MIN_ROWS - 1, taps=(3,))
+    assert list(monitor.measure()) == ["norm/3"]
+    run(student, MIN_ROWS)
+    assert "rank/mean" in monitor.measure()
 
 
-def test_a_watch_that_sleeps_or_meets_an_evaluation_sees_nothing(student):
-    watch = CollapseMonitor(student)
+def test_an_inactive_monitor_and_an_evaluation_measure_nothing(student):
+    monitor = CollapseMonitor(student)
     run(student, 20)
-    assert watch.measure() == {}
-    watch.active = True
+    assert monitor.measure() == {}
+    monitor.active = True
     run(student.eval(), 20)
-    assert watch.measure() == {}
+    assert monitor.measure() == {}
 
 
-def test_watching_changes_no_bit_of_output_or_gradient(student):
+def test_monitoring_changes_no_bit_of_output_or_gradient(student):
     def step():
         student.zero_grad()
         latent, tapped = run(student, 20)
@@ -111,9 +107,9 @@ def test_watching_changes_no_bit_of_output_or_gradient(student):
         return [latent.detach(), *(parameter.grad.clone() for parameter in student.parameters())]
 
     before = step()
-    watch = CollapseMonitor(student)
-    watch.active = True
+    monitor = CollapseMonitor(student)
+    monitor.active = True
     state = torch.random.get_rng_state()
     assert all(torch.equal(one, other) for one, other in zip(before, step(), strict=True))
-    watch.measure()
+    monitor.measure()
     assert torch.equal(state, torch.random.get_rng_state())

@@ -1,20 +1,22 @@
-"""The EMA teacher follows the engine's weights by its formula, when it is told to, and comes back from a checkpoint as it was."""
+"""The EMA teacher follows the engine's weights by its formula, when it is due, and is restored from checkpoints."""
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.base import Objective, freeze, with_zero_gradient
 from dmae_ds.objectives.needs import EmaSpec, Progress
 from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
-from dmae_ds.train.ema import FILE, EmaTeacher
+from dmae_ds.train.checkpoint.ema_file import FILE, OLD_FILE, load_ema, save_ema
+from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher, build_ema_teacher
 from dmae_ds.train.optim import parameter_groups
+from tests.messages import refused
 
 CPU = torch.device("cpu")
 
@@ -36,17 +38,13 @@ class Two(Objective):
         return {"centre": torch.arange(3.0)}
 
     def layer_of(self, name):
-        return (
-            int(name.split(".")[2]) + 1
-            if ".blocks." in name
-            else 0
-            if name.startswith(("student.patch_embed", "student.cls"))
-            else None
-        )
+        if ".blocks." in name:
+            return int(name.split(".")[2]) + 1
+        return 0 if name.startswith(("student.patch_embed", "student.cls")) else None
 
 
 def engine_of(objective: Objective) -> SimpleNamespace:
-    """Its weights, as `Engine.full_parameters` hands them out."""
+    """An engine that gives the objective's weights as `Engine.full_parameters` does."""
 
     def full_parameters(parts):
         yield from (
@@ -69,30 +67,30 @@ def progress_at(step: int, epoch: float = 0.0) -> Progress:
 
 def test_the_ema_teacher_is_the_moving_average_of_its_parts_alone():
     objective = Two()
-    keeper = EmaTeacher(objective, precision="fp32", device=CPU)
-    assert {name.split(".")[0] for name, _ in keeper.ema.named_parameters()} == {"student", "head"}
-    assert not any(parameter.requires_grad for parameter in keeper.ema.parameters())
+    ema = EmaTeacher(objective, precision="fp32", device=CPU)
+    assert {name.split(".")[0] for name, _ in ema.module.named_parameters()} == {"student", "head"}
+    assert not any(parameter.requires_grad for parameter in ema.module.parameters())
     expected = {
-        name: parameter.detach().double().clone() for name, parameter in keeper.ema.named_parameters()
+        name: parameter.detach().double().clone() for name, parameter in ema.module.named_parameters()
     }
     for step in range(4):
         shake(objective, step)
-        keeper.after_step(engine_of(objective), progress_at(step), progress_at(step + 1))
+        ema.after_step(engine_of(objective), progress_at(step), progress_at(step + 1))
         own, m = dict(objective.named_parameters()), 0.1 * (1 + step)
         expected = {
             name: m * value + (1 - m) * own[name].detach().double() for name, value in expected.items()
         }
-    for name, parameter in keeper.ema.named_parameters():
+    for name, parameter in ema.module.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_a_copy_that_training_does_not_reach():
+def test_it_is_a_copy_that_training_does_not_change():
     objective = Two()
-    keeper = EmaTeacher(objective, precision="fp32", device=CPU)
-    before = keeper.ema.head.weight.clone()
+    ema = EmaTeacher(objective, precision="fp32", device=CPU)
+    before = ema.module.head.weight.clone()
     shake(objective, 0)
-    assert torch.equal(keeper.ema.head.weight, before)
-    keeper.ema.state["centre"].add_(1)
+    assert torch.equal(ema.module.head.weight, before)
+    ema.module.state["centre"].add_(1)
     assert objective.ema_state()["centre"][0] == 0
 
 
@@ -100,41 +98,58 @@ def test_it_is_a_copy_that_training_does_not_reach():
     "epochs, updates",
     [((0.0, 0.5, 0.999), 0), ((0.5, 1.0), 1), ((0.9, 1.1, 1.9, 2.0, 2.1), 2), ((1.0, 1.5), 0)],
 )
-def test_once_an_epoch_means_after_the_step_that_ends_one(epochs, updates):
+def test_every_epoch_means_after_the_step_that_ends_one(epochs, updates):
     objective = Two(every="epoch")
-    keeper = EmaTeacher(objective, precision="fp32", device=CPU)
-    told = []
-    keeper.update = lambda engine, momentum: told.append(momentum)
-    for step, (now, following) in enumerate(zip(epochs, epochs[1:])):
-        keeper.after_step(engine_of(objective), progress_at(step, now), progress_at(step + 1, following))
-    assert len(told) == updates
+    ema = EmaTeacher(objective, precision="fp32", device=CPU)
+    momenta = []
+    ema.update = lambda engine, momentum: momenta.append(momentum)
+    for step, (now, following) in enumerate(itertools.pairwise(epochs)):
+        ema.after_step(engine_of(objective), progress_at(step, now), progress_at(step + 1, following))
+    assert len(momenta) == updates
 
 
-def test_a_saved_ema_teacher_comes_back_bit_for_bit_with_its_state(tmp_path):
+@pytest.mark.parametrize("name", [FILE, OLD_FILE])
+def test_a_saved_ema_teacher_is_restored_bit_for_bit_with_its_state(tmp_path, name):
+    """Checkpoints from before December 2026 have OLD_FILE."""
     objective = Two()
-    keeper, files = EmaTeacher(objective, precision="fp32", device=CPU), SafeCheckpointEngine()
+    ema, files = EmaTeacher(objective, precision="fp32", device=CPU), SafeCheckpointEngine()
     shake(objective, 1)
-    keeper.update(engine_of(objective), 0.3)
-    keeper.ema.state["centre"].mul_(3)
-    keeper.save(tmp_path, files)
+    ema.update(engine_of(objective), 0.3)
+    ema.module.state["centre"].mul_(3)
+    save_ema(ema.tensors(), tmp_path, files)
     assert files.problem is None and files.written[tmp_path / FILE].bytes == (tmp_path / FILE).stat().st_size
+    (tmp_path / FILE).rename(tmp_path / name)
     other = EmaTeacher(Two(), precision="fp32", device=CPU)
-    other.load(tmp_path)
-    assert all(torch.equal(tensor, dict(other.tensors())[name]) for name, tensor in keeper.tensors())
-    assert other.ema.state["centre"].tolist() == [0, 3, 6]
+    load_ema(other.tensors(), tmp_path)
+    assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in ema.tensors().items())
+    assert other.module.state["centre"].tolist() == [0, 3, 6]
 
 
-def test_a_checkpoint_without_it_or_of_another_is_refused_and_a_full_disk_is_remembered(tmp_path):
+def test_a_missing_or_different_file_is_refused_and_a_disk_error_is_remembered(tmp_path):
     objective = Two()
-    keeper, files = EmaTeacher(objective, precision="fp32", device=CPU), SafeCheckpointEngine()
-    with pytest.raises(UserError, match=f"has no {FILE}"):
-        keeper.load(tmp_path)
-    keeper.save(tmp_path / "missing", files)
-    assert "could not write" in files.problem
-    keeper.save(tmp_path, SafeCheckpointEngine())
+    ema, files = EmaTeacher(objective, precision="fp32", device=CPU), SafeCheckpointEngine()
+    with refused(tmp_path, FILE):
+        load_ema(ema.tensors(), tmp_path)
+    save_ema(ema.tensors(), tmp_path / "missing", files)
+    assert str(tmp_path / "missing" / FILE) in files.problem
+    save_ema(ema.tensors(), tmp_path, SafeCheckpointEngine())
     objective.ema = EmaSpec(("student", "head", "header"), momentum=lambda progress: 0.5)
-    with pytest.raises(UserError, match="header"):
-        EmaTeacher(objective, precision="fp32", device=CPU).load(tmp_path)
+    with refused(tmp_path / FILE, "header"):
+        load_ema(EmaTeacher(objective, precision="fp32", device=CPU).tensors(), tmp_path)
+
+
+def test_an_objective_without_an_ema_teacher_has_one_that_does_nothing(tmp_path):
+    objective = Two()
+    assert isinstance(build_ema_teacher(objective, precision="fp32", device=CPU), EmaTeacher)
+    objective.ema = None
+    ema = build_ema_teacher(objective, precision="fp32", device=CPU)
+    assert isinstance(ema, NoEmaTeacher) and str(ema) == "" and not list(ema.module.parameters())
+    ema.after_step(engine_of(objective), progress_at(0), progress_at(1))
+    assert ema.features(SimpleNamespace()) == {}
+    files = SafeCheckpointEngine()
+    save_ema(ema.tensors(), tmp_path, files)
+    load_ema(ema.tensors(), tmp_path)
+    assert not files.written and files.problem is None and not list(tmp_path.iterdir())
 
 
 def test_features_are_made_without_gradients_and_in_the_recipe_s_precision():
@@ -151,11 +166,8 @@ def test_features_are_made_without_gradients_and_in_the_recipe_s_precision():
         found = EmaTeacher(objective, precision=precision, device=CPU).features(
             SimpleNamespace(visible=torch.randn(2, 16))
         )
-        assert (
-            found["ema/head"].dtype == dtype
-            and found["ema/weight"].dtype == torch.float32
-            and not found["ema/head"].requires_grad
-        )
+        assert found["ema/head"].dtype == dtype and not found["ema/head"].requires_grad
+        assert found["ema/weight"].dtype == torch.float32
     objective.ema_features = lambda ema, masked: {"head": ema.head(masked.visible)}
     with pytest.raises(AssertionError, match="begin with ema/"):
         EmaTeacher(objective, precision="fp32", device=CPU).features(
@@ -163,7 +175,7 @@ def test_features_are_made_without_gradients_and_in_the_recipe_s_precision():
         )
 
 
-# What else an objective may declare
+# What else an objective may declare.
 
 
 def names_of(objective: Objective, groups: list[dict]) -> list[tuple[dict, set[str]]]:
@@ -177,20 +189,16 @@ def names_of(objective: Objective, groups: list[dict]) -> list[tuple[dict, set[s
     ]
 
 
-def test_rates_fall_by_layer_and_what_is_of_no_layer_is_on_top():
+def test_learning_rates_decrease_by_layer_and_parameters_without_a_layer_are_on_top():
     objective = Two()
     groups = names_of(objective, parameter_groups(objective, weight_decay=0.05, layer_decay=0.5))
     scale = {name: keys["lr_scale"] for keys, names in groups for name in names}
     assert scale["student.cls_token"] == scale["student.patch_embed.proj.weight"] == 0.25
-    assert (
-        scale["student.blocks.0.attn.qkv.weight"] == 0.5
-        and scale["student.blocks.1.mlp.fc1.bias"] == scale["head.weight"] == scale["student.norm.bias"] == 1
-    )
+    assert scale["student.blocks.0.attn.qkv.weight"] == 0.5
+    assert scale["student.blocks.1.mlp.fc1.bias"] == scale["head.weight"] == scale["student.norm.bias"] == 1
     decay = {name: keys["weight_decay"] for keys, names in groups for name in names}
-    assert (
-        decay["head.weight"] == decay["student.cls_token"] == 0.05
-        and decay["head.bias"] == decay["student.norm.weight"] == 0
-    )
+    assert decay["head.weight"] == decay["student.cls_token"] == 0.05
+    assert decay["head.bias"] == decay["student.norm.weight"] == 0
     assert len(scale) == len(list(objective.parameters()))
 
 
@@ -215,11 +223,11 @@ def test_scaled_parameters_get_groups_of_their_own_and_nothing_is_lost():
 def test_a_layer_decay_without_layers_is_refused():
     objective = Two()
     objective.layer_of = lambda name: None
-    with pytest.raises(UserError, match="optim.layer_decay 0.75 is of no use"):
+    with refused("optim.layer_decay 0.75", "optim.layer_decay=1"):
         parameter_groups(objective, weight_decay=0.05, layer_decay=0.75)
 
 
-def test_what_is_frozen_keeps_its_names_and_values_but_is_no_parameter():
+def test_frozen_weights_keep_names_and_values_but_are_no_parameters():
     objective = Two()
     before = objective.state_dict()
     freeze(objective.student.patch_embed)

@@ -1,4 +1,4 @@
-"""How fast a run says it is: TFLOP/s and the share of the fastest matrix product, in every line of its metrics."""
+"""Speed in every line of a run's metrics: TFLOP/s, and the share of the fastest matrix product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dmae_ds.train.speed import Speed, gemm_rate
 from tests.train.conftest import command, run
 
 
-def test_the_share_is_the_floor_over_the_time_whatever_the_dtypes():
+def test_the_share_is_the_shortest_possible_time_over_the_time():
     speed = Speed(
         {"teacher": (40, torch.bfloat16), "forward": (10, torch.float32)},
         {torch.bfloat16: 20.0, torch.float32: 5.0},
@@ -29,19 +29,16 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
     assert gemm_rate(torch.float32, torch.device("cpu"))() == 2 * 8**3 / 1.0
 
 
-def test_a_run_of_more_than_toy_size_shows_it_and_a_toy_does_not(tiny_recipe, tmp_path):
+def test_a_run_of_a_large_network_shows_its_speed(tiny_recipe, tmp_path):
     recipe, *overrides = tiny_recipe
     few = [*overrides, "optim.epochs=0.06", "optim.warmup_epochs=0.01", "log.every_steps=2"]
     large = ["student.embed_dim=384", "student.num_heads=6", f"run.dir={tmp_path / 'large'}"]
     done = run(command(["train", recipe, *few, *large], ranks=1), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "large" / "metrics.jsonl").read_text().splitlines()]
-    assert (
-        all(line["of_peak"] > 0 and line["tflops"] > 0 for line in lines)
-        and "of peak" in done.stderr
-        and "data=" in done.stderr
-    )
-    # the work of a step over the time of a step
+    assert all(line["of_peak"] > 0 and line["tflops"] > 0 for line in lines)
+    assert "of peak" in done.stderr and "data=" in done.stderr
+    # work of a step / time of a step
     assert lines[-1]["tflops"] * 1e12 / lines[-1]["images_per_s"] == pytest.approx(
         lines[0]["tflops"] * 1e12 / lines[0]["images_per_s"]
     )

@@ -18,7 +18,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.teacher.build import verify
 from dmae_ds.tools.teacher_stats import write_stats
-from dmae_ds.train.run import build_objective, build_teacher
+from dmae_ds.train.networks import build_objective, build_teacher
 from tests.train.conftest import command, environment, losses, run
 
 # Several recipes in one process, because imports take longer than the refusals do.

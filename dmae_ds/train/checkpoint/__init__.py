@@ -1,1 +1,1 @@
-"""What a run keeps on disk: saving and loading, the folder of checkpoints, DeepSpeed's files, resharding, the run's lock."""
+"""Checkpoints: saving, loading, their folder, DeepSpeed's files, resharding, exported student, run lock."""

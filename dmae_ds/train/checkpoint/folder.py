@@ -1,11 +1,11 @@
-"""The run folder's checkpoints on disk: which is the newest whole one, how the pointer moves, which go (no torch).
+"""Checkpoints of a run on disk: which one is the newest, how the pointer moves, which are deleted (no torch).
 
     RUN/checkpoints/step-00000500/   DeepSpeed's files, and state.json
-    RUN/checkpoints/latest           the name of the newest whole one
-
-`state.json` is written after every rank has finished, and lists every file with its bytes and crc32 as the rank that
-wrote it knows them; `latest` moves last, by an atomic rename, and a checkpoint that goes loses its state.json first. So
-whatever is killed whenever, `latest` names a checkpoint that is whole, and one without a state.json is none.
+    RUN/checkpoints/latest           the name of the newest complete checkpoint
+ `state.json` is written after every rank has finished, and lists every file with its bytes and crc32 as the
+rank that wrote it computed them. `latest` moves last, by an atomic rename, and a checkpoint that is deleted
+loses its state.json first. So whatever is killed at whatever moment, `latest` names a complete checkpoint,
+and a folder without a state.json is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from isal.isal_zlib import crc32
 
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.output.durable import sync_folder, write_atomically
+from dmae_ds.output.units import MIB
 
 STATE_VERSION = 3
-READABLE = (2, 3)  # version 2 knew no crc32
+READABLE = (2, 3)  # version 2 had no crc32
 
-# What must be equal for a checkpoint's weights and position to mean the same thing, and the way out where it isn't.
-# World size and ZeRO stage may differ: such a checkpoint is moved when it is loaded (train/moving.py).
+# What must be equal for a checkpoint's weights and position to mean the same, and what to do where it is not.
+# World size and ZeRO stage may differ: such a checkpoint is resharded when it is loaded (reshard.py).
 MUST_AGREE = {
     "precision": "set precision back",
     "seed": "set run.seed back",
-    "fingerprint": "point data.train at the shards that it was trained on",
+    "fingerprint": "set data.train to the shards that the run was trained on",
     "order": "set data.block back",
     "repeat": "set data.repeat back",
     "global_batch": "set optim.global_batch back",
@@ -37,11 +38,10 @@ MUST_AGREE = {
     "objective": "set the objective section back, or choose another run.dir",
 }
 
-
-# What a state.json that is older than a key meant by leaving it out.
+# Values that a state.json from before a key existed stands for.
 OLDER = {"order": {"version": 1, "block": 1}, "repeat": 1}
 
-_CHUNK = 16 * 2**20
+_CHUNK = 16 * MIB
 
 
 class Written(NamedTuple):
@@ -59,14 +59,18 @@ class CheckpointFolder:
         self.path = run_dir / "checkpoints"
 
     def tag(self, step: int) -> str:
+        """Name of the checkpoint of a step."""
         return f"step-{step:08d}"
 
     def all(self) -> list[Path]:
-        """Every checkpoint that has a state.json, whole or damaged, in the order of steps."""
+        """Every checkpoint that has a state.json, complete or damaged, in the order of steps."""
         return sorted(path.parent for path in self.path.glob("step-*/state.json"))
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None. Raises UserError when the pointer names one that is not whole."""
+        """The newest complete checkpoint, or None.
+
+        Raises UserError when the pointer names an incomplete one.
+        """
         pointer = self.path / "latest"
         if not pointer.is_file():
             return None
@@ -75,7 +79,10 @@ class CheckpointFolder:
         return folder
 
     def read_state(self, folder: Path) -> dict:
-        """A checkpoint's state.json, its files a {name: Written}, with their sizes checked. Raises UserError."""
+        """Read a checkpoint's state.json, its files as {name: Written}, and check their sizes.
+
+        Raises UserError.
+        """
         try:
             state = parse_state(folder)
         except (OSError, json.JSONDecodeError) as error:
@@ -83,65 +90,74 @@ class CheckpointFolder:
                 f"checkpoint '{folder}' has no readable state.json ({error}); {self.way_back(folder)}"
             ) from None
         for name, written in state["files"].items():
-            self._refuse(folder, what_is_wrong(folder / name, written, read=False))
+            self._raise_if(what_is_wrong(folder / name, written, read=False), folder)
         return state
 
     def check_bytes(self, folder: Path, *, part: int = 0, parts: int = 1) -> None:
-        """Read every parts-th file of a checkpoint and compare its crc32, so that `parts` readers check each file once. Raises UserError."""
-        for name, written in sorted(self.read_state(folder)["files"].items())[part::parts]:
-            self._refuse(folder, what_is_wrong(folder / name, written, read=True))
+        """Read every parts-th file of a checkpoint, from the part-th on, and compare its crc32.
 
-    def _refuse(self, folder: Path, wrong: str | None) -> None:
-        if wrong is not None:
-            raise UserError(f"checkpoint '{folder}': {wrong}; {self.way_back(folder)}")
+        With `parts` readers each file is read once. Raises UserError.
+        """
+        for name, written in sorted(self.read_state(folder)["files"].items())[part::parts]:
+            self._raise_if(what_is_wrong(folder / name, written, read=True), folder)
+
+    def _raise_if(self, problem: str | None, folder: Path) -> None:
+        if problem is not None:
+            raise UserError(f"checkpoint '{folder}': {problem}; {self.way_back(folder)}")
 
     def way_back(self, folder: Path) -> str:
-        """How to continue without a broken checkpoint: names the newest older one that is whole to the last byte."""
+        """How to continue without a broken checkpoint; names the newest older one that is intact."""
         for older in reversed([path for path in self.all() if path.name < folder.name]):
             try:
                 self.check_bytes(older)
             except UserError:
                 continue
             return (
-                f"{older.name} before it is whole; to take that: echo {older.name} > {self.path / 'latest'}"
+                f"{older.name} is complete; to continue from it: echo {older.name} > {self.path / 'latest'}"
             )
         return (
-            "no older one is whole; choose another run.dir, or delete this run's checkpoints to start again"
+            "no older checkpoint is complete; choose another run.dir, "
+            "or delete this run's checkpoints to start again"
         )
 
     def check_same_run(self, folder: Path, identity: dict) -> None:
-        """Raise UserError unless a checkpoint can continue as the run with this identity: MUST_AGREE's keys, world_size and zero_stage."""
+        """Raise UserError unless a checkpoint can continue as the run with this identity.
+
+        identity: the keys of MUST_AGREE, world_size and zero_stage
+        """
         state = self.read_state(folder)
         for key, way_out in MUST_AGREE.items():
-            found = state[key] if key in state else OLDER[key]
-            if found != identity[key]:
+            saved = state[key] if key in state else OLDER[key]
+            if saved != identity[key]:
                 raise UserError(
-                    f"checkpoint '{folder}' has {key} {_short(found)}, this run {_short(identity[key])}; {way_out}"
+                    f"checkpoint '{folder}' has {key} {_short(saved)}, "
+                    f"this run {_short(identity[key])}; {way_out}"
                 )
-        if not self.moves(state, identity):
+        if not self.must_reshard(state, identity):
             return
-        wrote = f"{state['world_size']} ranks with ZeRO stage {state['zero_stage']}"
         if state["version"] < 3 and state["zero_stage"] == 0:
-            why = "was written by a program that did not note which optimiser state is whose"
+            reason = "does not record which optimizer state belongs to which parameter"
         elif identity["precision"] == "fp16":
-            why = "has the loss scale of fp16, which does not move"
+            reason = "holds the loss scale of fp16"
         elif any(name.startswith("offloaded_tensors/") for name in state["files"]):
-            why = "holds tensors that were offloaded to NVMe, which do not move"
+            reason = "holds tensors that were offloaded to NVMe"
         else:
             return
         raise UserError(
-            f"checkpoint '{folder}' {why} to another world size or ZeRO stage; start with {wrote}, as it was written"
+            f"checkpoint '{folder}' {reason}, so it cannot continue with another world size or ZeRO stage; "
+            f"start with {state['world_size']} ranks and ZeRO stage {state['zero_stage']}, as it was written"
         )
 
     @staticmethod
-    def moves(state: dict, identity: dict) -> bool:
-        """Whether a checkpoint was written by another number of ranks, or at another ZeRO stage, than this run has."""
+    def must_reshard(state: dict, identity: dict) -> bool:
+        """Whether a checkpoint was written with another world size or ZeRO stage than this run has."""
         return any(state[key] != identity[key] for key in ("world_size", "zero_stage"))
 
     def begin(self, step: int) -> None:
-        """Make room for a checkpoint, throwing away what a killed save left under its name.
+        """Make the folder of a checkpoint, deleting what a killed save left under its name.
 
-        Raises RunFailed when there are fewer free bytes than the one before took, OSError where the disk refuses.
+        Raises RunFailed when fewer bytes are free than the checkpoint before took, OSError where the disk
+        refuses.
         """
         self.remove(self.path / self.tag(step))
         (self.path / self.tag(step)).mkdir(parents=True)
@@ -149,40 +165,42 @@ class CheckpointFolder:
             needed, free = bytes_in(before), shutil.disk_usage(self.path).free
             if free < needed:
                 raise RunFailed(
-                    f"{before.name} took {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free in {self.path}"
+                    f"{before.name} took {needed / MIB:,.1f} MiB "
+                    f"and {free / MIB:,.1f} MiB are free in {self.path}"
                 )
 
     def commit(self, step: int, state: dict, files: dict[str, Written]) -> None:
-        """Seal a checkpoint whose files are all on the disk, and move the pointer to it. Raises OSError."""
+        """Write state.json for a checkpoint whose files are all on the disk, and move the pointer.
+
+        Raises OSError.
+        """
         folder = self.path / self.tag(step)
-        for written in (folder, self.path, self.run_dir):  # the names of its files, and its own
-            sync_folder(written)
-        content = {
-            "version": STATE_VERSION,
-            **state,
-            "files": {name: written._asdict() for name, written in sorted(files.items())},
-        }
+        for parent in (folder, self.path, self.run_dir):  # the names of its files, and its own
+            sync_folder(parent)
+        entries = {name: written._asdict() for name, written in sorted(files.items())}
+        content = {"version": STATE_VERSION, **state, "files": entries}
         write_atomically(folder / "state.json", json.dumps(content, indent=1).encode())
         write_atomically(self.path / "latest", self.tag(step).encode())
 
     def abandon(self, step: int) -> None:
-        """Throw away a save that failed, unless the pointer moved to it before it did."""
+        """Delete a save that failed, unless the pointer moved to it before it did."""
         pointer = self.path / "latest"
         if not (pointer.is_file() and pointer.read_text().strip() == self.tag(step)):
             self.remove(self.path / self.tag(step))
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` of those up to the one that `latest` names, and what killed saves left before it."""
+        """Delete all but the newest `keep` checkpoints up to `latest`, and what killed saves left before it.
+
+        Checkpoints after `latest`, of a run that was set back, stay: a person must decide about them.
+        """
         newest = (self.path / "latest").read_text().strip()
-        stay = [path for path in self.all() if path.name <= newest][-keep:]
+        kept = [path for path in self.all() if path.name <= newest][-keep:]
         for old in sorted(self.path.glob("step-*")):
-            if (
-                old not in stay and old.name < newest
-            ):  # later ones, of a run that went back, are for a person to judge
+            if old not in kept and old.name < newest:
                 self.remove(old)
 
     def remove(self, folder: Path) -> None:
-        """Delete a checkpoint; killed in the middle, what is left is no checkpoint."""
+        """Delete a checkpoint; if killed in the middle, what is left is not a checkpoint."""
         if folder.exists():
             (folder / "state.json").unlink(missing_ok=True)
             sync_folder(folder)
@@ -190,11 +208,15 @@ class CheckpointFolder:
 
 
 def parse_state(folder: Path) -> dict:
-    """A checkpoint's state.json, its files a {name: Written}. Raises OSError, JSONDecodeError; UserError for another version."""
+    """Read a checkpoint's state.json, its files as {name: Written}.
+
+    Raises OSError, JSONDecodeError; UserError for a version that is not READABLE.
+    """
     state = json.loads((folder / "state.json").read_text())
     if state.get("version") not in READABLE:
         raise UserError(
-            f"checkpoint '{folder}' has format version {state.get('version')}, this program reads {' and '.join(map(str, READABLE))}; use the program that wrote it"
+            f"checkpoint '{folder}' has format version {state.get('version')}, this program reads "
+            f"{' and '.join(map(str, READABLE))}; use the program that wrote it"
         )
     state["files"] = {
         name: Written(**entry) if isinstance(entry, dict) else Written(entry, None)
@@ -204,37 +226,35 @@ def parse_state(folder: Path) -> dict:
 
 
 def what_is_wrong(path: Path, written: Written, *, read: bool) -> str | None:
-    """None, or how a file differs from what was written: in its size, or, if it is to be read, in its bytes."""
-    found = path.stat().st_size if path.is_file() else None
-    if found is None:
+    """How a file differs from what was written, or None: in its size or, with `read`, in its bytes."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
         return f"{path.name} is missing"
-    if found != written.bytes:
-        return f"{path.name} has {found} bytes instead of {written.bytes}"
+    if size != written.bytes:
+        return f"{path.name} has {size} bytes instead of {written.bytes}"
     if not read or written.crc32 is None:
         return None
     try:
         crc = crc32_of(path)
     except OSError as error:
-        return f"{path.name} can't be read: {error.strerror}"
-    return (
-        None
-        if crc == written.crc32
-        else f"{path.name} is damaged: its crc32 is {crc:08x} instead of {written.crc32:08x}"
-    )
+        return f"{path.name} cannot be read: {error.strerror}"
+    if crc != written.crc32:
+        return f"{path.name} is damaged: its crc32 is {crc:08x} instead of {written.crc32:08x}"
+    return None
 
 
 def bytes_in(folder: Path) -> int:
-    """The size of all files below a folder."""
+    """Size of all files below a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def crc32_of(path: Path) -> int:
-    """A file's crc32, read in pieces."""
-    found = 0
+    """Compute a file's crc32, reading it in pieces."""
+    crc = 0
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(_CHUNK):
-            found = crc32(piece, found)
-    return found
+            crc = crc32(piece, crc)
+    return crc
 
 
 def _short(value: object, limit: int = 80) -> str:

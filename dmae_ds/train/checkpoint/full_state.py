@@ -1,14 +1,13 @@
-"""A checkpoint's parameters and Adam's moments, whole, put together from the parts that DeepSpeed's ranks wrote.
+"""A checkpoint's parameters and Adam's moments in full, joined from the pieces that DeepSpeed's ranks wrote.
+ It is read one parameter at a time, from memory-mapped files: a rank that continues with another world size
+or ZeRO stage needs neither the disk space nor the minutes of a conversion, and no half-made conversion can
+be left over. DeepSpeed 0.19.8's own way (ds_to_universal, then load_universal) is not used for that because
 
-Read a parameter at a time, from mapped files: a rank that continues with another world size or ZeRO stage needs neither
-the disk space nor the minutes of a conversion, and nothing half-made can be left over. DeepSpeed 0.19.8's own way
-(ds_to_universal, then load_universal) is not taken for that because
-
-- it loads stages 1 and 2 -> 3, 3 -> 1 and 2, and 1, 2 and 3 -> 0 not at all;
+- it does not load stages 1 and 2 -> 3, 3 -> 1 and 2, and 1, 2 and 3 -> 0;
 - into stage 3 it gives every parameter group the first one's weight decay;
 - it writes every parameter's states twice, as small files, and unpickles whatever a file holds.
 
-The parts are cut as ds_to_universal reads them; tests/train/checkpoint/test_reshard.py holds the two against each other.
+The pieces are read as ds_to_universal reads them; tests/train/checkpoint/test_reshard.py compares the two.
 """
 
 from __future__ import annotations
@@ -31,92 +30,98 @@ from torch import Tensor
 
 from dmae_ds.train.checkpoint.deepspeed_files import load_file
 
-GROUPS = (
-    "dmae_ds_parameter_groups"  # ours, in DeepSpeed's model files: [[names of a group's parameters], ...]
-)
+# Our key in DeepSpeed's model files: [[names of a group's parameters], ...].
+GROUPS = "dmae_ds_parameter_groups"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = ("fp32", *MOMENTS)
 
 
-class WholeState:
-    """The state of a checkpoint folder that was written at a ZeRO stage; `step` is Adam's counter."""
+class FullState:
+    """State of a checkpoint folder that was written at a ZeRO stage; `step` is Adam's counter."""
 
     def __init__(self, folder: Path, *, stage: int):
         self._shapes: dict[str, torch.Size] = {}
-        self._pieces: dict[tuple[str, str], list[Tensor]] = defaultdict(
-            list
-        )  # (name, state) -> flat pieces, in order
+        # (name of a parameter, name of a state) -> its flat pieces, in order
+        self._pieces: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         self._steps: set[float] = set()
-        {0: self._open_whole, 1: self._open_sliced, 2: self._open_sliced, 3: self._open_scattered}[stage](
-            folder
-        )
+        open_stage = [
+            self._open_stage_0,
+            self._open_stage_1_or_2,
+            self._open_stage_1_or_2,
+            self._open_stage_3,
+        ]
+        open_stage[stage](folder)
         assert len(self._steps) == 1, f"{folder}: Adam's step counters differ: {self._steps}"
         (self.step,) = self._steps
 
     @property
     def names(self) -> list[str]:
-        """Of the trained parameters."""
+        """Names of the trained parameters."""
         return list(self._shapes)
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """{"fp32", "exp_avg", "exp_avg_sq"} of a parameter, in its shape, on the CPU, in fp32."""
-        shape, found = self._shapes[name], {}
+        """Read a parameter's {"fp32", "exp_avg", "exp_avg_sq"}, each in its shape, fp32, on the CPU."""
+        shape, states = self._shapes[name], {}
         for state in STATES:
             flat = torch.cat(self._pieces[name, state]).float()
-            found[state] = flat[: shape.numel()].view(shape)  # stage 3 pads the last piece
-        return found
+            states[state] = flat[: shape.numel()].view(shape)  # stage 3 pads the last piece
+        return states
 
-    def _open_whole(self, folder: Path) -> None:
-        """Stage 0: the model, and torch's own state of the optimiser, which knows parameters by number."""
+    def _open_stage_0(self, folder: Path) -> None:
+        """The model, and torch's own state of the optimizer, which knows parameters by number."""
         (file,) = _open(folder, "*_model_states.pt")
         states = file["optimizer"]["state"]
-        for number, name in enumerate(name for group in file[GROUPS] for name in group):
-            self._shapes[name] = file["module"][name].shape
-            for state, tensor in zip(
-                STATES, (file["module"][name], *(states[number][moment] for moment in MOMENTS)), strict=True
-            ):
+        names = [name for group in file[GROUPS] for name in group]
+        for number, name in enumerate(names):
+            weight = file["module"][name]
+            self._shapes[name] = weight.shape
+            for state, tensor in _by_state(weight, states[number]):
                 self._pieces[name, state].append(tensor.flatten())
             self._steps.add(float(states[number]["step"]))
 
-    def _open_sliced(self, folder: Path) -> None:
-        """Stages 1 and 2: each group is one flat tensor, cut over the ranks wherever the cuts fall."""
+    def _open_stage_1_or_2(self, folder: Path) -> None:
+        """Each parameter group is one flat tensor, cut over the ranks without regard to its parameters."""
         for shapes in _open(folder, "*_model_states.pt")[0][PARAM_SHAPES]:
             self._shapes |= shapes
         for file in _open(folder, "*_optim_states.pt"):
             optimizer = file[OPTIMIZER_STATE_DICT]
-            for number, (weights, slices) in enumerate(
-                zip(optimizer[SINGLE_PARTITION_OF_FP32_GROUPS], optimizer[PARAM_SLICE_MAPPINGS], strict=True)
-            ):
+            groups = zip(
+                optimizer[SINGLE_PARTITION_OF_FP32_GROUPS], optimizer[PARAM_SLICE_MAPPINGS], strict=True
+            )
+            for number, (weights, slices) in enumerate(groups):
                 states = optimizer[BASE_OPTIMIZER_STATE]["state"][number]
                 self._steps.add(float(states["step"]))
-                for name, where in slices.items():
-                    for state, flat in zip(
-                        STATES, (weights, *(states[moment] for moment in MOMENTS)), strict=True
-                    ):
-                        self._pieces[name, state].append(flat[where.start : where.start + where.numel])
+                for name, place in slices.items():
+                    for state, flat in _by_state(weights, states):
+                        piece = flat[place.start : place.start + place.numel]
+                        self._pieces[name, state].append(piece)
 
-    def _open_scattered(self, folder: Path) -> None:
-        """Stage 3: every parameter is cut into as many equal pieces as there are ranks, and a rank's pieces lie one behind the other."""
+    def _open_stage_3(self, folder: Path) -> None:
+        """Every parameter is cut into one piece a rank, all equal; the pieces of a rank follow each other."""
         groups = _open(folder, "*_model_states.pt")[0][PARAM_SHAPES]
         files = _open(folder, "*_optim_states.pt")
         for file in files:
             optimizer = file[OPTIMIZER_STATE_DICT]
             for number, shapes in enumerate(groups):
-                states, start = optimizer[OPTIMIZER_STATE_DICT]["state"][number], 0
+                weights = optimizer[FP32_FLAT_GROUPS][number]
+                states = optimizer[OPTIMIZER_STATE_DICT]["state"][number]
                 self._steps.add(float(states["step"]))
+                start = 0
                 for name, shape in shapes.items():
                     stop = start + math.ceil(shape.numel() / len(files))
-                    for state, flat in zip(
-                        STATES,
-                        (optimizer[FP32_FLAT_GROUPS][number], *(states[moment] for moment in MOMENTS)),
-                        strict=True,
-                    ):
+                    for state, flat in _by_state(weights, states):
                         self._pieces[name, state].append(flat[start:stop])
-                    self._shapes[name], start = shape, stop
+                    self._shapes[name] = shape
+                    start = stop
+
+
+def _by_state(weight: Tensor, states: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Pairs of the names in STATES and their tensors: the weight, then Adam's moments."""
+    return [("fp32", weight), *((moment, states[moment]) for moment in MOMENTS)]
 
 
 def _open(folder: Path, pattern: str) -> list[dict]:
-    """DeepSpeed's files of one kind, in the order of ranks."""
+    """Open DeepSpeed's files of one kind, in the order of ranks."""
 
     def numbers(path: Path) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", path.name)]

@@ -1,7 +1,7 @@
-"""A run folder has one owner at a time, and is one folder for all ranks.
-
-Two jobs that train into one folder, such as an orphan and its restart, would delete each other's checkpoints. A rank whose
-run.dir is a local disk of its own machine would write its share of a checkpoint where nobody looks for it.
+"""One owner at a time for a run folder, which must be one folder for all ranks.
+ Two jobs that train into one folder, such as an orphan and its restart, would delete each other's
+checkpoints. A rank whose run.dir is on a local disk of its own machine would write its part of a checkpoint
+where no other rank finds it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from dmae_ds.errors import UserError
 
 WAIT_S = 10.0  # for the ranks of a job that is just ending
 VISIBLE_S = (
-    5.0  # until a new file is seen from another machine; NFS may keep a folder's listing for some seconds
+    5.0  # until another machine sees a new file; NFS may cache the listing of a folder for some seconds
 )
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
 
 def claim(run_dir: Path) -> IO[str] | None:
-    """Make a run folder and own it until the returned file is closed, or the process ends however it does. Collective.
+    """Make a run folder and own it until the returned file is closed or the process ends, however it ends.
 
-    Rank 0 holds a POSIX lock on RUN/lock, which says who does; it works over NFS, and children don't inherit it.
+    Collective. Rank 0 holds a POSIX lock on RUN/lock, whose text names the owner; it works over NFS, and
+    child processes do not inherit it. Returns None on other ranks, and where the file system has no locks.
     Raises UserError, on every rank, if another process holds it or a rank sees another folder.
     """
     held = collectives.raise_on_all_ranks(lambda: _lock(run_dir) if collectives.is_main() else None)
     token = collectives.raise_on_all_ranks(lambda: _write_token(run_dir) if collectives.is_main() else None)
     host, name = collectives.broadcast_from_main((socket.gethostname(), token))
     try:
-        collectives.raise_on_all_ranks(lambda: _look_for(run_dir / name, host))
+        collectives.raise_on_all_ranks(lambda: _wait_for_token(run_dir / name, host))
     finally:
         if collectives.is_main():
             (run_dir / name).unlink(missing_ok=True)
@@ -46,7 +47,7 @@ def claim(run_dir: Path) -> IO[str] | None:
 
 def _lock(run_dir: Path) -> IO[str] | None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir / "lock", "a+", encoding="utf-8")
+    file = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115
     end = time.monotonic() + WAIT_S
     while True:
         try:
@@ -55,7 +56,8 @@ def _lock(run_dir: Path) -> IO[str] | None:
         except OSError as error:
             if error.errno not in _BUSY:
                 print(
-                    f"run.dir '{run_dir}' is on a file system without locks ({error.strerror}): nothing keeps a second job out of it",
+                    f"run.dir '{run_dir}' is on a file system without locks ({error.strerror}): "
+                    "a second job in this folder will not be noticed",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -63,22 +65,21 @@ def _lock(run_dir: Path) -> IO[str] | None:
             if time.monotonic() > end:
                 file.seek(0)
                 raise UserError(
-                    f"run.dir '{run_dir}' is in use by {_holder(file.read())}; wait for it or stop it, or choose another run.dir"
+                    f"run.dir '{run_dir}' is in use by {_describe_owner(file.read())}; "
+                    "wait for it or stop it, or choose another run.dir"
                 ) from None
             time.sleep(0.2)
     file.truncate(0)
-    json.dump(
-        {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")},
-        file,
-    )
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
     file.flush()
     return file
 
 
-def _holder(text: str) -> str:
+def _describe_owner(text: str) -> str:
     try:
-        said = json.loads(text)
-        return f"process {said['pid']} on {said['host']}, since {said['since']}"
+        owner = json.loads(text)
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (json.JSONDecodeError, KeyError, TypeError):
         return "another job"
 
@@ -89,12 +90,12 @@ def _write_token(run_dir: Path) -> str:
     return token.name
 
 
-def _look_for(token: Path, host: str) -> None:
+def _wait_for_token(token: Path, host: str) -> None:
     end = time.monotonic() + VISIBLE_S
     while not token.exists():
         if time.monotonic() > end:
-            here = socket.gethostname()
             raise UserError(
-                f"run.dir '{token.parent}' on {here} is not the folder of {host}: it must be on a file system that all nodes share"
+                f"run.dir '{token.parent}' on {socket.gethostname()} is not the folder of {host}: "
+                "it must be on a file system that all nodes share"
             )
         time.sleep(0.1)

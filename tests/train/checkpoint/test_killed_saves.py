@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
-from dmae_ds.train.checkpoint.save import PLAIN, step_of
+from dmae_ds.train.checkpoint.student_file import NAMES, step_of
 from tests.train.checkpoint.test_reshard import start, train
 from tests.train.conftest import free_port, losses, run
 
@@ -58,14 +58,14 @@ def test_killed_in_a_save_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ra
 def test_plain_files_of_another_step_are_written_anew(tiny_recipe, tmp_path):
     folder = tmp_path / "run"
     start([train(tiny_recipe, folder)], ranks=1, cwd=tmp_path)
-    expected = {name: load_file(folder / f"{name}.safetensors") for name in PLAIN}
-    for name in PLAIN:
-        (folder / f"{name}.safetensors").unlink()  # what was loaded is mapped
+    expected = {name: load_file(folder / name) for name in NAMES}
+    for name in NAMES:
+        (folder / name).unlink()  # what was loaded is memory-mapped
     (folder / "decoder.safetensors").write_bytes(b"half")
     start([train(tiny_recipe, folder)], ranks=1, cwd=tmp_path)  # nothing is left to train
     for name, tensors in expected.items():
-        found = load_file(folder / f"{name}.safetensors")
+        found = load_file(folder / name)
         assert found.keys() == tensors.keys() and all(
             torch.equal(found[key], tensor) for key, tensor in tensors.items()
         )
-        assert step_of(folder / f"{name}.safetensors") == 6
+        assert step_of(folder / name) == 6

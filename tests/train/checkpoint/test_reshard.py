@@ -218,10 +218,10 @@ def test_a_full_disk_stops_every_rank_and_what_was_saved_stays(moved):
 def assert_universal(run_dir: Path, stage: int, out: Path) -> None:
     # For stages 1 to 3 the layout comes from DeepSpeed's own converter: what a move reads is held against that.
     from dmae_ds.tools.checkpoint_convert import convert
-    from dmae_ds.train.checkpoint.full_state import WholeState
+    from dmae_ds.train.checkpoint.full_state import FullState
 
     assert f"written by {run_dir.name[0]} ranks, ZeRO stage {stage}" in convert(run_dir, out)
-    state = WholeState(CheckpointFolder(run_dir).latest(), stage=stage)
+    state = FullState(CheckpointFolder(run_dir).latest(), stage=stage)
     universal = out / (out / "latest_universal").read_text() / "zero"
     assert {path.parent.name for path in universal.rglob("exp_avg.pt")} == set(state.names)
     for name in state.names:
@@ -258,8 +258,8 @@ def test_a_file_that_holds_anything_else_is_not_read(tmp_path):
 
 
 def test_parts_that_do_not_divide_by_the_ranks_are_cut_and_joined(tmp_path):
-    from dmae_ds.train.checkpoint.full_state import MOMENTS, STATES, WholeState
-    from dmae_ds.train.checkpoint.reshard import _piece
+    from dmae_ds.train.checkpoint.full_state import MOMENTS, STATES, FullState
+    from dmae_ds.train.checkpoint.reshard import cut_piece
 
     shapes = [{"a": torch.Size([7]), "b": torch.Size([2, 5])}, {"c": torch.Size([1])}]
     whole = {
@@ -270,7 +270,7 @@ def test_parts_that_do_not_divide_by_the_ranks_are_cut_and_joined(tmp_path):
     }
     for rank in range(3):
         flats = [
-            {state: torch.cat([_piece(whole[name, state], rank, 3) for name in group]) for state in STATES}
+            {state: torch.cat([cut_piece(whole[name, state], rank, 3) for name in group]) for state in STATES}
             for group in shapes
         ]
         states = {
@@ -285,7 +285,7 @@ def test_parts_that_do_not_divide_by_the_ranks_are_cut_and_joined(tmp_path):
             {"optimizer_state_dict": optimizer}, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         )
         torch.save({"param_shapes": shapes}, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-    found = WholeState(tmp_path, stage=3)
+    found = FullState(tmp_path, stage=3)
     assert found.names == ["a", "b", "c"] and found.step == 4
     assert all(
         torch.equal(value, whole[name, state])

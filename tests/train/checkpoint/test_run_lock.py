@@ -1,4 +1,4 @@
-"""A run folder has one owner at a time, and is the same folder for every rank."""
+"""A run folder has one owner at a time and is the same folder for every rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from dmae_ds.errors import UserError
 from dmae_ds.train.checkpoint import run_lock
+from tests.messages import refused
 
 HOLD = """
 import fcntl, sys, time
@@ -27,9 +27,9 @@ sys.stdin.read()
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
-    monkeypatch.setattr(run_lock.dist, "together", lambda step: step())
-    monkeypatch.setattr(run_lock.dist, "is_main", lambda: True)
-    monkeypatch.setattr(run_lock.dist, "main_says", lambda value: value)
+    monkeypatch.setattr(run_lock.collectives, "raise_on_all_ranks", lambda step: step())
+    monkeypatch.setattr(run_lock.collectives, "is_main", lambda: True)
+    monkeypatch.setattr(run_lock.collectives, "broadcast_from_main", lambda value: value)
     monkeypatch.setattr(run_lock, "WAIT_S", 0.3)
     monkeypatch.setattr(run_lock, "VISIBLE_S", 0.3)
 
@@ -48,17 +48,17 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_folder_in_use_is_refused_with_the_name_of_who_uses_it(tmp_path, holder):
-    with pytest.raises(UserError, match="is in use by process 4711 on node-z, since yesterday"):
+def test_a_folder_in_use_is_refused_with_the_name_of_its_owner(tmp_path, holder):
+    with refused("run.dir", tmp_path, 4711, "node-z", "yesterday"):
         run_lock.claim(tmp_path)
 
 
-def test_an_owner_that_was_killed_owns_nothing(tmp_path, holder):
+def test_a_killed_owner_does_not_keep_the_folder(tmp_path, holder):
     holder.kill()
     holder.wait()
     lock = run_lock.claim(tmp_path)
-    said = json.loads((tmp_path / "lock").read_text())
-    assert (said["pid"], said["host"]) == (os.getpid(), socket.gethostname())
+    owner = json.loads((tmp_path / "lock").read_text())
+    assert (owner["pid"], owner["host"]) == (os.getpid(), socket.gethostname())
     lock.close()
 
 
@@ -71,7 +71,8 @@ def test_a_loader_s_worker_does_not_keep_the_lock_of_its_dead_rank(tmp_path):
         os._exit(0)
     try:
         lock.close()
-        code = f"import fcntl; fcntl.lockf(open({str(tmp_path / 'run' / 'lock')!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        path = str(tmp_path / "run" / "lock")
+        code = f"import fcntl; fcntl.lockf(open({path!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     finally:
         os.kill(child, 9)
@@ -79,23 +80,22 @@ def test_a_loader_s_worker_does_not_keep_the_lock_of_its_dead_rank(tmp_path):
 
 
 def test_a_rank_that_sees_another_folder_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock.dist, "main_says", lambda value: ("node-a", ".token-of-node-a"))
-    with pytest.raises(
-        UserError,
-        match=f"on {socket.gethostname()} is not the folder of node-a: it must be on a file system that all nodes share",
-    ):
+    monkeypatch.setattr(
+        run_lock.collectives, "broadcast_from_main", lambda value: ("node-a", ".token-of-node-a")
+    )
+    with refused("run.dir", tmp_path, socket.gethostname(), "node-a"):
         run_lock.claim(tmp_path)
-    monkeypatch.setattr(run_lock.dist, "main_says", lambda value: value)
+    monkeypatch.setattr(run_lock.collectives, "broadcast_from_main", lambda value: value)
     for token in tmp_path.glob(".token-*"):
         token.unlink()
     run_lock.claim(tmp_path).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
 
 
-def test_where_nothing_can_be_locked_the_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+def test_where_nothing_can_be_locked_a_warning_is_printed(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
     assert run_lock.claim(tmp_path) is None
-    assert "without locks (Operation not supported)" in capsys.readouterr().err
+    assert "Operation not supported" in capsys.readouterr().err
