@@ -1,11 +1,14 @@
-"""`dmae-shards make | verify | info | index | bench`: the shard tool. Exit code 2 for a mistake, 130 for Ctrl-C."""
+"""Command line of the shard tool: `dmae-shards make | verify | info | index | bench`.
+
+Exit code 2 for a mistake of the user, 130 for Ctrl-C.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dmae_ds.data.shards import ShardError
 
@@ -18,6 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
     args = vars(_build_parser().parse_args(argv))
     command = args.pop("run")
     try:
@@ -66,115 +70,109 @@ def _build_parser() -> argparse.ArgumentParser:
         prog=PROG, description="Make shard folders (WebDataset tars with an index) from image folders."
     )
     commands = parser.add_subparsers(required=True, metavar="make | verify | info | index | bench")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for add in (_add_make, _add_verify, _add_info, _add_index, _add_bench):
+        add(commands)
+    return parser
 
-    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        found = commands.add_parser(name, help=text, description=text)
-        found.set_defaults(run=run)
-        return found
 
-    def add_workers(found: argparse.ArgumentParser) -> None:
-        found.add_argument(
-            "--workers", type=_at_least(1), default=cores, metavar="N", help="processes; default: all cores"
-        )
-
-    make = command("make", _make, "an image folder -> shards; run again after an interruption, it continues")
-    make.add_argument("src", metavar="SRC", type=Path, help="SRC/<class>/<image>, or a flat folder")
-    make.add_argument("dst", metavar="DST", type=Path)
-    make.add_argument(
-        "--samples-per-shard", type=_at_least(1), default=1000, metavar="N", help="default 1000"
+def _add_make(commands: Any) -> None:
+    command = _add_command(
+        commands, "make", _make, "convert an image folder to shards, or continue after an interruption"
     )
-    add_workers(make)
-    make.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the shuffle into shards; default 0"
-    )
-    make.add_argument(
-        "--classes", type=Path, metavar="FILE", help="class folders in the order of their labels, one a line"
-    )
-    flat = make.add_mutually_exclusive_group()
+    add = command.add_argument
+    add("src", metavar="SRC", type=Path, help="SRC/<class>/<image>, or a flat folder")
+    add("dst", metavar="DST", type=Path, help="the shard folder")
+    add("--samples-per-shard", type=_at_least(1), default=1000, metavar="N", help="default 1000")
+    _add_workers(command)
+    add("--seed", type=int, default=0, metavar="N", help="seed of the shuffle into shards; default 0")
+    add("--classes", type=Path, metavar="FILE", help="class folders in the order of their labels, one a line")
+    flat = command.add_mutually_exclusive_group()
     flat.add_argument(
         "--labels", type=Path, metavar="FILE", help="flat SRC: lines `<image> <class or its number>`"
     )
     flat.add_argument("--unlabelled", action="store_true", help="flat SRC: every label is -1")
-    make.add_argument(
+    add(
         "--resize",
         type=_at_least(1),
         metavar="N",
-        help="store upright JPEGs of short side N (default: bytes untouched)",
+        help="store upright JPEGs of short side N (default: unchanged bytes)",
     )
-    make.add_argument(
+    add(
         "--quality",
         type=_in_range(1, 100),
         metavar="N",
-        help="JPEG quality of what --resize stores; default 95",
+        help="JPEG quality of images that --resize stores; default 95",
     )
-    make.add_argument(
-        "--verify", choices=("header", "full"), default="header", help="full: decode every image"
-    )
-    make.add_argument(
-        "--json", action="store_true", help="add <key>.json: source, class, label, width, height"
-    )
-    make.add_argument(
-        "--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable images to allow; default 0"
-    )
-    make.add_argument("--overwrite", action="store_true", help="replace the shard set in DST")
+    add("--verify", choices=("header", "full"), default="header", help="full: decode every image")
+    add("--json", action="store_true", help="add <key>.json: source, class, label, width, height")
+    add("--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable images to allow; default 0")
+    add("--overwrite", action="store_true", help="replace the shard set in DST")
 
-    verify = command(
-        "verify", _verify, "read a shard folder again, and name what is not as manifest and index say"
-    )
-    verify.add_argument("dst", metavar="DST", type=Path)
-    verify.add_argument(
-        "--sample", type=_share, default=1.0, metavar="P%%", help="so many of each shard's samples only"
-    )
-    add_workers(verify)
 
-    info = command("info", _info, "what a shard folder holds")
-    info.add_argument("dst", metavar="DST", type=Path)
-    info.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet")
+def _add_verify(commands: Any) -> None:
+    text = "read a shard folder again, and list what differs from manifest and index"
+    command = _add_command(commands, "verify", _verify, text)
+    command.add_argument("dst", metavar="DST", type=Path, help="the shard folder")
+    command.add_argument(
+        "--sample",
+        type=_share,
+        default=1.0,
+        metavar="P%%",
+        help="check this share of each shard's samples only",
+    )
+    _add_workers(command)
 
-    index = command("index", _index, "index and manifest for WebDataset tars that somebody else wrote")
-    index.add_argument(
-        "tars",
-        metavar="TARS",
-        help="a folder, or a URL (http, s3, gs, hf) with {000..146} or of a bucket's folder",
-    )
-    index.add_argument(
-        "dst",
-        metavar="DST",
-        type=Path,
-        nargs="?",
-        help="where index and manifest go; default: the folder itself",
-    )
-    index.add_argument(
-        "--image", metavar="EXT", help="the member that is the image; default: the first jpg, jpeg or png"
-    )
-    index.add_argument(
-        "--label",
-        metavar="EXT",
-        help="the member with the label, cls or json:KEY; default: cls, where there is one",
-    )
-    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
-    index.add_argument(
-        "--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable samples to allow; default 0"
-    )
-    index.add_argument("--overwrite", action="store_true", help="replace index and manifest in DST")
-    add_workers(index)
 
-    bench = command(
-        "bench",
-        _bench,
-        "speed on this machine: conversion, reading and decoding against tar, webdataset and the official recipe",
+def _add_info(commands: Any) -> None:
+    command = _add_command(commands, "info", _info, "show what a shard folder holds")
+    command.add_argument("dst", metavar="DST", type=Path, help="the shard folder")
+    command.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet")
+
+
+def _add_index(commands: Any) -> None:
+    command = _add_command(commands, "index", _index, "write index and manifest for existing WebDataset tars")
+    add = command.add_argument
+    source = "a folder, or a URL (http, s3, gs, hf) with {000..146} or of a bucket's folder"
+    add("tars", metavar="TARS", help=source)
+    target = "where index and manifest go; default: the folder itself"
+    add("dst", metavar="DST", type=Path, nargs="?", help=target)
+    add("--image", metavar="EXT", help="the member that is the image; default: the first jpg, jpeg or png")
+    label = "the member with the label, cls or json:KEY; default: cls, where there is one"
+    add("--label", metavar="EXT", help=label)
+    add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    add("--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable samples to allow; default 0")
+    add("--overwrite", action="store_true", help="replace index and manifest in DST")
+    _add_workers(command)
+
+
+def _add_bench(commands: Any) -> None:
+    text = "measure conversion, reading and decoding on this machine against tar, webdataset and the official recipe"
+    command = _add_command(commands, "bench", _bench, text)
+    add = command.add_argument
+    add("src", metavar="SRC", type=Path, help="an image folder")
+    add("--only", choices=("conversion", "reading", "decoding"), help="print only this table")
+    add(
+        "--limit",
+        type=_at_least(1),
+        default=20_000,
+        metavar="N",
+        help="number of images to use; default 20000",
     )
-    bench.add_argument("src", metavar="SRC", type=Path, help="an image folder")
-    bench.add_argument("--only", choices=("conversion", "reading", "decoding"), help="one of the tables")
-    bench.add_argument(
-        "--limit", type=_at_least(1), default=20_000, metavar="N", help="images of it to use; default 20000"
+    add("--rounds", type=_at_least(1), default=5, metavar="N", help="default 5")
+    add("--scratch", type=Path, metavar="FOLDER", help="where to write; default: the temporary folder")
+
+
+def _add_command(commands: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    command.add_argument(
+        "--workers", type=_at_least(1), default=num_cores, metavar="N", help="processes; default: all cores"
     )
-    bench.add_argument("--rounds", type=_at_least(1), default=5, metavar="N", help="default 5")
-    bench.add_argument(
-        "--scratch", type=Path, metavar="FOLDER", help="where to write; default: the temporary folder"
-    )
-    return parser
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -194,7 +192,7 @@ def _in_range(minimum: int, maximum: int | None) -> Callable[[str], int]:
 
 
 def _share(text: str) -> float:
-    """'1%' -> .01"""
+    """Parse a percentage: '1%' -> .01."""
     try:
         share = float(text.removesuffix("%")) / 100
     except ValueError:

@@ -1,9 +1,9 @@
-"""`dmae-shards index TARS [DST]`: index and manifest for WebDataset tars that somebody else wrote; the tars stay untouched.
+"""Index and manifest for existing WebDataset tars, which stay unchanged: `dmae-shards index TARS [DST]`.
 
 Each tar is read once from front to back, since the index holds the crc32 of every image; a remote one is streamed. A
 sample is what webdataset takes for one: consecutive members with equal names up to the first dot. Its image is the first
-.jpg, .jpeg or .png (or --image EXT), its label the number in .cls (or --label EXT, or json:KEY); labels that are pickled
-are not read. Samples without a usable image are skipped and listed, a damaged tar is an error.
+.jpg, .jpeg or .png (or --image EXT), its label the number in .cls (or --label EXT, or json:KEY); pickled labels are not
+read. Samples without a usable image are skipped and listed, a damaged tar is an error.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -30,12 +31,15 @@ from dmae_ds.data.shards import (
     index_name,
     is_shard_name,
     write_manifest,
+    write_skipped,
 )
 from dmae_ds.output.durable import replacing
 
 
 @dataclass(frozen=True)
 class Job:
+    """One tar to read."""
+
     number: int
     base: str
     name: str
@@ -45,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """One tar, read. Row i of `records` has number i; `names` are the images' members."""
+    """Samples of one tar; `names` are the members that are images, one for each row of `records`."""
 
     number: int
     name: str
@@ -53,7 +57,7 @@ class Result:
     records: np.ndarray
     names: list[str]
     skipped: list[tuple[str, str]]  # (key, reason)
-    unlabelled: int
+    num_unlabelled: int
 
 
 def index_tars(
@@ -67,127 +71,159 @@ def index_tars(
     max_skip: int,
     overwrite: bool,
 ) -> None:
-    """Write indexes, sources.txt and, last, the manifest into DST. Raises ShardError, without a manifest, if that cannot be."""
+    """Write indexes, sources.txt and, last, the manifest into DST. Raises ShardError, and then writes no manifest."""
+    Labels(label or "cls")  # a wrong --label is an error now, not after an hour of reading
     base, names = find_tars(tars)
-    if dst is None:
-        if REMOTE.match(tars):
-            raise ShardError(
-                f"TARS '{tars}' is remote; say where index and manifest go: dmae-shards index TARS DST"
-            )
-        dst = Path(tars)
-    Labels(label or "cls")  # a wrong --label before an hour of reading
-    if (dst / MANIFEST).exists() and not overwrite:
-        raise ShardError(
-            f"DST '{dst}' holds a finished shard set ({MANIFEST}); add --overwrite to replace its index"
-        )
-    dst.mkdir(parents=True, exist_ok=True)
-    (dst / MANIFEST).unlink(missing_ok=True)
+    dst = _prepare_folder(tars, dst, overwrite=overwrite)
     jobs = [Job(number, base, name, image, label) for number, name in enumerate(names)]
-    shards, skipped, unlabelled, num_samples, used = [], [], 0, 0, set()
-    digest = hashlib.sha256()
-    with (
-        Workers(_work, workers) as pool,
-        replacing(dst / SOURCES) as sources,
-        tqdm(total=len(jobs), unit=" shards", disable=None) as progress,
-    ):
+    progress = tqdm(total=len(jobs), unit=" shards", disable=None)
+    with Workers(_work, workers) as pool, _IndexWriter(dst) as written, progress:
         for result in _in_order(pool.run(jobs)):
-            records = result.records
-            records["number"] = np.arange(num_samples, num_samples + len(records))
-            num_samples += len(records)
-            used.update(np.unique(records["label"]).tolist())
-            unlabelled += result.unlabelled
-            skipped += [
-                {"number": None, "source": f"{result.name}/{key}", "reason": reason}
-                for key, reason in result.skipped
-            ]
-            text = encode_index(records)
-            with replacing(dst / index_name(result.name)) as file:
-                file.write(text)
-            shards.append(Shard(result.name, len(records), result.bytes, hashlib.sha256(text).hexdigest()))
-            lines = b"".join(json.dumps(f"{result.name}/{name}").encode() + b"\n" for name in result.names)
-            digest.update(lines)
-            sources.write(lines)
+            written.add(result)
             progress.update()
-            if len(skipped) > max_skip:
+            if len(written.skipped) > max_skip:
                 break
-    if skipped:
-        with replacing(dst / SKIPPED) as file:
-            file.writelines(json.dumps(item).encode() + b"\n" for item in skipped)
-    else:
-        (dst / SKIPPED).unlink(missing_ok=True)
-    if len(skipped) > max_skip or not num_samples:
-        first = (
-            f", first {skipped[0]['source']!r} ({skipped[0]['reason']}), all in {dst / SKIPPED}"
-            if skipped
-            else ""
-        )
+    write_skipped(dst, written.skipped)
+    num_samples, num_skipped = written.num_samples, len(written.skipped)
+    if num_skipped > max_skip or not num_samples:
+        raise _too_few(written, dst, max_skip=max_skip)
+    extension = label or "cls"
+    if 0 < written.num_unlabelled < num_samples:
         raise ShardError(
-            f"{num_samples:,} samples are usable, {len(skipped):,} are not so far{first}; allow more with --max-skip (now {max_skip})"
-        )
-    if 0 < unlabelled < num_samples:
-        raise ShardError(
-            f"{unlabelled:,} of {num_samples:,} samples have no .{label or 'cls'}; choose another --label"
+            f"{written.num_unlabelled:,} of {num_samples:,} samples have no .{extension}; choose another --label"
         )
     write_manifest(
         dst,
-        classes=_name_classes(classes, used),
+        classes=_name_classes(classes, written.labels),
         seed=None,
-        shards=shards,
+        shards=written.shards,
         base=None if base == str(dst.resolve()) else base,
         made={
             "by": "dmae-shards index",
             "image": image,
             "label": label,
             "num_sources": num_samples,
-            "num_skipped": len(skipped),
-            "sources_sha256": digest.hexdigest(),
+            "num_skipped": num_skipped,
+            "sources_sha256": written.sources_digest.hexdigest(),
         },
     )
-    state = f"no labels (no member .{label or 'cls'})" if unlabelled else f"{len(used):,} labels"
+    labels = f"{len(written.labels):,} labels"
+    if written.num_unlabelled:
+        labels = f"no labels (no member .{extension})"
     print(
-        f"{num_samples:,} samples in {len(shards):,} shards, {state}; {len(skipped):,} skipped; index and manifest in {dst}"
+        f"{num_samples:,} samples in {len(written.shards):,} shards, {labels}; {num_skipped:,} skipped; "
+        f"index and manifest are in {dst}"
+    )
+
+
+def _prepare_folder(tars: str, dst: Path | None, *, overwrite: bool) -> Path:
+    """Make the folder for index and manifest. Raises ShardError if it holds a finished set that should stay."""
+    if dst is None:
+        if REMOTE.match(tars):
+            raise ShardError(
+                f"TARS '{tars}' is remote; add a folder for index and manifest: dmae-shards index TARS DST"
+            )
+        dst = Path(tars)
+    if (dst / MANIFEST).exists() and not overwrite:
+        raise ShardError(
+            f"DST '{dst}' holds a finished shard set ({MANIFEST}); add --overwrite to replace its index"
+        )
+    dst.mkdir(parents=True, exist_ok=True)
+    (dst / MANIFEST).unlink(missing_ok=True)
+    return dst
+
+
+class _IndexWriter:
+    """Indexes and sources.txt of tars that are added in order, with what the manifest needs."""
+
+    def __init__(self, dst: Path):
+        self.dst = dst
+        self.shards: list[Shard] = []
+        self.skipped: list[dict] = []
+        self.labels: set[int] = set()
+        self.num_samples = 0
+        self.num_unlabelled = 0
+        self.sources_digest = hashlib.sha256()
+        self._sources = replacing(dst / SOURCES)
+
+    def __enter__(self) -> "_IndexWriter":
+        self._sources_file = self._sources.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._sources.__exit__(*error)
+
+    def add(self, result: Result) -> None:
+        """Number the samples of a tar, and write its index and its lines of sources.txt."""
+        records = result.records
+        records["number"] = np.arange(self.num_samples, self.num_samples + len(records))
+        self.num_samples += len(records)
+        self.num_unlabelled += result.num_unlabelled
+        self.labels.update(np.unique(records["label"]).tolist())
+        for key, reason in result.skipped:
+            self.skipped.append({"number": None, "source": f"{result.name}/{key}", "reason": reason})
+        index = encode_index(records)
+        with replacing(self.dst / index_name(result.name)) as file:
+            file.write(index)
+        digest = hashlib.sha256(index).hexdigest()
+        self.shards.append(Shard(result.name, len(records), result.bytes, digest))
+        lines = b"".join(json.dumps(f"{result.name}/{name}").encode() + b"\n" for name in result.names)
+        self.sources_digest.update(lines)
+        self._sources_file.write(lines)
+
+
+def _too_few(written: _IndexWriter, dst: Path, *, max_skip: int) -> ShardError:
+    first = ""
+    if written.skipped:
+        source, reason = written.skipped[0]["source"], written.skipped[0]["reason"]
+        first = f", first {source!r} ({reason}), all in {dst / SKIPPED}"
+    return ShardError(
+        f"{written.num_samples:,} samples are usable, {len(written.skipped):,} are not so far{first}; "
+        f"allow more with --max-skip (now {max_skip})"
     )
 
 
 def find_tars(tars: str) -> tuple[str, list[str]]:
-    """Returns (base, names): tar NAME is base/NAME, base an absolute path or a URL. Raises ShardError if there is none."""
+    """Find the tars that TARS means: returns (base, names); tar NAME is base/NAME, base an absolute path or a URL.
+
+    Raises ShardError if there is none.
+    """
     if not REMOTE.match(tars):
         folder = Path(tars)
         if not folder.is_dir():
             raise ShardError(f"TARS '{tars}' is not a folder")
-        base, names = (
-            str(folder.resolve()),
-            sorted(path.name for path in folder.iterdir() if path.name.endswith(".tar")),
-        )
+        base, names = str(folder.resolve()), sorted(path.name for path in folder.iterdir())
     elif tars.endswith(".tar"):
         base, _, pattern = tars.rpartition("/")
         names = list(_expand(pattern))
     else:
-        import fsspec
-
-        try:
-            system, path = fsspec.core.url_to_fs(tars)
-            base, names = (
-                tars.rstrip("/"),
-                sorted(item.rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False)),
-            )
-        except Exception as error:  # each file system has its own
-            raise ShardError(
-                f"TARS '{tars}' cannot be listed ({type(error).__name__}: {error}); try URL/NAME-{{000..146}}.tar"
-            ) from None
-        names = [name for name in names if name.endswith(".tar")]
+        base, names = tars.rstrip("/"), _list_remote(tars)
+    names = [name for name in names if name.endswith(".tar")]
     if not names:
         raise ShardError(f"TARS '{tars}' has no .tar files")
     bad = next((name for name in names if not is_shard_name(name)), None)
     if bad is not None:
         raise ShardError(
-            f"TARS '{tars}': a shard may not be called {bad!r}; expected a plain file name such as NAME.tar"
+            f"TARS '{tars}': a shard cannot be named {bad!r}; expected a plain file name such as NAME.tar"
         )
     return base, names
 
 
+def _list_remote(url: str) -> list[str]:
+    """Sorted names of the files behind a URL. Raises ShardError."""
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        return sorted(item.rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False))
+    except Exception as error:  # each file system has its own
+        raise ShardError(
+            f"TARS '{url}' cannot be listed ({type(error).__name__}: {error}); try URL/NAME-{{000..146}}.tar"
+        ) from None
+
+
 def _expand(pattern: str) -> Iterator[str]:
-    """'a-{08..11}.tar' -> a-08.tar, a-09.tar, ..."""
+    """Expand a range in braces: 'a-{08..11}.tar' -> a-08.tar, a-09.tar, ..."""
     match = re.fullmatch(r"(.*)\{([0-9]{1,9})\.\.([0-9]{1,9})\}(.*)", pattern)
     if match is None:
         yield pattern
@@ -197,19 +233,20 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _work(job: Job) -> tuple[Result, Callable[[], None]]:
+    """Read one tar, in a worker."""
     labels = Labels(job.label or "cls")
-    rows, names, skipped, unlabelled = [], [], [], 0
+    rows, names, skipped, num_unlabelled = [], [], [], 0
     try:
         with open_tar(job.base, job.name) as file:
             counted = _Counter(file)
-            for found in read_samples(counted, image=job.image, labels=labels):
+            for sample in read_samples(counted, image=job.image, labels=labels):
                 check_parent()
-                if found.reason is not None:
-                    skipped.append((found.key, found.reason))
+                if sample.reason is not None:
+                    skipped.append((sample.key, sample.reason))
                     continue
-                rows.append(found.record(0))
-                names.append(found.name)
-                unlabelled += found.label is None
+                rows.append(sample.record(0))
+                names.append(sample.name)
+                num_unlabelled += sample.label is None
     except ValueError as error:
         raise ShardError(
             f"{job.base}/{job.name} is damaged: {error}; copy it again, or leave it out"
@@ -218,10 +255,12 @@ def _work(job: Job) -> tuple[Result, Callable[[], None]]:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise ShardError(f"{job.base}/{job.name} cannot be read: {reason}") from None
     records = np.array(rows, dtype=RECORD)
-    return Result(job.number, job.name, counted.total, records, names, skipped, unlabelled), lambda: None
+    result = Result(job.number, job.name, counted.total, records, names, skipped, num_unlabelled)
+    return result, lambda: None
 
 
 def _in_order(results: Iterator[Result]) -> Iterator[Result]:
+    """Yield the results in the order of their numbers."""
     waiting, following = {}, 0
     for result in results:
         waiting[result.number] = result
@@ -230,24 +269,25 @@ def _in_order(results: Iterator[Result]) -> Iterator[Result]:
             following += 1
 
 
-def _name_classes(classes: Path | None, used: set[int]) -> list[str]:
+def _name_classes(classes: Path | None, labels: set[int]) -> list[str]:
     """Names of labels 0, 1, ...; none where every label is -1."""
-    if used == {-1}:
+    if labels == {-1}:
         return []
-    names = (
-        [str(label) for label in range(max(used) + 1)]
-        if classes is None
-        else read_lines(classes, "--classes")
-    )
-    if max(used) >= len(names):
-        raise ShardError(f"--classes '{classes}' has {len(names):,} lines, and there is a label {max(used)}")
+    if classes is None:
+        return [str(label) for label in range(max(labels) + 1)]
+    names = read_lines(classes, "--classes")
+    if max(labels) >= len(names):
+        raise ShardError(
+            f"--classes '{classes}' has {len(names):,} lines, but the largest label is {max(labels)}; "
+            f"add the missing names"
+        )
     return names
 
 
 class _Counter:
-    """Counts the bytes that are read."""
+    """Counts the bytes that are read of a file."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self._file, self.total = file, 0
 
     def read(self, size: int) -> bytes:

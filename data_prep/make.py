@@ -43,6 +43,7 @@ from dmae_ds.data.shards import (
     ShardError,
     list_files,
     write_manifest,
+    write_skipped,
 )
 from dmae_ds.output.durable import replacing, sync_folder
 
@@ -199,11 +200,7 @@ def _convert(
             if len(skipped) > max_skip:
                 break
     skipped.sort(key=lambda item: (item["number"] is None, item["number"], item["source"]))
-    if skipped:
-        with replacing(dst / SKIPPED) as file:
-            file.writelines(json.dumps(item).encode() + b"\n" for item in skipped)
-    else:
-        (dst / SKIPPED).unlink(missing_ok=True)
+    write_skipped(dst, skipped)
     if len(skipped) > max_skip or not any(entry["shard"].num_samples for entry in done.values()):
         raise ShardError(
             f"{len(skipped):,} files had to be skipped so far, first {skipped[0]['source']!r} ({skipped[0]['reason']}), all "

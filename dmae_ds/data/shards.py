@@ -209,6 +209,15 @@ def write_manifest(
         file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
 
+def write_skipped(folder: Path, skipped: list[dict]) -> None:
+    """Write skipped.jsonl, one line for each file that was left out, or remove it if there are none."""
+    if not skipped:
+        (folder / SKIPPED).unlink(missing_ok=True)
+        return
+    with replacing(folder / SKIPPED) as file:
+        file.writelines(json.dumps(item).encode() + b"\n" for item in skipped)
+
+
 def compute_fingerprint(classes: list[str], shards: list[Shard]) -> str:
     """sha256 of what defines the content: through the indexes, the size and crc32 of every image and its label."""
     content = [VERSION, classes, [vars(shard) for shard in shards]]  # asdict: seconds for 10,000 shards
