@@ -1,8 +1,9 @@
 """`dmae-shards bench SRC`: conversion against GNU tar and webdataset.ShardWriter, with the machine's floor, in one run.
 
-Every way does its work once a round, in turns, so that what else the machine does meets all of them alike; each figure
-is the median of a ratio within its round. CPU time is that of the process and its children, system time included.
-Everything is written below a scratch folder and removed; the files of SRC are read once before, so the cache is warm.
+Every way does its work once a round, in turns, so that what else the machine does meets all of them alike;
+each figure is the median of a ratio within its round. CPU time is that of the process and its children,
+system time included. Everything is written below a scratch folder and removed; the files of SRC are read once
+before, so the cache is warm.
 """
 
 import os
@@ -98,7 +99,10 @@ def _run_python(*arguments: object) -> None:
 
 
 def _choose_images(src: Path, images: Path, limit: int) -> Path:
-    """SRC itself, or a folder of links to `limit` of its images, evenly over the classes. Reads each image once."""
+    """SRC itself, or a folder of links to `limit` of its images, evenly over the classes.
+
+    Reads each image once.
+    """
     listing = find_images(src)
     root, folder = os.fsencode(src.resolve()), os.fsencode(images if len(listing) > limit else src)
     for place in range(min(limit, len(listing))):

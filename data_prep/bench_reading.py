@@ -1,8 +1,9 @@
 """Rows of `dmae-shards bench` on reading and decoding: this project's ways against webdataset and the official recipe.
 
-Every row runs on one core. Reading ends with the undecoded bytes of every sample in hand, ours checked against their
-crc32. Decoding ends with a 224 px crop: of the official recipe as normalised floats, of the others as the uint8 that the
-loader hands on (normalising is the device's work; its share is in the row of the recipe without it).
+Every row runs on one core. Reading ends with the undecoded bytes of every sample in hand, ours checked
+against their crc32. Decoding ends with a 224 px crop: of the official recipe as normalised floats, of the
+others as the uint8 that the loader hands on (normalising is the device's work; its share is in the row of the
+recipe without it).
 """
 
 import io

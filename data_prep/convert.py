@@ -1,7 +1,7 @@
 """One shard of `make`, in a worker: files -> samples -> a tar and its index, in one pass over one reused buffer.
 
-A file is read by one readv, its header checked and its crc32 taken while it is in the processor's cache, and it leaves
-by one gathered write. A fresh buffer for each file made this slower than tar (measured).
+A file is read by one readv, its header checked and its crc32 taken while it is in the processor's cache, and
+it leaves by one gathered write. A fresh buffer for each file made this slower than tar (measured).
 """
 
 import functools
@@ -99,7 +99,8 @@ def _samples(
 def read_file(path: bytes) -> tuple[bytearray, int, int]:
     """Returns (a buffer that begins with the file and is used again by the next call, the file's size, its time in ns).
 
-    Raises OSError, or ValueError for what is no regular file, larger than MAX_BYTES or shrinks while it is read.
+    Raises OSError, or ValueError for what is no regular file, larger than MAX_BYTES or shrinks while it is
+    read.
     """
     global _buffer
     descriptor = os.open(

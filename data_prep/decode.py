@@ -20,7 +20,8 @@ def shrink(
 ) -> tuple[bytes | memoryview, str, int, int]:
     """Returns (bytes, extension, width, height) of an upright picture whose short side is at most `short_side`.
 
-    A picture that is upright and small enough keeps its bytes; any other becomes an RGB JPEG without metadata.
+    A picture that is upright and small enough keeps its bytes; any other becomes an RGB JPEG without
+    metadata.
     Raises ValueError if it cannot be decoded.
     """
     image = _open(data)

@@ -4,8 +4,8 @@
     --labels FILE             SRC/**/<image>, a line `<name> <label>` for each
     --unlabelled              SRC/**/<image>, every label -1
 
-Files whose name ends like an image's are listed whatever they are: a dangling link called x.jpg is a lost image, not
-some other file. Everything else is counted by suffix. Names are bytes, and sorted as such.
+Files whose name ends like an image's are listed whatever they are: a dangling link called x.jpg is a lost
+image, not some other file. Everything else is counted by suffix. Names are bytes, and sorted as such.
 """
 
 import hashlib
@@ -170,7 +170,10 @@ def read_lines(path: Path, option: str) -> list[str]:
 
 
 def _walk(src: Path, folder: bytes, listing: Listing, ancestors: list[tuple[int, int]]) -> Iterator[bytes]:
-    """Image files below src/folder, folders in folders too, sorted. A link to a folder that it lies in is a loop."""
+    """Image files below src/folder, folders in folders too, sorted.
+
+    A link to a folder that it lies in is a loop.
+    """
     try:
         identity = _identity(src, folder)
         if identity in ancestors:

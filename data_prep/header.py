@@ -1,6 +1,7 @@
 """Whether bytes are a whole JPEG or PNG, and how large the picture is, from its markers and without decoding.
 
-A marker walk costs a few microseconds, PIL 35 (measured). PIL, which also decodes in training, has the last word on
+A marker walk costs a few microseconds, PIL 35 (measured). PIL, which also decodes in training, has the last
+word on
 whatever is not plain: what it opens is an image.
 """
 

@@ -1,9 +1,10 @@
 """Index and manifest for existing WebDataset tars, which stay unchanged: `dmae-shards index TARS [DST]`.
 
-Each tar is read once from front to back, since the index holds the crc32 of every image; a remote one is streamed. A
-sample is what webdataset takes for one: consecutive members with equal names up to the first dot. Its image is the first
-.jpg, .jpeg or .png (or --image EXT), its label the number in .cls (or --label EXT, or json:KEY); pickled labels are not
-read. Samples without a usable image are skipped and listed, a damaged tar is an error.
+Each tar is read once from front to back, since the index holds the crc32 of every image; a remote one is
+streamed. A
+sample is what webdataset takes for one: consecutive members with equal names up to the first dot. Its image
+is the first .jpg, .jpeg or .png (or --image EXT), its label the number in .cls (or --label EXT, or json:KEY);
+pickled labels are not read. Samples without a usable image are skipped and listed, a damaged tar is an error.
 """
 
 import hashlib
@@ -71,7 +72,10 @@ def index_tars(
     max_skip: int,
     overwrite: bool,
 ) -> None:
-    """Write indexes, sources.txt and, last, the manifest into DST. Raises ShardError, and then writes no manifest."""
+    """Write indexes, sources.txt and, last, the manifest into DST.
+
+    Raises ShardError, and then writes no manifest.
+    """
     Labels(label or "cls")  # a wrong --label is an error now, not after an hour of reading
     base, names = find_tars(tars)
     dst = _prepare_folder(tars, dst, overwrite=overwrite)
@@ -117,7 +121,10 @@ def index_tars(
 
 
 def _prepare_folder(tars: str, dst: Path | None, *, overwrite: bool) -> Path:
-    """Make the folder for index and manifest. Raises ShardError if it holds a finished set that should stay."""
+    """Make the folder for index and manifest.
+
+    Raises ShardError if it holds a finished set that should stay.
+    """
     if dst is None:
         if REMOTE.match(tars):
             raise ShardError(

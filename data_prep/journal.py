@@ -1,7 +1,8 @@
 """The memory of a conversion: what was asked for, and which shards are done. It outlives a kill at any moment.
 
-Line 1 is the plan, each further line a shard that is complete under its final name; a line is on the disk before the
-next shard counts. A kill can only tear the last line, which then does not count. Who holds the file's lock writes DST.
+Line 1 is the plan, each further line a shard that is complete under its final name; a line is on the disk
+before the next shard counts. A kill can only tear the last line, which then does not count. Who holds the
+file's lock writes DST.
 """
 
 import fcntl
@@ -17,7 +18,10 @@ LOCK_WAIT_S = 10  # the workers of a killed run, which hold the lock with it, en
 
 
 class Journal:
-    """DST's journal, locked (workers forked after this hold the lock too). `plan` is None where nothing was begun; `done`: shard number -> its entry."""
+    """DST's journal, locked (workers forked after this hold the lock too).
+
+    `plan` is None where nothing was begun; `done`: shard number -> its entry.
+    """
 
     def __init__(self, dst: Path, *, forget: bool):
         self.path = dst / JOURNAL

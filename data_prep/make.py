@@ -1,8 +1,10 @@
 """`dmae-shards make SRC DST`: a folder of JPEG and PNG files -> a shard folder (see dmae_ds/data/shards.py).
 
-The images are shuffled once, by --seed, so that a shard is a random sample of the set, and dealt into shards by
-position: the result depends on SRC and the options, not on the number of workers or of interruptions. Killed at any
-moment, the same command continues. Bytes are kept as they are unless --resize is given. What happens to odd files:
+The images are shuffled once, by --seed, so that a shard is a random sample of the set, and dealt into shards
+by
+position: the result depends on SRC and the options, not on the number of workers or of interruptions. Killed
+at any moment, the same command continues. Bytes are kept as they are unless --resize is given. What happens
+to odd files:
 
     any JPEG or PNG that PIL opens        kept as it is: grey, CMYK, progressive, EXIF, bytes after its end
     a PNG named .JPEG, or the reverse     kept, under the extension that its content has
@@ -14,9 +16,9 @@ moment, the same command continues. Bytes are kept as they are unless --resize i
     unreadable, dangling, a pipe, a loop  skipped
     in no class folder, without a label   skipped
 
-With --resize N a picture is turned upright as its EXIF says and shrunk to a short side of N; one that needs neither
-keeps its bytes, and so do all sizes below. Skipped files are in skipped.jsonl with their reasons, and keep their number,
-which no sample then has.
+With --resize N a picture is turned upright as its EXIF says and shrunk to a short side of N; one that needs
+neither keeps its bytes, and so do all sizes below. Skipped files are in skipped.jsonl with their reasons, and
+keep their number, which no sample then has.
 """
 
 import hashlib
@@ -85,7 +87,10 @@ def make_shards(
     max_skip: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Write the images of SRC into DST, or go on with it. Raises ShardError, without a manifest in DST, if that cannot be."""
+    """Write the images of SRC into DST, or go on with it.
+
+    Raises ShardError, without a manifest in DST, if that cannot be.
+    """
     if options.quality is not None and options.resize is None:
         raise ShardError("--quality is of what --resize stores; add --resize N, or leave it out")
     _check_folders(src, dst)
@@ -260,7 +265,10 @@ def _make_plan(listing: Listing, options: MakeOptions) -> dict:
 
 
 def _is_complete(dst: Path, plan: dict, journal: Journal, *, overwrite: bool) -> bool:
-    """Whether DST holds what `plan` gives. Removes an old set, if told to. Raises ShardError if DST holds something else."""
+    """Whether DST holds what `plan` gives.
+
+    Removes an old set, if told to. Raises ShardError if DST holds something else.
+    """
     old = [path for path in list_files(dst) if path.name != JOURNAL]
     if overwrite:
         for path in old:  # the manifest first: no half-removed set looks finished

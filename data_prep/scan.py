@@ -1,7 +1,8 @@
 """Read a tar from its first byte to its last, as strictly as webdataset reads it leniently.
 
-webdataset and tarfile end a tar in silence where a header is damaged or cut, and so lose samples; here that is an
-error with its place. Understands ustar, GNU long names and pax; asks for no seeking, so a remote file will do. A member
+webdataset and tarfile end a tar in silence where a header is damaged or cut, and so lose samples; here that
+is an error with its place. Understands ustar, GNU long names and pax; asks for no seeking, so a remote file
+will do. A member
 is a name and bytes: no name is ever used as a path, and nothing is unpickled.
 """
 

@@ -1,4 +1,7 @@
-"""WebDataset tars as samples: members matched by key, the image's header and label read. For `index` and `verify`."""
+"""WebDataset tars as samples: members matched by key, the image's header and label read.
+
+For `index` and `verify`.
+"""
 
 import json
 import re
@@ -36,7 +39,10 @@ class Found:
 
 
 class Labels:
-    """Which member holds the label: `cls` (a number as text), or `json:KEY`. A pickled one is never loaded."""
+    """Which member holds the label: `cls` (a number as text), or `json:KEY`.
+
+    A pickled one is never loaded.
+    """
 
     def __init__(self, text: str):
         self.extension, _, self.key = text.partition(":")
@@ -58,7 +64,10 @@ class Labels:
 
 
 def read_samples(file: BinaryIO, *, image: str | None, labels: Labels) -> Iterator[Found]:
-    """The samples of a tar in order: consecutive members with one key. Raises ValueError where the tar is damaged."""
+    """The samples of a tar in order: consecutive members with one key.
+
+    Raises ValueError where the tar is damaged.
+    """
     key: str | None = None
     members: dict[str, Member] = {}
     for member in scan_tar(file):

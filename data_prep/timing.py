@@ -1,7 +1,7 @@
 """Ways to do the same work, timed in turns: rows, sections of rows, and the table of a section.
 
-A benchmark is a function that takes (a folder of images, a scratch folder) and returns a Section; bench.py lists them. A row
-is a name and a function without arguments that does the work once.
+A benchmark is a function that takes (a folder of images, a scratch folder) and returns a Section; bench.py
+lists them. A row is a name and a function without arguments that does the work once.
 """
 
 import os

@@ -1,7 +1,8 @@
 """`dmae-shards verify DST`: read everything again and name what is not as manifest and index say.
 
-Without --sample each tar is read from its first byte to its last and its index is worked out anew; with it, so many
-samples of each shard are looked up through the index. The lists and the indexes' checksums are compared in either case.
+Without --sample each tar is read from its first byte to its last and its index is worked out anew; with it,
+so many samples of each shard are looked up through the index. The lists and the indexes' checksums are
+compared in either case.
 """
 
 import hashlib

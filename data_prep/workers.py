@@ -1,8 +1,9 @@
 """Worker processes that end with the process that started them, however that ends.
 
-concurrent.futures' workers wait for ever when their parent is killed; then they would still write while the resumed run
-does. These see the end of their pipe, and ask between samples whether their parent is still there (`check_parent`).
-They are forked before anything large is in memory, so none of them holds a copy of the listing.
+concurrent.futures' workers wait for ever when their parent is killed; then they would still write while the
+resumed run does. These see the end of their pipe, and ask between samples whether their parent is still there
+(`check_parent`). They are forked before anything large is in memory, so none of them holds a copy of the
+listing.
 """
 
 import multiprocessing
@@ -24,8 +25,8 @@ _parent_pid = None
 class Workers:
     """`with Workers(work, count) as workers: for result in workers.run(jobs)`: results in the order they are ready.
 
-    work: job -> (result, commit); commit() is called in a thread while the next job is done; then the result is sent
-    An exception of either is raised by `run`. A worker that dies is a ShardError.
+    work: job -> (result, commit); commit() is called in a thread while the next job is done; then the result
+    is sent An exception of either is raised by `run`. A worker that dies is a ShardError.
     """
 
     def __init__(self, work: Callable[[Any], tuple[Any, Callable[[], None]]], count: int):

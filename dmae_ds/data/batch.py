@@ -1,4 +1,4 @@
-"""One batch, made by a worker from its number alone: which samples it holds, their bytes, images, crops and mask noise.
+"""One batch, made by a worker from its number alone: its samples, their bytes, images, crops and mask noise.
 
 A corrupt sample is replaced by one that the order determines (corrupt.py), so ranks stay in step.
 """
@@ -37,7 +37,8 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Move the tensors that are computed with to a device.
 
-        Ids and epochs stay on the host, where they key random draws: reading them back would wait for the device.
+        Ids and epochs stay on the host, where they key random draws: reading them back would wait for the
+        device.
         """
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         return dataclasses.replace(moved, sample_ids=self.sample_ids, epochs=self.epochs)
@@ -67,7 +68,9 @@ class Batch:
         for field in dataclasses.fields(cls):
             values = [getattr(batch, field.name) for batch in batches]
             is_tuple = field.name == "more_views"
-            joined[field.name] = tuple(map(torch.cat, zip(*values))) if is_tuple else torch.cat(values)
+            joined[field.name] = (
+                tuple(map(torch.cat, zip(*values, strict=True))) if is_tuple else torch.cat(values)
+            )
         return cls(**joined)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -129,9 +132,9 @@ class BatchRows:
 
 
 def load_train_batch(number: int, *, reader: SampleReader, spec: BatchSpec, num_pieces: int) -> Loaded:
-    """Load one of `num_pieces` pieces of one of this rank's micro-batches; pieces are numbered through the run.
+    """Load one of the `num_pieces` pieces of a micro-batch of this rank. Raises ShardError.
 
-    Raises ShardError.
+    number: counts the pieces of all micro-batches from the start of the run
     """
     num_samples = reader.shard_set.num_samples if spec.subset is None else len(spec.subset)
     positions = _piece_positions(number, spec, num_samples=num_samples, num_pieces=num_pieces)

@@ -1,6 +1,7 @@
-"""Settings of training batches: how images are cropped, in which order they come, and which of them are this rank's.
+"""Settings of training batches: crops, order, and which images are this rank's.
 
-Plain values without torch. Worker processes receive a pickled copy and compute every batch from it (batch.py).
+Plain values without torch. Worker processes receive a pickled copy and compute every batch from it
+(batch.py).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import numpy as np
 from dmae_ds.data.views import View
 from dmae_ds.errors import UserError
 
+Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSpec:
-    """What training batches hold, and this rank's part: `accumulation` micro-batches of `micro_batch` images a step.
+    """Settings of training batches; a rank has `accumulation` micro-batches of `micro_batch` images a step.
 
-    With `repeat` above 1 a decoded image gives that many batch rows, each with its own crops and mask; steps, global_batch
-    and micro_batch count rows. With a `subset` an epoch is those samples alone, in an order of their own.
+    With `repeat` above 1 a decoded image gives that many batch rows, each with its own crops and mask; steps,
+    global_batch and micro_batch count rows. With a `subset` an epoch is those samples alone, in an order of
+    their own.
     """
 
     img_size: int
@@ -32,14 +36,10 @@ class BatchSpec:
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
-    views: tuple[View, ...] = (
-        View(),
-    )  # crops of each image in one batch (`Batch.views`); the mask belongs to the first
+    views: tuple[View, ...] = (View(),)  # crops of each image (`Batch.views`); the mask belongs to the first
     repeat: int = 1  # divides micro_batch
     crop: str = "torchvision"  # a name in transforms.CROPS
-    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = (
-        None  # of each view, uint8 [3, H, W]
-    )
+    augment: Augment | None = None  # called with each view, uint8 [3, H, W]
     subset: np.ndarray | None = None  # ids [n] of the samples that are used; None: all
     block: int = 1  # consecutive samples that are read at once (order.py)
 
@@ -58,5 +58,6 @@ class BatchSpec:
             )
         if self.subset is not None and self.block > 1:
             raise UserError(
-                f"data.block {self.block} reads many consecutive samples for the few of a subset; set data.block=1"
+                f"data.block {self.block} reads many consecutive samples for the few of a subset; set "
+                f"data.block=1"
             )

@@ -1,12 +1,12 @@
-"""A bounded cache of remote shards on a local disk: chunks of 1 MiB, filled atomically, shared by all processes of a node.
+"""Bounded cache of remote shards on a local disk, in chunks of 1 MiB, shared by all processes of a node.
 
     CACHE/dmae_ds_shards/usage                           bytes in use, under a lock
-    CACHE/dmae_ds_shards/<fingerprint>/<shard>/<chunk>   written under a temporary name, then renamed: whole or not there
+    CACHE/dmae_ds_shards/<fingerprint>/<shard>/<chunk>   written under a temporary name, then renamed
 
-When the cache is full it stays as it is: every sample comes once an epoch in a new order, so whatever is kept is as
-likely to be needed as what would replace it, and a hit rate of cache / data is the best there is. Only chunks of other
-data sets make room. What was read is checked against the index's crc32 like everything else, and a chunk that fails
-is dropped and fetched again.
+A full cache keeps its chunks: every sample comes once an epoch in a new order, so a chunk that is kept is as
+likely to be needed as one that would replace it, and the best possible hit rate is cache size / data size.
+Only chunks of other data sets are removed to make room. Bytes from the cache are checked against the index's
+crc32 like all others; a chunk that fails is dropped and fetched again.
 """
 
 import fcntl
@@ -21,13 +21,13 @@ from dmae_ds.data.shards import ShardError
 
 FOLDER = "dmae_ds_shards"  # nothing outside it is ever counted or removed
 CHUNK_BYTES = 2**20
-STALE_S = 3600.0  # a temporary file of this age is a killed process's
+STALE_S = 3600.0  # a temporary file of this age was left by a killed process
 
 
 def make_cache(folder: Path, fingerprint: str, *, limit_bytes: int) -> "ChunkCache":
-    """The cache of one data set in `folder`: counts what is there, and makes room if other data sets fill it.
+    """Open the cache of one data set, count the bytes in use, and remove other data sets if they fill it.
 
-    Raises ShardError where the folder can't be written.
+    Raises ShardError if the folder cannot be written.
     """
     cache = ChunkCache(folder, fingerprint, limit_bytes=limit_bytes)
     try:
@@ -36,18 +36,20 @@ def make_cache(folder: Path, fingerprint: str, *, limit_bytes: int) -> "ChunkCac
             usage.value = _tidy(cache.root, keep=cache.folder.name, limit_bytes=limit_bytes)
     except OSError as error:
         raise ShardError(
-            f"data.cache_dir '{folder}' cannot be used: {error.strerror}; choose another, or null"
+            f"data.cache_dir '{folder}' cannot be used: {error.strerror}; choose another folder, or null"
         ) from None
     return cache
 
 
 class _Usage:
+    """Bytes in use, as a value that can be changed while it is locked."""
+
     def __init__(self, value: int):
         self.value = value
 
 
 class ChunkCache:
-    """Chunks of the files of one data set. Holds no descriptor and no lock between calls."""
+    """Chunks of the files of one data set; no descriptor or lock is held between calls."""
 
     def __init__(self, folder: Path, fingerprint: str, *, limit_bytes: int):
         self.root, self.limit_bytes = folder / FOLDER, limit_bytes
@@ -56,11 +58,11 @@ class ChunkCache:
     def read(
         self, name: str, offset: int, size: int, *, file_size: int, fetch: Callable[[int, int], bytes]
     ) -> bytes:
-        """Bytes [offset, offset + size) of a file, from chunks that are here and `fetch(offset, size)` for the others."""
+        """Read bytes [offset, offset + size) of a file, and `fetch(offset, size)` the missing chunks."""
         first, last = offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES
         chunks = {number: self._load(name, number, file_size) for number in range(first, last + 1)}
         missing = [number for number, data in chunks.items() if data is None]
-        while missing:  # neighbours in one request
+        while missing:  # consecutive chunks in one request
             run = [number for place, number in enumerate(missing) if number == missing[0] + place]
             missing = missing[len(run) :]
             start = run[0] * CHUNK_BYTES
@@ -72,7 +74,7 @@ class ChunkCache:
         return b"".join(chunks.values())[offset - start : offset - start + size]
 
     def forget(self, name: str, offset: int, size: int) -> None:
-        """Drop the chunks that hold these bytes."""
+        """Remove the chunks that hold these bytes."""
         for number in range(offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES + 1):
             path = self.folder / name / str(number)
             with suppress(OSError):
@@ -82,7 +84,7 @@ class ChunkCache:
 
     @contextmanager
     def locked(self):
-        """The bytes in use, exclusively; written back at the end."""
+        """Lock the count of bytes in use; it is written back when the block ends."""
         with open(self.root / "usage", "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
@@ -90,7 +92,7 @@ class ChunkCache:
             usage = _Usage(int(text) if text.isdigit() else 0)
             yield usage
             file.truncate(0)
-            file.write(b"%d" % max(0, usage.value))  # "a": always at the end, which is the start now
+            file.write(b"%d" % max(0, usage.value))  # mode "a" writes at the end of the emptied file
 
     def _load(self, name: str, number: int, file_size: int) -> bytes | None:
         try:
@@ -99,11 +101,11 @@ class ChunkCache:
             return None
         if len(data) == min(CHUNK_BYTES, file_size - number * CHUNK_BYTES):
             return data
-        self.forget(name, number * CHUNK_BYTES, 1)  # cut by a crash of the machine
+        self.forget(name, number * CHUNK_BYTES, 1)  # cut short by a crash of the machine
         return None
 
     def _store(self, name: str, number: int, data: bytes) -> None:
-        """Keep a chunk if there is room. A disk that refuses makes the cache smaller, and the run no worse."""
+        """Keep a chunk if there is room; a write that fails is ignored, and the chunk is not cached."""
         if not self._account(len(data)):
             return
         path = self.folder / name / str(number)
@@ -113,7 +115,7 @@ class ChunkCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 temporary.write_bytes(data)
-                kept = not path.exists()  # else another process was faster
+                kept = not path.exists()  # otherwise another process was faster
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -121,7 +123,7 @@ class ChunkCache:
             self._account(-len(data))
 
     def _account(self, change: int) -> bool:
-        """Add to the bytes in use, unless that would be too many."""
+        """Add to the bytes in use; returns False if that would exceed the limit."""
         with suppress(OSError), self.locked() as usage:
             if change > 0 and usage.value + change > self.limit_bytes:
                 return False
@@ -131,8 +133,11 @@ class ChunkCache:
 
 
 def _tidy(root: Path, *, keep: str, limit_bytes: int) -> int:
-    """Remove what killed processes left, then whole data sets other than `keep`, the one used longest ago first, until
-    half of the limit is free or none is left. Returns the bytes that remain."""
+    """Remove files of killed processes, then whole data sets other than `keep` if they fill the cache.
+
+    The data set used longest ago goes first, until half of the limit is free or none is left. Returns the
+    bytes in use.
+    """
     used: dict[Path, int] = {}
     for folder in root.iterdir():
         if not folder.is_dir() or folder.is_symlink():
@@ -145,14 +150,10 @@ def _tidy(root: Path, *, keep: str, limit_bytes: int) -> int:
                     path.unlink()
                 elif not path.is_dir():
                     used[folder] += status.st_size
-    others = sorted(
-        (folder for folder in used if folder.name != keep), key=lambda folder: folder.stat().st_mtime
-    )
-    for folder in others:
-        if (
-            sum(used.values()) - used.get(root / keep, 0) <= limit_bytes // 2
-            and sum(used.values()) <= limit_bytes
-        ):
+    others = [folder for folder in used if folder.name != keep]
+    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime):
+        total = sum(used.values())
+        if total - used.get(root / keep, 0) <= limit_bytes // 2 and total <= limit_bytes:
             break
         shutil.rmtree(folder, ignore_errors=True)
         del used[folder]

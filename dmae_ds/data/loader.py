@@ -1,7 +1,8 @@
 """Batches of samples for training and evaluation, from torch's DataLoader over numbers of micro-batches.
 
-A worker receives a number and computes the rest (order.py), so there is no sampler state: which images, crops and masks
-a global batch holds depends on the seed alone, not on ranks, workers or the step at which the run was resumed.
+A worker receives a number and computes the rest (order.py), so there is no sampler state: which images, crops
+and masks a global batch holds depends on the seed alone, not on ranks, workers or the step at which the run
+was resumed.
 """
 
 import functools
@@ -44,8 +45,8 @@ def train_batches(
 
     buffer_gib: memory for blocks that this rank's workers have read
     max_corrupt: samples that may be replaced (corrupt.py); over all ranks if they share one `corrupt_log`
-    Raises UserError for contradictory settings; ShardError for a sample that cannot be read, and above max_corrupt for
-    one that cannot be decoded.
+    Raises UserError for contradictory settings; ShardError for a sample that cannot be read, and above
+    max_corrupt for one that cannot be decoded.
     """
     spec.check()
     log = CorruptLog(corrupt_log, max_corrupt=max_corrupt)
@@ -63,7 +64,8 @@ def train_batches(
         )
     if spec.block > 1:
         _check_buffer(shard_set, spec, buffer_gib=buffer_gib)
-    # With blocks, every worker loads its own lanes' piece of every micro-batch, so that one worker reads a block.
+    # With blocks, every worker loads its own lanes' piece of every micro-batch, so that one worker reads a
+    # block.
     num_pieces = max(1, min(num_workers, spec.micro_batch // spec.repeat)) if spec.block > 1 else 1
     buffer_bytes = int(buffer_gib * GIB) // max(1, num_workers)
     reader = SampleReader(shard_set, block=spec.block, buffer_bytes=buffer_bytes)

@@ -1,4 +1,4 @@
-"""What data.train names, opened: a shard folder, or tars without an index. No torch here."""
+"""Open data.train: a shard folder, or tars without an index. Without torch."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from dmae_ds.data.unindexed import UnindexedShards, find_unindexed
 
 
 def open_train(data: DataConfig, *, allow_pipe: bool) -> ShardSet | UnindexedShards:
-    """What data.train names: a shard folder, or foreign tars if data.num_samples is set. Raises ShardError, one line."""
+    """Open the shard folder that data.train names, or unindexed tars if data.num_samples is set.
+
+    Raises ShardError.
+    """
     location, label, access = data.train, "data.train", Access.of(data)
     if location.startswith("pipe:") and not allow_pipe:
-        raise ShardError(
-            f"{label} '{location}' runs a command of the shell; start with --allow-pipe if it is yours"
-        )
+        raise ShardError(f"{label} '{location}' runs a shell command; add --allow-pipe if you trust it")
     is_tars = location.startswith("pipe:") or location.endswith(".tar") or "{" in location
     if data.num_samples is None:
         if is_tars:
             raise ShardError(
-                f"{label} '{location}' names tars; give a folder with {MANIFEST} (`dmae-shards index` writes one for tars of "
-                f"any origin), or data.num_samples, an epoch's length, to stream them without an exact order"
+                f"{label} '{location}' names tars; give a folder with {MANIFEST} (`dmae-shards index` writes "
+                f"one for any tars), or set data.num_samples, the length of an epoch, to stream them without "
+                f"an exact order"
             )
         shard_set = ShardSet.open(location, label=label, access=access)
         if data.cache_dir is not None and not shard_set.tars.is_remote and not is_url(data.val or ""):
             raise ShardError(
-                f"data.cache_dir '{data.cache_dir}' is of no use to '{location}', which is no URL; remove it"
+                f"data.cache_dir '{data.cache_dir}' requires a URL, and {label} '{location}' is a local "
+                f"folder; remove data.cache_dir"
             )
         return shard_set
     if data.block > 1:
         raise ShardError(
-            f"data.block {data.block} is of no use to tars without an index; remove it, or run `dmae-shards index`"
+            f"data.block {data.block} requires an index, and {label} '{location}' has none; remove "
+            f"data.block, or run `dmae-shards index`"
         )
     return find_unindexed(
         location,

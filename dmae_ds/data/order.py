@@ -1,15 +1,15 @@
 """The order of samples: a pure function of (seed, position), so nothing is shuffled, stored or replayed.
 
-Position p of a run is epoch p // N, place p % N, and the sample at a place is a keyed permutation evaluated there: a
-Feistel network with cycle walking, O(1) a position at any N. Hence every sample exactly once an epoch, global batches
-that are the same for every number of ranks and workers, and resuming at any step by arithmetic. The state of the
-reader is one integer, the number of samples consumed.
+Position p of a run is epoch p // N, place p % N, and the sample at a place is a keyed permutation evaluated
+there: a Feistel network with cycle walking, O(1) a position at any N. So every sample comes exactly once an
+epoch, global batches are the same for every number of ranks and workers, and a run resumes at any step by
+arithmetic. The state of the reader is one integer, the number of samples consumed.
 
-Block 1 is an exact global shuffle. With larger blocks, for storage that is slow to seek, C consecutive samples are read
-in one go: the blocks are permuted, cut into lanes, and a batch takes from all lanes in turn; a lane is shuffled within
-windows of WINDOW_BLOCKS blocks. The lanes' first windows differ in length, so that they open their blocks at different
-times, and the blocks' borders move every epoch. A rank takes the lanes that are its part of the global
-batch, so the blocks it needs next are mostly those that it holds.
+Block 1 is an exact global shuffle. Larger blocks are for storage that is slow to seek: C consecutive samples
+are read at once. The blocks are permuted and cut into lanes, and a batch takes from all lanes in turn; a lane
+is shuffled within windows of WINDOW_BLOCKS blocks. The lanes' first windows differ in length, so that they
+open their blocks at different times, and the borders of the blocks move every epoch. A rank takes the lanes
+that are its part of the global batch, so the blocks it needs next are mostly those that it holds.
 """
 
 import math
@@ -17,21 +17,22 @@ from fractions import Fraction
 
 import numpy as np
 
-ORDER_VERSION = 1  # stands in checkpoints: a change of the order of any block must raise it
+ORDER_VERSION = 1  # stored in checkpoints; raise it with any change of the order
 WINDOW_BLOCKS = 4
 MAX_LANES = 1024
 
 NUM_ROUNDS = 6
 MIN_HALF_BITS = 3  # a domain of at least 64: below, six rounds are visibly not uniform
 
-# splitmix64 (Steele, Lea, Flood 2014): its increment, and the two multipliers of its finaliser (Stafford's mix 13)
+# splitmix64 (Steele, Lea, Flood 2014): its increment, and the two multipliers of its finaliser (Stafford's
+# mix 13)
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
 
 
 def num_steps(epochs: float, num_samples: int, global_batch: int) -> int:
-    """Steps that see every sample `epochs` times; the last one may run on into the next epoch."""
+    """Number of steps that see every sample `epochs` times; the last one may reach into the next epoch."""
     # str: the decimal number that the user wrote; in floats, ceil(1.1 * 100) is 111
     return math.ceil(Fraction(str(epochs)) * num_samples / global_batch)
 
@@ -47,10 +48,11 @@ def batch_positions(
     num_samples: int | None = None,
     block: int = 1,
 ) -> np.ndarray:
-    """Positions of one micro-batch of one rank, [micro_batch] int64.
+    """Positions in the run of one micro-batch of one rank, [micro_batch] int64.
 
-    Step s consumes [s * global_batch, (s + 1) * global_batch), with a block above 1 sorted by lane (num_samples is
-    needed then). A rank takes a contiguous part of it, and its micro-batches are consecutive pieces of that part.
+    Step s consumes [s * global_batch, (s + 1) * global_batch), with a block above 1 sorted by lane
+    (num_samples is needed then). A rank takes a contiguous part of it, and its micro-batches are consecutive
+    pieces of that part.
     """
     first = rank * (global_batch // world_size) + accumulation_step * micro_batch
     if block == 1:
@@ -61,24 +63,28 @@ def batch_positions(
 
 
 def num_lanes(num_samples: int, block: int) -> int:
-    """How many lanes an epoch is dealt into: a function of the data and the block alone.
+    """Number of lanes of an epoch, which depends on the data and the block alone.
 
-    A power of two, as global batches mostly are: a batch that is a multiple or a fraction takes from each lane equally, so
-    a reader keeps its lanes. Else lanes, and with them blocks, change hands, and are read again (BENCHMARKS.md).
+    A power of two, as global batches mostly are: a batch that is a multiple or a fraction takes from each
+    lane equally, so a reader keeps its lanes. Otherwise lanes move to other readers, and their blocks are
+    read again (BENCHMARKS.md).
     """
     fitting = min(MAX_LANES, num_samples // (WINDOW_BLOCKS * block))
     return 2 ** (fitting.bit_length() - 1) if fitting else 1
 
 
 def num_held(num_samples: int, block: int) -> int:
-    """Samples that all ranks together hold, read and unused, at most about: half of the windows and the blocks cut by their borders."""
+    """Approximate upper bound of the samples that all ranks together have read and not used yet.
+
+    They are half of the windows, and the blocks that the windows' borders cut.
+    """
     return num_lanes(num_samples, block) * block * (WINDOW_BLOCKS + 2) // 2
 
 
 def sample_ids(
     positions: np.ndarray, *, num_samples: int, seed: int, block: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (epochs, ids) of positions, both int64 in the shape of `positions`, which may straddle epochs."""
+    """Map positions, also of several epochs, to (epochs, ids), both int64 in the shape of `positions`."""
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
     keys = epoch_key(seed, epochs)
     if block == 1:
@@ -95,7 +101,7 @@ def sample_ids(
 def block_spans(
     epochs: np.ndarray, ids: np.ndarray, *, num_samples: int, seed: int, block: int
 ) -> list[tuple[int, int]]:
-    """The block of each (epoch, id): (its first id, how many), to be read in one go. Ids wrap at num_samples."""
+    """Blocks to read at once for each (epoch, id), as (first id, number of ids); ids wrap at num_samples."""
     if block == 1:
         return [(sample_id, 1) for sample_id in ids.tolist()]
     rotation = _rotation(epoch_key(seed, epochs), num_samples)
@@ -105,29 +111,27 @@ def block_spans(
 
 
 def _shuffle_lanes(places: np.ndarray, num_samples: int, block: int, keys: np.ndarray) -> np.ndarray:
-    """Place -> place before the blocks are permuted: a shuffle within windows of lanes that take turns."""
+    """Shuffle places within windows of lanes that take turns; the blocks are permuted afterwards."""
     lanes, window = num_lanes(num_samples, block), WINDOW_BLOCKS * block
     row, lane = np.divmod(places, lanes)
     length, longer = divmod(num_samples, lanes)  # the first lanes have one sample more
     start, length = lane * length + np.minimum(lane, longer), length + (lane < longer)
     first = _first_window(lane, lanes, window)
     number = np.where(row < first, 0, 1 + (row - first) // window)
-    low, high = (
-        np.where(number == 0, 0, first + (number - 1) * window),
-        np.minimum(length, first + number * window),
-    )
+    low = np.where(number == 0, 0, first + (number - 1) * window)
+    high = np.minimum(length, first + number * window)
     window_key = _mix(_mix(_mix(keys + np.uint64(3)) + lane.astype(np.uint64)) + number.astype(np.uint64))
     return start + low + permute(row - low, high - low, window_key)
 
 
 def _first_window(lane: np.ndarray, lanes: int, window: int) -> np.ndarray:
-    """The length of a lane's first window, 1 to `window`: spread so that neighbours, which one reader has, differ much."""
+    """Length of a lane's first window, 1 to `window`; adjacent lanes, which one reader has, differ much."""
     spread = lane * (GOLDEN_GAMMA >> 32) % lanes  # an odd multiplier: a permutation of the lanes
     return 1 + spread * window // lanes
 
 
 def _rotation(keys: np.ndarray, num_samples: int) -> np.ndarray:
-    """Where the first block of an epoch begins."""
+    """First sample id of the first block of an epoch."""
     return (_mix(keys + np.uint64(2)) % np.uint64(num_samples)).astype(np.int64)
 
 
@@ -138,7 +142,7 @@ def epoch_key(seed: int, epochs: np.ndarray) -> np.ndarray:
 
 
 def permute(x: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The place of each x in the permutation of 0 to n - 1 that `key` names.
+    """Evaluate the permutation of 0 to n - 1 that `key` selects.
 
     x: integers in [0, n); n below 2**53 and key uint64: one for all or one for each x
     Returns int64 in the shape of x.
@@ -146,28 +150,32 @@ def permute(x: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     values = x.astype(np.uint64).ravel()
     sizes, half_bits = _domain(n)
-    # [NUM_ROUNDS, 1 or x.size]: a key for each round, ready before the walk; one for all costs half of one for each
+    # [NUM_ROUNDS, 1 or x.size]: a key for each round, ready before the walk; one for all costs half of one
+    # for each
     rounds = np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64)[:, None]
     round_keys = _mix(np.asarray(key, dtype=np.uint64).ravel()[None] + rounds * np.uint64(GOLDEN_GAMMA))
-    # cycle walking: the domain is a power of four, below 4 n from n = 17 on; step along the cycle until back below n
+    # cycle walking: the domain is a power of four, below 4 n from n = 17 on; step along the cycle until back
+    # below n
     outside = np.arange(values.size)
     while outside.size:
-        own_keys = round_keys if round_keys.shape[1] == 1 else round_keys[:, outside]
-        own_sizes, own_bits = (sizes, half_bits) if sizes.size == 1 else (sizes[outside], half_bits[outside])
-        values[outside] = stepped = _feistel(values[outside], own_keys, own_bits)
-        outside = outside[stepped >= own_sizes]
+        keys_here = round_keys if round_keys.shape[1] == 1 else round_keys[:, outside]
+        sizes_here, bits_here = sizes, half_bits
+        if sizes.size > 1:
+            sizes_here, bits_here = sizes[outside], half_bits[outside]
+        values[outside] = stepped = _feistel(values[outside], keys_here, bits_here)
+        outside = outside[stepped >= sizes_here]
     return values.astype(np.int64).reshape(x.shape)
 
 
 def _domain(n: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, half of the bits that number the domain), uint64, one entry for all or one for each."""
+    """Return (n, half of the bits that number the domain), uint64, one entry for all or one for each."""
     sizes = np.asarray(n, dtype=np.int64).ravel()
     num_bits = np.frexp((sizes - 1).astype(np.float64))[1]  # int.bit_length of n - 1
     return sizes.astype(np.uint64), np.maximum(MIN_HALF_BITS, (num_bits + 1) // 2).astype(np.uint64)
 
 
 def _feistel(values: np.ndarray, round_keys: np.ndarray, half_bits: np.ndarray) -> np.ndarray:
-    """A permutation of [0, 4**half_bits): each round xors one half with a keyed hash of the other."""
+    """Permute [0, 4**half_bits): each round xors one half of the bits with a keyed hash of the other."""
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
     for round_key in round_keys:
@@ -176,7 +184,7 @@ def _feistel(values: np.ndarray, round_keys: np.ndarray, half_bits: np.ndarray) 
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every input bit changes about half of the output bits."""
+    """Finaliser of splitmix64: every input bit changes about half of the output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX_1)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX_2)
     return x ^ (x >> np.uint64(31))

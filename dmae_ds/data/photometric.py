@@ -1,9 +1,10 @@
-"""Photometric changes of a view, by name: the published recipes of self-distilled and contrastive learning, on uint8 pictures.
+"""Photometric changes of a view, by name: the published recipes of DINO and MoCo-v3, on uint8 images.
 
-DINO (Caron et al. 2021, App. A, after BYOL, App. B) and MoCo-v3 (Chen et al. 2021, Sec. 4.1) share one list: colour jitter (brightness .4,
-contrast .4, saturation .2, hue .1, in random order) with probability .8, grey with .2, Gaussian blur with a radius of .1 to 2 px,
-solarisation at 128. They differ in how often they blur and solarise. torchvision's own functions on PIL pictures, as published,
-with every number drawn here from the view's key: torchvision's classes would draw from torch's global generator.
+DINO (Caron et al. 2021, App. A, after BYOL, App. B) and MoCo-v3 (Chen et al. 2021, Sec. 4.1) share one list:
+colour jitter (brightness .4, contrast .4, saturation .2, hue .1, in random order) with probability .8, grey
+with .2, Gaussian blur with a radius of .1 to 2 px, solarisation at 128. They differ in how often they blur
+and solarise. The changes are torchvision's functions on PIL images, as published, but every number is drawn
+here from the view's key: torchvision's classes would draw from torch's global generator.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ THRESHOLD = 128
 
 @dataclass(frozen=True)
 class Photometric:
-    """blur, solarize: probabilities. Call it with uint8 [3, H, W] and a generator; returns the same shape."""
+    """Photometric changes with two probabilities of their own, `blur` and `solarize`.
+
+    Called with a view, uint8 [3, H, W], and a generator; returns the same shape.
+    """
 
     blur: float
     solarize: float
 
     def __call__(self, view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        # All is drawn, whether it is used or not, so that one change does not move the draws of the next.
+        # Everything is drawn, used or not, so that one change does not shift the draws of the next.
         jitter, grey, blur, solarize = rng.random(4) < (JITTER, GREY, self.blur, self.solarize)
         factors = [rng.uniform(1 - width, 1 + width) for width in (BRIGHTNESS, CONTRAST, SATURATION)]
         hue, order, radius = rng.uniform(-HUE, HUE), rng.permutation(4), rng.uniform(*RADIUS)
@@ -45,7 +49,7 @@ class Photometric:
 
 
 def _jitter(image: Image.Image, factors: tuple[float, ...], order: np.ndarray) -> Image.Image:
-    from torchvision.transforms import functional  # a second to import, for those who need it
+    from torchvision.transforms import functional  # takes a second to import
 
     changes = (
         functional.adjust_brightness,
@@ -58,7 +62,7 @@ def _jitter(image: Image.Image, factors: tuple[float, ...], order: np.ndarray) -
     return image
 
 
-# What a View may name; each is called with uint8 [3, H, W] and a generator.
+# Values of View.photometric.
 PHOTOMETRIC: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray] | None] = {
     "none": None,
     "dino1": Photometric(blur=1.0, solarize=0.0),

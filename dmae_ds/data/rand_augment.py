@@ -1,4 +1,7 @@
-"""timm's RandAugment for the loader's workers, keyed before it draws: pictures are the same in any worker and after any resume."""
+"""RandAugment of timm for the loader's workers, seeded by the sample's key.
+
+Images are the same in any worker and after any resume.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ from timm.data import rand_augment_transform
 
 
 class RandAugment:
-    """timm's RandAugment on uint8 [3, H, W].
+    """RandAugment of timm on views, uint8 [3, H, W].
 
-    spec: timm's notation, such as rand-m9-mstd0.5-inc1; mean: of the data, which fills what a shift or turn uncovers
+    spec: timm's notation, such as rand-m9-mstd0.5-inc1
+    mean: mean colour of the data, which fills the pixels that a shift or a rotation uncovers
     """
 
     def __init__(self, spec: str, *, img_size: int, mean: tuple[float, float, float]):
-        # as timm.data.create_transform has it: shifts of at most .45 of the side, bicubic, the data's mean colour
+        # as in timm.data.create_transform: shifts of at most .45 of the side, bicubic, the data's mean colour
         fill = tuple(min(255, round(255 * value)) for value in mean)
         self.transform = rand_augment_transform(
             spec,
@@ -39,7 +43,7 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """At full magnitude timm keeps 0 bits: a black picture, where Pillow still makes one; 13.0 refuses."""
+    """Posterize, also to the 0 bits of timm's full magnitude: a black image, which Pillow 13.0 refuses."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return ImageOps.posterize(image, min(8, bits_to_keep))

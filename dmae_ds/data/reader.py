@@ -1,7 +1,8 @@
-"""Sample id -> bytes of the image and its label, through the index of its shard: one positional read, here or remote.
+"""Read the image bytes and the label of a sample by one positional read, through the index of its shard.
 
-Random access at ten times the speed of streaming the tar (BENCHMARKS.md, "Reading"), which is what makes an exact
-global shuffle affordable. Blocks of consecutive samples (order.py) are read in one go and kept until they are used up.
+Random access is ten times as fast as streaming the tar (BENCHMARKS.md, "Reading"), which makes an exact
+global shuffle affordable. Blocks of consecutive samples (order.py) are read at once and kept until they are
+used up.
 """
 
 from collections import OrderedDict
@@ -10,25 +11,28 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from isal import isal_zlib  # zlib's crc32 at the speed of memory
+from isal import isal_zlib  # a crc32 much faster than zlib's
 
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import RECORD, SOURCES, UNPACK_RECORD, ShardError
 from dmae_ds.data.storage import NUM_THREADS, LocalFile, RemoteFile
 
-# Two descriptors a local shard (tar and index), and the usual limit of a process is 1,024. A remote index is in memory.
+# Two descriptors a local shard (tar and index), and the usual limit of a process is 1,024. A remote index is
+# in memory.
 MAX_OPEN_SHARDS, MAX_OPEN_REMOTE = 256, 64
-MAX_SAMPLE_BYTES = 2**28  # an index that says more is wrong, or meant to exhaust the memory
+MAX_SAMPLE_BYTES = 2**28  # a larger size in an index is an error, or an attempt to exhaust the memory
 
 
 class OpenShard(NamedTuple):
+    """A shard that is open for reading."""
+
     tar: LocalFile | RemoteFile
     index: np.ndarray
     records: memoryview  # the index again, as bytes
 
 
 class Sample(NamedTuple):
-    """The original file, undecoded."""
+    """A sample with its image as the original file, not decoded."""
 
     data: bytes
     label: int
@@ -38,12 +42,12 @@ class Sample(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in the tar."""
+        """Name of the sample in the tar."""
         return f"{self.number:09d}"
 
 
 class CorruptSample(ShardError):
-    """A sample whose bytes are not those that were written, or no picture."""
+    """A sample whose bytes are not those that were written, or not an image."""
 
     def __init__(self, message: str, *, sample_id: int, key: str, shard: str, reason: str):
         super().__init__(message)
@@ -51,31 +55,26 @@ class CorruptSample(ShardError):
 
 
 class SampleReader:
-    """Reads samples one by one, or out of blocks that `fetch` has read ahead. One a worker."""
+    """Reader of samples, one by one or from blocks that `fetch` has read ahead; each worker has one."""
 
     def __init__(self, shard_set: ShardSet, *, block: int = 1, buffer_bytes: int = 2**30):
         self.shard_set, self.block, self.buffer_bytes = shard_set, block, buffer_bytes
-        # shard -> (its tar, index), the one that was opened longest ago first
+        # by shard number; the one that was opened longest ago comes first
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int], dict[int, bytes | ShardError]] = (
-            OrderedDict()
-        )  # span -> id -> bytes
+        # by span, then by sample id
+        self._blocks: OrderedDict[tuple[int, int], dict[int, bytes | ShardError]] = OrderedDict()
         self._held = 0  # bytes in self._blocks
 
-    def __reduce__(self):
-        return _new_reader, (
-            self.shard_set,
-            self.block,
-            self.buffer_bytes,
-        )  # a spawned worker opens its own files
+    def __reduce__(self):  # a spawned worker opens its own files
+        return _new_reader, (self.shard_set, self.block, self.buffer_bytes)
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether `fetch` is worth its while."""
+        """Whether samples should be fetched before they are read."""
         return self.block > 1 or self.shard_set.tars.is_remote
 
     def fetch(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Read the blocks (first id, how many) that are not here yet; remote ones at once, local ones in turn."""
+        """Read the blocks (first id, number of ids) that are not in memory yet; remote ones in parallel."""
         spans = dict.fromkeys(spans)
         for span in spans:
             if span in self._blocks:
@@ -85,17 +84,18 @@ class SampleReader:
         ]
         opened = self._open_shards({shard for _, shard, _, _ in pieces})
         jobs = [(opened[shard], self._first_id(shard) + row, row, end) for _, shard, row, end in pieces]
-        for (span, *_), samples in zip(
-            pieces, _map(_read_rows, jobs, at_once=self.shard_set.tars.is_remote), strict=True
-        ):
+        read = _map(_read_rows, jobs, in_parallel=self.shard_set.tars.is_remote)
+        for (span, *_), samples in zip(pieces, read, strict=True):
             self._blocks.setdefault(span, {}).update(samples)
             self._held += sum(len(data) for data in samples.values() if isinstance(data, bytes))
         while self._held > self.buffer_bytes and next(iter(self._blocks)) not in spans:
             self._drop(next(iter(self._blocks)))
 
     def read(self, sample_id: int, *, span: tuple[int, int] | None = None) -> Sample:
-        """One sample, out of a block if `span` was fetched. Raises CorruptSample if its bytes are not those that were
-        written, ShardError if they cannot be had."""
+        """Read one sample, from a block if `span` was fetched.
+
+        Raises CorruptSample if its bytes are not those that were written, ShardError if they cannot be read.
+        """
         shard, row = self.shard_set.locate(sample_id)
         file, _, records = self._open.get(shard) or self._open_shard(shard)
         number, offset, size, crc32, _, _, label = UNPACK_RECORD(records, row * RECORD.itemsize)
@@ -111,8 +111,9 @@ class SampleReader:
         sample = Sample(data, label, number, sample_id, file.path)
         if not is_whole:
             raise CorruptSample(
-                f"{file.path}: sample {sample.key} is corrupt (its bytes do not have the index's crc32); copy the shard again, "
-                f"or make it again from line {number + 1} of {SOURCES}",
+                f"{file.path}: sample {sample.key} is corrupt (its bytes do not have the crc32 of the "
+                f"index); copy the shard, or make it again (its source is line {number + 1} of "
+                f"{SOURCES})",
                 sample_id=sample_id,
                 key=sample.key,
                 shard=file.path,
@@ -121,7 +122,7 @@ class SampleReader:
         return sample
 
     def _take(self, span: tuple[int, int] | None, sample_id: int) -> bytes | ShardError | None:
-        """The bytes of a sample in a fetched block, which lets them go: a sample comes once an epoch."""
+        """Remove the bytes of a sample from a fetched block and return them; a sample comes once an epoch."""
         if span not in self._blocks:
             return None
         data = self._blocks[span].pop(sample_id, None)
@@ -134,7 +135,7 @@ class SampleReader:
         self._held -= sum(len(data) for data in self._blocks.pop(span).values() if isinstance(data, bytes))
 
     def _pieces(self, first: int, count: int) -> list[tuple[int, int, int]]:
-        """A block as (shard, first row, end row): more than one where it runs on into the next shard or round the end."""
+        """Cut a block that crosses the end of a shard or of the set into (shard, first row, end row)."""
         pieces = []
         while count:
             shard, row = self.shard_set.locate(first)
@@ -153,34 +154,36 @@ class SampleReader:
         return self._open[shard]
 
     def _open_shards(self, shards: set[int]) -> dict[int, OpenShard]:
-        """Tar and index of each; the indexes that come over the network all at once."""
+        """Open the tar and the index of each shard; remote indexes are read in parallel."""
         missing = sorted(shards - self._open.keys())
-        indexes = _map(self.shard_set.open_index, missing, at_once=self.shard_set.indexes.is_remote)
+        is_remote = self.shard_set.indexes.is_remote
+        indexes = _map(self.shard_set.open_index, missing, in_parallel=is_remote)
         for shard, index in zip(missing, indexes, strict=True):
             entry = self.shard_set.shards[shard]
-            records = memoryview(index.view(np.uint8))
-            self._open[shard] = OpenShard(
-                self.shard_set.tars.open(entry.name, size=entry.bytes), index, records
-            )
+            tar = self.shard_set.tars.open(entry.name, size=entry.bytes)
+            self._open[shard] = OpenShard(tar, index, memoryview(index.view(np.uint8)))
         opened = {shard: self._open[shard] for shard in shards}
-        while len(self._open) > (MAX_OPEN_REMOTE if self.shard_set.indexes.is_remote else MAX_OPEN_SHARDS):
+        while len(self._open) > (MAX_OPEN_REMOTE if is_remote else MAX_OPEN_SHARDS):
             self._open.popitem(last=False)
         return opened
 
 
-def _map(function: Callable, items: Sequence, *, at_once: bool) -> list:
-    if not at_once or len(items) < 2:
+def _map(function: Callable, items: Sequence, *, in_parallel: bool) -> list:
+    if not in_parallel or len(items) < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(min(NUM_THREADS, len(items))) as pool:
         return list(pool.map(function, items))
 
 
 def _read_rows(job: tuple[OpenShard, int, int, int]) -> dict[int, bytes | ShardError]:
-    """(shard, first id, first row, end row): id -> bytes of consecutive rows, in one read. A failure is each sample's own."""
+    """Read consecutive rows at once; returns the bytes by sample id, or the error of the read.
+
+    job: (shard, first id, first row, end row)
+    """
     (file, index, _), first_id, row, end = job
     offsets, sizes = (index[field][row:end].astype(np.int64) for field in ("offset", "size"))
     low, high = int(offsets.min()), int((offsets + sizes).max())
-    if high - low > MAX_SAMPLE_BYTES:  # an index in another order than its tar, or huge pictures: one by one
+    if high - low > MAX_SAMPLE_BYTES:  # the index has another order than its tar, or images are huge
         return {}
     try:
         data = memoryview(file.read(low, high - low))

@@ -1,5 +1,7 @@
-"""A finished shard folder, here or behind a URL, as a reader sees it: manifest and file sizes checked, sample ids ->
-places. No torch here."""
+"""A finished shard folder, local or behind a URL, with checked manifest and file sizes.
+
+Without torch.
+"""
 
 import bisect
 import hashlib
@@ -24,39 +26,39 @@ from dmae_ds.data.shards import (
 )
 from dmae_ds.data.storage import Access, LocalFolder, RemoteFolder, is_url, open_folder
 
-MANIFEST_BYTES = 2**28  # more is none: a million shards need 2**27
-HEADER_BYTES = 4096  # of an index: some hundred in truth
+MANIFEST_BYTES = 2**28  # upper limit; a million shards need 2**27
+DEFAULT_ACCESS = Access()
+HEADER_BYTES = 4096  # upper limit of an index's header, which has some hundred bytes
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A finished shard folder. Sample ids are 0 to num_samples - 1."""
+    """A finished shard folder, whose sample ids are 0 to num_samples - 1."""
 
-    folder: Path | str  # of manifest and indexes; a str is a URL
+    folder: Path | str  # holds manifest and indexes; a str is a URL
     classes: list[str]  # empty: every label is -1
-    seed: int | None  # of the shuffle into shards; None: somebody else wrote the tars
-    images: str  # "original", or how the pictures were changed before they were stored
-    base: str | None  # where the tars lie: None: in `folder`; else an absolute path or a URL
+    seed: int | None  # of the shuffle into shards; None: the tars were not made by dmae-shards
+    images: str  # "original", or how the images were changed before they were stored
+    base: str | None  # where the tars are; None: in `folder`; otherwise an absolute path or a URL
     shards: list[Shard]
     fingerprint: str
     ends: list[int]  # ends[s]: the number of samples in shards 0 to s
-    indexes: LocalFolder | RemoteFolder  # `folder`, opened
-    tars: LocalFolder | RemoteFolder  # where the tars lie, opened
-    checked: set[int]  # shards whose index was held against the manifest's sha256 by this process
+    indexes: LocalFolder | RemoteFolder  # `folder`
+    tars: LocalFolder | RemoteFolder  # the folder of the tars
+    checked: set[int]  # shards whose index this process compared with the manifest's sha256
 
     @classmethod
-    def open(cls, folder: str | Path, *, label: str, access: Access = Access()) -> "ShardSet":
-        """Check manifest and file sizes (a listing, or over HTTP one question a shard; nothing but the manifest is read).
+    def open(cls, folder: str | Path, *, label: str, access: Access = DEFAULT_ACCESS) -> "ShardSet":
+        """Open a folder after checking its manifest and the sizes of its files.
 
-        label: what the user calls this folder, such as 'data.train'; access: how URLs are read
-        Raises ShardError, one line, for a folder that cannot be used.
+        Only the manifest is read; sizes come from a listing or, over HTTP, from one request a file.
+        label: the user's name for this folder, such as 'data.train'; access: how URLs are read
+        Raises ShardError for a folder that cannot be used.
         """
         folder = str(folder).rstrip("/") if is_url(folder) else Path(folder)
-        make = (
-            "`dmae-shards make SRC DST`, and copy DST there"
-            if is_url(folder)
-            else f"`dmae-shards make SRC {folder}`"
-        )
+        make = f"`dmae-shards make SRC {folder}`"
+        if is_url(folder):
+            make = "`dmae-shards make SRC DST`, and copy DST there"
         indexes = open_folder(folder, access=access, label=label)
         try:
             text = indexes.read_all(MANIFEST, limit=MANIFEST_BYTES)
@@ -73,11 +75,9 @@ class ShardSet:
                 f"{label} '{folder}': {MANIFEST} is unusable: {error}; make it again with {make}"
             ) from None
         shards, base = parsed["shards"], parsed["base"]
-        tars = (
-            indexes
-            if base is None
-            else open_folder(base, access=access, label=f"{label}: base of {MANIFEST}")
-        )
+        tars = indexes
+        if base is not None:
+            tars = open_folder(base, access=access, label=f"{label}: base of {MANIFEST}")
         if tars.is_remote:
             tars.use_cache(parsed["fingerprint"])
         _check_files(
@@ -100,8 +100,11 @@ class ShardSet:
         return shard, sample_id - (self.ends[shard - 1] if shard else 0)
 
     def open_index(self, shard: int) -> np.ndarray:
-        """The records of one shard, [num_samples] of RECORD: mapped, with a descriptor for as long as they live; from a
-        URL in memory. Checked against the manifest the first time."""
+        """Records of one shard, [num_samples] of RECORD, compared with the manifest the first time.
+
+        A local index is mapped, with a descriptor for as long as the records are used; a remote one is in
+        memory.
+        """
         name, digest = index_name(self.shards[shard].name), self.shards[shard].index_sha256
         path, count = self.indexes.path(name), self.shards[shard].num_samples
         try:
@@ -115,14 +118,10 @@ class ShardSet:
                         _check_digest(file, digest)
                     file.seek(0)
                     start = _check_header(file.read(HEADER_BYTES), count)
-                records = (
-                    np.memmap(path, RECORD, mode="r", offset=start, shape=(count,))
-                    if count
-                    else np.empty(0, RECORD)
-                )
-                records = records.view(
-                    np.ndarray
-                )  # the same memory; a memmap's own indexing takes microseconds
+                records = np.empty(0, RECORD)
+                if count:
+                    records = np.memmap(path, RECORD, mode="r", offset=start, shape=(count,))
+                records = records.view(np.ndarray)  # the same memory; indexing a memmap takes microseconds
         except (OSError, ValueError) as error:
             raise ShardError(f"{path}: the index cannot be read ({error}); copy it again") from None
         if shard not in self.checked:
@@ -139,49 +138,52 @@ def _check_files(
     where: str,
     way_out: str,
 ) -> None:
-    """A shard that is missing or cut is found now, and not in the ninth hour."""
-    names, tar_names = [index_name(shard.name) for shard in shards], [shard.name for shard in shards]
+    """Raise ShardError for a shard that is missing or has another size, before training begins."""
+    index_names, tar_names = [index_name(shard.name) for shard in shards], [shard.name for shard in shards]
     try:
         if tars is indexes:
-            found = tars.sizes([*tar_names, *names])
+            sizes = tars.sizes([*tar_names, *index_names])
         else:
-            found = {**indexes.sizes(names), **tars.sizes(tar_names)}
+            sizes = {**indexes.sizes(index_names), **tars.sizes(tar_names)}
     except OSError as error:
         raise ShardError(f"{where} cannot be read: {error.strerror}") from None
     for shard in shards:
         for name in (shard.name, index_name(shard.name)):
-            if name not in found:
+            if name not in sizes:
                 raise ShardError(f"{where}: {name} is missing; {way_out}")
-        if found[shard.name] != shard.bytes:
+        if sizes[shard.name] != shard.bytes:
             raise ShardError(
-                f"{where}: {shard.name} has {found[shard.name]:,} bytes, {MANIFEST} says {shard.bytes:,}; {way_out}"
+                f"{where}: {shard.name} has {sizes[shard.name]:,} bytes, expected {shard.bytes:,} "
+                f"({MANIFEST}); {way_out}"
             )
 
 
 def _check_digest(data: "bytes | io.BufferedReader", expected: str) -> None:
-    """Raises ValueError."""
+    """Raise ValueError unless the sha256 is the expected one."""
     digest = hashlib.sha256(data) if isinstance(data, bytes) else hashlib.sha256()
     if not isinstance(data, bytes):
         while piece := data.read(2**20):
             digest.update(piece)
     if digest.hexdigest() != expected:
-        raise ValueError("it has not the manifest's sha256")
+        raise ValueError("its sha256 is not that of the manifest")
 
 
 def _check_records(records: np.ndarray, num_bytes: int, path: str) -> None:
+    """Raise ShardError for a record that lies outside its tar."""
     offset, size = records["offset"], records["size"].astype(np.uint64)
     inside = (size <= num_bytes) & (offset <= np.uint64(num_bytes) - np.minimum(size, np.uint64(num_bytes)))
     if not inside.all():
         raise ShardError(
-            f"{path}: row {int(np.argmin(inside))} lies outside its tar of {num_bytes:,} bytes; index the tars again"
+            f"{path}: row {int(np.argmin(inside))} lies outside its tar of {num_bytes:,} bytes; index the "
+            f"tars again"
         )
 
 
 def _check_header(data: bytes, count: int) -> int:
-    """Where the records of a .npy file begin. Raises ValueError unless its header is the one that numpy writes for `count` of them.
+    """Offset of the records in a .npy file. Raises ValueError unless its header is the one numpy writes.
 
-    np.load would reserve what a header asks for, and map objects; its parser is Python's own, which lets nearly every
-    exception escape, and in Python 3.11 fails where a traceback is formatted meanwhile.
+    np.load would reserve the memory that a header asks for, and map objects; its parser is Python's own,
+    which raises nearly any exception, and in Python 3.11 fails if a traceback is formatted at the same time.
     """
     start = 10 + int.from_bytes(data[8:10], "little")
     expected = f"{{'descr': {RECORD.descr}, 'fortran_order': False, 'shape': ({count},), }}"
@@ -192,14 +194,14 @@ def _check_header(data: bytes, count: int) -> int:
 
 
 def _parse_manifest(text: bytes) -> dict:
-    """Returns what ShardSet takes from a manifest. Raises ValueError that says which part is wrong."""
+    """Parse a manifest into fields of ShardSet. Raises ValueError that names the wrong part."""
 
-    def check(good: bool, what: str) -> None:
-        if not good:
-            raise ValueError(what)
+    def check(is_good: bool, reason: str) -> None:
+        if not is_good:
+            raise ValueError(reason)
 
     def is_count(value: object) -> bool:
-        return type(value) is int and value >= 0  # type(): a bool is no count
+        return type(value) is int and value >= 0  # type(): a bool is not a count
 
     manifest = json.loads(text)
     check(isinstance(manifest, dict), f"found a {type(manifest).__name__}, expected an object")
@@ -212,7 +214,7 @@ def _parse_manifest(text: bytes) -> dict:
     )
     check(seed is None or type(seed) is int, f"seed is {seed!r}, expected an integer or null")
     images, base = manifest.get("images"), manifest.get("base")
-    check(isinstance(images, str), f"images is {images!r}, expected a text")
+    check(isinstance(images, str), f"images is {images!r}, expected a string")
     good = base is None or (
         isinstance(base, str) and re.match("/|https?://|s3://|gs://|hf://", base) is not None
     )
@@ -223,17 +225,17 @@ def _parse_manifest(text: bytes) -> dict:
     for number, entry in enumerate(entries):
         check(
             isinstance(entry, dict) and set(entry) == set(fields),
-            f"shard {number} has not the fields {fields}",
+            f"shard {number} does not have the fields {fields}",
         )
         shard = Shard(**entry)
         check(is_shard_name(shard.name), f"shard {number} is named {shard.name!r}, expected NAME.tar")
         good = is_count(shard.num_samples) and is_count(shard.bytes)
-        check(good, f"num_samples or bytes of {shard.name} is no count")
+        check(good, f"num_samples or bytes of {shard.name} is not a count")
         shards.append(shard)
     check(len({shard.name for shard in shards}) == len(shards), "it lists a shard twice")
-    found, total = manifest.get("num_samples"), sum(shard.num_samples for shard in shards)
+    num_samples, total = manifest.get("num_samples"), sum(shard.num_samples for shard in shards)
     check(total > 0, "it lists no samples")
-    check(found == total, f"num_samples is {found!r}, its shards hold {total}")
+    check(num_samples == total, f"num_samples is {num_samples!r}, its shards hold {total}")
     fingerprint = compute_fingerprint(classes, shards)
     check(
         manifest.get("fingerprint") == fingerprint, "it does not match its own fingerprint (was it edited?)"

@@ -1,17 +1,18 @@
-"""The shard folder on disk: plain WebDataset tars, and beside each an index for reading a sample by one `pread`.
+"""Shard folder on disk: plain WebDataset tars, each with an index for reading a sample by one `pread`.
 
-    shard-000000.tar         ustar; members 000000000.jpg (or .png), .cls and, if asked for, .json; 000000001.jpg, ...
+    shard-000000.tar         ustar: 000000000.jpg (or .png), .cls and optionally .json, 000000001.jpg, ...
     shard-000000.index.npy   one RECORD a sample, in the order of the tar
-    sources.txt              line k + 1: the file that key k was made of, as a JSON string
-    skipped.jsonl            the files left out and why; only there if a file was left out
+    sources.txt              line k + 1: the source file of key k, as a JSON string
+    skipped.jsonl            the files that were left out, with reasons; exists only if there are any
     manifest.json            written last: a folder without it is unfinished
-    journal.jsonl            only while it is unfinished: what was asked for, and the shards that are done
+    journal.jsonl            options and finished shards; exists only while the folder is unfinished
 
-A key is the 9-digit number of the sample. Numbers rise but may have gaps (skipped files), so training counts in sample
-ids: 0 to num_samples - 1, shards and rows in order. Any WebDataset reader can use the tars without the rest.
-`dmae-shards make SRC DST` writes such a folder, `dmae-shards index TARS` one for tars that somebody else wrote: the
-index is named after the tar, a line of sources.txt is the tar's name and the member's, and the manifest's `base` says
-where the tars lie if not beside it. No torch here: the shard tool imports this module.
+A key is the 9-digit number of the sample. Numbers increase but may have gaps (skipped files), so training
+counts in
+sample ids: 0 to num_samples - 1, shards and rows in order. Any WebDataset reader can use the tars without the
+rest. `dmae-shards make SRC DST` writes such a folder, `dmae-shards index TARS` one for existing tars: there
+the index is named after the tar, a line of sources.txt is the tar's name and the member's, and `base` in the
+manifest is the folder of the tars if they are elsewhere. Without torch: the shard tool imports this module.
 """
 
 import hashlib
@@ -27,16 +28,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from isal.isal_zlib import (
-    crc32,
-)  # zlib's, 7 to 14 times as fast (measured): at zlib's speed it would cost half the time
+from isal.isal_zlib import crc32  # 7 to 14 times as fast as zlib's (measured), which would cost half the time
 
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import replacing
 
 VERSION = 2
 MANIFEST, SOURCES, SKIPPED = "manifest.json", "sources.txt", "skipped.jsonl"
-JOURNAL = "journal.jsonl"  # of a conversion that is not finished
+JOURNAL = "journal.jsonl"  # exists while a conversion is unfinished
 SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
 ANY_TAR_NAME = re.compile(r"[^./\\:][^/\\:]*\.tar")
 RECORD = np.dtype(
@@ -50,18 +49,17 @@ RECORD = np.dtype(
         ("label", "<i4"),
     ]
 )
-UNPACK_RECORD = struct.Struct(
-    "<QQIIIIi"
-).unpack_from  # (buffer, offset) -> a RECORD's fields: a third of numpy's time for one
+# (buffer, offset) -> the fields of one RECORD, in a third of numpy's time
+UNPACK_RECORD = struct.Struct("<QQIIIIi").unpack_from
 
 
 class ShardError(UserError):
-    """A shard folder, a shard or a sample that cannot be used: where, what was found, what to do."""
+    """A shard folder, a shard or a sample that cannot be used; the message has place, finding and remedy."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as the manifest lists it."""
+    """One shard, as listed in the manifest."""
 
     name: str
     num_samples: int
@@ -70,13 +68,11 @@ class Shard:
 
 
 class NewSample(NamedTuple):
-    """One sample on its way into a shard."""
+    """One sample that is to be written into a shard."""
 
     number: int
     extension: str  # jpg or png
-    data: (
-        bytes | memoryview
-    )  # used before the next sample is asked for, so it may be a view of a buffer used again
+    data: bytes | memoryview  # read before the next sample is requested, so its buffer may be reused
     width: int
     height: int
     label: int
@@ -84,11 +80,12 @@ class NewSample(NamedTuple):
 
 
 def index_name(shard_name: str) -> str:
+    """File name of a shard's index."""
     return shard_name.removesuffix(".tar") + ".index.npy"
 
 
 def is_shard_name(name: object) -> bool:
-    """Whether a tar may be called so: ours, or a foreign one's plain file name. Never a path, hidden, or unprintable."""
+    """Whether a tar may have this name: a plain file name NAME.tar, not a path, not hidden, and printable."""
     return (
         isinstance(name, str)
         and len(name) <= 200
@@ -98,16 +95,17 @@ def is_shard_name(name: object) -> bool:
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> Shard:
-    """Write one tar and its index. Equal samples give equal bytes."""
+    """Write one tar and its index; equal samples give equal bytes."""
     shard, commit = draft_shard(folder, name, samples)
     commit()
     return shard
 
 
 def draft_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> tuple[Shard, Callable[[], None]]:
-    """Write one tar under a temporary name. Returns (shard, commit): commit waits for the disk, names it, adds the index.
+    """Write one tar under a temporary name, and return (shard, commit).
 
-    Apart, so that a thread can wait for the disk while the next shard is written.
+    commit() waits for the disk, writes the index and renames the tar: a thread can do so while the next shard
+    is written.
     """
     records = []
     temporary = folder / (name + ".tmp")
@@ -144,21 +142,22 @@ def draft_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> tuple[
 
 
 def encode_index(records: np.ndarray) -> bytes:
-    """The bytes of an index file: a plain .npy of RECORD."""
+    """Bytes of an index file: a plain .npy of RECORD."""
     file = io.BytesIO()
     np.save(file, records, allow_pickle=False)
     return file.getvalue()
 
 
-# A ustar header is mode, uid, gid | size | mtime 0 | checksum | type, link, magic, owner, device, prefix.
+# Fields of a ustar header: mode, uid, gid | size | mtime 0 | checksum | type, link, magic, owner, device,
+# prefix.
 _MODE, _MTIME = b"0000644\0" + b"0000000\0" * 2, b"\0" + b"0" * 11 + b"\0"
 _REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
 PADDING = [bytes(number) for number in range(tarfile.BLOCKSIZE)]
-_CHECKSUM = sum(_MODE + _MTIME + b" " * 8 + _REST)  # it counts itself as blanks
+_CHECKSUM = sum(_MODE + _MTIME + b" " * 8 + _REST)  # the checksum counts itself as blanks
 
 
 def ustar_header(name: bytes, size: int) -> bytes:
-    """tarfile.TarInfo's header of a regular file (mode 644, everything else 0), at a tenth of the time."""
+    """Header of a regular file, as tarfile.TarInfo writes it (mode 644), in a tenth of the time."""
     digits = b"%011o" % size
     checksum = _CHECKSUM + sum(name) + sum(digits)
     return b"%b%b%b%b%b%06o\0 %b" % (name, PADDING[100 - len(name)], _MODE, digits, _MTIME, checksum, _REST)
@@ -169,7 +168,7 @@ def _member(name: bytes, data: bytes) -> bytes:
 
 
 def _write_all(descriptor: int, *parts: bytes | memoryview) -> int:
-    """One gathered write; more only where the kernel took less (a disk that is nearly full, more than 2 GiB)."""
+    """Write at once, and again only if the kernel wrote less (a nearly full disk, more than 2 GiB)."""
     written = os.writev(descriptor, parts)
     total = sum(map(len, parts))
     if written < total:
@@ -191,8 +190,8 @@ def write_manifest(
 ) -> None:
     """Write manifest.json, which makes the folder a finished set.
 
-    base: where the tars lie, if not in `folder`: an absolute path or a URL
-    made: how it was made: options and checksums of the lists; what `dmae-shards` compares, and no reader needs
+    base: absolute path or URL of the tars, if they are not in `folder`
+    made: options and checksums of the lists, for `dmae-shards` to compare; readers do not need them
     """
     manifest = {
         "version": VERSION,
@@ -219,13 +218,13 @@ def write_skipped(folder: Path, skipped: list[dict]) -> None:
 
 
 def compute_fingerprint(classes: list[str], shards: list[Shard]) -> str:
-    """sha256 of what defines the content: through the indexes, the size and crc32 of every image and its label."""
+    """sha256 of the content: classes and, through the indexes, size, crc32 and label of every image."""
     content = [VERSION, classes, [vars(shard) for shard in shards]]  # asdict: seconds for 10,000 shards
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The files in `folder` that have a name of this format, the manifest first."""
+    """List the files in `folder` that have a name of this format, the manifest first."""
 
     def is_ours(name: str) -> bool:
         name = name.removesuffix(".tmp")

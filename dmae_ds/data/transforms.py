@@ -1,8 +1,9 @@
-"""From uint8 pixels to views of them: MAE's recipe (random resized crop, flip) and its central crop for evaluation.
+"""Views of uint8 images as in MAE: random resized crop and flip to train, a central crop to evaluate.
 
-Every draw is keyed by (seed, epoch, sample id, view), never global: the same picture gets the same crop and the same mask on
-any rank, in any worker and after any resume. Resizing is torch's antialiased bicubic on uint8, on the crop alone: at
-most a few grey levels from PIL's (.02 in the mean). Normalising is left to the device, on a quarter of the bytes.
+Every draw is keyed by (seed, epoch, sample id, view), never global: an image gets the same crop and the same
+mask on any rank, in any worker and after any resume. Resizing is torch's antialiased bicubic on uint8, on the
+crop alone: at most a few grey levels from PIL's (.02 in the mean). The device normalises, so a quarter of the
+bytes is copied.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.photometric import PHOTOMETRIC
 
-# What is drawn from a sample's key; each needs its own stream.
+# Random streams of a sample, one for each kind of draw.
 CROP_STREAM, MASK_STREAM, AUGMENT_STREAM, ERASE_STREAM, PHOTOMETRIC_STREAM = range(5)
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height; torchvision's default, which MAE keeps
@@ -21,8 +22,11 @@ NUM_CROP_TRIES = 10  # torchvision's
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int, stream: int, *, view: int = 0) -> np.random.Generator:
-    """The generator of one view of one sample in one epoch. Seed and stream are Philox's key; view, id and epoch its counter's
-    high words, so that no two of them ever share a draw."""
+    """Generator of one view of one sample in one epoch.
+
+    Seed and stream are Philox's key; view, id and epoch are the high words of its counter, so no two
+    generators share a draw.
+    """
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
     counter = np.array([0, view, sample_id, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -33,7 +37,8 @@ def draw_views(
 ) -> list[np.ndarray]:
     """Draw the views of an image, uint8 [H, W, 3]: each uint8 [3, S, S].
 
-    first_view: number that keys the first view's draws, above 0 for an image that comes again in this epoch (data.repeat)
+    first_view: number that keys the first view's draws, above 0 for an image that comes again in this epoch
+    (data.repeat)
     """
     drawn = []
     for number, view in enumerate(spec.views, start=first_view):
@@ -61,7 +66,7 @@ def train_view(
     flip: bool,
     crop: str = "torchvision",
 ) -> np.ndarray:
-    """A random crop of uint8 [H, W, 3], resized, flipped half of the time: uint8 [3, img_size, img_size].
+    """Crop uint8 [H, W, 3] at random, resize, and flip half of the time: uint8 [3, img_size, img_size].
 
     crop: one of CROPS
     """
@@ -69,14 +74,13 @@ def train_view(
     left, top, right, bottom = CROPS[crop](
         rng, width=width, height=height, scale=crop_scale, ratio=CROP_RATIO
     )
-    view = _resize(
-        image[top:bottom, left:right], width=img_size, height=img_size
-    )  # no pixel outside the box is seen
+    # no pixel outside the box is used
+    view = _resize(image[top:bottom, left:right], width=img_size, height=img_size)
     return (view.flip(2) if flip and rng.random() < 0.5 else view).numpy()
 
 
 def eval_view(image: np.ndarray, *, img_size: int, crop_pct: float) -> np.ndarray:
-    """The central crop after resizing the short side to img_size / crop_pct: uint8 [3, img_size, img_size]."""
+    """Resize the short side to img_size / crop_pct and crop the centre: uint8 [3, img_size, img_size]."""
     short = round(img_size / crop_pct)
     height, width = (short * side // min(image.shape[:2]) for side in image.shape[:2])
     left, top = round((width - img_size) / 2), round((height - img_size) / 2)
@@ -84,9 +88,9 @@ def eval_view(image: np.ndarray, *, img_size: int, crop_pct: float) -> np.ndarra
 
 
 def _resize(image: np.ndarray, *, width: int, height: int) -> torch.Tensor:
-    """uint8 [H, W, 3] -> uint8 [3, height, width], antialiased bicubic."""
-    # [H, W, 3] -> [1, H, W, 3] -> [1, 3, H, W] with channels last, which torch's vectorised path wants: the axis of one
-    # must be there before the others are permuted, or its stride hides the layout.
+    """Resize uint8 [H, W, 3] to uint8 [3, height, width], antialiased bicubic."""
+    # [H, W, 3] -> [1, H, W, 3] -> [1, 3, H, W] with channels last, which torch's vectorised path requires:
+    # the axis of one must be added before the others are permuted, or its stride hides the layout.
     pixels = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)[0]
 
@@ -99,7 +103,7 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop: (left, top, right, bottom).
+    """Draw a crop as torchvision's RandomResizedCrop does: (left, top, right, bottom).
 
     scale: range of the crop's share of the area, uniform; ratio: range of its width / height, log-uniform
     """
@@ -129,13 +133,11 @@ def clamped_crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """TensorFlow's way, which MAE's linear probe takes: one draw, and what sticks out of the picture is cut off."""
+    """Draw a crop as TensorFlow and MAE's linear probe do: one draw, cut to the image."""
     area = width * height * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    w, h = (
-        max(1, min(round(side), most))
-        for side, most in ((math.sqrt(area * aspect), width), (math.sqrt(area / aspect), height))
-    )
+    w = max(1, min(round(math.sqrt(area * aspect)), width))
+    h = max(1, min(round(math.sqrt(area / aspect)), height))
     left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
     return left, top, left + w, top + h
 

@@ -1,8 +1,10 @@
-"""Foreign tars without an index -> training batches: tarfile, webdataset's grouping and its shuffle buffer.
+"""Training batches from unindexed tars, by tarfile, webdataset's grouping and its shuffle buffer.
 
-A rank's worker reads its share of the tars from end to end, in an order of the pass's own, for as long as it is asked.
-Members are only ever bytes in memory: a name is never a path, and nothing but images and numbers is interpreted.
-webdataset's own tar reader is not used: it takes a damaged header for the end of a tar and says nothing.
+A worker reads its share of the tars from beginning to end, pass after pass, each in another order. Members
+are only
+bytes in memory: a name is never used as a path, and only images and numbers are interpreted. webdataset's own
+tar reader
+is not used: it takes a damaged header for the end of a tar, without a message.
 """
 
 import hashlib
@@ -35,10 +37,12 @@ READ_BYTES = 2**22
 
 @dataclass(frozen=True)
 class StreamedSample:
+    """One decoded sample of a tar."""
+
     image: np.ndarray  # uint8 [H, W, 3]
-    label: int  # -1: the sample has none
+    label: int  # -1: none
     sample_id: int  # a hash of tar and key
-    epoch: int  # the worker's pass over its tars
+    epoch: int  # number of the worker's pass over its tars
 
 
 def stream_batches(
@@ -53,14 +57,15 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """This rank's micro-batches of steps [start_step, stop_step).
 
-    Raises ShardError where there are fewer tars than readers, and where `log` counts too many corrupt samples.
+    Raises ShardError where there are fewer tars than readers, and where `log` counts too many corrupt
+    samples.
     """
     assert spec.subset is None and spec.augment is None and spec.repeat == 1  # they require indexed shards
     num_tars, num_readers = len(shards.tars), spec.world_size * max(1, num_workers)
     if num_tars < num_readers:
         raise ShardError(
-            f"{num_tars} tars are too few for {num_readers} readers (ranks x data.num_workers): each needs a tar; "
-            f"lower data.num_workers, or run `dmae-shards index`"
+            f"{num_tars} tars are too few for {num_readers} readers (ranks x data.num_workers): each needs a "
+            f"tar; lower data.num_workers, or run `dmae-shards index`"
         )
     loader = DataLoader(
         StreamedBatches(shards, spec, start_step),
@@ -79,7 +84,7 @@ def stream_batches(
 
 @dataclass(frozen=True)
 class StreamedBatches(IterableDataset):
-    """Micro-batches without end, or a ShardError."""
+    """Endless micro-batches of one rank; a ShardError is returned, not raised, and is the last item."""
 
     shards: UnindexedShards
     spec: BatchSpec
@@ -100,8 +105,8 @@ class StreamedBatches(IterableDataset):
             yield ShardError(str(error))
 
     def _samples(self, reader: int, num_readers: int, corrupt: list[Corrupt]) -> Iterator[StreamedSample]:
-        """Decoded samples of one reader, pass after pass. Raises ShardError where a whole pass gives nothing."""
-        for number in itertools.count(self.start_step):  # a resumed run draws other passes
+        """Decoded samples of one reader, pass after pass. Raises ShardError if a whole pass gives none."""
+        for number in itertools.count(self.start_step):  # a resumed run draws other orders
             key = f"{self.spec.seed} {number}"
             tars = random.Random(key).sample(self.shards.tars, len(self.shards.tars))
             shuffle = webdataset.shuffle(self.shards.shuffle_buffer, rng=random.Random(f"{key} {reader}"))
@@ -119,7 +124,7 @@ class StreamedBatches(IterableDataset):
             if empty:
                 last = f" (the last: {corrupt[-1].shard}: {corrupt[-1].reason})" if corrupt else ""
                 raise ShardError(
-                    f"{tars[reader][1]} and the other tars of its reader hold no image that can be read{last}"
+                    f"{tars[reader][1]} and the other tars of its reader contain no readable image{last}"
                 )
 
     def _batch(self, samples: list[StreamedSample]) -> Batch:
@@ -134,47 +139,34 @@ class StreamedBatches(IterableDataset):
 
 
 def _samples_of(tars: list, number: int, corrupt: list[Corrupt]) -> Iterator[dict[str, Any]]:
-    """{tar, key, data, label, id} of every sample with an image. A tar that breaks off is one corrupt entry."""
+    """Samples with an image, as {tar, key, data, label, id}; a cut or damaged tar adds one corrupt entry."""
     for folder, name, size in tars:
         url = name if folder is None else folder.path(name)
         try:
             with _open(folder, name, size) as file:
                 for sample in group_by_keys(_members(file, url, number, corrupt)):
-                    found = [sample[extension] for extension in EXTENSIONS if extension in sample]
-                    if not found:
+                    images = [sample[extension] for extension in EXTENSIONS if extension in sample]
+                    if not images:
                         continue
-                    digest = hashlib.blake2b(
-                        f"{url}/{sample['__key__']}".encode(errors="replace"), digest_size=8
-                    ).digest()
-                    sample_id = int.from_bytes(digest, "little") >> 1
+                    key = sample["__key__"]
+                    path = f"{url}/{key}".encode(errors="replace")
+                    digest = hashlib.blake2b(path, digest_size=8).digest()
                     yield {
                         "tar": url,
-                        "key": sample["__key__"],
-                        "data": found[0],
+                        "key": key,
+                        "data": images[0],
                         "label": _label(sample.get("cls")),
-                        "id": sample_id,
+                        "id": int.from_bytes(digest, "little") >> 1,
                     }
-        except (
-            tarfile.TarError,
-            ValueError,
-            OSError,
-            EOFError,
-        ) as error:  # ValueError: also what group_by_keys raises
-            if isinstance(error, ShardError):
-                raise
-            corrupt.append(
-                Corrupt(
-                    url,
-                    "the rest of the tar",
-                    -1,
-                    " ".join(f"{type(error).__name__}: {error}".split())[:200],
-                    number,
-                    -1,
-                )
-            )
+        except ShardError:
+            raise
+        except (tarfile.TarError, ValueError, OSError, EOFError) as error:  # group_by_keys raises ValueError
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            corrupt.append(Corrupt(url, "the rest of the tar", -1, reason, number, -1))
 
 
 def _members(file: BinaryIO, url: str, number: int, corrupt: list[Corrupt]) -> Iterator[dict[str, Any]]:
+    """Members that are images or labels, in the form that webdataset groups by keys."""
     with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
         for member in tar:
             if not member.isreg() or member.issparse():
@@ -184,11 +176,11 @@ def _members(file: BinaryIO, url: str, number: int, corrupt: list[Corrupt]) -> I
                 continue
             if member.name.lower().endswith((*EXTENSIONS, ".cls")):
                 yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": url}
-            tar.members = []  # else a tar of a million members is a million objects
+            tar.members = []  # tarfile would keep an object for every member
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A damaged or missing header is an error; tarfile takes it for the end."""
+    """Header of a member, where a damaged or missing one is an error; tarfile takes it for the end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
@@ -199,7 +191,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 class _Sequential:
-    """A file that is read once from its start, on top of positional reads."""
+    """A file that is read once from its start, by positional reads."""
 
     def __init__(self, file: LocalFile | RemoteFile):
         self.file, self.offset, self.buffer = file, 0, memoryview(b"")
@@ -219,8 +211,10 @@ class _Sequential:
 
 
 def _open(folder: Any, name: str, size: int) -> Any:
+    """Open a tar for streaming; without a folder, `name` is a pipe: URL."""
     return webdataset.gopen(name) if folder is None else _Sequential(folder.open(name, size=size))
 
 
 def _label(text: bytes | None) -> int:
+    """Label in a .cls member; -1 if there is none or it is not a number."""
     return -1 if text is None or not text.strip().isdigit() else int(text[:18])

@@ -1,4 +1,4 @@
-"""One crop of a picture, as an objective asks for it: plain values, no torch."""
+"""One crop of an image, as an objective specifies it: plain values without torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class View:
-    """A random resized crop, flipped half of the time where data.flip is on, then changed photometrically.
+    """A random resized crop, flipped half of the time if data.flip is on, then changed photometrically.
 
-    Draws are keyed by (seed, epoch, sample id, number of the view), see `transforms.sample_rng`.
+    Draws are keyed by (seed, epoch, sample id, number of the view); see `transforms.sample_rng`.
     """
 
     size: int | None = None  # px; None: the student's img_size
-    scale: tuple[float, float] | None = None  # share of the picture's area; None: data.crop_scale
+    scale: tuple[float, float] | None = None  # share of the image's area; None: data.crop_scale
     photometric: str = "none"  # a name in photometric.PHOTOMETRIC

@@ -1,5 +1,6 @@
-"""Training batches for the tests of this room: short calls of `train_batches`, and global batches put together."""
+"""Training batches for the tests of this room: short calls of `train_batches`, and joined global batches."""
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -54,7 +55,7 @@ def join(batches) -> list[torch.Tensor]:
 def global_batches(
     shard_set, *, world_size: int = 1, accumulation: int = 1, **settings
 ) -> list[list[torch.Tensor]]:
-    """Micro-batches of all ranks, put together in the order of their positions: the fields of `join` for each step."""
+    """Global batches, joined from the micro-batches of all ranks: the fields of `join` for each step."""
     ranks = [
         list(train(shard_set, world_size=world_size, rank=rank, accumulation=accumulation, **settings))
         for rank in range(world_size)
@@ -68,3 +69,14 @@ def assert_same(ours: list[list[torch.Tensor]], theirs: list[list[torch.Tensor]]
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def damage(shard_set, *sample_ids: int) -> None:
+    """Invert one byte of each sample, inside its image."""
+    for sample_id in sample_ids:
+        shard, row = shard_set.locate(sample_id)
+        with open(shard_set.folder / shard_set.shards[shard].name, "r+b") as file:
+            file.seek(int(shard_set.open_index(shard)[row]["offset"]) + 40)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 255]))

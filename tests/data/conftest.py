@@ -1,4 +1,4 @@
-"""A tiny shard folder of every kind of picture the format knows: JPEG and PNG, colour and grey, wide and tall."""
+"""A tiny shard folder with all kinds of images: JPEG and PNG, colour and grey, wide and tall."""
 
 import io
 
@@ -12,7 +12,7 @@ from dmae_ds.data.shards import NewSample, write_manifest, write_shard
 NUM_SAMPLES = 23
 
 
-def _make_picture(number: int) -> NewSample:
+def _make_sample(number: int) -> NewSample:
     rng = np.random.default_rng(number)
     width, height = (int(side) for side in rng.integers(20, 70, 2))
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -23,9 +23,9 @@ def _make_picture(number: int) -> NewSample:
 
 
 @pytest.fixture
-def make_picture():
-    """number -> NewSample, always the same."""
-    return _make_picture
+def make_sample():
+    """Function number -> NewSample, which always gives the same sample."""
+    return _make_sample
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def shard_folder(tmp_path):
     """Shards of 10, 10 and 3 samples; the numbers have a gap at 5, as after a skipped file."""
     folder = tmp_path / "shards"
     folder.mkdir()
-    samples = [_make_picture(number) for number in range(NUM_SAMPLES + 1) if number != 5]
+    samples = [_make_sample(number) for number in range(NUM_SAMPLES + 1) if number != 5]
     shards = [
         write_shard(folder, f"shard-{number:06d}.tar", samples[first : first + 10])
         for number, first in enumerate(range(0, NUM_SAMPLES, 10))

@@ -1,4 +1,4 @@
-"""An HTTP server of one folder, with Range, that drops, stalls and answers 503 at random: seeded, on loopback."""
+"""Seeded HTTP server of one folder on loopback, with Range, that drops, stalls and answers 503 at random."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from urllib.parse import unquote
 
 
 class FlakyServer(ThreadingHTTPServer):
+    """Server that fails a share `trouble` of the requests, and counts them by kind."""
+
     daemon_threads = True
 
     def __init__(self, folder: Path, *, seed: int, trouble: float, stall_s: float):
@@ -28,17 +30,14 @@ class FlakyServer(ThreadingHTTPServer):
     def draw(self) -> str:
         with self.lock:
             self.count["requests"] += 1
-            kind = (
-                self.random.choice(["503", "drop", "cut", "stall"])
-                if self.random.random() < self.trouble
-                else "well"
-            )
-            if kind != "well":
-                self.count[kind] += 1
+            if self.random.random() >= self.trouble:
+                return "well"
+            kind = self.random.choice(["503", "drop", "cut", "stall"])
+            self.count[kind] += 1
             return kind
 
     def handle_error(self, request, client_address):
-        pass  # connections that the client gave up
+        pass  # connections that the client closed
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -76,11 +75,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(last + 1 - first))
         self.end_headers()
         if body:
-            part = data[first : last + 1]
-            part = part[: len(part) // 2] if trouble == "cut" else part
-            self.wfile.write(part)
+            body_bytes = data[first : last + 1]
+            if trouble == "cut":
+                body_bytes = body_bytes[: len(body_bytes) // 2]
+            self.wfile.write(body_bytes)
             with server.lock:
-                server.count["bytes"] += len(part)
+                server.count["bytes"] += len(body_bytes)
             if trouble == "cut":
                 self.close_connection = True
                 self.connection.close()
@@ -91,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(folder: Path, *, seed: int = 0, trouble: float = 0.0, stall_s: float = 0.0):
+    """Serve a folder while the block runs; yields the server."""
     server = FlakyServer(folder, seed=seed, trouble=trouble, stall_s=stall_s)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -1,20 +1,21 @@
-"""Whatever is done to the bytes of tars, JPEGs, indexes and manifests: one line, or a picture. Never a crash, a hang, a
-command, a write outside the folder at hand, or the machine's memory.
+"""Damaged tars, images, indexes and manifests give images or an error of one line.
 
-Inputs are made and read in a forked child under limits; an audit hook ends it at a forbidden event. A failure names
-the number of the input: `python -m tests.data.test_mutations NUMBER` reads that one alone.
+They never cause a crash, a hang, a command, a write outside the folder, or a large use of memory. Inputs are
+made and read in a forked child under limits; an audit hook ends it at a forbidden event. A failure names the
+number of the
+input: `python -m tests.data.test_mutations NUMBER` reads that one alone.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import io
 import json
 import os
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tarfile
 import tempfile
@@ -23,220 +24,73 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dmae_ds.data.decode import decode, decode_bytes
 from dmae_ds.data.open import open_train
-from dmae_ds.data.reader import SampleReader
+from dmae_ds.data.reader import Sample, SampleReader
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.shards import (
-    NewSample,
-    Shard,
-    ShardError,
-    compute_fingerprint,
-    index_name,
-    write_manifest,
-    write_shard,
-)
+from dmae_ds.data.shards import ShardError, index_name
 from dmae_ds.data.unindexed_stream import _samples_of
+from tests.data.mutations import (
+    IMAGES,
+    NUM_SAMPLES,
+    bomb,
+    fingerprint_of,
+    make_folder,
+    mutate,
+    mutate_manifest,
+)
 
-NUM_SAMPLES = 12
-CPU_S, WALL_S = 5.0, 120.0  # CPU time is what counts on a shared machine; the wall only ends real hangs
+CPU_S, WALL_S = 5.0, 120.0  # CPU time is the limit on a shared machine; wall time only ends real hangs
 MEMORY_BYTES = 2**30
-FORBIDDEN, BROKEN = 77, 78
-
-
-def pictures() -> list[bytes]:
-    rng = np.random.default_rng(0)
-    found = []
-    for number in range(NUM_SAMPLES):
-        smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
-            (120, 90), Image.Resampling.BICUBIC
-        )
-        kinds = [
-            ("JPEG", {}),
-            ("JPEG", {"progressive": True}),
-            ("PNG", {}),
-            ("JPEG", {"comment": b"c" * 200}),
-        ]
-        kind, options = kinds[number % 4]
-        image = smooth.convert("CMYK") if number == 4 else smooth.convert("L") if number == 8 else smooth
-        file = io.BytesIO()
-        image.save(file, kind, **options)
-        found.append(file.getvalue())
-    return found
-
-
-PICTURES = pictures()
-
-
-def make_folder(folder: Path) -> None:
-    samples = [
-        NewSample(number, "png" if number % 4 == 2 else "jpg", data, 120, 90, number % 3)
-        for number, data in enumerate(PICTURES)
-    ]
-    shards = [
-        write_shard(folder, f"shard-{shard:06d}.tar", samples[6 * shard : 6 * shard + 6])
-        for shard in range(2)
-    ]
-    write_manifest(folder, classes=["a", "b", "c"], seed=0, shards=shards)
-
-
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flip, overwrite, cut, extend, swap, repeat, or write an extreme number."""
-    data, size = bytearray(data), len(data)
-    for _ in range(int(rng.choice([1, 1, 1, 2, 5, 30]))):
-        at, kind = int(rng.integers(0, max(1, len(data)))), int(rng.integers(0, 9))
-        if not data:
-            return bytes(rng.bytes(10))
-        if kind == 0:
-            data[at] ^= 1 << int(rng.integers(0, 8))
-        elif kind == 1:
-            data[at] = int(rng.choice([0, 255, 127, 128, 48, 55, 0xD8, 0xDA, 0xC2]))
-        elif kind == 2:
-            data = data[:at]
-        elif kind == 3:
-            data[at:at] = rng.bytes(int(rng.integers(1, 700)))
-        elif kind == 4:  # swap two stretches
-            length, other = int(rng.integers(1, 600)), int(rng.integers(0, len(data)))
-            data[at : at + length], data[other : other + length] = (
-                data[other : other + length],
-                data[at : at + length],
-            )
-        elif kind == 5:
-            extreme = int(rng.choice([0, 1, 2**15, 65500, 2**16 - 1, 100_000, 2**31 - 1]))
-            packed = struct.pack(str(rng.choice([">H", ">I", "<I", "<Q", ">Q"])), extreme % 2**16)
-            data[at : at + len(packed)] = packed
-        elif kind == 6:
-            data[at : at + int(rng.integers(1, 2000))] = b""
-        elif kind == 7:
-            data = data + data[at:]
-        else:  # in a header, where it hurts
-            data[int(rng.integers(0, min(600, len(data))))] = int(rng.integers(0, 256))
-        data = data[: 4 * size + 1000]
-    return bytes(data)
-
-
-def mutate_number(text: str, rng: np.random.Generator) -> str:
-    """A manifest with one value replaced by something wicked, its fingerprint right again half of the time."""
-    manifest = json.loads(text)
-    wicked = [
-        None,
-        True,
-        -1,
-        0,
-        1.5,
-        2**63,
-        10**30,
-        "",
-        "../x",
-        "/etc/passwd",
-        "a" * 300,
-        [],
-        {},
-        "pipe:touch ran",
-        "shard-000001.tar",
-    ]
-    value = wicked[int(rng.integers(0, len(wicked)))]
-    shard, key = (
-        manifest["shards"][int(rng.integers(0, 2))],
-        list(manifest)[int(rng.integers(0, len(manifest)))],
-    )
-    if rng.random() < 0.6:
-        shard[list(shard)[int(rng.integers(0, len(shard)))]] = value
-    else:
-        manifest[key] = value
-    if rng.random() < 0.7:
-        try:
-            manifest["num_samples"] = sum(entry["num_samples"] for entry in manifest["shards"])
-            manifest["fingerprint"] = compute_fingerprint(
-                manifest["classes"], [Shard(**entry) for entry in manifest["shards"]]
-            )
-        except (TypeError, KeyError, AttributeError):
-            pass
-    return json.dumps(manifest)
-
-
-def bomb(rng: np.random.Generator) -> bytes:
-    """A small file whose header promises up to 100,000 x 100,000 pixels."""
-    width, height = (int(rng.choice([1, 8, 8191, 65500, 100_000])) for _ in range(2))
-    file = io.BytesIO()
-    if rng.random() < 0.5:
-        Image.new("RGB", (16, 16), (9, 99, 199)).save(file, "JPEG", progressive=bool(rng.random() < 0.5))
-        data = bytearray(file.getvalue())
-        start = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5
-        data[start : start + 4] = struct.pack(">HH", min(height, 65535), min(width, 65535))
-    else:
-        import zlib
-
-        Image.new("RGB", (16, 16)).save(file, "PNG")
-        data = bytearray(file.getvalue())
-        data[16:24] = struct.pack(">II", width, height)
-        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    return bytes(data)
+FORBIDDEN, BROKEN = 77, 78  # exit codes of the child
+FORBIDDEN_EVENTS = {
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "pty.spawn",
+    "socket.connect",
+    "pickle.find_class",
+}
+KINDS = ("image", "image", "bomb", "tar", "index", "index and manifest", "manifest", "unindexed")
 
 
 def read_all(folder: Path) -> None:
+    """Read and decode every sample, one by one and by blocks."""
     shard_set = ShardSet.open(folder, label="data.train")
     reader, block_reader = SampleReader(shard_set), SampleReader(shard_set, block=4)
     for sample_id in range(min(shard_set.num_samples, 2 * NUM_SAMPLES)):
-        for read in (lambda: reader.read(sample_id), lambda: _by_block(block_reader, sample_id)):
+        for read, source in ((SampleReader.read, reader), (_read_by_block, block_reader)):
             try:
-                decode(read())
+                decode(read(source, sample_id))
             except ShardError as error:
                 assert "\n" not in str(error)
 
 
-def _by_block(reader: SampleReader, sample_id: int):
+def _read_by_block(reader: SampleReader, sample_id: int) -> Sample:
     span = (sample_id // 4 * 4, min(4, reader.shard_set.num_samples - sample_id // 4 * 4))
     reader.fetch([span])
     return reader.read(sample_id, span=span)
 
 
 def try_input(number: int, folder: Path) -> str:
-    """Make input `number` and read it. Returns its kind; raises whatever is not a ShardError of one line."""
-    rng = np.random.default_rng(number)
-    kind = ("picture", "picture", "bomb", "tar", "index", "index and manifest", "manifest", "foreign")[
-        number % 8
-    ]
-    if kind in ("picture", "bomb"):
-        data = bomb(rng) if kind == "bomb" else PICTURES[int(rng.integers(0, NUM_SAMPLES))]
+    """Make input `number` and read it. Returns its kind; raises everything but a ShardError of one line."""
+    rng, kind = np.random.default_rng(number), KINDS[number % 8]
+    if kind in ("image", "bomb"):
+        data = bomb(rng) if kind == "bomb" else IMAGES[int(rng.integers(0, NUM_SAMPLES))]
         try:
-            image = decode_bytes(mutate(data, rng) if kind == "picture" or rng.random() < 0.3 else data)
+            image = decode_bytes(mutate(data, rng) if kind == "image" or rng.random() < 0.3 else data)
             assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         except ValueError as error:
             assert "\n" not in str(error)
         return kind
     make_folder(folder)
-    tar, index, manifest = (
-        folder / "shard-000001.tar",
-        folder / index_name("shard-000001.tar"),
-        folder / "manifest.json",
-    )
-    if kind == "tar":
-        data = mutate(tar.read_bytes(), rng)
-        tar.write_bytes(
-            (data + bytes(tar.stat().st_size))[: tar.stat().st_size] if rng.random() < 0.8 else data
-        )
-    elif kind.startswith("index"):
-        index.write_bytes(mutate(index.read_bytes(), rng))
-        if kind != "index":  # and the manifest agrees with it
-            import hashlib
-
-            content = json.loads(manifest.read_text())
-            content["shards"][1]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
-            content["fingerprint"] = compute_fingerprint(
-                content["classes"], [Shard(**entry) for entry in content["shards"]]
-            )
-            manifest.write_text(json.dumps(content))
-    elif kind == "manifest":
-        text = manifest.read_text()
-        manifest.write_bytes(
-            mutate(text.encode(), rng) if rng.random() < 0.4 else mutate_number(text, rng).encode()
-        )
+    damage_folder(folder, kind, rng)
     try:
-        if kind == "foreign":
-            _read_foreign(folder, tar, rng)
+        if kind == "unindexed":
+            _read_unindexed(folder, folder / "shard-000001.tar", rng)
         else:
             read_all(folder)
     except ShardError as error:
@@ -244,11 +98,32 @@ def try_input(number: int, folder: Path) -> str:
     return kind
 
 
-def _read_foreign(folder: Path, tar: Path, rng: np.random.Generator) -> None:
+def damage_folder(folder: Path, kind: str, rng: np.random.Generator) -> None:
+    """Change the file of a shard folder that `kind` names."""
+    tar, manifest = folder / "shard-000001.tar", folder / "manifest.json"
+    index = folder / index_name(tar.name)
+    if kind == "tar":
+        size, data = tar.stat().st_size, mutate(tar.read_bytes(), rng)
+        tar.write_bytes((data + bytes(size))[:size] if rng.random() < 0.8 else data)
+    elif kind.startswith("index"):
+        index.write_bytes(mutate(index.read_bytes(), rng))
+        if kind == "index and manifest":  # the manifest has the checksum of the damaged index
+            content = json.loads(manifest.read_text())
+            content["shards"][1]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+            content["fingerprint"] = fingerprint_of(content)
+            manifest.write_text(json.dumps(content))
+    elif kind == "manifest":
+        text = manifest.read_text()
+        is_text = rng.random() < 0.4
+        manifest.write_bytes(mutate(text.encode(), rng) if is_text else mutate_manifest(text, rng).encode())
+
+
+def _read_unindexed(folder: Path, tar: Path, rng: np.random.Generator) -> None:
+    """Read the tars of a folder without its index, one of them with hostile members and damaged."""
     from dmae_ds.config.run import DataConfig
 
     (folder / "manifest.json").unlink()
-    with tarfile.open(tar, "a", format=tarfile.PAX_FORMAT) as file:  # what a hostile tar may hold
+    with tarfile.open(tar, "a", format=tarfile.PAX_FORMAT) as file:  # members of a hostile tar
         for name, kind in (
             ("../escape.jpg", tarfile.REGTYPE),
             ("/tmp/escape.jpg", tarfile.REGTYPE),
@@ -271,35 +146,22 @@ def _read_foreign(folder: Path, tar: Path, rng: np.random.Generator) -> None:
 
 
 def _forbid(folder: Path) -> None:
-    """Ends the process at an event that no input may cause."""
+    """End the process at an event that no input may cause, or at a write outside `folder`."""
 
     def hook(event: str, args: tuple) -> None:
-        if event in (
-            "subprocess.Popen",
-            "os.system",
-            "os.exec",
-            "os.posix_spawn",
-            "os.fork",
-            "pty.spawn",
-            "socket.connect",
-            "pickle.find_class",
-            "exec.never",
-        ):
+        if event in FORBIDDEN_EVENTS:
             os._exit(FORBIDDEN)
-        if (
-            event == "open"
-            and isinstance(args[0], (str, bytes, os.PathLike))
-            and isinstance(args[1], str)
-            and set(args[1]) & set("wax+")
-        ):
-            if not os.path.abspath(os.fsdecode(args[0])).startswith(str(folder)):
-                os._exit(FORBIDDEN)
+        if event != "open" or not isinstance(args[0], (str, bytes, os.PathLike)):
+            return
+        is_write = isinstance(args[1], str) and bool(set(args[1]) & set("wax+"))
+        if is_write and not os.path.abspath(os.fsdecode(args[0])).startswith(str(folder)):
+            os._exit(FORBIDDEN)
 
     sys.addaudithook(hook)
 
 
 def run_in_child(numbers: range, folder: Path) -> int:
-    """Read these inputs in a child under limits; the most memory it had beyond what it began with."""
+    """Read these inputs in a child under limits; returns the bytes of memory that it used at most."""
     receiver, sender = os.pipe()
     child = os.fork()
     if child == 0:
@@ -317,32 +179,31 @@ def run_in_child(numbers: range, folder: Path) -> int:
                 signal.setitimer(signal.ITIMER_PROF, CPU_S)
                 signal.setitimer(signal.ITIMER_REAL, WALL_S)
                 try_input(number, folder)
-            os.write(
-                sender, b"memory %d\n" % (1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin))
-            )
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin  # KiB
+            os.write(sender, b"memory %d\n" % (1024 * used))
             os._exit(0)
         except BaseException:
             os.write(sender, traceback.format_exc().encode())
             os._exit(BROKEN)
     os.close(sender)
     with open(receiver, "rb") as file:
-        said = file.read().decode()
+        output = file.read().decode()
     _, status = os.waitpid(child, 0)
-    lines = said.splitlines()
+    lines = output.splitlines()
     code = os.waitstatus_to_exitcode(status)
-    what = {
-        FORBIDDEN: "did what is forbidden",
+    reasons = {
+        FORBIDDEN: "caused a forbidden event",
         BROKEN: "raised",
         -signal.SIGPROF: "took more than 5 s",
         -signal.SIGALRM: "hung",
     }
-    assert code == 0, (
-        f"input {[line for line in lines if line.isdigit()][-1:]} {what.get(code, f'ended with {code}')}\n{said[-3000:]}"
-    )
+    number = [line for line in lines if line.isdigit()][-1:]
+    assert code == 0, f"input {number} {reasons.get(code, f'ended with {code}')}\n{output[-3000:]}"
     return int(lines[-1].removeprefix("memory "))
 
 
 def check(numbers: range) -> int:
+    """Read these inputs in a folder of their own; returns the bytes of memory that they used."""
     folder = Path(tempfile.mkdtemp(prefix="mutations")).resolve()
     try:
         memory = run_in_child(numbers, folder)
@@ -352,11 +213,10 @@ def check(numbers: range) -> int:
     return memory
 
 
-def test_the_watch_works(tmp_path):
-    """Each of the forbidden things is noticed."""
+def test_forbidden_events_are_noticed(tmp_path):
     for action, words in (
-        (lambda: os.system("true"), "did what is forbidden"),
-        (lambda: open("/tmp/escaped", "w"), "did what is forbidden"),
+        (lambda: os.system("true"), "caused a forbidden event"),
+        (lambda: Path("/tmp/escaped").write_text("x"), "caused a forbidden event"),
         (lambda: os.kill(os.getpid(), signal.SIGSEGV), "ended with -11"),
         (lambda: os.kill(os.getpid(), signal.SIGPROF), "took more than 5 s"),
         (lambda: 1 / 0, "ZeroDivisionError"),

@@ -1,5 +1,6 @@
-"""dmae_ds/data/order.py: every sample exactly once an epoch, the same global batches however they are divided."""
+"""dmae_ds/data/order.py: every sample once an epoch, and global batches that do not depend on ranks."""
 
+import itertools
 import time
 
 import numpy as np
@@ -26,12 +27,12 @@ def test_permute_is_a_permutation(n, key):
 
 
 def test_order_is_pinned():
-    """A run that is resumed with a later release must go on in the same order."""
+    """A run that is resumed with a later release must continue in the same order."""
     _, ids = sample_ids(np.arange(8), num_samples=1000, seed=0)
     assert ids.tolist() == [495, 961, 616, 596, 824, 125, 265, 714]
 
 
-def test_an_epoch_of_a_billion_samples_costs_nothing():
+def test_an_epoch_of_a_billion_samples_takes_no_time():
     n = 10**9
     start = time.perf_counter()
     epochs, ids = sample_ids(np.arange(3 * n - 2048, 3 * n + 2048), num_samples=n, seed=1)
@@ -41,7 +42,7 @@ def test_an_epoch_of_a_billion_samples_costs_nothing():
 
 
 def test_places_are_uniform():
-    """Over 2,000 epochs each of 10 samples comes first equally often: chi-square, 9 degrees of freedom, p = 1e-4."""
+    """Over 2,000 epochs each of 10 samples comes first equally often (chi-square, 9 degrees, p = 1e-4)."""
     _, firsts = sample_ids(np.arange(2000) * 10, num_samples=10, seed=0)
     counts = np.bincount(firsts, minlength=10)
     assert ((counts - 200) ** 2 / 200).sum() < 33.7
@@ -101,11 +102,11 @@ def test_num_steps_rounds_up_in_decimals():
     assert num_steps(800, 1_281_167, 4096) == 250_228
 
 
-# Blocks. A setting is everything that a run's batches could wrongly depend on.
+# Blocks. A setting holds everything that the batches of a run could wrongly depend on.
 
 
 def draw_setting(number):
-    """Ranks 1-64, workers 0-8, sizes 1-10^9 (log-uniform), blocks, epochs, resume points."""
+    """Draw ranks 1-64, workers 0-8, sizes 1-10^9 (log-uniform), blocks, epochs and resume points."""
     rng = np.random.default_rng(number)
     num_samples = int(10 ** rng.uniform(0, 9)) if number % 2 else int(10 ** rng.uniform(0, 3.7))
     world_size, accumulation = int(rng.integers(1, 65)), int(rng.integers(1, 4))
@@ -124,8 +125,8 @@ def draw_setting(number):
     }
 
 
-def part_of_a_rank(setting, step, rank, accumulation_step):
-    """The positions of one micro-batch as its workers load them: in parts, put together again."""
+def positions_of_a_rank(setting, step, rank, accumulation_step):
+    """Positions of one micro-batch, joined from the pieces that its workers load."""
     positions = batch_positions(
         step,
         global_batch=setting["global_batch"],
@@ -136,21 +137,22 @@ def part_of_a_rank(setting, step, rank, accumulation_step):
         num_samples=setting["num_samples"],
         block=setting["block"],
     )
-    size, parts = setting["micro_batch"], max(1, min(setting["num_workers"], setting["micro_batch"]))
-    return np.concatenate(
-        [positions[part * size // parts : (part + 1) * size // parts] for part in range(parts)]
-    )
+    size = setting["micro_batch"]
+    num_pieces = max(1, min(setting["num_workers"], size))
+    borders = [piece * size // num_pieces for piece in range(num_pieces + 1)]
+    return np.concatenate([positions[low:high] for low, high in itertools.pairwise(borders)])
 
 
 def check_setting(setting):
+    """Assert all guarantees of the order for one setting."""
     n, block, seed, batch = (setting[key] for key in ("num_samples", "block", "seed", "global_batch"))
     order = {"num_samples": n, "seed": seed, "block": block}
-    first_step = int(
-        (setting["epoch"] + setting["resume"]) * n / batch
-    )  # a resume point, anywhere in an epoch
+    first_step = int((setting["epoch"] + setting["resume"]) * n / batch)  # anywhere in an epoch
     for step in range(first_step, first_step + 2):
         ranks = [
-            np.concatenate([part_of_a_rank(setting, step, rank, a) for a in range(setting["accumulation"])])
+            np.concatenate(
+                [positions_of_a_rank(setting, step, rank, a) for a in range(setting["accumulation"])]
+            )
             for rank in range(setting["world_size"])
         ]
         assert len({len(positions) for positions in ranks}) == 1  # equal counts
@@ -169,25 +171,25 @@ def check_setting(setting):
         assert np.array_equal(np.sort(together), np.arange(step * batch, (step + 1) * batch))
         epochs, ids = sample_ids(together, **order)
         one_by_one = [sample_ids(np.array([position]), **order) for position in together[:3]]
-        assert [(e[0], i[0]) for e, i in one_by_one] == list(
-            zip(epochs[:3], ids[:3], strict=True)
-        )  # p alone decides
+        # a position alone determines its sample
+        assert [(e[0], i[0]) for e, i in one_by_one] == list(zip(epochs[:3], ids[:3], strict=True))
         assert np.array_equal(epochs, together // n) and ids.min() >= 0 and ids.max() < n
         assert len(set(zip(epochs.tolist(), ids.tolist(), strict=True))) == batch
         for sample_id, (first, length) in zip(ids.tolist(), block_spans(epochs, ids, **order), strict=True):
             assert (sample_id - first) % n < length <= block
     if n <= 5000:  # the whole epoch, and the one after it
         _, ids = sample_ids(np.arange(setting["epoch"] * n, (setting["epoch"] + 2) * n), **order)
-        assert np.array_equal(np.sort(ids[:n]), np.arange(n)) and np.array_equal(
-            np.sort(ids[n:]), np.arange(n)
-        )
+        for epoch_ids in (ids[:n], ids[n:]):
+            assert np.array_equal(np.sort(epoch_ids), np.arange(n))
     else:
         check_sampled_windows(setting)
 
 
 def check_sampled_windows(setting):
-    """No two of some thousand places of an epoch share a sample; and with blocks, whole windows of a lane map onto whole
-    windows, and every block is met whole in them: with permutations of known sizes in between, that is exactly once."""
+    """Some thousand places of an epoch have different samples, and windows of a lane map onto whole windows.
+
+    With permutations of known sizes in between, every sample then comes exactly once.
+    """
     n, block, epoch = setting["num_samples"], setting["block"], setting["epoch"]
     rng = np.random.default_rng(setting["seed"])
     places = np.unique(np.concatenate([rng.integers(0, n, 2000), np.arange(500), np.arange(n - 500, n)]))
@@ -202,11 +204,9 @@ def check_sampled_windows(setting):
         window = WINDOW_BLOCKS * block
         first = int(order_module._first_window(np.array(lane), lanes, window))
         number = int(rng.integers(0, 2 + (length - first) // window))
-        low, high = (
-            (0, first)
-            if number == 0
-            else (first + (number - 1) * window, min(length, first + number * window))
-        )
+        low, high = 0, first
+        if number:
+            low, high = first + (number - 1) * window, min(length, first + number * window)
         rows = np.arange(low, min(high, length))
         keys = epoch_key(setting["seed"], np.full(len(rows), epoch))
         shuffled = order_module._shuffle_lanes(rows * lanes + lane, n, block, keys)
@@ -232,7 +232,7 @@ def test_block_order_is_pinned():
 
 
 @pytest.mark.parametrize("block", [1, 16, 64])
-def test_exactly_once_also_when_the_global_batch_changes_in_mid_run(block):
+def test_every_sample_comes_once_if_the_global_batch_changes_during_the_run(block):
     n, seen, position = 1000, [], 0
     for batch in (7, 64, 333, 5, 591):  # 1000 in all
         positions = batch_positions(
@@ -251,7 +251,7 @@ def test_exactly_once_also_when_the_global_batch_changes_in_mid_run(block):
 
 
 def count_reads(n, *, block, readers, batch):
-    """(blocks that one of `readers` fetches in an epoch, how many that ideally is, most samples it holds unused)."""
+    """Returns (blocks that one reader fetches in an epoch, ideal number, most unused samples it holds)."""
     held, reads, most = {}, 0, 0
     order = {"num_samples": n, "seed": 0, "block": block}
     for step in range(n // batch):
@@ -266,7 +266,7 @@ def count_reads(n, *, block, readers, batch):
             block=block,
         )
         epochs, ids = sample_ids(positions, **order)
-        for span, sample_id in zip(block_spans(epochs, ids, **order), ids.tolist(), strict=True):
+        for span in block_spans(epochs, ids, **order):
             if span not in held:
                 held[span] = span[1]
                 reads += 1

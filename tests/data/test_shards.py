@@ -1,4 +1,4 @@
-"""dmae_ds/data/shards.py: what is written can be read by anyone, and what is damaged is refused in one line."""
+"""dmae_ds/data/shards.py and shard_set.py: any reader can read the shards, and damage is refused."""
 
 import hashlib
 import json
@@ -18,6 +18,7 @@ from dmae_ds.data.shards import (
     write_manifest,
     write_shard,
 )
+from tests.messages import refused
 
 
 def change_manifest(folder, **changes):
@@ -28,22 +29,16 @@ def change_manifest(folder, **changes):
 def test_set_knows_its_samples(shard_set):
     assert shard_set.num_samples == 23
     assert shard_set.classes == ["ant", "bee", "cat"]
-    assert [shard_set.locate(i) for i in (0, 9, 10, 19, 20, 22)] == [
-        (0, 0),
-        (0, 9),
-        (1, 0),
-        (1, 9),
-        (2, 0),
-        (2, 2),
-    ]
+    places = {0: (0, 0), 9: (0, 9), 10: (1, 0), 19: (1, 9), 20: (2, 0), 22: (2, 2)}
+    assert {sample_id: shard_set.locate(sample_id) for sample_id in places} == places
     for sample_id in (-1, 23):
         with pytest.raises(IndexError):
             shard_set.locate(sample_id)
 
 
-def test_empty_shard_is_stepped_over(shard_folder, make_picture):
+def test_an_empty_shard_is_skipped(shard_folder, make_sample):
     shards = [
-        write_shard(shard_folder, f"shard-{n:06d}.tar", [make_picture(n)] if n == 1 else []) for n in range(3)
+        write_shard(shard_folder, f"shard-{n:06d}.tar", [make_sample(n)] if n == 1 else []) for n in range(3)
     ]
     write_manifest(shard_folder, classes=["ant"], seed=0, shards=shards)
     assert ShardSet.open(shard_folder, label="x").locate(0) == (1, 0)
@@ -85,46 +80,43 @@ def test_webdataset_reads_the_same_bytes_and_labels(shard_set):
     assert theirs == [(sample.key, sample.data, sample.label) for sample in ours]
 
 
-def test_equal_samples_give_equal_bytes(shard_folder, tmp_path, make_picture):
-    samples = [make_picture(number) for number in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
+def test_equal_samples_give_equal_bytes(shard_folder, tmp_path, make_sample):
+    samples = [make_sample(number) for number in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
     write_shard(tmp_path, "shard-000000.tar", samples)
     for name in ("shard-000000.tar", "shard-000000.index.npy"):
         assert (tmp_path / name).read_bytes() == (shard_folder / name).read_bytes()
 
 
-def test_fingerprint_follows_content(shard_folder, shard_set, make_picture):
-    shards = [write_shard(shard_folder, "shard-000000.tar", [make_picture(99)]), *shard_set.shards[1:]]
+def test_fingerprint_follows_content(shard_folder, shard_set, make_sample):
+    shards = [write_shard(shard_folder, "shard-000000.tar", [make_sample(99)]), *shard_set.shards[1:]]
     assert compute_fingerprint(shard_set.classes, shard_set.shards) == shard_set.fingerprint
     assert compute_fingerprint(shard_set.classes, shards) != shard_set.fingerprint
     assert compute_fingerprint(["dog", "bee", "cat"], shard_set.shards) != shard_set.fingerprint
 
 
 def test_missing_folder_says_what_to_do(tmp_path):
-    with pytest.raises(ShardError) as caught:
+    words = ("data.train", f"'{tmp_path}/none'", "manifest.json", f"`dmae-shards make SRC {tmp_path}/none`")
+    with refused(*words, error=ShardError):
         ShardSet.open(tmp_path / "none", label="data.train")
-    assert str(caught.value) == (
-        f"data.train '{tmp_path}/none' is not a shard folder: no manifest.json there; "
-        f"make one with `dmae-shards make SRC {tmp_path}/none`"
-    )
 
 
 @pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000002.index.npy"])
 def test_missing_file_is_named(shard_folder, name):
     os.remove(shard_folder / name)
-    with pytest.raises(ShardError, match=f"data.train .*{name} is missing"):
+    with refused("data.train", name, "missing", error=ShardError):
         ShardSet.open(shard_folder, label="data.train")
 
 
 def test_cut_shard_is_named(shard_folder):
     os.truncate(shard_folder / "shard-000001.tar", 512)
-    with pytest.raises(ShardError, match="shard-000001.tar has 512 bytes, manifest.json says"):
+    with refused("shard-000001.tar", "512 bytes", "manifest.json", error=ShardError):
         ShardSet.open(shard_folder, label="data.train")
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe{", b"[]", b"null", b'"x"', b"{}", b"[" * 100_000])
 def test_garbage_manifest_is_refused(shard_folder, text):
     (shard_folder / "manifest.json").write_bytes(text)
-    with pytest.raises(ShardError, match="manifest.json is unusable: "):
+    with refused("data.train", "manifest.json", "dmae-shards make", error=ShardError):
         ShardSet.open(shard_folder, label="data.train")
 
 
@@ -132,40 +124,39 @@ SHARD = {"name": "shard-000000.tar", "num_samples": 10, "bytes": 1, "index_sha25
 
 
 @pytest.mark.parametrize(
-    "changes, reason",
+    "changes, words",
     [
-        ({"version": 1}, "found format version 1, expected 2"),
-        ({"classes": "ant"}, "classes is not a list"),
-        ({"classes": [1]}, "classes is not a list"),
-        ({"seed": True}, "seed is True"),
-        ({"shards": {}}, "shards is not a list"),
-        ({"shards": [7]}, "shard 0 has not the fields"),
-        ({"shards": [SHARD | {"more": 1}]}, "shard 0 has not the fields"),
-        ({"shards": [SHARD | {"name": "../shard-000000.tar"}]}, "shard 0 is named '../shard-000000.tar'"),
-        ({"shards": [SHARD | {"name": "shard-000000.tar\n"}]}, "shard 0 is named"),
-        ({"shards": [SHARD | {"name": 3}]}, "shard 0 is named 3"),
-        ({"shards": [SHARD | {"num_samples": -1}]}, "num_samples or bytes of shard-000000.tar"),
-        ({"shards": [SHARD | {"bytes": 1.5}]}, "num_samples or bytes of shard-000000.tar"),
-        ({"shards": []}, "it lists no samples"),
-        ({"num_samples": 24}, "num_samples is 24, its shards hold 23"),
-        ({"classes": ["dog", "bee", "cat"]}, "does not match its own fingerprint"),
+        ({"version": 1}, ("version 1", "expected 2")),
+        ({"classes": "ant"}, ("classes", "list")),
+        ({"classes": [1]}, ("classes", "list")),
+        ({"seed": True}, ("seed", "True")),
+        ({"shards": {}}, ("shards", "list")),
+        ({"shards": [7]}, ("shard 0", "fields")),
+        ({"shards": [SHARD | {"more": 1}]}, ("shard 0", "fields")),
+        ({"shards": [SHARD | {"name": "../shard-000000.tar"}]}, ("shard 0", "'../shard-000000.tar'")),
+        ({"shards": [SHARD | {"name": "shard-000000.tar\n"}]}, ("shard 0", "NAME.tar")),
+        ({"shards": [SHARD | {"name": 3}]}, ("shard 0", "3", "NAME.tar")),
+        ({"shards": [SHARD | {"num_samples": -1}]}, ("num_samples", "shard-000000.tar")),
+        ({"shards": [SHARD | {"bytes": 1.5}]}, ("bytes", "shard-000000.tar")),
+        ({"shards": []}, ("no samples",)),
+        ({"num_samples": 24}, ("num_samples", "24", "23")),
+        ({"classes": ["dog", "bee", "cat"]}, ("fingerprint",)),
     ],
 )
-def test_wrong_manifest_is_refused(shard_folder, changes, reason):
+def test_a_wrong_manifest_is_refused(shard_folder, changes, words):
     change_manifest(shard_folder, **changes)
-    with pytest.raises(ShardError) as caught:
+    with refused(*words, error=ShardError):
         ShardSet.open(shard_folder, label="data.train")
-    assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_foreign_index_is_refused(shard_set):
+def test_a_file_that_is_not_an_index_is_refused(shard_set):
     path = shard_set.folder / "shard-000000.index.npy"
     for wrong in (np.zeros(10), np.zeros(9, RECORD), np.array([object()])):
         np.save(path, wrong)
-        with pytest.raises(ShardError, match="shard-000000.index.npy"):
+        with refused("shard-000000.index.npy", error=ShardError):
             shard_set.open_index(0)
     path.write_bytes(b"garbage")
-    with pytest.raises(ShardError, match="shard-000000.index.npy"):
+    with refused("shard-000000.index.npy", error=ShardError):
         shard_set.open_index(0)
 
 
@@ -197,13 +188,13 @@ def test_only_names_of_the_format_are_listed(shard_folder):
         (b"'crc32'", b"'crc33'"),
     ],
 )
-def test_an_index_s_header_is_compared_every_time(shard_set, change):
-    """Its checksum is taken the first time only; a file that changes afterwards must not be mapped as something else."""
+def test_the_header_of_an_index_is_compared_every_time(shard_set, change):
+    """The checksum is compared only once; a file that changes later must not be mapped as other records."""
     path = shard_set.folder / "shard-000000.index.npy"
     shard_set.open_index(0)
     before = path.read_bytes()
     after = before.replace(*change, 1)
     assert len(after) == len(before) and after != before
     path.write_bytes(after)
-    with pytest.raises(ShardError, match="the index cannot be read .*expected the .npy header"):
+    with refused("shard-000000.index.npy", "header", error=ShardError):
         shard_set.open_index(0)

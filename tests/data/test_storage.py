@@ -1,4 +1,4 @@
-"""dmae_ds/data/storage.py and cache.py: the same samples from a URL as from a folder, whatever the network does."""
+"""dmae_ds/data/storage.py and cache.py: a URL gives the same samples as a folder, also over a bad network."""
 
 import os
 import resource
@@ -17,6 +17,7 @@ from dmae_ds.data.shards import ShardError
 from dmae_ds.data.storage import Access
 from tests.data.batches import train
 from tests.data.flaky_server import serve
+from tests.messages import refused
 
 pytest.importorskip("aiohttp", reason="http:// is read with aiohttp: dmae-ds[remote]")
 
@@ -60,7 +61,7 @@ def test_batches_from_a_url_are_those_of_the_folder(shard_folder, shard_set, blo
 
 @pytest.mark.parametrize("block, cached", [(1, False), (16, True)])
 def test_three_epochs_over_a_bad_network(shard_folder, tmp_path, block, cached):
-    """A quarter of the requests go wrong; every sample comes exactly once an epoch, and memory and cache stay bounded."""
+    """If a quarter of the requests fail, every sample comes once an epoch; memory and cache are bounded."""
     limit = 60_000  # about half of the tars
     access = Access(
         retries=12, timeout_s=0.5, cache_dir=tmp_path / "cache" if cached else None, cache_gib=limit / 2**30
@@ -68,14 +69,13 @@ def test_three_epochs_over_a_bad_network(shard_folder, tmp_path, block, cached):
     with serve(shard_folder, seed=1, trouble=0.25, stall_s=1.0) as server:
         shard_set = ShardSet.open(server.url, label="data.train", access=access)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = batches(
-            shard_set, num_steps=9, block=block
-        )  # 72 places: three epochs of 23, and 3 of the fourth
+        # 72 places: three epochs of 23, and 3 of the fourth
+        read = batches(shard_set, num_steps=9, block=block)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
         assert sum(server.count[kind] for kind in ("503", "drop", "cut", "stall")) > 3
     seen = sorted(
         (epoch, sample_id)
-        for batch in found
+        for batch in read
         for epoch, sample_id in zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)
     )
     assert [pair for pair in seen if pair[0] < 3] == [
@@ -143,74 +143,69 @@ def test_the_cache_keeps_what_it_has_and_other_data_sets_make_room(tmp_path):
     assert [path.name for path in (tmp_path / FOLDER).iterdir() if path.is_dir()] == ["b" * 16]
     (tmp_path / "other").mkdir()
     make_cache(tmp_path, "c" * 64, limit_bytes=1)
-    assert (tmp_path / "other").is_dir()  # what is not the cache's own stays
+    assert (tmp_path / "other").is_dir()  # other folders stay
 
 
 @pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000002.index.npy"])
 def test_a_missing_or_cut_shard_behind_a_url_is_found_at_the_start(shard_folder, name):
     with serve(shard_folder) as server:
         os.rename(shard_folder / name, shard_folder / "away")
-        with pytest.raises(ShardError, match=f"{name} is missing"):
+        with refused("data.train", name, "missing", error=ShardError):
             ShardSet.open(server.url, label="data.train", access=QUICK)
         os.rename(shard_folder / "away", shard_folder / name)
         os.truncate(shard_folder / "shard-000000.tar", 512)
-        with pytest.raises(ShardError, match="shard-000000.tar has 512 bytes, manifest.json says"):
+        with refused("shard-000000.tar", "512 bytes", "manifest.json", error=ShardError):
             ShardSet.open(server.url, label="data.train", access=QUICK)
 
 
-def test_a_server_that_stays_away_is_one_line(shard_folder):
+def test_a_server_that_does_not_answer_is_one_line(shard_folder):
     access = Access(retries=2, timeout_s=0.2)
     with serve(shard_folder, stall_s=1.0) as server:
         shard_set = ShardSet.open(server.url, label="data.train", access=access)
-        with pytest.raises(ShardError, match="is not a shard folder: no manifest.json there"):
+        with refused("data.train", "/nowhere", "manifest.json", error=ShardError):
             ShardSet.open(server.url + "/nowhere", label="data.train", access=access)
         server.trouble = 1.0
-        with pytest.raises(ShardError, match="cannot be read.* 3 tries, the last: ") as caught:
+        with refused("3 tries", "data.retries", "data.timeout_s", error=ShardError):
             SampleReader(shard_set).read(0)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(
-        ShardError, match="data.train 'ftp://x': ftp:// is unknown; give a folder, or a URL of http"
-    ):
+    with refused("data.train 'ftp://x'", "ftp://", "http, https, s3, gs, hf", error=ShardError):
         ShardSet.open("ftp://x", label="data.train")
 
 
-def test_an_index_that_is_not_the_manifest_s_is_refused(shard_folder):
+def test_an_index_with_another_checksum_is_refused(shard_folder):
     path = shard_folder / "shard-000000.index.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # a label
     path.write_bytes(data)
     with serve(shard_folder) as server:
         for location in (server.url, shard_folder):
-            with pytest.raises(ShardError, match="shard-000000.index.npy: the index cannot be read .*sha256"):
+            with refused("shard-000000.index.npy", "sha256", error=ShardError):
                 SampleReader(ShardSet.open(location, label="data.train", access=QUICK)).read(0)
 
 
 @contextmanager
 def s3_server(monkeypatch):
-    """Yields (a bucket's URL, fsspec's file system of it)."""
+    """Serve a bucket over S3; yields (its URL, fsspec's file system)."""
     pytest.importorskip("s3fs", reason="s3:// is read with s3fs: dmae-ds[remote]")
     moto = pytest.importorskip(
         "moto.server", reason="the S3 server of these tests: pip install 'moto[server]'"
     )
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
         system = fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("pictures")
-        yield "s3://pictures", system
+        system.mkdir("images")
+        yield "s3://images", system
     finally:
         server.stop()
 
 
 @contextmanager
 def gs_server(monkeypatch):
+    """Serve a bucket over Google's protocol; yields (its URL, fsspec's file system)."""
     pytest.importorskip("gcsfs", reason="gs:// is read with gcsfs: dmae-ds[remote]")
     emulator = pytest.importorskip(
         "gcp_storage_emulator.server", reason="the server of these tests: pip install gcp-storage-emulator"
@@ -219,19 +214,18 @@ def gs_server(monkeypatch):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv(
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
-    )  # asks by gRPC what the emulator doesn't speak
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pictures")
+    # otherwise gcsfs uses gRPC, which the emulator does not support
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="images")
     server.start()
     try:
-        yield "gs://pictures", fsspec.filesystem("gs", skip_instance_cache=True)
+        yield "gs://images", fsspec.filesystem("gs", skip_instance_cache=True)
     finally:
         server.stop()
 
 
 @pytest.mark.parametrize("serve_bucket", [s3_server, gs_server])
-def test_buckets(serve_bucket, shard_folder, shard_set, monkeypatch):
+def test_buckets_give_the_batches_of_the_folder(serve_bucket, shard_folder, shard_set, monkeypatch):
     with serve_bucket(monkeypatch) as (bucket, system):
         url = f"{bucket}/digits/train"
         for path in shard_folder.iterdir():
@@ -245,10 +239,7 @@ def test_buckets(serve_bucket, shard_folder, shard_set, monkeypatch):
             assert all(torch.equal(a.images, b.images) for a, b in zip(ours, theirs, strict=True))
         system.rm(f"{url}/shard-000001.tar")
         once = Access(retries=1, timeout_s=10)
-        with pytest.raises(
-            ShardError,
-            match="shard-000001.tar is missing; copy it again or run `dmae-shards make SRC DST`, and copy DST there",
-        ):
+        with refused("shard-000001.tar", "missing", "`dmae-shards make SRC DST`", error=ShardError):
             ShardSet.open(url, label="data.train", access=once)
-        with pytest.raises(ShardError, match="no manifest.json there"):
+        with refused("data.train", "manifest.json", error=ShardError):
             ShardSet.open(f"{bucket}/none", label="data.train", access=once)

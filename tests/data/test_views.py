@@ -1,4 +1,4 @@
-"""Several views of a picture in one batch: keyed, of the sizes asked for, and the first as if it were alone; their photometric changes."""
+"""Several views of an image in one batch: keyed draws, sizes and photometric changes."""
 
 from __future__ import annotations
 
@@ -50,33 +50,30 @@ def same(ours: Batch, theirs: Batch) -> bool:
     )
 
 
-def test_each_view_has_its_size_and_the_first_is_the_plain_one(shards):
+def test_each_view_has_its_size_and_the_first_does_not_depend_on_the_others(shards):
     (first, _), (plain, _) = batches(shards), batches(shards, views=(View(),))
     assert [tuple(view.shape) for view in first.views] == [(8, 3, 32, 32), (8, 3, 32, 32), (8, 3, 12, 12)]
-    assert (
-        plain.views == (plain.images,)
-        and torch.equal(first.images, plain.images)
-        and torch.equal(first.noise, plain.noise)
-    )
+    assert plain.views == (plain.images,)
+    assert torch.equal(first.images, plain.images) and torch.equal(first.noise, plain.noise)
     assert not torch.equal(first.views[1], first.images)
 
 
-def test_views_do_not_depend_on_ranks_workers_or_blocks_of_a_batch(shards):
+def test_views_do_not_depend_on_ranks_or_workers(shards):
     expected = batches(shards)
     for changes in ({"world_size": 2}, {"num_workers": 2}):
         assert all(same(a, b) for a, b in zip(expected, batches(shards, **changes), strict=True))
     assert not same(expected[0], batches(shards, seed=4)[0])
 
 
-def test_a_small_view_shows_less_of_the_picture(shards):
-    """Nearest corners of a crop with a narrow scale vary less than those of the whole picture: compared by what a tiny scale leaves."""
-    whole, part = (
+def test_a_view_of_a_small_scale_shows_less_of_the_image(shards):
+    """Pixels of a tiny crop vary less than those of the whole image."""
+    whole, crop = (
         batches(shards, views=(View(scale=scale),))[0].images.float() for scale in ((1.0, 1.0), (0.01, 0.02))
     )
-    assert part.flatten(1).std(dim=1).mean() < 0.7 * whole.flatten(1).std(dim=1).mean()
+    assert crop.flatten(1).std(dim=1).mean() < 0.7 * whole.flatten(1).std(dim=1).mean()
 
 
-def test_repeated_pictures_get_views_of_their_own(shards):
+def test_repeated_images_have_different_views(shards):
     batch = batches(shards, repeat=2)[0]
     for view in batch.views:
         assert not torch.equal(view[0], view[1])
@@ -92,33 +89,30 @@ def test_a_batch_moves_and_is_cut_with_all_its_views(shards):
 
 
 @pytest.fixture
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("name", [name for name, change in PHOTOMETRIC.items() if change is not None])
-def test_the_key_alone_says_what_changes(picture, name):
-    first, again, other = (PHOTOMETRIC[name](picture, sample_rng(0, 0, id, 4)) for id in (5, 5, 6))
-    assert first.shape == picture.shape and first.dtype == np.uint8
+def test_the_change_depends_on_the_key_alone(image, name):
+    first, again, other = (PHOTOMETRIC[name](image, sample_rng(0, 0, id, 4)) for id in (5, 5, 6))
+    assert first.shape == image.shape and first.dtype == np.uint8
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-def test_global_generators_are_neither_used_nor_advanced(picture):
-    state, numpy_state, python_state = (
-        torch.get_rng_state(),
-        np.random.get_state()[1].copy(),
-        random.getstate(),
-    )
-    PHOTOMETRIC["dino2"](picture, sample_rng(0, 0, 0, 4))
-    assert (
-        torch.equal(torch.get_rng_state(), state)
-        and np.array_equal(np.random.get_state()[1], numpy_state)
-        and random.getstate() == python_state
-    )
+def test_global_generators_are_neither_used_nor_advanced(image):
+    state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = np.random.get_state()[1].copy()
+    PHOTOMETRIC["dino2"](image, sample_rng(0, 0, 0, 4))
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
 class Draws:
-    """A generator that gives what it is told: four uniform draws against the probabilities, then numbers from the middle of their ranges."""
+    """Generator with fixed draws: which of the four changes are made, then numbers at one place of a range.
+
+    at: place in the range, 0 to 1
+    """
 
     def __init__(
         self,
@@ -129,10 +123,8 @@ class Draws:
         solarize: bool = False,
         at: float = 0.5,
     ):
-        self.draws, self.at = (
-            np.array([0.0 if used else 0.999 for used in (jitter, grey, blur, solarize)]),
-            at,
-        )
+        self.draws = np.array([0.0 if used else 0.999 for used in (jitter, grey, blur, solarize)])
+        self.at = at
 
     def random(self, num: int) -> np.ndarray:
         return self.draws[:num]
@@ -147,17 +139,15 @@ class Draws:
 ALL = Photometric(blur=0.5, solarize=0.5)
 
 
-def test_solarising_inverts_what_is_bright(picture):
-    assert np.array_equal(
-        ALL(picture, Draws(solarize=True)), np.where(picture >= 128, 255 - picture, picture)
-    )
-    assert np.array_equal(ALL(picture, Draws()), picture)
+def test_solarising_inverts_what_is_bright(image):
+    assert np.array_equal(ALL(image, Draws(solarize=True)), np.where(image >= 128, 255 - image, image))
+    assert np.array_equal(ALL(image, Draws()), image)
 
 
-def test_grey_is_the_luma_of_the_picture(picture):
-    found = ALL(picture, Draws(grey=True)).astype(int)
-    luma = 0.299 * picture[0] + 0.587 * picture[1] + 0.114 * picture[2]
-    assert (found[0] == found[1]).all() and (found[1] == found[2]).all() and abs(found[0] - luma).max() <= 1
+def test_grey_is_the_luma_of_the_image(image):
+    grey = ALL(image, Draws(grey=True)).astype(int)
+    luma = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+    assert (grey[0] == grey[1]).all() and (grey[1] == grey[2]).all() and abs(grey[0] - luma).max() <= 1
 
 
 def test_brightness_comes_first_and_scales_by_at_most_two_fifths():
@@ -166,10 +156,10 @@ def test_brightness_comes_first_and_scales_by_at_most_two_fifths():
         assert (abs(ALL(flat, Draws(jitter=True, at=at)).astype(int) - expected) <= 1).all()
 
 
-def test_blur_keeps_the_mean_and_takes_contrast_away(picture):
-    sharp = np.array(Image.fromarray(picture.transpose(1, 2, 0)))
-    blurred = ALL(picture, Draws(blur=True, at=1.0))
-    assert abs(blurred.mean() - sharp.mean()) < 3 and blurred.std() < 0.4 * picture.std()
+def test_blur_keeps_the_mean_and_reduces_contrast(image):
+    sharp = np.array(Image.fromarray(image.transpose(1, 2, 0)))
+    blurred = ALL(image, Draws(blur=True, at=1.0))
+    assert abs(blurred.mean() - sharp.mean()) < 3 and blurred.std() < 0.4 * image.std()
 
 
 @pytest.mark.parametrize(
@@ -186,10 +176,10 @@ def test_probabilities_are_the_published_ones(name, blur, solarize):
     assert (PHOTOMETRIC[name].blur, PHOTOMETRIC[name].solarize, JITTER, GREY) == (blur, solarize, 0.8, 0.2)
 
 
-def test_changes_come_as_often_as_their_probability(picture):
+def test_changes_come_as_often_as_their_probability(image):
     flags = np.array([sample_rng(0, 0, id, 4).random(4) < (0.8, 0.2, 0.1, 0.2) for id in range(2000)])
     assert abs(flags.mean(axis=0) - (0.8, 0.2, 0.1, 0.2)).max() < 0.03
     solarised = Photometric(blur=0.0, solarize=0.2)
-    white = np.full((3, 2, 2), 255, np.uint8)  # only turned over is it dark: brightness leaves at least 153
+    white = np.full((3, 2, 2), 255, np.uint8)  # dark only if it is inverted: brightness leaves at least 153
     dark = [solarised(white, sample_rng(0, 0, id, 4)).mean() < 140 for id in range(400)]
     assert 0.1 < np.mean(dark) < 0.3
