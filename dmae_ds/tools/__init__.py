@@ -1,1 +1,1 @@
-"""The commands `dmae-ds teacher ...` and `dmae-ds checkpoint ...`: look at weights and checkpoints, cut and convert them."""
+"""The commands `dmae-ds teacher` and `dmae-ds checkpoint`: inspect, cut and convert files."""

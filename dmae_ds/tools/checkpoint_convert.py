@@ -1,9 +1,10 @@
-"""dmae-ds checkpoint convert: DeepSpeed's universal layout, for use with other programs.
+"""`dmae-ds checkpoint convert`: DeepSpeed's universal format, for other programs.
 
     OUT/step-00000500/zero/<parameter>/fp32.pt, exp_avg.pt, exp_avg_sq.pt
     OUT/latest_universal
 
-`--resume auto` needs none of this. Stages 1 to 3 go through DeepSpeed's own converter; it has none for stage 0.
+`--resume auto` does not need it. Stages 1 to 3 are converted by DeepSpeed's own program, which does not take
+stage 0.
 """
 
 from __future__ import annotations
@@ -21,47 +22,42 @@ import torch
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import sync_folder
+from dmae_ds.output.units import MIB
 from dmae_ds.tools.checkpoint_find import find_one
 from dmae_ds.train.checkpoint.folder import bytes_in
 
 
 def convert(path: Path, out: Path) -> str:
-    """Write a checkpoint as OUT in the universal layout; says what was written. OUT appears only when it is complete.
+    """Write a checkpoint as OUT in the universal format; returns a line about it.
 
-    Raises UserError where OUT exists, the checkpoint is broken, or there is no room.
+    OUT appears when it is complete.
+    Raises UserError where OUT exists, the checkpoint is damaged, or the disk is full.
     """
     folder, checkpoint = find_one(path)
     if out.exists():
         raise UserError(f"'{out}' exists; choose another name, or delete it")
     folder.check_bytes(checkpoint)
     state = folder.read_state(checkpoint)
-    if state["version"] < 3 and state["zero_stage"] == 0:
+    stage = state["zero_stage"]
+    if state["version"] < 3 and stage == 0:
         raise UserError(
-            f"checkpoint '{checkpoint}' was written by a program that did not note which optimiser state is whose; continue it as it was written, and convert the next one"
+            f"checkpoint '{checkpoint}' is of an early version, which did not store the names of optimiser "
+            "states; continue the run with the same ranks and ZeRO stage, and convert its next checkpoint"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = (
-        2 * bytes_in(checkpoint),
-        shutil.disk_usage(out.parent).free,
-    )  # DeepSpeed's converter writes slices first
-    if free < needed:
-        raise UserError(
-            f"converting needs {needed / 2**20:,.0f} MiB in {out.parent}, {free / 2**20:,.0f} are free; make room, or choose another place"
-        )
+    _check_space(checkpoint, out.parent)
     import_deepspeed(torch.device("cpu"))
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    convert_stage = _convert_unsharded if stage == 0 else _convert_sharded
     try:
-        (_convert_plain if state["zero_stage"] == 0 else _convert_parted)(
-            checkpoint, temporary / checkpoint.name
-        )
+        convert_stage(checkpoint, temporary / checkpoint.name)
         (temporary / "latest_universal").write_text(checkpoint.name)
         _sync(temporary)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "failed writing" not in str(
-            error
-        ):  # torch.save's word for a full disk
+        # torch.save raises a RuntimeError with these words for a full disk.
+        if isinstance(error, RuntimeError) and "failed writing" not in str(error):
             raise
         raise UserError(f"'{out}' could not be written: {error}") from None
     finally:
@@ -69,13 +65,26 @@ def convert(path: Path, out: Path) -> str:
             shutil.rmtree(temporary, ignore_errors=True)
     os.rename(temporary, out)
     sync_folder(out.parent)
-    return f"{out}: step {state['step']} in DeepSpeed's universal layout, {bytes_in(out) / 2**20:,.1f} MiB; written by {state['world_size']} ranks, ZeRO stage {state['zero_stage']}"
+    size = f"{bytes_in(out) / MIB:,.1f} MiB"
+    origin = f"written by {state['world_size']} ranks, ZeRO stage {stage}"
+    return f"{out}: step {state['step']} in DeepSpeed's universal format, {size}; {origin}"
 
 
-def _convert_parted(checkpoint: Path, out: Path) -> None:
+def _check_space(checkpoint: Path, folder: Path) -> None:
+    """Raise UserError unless twice the checkpoint's bytes are free: DeepSpeed writes slices first."""
+    needed = 2 * bytes_in(checkpoint)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / MIB:,.0f} MiB free, converting needs {needed / MIB:,.0f} MiB; "
+            "free space, or choose another folder"
+        )
+
+
+def _convert_sharded(checkpoint: Path, out: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    # One worker each: without processes of its own. What a dense model lacks of its schema it may put in.
+    # One worker each: it starts no processes. It may add what a dense model lacks of its schema.
     options = Namespace(
         input_folder=str(checkpoint),
         output_folder=str(out),
@@ -95,10 +104,11 @@ def _convert_parted(checkpoint: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _unpickling_nothing() -> Iterator[None]:
-    """Let torch.load read plain data alone, whatever its callers ask for."""
+    """Make torch.load read plain data only, whatever its callers ask for."""
     from dmae_ds.train.checkpoint.deepspeed_files import allowed_classes
 
-    name, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
     os.environ[name] = "1"
     try:
         with torch.serialization.safe_globals(allowed_classes()):
@@ -109,7 +119,7 @@ def _unpickling_nothing() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _convert_plain(checkpoint: Path, out: Path) -> None:
+def _convert_unsharded(checkpoint: Path, out: Path) -> None:
     from deepspeed.checkpoint.constants import DS_VERSION, PARAM, PARAM_GROUPS
 
     from dmae_ds.train.checkpoint.deepspeed_files import load_file

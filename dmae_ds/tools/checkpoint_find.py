@@ -1,4 +1,4 @@
-"""RUN | RUN/checkpoints | one checkpoint's folder, as it stands on a command line (no torch)."""
+"""Find the checkpoints that a path names: RUN, RUN/checkpoints, or one checkpoint's folder (no torch)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
 
 def find(path: Path) -> tuple[CheckpointFolder, list[Path]]:
-    """(the folder of checkpoints, those that are meant): all of a run, in the order of steps, or the one. Raises UserError."""
+    """Return the folder of checkpoints, and those that the path names: all of a run, by step, or one.
+    Raises UserError where there is none.
+    """
     if not path.is_dir():
-        raise UserError(f"'{path}' is not a folder; give a run folder, or one of its checkpoints")
+        raise UserError(f"folder '{path}' not found; give a run folder, or the folder of one checkpoint")
     path = path.resolve()
     if (path / "state.json").is_file() or path.name.startswith("step-"):
         folder = CheckpointFolder(path.parent.parent)
-        folder.path = path.parent  # also where it was copied to
+        folder.path = path.parent  # a checkpoint may have been copied elsewhere
         return folder, [path]
     folder = CheckpointFolder(path.parent if path.name == "checkpoints" else path)
     checkpoints = sorted(folder.path.glob("step-*"))
     if not checkpoints:
-        raise UserError(f"'{path}' holds no checkpoints; expected {folder.path}/step-*")
+        raise UserError(f"'{path}' has no checkpoints; expected {folder.path}/step-*")
     return folder, checkpoints
 
 
 def find_one(path: Path) -> tuple[CheckpointFolder, Path]:
-    """The checkpoint that is meant, of a run the one that `latest` names; its sizes are right. Raises UserError."""
+    """Return the one checkpoint that the path names; of a run, the one that `latest` names.
+
+    Raises UserError where there is none, or where a file is missing or has another size.
+    """
     folder, checkpoints = find(path)
     if len(checkpoints) == 1 and checkpoints[0] == path.resolve():
         folder.read_state(checkpoints[0])
@@ -33,6 +38,6 @@ def find_one(path: Path) -> tuple[CheckpointFolder, Path]:
     latest = folder.latest()
     if latest is None:
         raise UserError(
-            f"'{folder.path}' has no file `latest`: nothing was ever saved whole; name one checkpoint"
+            f"'{folder.path}' has no file `latest`, so no save was completed; give one checkpoint's folder"
         )
     return folder, latest

@@ -1,4 +1,4 @@
-"""`dmae-ds teacher inspect FILE`: what it is, what is in it, which recipes it can serve, and its fingerprint."""
+"""`dmae-ds teacher inspect FILE`: its network, its parts, the recipes that it fits, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dmae_ds.teacher import identity
 from dmae_ds.teacher.fill import fill
 from dmae_ds.teacher.frozen import meta_teacher, needed_depths, needs_top
 from dmae_ds.tools.teacher_known import Network, dtype_of, identify
-from dmae_ds.weights.fit import block_of, check_fit, fits
+from dmae_ds.weights.fit import Dropped, block_of, check_fit, fits
 from dmae_ds.weights.formats import FORMATS
 from dmae_ds.weights.kinds import describe_kind
 from dmae_ds.weights.named import Weights
@@ -38,50 +38,36 @@ def inspect(
     format: str = "auto",
     write: bool = False,
 ) -> str:
-    """A page about a weights file; `write` stores its fingerprint beside it. Raises UserError where no network fits."""
-    network = identify(path.expanduser(), name=name, overrides=list(overrides), format=format)
+    """Describe a weights file; `write` stores its fingerprint next to it.
+
+    Raises UserError where no network fits.
+    """
+    path = path.expanduser()
+    network = identify(path, name=name, overrides=list(overrides), format=format)
     vit, weights = network.vit, network.weights
     dropped = check_fit(
         vit.state_dict(), weights, depth=vit.depth, may_resize="img_size" in network.overrides
     )
-    blocks = {key: tensor for key, tensor in vit.state_dict().items() if block_of(key) is not None}
-    (cut,) = {
-        teacher
-        for _, teacher in resolve_pairs(
-            None, student_depth=1, teacher_depth=meta_teacher(network.name, network.overrides).depth
-        )
-    }
-    needed = [key for key in vit.state_dict() if block_of(key) is None or block_of(key) < cut]
-    numbers = ", ".join(f"{key}={value:g}" for key, value in network.overrides.items())
     probed = probe_by_block(network)
-    found = identity.fingerprint(probed.features)
+    fingerprint = identity.fingerprint(probed.features)
+    recipes = ", ".join(serving_recipes(path, network))
     rows = {
-        "file": f"{weights.path}, {size_text(sum(place.num_bytes for place in weights.container.places.values()))}, {len(weights.container)} tensors, {dtype_of(weights)}",
-        "format": f"{weights.format}: {FORMATS[weights.format].about if weights.format in FORMATS else 'your own'}",
+        "file": _describe_file(weights),
+        "format": _describe_format(weights),
         "kind": describe_kind(weights.container),
-        "network": f"{network.name}{f' with {numbers}' if numbers else ''}: width {vit.embed_dim}, {vit.depth} blocks, {_describe_tokens(network)}",
+        "network": _describe_network(network),
         "fits too": ", ".join(network.others),
-        "parts": ", ".join(
-            [
-                f"blocks {_millions(sum(tensor.numel() for tensor in blocks.values()))}",
-                f"embedding {_millions(sum(tensor.numel() for key, tensor in vit.state_dict().items() if key not in blocks))}",
-                *(
-                    f"{label} {_millions(sum(part.values()))}"
-                    for label, part in _group(dropped.decoder, dropped.rest).items()
-                ),
-            ]
-        ),
-        "needed": f"{min(cut, vit.depth)} blocks (three quarters of the depth): {size_text(weights.num_bytes(needed))} are read of it",
-        "recipes": ", ".join(serving_recipes(path.expanduser(), network))
-        or "none of the shipped ones; set teacher.name and its numbers in your own",
-        "features": _look(vit, probed),
-        "fingerprint": _compare_or_write(path.expanduser(), network, found, write=write),
+        "parts": _describe_parts(vit, dropped),
+        "needed": _describe_needed(network),
+        "recipes": recipes or "none of the shipped ones; set teacher.name and its numbers in your own",
+        "features": _describe_features(vit, probed),
+        "fingerprint": _compare_or_write(path, network, fingerprint, write=write),
     }
     return "\n".join(f"{label:<12}{text}" for label, text in rows.items() if text)
 
 
 def probe_by_block(network: Network) -> identity.Probe:
-    """The fixed input's features with one block in memory at a time, in float32."""
+    """Compute the features of the fixed input in float32, with one block in memory at a time."""
     vit, cpu = network.vit, torch.device("cpu")
     resize = "img_size" in network.overrides
     fill(
@@ -106,34 +92,37 @@ def _one_by_one(vit: MaskedViT, weights: Weights) -> Iterator[nn.Module]:
         block.to("meta")
 
 
-def write_sidecar(file: Path, network: Network, found: identity.Fingerprint, **more: object) -> None:
-    """What every run is to compare its teacher with, beside the weights."""
-    known = {
+def write_sidecar(file: Path, network: Network, fingerprint: identity.Fingerprint, **more: object) -> None:
+    """Write the file next to the weights with which every run compares its teacher."""
+    content = {
         "version": SIDECAR_VERSION,
         "dmae_ds": __version__,
         "name": network.name,
         "overrides": network.overrides,
-        "fingerprint": found,
+        "fingerprint": fingerprint,
         **more,
     }
-    write_atomically(file, json.dumps(known, indent=1).encode())
+    write_atomically(file, json.dumps(content, indent=1).encode())
 
 
 def serving_recipes(path: Path, network: Network) -> list[str]:
-    """Shipped recipes whose teacher this file can be, as they stand but for teacher.weights and teacher.format."""
+    """Names of shipped recipes whose teacher this file is, apart from teacher.weights and teacher.format."""
     names = []
     for file in sorted(shipped_files("recipe").values()):
         config = load_config(str(file))
-        if config.teacher is None or network.name.split(".")[0] != config.teacher.name:
+        teacher = config.teacher
+        if teacher is None or network.name.split(".")[0] != teacher.name:
             continue
         objective, shape = build_objective(config, device="meta")
-        cut, decoder_depth = needed_depths(objective.taps, shape.depth, config.teacher.decoder_depth)
-        needed = meta_teacher(config.teacher.name, config.teacher.overrides(), cut).state_dict()
-        top = (
-            "decoder_embed.weight" if decoder_depth else "head.weight" if needs_top(objective.taps) else None
-        )
-        if (top is None or top in network.weights) and fits(
-            needed, network.weights, depth=cut, may_resize=config.teacher.img_size is not None
+        cut, decoder_depth = needed_depths(objective.taps, shape.depth, teacher.decoder_depth)
+        needed = meta_teacher(teacher.name, teacher.overrides(), cut).state_dict()
+        above_encoder = []
+        if decoder_depth:
+            above_encoder = ["decoder_embed.weight"]
+        elif needs_top(objective.taps):
+            above_encoder = ["head.weight"]
+        if all(key in network.weights for key in above_encoder) and fits(
+            needed, network.weights, depth=cut, may_resize=teacher.img_size is not None
         ):
             names.append(f"{file.stem} (teacher.format={network.weights.format})")
     return names
@@ -152,37 +141,70 @@ def _compare_or_write(path: Path, network: Network, found: identity.Fingerprint,
         return f"{text}; written to {file}"
     known = identity.read_sidecar(path)
     if known is None:
-        return f"{text}; --write stores it beside the file, for every run to compare with"
+        return f"{text}; --write stores it next to the file, for every run to compare with"
     identity.check_fingerprint(found, known["fingerprint"], dtype=torch.float32, where=str(file))
     return f"{text}; matches {file}"
 
 
-def _look(vit: nn.Module, probed: identity.Probe) -> str:
+def _describe_file(weights: Weights) -> str:
+    num_bytes = sum(place.num_bytes for place in weights.container.places.values())
+    size = f"{size_text(num_bytes)}, {len(weights.container)} tensors"
+    return f"{weights.path}, {size}, {dtype_of(weights)}"
+
+
+def _describe_format(weights: Weights) -> str:
+    meaning = FORMATS[weights.format].about if weights.format in FORMATS else "your own"
+    return f"{weights.format}: {meaning}"
+
+
+def _describe_network(network: Network) -> str:
+    vit = network.vit
+    name = network.name
+    if network.overrides:
+        name += " with " + ", ".join(f"{key}={value:g}" for key, value in network.overrides.items())
+    tokens = [
+        f"{vit.grid[0]}x{vit.grid[1]} patches of {vit.patch_size} px",
+        "rotary positions" if vit.rope is not None else "positional embedding",
+        "CLS" if vit.cls_token is not None else "no CLS",
+    ]
+    num_registers = vit.num_prefix - (vit.cls_token is not None)
+    if num_registers:
+        tokens.append(f"{num_registers} registers")
+    return f"{name}: width {vit.embed_dim}, {vit.depth} blocks, {', '.join(tokens)}"
+
+
+def _describe_parts(vit: MaskedViT, dropped: Dropped) -> str:
+    in_blocks, in_embedding = 0, 0
+    for key, tensor in vit.state_dict().items():
+        if block_of(key) is None:
+            in_embedding += tensor.numel()
+        else:
+            in_blocks += tensor.numel()
+    counts = {"blocks": in_blocks, "embedding": in_embedding}
+    groups = {"decoder": dropped.decoder} if dropped.decoder else {}
+    for name, count in dropped.rest.items():
+        groups.setdefault(name.split(".")[0], {})[name] = count
+    counts |= {label: sum(group.values()) for label, group in groups.items()}
+    return ", ".join(f"{label} {_millions(count)}" for label, count in counts.items())
+
+
+def _describe_needed(network: Network) -> str:
+    """The blocks that DMAE's default tap needs: three quarters of the whole network's depth."""
+    vit = network.vit
+    whole_depth = meta_teacher(network.name, network.overrides).depth
+    ((_, cut),) = resolve_pairs(None, student_depth=1, teacher_depth=whole_depth)
+    needed = [key for key in vit.state_dict() if block_of(key) is None or block_of(key) < cut]
+    size = size_text(network.weights.num_bytes(needed))
+    return f"{min(cut, vit.depth)} blocks (three quarters of the depth): {size} of the file are read"
+
+
+def _describe_features(vit: nn.Module, probed: identity.Probe) -> str:
     deepest = max(probed.features)
     identity.check_alive({f"block/{deepest}": probed.features[deepest]})
     untrained = identity.find_untrained(vit, probed)
-    return (
-        f"WARNING: THIS TEACHER LOOKS UNTRAINED: {untrained}"
-        if untrained
-        else "finite, different for every patch, unlike a freshly initialised network's"
-    )
-
-
-def _describe_tokens(network: Network) -> str:
-    vit = network.vit
-    registers = vit.num_prefix - (vit.cls_token is not None)
-    positions = "rotary positions" if vit.rope is not None else "position codes"
-    return (
-        f"{vit.grid[0]}x{vit.grid[1]} patches of {vit.patch_size} px, {positions}, {'CLS' if vit.cls_token is not None else 'no CLS'}"
-        f"{f', {registers} registers' if registers else ''}"
-    )
-
-
-def _group(decoder: dict[str, int], rest: dict[str, int]) -> dict[str, dict[str, int]]:
-    groups = {"decoder": decoder} if decoder else {}
-    for name, count in rest.items():
-        groups.setdefault(name.split(".")[0], {})[name] = count
-    return groups
+    if untrained:
+        return f"WARNING: THIS TEACHER LOOKS UNTRAINED: {untrained}"
+    return "finite, different for every patch, unlike a freshly initialised network's"
 
 
 def _millions(count: int) -> str:

@@ -1,8 +1,8 @@
-"""Which network a weights file holds: the published large vision transformers by timm's names, each tried in earnest."""
+"""Identify the network in a weights file: published vision transformers are tried one after the other."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from dmae_ds.weights.named import Weights, open_weights
 from dmae_ds.weights.places import Container
 from dmae_ds.weights.positions import square_side
 
-# Tried in this order where no --name is given. Their pictures' size is taken from the file's position codes.
+# Tried in this order where no --name is given. The image size is that of the file's positional embedding.
 NETWORKS = (
     "vit_tiny_patch16_224",
     "vit_small_patch16_224",
@@ -65,7 +65,7 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Network:
-    """A file's network: `vit` on the meta device, all its blocks; `others` fit the same file as well."""
+    """The network of a file: `vit` has all blocks, on the meta device; `others` are names that fit too."""
 
     name: str
     overrides: dict
@@ -75,56 +75,55 @@ class Network:
 
 
 def identify(path: Path, *, name: str | None, overrides: list[str], format: str) -> Network:
-    """The network that a file surely holds: named by the user or by the file itself, else the known one that fits.
+    """Return the network of a file: the one that the user or the file names, else the known one that fits.
 
-    overrides: `key=value`, numbers that differ from the name's
-    Raises UserError where nothing fits, with what was found.
+    overrides: `key=value`, numbers in which the network differs from its name's
+    Raises UserError where none fits, with what the file holds.
     """
     keys = _read_overrides(name, overrides)
     own = _open_own(path)
     if name is None and own is not None:
         name, numbers = own_network(own)
-        keys, format = {**numbers, **keys}, "dmae_ds" if format == "auto" else format
+        keys = {**numbers, **keys}
+        format = "dmae_ds" if format == "auto" else format
     if name is not None:
-        return _named(path, name, keys, format, None if own is None else own.metadata.get("last_block"))
+        last_block = None if own is None else own.metadata.get("last_block")
+        return _open_named(path, name, keys, format, last_block)
     opened = _open_all(path, format)
-    found = [fit for candidate in NETWORKS for fit in [_try(candidate, keys, opened)] if fit is not None]
-    if not found:
+    fitting = [network for name in NETWORKS if (network := _try(name, keys, opened)) is not None]
+    if not fitting:
         raise UserError(
-            f"'{path}' holds {_geometry(opened)}; none of the {len(NETWORKS)} known networks fits: give --name NAME and numbers such as embed_dim=128 depth=8"
+            f"'{path}' holds {_geometry(opened)}; none of the {len(NETWORKS)} known networks fits: "
+            "give --name NAME and numbers such as embed_dim=128 depth=8"
         )
-    first = found[0]
-    return Network(
-        first.name, first.overrides, first.vit, first.weights, tuple(other.name for other in found[1:])
-    )
+    first, *others = fitting
+    return replace(first, others=tuple(other.name for other in others))
 
 
 def _read_overrides(name: str | None, overrides: list[str]) -> dict:
-    pairs = dict(text.partition("=")[::2] for text in overrides)
     try:
-        return ModelConfig(
-            name=name or "unnamed", **{key: yaml.safe_load(value) for key, value in pairs.items()}
-        ).overrides()
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
-        first = (
-            error.errors()[0] if isinstance(error, ValidationError) else {"loc": overrides, "msg": str(error)}
-        )
-        known = ", ".join(field for field in ModelConfig.model_fields if field != "name")
-        raise UserError(
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}; numbers of a network are {known}"
-        ) from None
+        pairs = (text.partition("=") for text in overrides)
+        values = {key: yaml.safe_load(value) for key, _, value in pairs}
+        return ModelConfig(name=name or "unnamed", **values).overrides()
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, problem = ".".join(map(str, first["loc"])), first["msg"]
+    except (yaml.YAMLError, TypeError) as error:
+        key, problem = " ".join(overrides), str(error).replace("\n", " ")
+    known = ", ".join(field for field in ModelConfig.model_fields if field != "name")
+    raise UserError(f"{key}: {problem}; numbers of a network are {known}") from None
 
 
 def _open_own(path: Path) -> Container | None:
-    """A file or a folder of ours, which names its network; None for anything else."""
+    """Open a file or folder of ours, which names its network; None for others."""
     if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".json"):
         return None
     container = open_container(path, label=TEACHER)
     return container if "timm_name" in container.metadata else None
 
 
-def _named(path: Path, name: str, keys: dict, format: str, last_block: str | None) -> Network:
-    """last_block: of a slice, whose upper blocks were left behind on purpose."""
+def _open_named(path: Path, name: str, keys: dict, format: str, last_block: str | None) -> Network:
+    """Open the file as the network of this name; last_block: of a slice, which has no blocks above it."""
     vit = meta_teacher(name, keys, int(last_block) if last_block else None)
     resize = "img_size" in keys
     weights = open_format(
@@ -135,7 +134,7 @@ def _named(path: Path, name: str, keys: dict, format: str, last_block: str | Non
 
 
 def _open_all(path: Path, format: str) -> list[Weights]:
-    """The file under every key map, or the one that was named. Raises UserError where none can open it."""
+    """Open the file with every key map, or with the named one. Raises UserError where none can."""
     opened, first_error = [], None
     for chosen in FORMATS if format == "auto" else [format]:
         try:
@@ -148,25 +147,23 @@ def _open_all(path: Path, format: str) -> list[Weights]:
 
 
 def _try(name: str, keys: dict, opened: list[Weights]) -> Network | None:
-    """The network of this name if the file holds it, strictly; the picture's size may be the file's own."""
+    """Return the network of this name if the file fits it strictly; the image size may be the file's."""
     opened = [weights for weights in opened if _may_be(name, keys, weights)]
     if not opened:
         return None
     vit = meta_teacher(name, keys)
     for weights in opened:
-        size = (
-            {}
-            if "img_size" in keys or vit.pos_embed is None or "pos_embed" not in weights
-            else _own_size(vit, weights)
-        )
-        sized = meta_teacher(name, {**keys, **size}) if size else vit
+        numbers = dict(keys)
+        if "img_size" not in keys and vit.pos_embed is not None and "pos_embed" in weights:
+            numbers |= _own_size(vit, weights)
+        sized = vit if numbers == keys else meta_teacher(name, numbers)
         if fits(sized.state_dict(), weights, depth=sized.depth, may_resize="img_size" in keys):
-            return Network(name, {**keys, **size}, sized, weights)
+            return Network(name, numbers, sized, weights)
     return None
 
 
 def _may_be(name: str, keys: dict, weights: Weights) -> bool:
-    """A cheap look before a network is built: patch size in the name, then width."""
+    """Whether patch size and width agree, which is cheap to check before a network is built."""
     if "patch_embed.proj.weight" not in weights:
         return False
     width, _, _, patch = (*weights.like("patch_embed.proj.weight").shape, 0, 0, 0)[:4]
@@ -177,25 +174,29 @@ def _may_be(name: str, keys: dict, weights: Weights) -> bool:
 
 
 def _own_size(vit: MaskedViT, weights: Weights) -> dict:
-    """{"img_size": ...} where the file's position codes are of another square grid than the name's."""
+    """{"img_size": ...} where the file's positional embedding has another square grid than the name's."""
     side = square_side(weights.like("pos_embed").shape[1] - vit.num_prefix_positions)
     return {"img_size": side * vit.patch_size} if side and (side, side) != vit.grid else {}
 
 
 def _geometry(opened: list[Weights]) -> str:
-    """Width, blocks and patch size as the keys tell them, under the format that names the most."""
+    """Describe width, blocks and patch size by the tensors, under the format that maps the most blocks."""
     if not opened:
         return "a network of ours that its name does not fit"
-    weights = max(opened, key=lambda weights: len({block_of(name) for name in weights}))
+    weights = max(opened, key=_num_blocks)
     kind = describe_kind(weights.container) or f"{len(weights)} tensors such as {next(iter(weights), 'none')}"
     if "patch_embed.proj.weight" in weights:
         shape = weights.like("patch_embed.proj.weight").shape
-        kind += f", width {shape[0]}, {len({block_of(name) for name in weights} - {None})} blocks, patches of {shape[-1]} px"
+        kind += f", width {shape[0]}, {_num_blocks(weights)} blocks, patches of {shape[-1]} px"
     return kind
 
 
+def _num_blocks(weights: Weights) -> int:
+    return len({block_of(name) for name in weights} - {None})
+
+
 def dtype_of(weights: Weights) -> str:
-    """fp32, bf16, ... of the file's tensors, the most frequent first."""
+    """Dtypes of the file's tensors (fp32, bf16, ...), the one with the most bytes first."""
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
     counts: dict[str, int] = {}
     for place in weights.container.places.values():

@@ -1,10 +1,11 @@
-"""`dmae-ds teacher slice FILE OUT --stages P`: the needed blocks, cut once into one safetensors file a pipeline stage.
+"""`dmae-ds teacher slice FILE OUT --stages P`: one safetensors file for each pipeline stage, with its blocks.
 
-    OUT/stage-1-of-2.safetensors   the embedding and this stage's blocks, under timm's names
-    OUT/model.safetensors.index.json   which file holds what; a rank whose folder holds only its own stage's file can load it
-    OUT/teacher.json               the network, the cut and the fingerprint; every run compares
+    OUT/stage-1-of-2.safetensors       the embedding and this stage's blocks, under timm's names
+    OUT/model.safetensors.index.json   which file holds which tensor
+    OUT/teacher.json                   the network, the cut and the fingerprint, which every run compares
 
-A recipe reads the folder with teacher.weights=OUT teacher.format=dmae_ds.
+A recipe reads the folder with teacher.weights=OUT teacher.format=dmae_ds. A rank can load its stage from a
+folder that has only this stage's file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -40,29 +42,25 @@ def slice_teacher(
     dtype: str | None = None,
     last_block: int | None = None,
 ) -> str:
-    """Cut a teacher; returns a line about what was written. The peak of memory is one stage.
+    """Cut a teacher, with one stage in memory at a time; returns a line about what was written.
 
-    last_block: the deepest block that is tapped; None: three quarters of the depth (DMAE, Sec. 4.1)
+    last_block: the deepest tapped block; None: three quarters of the depth (DMAE, Sec. 4.1)
     dtype: None keeps the file's
-    Raises UserError; nothing is left under OUT then.
+    Raises UserError; then nothing is left under OUT.
     """
     path, out = path.expanduser(), out.expanduser()
     if out.exists():
-        raise UserError(f"'{out}' exists already; name a folder that does not, or remove it")
+        raise UserError(f"'{out}' exists; choose another folder, or remove it")
     network = identify(path, name=name, overrides=list(overrides), format=format)
     whole_blocks = meta_teacher(network.name, network.overrides).depth
     if last_block is None:
         ((_, last_block),) = resolve_pairs(None, student_depth=1, teacher_depth=whole_blocks)
     if not 1 <= last_block <= network.vit.depth:
         raise UserError(
-            f"--last-block {last_block} is not one of the {network.vit.depth} blocks that '{path}' holds; blocks count from 1"
+            f"--last-block {last_block} is not one of the {network.vit.depth} blocks of '{path}'; "
+            f"give 1 to {network.vit.depth}"
         )
-    cut = Network(
-        network.name,
-        network.overrides,
-        meta_teacher(network.name, network.overrides, last_block),
-        network.weights,
-    )
+    cut = replace(network, vit=meta_teacher(network.name, network.overrides, last_block))
     stages = held_blocks(last_block, num_stages)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".tmp")
@@ -70,13 +68,13 @@ def slice_teacher(
     unfinished.mkdir()
     try:
         num_bytes = _write_stages(cut, stages, unfinished, dtype)
-        # The figures are those of the tensors as they were stored.
-        stored = Network(cut.name, cut.overrides, cut.vit, open_weights(unfinished, "dmae_ds"))
-        found = identity.fingerprint(probe_by_block(stored).features)
+        # The fingerprint is that of the stored tensors, in their dtype.
+        stored = replace(cut, weights=open_weights(unfinished, "dmae_ds"))
+        fingerprint = identity.fingerprint(probe_by_block(stored).features)
         write_sidecar(
             unfinished / "teacher.json",
             cut,
-            found,
+            fingerprint,
             blocks=last_block,
             whole_blocks=whole_blocks,
             stages=[[stage.start + 1, stage.stop] for stage in stages],
@@ -87,10 +85,13 @@ def slice_teacher(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    return f"{out}: {network.name}, blocks 1-{last_block} of {whole_blocks} in {num_stages} stages, {size_text(num_bytes)}; use teacher.weights={out} teacher.format=dmae_ds"
+    blocks = f"blocks 1-{last_block} of {whole_blocks} in {num_stages} stages"
+    use = f"use teacher.weights={out} teacher.format=dmae_ds"
+    return f"{out}: {network.name}, {blocks}, {size_text(num_bytes)}; {use}"
 
 
 def _write_stages(cut: Network, stages: list[range], folder: Path, dtype: str | None) -> int:
+    """Write a file for each stage, and the index; returns the number of bytes of all tensors."""
     names = list(cut.vit.state_dict())
     weight_map: dict[str, str] = {}
     num_bytes = 0
@@ -102,15 +103,16 @@ def _write_stages(cut: Network, stages: list[range], folder: Path, dtype: str | 
     }
     for number, stage in enumerate(stages, start=1):
         file = f"stage-{number}-of-{len(stages)}.safetensors"
-        mine = [name for name in names if block_of(name) is None or block_of(name) in stage]
-        tensors = {name: cut.weights[name].to(DTYPES[dtype]) if dtype else cut.weights[name] for name in mine}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, metadata=metadata
-        )
+        of_stage = [name for name in names if block_of(name) is None or block_of(name) in stage]
+        tensors = {name: cut.weights[name] for name in of_stage}
+        if dtype:
+            tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / file, metadata=metadata)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        for name in mine:
+        for name in of_stage:
             weight_map.setdefault(name, file)
-        del tensors
+        del tensors, contiguous
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     for file in folder.iterdir():

@@ -1,6 +1,7 @@
-"""`dmae-ds teacher stats RECIPE`: one pass of the frozen teacher over the data, for teacher.standardize zscore and phi_s.
+"""`dmae-ds teacher stats RECIPE`: mean and covariance of the teacher's features, for teacher.standardize.
 
-The statistics are of exactly what the loss would compare: the recipe's crops, masks, taps and tokens, CLS included.
+One pass of the frozen teacher over the data. The statistics are of what the loss compares: the recipe's
+crops, masks, taps and tokens, CLS included.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import json
 from math import ceil
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import train_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
+from dmae_ds.objectives.base import Objective
 from dmae_ds.output.durable import replace_tensors
 from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.build import build_frozen_teacher, locate_teacher
@@ -27,7 +31,7 @@ from dmae_ds.train.run import build_objective
 
 
 class Moments:
-    """Mean and covariance of vectors [*, D], summed in float64 around the first batch's mean."""
+    """Mean and covariance of vectors [*, D], summed in float64 about the first batch's mean."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -37,10 +41,8 @@ class Moments:
         vectors = vectors.reshape(-1, vectors.shape[-1]).double()
         if self.shift is None:
             self.shift = vectors.mean(0)
-            self.sum, self.products = (
-                torch.zeros_like(self.shift),
-                torch.zeros(len(self.shift), len(self.shift)).to(vectors),
-            )
+            self.sum = torch.zeros_like(self.shift)
+            self.products = torch.zeros(len(self.shift), len(self.shift)).to(vectors)
         vectors = vectors - self.shift
         self.count += len(vectors)
         self.sum += vectors.sum(0)
@@ -50,7 +52,7 @@ class Moments:
         return self.shift + self.sum / self.count
 
     def covariance(self) -> Tensor:
-        """[D, D], divided by the count."""
+        """Covariance [D, D], divided by the count."""
         centre = self.sum / self.count
         return self.products / self.count - torch.outer(centre, centre)
 
@@ -62,9 +64,10 @@ def write_stats(
     if config.teacher is None:
         raise UserError("this recipe has no teacher; name a recipe with a teacher section")
     if num_images < 1:
-        raise UserError(f"--images {num_images} is no number of images; give 1 or more")
+        raise UserError(f"--images {num_images} is too small; give 1 or more")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
+    num_images = min(num_images, shards.num_samples)
     objective, shape = build_objective(config)
     teacher = build_frozen_teacher(
         config.teacher,
@@ -75,8 +78,39 @@ def write_stats(
         device=device,
         standardize=False,
     )
-    num_images = min(num_images, shards.num_samples)
+    normalize = Normalize(config.data.mean, config.data.std).to(device)
+    moments = {tap: Moments() for tap in objective.taps}
+    for batch in _batches(config, shards, objective, num_images=num_images, device=device):
+        masked = objective.prepare(batch, normalize)
+        for tap, features in teacher.features(masked).items():
+            moments[tap].add(features)
+    out = out or targets.stats_path(locate_teacher(config.teacher))
+    description = {
+        "version": targets.STATS_VERSION,
+        "taps": list(objective.taps),
+        "images": num_images,
+        "tokens": {tap: moment.count for tap, moment in moments.items()},
+        "teacher": config.teacher.name,
+        "sees": config.teacher.sees,
+        "data": config.data.train,
+        "fingerprint": identity.fingerprint(identity.probe(teacher.vit).features),
+    }
+    tensors = {}
+    for tap, moment in moments.items():
+        tensors[f"{tap}.mean"] = moment.mean().float().cpu()
+        tensors[f"{tap}.covariance"] = moment.covariance().float().cpu()
+    _write(out, tensors, description)
+    taps = ", ".join(objective.taps)
+    use = "use teacher.standardize=zscore or phi_s"
+    return f"{out}: mean and covariance of {taps} over {num_images:,} images; {use}"
+
+
+def _batches(
+    config: RunConfig, shards: ShardSet, objective: Objective, *, num_images: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of the first `num_images` training images, on the device."""
     batch_size = min(config.optim.micro_batch or 64, num_images)
+    num_batches = ceil(num_images / batch_size)
     student = objective.student
     spec = BatchSpec(
         img_size=student.grid[0] * student.patch_size,
@@ -92,42 +126,21 @@ def write_stats(
         shards,
         spec,
         start_step=0,
-        stop_step=ceil(num_images / batch_size),
+        stop_step=num_batches,
         num_workers=config.data.num_workers,
         pin_memory=device.type == "cuda",
     )
-    normalize = Normalize(config.data.mean, config.data.std).to(device)
-    moments = {tap: Moments() for tap in objective.taps}
-    seen = 0
-    for batch in tqdm(batches, total=ceil(num_images / batch_size), unit="batch"):
-        batch = batch.to(device).first(
-            num_images - seen
-        )  # the last batch is cut to the number of images asked for
-        masked = objective.prepare(batch, normalize)
-        for tap, features in teacher.features(masked).items():
-            moments[tap].add(features)
-        seen += len(batch.images)
-    out = out or targets.stats_path(locate_teacher(config.teacher))
-    about = {
-        "version": targets.STATS_VERSION,
-        "taps": list(objective.taps),
-        "images": seen,
-        "tokens": {tap: found.count for tap, found in moments.items()},
-        "teacher": config.teacher.name,
-        "sees": config.teacher.sees,
-        "data": config.data.train,
-        "fingerprint": identity.fingerprint(identity.probe(teacher.vit).features),
-    }
-    tensors = {f"{tap}.mean": found.mean().float().cpu() for tap, found in moments.items()}
-    tensors |= {f"{tap}.covariance": found.covariance().float().cpu() for tap, found in moments.items()}
-    _write(out, tensors, about)
-    return f"{out}: mean and covariance of {', '.join(objective.taps)} over {seen:,} images; use teacher.standardize=zscore or phi_s"
+    num_seen = 0
+    for batch in tqdm(batches, total=num_batches, unit="batch"):
+        yield batch.to(device).first(num_images - num_seen)
+        num_seen += batch_size
 
 
-def _write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], description: dict) -> None:
     try:
-        replace_tensors(path, tensors, {"about": json.dumps(about)})
+        replace_tensors(path, tensors, {"about": json.dumps(description)})
     except OSError as error:
         raise UserError(
-            f"'{path}' can't be written ({error.strerror or error}); choose another place with --out and set teacher.stats to it"
+            f"'{path}' cannot be written ({error.strerror or error}); choose another file with --out, "
+            "and set teacher.stats to it"
         ) from None

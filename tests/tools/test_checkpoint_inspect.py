@@ -1,4 +1,4 @@
-"""dmae-ds checkpoint inspect | verify: what is whole, what is broken and how, of a run, of its folder, of one checkpoint."""
+"""`dmae-ds checkpoint`: a run with a damaged checkpoint and an interrupted save."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IDENTITY = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Three checkpoints, of which the middle one has a flipped bit; and what a killed save left."""
+    """A run folder of three checkpoints, the middle one with a wrong byte, and what a killed save left."""
     folder = CheckpointFolder(tmp_path / "run")
     for step in (5, 10, 15, 20):
         folder.begin(step)
@@ -39,31 +39,21 @@ def run(tmp_path):
 def test_inspect_is_a_table_of_every_checkpoint(run, capsys):
     assert main(["checkpoint", "inspect", str(run)]) == 0
     _, heads, *rows = capsys.readouterr().out.splitlines()
-    assert heads.split()[:8] == [
-        "checkpoint",
-        "step",
-        "position",
-        "epoch",
-        "ranks",
-        "ZeRO",
-        "precision",
-        "MiB",
-    ]
+    names = ["checkpoint", "step", "position", "epoch", "ranks", "ZeRO", "precision", "MiB"]
+    assert heads.split()[:8] == names
     assert rows[0].split()[:7] == ["step-00000005", "5", "80", "1.25", "2", "3", "fp32"]
-    assert rows[2].endswith("sizes right, latest") and "no state.json" in rows[3] and len(rows) == 4
+    assert rows[2].endswith("latest") and not rows[1].endswith("latest")
+    assert "state.json" in rows[3] and len(rows) == 4
 
 
 def test_verify_reads_every_byte_and_names_all_that_is_wrong(run, capsys):
     assert main(["checkpoint", "verify", str(run)]) == 2
-    said = capsys.readouterr().err
-    assert (
-        "step-00000010: part-1.pt is damaged" in said
-        and "step-00000020: no checkpoint" in said
-        and "part-0.pt is" not in said
-    )
-    assert len(said.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-00000010: part-1.pt" in line and "step-00000020: " in line
+    assert "step-00000010: part-0.pt" not in line
     assert main(["checkpoint", "verify", str(run / "checkpoints" / "step-00000015")]) == 0
-    assert "step-00000015: whole, 2 files" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "step-00000015" in output and "2 files" in output
 
 
 def test_a_copied_checkpoint_is_checked_where_it_is(run, tmp_path, capsys):
@@ -71,12 +61,11 @@ def test_a_copied_checkpoint_is_checked_where_it_is(run, tmp_path, capsys):
     assert main(["checkpoint", "verify", str(tmp_path / "kept" / "step-00000005")]) == 0
     assert main(["checkpoint", "verify", str(tmp_path / "nothing")]) == 2
     assert main(["checkpoint", "inspect", str(tmp_path)]) == 2
-    assert "holds no checkpoints" in capsys.readouterr().err
+    not_found, none = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "nothing") in not_found and f"{tmp_path}/step-*" in none.replace("/checkpoints", "")
 
 
-def test_a_broken_checkpoint_is_not_converted(run, tmp_path, capsys):
-    assert (
-        main(["checkpoint", "convert", str(run / "checkpoints" / "step-00000010"), str(tmp_path / "out")])
-        == 2
-    )
-    assert "part-1.pt is damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+def test_a_damaged_checkpoint_is_not_converted(run, tmp_path, capsys):
+    checkpoint, out = run / "checkpoints" / "step-00000010", tmp_path / "out"
+    assert main(["checkpoint", "convert", str(checkpoint), str(out)]) == 2
+    assert "part-1.pt" in capsys.readouterr().err and not out.exists()
