@@ -27,7 +27,7 @@ from dmae_ds.objectives.base import Objective
 from dmae_ds.output.durable import replace_tensors
 from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.build import build_frozen_teacher, locate_teacher
-from dmae_ds.train.run import build_objective
+from dmae_ds.train.networks import build_objective
 
 
 class Moments:
