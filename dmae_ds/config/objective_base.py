@@ -78,7 +78,8 @@ class MaskedPatches(ObjectiveSection):
     """Settings of every objective that masks patches and has a decoder predict something of them."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    # How many patches stay visible: `round` gives the paper's ten at .95 and four at .98, `int` the code's nine and three.
+    # How many patches stay visible: `round` gives the paper's ten at .95 and four at .98, `int` the published code's
+    # nine and three.
     patch_count: Literal["round", "int"] = "round"
     decoder: DecoderConfig = DecoderConfig()
 

@@ -1,4 +1,4 @@
-"""Bringing a student's features to a teacher's: projection heads, normalisation, distances (DMAE, Sec. 3.2, Tables 3a, 3c)."""
+"""Projection heads, normalisation and distances between a student's and a teacher's features (DMAE, Tables 3a, 3c)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEADS = {"linear": 0, "mlp2": 1, "mlp3": 2}
 
 
 def build_head(kind: str, student_dim: int, teacher_dim: int) -> nn.Sequential:
-    """A projection from student width to teacher width: [..., D] -> [..., D_t]."""
+    """Return a projection from student width to teacher width: [..., D] -> [..., D_t]."""
     layers: list[nn.Module] = [nn.Linear(student_dim, teacher_dim)]
     for _ in range(HEADS[kind]):
         layers += [nn.GELU(), nn.Linear(teacher_dim, teacher_dim)]
@@ -19,7 +19,7 @@ def build_head(kind: str, student_dim: int, teacher_dim: int) -> nn.Sequential:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, in which losses are taken; float64 stays."""
+    """Return the tensor in float32, in which losses are computed; float64 stays."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -27,7 +27,7 @@ def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - functional.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
-# Each takes two tensors [N, T, D_t] and returns a scalar: the mean over all entries (Eq. 2), or over tokens for cosine.
+# Each takes two tensors [N, T, D_t] and returns a scalar: the mean over all entries (Eq. 2), for cosine over tokens.
 DISTANCES = {
     "l1": functional.l1_loss,
     "l2": functional.mse_loss,
@@ -37,7 +37,7 @@ DISTANCES = {
 
 
 def distance(kind: str, student: Tensor, teacher: Tensor, *, normalize: str) -> Tensor:
-    """How far projected student features are from the teacher's, both [N, T, D_t], in float32.
+    """Return the distance of projected student features from the teacher's, a float32 scalar; both [N, T, D_t].
 
     normalize: `none` compares raw features (the paper), `l2` unit vectors (the published code). Two unit vectors of
     width 1024 are at most .044 apart in mean L1, so `l2` makes the term about 2% of the encoder's gradient.

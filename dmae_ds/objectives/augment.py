@@ -1,9 +1,10 @@
-"""Random erasing, mixup and cutmix on the device, timm's, keyed before they draw; for whoever trains a classifier.
+"""timm's random erasing, mixup and cutmix on the device, each keyed before it draws, for whoever trains a classifier.
 
-timm draws from the global generators of `random`, numpy and torch, which are seeded right before every use. In the trainer two
-neighbours of the global batch are mixed with each other, by one draw keyed by the first one's (epoch, sample id): so the pictures of a
-step are the same on any number of ranks, under any accumulation and after any resume. timm's own batch mode has one draw a micro-batch
-and pairs the first picture with the last: the same distribution of each picture, tied to how the batch is cut.
+timm draws from the global generators of `random`, numpy and torch; they are seeded right before every use. In the
+trainer two consecutive images of the global batch are mixed with each other, by one draw keyed by the first one's
+(epoch, sample id): so the images of a step are the same on any number of ranks, with any gradient accumulation and
+after any resume. timm's own batch mode makes one draw a micro-batch and mixes the first image with the last: the same
+distribution for each image, but tied to how the batch is cut.
 """
 
 from __future__ import annotations
@@ -23,72 +24,73 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.data.transforms import ERASE_STREAM, sample_rng
 from dmae_ds.models.masking import PatchBatch
 
-MIX_STREAM = 100  # beyond those of a sample (data/transforms.py)
+MIX_STREAM = 100  # beyond the streams of a sample (data/transforms.py)
 
 
 @dataclass
 class LabelledBatch(PatchBatch):
-    """targets [N, C]: how much of each class is in a picture, float32, rows of sum 1."""
+    """A batch with soft labels: targets [N, classes] float32, rows of sum 1."""
 
     targets: Tensor
 
 
-class MixedPictures:
-    """A micro-batch as the loader gives it -> normalised pictures and their soft labels.
+class MixedImages:
+    """Turns a micro-batch of the loader into normalised, mixed images and their soft labels.
 
-    seed: of the draws
+    seed: with (epoch, sample id), the key of every draw
     """
 
     def __init__(self, config: AugmentConfig, *, num_classes: int, seed: int):
         self.config, self.num_classes, self.seed = config, num_classes, seed
-        self.mix = (
-            Mixup(
-                config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes
+        self.mix = None
+        if config.mixes:
+            smoothing = config.label_smoothing
+            self.mix = Mixup(
+                config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=num_classes
             )
-            if config.mixes
-            else None
-        )
 
     def __str__(self) -> str:
         config = self.config
-        return f"smoothing {config.label_smoothing:g}, mixup {config.mixup:g}, cutmix {config.cutmix:g}, erase {config.erase:g}, {config.rand_augment or 'no RandAugment'}"
+        return (
+            f"smoothing {config.label_smoothing:g}, mixup {config.mixup:g}, cutmix {config.cutmix:g}, "
+            f"erase {config.erase:g}, {config.rand_augment or 'no RandAugment'}"
+        )
 
     def __call__(self, batch: Batch, normalize: nn.Module) -> tuple[Tensor, Tensor]:
-        """Returns images [N, 3, H, W] and targets [N, C], float32. Reseeds the global generators. N is even where pictures are mixed."""
+        """Return images [N, 3, H, W] and targets [N, classes], float32; N must be even where images are mixed.
+
+        It seeds the global generators.
+        """
         images = normalized(batch.images, normalize)
         if self.config.erase:
-            erase_rectangles(
-                RandomErasing(self.config.erase, mode="pixel", device=images.device),
-                images,
-                batch,
-                seed=self.seed,
-            )
+            erasing = RandomErasing(self.config.erase, mode="pixel", device=images.device)
+            erase_rectangles(erasing, images, batch, seed=self.seed)
         if self.mix is None:
-            return images, mixup_target(
-                batch.labels, self.num_classes, lam=1.0, smoothing=self.config.label_smoothing
-            )
-        assert len(images) % 2 == 0, "the schema keeps two neighbours in one micro-batch"
+            smoothing = self.config.label_smoothing
+            return images, mixup_target(batch.labels, self.num_classes, lam=1.0, smoothing=smoothing)
+        assert len(images) % 2 == 0, "the schema keeps the two images of a mix in one micro-batch"
         epochs, ids, targets = batch.epochs.tolist(), batch.sample_ids.tolist(), []
         for first in range(0, len(images), 2):
             seed_globals(sample_rng(self.seed, epochs[first], ids[first], MIX_STREAM))
-            _, found = self.mix(
-                images[first : first + 2], batch.labels[first : first + 2]
-            )  # the pictures in place
-            targets.append(found)
+            pair = slice(first, first + 2)
+            _, pair_targets = self.mix(images[pair], batch.labels[pair])  # changes the images in place
+            targets.append(pair_targets)
         return images, torch.cat(targets)
 
 
 def erase_rectangles(erasing: RandomErasing, images: Tensor, batch: Batch, *, seed: int) -> None:
-    """Random erasing of images [N, 3, H, W], in place, each keyed by its sample. Reseeds the global generators."""
-    for row, (epoch, sample_id) in enumerate(
-        zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)
-    ):
+    """Erase random rectangles of images [N, 3, H, W] in place, each draw keyed by its sample.
+
+    It seeds the global generators.
+    """
+    samples = zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)
+    for row, (epoch, sample_id) in enumerate(samples):
         seed_globals(sample_rng(seed, epoch, sample_id, ERASE_STREAM))
         erasing(images[row])
 
 
 def normalized(images: Tensor, normalize: nn.Module) -> Tensor:
-    """uint8 [N, 3, H, W] -> float32 [N, 3, H, W]."""
+    """Return images uint8 [N, 3, H, W] as normalised float32 of the same shape."""
     # [N, 3, H, W] -> [N, H, W, 3] to be normalised -> [N, 3, H, W]
     return normalize(images.movedim(1, -1)).movedim(-1, 1).contiguous()
 

@@ -1,9 +1,10 @@
 """What every objective is: one module that owns everything the optimiser trains, and declares what it needs.
 
-To add an objective, subclass `Objective`, set the declarations that differ from the defaults, and write `prepare` and
-`forward` (and `ema_features` where `ema` is set); `dmae_ds/objectives/README.md` lists the few other places.
-The order of calls in every optimiser step: `start_step`, then for each micro-batch `ema_features` (no gradients) and
-`forward`, then backward and `gradient_shares`. `prepare` runs ahead of them, as far as the teacher's pipeline is deep.
+To add an objective, subclass `Objective`, set the declarations that differ from the defaults, and write `prepare`
+and `forward` (and `ema_features` where `ema` is set); `dmae_ds/objectives/README.md` lists the few other places.
+The order of calls in every optimiser step: `start_step`, then for each micro-batch `ema_features` (no gradients)
+and `forward`, then backward and `gradient_shares`. `prepare` runs ahead of them by the depth of the teacher's
+pipeline.
 
 Shapes: N images, L patches, K visible patches, D width of the student, D_t of the teacher, C pixel channels.
 """
@@ -23,20 +24,22 @@ from dmae_ds.objectives.needs import EmaSpec, Progress, View
 
 
 class Objective(nn.Module):
-    """Base class: the declarations with their defaults. A subclass sets its own, on the class or in its constructor.
+    """Base class: the declarations with their defaults; a subclass sets its own, on the class or in its constructor.
 
-    The constructor is called as `Cls(config, student=, generator=)`, with `teacher=` (a `TeacherShape`) where the recipe
-    has a teacher and `num_classes=` where the schema says `needs_labels`. `generator` draws every initial weight.
+    The constructor is called as `Cls(config, student=, generator=)`, with `teacher=` (a `TeacherShape`) where the
+    recipe has a teacher and `num_classes=` where the schema says `needs_labels`. `generator` draws every initial
+    weight.
 
     What it needs
         taps: features of the frozen teacher: "block/18", "decoder/4", "prediction", "logits"; none: no teacher
         views: crops of each image; the first one is `Batch.images`, all of them are `Batch.views`
         rand_augment: timm's RandAugment on every view, in timm's notation; None: not used
-        labels: whether `Batch.labels` is read, the same as the schema's `needs_labels`; num_classes: of the labels
+        labels: whether `Batch.labels` is read, the same as the schema's `needs_labels`
+        num_classes: number of classes of the labels
         ema: which submodules have an EMA copy, and how fast it follows
     What the optimiser is told
-        lr_scales: {prefix of parameter names: factor of the coming step's learning rate}; such parameters have groups
-            of their own. The prefixes are final once constructed; `start_step` may set the factors
+        lr_scales: {prefix of parameter names: factor of the coming step's learning rate}; such parameters have
+            groups of their own. The prefixes are final once constructed; `start_step` may set the factors
         no_weight_decay: names of parameters without weight decay, besides all one-dimensional ones
     What cards, reports and plans show
         num_visible: patches of an image that the student's encoder sees
@@ -70,28 +73,38 @@ class Objective(nn.Module):
         normalize: uint8 pixels with the channels last, [..., C], to float32 of the recipe's mean and std
         Returns `visible` [N, K, P, P, C] float32, `ids_keep` [N, K] int64, `masked` and `ids_masked` alike; a
         subclass of `PatchBatch` where more is needed. A frozen teacher sees `visible` (and `masked`).
-        It is called some steps early where the teacher is pipelined: it must not depend on `start_step` or on weights.
+        It is called some steps early where the teacher is pipelined: it must not depend on `start_step` or on
+        weights.
         """
         raise NotImplementedError
 
     def start_step(self, progress: Progress) -> None:
-        """Set temperatures, held layers and other schedules; called before every optimiser step, also after a resume."""
+        """Set temperatures, held layers and other schedules.
+
+        Called before every optimiser step, also before the first one after a resume.
+        """
 
     def ema_features(self, ema: nn.Module, masked: PatchBatch) -> dict[str, Tensor]:
         """Return what the EMA teacher makes of a micro-batch, {"ema/NAME": tensor}; required where `ema` is set.
 
         Called without gradients, once a micro-batch before `forward`, whose `features` hold what it returns.
-        ema: has the submodules named in `ema.parts` as attributes, and `state`: the tensors of `ema_state`, which may
-            be updated in place
+        ema: has the submodules named in `EmaSpec.parts` as attributes, and `state`: the tensors of `ema_state`,
+            which may be updated in place
         """
         raise NotImplementedError
 
     def ema_state(self) -> dict[str, Tensor]:
-        """Return the initial tensors that the EMA teacher keeps and checkpoints besides its weights (DINO's centre)."""
+        """Return the initial tensors that the EMA teacher keeps besides its weights (DINO's centre).
+
+        They are checkpointed with it.
+        """
         return {}
 
     def classifier(self) -> Classifier | None:
-        """Return how timm builds the classifier that is trained; its accuracy is measured at the end. None: no classifier."""
+        """Return how timm builds the classifier that is trained; None where none is.
+
+        Its accuracy is measured at the end of a run.
+        """
         return None
 
     def layer_of(self, name: str) -> int | None:
@@ -105,7 +118,8 @@ class Objective(nn.Module):
         """Return {"loss": scalar with gradient, and every named part: scalar without}; required.
 
         The names are the same in every step; each becomes a column of metrics.jsonl.
-        features: {tap: [N, 1 + K, D_t] of "block/18", [N, classes] of "logits", ...} and the EMA teacher's "ema/NAME"
+        features: {tap: tensor}, [N, 1 + K, D_t] of "block/18", [N, classes] of "logits"; and the EMA teacher's
+            {"ema/NAME": tensor}
         Call submodules instead of reading their weights: ZeRO-3 gathers a parameter only for the forward of the
         module that owns it.
         """
@@ -140,9 +154,9 @@ class Objective(nn.Module):
 
 
 def freeze(module: nn.Module) -> None:
-    """Turn a module's parameters into buffers of the same names: saved and exported as before, unknown to the optimiser.
+    """Turn a module's parameters into buffers of the same names.
 
-    Every ZeRO stage and checkpoint would have to treat a parameter without a gradient; a buffer concerns none of them.
+    They are saved and exported as before, and the optimiser does not know them. Every ZeRO stage and checkpoint would have to treat a parameter without a gradient; a buffer concerns none of them.
     """
     for submodule in module.modules():
         for name, parameter in list(submodule.named_parameters(recurse=False)):
@@ -151,13 +165,14 @@ def freeze(module: nn.Module) -> None:
 
 
 def with_zero_gradient(weight: Tensor) -> Tensor:
-    """Return the same values with a gradient of zero instead of none: Adam counts its steps alike at every ZeRO stage.
+    """Return the same values with a gradient of zero instead of none.
 
-    For a layer that is held for a while; its lr_scales entry must be 0 meanwhile, or its weights decay.
+    For a layer that is held for a while: Adam counts its steps alike at every ZeRO stage. Its lr_scales entry must
+    be 0 meanwhile, or its weights decay.
     """
     return weight.detach() + 0 * weight
 
 
 def all_places(num: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Return ids [num, rows * columns] int64 of every patch of a grid, in order: for networks that see whole images."""
+    """Return ids [num, rows * columns] int64 of every patch of a grid, in order, for a network on whole images."""
     return torch.arange(grid[0] * grid[1], device=device).expand(num, -1)

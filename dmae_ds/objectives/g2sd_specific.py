@@ -11,7 +11,7 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.objectives.augment import LabelledBatch, MixedPictures
+from dmae_ds.objectives.augment import LabelledBatch, MixedImages
 from dmae_ds.objectives.base import Objective, all_places
 from dmae_ds.objectives.classifier import Classifier, distilled_classifier
 from dmae_ds.objectives.feature_distillation import TeacherShape
@@ -43,7 +43,7 @@ class G2sdSpecific(Objective):
         super().__init__(student)
         self.num_classes, self.rand_augment = num_classes, config.augment.rand_augment
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        self.mixed = MixedPictures(config.augment, num_classes=num_classes, seed=seed)
+        self.mixed = MixedImages(config.augment, num_classes=num_classes, seed=seed)
         self.dist_token = nn.Parameter(torch.empty(1, 1, student.embed_dim))
         self.head, self.head_dist = (nn.Linear(student.embed_dim, num_classes) for _ in range(2))
         nn.init.normal_(self.dist_token, std=0.02, generator=generator)
