@@ -1,4 +1,4 @@
-"""What the sections of several objectives share: their base class, the mask, the decoder, feature distillation.
+"""What the sections of objectives share: their base class, the mask, the decoder, feature distillation.
 
 `config/objectives.py` has one class an objective, built from these.
 """
@@ -26,8 +26,8 @@ class ObjectiveSection(Section):
     needs_labels: labelled shards; the module's constructor is given `num_classes`
     needs_whole_batch: all of optim.global_batch at once, without gradient accumulation
     mix_group_size: consecutive images of the global batch that are mixed together and stay in one micro-batch
-    judged_by: where a collapse of the features shows: in the mean of the patch tokens, or in CLS, where the loss
-        reads nothing else of the last block
+    judged_by: where a collapse of the features shows: in the mean of the patch tokens, or in CLS, where the
+        loss reads nothing else of the last block
     distillation_key: the section that holds the settings of feature distillation
     """
 
@@ -55,7 +55,8 @@ class ObjectiveSection(Section):
     def facts(self) -> dict[str, object]:
         """Return the settings as flat plain values, under the names by which published results fix them.
 
-        A section inside gives its name as a prefix (`decoder_depth`); feature distillation is at the top level.
+        A section inside gives its name as a prefix (`decoder_depth`); feature distillation is at the top
+        level.
         """
         facts: dict[str, object] = {}
         for key, value in self.model_dump().items():
@@ -78,8 +79,8 @@ class MaskedPatches(ObjectiveSection):
     """Settings of every objective that masks patches and has a decoder predict something of them."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    # How many patches stay visible: `round` gives the paper's ten at .95 and four at .98, `int` the published code's
-    # nine and three.
+    # How many patches stay visible: `round` gives the paper's ten at .95 and four at .98, `int` the published
+    # code's nine and three.
     patch_count: Literal["round", "int"] = "round"
     decoder: DecoderConfig = DecoderConfig()
 

@@ -1,8 +1,8 @@
 """Training objectives: one file each, and the table of their names; `config/objectives.py` has their schemas.
 
-An objective is one `nn.Module` that owns everything the optimiser trains (student, decoder, heads) and declares what
-it needs (base.py): a frozen teacher's features, views of an image, labels, an EMA teacher. `train/run.py` wires
-exactly that; nothing in the loop, the loader or the teacher knows an objective's name.
+An objective is one `nn.Module` that owns everything the optimiser trains (student, decoder, heads) and
+declares what it needs (base.py): a frozen teacher's features, views of an image, labels, an EMA teacher.
+`train/run.py` wires exactly that; nothing in the loop, the loader or the teacher knows an objective's name.
 """
 
 from dmae_ds.config.objectives import find_own
@@ -27,5 +27,5 @@ OBJECTIVES = {
 
 
 def find_objective(name: str) -> type[Objective]:
-    """Return the class of a shipped objective, or of your own (`module:Class`); the recipe is already checked."""
+    """Return the class of a shipped objective, or of your own (`module:Class`), of a checked recipe."""
     return find_own(name) or OBJECTIVES[name]

@@ -1,4 +1,4 @@
-"""Projection heads, normalisation and distances between a student's and a teacher's features (DMAE, Tables 3a, 3c)."""
+"""Projection heads and distances between a student's and a teacher's features (DMAE, Tables 3a and 3c)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Hidden layers of each head; every layer but the first is as wide as the teacher (Sec. 4.1), GELU between layers.
+# Hidden layers of each head; every layer but the first is as wide as the teacher (Sec. 4.1), GELU between
+# layers.
 HEADS = {"linear": 0, "mlp2": 1, "mlp3": 2}
 
 
@@ -27,7 +28,8 @@ def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - functional.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
-# Each takes two tensors [N, T, D_t] and returns a scalar: the mean over all entries (Eq. 2), for cosine over tokens.
+# Each takes two tensors [N, T, D_t] and returns a scalar: the mean over all entries (Eq. 2), for cosine over
+# tokens.
 DISTANCES = {
     "l1": functional.l1_loss,
     "l2": functional.mse_loss,
@@ -37,9 +39,11 @@ DISTANCES = {
 
 
 def distance(kind: str, student: Tensor, teacher: Tensor, *, normalize: str) -> Tensor:
-    """Return the distance of projected student features from the teacher's, a float32 scalar; both [N, T, D_t].
+    """Return the distance of projected student features from the teacher's, a float32 scalar.
 
-    normalize: `none` compares raw features (the paper), `l2` unit vectors (the published code). Two unit vectors of
+    student, teacher: [N, T, D_t]
+    normalize: `none` compares raw features (the paper), `l2` unit vectors (the published code). Two unit
+        vectors of
     width 1024 are at most .044 apart in mean L1, so `l2` makes the term about 2% of the encoder's gradient.
     """
     student, teacher = student.float(), teacher.float()

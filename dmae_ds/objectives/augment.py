@@ -1,10 +1,10 @@
-"""timm's random erasing, mixup and cutmix on the device, each keyed before it draws, for whoever trains a classifier.
+"""timm's random erasing, mixup and cutmix on the device, each keyed before it draws, for classifiers.
 
-timm draws from the global generators of `random`, numpy and torch; they are seeded right before every use. In the
-trainer two consecutive images of the global batch are mixed with each other, by one draw keyed by the first one's
-(epoch, sample id): so the images of a step are the same on any number of ranks, with any gradient accumulation and
-after any resume. timm's own batch mode makes one draw a micro-batch and mixes the first image with the last: the same
-distribution for each image, but tied to how the batch is cut.
+timm draws from the global generators of `random`, numpy and torch; they are seeded right before every use. In
+the trainer two consecutive images of the global batch are mixed with each other, by one draw keyed by the
+first one's (epoch, sample id): so the images of a step are the same on any number of ranks, with any gradient
+accumulation and after any resume. timm's own batch mode makes one draw a micro-batch and mixes the first
+image with the last: the same distribution for each image, but tied to how the batch is cut.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class MixedImages:
         self.mix = None
         if config.mixes:
             smoothing = config.label_smoothing
-            self.mix = Mixup(
-                config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=num_classes
-            )
+            self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
     def __str__(self) -> str:
         config = self.config
@@ -57,9 +55,9 @@ class MixedImages:
         )
 
     def __call__(self, batch: Batch, normalize: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return images [N, 3, H, W] and targets [N, classes], float32; N must be even where images are mixed.
+        """Return images [N, 3, H, W] and targets [N, classes], float32.
 
-        It seeds the global generators.
+        N must be even where images are mixed. It seeds the global generators.
         """
         images = normalized(batch.images, normalize)
         if self.config.erase:

@@ -1,10 +1,10 @@
 """What every objective is: one module that owns everything the optimiser trains, and declares what it needs.
 
-To add an objective, subclass `Objective`, set the declarations that differ from the defaults, and write `prepare`
-and `forward` (and `ema_features` where `ema` is set); `dmae_ds/objectives/README.md` lists the few other places.
-The order of calls in every optimiser step: `start_step`, then for each micro-batch `ema_features` (no gradients)
-and `forward`, then backward and `gradient_shares`. `prepare` runs ahead of them by the depth of the teacher's
-pipeline.
+To add an objective, subclass `Objective`, set the declarations that differ from the defaults, and write
+`prepare` and `forward` (and `ema_features` where `ema` is set); `dmae_ds/objectives/README.md` lists the few
+other places. The order of calls in every optimiser step: `start_step`, then for each micro-batch
+`ema_features` (no gradients) and `forward`, then backward and `gradient_shares`. `prepare` runs ahead of them
+by the depth of the teacher's pipeline.
 
 Shapes: N images, L patches, K visible patches, D width of the student, D_t of the teacher, C pixel channels.
 """
@@ -24,28 +24,31 @@ from dmae_ds.objectives.needs import EmaSpec, Progress, View
 
 
 class Objective(nn.Module):
-    """Base class: the declarations with their defaults; a subclass sets its own, on the class or in its constructor.
+    """Base class: the declarations with their defaults.
 
-    The constructor is called as `Cls(config, student=, generator=)`, with `teacher=` (a `TeacherShape`) where the
-    recipe has a teacher and `num_classes=` where the schema says `needs_labels`. `generator` draws every initial
-    weight.
+    A subclass sets its own declarations, on the class or in its constructor.
+    The constructor is called as `Cls(config, student=, generator=)`, with `teacher=` (a `TeacherShape`) where
+    the recipe has a teacher and `num_classes=` where the schema says `needs_labels`. `generator` draws every
+    initial weight.
 
     What it needs
-        taps: features of the frozen teacher: "block/18", "decoder/4", "prediction", "logits"; none: no teacher
+        taps: features of the frozen teacher: "block/18", "decoder/4", "prediction", "logits"; none: no
+            teacher
         views: crops of each image; the first one is `Batch.images`, all of them are `Batch.views`
         rand_augment: timm's RandAugment on every view, in timm's notation; None: not used
         labels: whether `Batch.labels` is read, the same as the schema's `needs_labels`
         num_classes: number of classes of the labels
         ema: which submodules have an EMA copy, and how fast it follows
     What the optimiser is told
-        lr_scales: {prefix of parameter names: factor of the coming step's learning rate}; such parameters have
-            groups of their own. The prefixes are final once constructed; `start_step` may set the factors
+        lr_scales: {prefix of parameter names: factor of the coming step's learning rate}; such parameters
+            have groups of their own. The prefixes are final once constructed; `start_step` may set the
+            factors
         no_weight_decay: names of parameters without weight decay, besides all one-dimensional ones
     What cards, reports and plans show
         num_visible: patches of an image that the student's encoder sees
         pairs: distilled (student block, teacher block), counted from 1
-        reconstructs_pixels: whether `decoder` predicts the pixels of masked patches. Such an objective also has
-            `mask_ratio`, `pixel_loss`, `visible_at` and `reconstruct`, as `Mae` does
+        reconstructs_pixels: whether `decoder` predicts the pixels of masked patches. Such an objective also
+            has `mask_ratio`, `pixel_loss`, `visible_at` and `reconstruct`, as `Mae` does
         norm_pix: whether the part "pixel" of the loss compares normalised patches
     """
 
@@ -69,7 +72,8 @@ class Objective(nn.Module):
     def prepare(self, batch: Batch, normalize: nn.Module) -> PatchBatch:
         """Return what teacher, EMA teacher and `forward` share of a micro-batch; required.
 
-        batch: on the device; images uint8 [N, 3, H, W], noise float32 [N, L], labels int64 [N], the other views
+        batch: on the device; images uint8 [N, 3, H, W], noise float32 [N, L], labels int64 [N], the other
+            views
         normalize: uint8 pixels with the channels last, [..., C], to float32 of the recipe's mean and std
         Returns `visible` [N, K, P, P, C] float32, `ids_keep` [N, K] int64, `masked` and `ids_masked` alike; a
         subclass of `PatchBatch` where more is needed. A frozen teacher sees `visible` (and `masked`).
@@ -85,11 +89,12 @@ class Objective(nn.Module):
         """
 
     def ema_features(self, ema: nn.Module, masked: PatchBatch) -> dict[str, Tensor]:
-        """Return what the EMA teacher makes of a micro-batch, {"ema/NAME": tensor}; required where `ema` is set.
+        """Return what the EMA teacher makes of a micro-batch, {"ema/NAME": tensor}.
 
-        Called without gradients, once a micro-batch before `forward`, whose `features` hold what it returns.
-        ema: has the submodules named in `EmaSpec.parts` as attributes, and `state`: the tensors of `ema_state`,
-            which may be updated in place
+        Required where `ema` is set. Called without gradients, once a micro-batch before `forward`, whose
+        `features` hold what it returns.
+        ema: has the submodules named in `EmaSpec.parts` as attributes, and `state`: the tensors of
+            `ema_state`, which may be updated in place
         """
         raise NotImplementedError
 
@@ -118,10 +123,11 @@ class Objective(nn.Module):
         """Return {"loss": scalar with gradient, and every named part: scalar without}; required.
 
         The names are the same in every step; each becomes a column of metrics.jsonl.
-        features: {tap: tensor}, [N, 1 + K, D_t] of "block/18", [N, classes] of "logits"; and the EMA teacher's
+        features: {tap: tensor}, [N, 1 + K, D_t] of "block/18", [N, classes] of "logits"; and the EMA
+            teacher's
             {"ema/NAME": tensor}
-        Call submodules instead of reading their weights: ZeRO-3 gathers a parameter only for the forward of the
-        module that owns it.
+        Call submodules instead of reading their weights: ZeRO-3 gathers a parameter only for the forward of
+        the module that owns it.
         """
         raise NotImplementedError
 
@@ -142,8 +148,9 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def gradient_shares(self) -> dict[str, Tensor]:
-        """Return {"share/9": norm of distillation's gradient at student block 9 / (that + norm of the rest's)}.
+        """Return distillation's share of the gradient at each tapped student block, {"share/9": scalar}.
 
+        The share is the norm of distillation's gradient there / (that + norm of the gradient of the rest).
         Called after backward; {} where no block of the student is tapped. A share near 0 is a dead term.
         """
         norms = self.student.gradient_norms
@@ -156,7 +163,8 @@ class Objective(nn.Module):
 def freeze(module: nn.Module) -> None:
     """Turn a module's parameters into buffers of the same names.
 
-    They are saved and exported as before, and the optimiser does not know them. Every ZeRO stage and checkpoint would have to treat a parameter without a gradient; a buffer concerns none of them.
+    They are saved and exported as before, and the optimiser does not know them. Every ZeRO stage and
+    checkpoint would have to treat a parameter without a gradient; a buffer concerns none of them.
     """
     for submodule in module.modules():
         for name, parameter in list(submodule.named_parameters(recurse=False)):
@@ -167,12 +175,12 @@ def freeze(module: nn.Module) -> None:
 def with_zero_gradient(weight: Tensor) -> Tensor:
     """Return the same values with a gradient of zero instead of none.
 
-    For a layer that is held for a while: Adam counts its steps alike at every ZeRO stage. Its lr_scales entry must
-    be 0 meanwhile, or its weights decay.
+    For a layer that is held for a while: Adam counts its steps alike at every ZeRO stage. Its lr_scales entry
+    must be 0 meanwhile, or its weights decay.
     """
     return weight.detach() + 0 * weight
 
 
 def all_places(num: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Return ids [num, rows * columns] int64 of every patch of a grid, in order, for a network on whole images."""
+    """Return ids [num, rows * columns] int64 of every patch of a grid, for networks on whole images."""
     return torch.arange(grid[0] * grid[1], device=device).expand(num, -1)

@@ -1,4 +1,4 @@
-"""A recipe -> the objective that is trained, with its student and the shape of its teacher."""
+"""Build the objective that a recipe trains, with its student and the shape of its teacher."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ IMAGENET_CLASSES = 1000
 def build_objective(
     config: RunConfig, *, num_classes: int | None = None, device: str = "cpu"
 ) -> tuple[Objective, TeacherShape | None]:
-    """The objective with its student, initialised by run.seed alone: the same weights on every rank. student.weights is read by whoever starts a run (initial.py).
+    """Return the objective with its student, and the shape of its teacher (None without one).
 
-    num_classes: of the labels, for an objective whose schema says `needs_labels`; None: as `count_classes` finds
+    run.seed alone determines the initial weights, the same on every rank; student.weights is not read here.
+    num_classes: of the labels, for an objective whose schema says `needs_labels`; None: what `count_classes`
+        gives
     device: `meta` for its geometry without a byte of weights
-    Raises ValueError (one line) for numbers that don't fit together.
+    Raises UserError (one line) for numbers that don't fit together.
     """
     generator = torch.Generator().manual_seed(config.run.seed)
     student = build_student(
         config.student.name, config.student.overrides(), generator=generator, device=device
     )
-    parts = {"student": student, "generator": generator}
+    kwargs = {"student": student, "generator": generator}
     if config.objective.needs_labels:
-        parts["num_classes"] = num_classes or count_classes(config.data)
+        kwargs["num_classes"] = num_classes or count_classes(config.data)
     shape = None
     if config.teacher is not None:
         teacher = meta_teacher(config.teacher.name, config.teacher.overrides())
@@ -51,37 +53,39 @@ def build_objective(
             config.teacher.decoder_embed_dim,
             teacher.patch_size,
         )
-        parts["teacher"] = shape
+        kwargs["teacher"] = shape
     with torch.device(device):
-        objective = find_objective(config.objective.name)(config.objective, **parts)
+        objective = find_objective(config.objective.name)(config.objective, **kwargs)
     if config.teacher is not None:
         check_teacher_keys(config.teacher, objective.taps)
     return objective, shape
 
 
 def check_teacher_keys(teacher: TeacherConfig, taps: tuple[str, ...]) -> None:
-    """Raise UserError for keys of the teacher's section that these taps leave without effect."""
+    """Raise UserError for keys of the teacher's section that have no effect with these taps."""
     kinds = {split_tap(tap)[0] for tap in taps}
-    for names, needed, taps_of in (
-        (
-            ("decoder_depth", "decoder_embed_dim", "decoder_num_heads"),
-            {"decoder", "prediction"},
-            "the teacher's decoder",
-        ),
+    of_the_decoder = ("decoder_depth", "decoder_embed_dim", "decoder_num_heads")
+    for names, needed, tapped in (
+        (of_the_decoder, {"decoder", "prediction"}, "the teacher's decoder"),
         (("pool",), {"logits"}, "a classifier's logits"),
     ):
         for name in names:
             if getattr(teacher, name) != type(teacher).model_fields[name].default and not kinds & needed:
                 raise UserError(
-                    f"teacher.{name} is of no use to an objective that does not tap {taps_of}; remove it, or choose another objective.name"
+                    f"teacher.{name} requires an objective that taps {tapped}; "
+                    "remove it, or choose another objective.name"
                 )
     if teacher.standardize != "none" and kinds & {"prediction", "logits"}:
         raise UserError(
-            f"teacher.standardize {teacher.standardize} is for features, and the objective taps {', '.join(taps)}; set teacher.standardize=none"
+            f"teacher.standardize {teacher.standardize} is for features, and the objective taps "
+            f"{', '.join(taps)}; set teacher.standardize=none"
         )
 
 
 def count_classes(data: DataConfig) -> int:
-    """The classes of data.train; where that isn't here, ImageNet-1k's, as `dmae-ds plan` counts pictures."""
+    """Return the number of classes of data.train, or ImageNet-1k's where it is not on this machine.
+
+    `dmae-ds plan` counts images by the same rule.
+    """
     here = "://" not in data.train and Path(data.train).expanduser().exists()
     return len(ShardSet.open(data.train, label="data.train").classes) if here else IMAGENET_CLASSES

@@ -1,7 +1,9 @@
 """A student with a distillation token as timm names it, so that timm alone loads and runs what was trained.
 
-timm's DeiT stands the token right behind CLS and adds a position code; attention doesn't care for the order of tokens, and the code is
-zero: the same network. Its evaluation mode answers with the mean of the two heads' logits.
+timm's DeiT puts the token right after CLS and adds a positional embedding to it; attention does not depend on
+the order
+of tokens, and the embedding is zero: the same network. In evaluation mode it returns the mean of the two
+    heads' logits.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 
-# Any of timm's distilled ViTs would do: all its numbers are overridden.
+# Any of timm's distilled ViTs works: all its numbers are overridden.
 NAME = "deit_base_distilled_patch16_224"
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """How timm builds what an objective trains: `timm.create_model(name, **numbers, **keys)`, then strictly `tensors(weights)`.
+    """How timm builds what an objective trains.
 
-    tensors: the objective's state dict {name: tensor} -> timm's
+    `timm.create_model(name, **numbers, **keys)` is the network, `tensors(weights)` its state dict, strictly.
+    tensors: turns the objective's state dict {name: tensor} into timm's
     """
 
     name: str
@@ -33,12 +36,15 @@ class Classifier:
     tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
     def build(self) -> nn.Module:
-        """The network, with initial weights."""
+        """Return the network with initial weights."""
         return timm.create_model(self.name, **self.numbers, **self.keys)
 
 
 def distilled_classifier(objective: nn.Module) -> Classifier:
-    """Of an objective with `student`, `dist_token`, `head` and `head_dist`. Raises UserError where the student is no plain ViT."""
+    """Return the classifier of an objective with `student`, `dist_token`, `head` and `head_dist`.
+
+    Raises UserError where the student is no plain ViT.
+    """
     student = objective.student
     block = student.blocks[0]
     numbers = {
@@ -49,24 +55,25 @@ def distilled_classifier(objective: nn.Module) -> Classifier:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / student.embed_dim,
     }
-    found = Classifier(NAME, numbers, {"num_classes": objective.head.out_features}, timm_names)
+    classifier = Classifier(NAME, numbers, {"num_classes": objective.head.out_features}, timm_names)
     with init_empty_weights():
-        known = found.build().state_dict()
-    own = timm_names({name: tensor.to("meta") for name, tensor in objective.state_dict().items()})
+        known = classifier.build().state_dict()
+    trained = timm_names({name: tensor.to("meta") for name, tensor in objective.state_dict().items()})
     different = sorted(
         name
-        for name in known.keys() | own.keys()
-        if name not in known or name not in own or known[name].shape != own[name].shape
+        for name in known.keys() | trained.keys()
+        if name not in known or name not in trained or known[name].shape != trained[name].shape
     )
     if different:
         raise UserError(
-            f"a distillation token goes beside the CLS of a plain ViT, and this student's {', '.join(different[:3])} are not of one; choose student.name=vit_base_patch16_224, say"
+            f"a distillation token requires a plain ViT, and this student's {', '.join(different[:3])} "
+            "are not of one; choose for example student.name=vit_base_patch16_224"
         )
-    return found
+    return classifier
 
 
 def timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{name in the objective: tensor} -> {name in timm: tensor}."""
+    """Return the tensors of an objective {its name: tensor} under timm's names."""
     named = {name.removeprefix("student."): tensor for name, tensor in weights.items()}
     positions = named["pos_embed"]
     # [1, 1 + L, D] -> [1, 2 + L, D]: CLS, the distillation token, patches

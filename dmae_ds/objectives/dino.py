@@ -1,11 +1,13 @@
-"""DINO: a small crop of a picture must say what an average of the student's past weights says of a large one (Caron et al., ICCV 2021).
+"""DINO: small crops of an image are assigned to prototypes as an EMA teacher assigns large ones (ICCV 2021).
 
-Two global crops go through student and EMA teacher, local crops through the student alone; CLS through the head gives a
-distribution over prototypes. The EMA teacher's is centred, against one prototype for all, and sharpened, against all prototypes alike.
+Two global crops go through student and EMA teacher, local crops through the student alone; the head turns CLS
+into a distribution over prototypes. The EMA teacher's is centred, which prevents one prototype for all
+images, and sharpened, which prevents the uniform distribution.
 
-Chosen here: initial weights and position codes are those of every other objective (MAE's), so that methods start alike; the
-centre moves once an optimiser step by the mean of the whole global batch, so that it doesn't depend on ranks and micro-batches.
-With `distill`, DMAE's term beside it on the global crops (with_features.py).
+Chosen here: initial weights and positional embeddings are those of every other objective (MAE's), so that
+methods start alike; the centre moves once an optimiser step by the mean of the whole global batch, so that it
+does not depend on ranks and micro-batches. With `distill`, feature distillation on the global crops is added
+(feature_distillation.py).
 """
 
 from __future__ import annotations
@@ -35,16 +37,17 @@ NUM_GLOBAL = 2
 
 @dataclass
 class Crops(PatchBatch):
-    """Nothing is masked: `visible` [2N, L, P, P, C] are the global crops whole, a view's N pictures after the other's.
+    """Whole crops; nothing is masked.
 
-    local: [n * N, l, P, P, C], or None
+    visible: [2N, L, P, P, C], the global crops, the N images of the first view, then those of the second
+    local: [V * N, L_local, P, P, C] of V local crops, likewise; None without local crops
     """
 
     local: Tensor | None = None
 
 
 class Dino(Objective):
-    """Student and head; the EMA teacher is of both, moved after every step.
+    """Student and head; the EMA teacher is a copy of both, updated after every step.
 
     Raises UserError for local crops that are not whole patches.
     """
@@ -60,7 +63,8 @@ class Dino(Objective):
         super().__init__(student)
         if config.local_crops and config.local_size % student.patch_size:
             raise UserError(
-                f"objective.local_size {config.local_size} is not a multiple of the student's patch_size {student.patch_size}"
+                f"objective.local_size {config.local_size} is not a multiple of "
+                f"the student's patch_size {student.patch_size}"
             )
         self.config = config
         self.local_grid = (config.local_size // student.patch_size,) * 2
@@ -79,26 +83,33 @@ class Dino(Objective):
         )
         self.taps, self.pairs = self.heads.taps, self.heads.pairs
         self.ema = EmaSpec(parts=("student", "head"), momentum=self.momentum_at)
-        # Adam's averages fill while the last layer is held, so that it doesn't jump when it is let go.
+        # Adam's averages fill while the last layer is held, so that it does not jump when it is released.
         self.lr_scales = {"head.prototypes": 1.0}
         self.teacher_temperature = config.teacher_temperature[0]
         self._step_begins = False
 
     def describe(self) -> str:
         first, last = self.config.teacher_temperature
-        crops = f"2 global and {self.config.local_crops} local crops, {self.config.num_prototypes} prototypes, teacher temperature {first:g} to {last:g}, momentum {self.config.momentum:g} to 1"
+        crops = (
+            f"2 global and {self.config.local_crops} local crops, {self.config.num_prototypes} prototypes, "
+            f"teacher temperature {first:g} to {last:g}, momentum {self.config.momentum:g} to 1"
+        )
         return "; ".join([crops, *self.heads.describe()])
 
     def momentum_at(self, progress: Progress) -> float:
-        """Of the EMA teacher's update after this step."""
+        """Return the momentum of the EMA teacher's update after this step."""
         return half_cosine(self.config.momentum, 1.0, progress.step / progress.num_steps)
 
     def start_step(self, progress: Progress) -> None:
-        """Temperature of the EMA teacher, linear in the epoch (published: in steps of an epoch); the last layer, held at first."""
+        """Set the EMA teacher's temperature, and hold or release the last layer.
+
+        The temperature is linear in the fractional epoch (published: constant within an epoch).
+        """
         (first, last), warmup = self.config.teacher_temperature, self.config.teacher_temperature_warmup_epochs
-        self.teacher_temperature = (
-            last if progress.epoch >= warmup else first + (last - first) * progress.epoch / warmup
-        )
+        if progress.epoch >= warmup:
+            self.teacher_temperature = last
+        else:
+            self.teacher_temperature = first + (last - first) * progress.epoch / warmup
         self.lr_scales["head.prototypes"] = float(progress.epoch >= self.config.freeze_last_layer_epochs)
         self._step_begins = True
 
@@ -110,7 +121,10 @@ class Dino(Objective):
         return Crops(visible=visible, masked=visible[:, :0], ids_keep=ids, ids_masked=ids[:, :0], local=local)
 
     def ema_state(self) -> dict[str, Tensor]:
-        """centre [K]; and of the step that is being taken, the sum over its micro-batches of the mean logits [K], and their number."""
+        """Return the centre [K], and two sums over the micro-batches of the current step.
+
+        logits [K]: of the mean logits; micro_batches: their number
+        """
         return {
             "centre": torch.zeros(self.config.num_prototypes),
             "logits": torch.zeros(self.config.num_prototypes),
@@ -118,7 +132,7 @@ class Dino(Objective):
         }
 
     def ema_features(self, ema: nn.Module, batch: Crops) -> dict[str, Tensor]:
-        """{"ema/targets": [2, N, K]}: the EMA teacher's distributions for both global crops. Collective."""
+        """Return {"ema/targets": [2, N, K]}, the EMA teacher's distributions for global crops. Collective."""
         state = ema.state
         if self._step_begins:
             self._step_begins = False
@@ -126,14 +140,11 @@ class Dino(Objective):
         logits = at_least_float32(ema.head(ema.student(batch.visible, batch.ids_keep)[0][:, 0]))
         state["logits"] += collectives.mean_over_ranks(logits.mean(dim=0))
         state["micro_batches"] += 1
-        return {
-            "ema/targets": ((logits - state["centre"]) / self.teacher_temperature)
-            .softmax(dim=-1)
-            .unflatten(0, (NUM_GLOBAL, -1))
-        }
+        targets = ((logits - state["centre"]) / self.teacher_temperature).softmax(dim=-1)
+        return {"ema/targets": targets.unflatten(0, (NUM_GLOBAL, -1))}
 
     def forward(self, batch: Crops, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns {"loss", "cross_entropy", "align/9-18" with distill, "target/spread"}, scalars."""
+        """Return {"loss", "cross_entropy", "align/9-18" with distill, "target/spread"}, scalars."""
         latent, tapped = self.student(batch.visible, batch.ids_keep, taps=self.heads.blocks)
         cls = latent[:, 0]
         if batch.local is not None:
@@ -152,10 +163,13 @@ class Dino(Objective):
 
 
 def move_centre(state: dict[str, Tensor], momentum: float) -> None:
-    """Eq. 4, with the step before's logits: centre = m * centre + (1 - m) * their mean; nothing before the first step. In place."""
+    """Move the centre in place: centre = m * centre + (1 - m) * mean logits of the previous step (Eq. 4).
+
+    Before the first step nothing changes.
+    """
     steps = state["micro_batches"]
     mean = state["logits"] / steps.clamp(min=1)
-    # where instead of if: the number stays on the device
+    # torch.where instead of if: the number stays on the device
     state["centre"].copy_(
         torch.where(steps > 0, momentum * state["centre"] + (1 - momentum) * mean, state["centre"])
     )
@@ -164,21 +178,24 @@ def move_centre(state: dict[str, Tensor], momentum: float) -> None:
 
 
 def view_cross_entropy(logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
-    """Eq. 3: the mean of -sum_k p_k log q_k over pictures and over all pairs of an EMA teacher's view and another view of the student's; a scalar.
+    """Return the mean of -sum_k p_k log q_k over images and pairs of views (Eq. 3), a scalar.
 
-    logits [V, N, K] of the student, the EMA teacher's views first; targets [T, N, K] of the EMA teacher, distributions
+    A pair is a view of the EMA teacher and another view of the student.
+    logits: [V, N, K] of the student, the EMA teacher's views first
+    targets: [T, N, K], the EMA teacher's distributions
     """
     log_q = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
-    # [T, N, K]: of each target, the sum over all views but its own
+    # [T, N, K]: for each target, the sum over all views but its own
     others = log_q.sum(dim=0) - log_q[: len(targets)]
     return -(targets * others).sum(dim=(0, 2)).mean() / (len(targets) * (len(logits) - 1))
 
 
 class Prototypes(nn.Linear):
-    """Products of unit vectors with unit prototypes [..., bottleneck] -> [..., K].
+    """Products of unit vectors with unit prototypes: [..., bottleneck] -> [..., K].
 
-    The published layer is weight-normed with its lengths held at 1 (`norm_last_layer`). torch's weight_norm would bring them
-    in as a parameter that is never trained, which every ZeRO stage and checkpoint would meet; here they aren't there.
+    The published layer is weight-normed with its lengths held at 1 (`norm_last_layer`). torch's weight_norm
+    would add them as a parameter that is never trained, for every ZeRO stage and checkpoint to treat; here
+    there is none.
     """
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -186,7 +203,7 @@ class Prototypes(nn.Linear):
 
 
 class DinoHead(nn.Module):
-    """Three linear layers with GELU between them, l2 normalisation, prototypes: [..., D] -> [..., K] in -1 to 1."""
+    """Three linear layers with GELU, l2 normalisation, prototypes: [..., D] -> [..., K] in -1 to 1."""
 
     def __init__(
         self,

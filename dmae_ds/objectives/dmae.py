@@ -1,4 +1,4 @@
-"""DMAE: pixels, and features that imitate a frozen teacher's at three quarters of the depth (DMAE, Eq. 1-3)."""
+"""DMAE: pixels, and features that imitate a frozen teacher's at 3/4 of the depth (DMAE, Eq. 1-3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The EMA teacher as a module: copies of an objective's parts, in fp32, that nobody trains. `train/ema.py` keeps it."""
+"""The EMA teacher as a module: fp32 copies of submodules of an objective, without gradients.
+
+`train/ema.py` updates and checkpoints it.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,21 @@ from torch import Tensor, nn
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.objectives.base import Objective
 
+# The recipe's precision -> dtype of the EMA teacher's matrix products.
 AUTOCAST = {
     "fp32": None,
     "bf16": torch.bfloat16,
     "bf16_autocast": torch.bfloat16,
     "fp16": torch.float16,
-}  # precision -> dtype of the EMA teacher's products
+}
 
 
 class EmaModule(nn.Module):
-    """The parts as attributes, in the mode that they are in; `state` is {name: tensor} of `Objective.ema_state`, and may be updated in place.
+    """Copies of `objective.ema.parts` as attributes, in the same training mode, and `state`.
 
-    Make it before an engine takes the objective, and before anything hooks into its parts: they are copied as they stand.
+    state: {name: tensor} of `Objective.ema_state`; may be updated in place
+    Build it before an engine takes the objective and before anything adds hooks: the submodules are copied as
+        they are.
     """
 
     def __init__(self, objective: Objective):
@@ -39,14 +45,14 @@ class EmaModule(nn.Module):
 def ema_features(
     objective: Objective, ema: EmaModule, masked: PatchBatch, *, precision: str
 ) -> dict[str, Tensor]:
-    """What the objective wants of its EMA teacher for a micro-batch; names begin with "ema/".
+    """Return what the objective computes with its EMA teacher for a micro-batch, {"ema/NAME": tensor}.
 
-    precision: the recipe's; the weights are fp32 whatever it says, the matrix products as it says
+    precision: of the recipe; it sets the dtype of the matrix products, the weights are always fp32
     """
     dtype = AUTOCAST[precision]
     with contextlib.nullcontext() if dtype is None else torch.autocast(masked.visible.device.type, dtype):
-        found = objective.ema_features(ema, masked)
-    assert all(name.startswith("ema/") for name in found), (
-        f"ema_features gave {', '.join(found)}; names begin with ema/"
+        features = objective.ema_features(ema, masked)
+    assert all(name.startswith("ema/") for name in features), (
+        f"ema_features gave {', '.join(features)}; names begin with ema/"
     )
-    return found
+    return features

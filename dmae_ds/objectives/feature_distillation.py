@@ -1,8 +1,9 @@
-"""Feature distillation: blocks of the student imitate blocks of a frozen teacher (DMAE, Eq. 2), next to any other loss.
+"""Feature distillation, next to any loss: student blocks imitate blocks of a frozen teacher (DMAE, Eq. 2).
 
-`dmae` adds it to pixels. Next to a contrastive objective (DMAE, Table 9) the paper gives no details. What is done here:
-student and teacher look at the same whole images, the global crops as they were drawn, with their colours; block 3/4 of
-the student imitates block 3/4 of the teacher, CLS and every patch, by Eq. 2 with alpha 1, as in masked autoencoding.
+`dmae` adds it to pixels. Next to a contrastive objective (DMAE, Table 9) the paper gives no details. What is
+done here: student and teacher look at the same whole images, the global crops as they were drawn, with their
+colours; block 3/4 of the student imitates block 3/4 of the teacher, CLS and every patch, by Eq. 2 with alpha
+1, as in masked autoencoding.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class TeacherShape(NamedTuple):
 def resolve_pairs(
     pairs: list[tuple[int, int]] | None, *, student_depth: int, teacher_depth: int
 ) -> list[tuple[int, int]]:
-    """Return the distilled (student block, teacher block), counted from 1; None: 3/4 of both depths (DMAE, Sec. 4.1).
+    """Return the distilled (student block, teacher block), counted from 1.
 
+    pairs: the recipe's; None: 3/4 of both depths (DMAE, Sec. 4.1)
     Raises UserError for a block that doesn't exist and for a pair given twice.
     """
     if pairs is None:
@@ -46,8 +48,8 @@ def resolve_pairs(
     ):
         if max(blocks) > depth:
             raise UserError(
-                f"objective.pairs names {side} block {max(blocks)}, but the {side} has {depth}; "
-                "blocks count from 1"
+                f"objective.pairs names {side} block {max(blocks)}, and the {side} has {depth} blocks; "
+                "they count from 1"
             )
     if len(set(pairs)) < len(pairs):
         raise UserError(f"objective.pairs {[list(pair) for pair in pairs]} names a pair twice")
@@ -84,8 +86,8 @@ class FeatureDistillation(nn.ModuleList):
         """Return the distance of each pair, {"align/9-18": scalar, ...}, with gradients, before alpha.
 
         tapped: {student block: [N, 1 + K, D]}, what the student's forward gives for `taps=self.blocks`
-        features: {"block/18": [N, 1 + K, D_t], ...}; [N, K, D_t] of a teacher without CLS, where the student's CLS
-            has no target
+        features: {"block/18": [N, 1 + K, D_t], ...}; [N, K, D_t] of a teacher without CLS, where the
+            student's CLS has no target
         """
         distances = {}
         for (student_block, teacher_block), head in zip(self.pairs, self, strict=True):
@@ -101,7 +103,8 @@ class FeatureDistillation(nn.ModuleList):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss with the term added, and the detached parts {"align/9-18": scalar, ...}.
 
-        Eq. 3: L = L_MAE + alpha * L_Dist, with another objective's loss in the place of MAE's where it is another's.
+        Eq. 3: L = L_MAE + alpha * L_Dist, with another objective's loss in the place of MAE's where it is
+        another's.
         tapped, features: as in `forward`
         """
         parts = {}
@@ -111,7 +114,7 @@ class FeatureDistillation(nn.ModuleList):
         return loss, parts
 
     def describe(self) -> list[str]:
-        """Return the term's part of the line at the start of a run: one text, or none where the term is absent."""
+        """Return the term's settings as one text in a list, or an empty list where the term is absent."""
         if self.config is None:
             return []
         pairs = ", ".join(f"{student} <- {teacher}" for student, teacher in self.pairs)

@@ -1,4 +1,7 @@
-"""G2SD's generic stage: a student's decoder imitates a frozen masked autoencoder's decoder, under one mask (G2SD; its supplement, Tables 4 and 5)."""
+"""G2SD's generic stage: a student's decoder imitates a frozen MAE's decoder, with the same mask.
+
+Source: G2SD, and its supplement, Tables 4 and 5.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ BETA = 2.0  # of smooth-L1: d^2 / 4 below it, |d| - 1 above
 
 
 class G2sdGeneric(MaskedObjective):
-    """Student, whole decoder without its norm, and a two-layer MLP to the teacher's decoder: its features or its prediction.
+    """Student, whole decoder without its norm, and a two-layer MLP to the teacher's features or prediction.
 
-    For a reconstruction (Table 4) the paper says no more than that the teacher's predictions are the targets at masked patches. Here
-    the same MLP ends in a patch's pixels, compared by the same distance; pixels beside them add MAE's loss of the same prediction.
+    For a reconstruction (Table 4) the paper only tells that the teacher's predictions are the targets at
+    masked patches. Here the same MLP ends in a patch's pixels, compared by the same distance; with `pixels`,
+    MAE's loss of the same prediction is added.
     """
 
     def __init__(
@@ -47,20 +51,20 @@ class G2sdGeneric(MaskedObjective):
             block = config.decoder_block or max(1, teacher.decoder_depth // 2)
             if block > teacher.decoder_depth:
                 raise UserError(
-                    f"objective.decoder_block is {block}, the teacher's decoder has {teacher.decoder_depth} (teacher.decoder_depth); blocks count from 1"
+                    f"objective.decoder_block is {block}, and the teacher's decoder has "
+                    f"{teacher.decoder_depth} blocks (teacher.decoder_depth); blocks count from 1"
                 )
-            self.taps, self.tokens, out_dim = (
-                (f"decoder/{block}",),
-                config.tokens or "all",
-                teacher.decoder_dim,
-            )
+            self.taps, self.tokens = (f"decoder/{block}",), config.tokens or "all"
+            out_dim = teacher.decoder_dim
         else:
             if teacher.patch_size != student.patch_size:
                 raise UserError(
-                    f"objective.target {self.target} compares pixels, and the teacher's patches are {teacher.patch_size} px wide, the student's {student.patch_size}; "
-                    "give a teacher with patches of the same size, or set objective.target=features"
+                    f"objective.target {self.target} compares pixels, and the teacher's patches are "
+                    f"{teacher.patch_size} px wide, the student's {student.patch_size}; give a teacher with "
+                    "patches of the same size, or set objective.target=features"
                 )
-            self.taps, self.tokens, out_dim = ("prediction",), "masked", teacher.patch_size**2 * 3
+            self.taps, self.tokens = ("prediction",), "masked"
+            out_dim = teacher.patch_size**2 * 3
         self.head = nn.Sequential(
             nn.Linear(config.decoder.embed_dim, teacher.decoder_dim),
             nn.GELU(),
@@ -69,17 +73,18 @@ class G2sdGeneric(MaskedObjective):
         initialize_as_mae(self.head, generator)
 
     def describe(self) -> str:
-        return f"{super().describe()}; {self.tokens} tokens of the decoder <- {self.taps[0]}, target {self.target}{', norm_pix' if self.norm_pix else ''}"
+        norm_pix = ", norm_pix" if self.norm_pix else ""
+        target = f"{self.tokens} tokens of the decoder <- {self.taps[0]}, target {self.target}{norm_pix}"
+        return f"{super().describe()}; {target}"
 
     def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """features: {"decoder/4": [N, 1 + L, D_d]} or {"prediction": [N, L - K, P, P, 3]}.
+        """Return {"loss", "generic"}, and with pixels "pixel", scalars.
 
-        Returns {"loss", "generic"}, and with pixels "pixel", scalars.
+        features: {"decoder/4": [N, 1 + L, D_d]} or {"prediction": [N, L - K, P, P, 3]}
         """
         latent, _ = self.student(batch.visible, batch.ids_keep)
-        tokens = self.decoder(
-            latent, batch.ids_keep, batch.ids_masked
-        )  # [N, 1 + L, D_d]: CLS, visible, masked
+        # [N, 1 + L, D_d]: CLS, visible, masked
+        tokens = self.decoder(latent, batch.ids_keep, batch.ids_masked)
         if self.tokens == "masked":
             tokens = tokens[:, 1 + batch.ids_keep.shape[1] :]
         predicted = self.head(tokens).float()
@@ -96,5 +101,5 @@ class G2sdGeneric(MaskedObjective):
 
 
 def standardized(tokens: Tensor) -> Tensor:
-    """Each token [..., D] to mean 0 and variance 1 over its channels, in float32: a layer norm without affine part."""
+    """Return tokens [..., D] in float32, each with mean 0 and variance 1 over its channels."""
     return functional.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)

@@ -1,4 +1,7 @@
-"""G2SD's specific stage, which is DeiT's hard distillation: labels through CLS, a fine-tuned teacher's decisions through a second token (G2SD, supplement, Sec. 1.1; DeiT, Eq. 3)."""
+"""G2SD's specific stage, which is DeiT's hard distillation (G2SD, supplement, Sec. 1.1; DeiT, Eq. 3).
+
+CLS learns from the labels, a second token from the decisions of a fine-tuned teacher.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,16 @@ HEAD_STD = 2e-5  # of the new heads: they start at nearly equal logits (MAE's pu
 
 
 class G2sdSpecific(Objective):
-    """Student on whole pictures, a distillation token behind its patches, and a linear head for either token.
+    """Student on whole images, a distillation token after its patches, and a linear head for either token.
 
-    The token is the last of the sequence and has no position code. What is predicted is the mean of the two heads' logits.
+    The token is the last of the sequence and has no positional embedding. The prediction is the mean of the
+    two heads' logits.
     """
 
     taps = ("logits",)
     labels = True
-    no_weight_decay = (
-        "student.cls_token",
-    )  # as timm's classifiers; the distillation token decays, as published
+    # As in timm's classifiers; the distillation token decays, as published.
+    no_weight_decay = ("student.cls_token",)
 
     def __init__(
         self,
@@ -50,10 +53,10 @@ class G2sdSpecific(Objective):
         for head in (self.head, self.head_dist):
             nn.init.trunc_normal_(head.weight, std=HEAD_STD, generator=generator)
             nn.init.zeros_(head.bias)
-        distilled_classifier(self)  # that there is such a network is found out before training, not after
+        distilled_classifier(self)  # so a student without such a network is refused before training
 
     def prepare(self, batch: Batch, normalize: nn.Module) -> LabelledBatch:
-        """Whole pictures, mixed, as patches of which all are visible; the teacher sees the same."""
+        """Return whole mixed images as patches, all of them visible; the teacher sees the same."""
         images, targets = self.mixed(batch, normalize)
         patches = patchify(images, self.student.patch_size)
         ids = all_places(len(patches), self.student.grid, patches.device)
@@ -62,27 +65,31 @@ class G2sdSpecific(Objective):
         )
 
     def describe(self) -> str:
-        return f"{self.head.out_features} classes; half CLS against labels ({self.mixed}), half the distillation token against the teacher's decision"
-
-    def layer_of(self, name: str) -> int:
-        """0: embedding and CLS; i: block i; depth + 1: final norm, distillation token and heads (MAE's published fine-tuning)."""
-        if name.startswith("student.blocks."):
-            return 1 + int(name.split(".")[2])
         return (
-            0
-            if name.startswith("student.") and not name.startswith("student.norm.")
-            else 1 + self.student.depth
+            f"{self.head.out_features} classes; half CLS against labels ({self.mixed}), "
+            "half the distillation token against the teacher's decision"
         )
 
+    def layer_of(self, name: str) -> int:
+        """Return the layer of a parameter, as MAE's published fine-tuning counts them.
+
+        0: embedding and CLS; i: block i; depth + 1: final norm, distillation token and heads
+        """
+        if name.startswith("student.blocks."):
+            return 1 + int(name.split(".")[2])
+        in_embedding = name.startswith("student.") and not name.startswith("student.norm.")
+        return 0 if in_embedding else 1 + self.student.depth
+
     def logits(self, batch: PatchBatch) -> tuple[Tensor, Tensor]:
-        """Of the CLS and of the distillation head, both [N, C], float32."""
+        """Return the logits of the CLS head and of the distillation head, both [N, classes] float32."""
         tokens, _ = self.student(batch.visible, batch.ids_keep, appended=self.dist_token)
         return self.head(tokens[:, 0]).float(), self.head_dist(tokens[:, -1]).float()
 
     def forward(self, batch: LabelledBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """features: {"logits": [N, C]} of the teacher on the same mixed pictures.
+        """Return {"loss", "label", "hard", "follows"}, scalars.
 
-        Returns {"loss", "label", "hard"}, and of the teacher's decisions the share that the distillation head "follows", scalars.
+        features: {"logits": [N, classes]} of the teacher on the same mixed images
+        "follows" is the share of the teacher's decisions that the distillation head agrees with.
         """
         ours, distilled = self.logits(batch)
         decision = features["logits"].argmax(dim=1)
@@ -97,5 +104,5 @@ class G2sdSpecific(Objective):
         }
 
     def classifier(self) -> Classifier:
-        """timm's distilled ViT, whose evaluation is the mean of the two heads."""
+        """Return timm's distilled ViT, which predicts the mean of the two heads."""
         return distilled_classifier(self)

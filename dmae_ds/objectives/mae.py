@@ -12,7 +12,7 @@ from dmae_ds.objectives.masked import MaskedObjective, build_decoder
 
 
 class Mae(MaskedObjective):
-    """Student and decoder under the pixel loss."""
+    """Student and decoder with the pixel loss."""
 
     reconstructs_pixels = True
 
@@ -25,13 +25,13 @@ class Mae(MaskedObjective):
         return f"{super().describe()}{', norm_pix' if self.norm_pix else ''}"
 
     def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns {"loss", "pixel"}, scalars."""
+        """Return {"loss", "pixel"}, scalars."""
         latent, _ = self.student(batch.visible, batch.ids_keep)
         pixel = self.pixel_loss(latent, batch)
         return {"loss": pixel, "pixel": pixel.detach()}
 
     def pixel_loss(self, latent: Tensor, batch: PatchBatch) -> Tensor:
-        """Mean squared error over the pixels of masked patches (Eq. 1)."""
+        """Return the mean squared error over the pixels of masked patches (Eq. 1)."""
         predicted = self.decoder(latent, batch.ids_keep, batch.ids_masked)
         target = normalize_patches(batch.masked) if self.norm_pix else batch.masked
         return nn.functional.mse_loss(predicted.float(), target)
@@ -46,12 +46,12 @@ class Mae(MaskedObjective):
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """`norm_pix`: each patch [..., P, P, C] minus its mean, over sqrt(unbiased variance + 1e-6) (MAE, Sec. 3)."""
+    """Return patches [..., P, P, C], each with mean 0 and variance 1 (norm_pix; MAE, Sec. 3)."""
     mean, scale = patch_statistics(patches)
     return (patches - mean) / scale
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of each patch [..., P, P, C] and its sqrt(unbiased variance + 1e-6), both [..., 1, 1, 1]."""
+    """Return each patch's mean and its sqrt(unbiased variance + 1e-6), both [..., 1, 1, 1]."""
     variance, mean = torch.var_mean(patches, dim=(-3, -2, -1), keepdim=True)
     return mean, (variance + 1e-6).sqrt()

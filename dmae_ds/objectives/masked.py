@@ -1,4 +1,4 @@
-"""What objectives share that mask patches of a picture: the mask, and the decoder that predicts something of the masked ones."""
+"""Base class of objectives that mask patches and have a decoder predict something of the masked ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dmae_ds.objectives.base import Objective
 
 
 class MaskedObjective(Objective):
-    """A student that sees `num_visible` patches of every picture.
+    """An objective whose student sees `num_visible` patches of every image.
 
     student: built by `models.vit.build_student`
-    Raises UserError when the mask would leave no visible or no masked patch.
+    Raises UserError where the mask would leave no visible or no masked patch.
     """
 
     def __init__(self, config: MaskedPatches, *, student: MaskedViT):
@@ -27,13 +27,13 @@ class MaskedObjective(Objective):
         self.num_visible = self.visible_at(config.mask_ratio)
 
     def visible_at(self, mask_ratio: float) -> int:
-        """Return how many patches stay visible at a mask ratio, counted as the recipe's `patch_count` does."""
+        """Return how many patches stay visible at a mask ratio, rounded by the recipe's `patch_count`."""
         return num_visible(self.student.num_patches, mask_ratio, self.patch_count)
 
     def prepare(self, batch: Batch, normalize: nn.Module, *, num_visible: int | None = None) -> PatchBatch:
-        """Draw the mask, by the batch's noise; `normalize` turns pixels as read (uint8) into floats.
+        """Return the batch with its mask drawn from the batch's noise.
 
-        num_visible: patches that stay, where it is not the recipe's mask ratio that says so
+        num_visible: patches that stay; None: as many as the recipe's mask ratio leaves
         """
         patches = patchify(batch.images, self.student.patch_size)
         ids_keep, ids_masked = keep_random(batch.noise, num_visible or self.num_visible)
@@ -47,7 +47,10 @@ class MaskedObjective(Objective):
 def build_decoder(
     config: DecoderConfig, *, student: MaskedViT, generator: torch.Generator, feature_dim: int | None = None
 ) -> Decoder:
-    """The decoder behind a student, of pixels or of `feature_dim` numbers a patch; `generator` draws its initial weights."""
+    """Return the decoder of a student, which predicts pixels or `feature_dim` numbers a patch.
+
+    `generator` draws its initial weights.
+    """
     return Decoder(
         encoder_dim=student.embed_dim,
         patch_size=student.patch_size,

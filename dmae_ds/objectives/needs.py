@@ -1,4 +1,7 @@
-"""What an objective may ask for, as plain values; `train/` and `data/` wire exactly what is declared (base.py), and never ask for a name."""
+"""What an objective may ask for, as plain values.
+
+`train/` and `data/` wire exactly what is declared (base.py) and never ask for an objective's name.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ __all__ = ["EmaSpec", "Progress", "View"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the step that is about to be taken, counted from 0, out of `num_steps`; `epoch` of `epochs`, fractional."""
+    """How far a run is.
+
+    step: the one that is about to be taken, from 0, of num_steps; epoch: fractional, of epochs
+    """
 
     step: int
     num_steps: int
@@ -22,11 +28,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """An exponential moving average of parts of the objective, outside the engine (train/ema.py).
+    """An exponential moving average of submodules of the objective, outside the engine (train/ema.py).
 
-    parts: attribute names of submodules of the objective: ("student",), ("student", "head")
-    momentum: m of the update after the step of that progress; ema = m * ema + (1 - m) * student
-    every: update after each optimiser step, or after the last of each epoch
+    parts: attribute names of these submodules: ("student",), ("student", "head")
+    momentum: returns m of the update after the step of that progress: ema = m * ema + (1 - m) * student
+    every: update after each optimiser step, or after the last step of each epoch
     """
 
     parts: tuple[str, ...]

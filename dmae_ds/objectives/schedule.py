@@ -1,8 +1,8 @@
-"""How a number moves over a run."""
+"""Schedules of a number over a run."""
 
 import math
 
 
 def half_cosine(first: float, last: float, share: float) -> float:
-    """From `first` to `last` along half a cosine; share: how much of the run is over, 0 to 1."""
+    """Return a value between `first` (share 0 of the run) and `last` (share 1), on half a cosine."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))

@@ -1,4 +1,4 @@
-"""How much the targets of a self-distilled student differ: the number by which its collapse is seen."""
+"""The spread of a self-distilled student's targets: the number that shows its collapse."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 
 @torch.no_grad()
 def spread(targets: Tensor) -> Tensor:
-    """1 - |mean target|^2 / mean |target|^2, the share of the targets that is not common to all of them.
+    """Return 1 - |mean target|^2 / mean |target|^2, the share of the targets that they do not have in common.
 
-    targets [R, D], of this rank's micro-batch: normalised features, or probabilities
-    Returns a scalar, float32: 0 where all rows are alike, be they one point, one prototype or the uniform distribution;
-    at most 1 - 1/R, where rows are orthogonal.
+    targets [R, D]: normalised features or probabilities of this rank's micro-batch
+    Returns a float32 scalar: 0 where all rows are alike (one point, one prototype, the uniform distribution),
+        at most
+    1 - 1/R, where rows are orthogonal.
     """
     targets = targets.float()
     size = targets.square().sum(dim=1).mean()

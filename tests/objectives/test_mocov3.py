@@ -189,7 +189,7 @@ def test_the_own_key_is_the_one_of_this_rank():
             )
             for n, q in enumerate(queries)
         )
-        assert info_nce(queries, keys, own=own, temperature=TAU).item() == pytest.approx(
+        assert info_nce(queries, keys, offset=own, temperature=TAU).item() == pytest.approx(
             2 * TAU * expected / 3, rel=1e-9
         )
 
