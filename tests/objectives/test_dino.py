@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from dmae_ds.errors import UserError
 from dmae_ds.objectives.dino import move_centre, view_cross_entropy
 from dmae_ds.objectives.needs import Progress, View
+from tests.messages import refused
 from tests.objectives import reference
 from tests.objectives.small import (
     DEPTH,
@@ -256,23 +256,22 @@ def test_a_ema_teacher_that_says_the_same_of_all_pictures_is_seen():
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"local_scale": [0.5, 0.2]}, "local_scale .0.5, 0.2. is not a range"),
-        ({"local_crops": 0}, "local_size is of no use without local_crops"),
-        ({"teacher_temperature": [0.04, 0.04]}, "one twice and no warm-up"),
-        ({"teacher_temperature_warmup_epochs": 0}, "give two temperatures and a warm-up"),
+        ({"local_scale": [0.5, 0.2]}, ["local_scale", "[0.5, 0.2]", "1"]),
+        ({"local_crops": 0}, ["local_size", "local_crops"]),
+        ({"teacher_temperature": [0.04, 0.04]}, ["teacher_temperature", "[0.04, 0.04]", "warmup_epochs"]),
+        ({"teacher_temperature_warmup_epochs": 0}, ["teacher_temperature", "warmup_epochs 0"]),
         (
             {"teacher_temperature_warmup_epochs": 101},
-            "objective.teacher_temperature_warmup_epochs 101 is above optim.epochs 100",
+            ["objective.teacher_temperature_warmup_epochs", "101", "optim.epochs", "100"],
         ),
     ],
 )
 def test_options_without_effect_are_refused(keys, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError) as raised:
         config_for(section(**keys))
+    assert not [word for word in words if word not in str(raised.value)]
 
 
 def test_crops_of_part_of_a_patch_are_refused():
-    with pytest.raises(
-        UserError, match="objective.local_size 10 is not a multiple of the student's patch_size 4"
-    ):
+    with refused("objective.local_size", 10, "patch_size", 4):
         build(section(local_size=10))

@@ -9,11 +9,11 @@ import torch
 
 from dmae_ds.config.objectives import DmaeConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.align import build_head, distance
 from dmae_ds.objectives.dmae import Dmae
 from dmae_ds.objectives.feature_distillation import TeacherShape, resolve_pairs
+from tests.messages import refused
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 4, "num_heads": 2}
 TEACHER = TeacherShape(depth=8, embed_dim=12)
@@ -78,13 +78,13 @@ def test_by_default_three_quarters_of_both_depths_are_aligned(student, teacher, 
 @pytest.mark.parametrize(
     "pairs, words",
     [
-        ([(5, 6)], "names student block 5, but the student has 4"),
-        ([(3, 9)], "names teacher block 9"),
-        ([(3, 6), (3, 6)], "names a pair twice"),
+        ([(5, 6)], ["student", 5, 4]),
+        ([(3, 9)], ["teacher", 9, 8]),
+        ([(3, 6), (3, 6)], ["[[3, 6], [3, 6]]"]),
     ],
 )
-def test_pairs_that_can_not_be_are_refused(pairs, words):
-    with pytest.raises(UserError, match=words):
+def test_pairs_that_do_not_exist_are_refused(pairs, words):
+    with refused("objective.pairs", *words):
         resolve_pairs(pairs, student_depth=4, teacher_depth=8)
 
 

@@ -9,11 +9,11 @@ import torch
 
 from dmae_ds.config.load import load_config
 from dmae_ds.config.objectives import SdaeConfig
-from dmae_ds.errors import UserError
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.objectives.sdae import cosine_distance, cut, standardize_tokens
 from dmae_ds.objectives.spread import spread
 from dmae_ds.plan.geometry import measure
+from tests.messages import refused
 from tests.objectives import reference
 from tests.objectives.small import (
     DECODER,
@@ -188,28 +188,32 @@ def test_the_momentum_moves_from_the_first_to_the_last_number_once_an_epoch_or_o
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"folds": 13}, "objective.folds 13 is above the 12 masked patches"),
-        ({"mask_ratio": 0.06}, "objective.folds 3 is above the 1 masked patches"),
-        ({"folds": 12, "cosine_over": "tokens"}, "single token to go over"),
-        ({"mask_ratio": 0.06, "teacher_sees": "masked", "cosine_over": "tokens"}, "single token to go over"),
+        ({"folds": 13}, ["objective.folds", 13, 12, "objective.mask_ratio"]),
+        ({"mask_ratio": 0.06}, ["objective.folds", 3, 1, "objective.mask_ratio", 0.06]),
+        ({"folds": 12, "cosine_over": "tokens"}, ["objective.cosine_over", "tokens", "channels"]),
+        (
+            {"mask_ratio": 0.06, "teacher_sees": "masked", "cosine_over": "tokens"},
+            ["objective.cosine_over", "tokens", "channels"],
+        ),
     ],
 )
-def test_what_can_not_be_cut_is_refused(keys, words):
-    with pytest.raises(UserError, match=words):
+def test_folds_that_are_too_many_or_too_small_are_refused(keys, words):
+    with refused(*words):
         build(section(**keys))
 
 
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"folds": 3, "teacher_sees": "all"}, "folds is of no use to teacher_sees all"),
-        ({"crop_ratio": 0.5}, "crop_ratio is of no use to teacher_sees folds"),
-        ({"norm_pix": True}, "norm_pix"),
+        ({"folds": 3, "teacher_sees": "all"}, ["folds", "teacher_sees", "all"]),
+        ({"crop_ratio": 0.5}, ["crop_ratio", "teacher_sees", "folds", "crop"]),
+        ({"norm_pix": True}, ["norm_pix"]),
     ],
 )
 def test_options_without_effect_are_refused(keys, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError) as raised:
         config_for(section(**keys))
+    assert not [word for word in words if word not in str(raised.value)]
 
 
 def test_the_published_masks_are_cut_as_the_paper_says():
