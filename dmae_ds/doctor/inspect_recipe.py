@@ -1,4 +1,4 @@
-"""The facts of a recipe on one node: shards, the teacher's file, the run folder, and the resources it needs."""
+"""The facts of a recipe on one node: shards, the teacher's file, the run folder, and what it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short rounds after `look`: does node 0 answer, is the run folder shared, what time is it, cleaning up."""
+"""The short rounds after `look`: whether node 0 answers, the run folder is shared; the time; cleaning up."""
 
 from __future__ import annotations
 

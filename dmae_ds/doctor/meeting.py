@@ -1,4 +1,4 @@
-"""The meeting of nodes that run the doctor at once, without ssh: a torch store on the first one's master port.
+"""The meeting of nodes without ssh, which run the doctor at once: a torch store on the master port.
 
 A run's ranks meet at the same port and the same kind of store, so that the meeting is a check by itself.
 """

@@ -1,4 +1,4 @@
-"""The doctor on nodes that cannot ssh to each other: it runs on all at once, and the first one prints the checks."""
+"""The doctor on nodes that cannot ssh to each other: it runs on all at once, and the first one prints."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""One page about one run or several: what they are, how they learned, whether they are healthy, what they see.
+"""A page about one run or several: facts, losses, health of the features, throughput and views of images.
 
     dmae-ds report RUN [RUN ...] [--out page.html]
 
-The page needs nothing but itself (no script, no request) and follows the reader's light or dark mode. Its
-figures lie as PNG in the first run's `figures/`.
+The page is one file without scripts or requests and follows the reader's light or dark mode. Its figures are
+also written as PNG files into the first run's `figures/`.
 """
 
 from dmae_ds.report.write import name_runs, write_report

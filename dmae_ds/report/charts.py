@@ -1,4 +1,4 @@
-"""Which curves stand together in which chart, under which name, in which unit."""
+"""Charts of metrics over training: which curves are in which chart, under which title, in which unit."""
 
 from __future__ import annotations
 
@@ -15,89 +15,89 @@ Charts = dict[str, Figure]  # {file stem: figure}
 
 
 def draw_losses(records: dict[str, RunRecord]) -> Charts:
-    """One chart a loss, then k-NN where it was measured during training, then the shares of distillation."""
-    parts = list(dict.fromkeys(column for record in records.values() for column in record.losses))
+    """Draw one chart for each loss, for k-NN measured during training, and for each share of distillation."""
+    losses = list(dict.fromkeys(column for record in records.values() for column in record.losses))
     if all(len(record.losses) == 2 for record in records.values()):
-        parts.remove("loss")  # a total of one part is that part
+        losses.remove("loss")  # a total of one part is that part
     charts = {
-        file_name(part): draw_curves(f"{part} (training)", _curves(records, part), unit=_unit_of_loss(part))
-        for part in parts
+        file_name(loss): draw_curves(f"{loss} (training)", _curves(records, loss), unit=_unit_of_loss(loss))
+        for loss in losses
     }
     knn = _curves(records, "knn/top1")
     if knn:
         charts["knn"] = draw_curves("k-NN on frozen features", knn, unit="top-1, %", points=True)
     for share in _columns(records, "share/"):
         title = f"distillation's share of the gradient, block {block_of(share)}"
-        charts[file_name(share)] = draw_curves(
-            title, _curves(records, share), unit="% of the gradient", share=True
-        )
+        curves = _curves(records, share)
+        charts[file_name(share)] = draw_curves(title, curves, unit="% of the gradient", share=True)
     return charts
 
 
 def draw_health(records: dict[str, RunRecord]) -> Charts:
-    """Effective rank and norm of the features, spread of an EMA teacher's targets; {} where no run measured them."""
+    """Draw effective ranks, the spread of an EMA teacher's targets, and feature norms, as far as measured."""
+    return {**_draw_ranks(records), **_draw_spread(records), **_draw_norms(records)}
+
+
+def _draw_ranks(records: dict[str, RunRecord]) -> Charts:
     charts = {}
     judged = {f"rank/{record.config.objective.judged_by}" for record in records.values()}
-    for column, title in (
-        ("rank/mean", "effective rank, mean of patches"),
-        ("rank/cls", "effective rank, CLS"),
-    ):
+    titles = {"rank/mean": "effective rank, mean of patches", "rank/cls": "effective rank, CLS"}
+    for column, title in titles.items():
         curves = _curves(records, column)
         if curves:
             mark = (DEAD_RANK, f"collapsed below {DEAD_RANK:g}") if column in judged else None
-            charts[file_name(column)] = draw_curves(
-                title, curves, unit="directions", from_zero=True, mark=mark
-            )
-    spreads = _curves(records, "target/spread")
-    if spreads:
-        mark = (DEAD_SPREAD, f"collapsed below {DEAD_SPREAD:.1%}")
-        charts["target-spread"] = draw_curves(
-            "spread of the EMA teacher's targets",
-            spreads,
-            unit="share of the targets",
-            from_zero=True,
-            mark=mark,
-        )
-    deepest = {name: record.named("norm/")[-1] for name, record in records.items() if record.named("norm/")}
-    tapped = [
-        column
-        for column in _columns(records, "norm/")
-        if any(column in record.named("norm/")[:-1] for record in records.values())
-    ]
-    for column in tapped:
-        curves = [curve for curve in _curves(records, column) if deepest[curve.name] != column]
-        charts[file_name(column)] = draw_curves(
-            f"feature norm, distilled block {block_of(column)}", curves, unit="mean L2 norm of a token"
-        )
-    if deepest:
+            figure = draw_curves(title, curves, unit="directions", from_zero=True, mark=mark)
+            charts[file_name(column)] = figure
+    return charts
+
+
+def _draw_spread(records: dict[str, RunRecord]) -> Charts:
+    curves = _curves(records, "target/spread")
+    if not curves:
+        return {}
+    title, unit = "spread of the EMA teacher's targets", "share of the targets"
+    mark = (DEAD_SPREAD, f"collapsed below {DEAD_SPREAD:.1%}")
+    return {"target-spread": draw_curves(title, curves, unit=unit, from_zero=True, mark=mark)}
+
+
+def _draw_norms(records: dict[str, RunRecord]) -> Charts:
+    """One chart for each distilled block, and one for the last block of every student."""
+    norms = {name: record.named("norm/") for name, record in records.items()}
+    last = {name: columns[-1] for name, columns in norms.items() if columns}
+    distilled = {column for columns in norms.values() for column in columns[:-1]}
+    unit = "mean L2 norm of a token"
+    charts = {}
+    for column in _columns(records, "norm/"):
+        if column in distilled:
+            curves = [curve for curve in _curves(records, column) if last[curve.name] != column]
+            title = f"feature norm, distilled block {block_of(column)}"
+            charts[file_name(column)] = draw_curves(title, curves, unit=unit)
+    if last:
         curves = [
-            curve for name in deepest for curve in _curves(records, deepest[name]) if curve.name == name
+            curve for name, column in last.items() for curve in _curves(records, column) if curve.name == name
         ]
-        charts["norm-last"] = draw_curves("feature norm, last block", curves, unit="mean L2 norm of a token")
+        charts["norm-last"] = draw_curves("feature norm, last block", curves, unit=unit)
     return charts
 
 
 def draw_times(records: dict[str, RunRecord]) -> Charts:
-    """Throughput, and what a step's time went into, for the runs that measured it."""
+    """Draw the throughput, and for runs that measured it the parts of a step's time."""
+    throughput = _curves(records, "images_per_s")
     charts = {
-        "images_per_s": draw_curves(
-            "throughput", _curves(records, "images_per_s"), unit="images/s", from_zero=True
-        )
+        "images_per_s": draw_curves("throughput", throughput, unit="images/s", from_zero=True),
     }
+    seconds = {name: record.seconds() for name, record in records.items()}
     bars = [
-        (name, place, list(record.seconds().values()))
-        for place, (name, record) in enumerate(records.items())
-        if record.seconds()
+        (name, place, list(seconds[name].values())) for place, name in enumerate(records) if seconds[name]
     ]
     if bars:
-        charts["seconds"] = draw_bars(
-            "a step's time on the host", bars, list(TIMES), unit="seconds, median step"
-        )
+        title, unit = "a step's time on the host", "seconds, median step"
+        charts["seconds"] = draw_bars(title, bars, list(TIMES), unit=unit)
     return charts
 
 
 def file_name(name: str) -> str:
-    """What stands in for a name in a file's."""
+    """A name with characters that are safe in a file's name."""
     return re.sub(r"[^\w.-]", "-", name)
 
 
@@ -114,11 +114,7 @@ def _curves(records: dict[str, RunRecord], column: str) -> list[Curve]:
     return [curve for curve in curves if any(math.isfinite(value) for value in curve.values)]
 
 
-def _unit_of_loss(part: str) -> str:
-    return (
-        "mean squared error"
-        if part == "pixel"
-        else "distance to the teacher"
-        if part.startswith("align/")
-        else "sum of its parts"
-    )
+def _unit_of_loss(loss: str) -> str:
+    if loss == "pixel":
+        return "mean squared error"
+    return "distance to the teacher" if loss.startswith("align/") else "sum of its parts"

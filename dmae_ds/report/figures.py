@@ -117,9 +117,9 @@ def _draw_mark(axes: Axes, value: float, meaning: str) -> None:
 def draw_grid(
     title: str, values: np.ndarray, *, rows: str, columns: str, marked: list[tuple[int, int]]
 ) -> Figure:
-    """Draw values in 0 to 1, [R, C], as a heat map with the first row at the bottom; rows and columns count from 1.
+    """Draw values in 0 to 1, [R, C], as a heat map with the first row at the bottom.
 
-    rows, columns: the labels of the axes; marked: (row, column) pairs, from 1, that get a frame
+    rows, columns: the labels of the axes; marked: (row, column) pairs, counted from 1, that get a frame
     All cells have one hue, and a cell is as opaque as its value is large: this can be read in light and dark
     mode. Up to 8 x 12 cells carry their numbers, a larger grid has a key.
     """
@@ -160,7 +160,7 @@ def _short(value: float) -> str:
 
 
 def draw_bars(title: str, bars: list[tuple[str, int, list[float]]], parts: list[str], *, unit: str) -> Figure:
-    """Draw one horizontal bar a run in the run's colour, divided into its parts, each fainter than the one before.
+    """Draw one horizontal bar a run in the run's colour, divided into parts that become fainter.
 
     bars: (name of the run, its place on the page, one value for each part)
     """

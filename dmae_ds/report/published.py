@@ -1,8 +1,7 @@
-"""The papers' rows, and which run would be one of them.
+"""The rows of the papers' tables, and the conditions under which a run of ours is one of them.
 
-`published.json` holds every number of the papers' tables with what the row says of itself. `wanted` turns a
-row into conditions on a run's facts and on one of its results; a run that fulfils them fills the row's cell,
-whoever made it.
+`published.json` holds every number of the tables with the settings that its row names. `conditions_for` turns
+a row into conditions on a run's facts and on one of its results; any run that fulfils them fills the row.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from importlib.resources import files
 from dmae_ds.report.runs import Run
 
 NUM_IMAGENET, NUM_IMAGENET_VAL = 1_281_167, 50_000
-# DMAE, Sec. 4.1: what holds where a row says nothing else.
+# DMAE, Sec. 4.1: the settings of a row that names no others.
 PRETRAINING = {
     "student": "vit_base_patch16_224",
     "mask_ratio": 0.75,
@@ -48,7 +47,7 @@ FINETUNED = {
     "num_train": NUM_IMAGENET,
     "num_val": NUM_IMAGENET_VAL,
 }
-# Supervised students are trained from scratch: of the run beside which they lie, only the student counts.
+# Supervised students start from scratch: only the student counts of the run in whose folder they are stored.
 SUPERVISED = {**FINETUNED, "metric": "supervised", "init": "random"}
 DISTILLED = {
     "soft distillation": "deit_soft",
@@ -56,12 +55,12 @@ DISTILLED = {
     "supervised feature alignment": "features",
 }
 SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
-# What DMAE's Table 9 says of DINO and MoCo-v3 is nothing; 100 epochs and ViT-L's block 18 are those of the paper.
+# DMAE's Table 9 gives no settings of DINO and MoCo-v3; 100 epochs and block 18 are the paper's usual ones.
 CONTRASTIVE = {"student": PRETRAINING["student"], "epochs": 100, "num_images": NUM_IMAGENET, "finished": True}
-IMITATION = {
+DISTILLATION = {
     key: DMAE[key] for key in ("teacher", "pairs", "head", "distance", "alpha", "normalize", "standardize")
 }
-# SdAE, Sec. 4.1 and its published script. Table 5's rows differ in what the EMA teacher sees.
+# SdAE, Sec. 4.1 and its published script. Rows of Table 5 differ in the patches that the EMA teacher sees.
 SDAE = {
     "objective": "sdae",
     "student": PRETRAINING["student"],
@@ -82,7 +81,7 @@ SDAE_SEES = {
     "masked patches only, target normalised": "masked",
     "multi-fold, target normalised": "folds",
 }
-# G2SD's supplement: ViT-S (Table 3 names it), 300 epochs of the first stage, 200 of whatever follows.
+# G2SD's supplement: ViT-S (named in Table 3), 300 epochs of the first stage, 200 of the next.
 G2SD = {
     "objective": "g2sd_generic",
     "student": "vit_small_patch16_224",
@@ -107,12 +106,18 @@ TEACHER_BLOCKS = {
     "student middle <- teacher middle": 18,
     "student middle <- teacher top": 24,
     "student middle <- teacher bottom": 6,
-}  # of 24; the student's is 9
+}  # of 24 blocks; the student's block is 9
+METHODS_OF_TABLE_9 = {"DINO": "dino", "MoCo-v3": "mocov3"}
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """facts: of the run (`runs.facts_of`); result: of a line of its results.jsonl, in its fields or its settings; gives: the name of a score, or gpu_hours."""
+class Conditions:
+    """What a run must be to fill a row.
+
+    facts: of the run (`runs.collect_facts`); result: of a line of its results.jsonl, in its fields or its
+    settings
+    gives: the name of the score that the row shows, or gpu_hours
+    """
 
     facts: dict[str, object]
     result: dict[str, object]
@@ -120,136 +125,113 @@ class Wanted:
 
 
 def read_published() -> tuple[dict, list[dict]]:
-    """(settings by name, rows in the papers' order)."""
+    """Read (settings by name, rows in the papers' order)."""
     content = json.loads(files("dmae_ds.report").joinpath("published.json").read_text(encoding="utf-8"))
     return content["settings"], content["results"]
 
 
-def wanted(row: dict) -> Wanted | None:
-    """What a run has to be for this row; None where this project has no such method."""
-    if row["paper"] == "sdae":
-        return _of_sdae(row)
-    if row["paper"] == "g2sd supplement":
-        return _of_g2sd(row)
+def conditions_for(row: dict) -> Conditions | None:
+    """The conditions of a row; None if this project does not have the row's method."""
+    return {"dmae": _dmae, "g2sd supplement": _g2sd, "sdae": _sdae}[row["paper"]](row)
+
+
+def matching_result(run: Run, conditions: Conditions) -> dict | None:
+    """The newest result of a run that fulfils the conditions, or None."""
+    if any(run.facts.get(key) != value for key, value in conditions.facts.items()):
+        return None
+    for result in reversed(run.results):
+        fields = {**result["settings"], **result}
+        if all(fields.get(key) == value for key, value in conditions.result.items()):
+            return result
+    return None
+
+
+# ---- DMAE
+
+
+def _dmae(row: dict) -> Conditions | None:
     table, what = row["table"], row["what"]
-    if table == "1" or table == "8":
-        blocks = row.get("student_block") or what.removeprefix("student block ")
-        # the teacher's are at the same relative depth, of twice as many blocks
-        return Wanted(
-            {**DMAE, "pairs": tuple((int(block), 2 * int(block)) for block in blocks.split("+"))}, FINETUNED
-        )
-    if table == "2":
-        return Wanted({**DMAE, "pairs": ((9, TEACHER_BLOCKS[what]),)}, FINETUNED)
-    if table.startswith(("Figure 2", "3")):
-        return Wanted(
-            {
-                **DMAE,
-                **{
-                    key: row[key]
-                    for key in ("mask_ratio", "head", "decoder_depth", "distance", "alpha")
-                    if key in row
-                },
-            },
-            FINETUNED,
-        )
-    if table == "5":
-        return Wanted(
-            {**(DMAE if "teacher" in row else MAE), "student": SIZES[row["student"]], **_teacher(row)},
-            FINETUNED,
-        )
     if table in ("4", "6", "7"):
-        return _baseline(row)
-    method, distilled = what.split(" + ")[0], what.endswith(" + DMAE")  # Table 9
-    return Wanted(
-        {
-            **CONTRASTIVE,
-            "objective": {"DINO": "dino", "MoCo-v3": "mocov3"}[method],
-            "distilled": distilled,
-            **(IMITATION if distilled else {}),
-        },
-        FINETUNED,
-    )
+        return _dmae_baseline(row)
+    if table in ("1", "8"):
+        # The teacher has twice as many blocks; its block is at the same relative depth.
+        blocks = [int(block) for block in (row.get("student_block") or what.split()[-1]).split("+")]
+        facts = {**DMAE, "pairs": tuple((block, 2 * block) for block in blocks)}
+    elif table == "2":
+        facts = {**DMAE, "pairs": ((9, TEACHER_BLOCKS[what]),)}
+    elif table.startswith(("Figure 2", "3")):
+        options = ("mask_ratio", "head", "decoder_depth", "distance", "alpha")
+        facts = {**DMAE, **{key: row[key] for key in options if key in row}}
+    elif table == "5":
+        facts = {**(DMAE if "teacher" in row else MAE), "student": SIZES[row["student"]]}
+        if row.get("teacher") not in (None, "large"):
+            # Three quarters of 12 blocks is 9.
+            facts |= {"teacher": SIZES[row["teacher"]], "pairs": ((9, 9),)}
+    else:  # Table 9
+        distilled = what.endswith(" + DMAE")
+        objective = METHODS_OF_TABLE_9[what.split(" + ")[0]]
+        facts = {**CONTRASTIVE, "objective": objective, "distilled": distilled}
+        facts |= DISTILLATION if distilled else {}
+    return Conditions(facts, FINETUNED)
 
 
-def _of_sdae(row: dict) -> Wanted | None:
-    """Top-1 of Tables 2 and 5; seconds on a V100, segmentation and detection are not this project's."""
-    if row["table"] == "5" and row["what"] in SDAE_SEES:
-        return Wanted({**SDAE, "teacher_sees": SDAE_SEES[row["what"]]}, FINETUNED)
-    if row["table"] != "2":
-        return None
-    if row["what"] == "from scratch":
-        return Wanted(
-            {"student": SDAE["student"]}, {**SUPERVISED, "epochs": row["pretrain_epochs"], "distill": None}
-        )
-    facts = SDAE_METHODS.get(row["what"])
-    return (
-        None
-        if facts is None
-        else Wanted({**CONTRASTIVE, **facts, "epochs": row["pretrain_epochs"]}, FINETUNED)
-    )
-
-
-def _of_g2sd(row: dict) -> Wanted | None:
-    """Top-1 of Tables 2, 4 and 5: of the generic stage by fine-tuning, of the specific stage by the trainer itself."""
-    finetuned = {**FINETUNED, "epochs": 200}
-    if row["table"] == "5":
-        return Wanted({**G2SD, "mask_ratio": row["mask_ratio"]}, finetuned)
-    if row["table"] == "4":
-        return Wanted({**G2SD, "target": G2SD_TARGETS[row["what"]]}, finetuned)
-    if row["table"] != "2":
-        return None
-    if row["what"] == "DeiT":
-        return Wanted({"student": G2SD["student"]}, {**SUPERVISED, "epochs": 500, "distill": None})
-    own = (
-        {"metric": "finetune", "init": "weights", "epochs": 200}
-        if row["what"] == "G2SD"
-        else {"metric": "supervised", "init": "random", "epochs": 500}
-    )
-    return Wanted({**G2SD_SPECIFIC, "epochs": own["epochs"]}, {**FINETUNED, **own, "recipe": "g2sd_specific"})
-
-
-def _teacher(row: dict) -> dict:
-    """Another teacher than ViT-L has other depths: three quarters of 12 blocks is 9."""
-    return (
-        {}
-        if row.get("teacher") in (None, "large")
-        else {"teacher": SIZES[row["teacher"]], "pairs": ((9, 9),)}
-    )
-
-
-def _baseline(row: dict) -> Wanted | None:
-    """Tables 4, 6 and 7: MAE, DMAE and supervised baselines; as top-1, with few labels, or as GPU hours."""
+def _dmae_baseline(row: dict) -> Conditions | None:
+    """Conditions of Tables 4, 6 and 7: MAE, DMAE and supervised baselines."""
     what, gives = row["what"], "gpu_hours" if row["table"] == "7" else "top1"
     finetuned, supervised = FINETUNED, SUPERVISED
     if row["table"] == "6":
         labels = row["metric"].split("with ")[1].split(" of")[0]
-        finetuned, supervised = (
-            {**_without(result, "num_train"), "labels": labels} for result in (FINETUNED, SUPERVISED)
-        )
+        finetuned = {**_without(FINETUNED, "num_train"), "labels": labels}
+        supervised = {**_without(SUPERVISED, "num_train"), "labels": labels}
     if what.startswith(("MAE-B", "DMAE-B")):
-        epochs = row.get("pretrain_epochs") or (int(what.split()[1]) if what.startswith("MAE-B") else 100)
-        facts = {**(DMAE if what.startswith("DMAE") else MAE), "epochs": epochs}
-        return Wanted(
-            facts if epochs == 100 else _without(facts, "warmup_epochs"), finetuned, gives
-        )  # the paper gives 100 epochs' warm-up alone
+        facts = DMAE if what.startswith("DMAE") else MAE
+        epochs = row.get("pretrain_epochs") or 100
+        if what.startswith("MAE-B "):  # "MAE-B 1600 epochs"
+            epochs = int(what.split()[1])
+        if epochs != 100:  # the paper gives a warm-up for 100 epochs only
+            facts = {**_without(facts, "warmup_epochs"), "epochs": epochs}
+        return Conditions(facts, finetuned, gives)
     distill = next((method for name, method in DISTILLED.items() if what.endswith(name)), None)
     if distill is None and what != "DeiT-B":
         return None  # CRD, SRRL, DearKD
     epochs = {"epochs": row["finetune_epochs"]} if "finetune_epochs" in row else {}
-    return Wanted({"student": PRETRAINING["student"]}, {**supervised, **epochs, "distill": distill}, gives)
+    result = {**supervised, **epochs, "distill": distill}
+    return Conditions({"student": PRETRAINING["student"]}, result, gives)
 
 
 def _without(conditions: dict, key: str) -> dict:
     return {name: value for name, value in conditions.items() if name != key}
 
 
-def matching_result(run: Run, row: Wanted) -> dict | None:
-    """The newest result of a run that fills a row, or None."""
-    if any(run.facts.get(key) != value for key, value in row.facts.items()):
+# ---- G2SD and SdAE
+
+
+def _g2sd(row: dict) -> Conditions | None:
+    """Conditions of Tables 2, 4 and 5; only the generic stage is followed by fine-tuning."""
+    finetuned = {**FINETUNED, "epochs": 200}
+    if row["table"] == "5":
+        return Conditions({**G2SD, "mask_ratio": row["mask_ratio"]}, finetuned)
+    if row["table"] == "4":
+        return Conditions({**G2SD, "target": G2SD_TARGETS[row["what"]]}, finetuned)
+    if row["table"] != "2":
         return None
-    fitting = [
-        result
-        for result in run.results
-        if all({**result["settings"], **result}.get(key) == value for key, value in row.result.items())
-    ]
-    return fitting[-1] if fitting else None
+    if row["what"] == "DeiT":
+        return Conditions({"student": G2SD["student"]}, {**SUPERVISED, "epochs": 500, "distill": None})
+    stage = {"metric": "supervised", "init": "random", "epochs": 500}
+    if row["what"] == "G2SD":
+        stage = {"metric": "finetune", "init": "weights", "epochs": 200}
+    facts = {**G2SD_SPECIFIC, "epochs": stage["epochs"]}
+    return Conditions(facts, {**FINETUNED, **stage, "recipe": "g2sd_specific"})
+
+
+def _sdae(row: dict) -> Conditions | None:
+    """Conditions of Tables 2 and 5; seconds on a V100, segmentation and detection are not measured here."""
+    if row["table"] == "5" and row["what"] in SDAE_SEES:
+        return Conditions({**SDAE, "teacher_sees": SDAE_SEES[row["what"]]}, FINETUNED)
+    if row["table"] != "2":
+        return None
+    epochs = row["pretrain_epochs"]
+    if row["what"] == "from scratch":
+        return Conditions({"student": SDAE["student"]}, {**SUPERVISED, "epochs": epochs, "distill": None})
+    facts = SDAE_METHODS.get(row["what"])
+    return None if facts is None else Conditions({**CONTRASTIVE, **facts, "epochs": epochs}, FINETUNED)

@@ -1,4 +1,4 @@
-"""The teacher that a page's students are held against: whole, as far as its file goes, loaded once for all runs that share it."""
+"""The teachers that a page compares students with, as many of their blocks as their files hold."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.build import build_frozen_teacher
 from dmae_ds.teacher.frozen import FrozenTeacher, needed_depths
 
-# Parameters of the whole teacher: 16 pictures through a ViT-L are 2 TFLOP, half a minute on two cores.
-LARGEST = {"cpu": 1e9, "cuda": 8e9}
+# Parameters of the whole teacher. 16 images through a ViT-L are 2 TFLOP, half a minute on two cores.
+MAX_PARAMETERS = {"cpu": 1e9, "cuda": 8e9}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A loaded teacher. name: for a reader; own: whether it is the run's; tapped: the deepest block that is imitated; note: what is missing of it, or nothing."""
+    """A loaded teacher.
+
+    name: as the page calls it; tapped: the deepest block that is distilled; note: which blocks are missing,
+    or ""
+    """
 
     teacher: FrozenTeacher
     name: str
-    own: bool
     tapped: int
     note: str
 
     @torch.inference_mode()
     def features(self, patches: Tensor) -> dict[int, Tensor]:
-        """{block: [N, 1 + L, D_t]}, or [N, L, D_t] without CLS. patches: of whole pictures, as the student's, [N, L, P, P, 3]."""
+        """The features of every block, {block: [N, 1 + L, D_t]}, or [N, L, D_t] without CLS.
+
+        patches: of whole images, as the student sees them, [N, L, P, P, 3]
+        """
         num_patches = patches.shape[1]
         ids = torch.arange(num_patches, device=patches.device).expand(len(patches), -1)
         tapped = self.teacher.run(self.teacher.view(patches), ids)
@@ -40,46 +46,48 @@ class Reference:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run's teacher as its recipe has it: what a loaded one depends on."""
+    """The teacher of a run's recipe, and all that a loaded one depends on.
+
+    grid: of the student's patches
+    """
 
     config: RunConfig
     taps: tuple[str, ...]
     shape: TeacherShape
-    grid: tuple[int, int]  # of the student's patches, and of the teacher's
+    grid: tuple[int, int]
 
 
 class Teachers:
-    """The teachers of a page's runs; a run without one borrows the first run's that has one, to see what distillation changed."""
+    """The teachers of a page's runs.
+
+    A run without a teacher is compared with the first run's that has one, to show what distillation changed.
+    """
 
     def __init__(self, records: dict[str, RunRecord]):
-        self._lender = next(
-            ((name, record.config) for name, record in records.items() if record.config.teacher is not None),
-            None,
-        )
+        with_teacher = [
+            (name, record.config) for name, record in records.items() if record.config.teacher is not None
+        ]
+        self._lender = with_teacher[0] if with_teacher else None  # (name, config)
         self._lent: Wanted | None = None
-        self._key: str | None = None  # of the last one that was loaded: runs of a page mostly share theirs
+        self._key: str | None = None  # of the last one that was loaded: most runs of a page share theirs
         self._loaded: tuple[FrozenTeacher | UserError, str] | None = None
 
-    def of(
+    def load_for(
         self, record: RunRecord, objective: nn.Module, shape: TeacherShape | None, *, device: torch.device
     ) -> Reference | None:
-        """The run's teacher, or a borrowed one; None where no run of the page has one. objective, shape: of the run.
+        """Load the run's teacher, or another run's; returns None if no run of the page has one.
 
-        Raises UserError, a sentence for the page, where its file is gone, it is too large, or a borrowed one
+        objective, shape: the run's, as `build_objective` gives them
+
+        Raises UserError, a sentence for the page, if its file is missing, it is too large, or another run's
         doesn't fit.
         """
-        grid, data = objective.student.grid, record.config.data
+        data = record.config.data
         if shape is not None:
-            wanted, name = Wanted(record.config, objective.taps, shape, grid), "its teacher"
+            wanted = Wanted(record.config, objective.taps, shape, objective.student.grid)
+            name = "its teacher"
         elif self._lender is not None:
-            wanted, name = self._borrow(), f"{self._lender[0]}'s teacher"
-            if wanted.grid != grid or (wanted.config.data.mean, wanted.config.data.std) != (
-                data.mean,
-                data.std,
-            ):
-                raise UserError(
-                    f"it has no teacher, and {self._lender[0]}'s cuts or normalises pictures differently"
-                )
+            wanted, name = self._lend(record, objective), f"{self._lender[0]}'s teacher"
         else:
             return None
         key = str((wanted.config.teacher, wanted.taps, data.mean, data.std))
@@ -89,38 +97,41 @@ class Teachers:
         teacher, note = self._loaded
         if isinstance(teacher, UserError):
             raise teacher
-        return Reference(
-            teacher,
-            name=name,
-            own=shape is not None,
-            tapped=needed_depths(wanted.taps, wanted.shape.depth)[0],
-            note=note,
-        )
+        tapped, _ = needed_depths(wanted.taps, wanted.shape.depth)
+        return Reference(teacher, name=name, tapped=tapped, note=note)
 
-    def _borrow(self) -> Wanted:
+    def _lend(self, record: RunRecord, objective: nn.Module) -> Wanted:
+        name, config = self._lender
         if self._lent is None:
-            objective, shape = build_objective(self._lender[1], device="meta")
-            self._lent = Wanted(self._lender[1], objective.taps, shape, objective.student.grid)
+            lender, shape = build_objective(config, device="meta")
+            self._lent = Wanted(config, lender.taps, shape, lender.student.grid)
+        same_pixels = (config.data.mean, config.data.std) == (record.config.data.mean, record.config.data.std)
+        if self._lent.grid != objective.student.grid or not same_pixels:
+            raise UserError(f"it has no teacher, and {name} has another patch grid or data.mean and data.std")
         return self._lent
 
 
 def _load(wanted: Wanted, device: torch.device) -> tuple[FrozenTeacher | UserError, str]:
-    """The teacher with all its blocks or, from a file that holds fewer, those that the objective taps; and what to say of it."""
+    """Load all blocks of a teacher or, from a file with fewer, those that are tapped.
+
+    Returns the teacher, or why there is none, and a note about missing blocks or "".
+    """
     config, depth = wanted.config, wanted.shape.depth
-    size, largest = (
-        12 * depth * wanted.shape.embed_dim**2,
-        LARGEST[device.type],
-    )  # of the blocks' matrices, with an MLP of ratio 4
+    size = 12 * depth * wanted.shape.embed_dim**2  # the matrices of its blocks, with an MLP of ratio 4
+    largest = MAX_PARAMETERS[device.type]
     if size > largest:
-        return UserError(
-            f"its teacher has about {size / 1e9:.1f} B parameters; on this machine the report looks at teachers of up to {largest / 1e9:g} B"
-        ), ""
+        error = UserError(
+            f"its teacher has about {size / 1e9:.1f} B parameters; "
+            f"on this machine the report loads teachers of up to {largest / 1e9:g} B"
+        )
+        return error, ""
     errors = []
-    for blocks in dict.fromkeys((depth, needed_depths(wanted.taps, depth)[0])):
+    tapped, _ = needed_depths(wanted.taps, depth)
+    for num_blocks in dict.fromkeys((depth, tapped)):
         try:
             teacher = build_frozen_teacher(
                 config.teacher,
-                taps=tuple(f"block/{block}" for block in range(1, blocks + 1)),
+                taps=tuple(f"block/{block}" for block in range(1, num_blocks + 1)),
                 whole_blocks=depth,
                 mean=config.data.mean,
                 std=config.data.std,
@@ -130,10 +141,10 @@ def _load(wanted: Wanted, device: torch.device) -> tuple[FrozenTeacher | UserErr
         except UserError as error:
             errors.append(error)
             continue
+        if num_blocks == depth:
+            return teacher, ""
         return (
             teacher,
-            ""
-            if blocks == depth
-            else f"its teacher's file holds {blocks} of {depth} blocks; the others can't be compared",
+            f"its teacher's file holds {num_blocks} of {depth} blocks; the others can't be compared",
         )
     return UserError(f"its teacher can't be loaded: {errors[0]}"), ""

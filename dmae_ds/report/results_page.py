@@ -1,4 +1,6 @@
-"""`dmae-ds report --results [RUN ...]` writes RESULTS.md: the study of these runs, and the papers' tables next to them.
+"""The results page: the study of our runs, and the papers' tables with the runs that fill their rows.
+
+    dmae-ds report --results [RUN ...]      # writes RESULTS.md
 
 Equal runs give equal bytes; no part of the page is written by hand.
 """
@@ -11,7 +13,7 @@ from statistics import fmean, stdev
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.facts import DEAD_RANK
 from dmae_ds.output.durable import replacing
-from dmae_ds.report.published import NUM_IMAGENET, Wanted, matching_result, read_published, wanted
+from dmae_ds.report.published import NUM_IMAGENET, Conditions, conditions_for, matching_result, read_published
 from dmae_ds.report.runs import Run, find_runs
 from dmae_ds.report.study import Column, Setting, columns_of, format_rank, format_time, format_values, group
 from dmae_ds.report.study_plot import draw_study
@@ -21,7 +23,8 @@ NOT_RUN, NO_METHOD = "not run", "not run*"
 FIGURE = Path(".github/results.png")  # relative to the page
 PAPERS = {
     "dmae": "DMAE: Masked Autoencoders Enable Efficient Knowledge Distillers (CVPR 2023)",
-    "g2sd supplement": "G2SD: Generic-to-Specific Distillation of Masked Autoencoders, supplement (CVPR 2023)",
+    "g2sd supplement": "G2SD: Generic-to-Specific Distillation of Masked Autoencoders, "
+    "supplement (CVPR 2023)",
     "sdae": "SdAE: Self-distillated Masked Autoencoder (ECCV 2022)",
 }
 # Fields of a row with a column of their own; all others are listed in the column `fixed`.
@@ -29,7 +32,10 @@ _SHOWN = ("paper", "table", "what", "metric", "value", "mean_of_three_seeds", "s
 
 
 def write_results_page(folders: list[Path], out: Path) -> Path:
-    """Write the page, and the study's plot as FIGURE next to it; returns the page's path. Raises UserError."""
+    """Write the page, and the study's plot as FIGURE next to it; returns the page's path.
+
+    Raises UserError for a folder without a run, or a missing folder of the page.
+    """
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: folder '{out.parent}' not found; create it, or choose another")
     all_runs = find_runs(folders)
@@ -59,10 +65,10 @@ def render_results_page(runs: list[Run], settings: list[Setting], *, num_unfinis
 
 
 def render_published(runs: list[Run]) -> list[str]:
-    """Lines with every row of the papers' tables, and the runs whose settings, data and length equal the row's."""
+    """Lines with every row of the papers' tables, and the runs that fulfil its conditions."""
     _, rows = read_published()
     assert {row["paper"] for row in rows} == set(PAPERS)
-    cells = [_our_cells(wanted(row), runs) for row in rows]
+    cells = [_our_cells(conditions_for(row), runs) for row in rows]
     num_filled = sum(ours not in (NOT_RUN, NO_METHOD) for ours, *_ in cells)
     lines = [
         "## The papers' tables",
@@ -101,7 +107,7 @@ def _published_line(row: dict, ours: tuple[str, ...]) -> str:
     return _line(row["table"], row["what"], row["metric"], ", ".join(fixed), paper, *ours)
 
 
-def _our_cells(row: Wanted | None, runs: list[Run]) -> tuple[str, str, str, str]:
+def _our_cells(row: Conditions | None, runs: list[Run]) -> tuple[str, str, str, str]:
     """The cells ours, seed, hardware and cost of one row."""
     if row is None:
         return NO_METHOD, "", "", ""
@@ -120,8 +126,8 @@ def _our_cells(row: Wanted | None, runs: list[Run]) -> tuple[str, str, str, str]
     return ours, seeds, "; ".join(hardware), cost
 
 
-def _gpu_hours(run: Run, result: dict, row: Wanted) -> float | None:
-    """Ranks x wall hours of an evaluation, and of pre-training where the row is about a pre-trained student."""
+def _gpu_hours(run: Run, result: dict, row: Conditions) -> float | None:
+    """Ranks x wall hours of an evaluation, and of pre-training if the row is about a pre-trained student."""
     evaluation = result["seconds"] / 3600 * result["world_size"]
     if "objective" not in row.facts:
         return evaluation
@@ -132,7 +138,7 @@ def _gpu_hours(run: Run, result: dict, row: Wanted) -> float | None:
 
 
 def render_study(settings: list[Setting]) -> list[str]:
-    """Lines with one row a setting: mean and deviation over its seeds of every number measured at the last step."""
+    """Lines with one row a setting: mean and deviation over its seeds of the numbers of the last step."""
     lines = ["## The study", ""]
     headings = columns_of(settings)
     if not headings:
@@ -148,8 +154,8 @@ def render_study(settings: list[Setting]) -> list[str]:
         "A setting is named by its objective and by what",
         "differs from the commonest recipe of that objective. Time: wall, pre-training alone. "
         "Rank: effective rank of the mean of the patch tokens,",
-        "or of CLS where the loss reads no other, over the last tenth of training, mean over seeds and (lowest); "
-        f"it can't exceed a rank's batch, and below {DEAD_RANK:g} counts as collapsed.",
+        "or of CLS where the loss reads no other, over the last tenth of training, mean over seeds "
+        f"and (lowest); it can't exceed a rank's batch, and below {DEAD_RANK:g} counts as collapsed.",
         "",
         f"![{', '.join(headings.values())} of every setting]({FIGURE})",
         "",

@@ -1,4 +1,4 @@
-"""Runs as the results page sees them: flat facts to be matched with a row, results of the last step, what they cost."""
+"""Run folders as the results page needs them: facts to compare with a paper's row, last results, cost."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from dmae_ds.evaluate.facts import rank_of
 from dmae_ds.evaluate.record import RunRecord, read_record
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
-# Of timm's plain vision transformers, to know three quarters of their depth without building one.
+# Depths of timm's plain vision transformers, to know three quarters of a depth without building a network.
 DEPTHS = {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32, "giant": 40, "gigantic": 48}
+FILES_OF_A_RUN = ("student.safetensors", "metrics.jsonl")  # an evaluation's folder has no student.safetensors
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run. facts["finished"]: whether it came to its end; results: those of its last step; hours: wall time of pre-training; world_size: its ranks, None if not known.
+    """One run.
 
-    rank: effective rank of what the objective is judged by, over the last tenth of training; NaN where it was
-    not watched
+    facts: as `collect_facts` gives them; facts["finished"]: whether it came to its end
+    results: those of its last step; hours: wall time of pre-training; world_size: its ranks, None if not
+    known
+    rank: effective rank of what the objective is judged by, over the last tenth of training; NaN if not
+    measured
     """
 
     path: Path
@@ -38,49 +42,51 @@ class Run:
 
 
 def find_runs(folders: list[Path]) -> list[Run]:
-    """Every run in these folders that has begun, by seed and path; a folder may be a run, or hold some, at any depth.
+    """Find every run in these folders that has begun, in the order of seed and path.
 
-    Raises UserError for a folder without a run.
+    A folder may be a run, or contain some at any depth. Raises UserError for a folder without a run.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for folder in folders:
-        # student.safetensors tells a run from an evaluation, whose folder has a config.yaml and metrics of its own
         inside = [
             path.parent
             for path in folder.rglob("config.yaml")
-            if all((path.parent / name).is_file() for name in ("student.safetensors", "metrics.jsonl"))
+            if all((path.parent / name).is_file() for name in FILES_OF_A_RUN)
         ]
         if not inside:
             raise UserError(
-                f"'{folder}' holds no run; name run folders that `dmae-ds train` wrote, or a folder of some"
+                f"no run found in '{folder}'; give run folders of `dmae-ds train`, or a folder of some"
             )
-        found |= {run.resolve(): read_run(run) for run in inside}
-    return [found[path] for path in sorted(found, key=lambda path: (found[path].config.run.seed, path))]
+        runs |= {run.resolve(): read_run(run) for run in inside}
+    return [runs[path] for path in sorted(runs, key=lambda path: (runs[path].config.run.seed, path))]
 
 
 def read_run(path: Path) -> Run:
-    """One run folder. Raises UserError."""
+    """Read one run folder. Raises UserError."""
     record = read_record(path)
-    last = record.rows[-1]["step"]
-    # one that starts from random weights lies beside the run, and has no step of it
+    config, last_step = record.config, record.rows[-1]["step"]
+    # An evaluation that starts from random weights is stored with the run, and belongs to no step of it.
     results = [
         result
         for result in record.results
-        if result["step"] == last or result["settings"].get("init") == "random"
+        if result["step"] == last_step or result["settings"].get("init") == "random"
     ]
     return Run(
         path,
-        record.config,
-        facts_of(record.config, _num_images(record), last),
-        results,
-        _hours(record),
-        _world_size(path),
-        rank_of(record),
+        config,
+        facts=collect_facts(config, _num_images(record), last_step),
+        results=results,
+        hours=_hours(record),
+        world_size=_world_size(path),
+        rank=rank_of(record),
     )
 
 
-def facts_of(config: RunConfig, num_images: int, step: int) -> dict[str, object]:
-    """What a row of a paper may fix, as plain values. num_images: of an epoch; step: the last finished one."""
+def collect_facts(config: RunConfig, num_images: int, step: int) -> dict[str, object]:
+    """The settings that a row of a paper may name, as plain values.
+
+    num_images: of an epoch; step: the last finished one
+    """
     objective, teacher, optim = config.objective, config.teacher, config.optim
     return {
         **objective.facts(),
@@ -102,7 +108,7 @@ def facts_of(config: RunConfig, num_images: int, step: int) -> dict[str, object]
 
 
 def _name(model: ModelConfig) -> str:
-    """timm's name without its tag; with numbers of its own, it is another network."""
+    """timm's name without its tag, with the numbers that differ from the named network's."""
     numbers = model.overrides()
     if numbers.get("img_size") == 224 and "224" in model.name:
         del numbers["img_size"]
@@ -110,17 +116,19 @@ def _name(model: ModelConfig) -> str:
 
 
 def _pairs(config: RunConfig) -> tuple | None:
-    """((student block, teacher block), ...), where the depths are known."""
+    """The distilled ((student block, teacher block), ...); None if there are none or depths are unknown."""
     distillation = config.objective.distillation
     if distillation is None or config.teacher is None:
         return None
     if distillation.pairs is not None:
         return tuple(sorted(tuple(pair) for pair in distillation.pairs))
-    depths = [
-        model.depth or DEPTHS.get(model.name.split("_")[1] if "_" in model.name else "")
-        for model in (config.student, config.teacher)
-    ]
+    depths = [_depth(config.student), _depth(config.teacher)]
     return None if None in depths else (tuple(max(1, depth * 3 // 4) for depth in depths),)
+
+
+def _depth(model: ModelConfig) -> int | None:
+    size = model.name.split("_")[1] if "_" in model.name else ""
+    return model.depth or DEPTHS.get(size)
 
 
 def _num_images(record: RunRecord) -> int:
@@ -128,7 +136,7 @@ def _num_images(record: RunRecord) -> int:
 
 
 def _hours(record: RunRecord) -> float:
-    """From the throughput of every step: what a restart or an evaluation took is not in it."""
+    """Hours of training, from the throughput of every step: without the time of restarts and evaluations."""
     return math.fsum(record.config.optim.global_batch / row["images_per_s"] for row in record.rows) / 3600
 
 

@@ -1,4 +1,4 @@
-"""The study: runs that differ only in their seed are one setting, with mean and deviation of every measured number."""
+"""The study: runs that differ only in their seed are one setting, with mean and deviation of every number."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ only in their seed. values: for each column the numbers of the runs that have one, by seed."""
+    """Runs that differ only in their seed.
+
+    values: for each column the numbers of the runs that have one, in the order of the seeds
+    """
 
     name: str
     runs: list[Run]
@@ -95,7 +98,7 @@ def columns_of(settings: list[Setting]) -> dict[Column, str]:
 
 
 def _head_column(column: Column, columns: list[Column]) -> str:
-    """The metric, the labels unless all, and the settings in which it differs from columns of the same two."""
+    """The metric, the labels unless all, and the settings that tell it from columns of the same two."""
     same_kind = [
         json.loads(other.settings)
         for other in columns

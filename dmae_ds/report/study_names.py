@@ -1,4 +1,4 @@
-"""What a run was trained on and with, apart from its seed and folder, and a short name for it among other runs."""
+"""Short names for runs, by the options that tell a training, apart from seed and folders, from the others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def describe_training(config: RunConfig) -> dict[str, object]:
 
 
 def find_source_run(model: StudentConfig | TeacherConfig | None) -> Path | None:
-    """The run folder that a network's weights come from, its student's or an evaluation's; None if from elsewhere."""
+    """The run folder that a network's weights come from; None if from elsewhere.
+
+    They may be its student's, or those of an evaluation inside it.
+    """
     if model is None or model.weights is None:
         return None
     path = Path(model.weights).expanduser()

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-# CSS variable -> (light, dark). The order of the series is fixed: adjacent colours differ for colour-blind readers.
+# CSS variable -> (light, dark). Adjacent colours of the series differ for colour-blind readers too.
 COLOURS = {
     "--surface": ("#fcfcfb", "#1a1a19"),
     "--ink": ("#161615", "#f4f3ee"),
@@ -31,7 +31,9 @@ COLOURS = {
     "--series-7": ("#e34948", "#e66767"),
 }
 NUM_SERIES = 8
-_PART_NAMES = r' id="[a-zA-Z0-9.]+_[0-9]+"'  # matplotlib's ids of parts: nothing refers to them, every figure repeats them
+_PART_NAMES = (
+    r' id="[a-zA-Z0-9.]+_[0-9]+"'  # matplotlib's ids, the same in every figure; nothing refers to them
+)
 
 
 def light(variable: str) -> str:

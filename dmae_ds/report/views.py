@@ -1,6 +1,7 @@
-"""What a run's networks make of a few validation pictures: what the decoder reconstructs, how alike student and teacher are, where CLS looks.
+"""Views of a run's networks on a few validation images: reconstructions, CKA, patch features, attention.
 
-Always the same small number of pictures, whatever the network: a ViT-L teacher looks at 16 of them.
+The number of images is small and the same for every network: 16 through a ViT-L take half a minute on two
+cores.
 """
 
 from __future__ import annotations
@@ -23,25 +24,28 @@ from dmae_ds.evaluate.reconstruct import choose_pictures, reconstruct
 from dmae_ds.evaluate.record import RunRecord
 from dmae_ds.models.patches import Normalize, patchify
 from dmae_ds.objectives.feature_distillation import TeacherShape
-from dmae_ds.report.boards import Board, heat_picture
+from dmae_ds.report.boards import Board, to_heat_map
 from dmae_ds.report.reference import Reference, Teachers
 
-NUM_COMPARED = 16  # pictures for CKA
+NUM_COMPARED = 16  # images for CKA
 NUM_SHOWN = 6
 NUM_AT_RATIOS = 2
 RATIOS = (0.5, 0.75, 0.9, 0.95)
-NUM_TOKENS = 1024  # of the compared pictures: bounds CKA to 1024 x 1024 Gram matrices
+NUM_TOKENS = 1024  # of the compared images: bounds CKA to 1024 x 1024 Gram matrices
 NUM_HEADS = 2
-PICTURE_SEED = 0  # not the run's: every run of a page shows the same pictures under the same masks
+IMAGE_SEED = 0  # not the run's: all runs of a page show the same images under the same masks
 
 
 @dataclass
 class Views:
-    """Of one run: boards by section, the CKA grid [student blocks, teacher blocks], and for what is missing a sentence why."""
+    """The views of one run.
+
+    boards, missing: by section, what there is or why there is none; cka: [student blocks, teacher blocks]
+    """
 
     boards: dict[str, Board] = field(default_factory=dict)
     cka: np.ndarray | None = None
-    teacher: str = ""  # whose blocks the grid's columns are
+    teacher: str = ""  # the name of the teacher in the grid's columns
     pairs: list[tuple[int, int]] = field(default_factory=list)  # distilled (student block, teacher block)
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -49,19 +53,26 @@ class Views:
 SECTIONS = ("pictures", "ratios", "cka", "patches", "attention")
 
 
-def look(record: RunRecord, objective: nn.Module, shape: TeacherShape | None, teachers: Teachers) -> Views:
-    """Everything a run's networks show, with its weights loaded into `objective`. Raises nothing that a run can be to blame for."""
+def make_views(
+    record: RunRecord, objective: nn.Module, shape: TeacherShape | None, teachers: Teachers
+) -> Views:
+    """Make all views of a run, with its weights loaded into `objective`.
+
+    Raises nothing for a run that lacks something: the section gets a sentence in its place.
+    """
     try:
         images, noise = _prepare(record, objective)
-    except UserError as error:  # a run under way, or shards that moved: the rest of the page still stands
+    except UserError as error:  # an unfinished run, or shards that were moved: the rest of the page works
         return Views(missing=dict.fromkeys(SECTIONS, str(error)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective, images, noise = objective.to(device).eval(), images.to(device), noise.to(device)
     normalize = Normalize(record.config.data.mean, record.config.data.std).to(device)
     views = Views()
     if objective.reconstructs_pixels:
-        views.boards["pictures"] = _reconstructed(objective, images[:NUM_SHOWN], noise[:NUM_SHOWN], normalize)
-        views.boards["ratios"] = _reconstructed_at_ratios(
+        views.boards["pictures"] = _show_reconstructions(
+            objective, images[:NUM_SHOWN], noise[:NUM_SHOWN], normalize
+        )
+        views.boards["ratios"] = _show_ratios(
             objective, images[:NUM_AT_RATIOS], noise[:NUM_AT_RATIOS], normalize
         )
     else:
@@ -69,34 +80,36 @@ def look(record: RunRecord, objective: nn.Module, shape: TeacherShape | None, te
             ("pictures", "ratios"), f"{record.config.objective.name} predicts no pixels"
         )
     patches = normalize(patchify(images, objective.student.patch_size))  # [N, L, P, P, 3]
-    latent, student = _student_features(objective.student, patches)
+    latent, student = _extract_student(objective.student, patches)
     try:
-        reference = teachers.of(record, objective, shape, device=device)
+        reference = teachers.load_for(record, objective, shape, device=device)
     except UserError as error:
         reference, views.missing["cka"] = None, str(error)
     teacher: dict[int, Tensor] = {}
     if reference is not None:
         teacher = reference.features(patches)
         views.teacher, views.pairs = reference.name, list(objective.pairs)
-        views.cka = _compare(student, teacher)
+        views.cka = compute_cka(student, teacher)
         if reference.note:
             views.missing["cka"] = reference.note
-    views.boards["patches"] = _coloured(objective, images[:NUM_SHOWN], latent, student, teacher, reference)
-    views.boards["attention"] = _attended(objective.student, images[:NUM_SHOWN], patches[:NUM_SHOWN])
+    views.boards["patches"] = _show_patches(
+        objective, images[:NUM_SHOWN], latent, student, teacher, reference
+    )
+    views.boards["attention"] = _show_attention(objective.student, images[:NUM_SHOWN], patches[:NUM_SHOWN])
     return views
 
 
 def _prepare(record: RunRecord, objective: nn.Module) -> tuple[Tensor, Tensor]:
-    """Load the run's weights and choose the pictures. Raises UserError where either is missing."""
+    """Load the run's weights and choose the images. Raises UserError if either is missing."""
     data, student = record.config.data, objective.student
     if data.val is None:
-        raise UserError("data.val is null in the run's config.yaml, so there are no pictures to show")
+        raise UserError("data.val is null in the run's config.yaml, so there are no images to show")
     shard_set = ShardSet.open(data.val, label="data.val", access=Access.of(data))
     _load_weights(record, objective)
     return choose_pictures(
         shard_set,
         num=NUM_COMPARED,
-        seed=PICTURE_SEED,
+        seed=IMAGE_SEED,
         img_size=student.grid[0] * student.patch_size,
         num_patches=student.num_patches,
         crop_pct=data.crop_pct,
@@ -116,67 +129,66 @@ def _load_weights(record: RunRecord, objective: nn.Module) -> None:
     try:
         objective.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise UserError(
-            f"the weights don't fit config.yaml ({' '.join(str(error).split())[:160]}); are the files another run's?"
-        ) from None
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the weights don't fit config.yaml ({reason}); copy the files of this run") from None
 
 
-# ---- what the decoder reconstructs
+# ---- reconstructions
 
 
-def _reconstructed(objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize) -> Board:
+def _show_reconstructions(objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize) -> Board:
     masked, reconstructed = reconstruct(objective, images, noise, normalize)
-    return Board(
-        [
-            ("original", _pictures(images)),
-            ("what it saw", _pictures(masked)),
-            ("what it reconstructed", _pictures(reconstructed)),
-        ]
-    )
+    rows = {"original": images, "visible": masked, "reconstructed": reconstructed}
+    return Board([(label, _to_list(row)) for label, row in rows.items()])
 
 
-def _reconstructed_at_ratios(
-    objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize
-) -> Board:
-    """Each picture at every ratio: what was seen above what was reconstructed; the first column is the original."""
+def _show_ratios(objective: nn.Module, images: Tensor, noise: Tensor, normalize: Normalize) -> Board:
+    """Two rows for each image, visible and reconstructed; after the original a column for each mask ratio."""
     total = objective.student.num_patches
     counts = {
         ratio: objective.visible_at(ratio) for ratio in RATIOS if 0 < round(total * (1 - ratio)) < total
     }
-    found = [reconstruct(objective, images, noise, normalize, num_visible=count) for count in counts.values()]
+    pairs = [reconstruct(objective, images, noise, normalize, num_visible=count) for count in counts.values()]
+    visible = [_to_list(masked) for masked, _ in pairs]
+    reconstructed = [_to_list(image) for _, image in pairs]
     rows = []
-    for number, original in enumerate(_pictures(images)):
-        for kind, label in enumerate(("seen", "reconstructed")):
-            rows.append((label, [original, *(_pictures(pair[kind])[number] for pair in found)]))
+    for number, original in enumerate(_to_list(images)):
+        rows.append(("visible", [original, *(column[number] for column in visible)]))
+        rows.append(("reconstructed", [original, *(column[number] for column in reconstructed)]))
     return Board(rows, heads=["original", *(f"{ratio:.0%} masked" for ratio in counts)])
 
 
-# ---- student beside teacher
+# ---- student and teacher
 
 
 @torch.inference_mode()
-def _student_features(student: nn.Module, patches: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """The student on the whole picture: [N, 1 + L, D] after the final norm, and {block: [N, 1 + L, D]} of every block."""
+def _extract_student(student: nn.Module, patches: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """The student's features of whole images.
+
+    Returns [N, 1 + L, D] after the final norm, and {block: [N, 1 + L, D]} of every block.
+    """
     ids = torch.arange(student.num_patches, device=patches.device).expand(len(patches), -1)
     return student(patches, ids, taps=range(1, student.depth + 1))
 
 
-def _compare(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> np.ndarray:
-    """[student blocks, teacher blocks] of CKA, over the same tokens of both: patches, and CLS where both have it."""
+def compute_cka(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> np.ndarray:
+    """CKA of every block with every block, [student blocks, teacher blocks], over tokens that both have.
+
+    These are the patches, and CLS unless the teacher has none.
+    """
     num_tokens = min(next(iter(student.values())).shape[1], next(iter(teacher.values())).shape[1])
     num_rows = len(student[1]) * num_tokens
-    chosen = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:NUM_TOKENS].to(
-        student[1].device
-    )
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+    chosen = order[:NUM_TOKENS].to(student[1].device)
 
     def rows(features: dict[int, Tensor]):
-        # [N, T, D] -> [N * T, D], a teacher without CLS has the patches alone: both from the end
+        # [N, T, D] -> [N * T, D]; a teacher without CLS has the patches alone, so tokens count from the end
         return (features[block][:, -num_tokens:].flatten(0, 1)[chosen] for block in sorted(features))
 
     return cka_grid(rows(student), rows(teacher)).cpu().numpy()
 
 
-def _coloured(
+def _show_patches(
     objective: nn.Module,
     images: Tensor,
     latent: Tensor,
@@ -184,14 +196,14 @@ def _coloured(
     teacher: dict[int, Tensor],
     reference: Reference | None,
 ) -> Board:
-    """The pictures above their patch features: the student's last, and where there is a teacher the deepest distilled pair."""
+    """Patch features as colours: the student's last ones and, with a teacher, the deepest distilled pair."""
     grid = objective.student.grid
     brightness = patchify(images, objective.student.patch_size).float().mean(dim=(-3, -2, -1))  # [N, L]
-    rows = [("original", _pictures(images))]
+    rows = [("original", _to_list(images))]
     sources = {"student, last": latent}
     if reference is not None:
-        imitating = [mine for mine, theirs in objective.pairs if theirs == reference.tapped]
-        sources |= {f"student, block {block}": student[block] for block in imitating[-1:]}
+        distilled = [mine for mine, theirs in objective.pairs if theirs == reference.tapped]
+        sources |= {f"student, block {block}": student[block] for block in distilled[-1:]}
         sources[f"teacher, block {reference.tapped}"] = teacher[reference.tapped]
     for label, tokens in sources.items():
         features = tokens[: len(images), -objective.student.num_patches :].float()
@@ -200,23 +212,17 @@ def _coloured(
     return Board(rows)
 
 
-def _attended(student: nn.Module, images: Tensor, patches: Tensor) -> Board:
-    maps = cls_attention(student, patches, student.depth).cpu()  # [N, heads, L]
-    rows = [("original", _pictures(images)), ("all heads", maps.mean(dim=1))]
-    rows += [(f"head {head + 1}", maps[:, head]) for head in telling_heads(maps, NUM_HEADS)]
-    return Board(
-        [
-            (
-                label,
-                found
-                if label == "original"
-                else [heat_picture(one.numpy()) for one in found.unflatten(1, student.grid)],
-            )
-            for label, found in rows
-        ]
-    )
+def _show_attention(student: nn.Module, images: Tensor, patches: Tensor) -> Board:
+    attention = cls_attention(student, patches, student.depth).cpu()  # [N, heads, L]
+    maps = {"all heads": attention.mean(dim=1)}  # [N, L]
+    maps |= {f"head {head + 1}": attention[:, head] for head in telling_heads(attention, NUM_HEADS)}
+    rows = [("original", _to_list(images))]
+    for label, values in maps.items():
+        grids = values.unflatten(1, student.grid)  # [N, rows, columns]
+        rows.append((label, [to_heat_map(grid.numpy()) for grid in grids]))
+    return Board(rows)
 
 
-def _pictures(images: Tensor) -> list[np.ndarray]:
+def _to_list(images: Tensor) -> list[np.ndarray]:
     """[N, 3, H, W] -> N times [H, W, 3]."""
     return list(images.movedim(1, -1).cpu().numpy())

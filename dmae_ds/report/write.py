@@ -8,75 +8,80 @@ from matplotlib.figure import Figure
 
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.facts import Fact, find_collapses, find_dead_terms, list_facts
-from dmae_ds.evaluate.record import read_record
+from dmae_ds.evaluate.record import RunRecord, read_record
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.output.durable import replacing
 from dmae_ds.report.charts import Charts, draw_health, draw_losses, draw_times, file_name
 from dmae_ds.report.figures import MAX_POINTS, draw_grid, draw_mosaic
-from dmae_ds.report.page import Section, figures, missing, render_page, side_by_side
+from dmae_ds.report.page import Section, missing, place_charts, place_runs, render_page
 from dmae_ds.report.reference import Teachers
 from dmae_ds.report.theme import light, to_png, to_svg
-from dmae_ds.report.views import Views, look
+from dmae_ds.report.views import Views, make_views
 
-# Section of the page -> title, how to read it.
+# Section of the page, which also begins the names of its figures -> title, how to read it.
 NOTES = {
     "losses": (
-        "How they learned",
-        f"Lower is better for losses, higher for k-NN; every curve has at most {MAX_POINTS} points, each the mean of its stretch of steps. A "
-        "share of distillation near zero means that the student does not hear its teacher.",
+        "Losses and k-NN",
+        f"Lower is better for losses, higher for k-NN. Every curve has at most {MAX_POINTS} points, "
+        "each the mean of a group of steps. A share of distillation near zero means that the teacher "
+        "hardly influences the student.",
     ),
     "health": (
-        "Whether features live",
-        "Effective rank says over how many directions the pictures of a rank's batch spread; it can't exceed their number. Falling "
-        "towards one is a collapse, which the loss need not show; a low at the start is normal, so only the last third of a run is judged. A "
+        "Health of the features",
+        "Effective rank is the number of directions over which the features of a rank's batch spread; "
+        "it can't exceed the number of its images. A fall towards one is a collapse, which the loss "
+        "need not show; a low at the start is normal, so only the last third of a run is judged. A "
         "norm that never stops growing is worth a look.",
     ),
     "times": (
-        "Where the time went",
-        "Data is waiting for pictures, teacher its features and the drawing of masks, rest is the student, the exchange between ranks, "
-        "the optimiser and saving. This is the host's time, the mean over ranks: on a GPU, which computes behind its back, only a long "
-        "wait for data means what it says.",
+        "Throughput and time of a step",
+        "Data is waiting for images, teacher its features and the drawing of masks, rest is the "
+        "student, the exchange between ranks, the optimiser and saving. This is the host's time, the "
+        "mean over ranks: a GPU computes asynchronously, so there only a long wait for data can be "
+        "taken literally.",
     ),
     "pictures": (
-        "What they see",
-        "Validation pictures, the same for every run under masks of the recipe's ratio; the last row is what was seen together with what "
-        "the decoder reconstructed.",
+        "Reconstructions",
+        "Validation images, the same for every run, under masks of the recipe's ratio. The last row "
+        "shows the visible patches together with those that the decoder reconstructed.",
     ),
     "ratios": (
-        "From half a picture to next to nothing",
-        "The same picture under nested masks: what a higher ratio shows, the lower ones show too. Ratios far from the one that a run was "
-        "trained with are a test, not a defect.",
+        "Reconstructions at other mask ratios",
+        "The same image under nested masks: patches that are visible at a higher ratio are visible at "
+        "all lower ones. Ratios far from the one that a run was trained with are a test, not a "
+        "defect.",
     ),
     "cka": (
-        "How alike student and teacher are",
-        "Debiased linear CKA of every block with every block on whole pictures, all tokens: 1 is equal up to rotation and scale, 0 "
-        "unrelated. A frame marks a distilled pair; a run without a teacher is held against another run's, to show what distillation "
-        "changed.",
+        "Similarity of student and teacher",
+        "Debiased linear CKA of every block with every block on whole images, all tokens: 1 is equal "
+        "up to rotation and scale, 0 unrelated. A frame marks a distilled pair. A run without a "
+        "teacher is compared with another run's, to show what distillation changed.",
     ),
     "patches": (
-        "What a patch means to them",
-        "The first three principal components of the patch features as red, green and blue, fitted over all pictures of a row: patches of "
-        "one colour are alike to that network. Colours of different rows are turned towards brightness and can be compared only roughly.",
+        "Patch features as colours",
+        "The first three principal components of the patch features as red, green and blue, fitted "
+        "over all images of a row: patches of one colour are similar to that network. Colours of "
+        "different rows are aligned by brightness and can be compared only roughly.",
     ),
     "attention": (
-        "Where CLS looks",
-        "Attention of CLS to the patches in the student's last block, the brightest most; all heads together, then the two heads whose "
-        "maps differ most from picture to picture.",
+        "Attention of CLS",
+        "Attention of CLS to the patches in the student's last block, the highest brightest: all "
+        "heads together, then the two heads whose maps differ most from image to image.",
     ),
 }
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
-    """Write the page (default: report.html in the first run's folder) and its figures; returns the page's path.
+    """Write the page (default: report.html in the first run's folder) and its figures; returns its path.
 
-    Raises UserError for a folder that is no run, a run without metrics or named twice, or a page that has no
-    folder. What a run merely lacks (weights, pictures, its teacher's file, columns of an older version) is a
-    sentence on the page.
+    Raises UserError if a folder is not a run, a run has no metrics or is named twice, or the page's folder is
+    missing. Other gaps of a run (weights, images, its teacher's file, columns of an older version) are
+    sentences on the page.
     """
     records = {name: read_record(path) for name, path in zip(name_runs(runs), runs, strict=True)}
     out, folder = out or runs[0] / "report.html", runs[0] / "figures"
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder '{out.parent}'; make it, or choose another")
+        raise UserError(f"--out {out}: folder '{out.parent}' not found; create it, or choose another")
     folder.mkdir(exist_ok=True)
     teachers = Teachers(records)
     columns: dict[str, dict[str, Fact]] = {}
@@ -84,93 +89,84 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
     for name, record in records.items():
         objective, shape = build_objective(record.config)
         columns[name] = list_facts(record, objective, shape)
-        views[name] = look(record, objective, shape, teachers)
-    alarms = [
-        ("Dead term", sentence)
-        for name, record in records.items()
-        for sentence in find_dead_terms(record, name)
-    ]
-    alarms += [
-        ("Collapse", sentence)
-        for name, record in records.items()
-        for sentence in find_collapses(record, name)
-    ]
+        views[name] = make_views(record, objective, shape, teachers)
     sections = [
-        *(
-            _section_of_charts(key, draw(records), folder)
-            for key, draw in (("losses", draw_losses), ("health", draw_health), ("times", draw_times))
-        ),
-        *(_section_of_boards(key, views, columns, folder) for key in ("pictures", "ratios")),
-        _section_of_cka(views, folder),
-        *(_section_of_boards(key, views, columns, folder) for key in ("patches", "attention")),
+        _chart_section("losses", draw_losses(records), folder),
+        _chart_section("health", draw_health(records), folder),
+        _chart_section("times", draw_times(records), folder),
+        _board_section("pictures", views, columns, folder),
+        _board_section("ratios", views, columns, folder),
+        _cka_section(views, folder),
+        _board_section("patches", views, columns, folder),
+        _board_section("attention", views, columns, folder),
     ]
-    page = render_page(list(records), alarms, list(columns.values()), sections)
+    page = render_page(list(records), _find_alarms(records), list(columns.values()), sections)
     _save(out, page.encode())
     return out
 
 
+def _find_alarms(records: dict[str, RunRecord]) -> list[tuple[str, str]]:
+    """(kind, sentence) for every dead term and every collapse."""
+    alarms = []
+    for kind, find in (("Dead term", find_dead_terms), ("Collapse", find_collapses)):
+        for name, record in records.items():
+            alarms += [(kind, sentence) for sentence in find(record, name)]
+    return alarms
+
+
 def name_runs(runs: list[Path]) -> list[str]:
-    """Each run by the end of its path, as short as tells them apart. Raises UserError for one that is named twice."""
-    parts = [path.expanduser().resolve().parts for path in runs]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+    """Name each run by the end of its path, as short as tells them apart.
+
+    Raises UserError for a run that is named twice.
+    """
+    paths = [path.expanduser().resolve().parts for path in runs]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-length:]) for path in paths]
         if len(set(names)) == len(names):
             return names
     raise UserError(f"a run is named twice: {', '.join(map(str, runs))}; name each once")
 
 
-def _section_of_charts(key: str, charts: Charts, folder: Path) -> Section:
-    title, note = NOTES[key]
+def _chart_section(key: str, charts: Charts, folder: Path) -> Section:
     for stem, figure in charts.items():
         _save_figure(folder, stem, figure)
-    return Section(
-        title,
-        note,
-        figures([to_svg(figure) for figure in charts.values()])
-        if charts
-        else missing("These runs were trained before this was measured"),
-    )
+    body = place_charts([to_svg(figure) for figure in charts.values()])
+    if not charts:
+        body = missing("These runs were trained before this was measured")
+    return Section(*NOTES[key], body)
 
 
-def _section_of_boards(
+def _board_section(
     key: str, views: dict[str, Views], columns: dict[str, dict[str, Fact]], folder: Path
 ) -> Section:
-    title, note = NOTES[key]
-    parts = []
-    for name, found in views.items():
+    blocks = []
+    for name, views_of_run in views.items():
         small = columns[name]["objective"].note if key == "pictures" else ""
-        if key not in found.boards:
-            parts.append((name, small, missing(found.missing[key])))
+        if key not in views_of_run.boards:
+            blocks.append((name, small, missing(views_of_run.missing[key])))
             continue
-        board = found.boards[key]
-        parts.append((name, small, board.html()))
-        _save_figure(
-            folder,
-            f"{key}-{file_name(name)}",
-            draw_mosaic(
-                f"{name} {small}".strip(), board.mosaic(light("--surface")), board.labels, board.heads
-            ),
-        )
-    return Section(title, note, side_by_side(parts))
+        board = views_of_run.boards[key]
+        blocks.append((name, small, board.html()))
+        title = f"{name} {small}".strip()
+        figure = draw_mosaic(title, board.mosaic(light("--surface")), board.labels, board.heads)
+        _save_figure(folder, f"{key}-{file_name(name)}", figure)
+    return Section(*NOTES[key], place_runs(blocks))
 
 
-def _section_of_cka(views: dict[str, Views], folder: Path) -> Section:
-    title, note = NOTES["cka"]
-    parts = []
-    for name, found in views.items():
-        body = missing(found.missing["cka"]) if "cka" in found.missing else ""
-        if found.cka is not None:
-            figure = draw_grid(
-                f"{name} beside {found.teacher}",
-                found.cka,
-                rows="student's block",
-                columns="teacher's block",
-                marked=found.pairs,
-            )
+def _cka_section(views: dict[str, Views], folder: Path) -> Section:
+    blocks = []
+    for name, views_of_run in views.items():
+        body = ""
+        if views_of_run.cka is not None:
+            title, pairs = f"{name} and {views_of_run.teacher}", views_of_run.pairs
+            labels = {"rows": "student's block", "columns": "teacher's block"}
+            figure = draw_grid(title, views_of_run.cka, **labels, marked=pairs)
             _save_figure(folder, f"cka-{file_name(name)}", figure)
-            body = figures([to_svg(figure)]) + body
-        parts.append((name, "", body or missing("No run of this page has a teacher")))
-    return Section(title, note, side_by_side(parts))
+            body = place_charts([to_svg(figure)])
+        if "cka" in views_of_run.missing:
+            body += missing(views_of_run.missing["cka"])
+        blocks.append((name, "", body or missing("No run of this page has a teacher")))
+    return Section(*NOTES["cka"], place_runs(blocks))
 
 
 def _save_figure(folder: Path, stem: str, figure: Figure) -> None:

@@ -1,4 +1,4 @@
-"""A page of two tiny runs, written once."""
+"""Fixtures: a page of two tiny runs, written once."""
 
 import pytest
 
@@ -22,7 +22,10 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory, shards, teacher):
-    """(page, folder): a dead and collapsed DMAE run with a name to trip over, beside a plain MAE run with norm_pix; one has its k-NN, over training too."""
+    """(page, folder) of two runs.
+
+    One is DMAE with a dead term, a collapse and a name to escape; the other is MAE with norm_pix and k-NN.
+    """
     folder = tmp_path_factory.mktemp("runs")
     dead = make_run(folder / ODD_NAME, train=shards[0], val=shards[1], share=0.02, rank=1.25, teacher=teacher)
     plain = make_run(

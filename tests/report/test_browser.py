@@ -1,4 +1,4 @@
-"""The page in a real browser: it says nothing on the console, asks for nothing, fits a phone, and is dark in the dark."""
+"""The page in a real browser: no errors on the console, no requests, it fits a phone and has a dark mode."""
 
 import json
 import os
@@ -22,10 +22,10 @@ LIMIT_S = 120  # a bound on hangs, not on speed
 
 @pytest.fixture(scope="module")
 def open_page(tmp_path_factory):
-    """A function that opens a file and returns (console lines, URLs that were asked for, the DOM, a screenshot)."""
+    """A function that opens a file and returns (console lines, requested URLs, the DOM, a screenshot)."""
     if BROWSER is None:
         pytest.skip(
-            "THE PAGE WAS NOT OPENED IN A BROWSER: no chromium or chrome on this machine; install one"
+            "THE PAGE WAS NOT OPENED IN A BROWSER: chromium or chrome not found on this machine; install one"
         )
     folder = tmp_path_factory.mktemp("browser")
 
@@ -57,7 +57,7 @@ def open_page(tmp_path_factory):
         )
         assert done.returncode == 0 and picture.is_file(), done.stderr
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-        # What the browser asks for by itself (dictionaries, updates) has no page as its initiator.
+        # Requests of the browser itself (dictionaries, updates) have no page as their initiator.
         asked = re.findall(
             r'"initiator":"(?!not an origin)[^"]*"[^\n]*?"url":"((?:https?|ftp|ws)[^"]*)"',
             log.read_text(errors="replace"),
@@ -72,7 +72,7 @@ def page(reported):
     return reported[1] / ODD_NAME / "report.html"
 
 
-def test_a_page_that_errs_and_asks_would_be_caught(open_page, tmp_path):
+def test_a_page_with_errors_and_requests_would_be_caught(open_page, tmp_path):
     page = tmp_path / "bad.html"
     page.write_text('<img src="http://nowhere.invalid/a.png"><script>console.error("oh"); missing()</script>')
     console, asked, _, _ = open_page(page)
@@ -81,7 +81,7 @@ def test_a_page_that_errs_and_asks_would_be_caught(open_page, tmp_path):
 
 
 @pytest.mark.parametrize("scheme, side", [(LIGHT, 0), (DARK, 1)])
-def test_the_page_opens_in_silence_in_its_colours(open_page, page, scheme, side):
+def test_the_page_opens_without_errors_in_its_colours(open_page, page, scheme, side):
     console, asked, dom, picture = open_page(page, scheme=scheme)
     assert console == [] and asked == []
     assert dom.count("<svg") == 13 and dom.rstrip().endswith("</html>")
@@ -99,10 +99,12 @@ def test_the_page_opens_in_silence_in_its_colours(open_page, page, scheme, side)
 def test_nothing_is_wider_than_the_screen(open_page, page, tmp_path, width):
     frame = tmp_path / "frame.html"  # a window can't be made as narrow as a phone, a frame can
     frame.write_text(
-        f'<iframe src="{page.as_uri()}" style="width:{width}px;height:800px;border:0"></iframe><pre></pre><script>onload = () => {{'
+        f'<iframe src="{page.as_uri()}" style="width:{width}px;height:800px;border:0"></iframe><pre></pre>'
+        "<script>onload = () => {"
         "const root = document.querySelector('iframe').contentDocument.documentElement;"
-        "document.querySelector('pre').textContent = JSON.stringify([innerWidth && root.clientWidth, root.scrollWidth,"
-        "[...root.querySelectorAll('svg,.board')].map(part => part.getBoundingClientRect().right)]) }</script>"
+        "const rights = [...root.querySelectorAll('svg,.board')].map(e => e.getBoundingClientRect().right);"
+        "document.querySelector('pre').textContent ="
+        " JSON.stringify([innerWidth && root.clientWidth, root.scrollWidth, rights]) }</script>"
     )
     _, _, dom, _ = open_page(frame)
     seen, needed, rights = json.loads(re.search("<pre>(.*?)</pre>", dom).group(1))

@@ -63,7 +63,7 @@ def test_settings_are_runs_that_differ_in_their_seed_alone(tmp_path):
 
 
 def test_runs_that_begin_with_other_runs_are_settings_too(tmp_path):
-    """Each seed has its own first stage and its own fine-tuned teacher; what lies behind the paths is the same."""
+    """Each seed has its own first stage and its own fine-tuned teacher, trained alike."""
     for seed in (0, 1):
         folder = tmp_path / f"seed{seed}"
         teacher = make_run(folder / "teacher", "digits_teacher", f"run.seed={seed}", num_images=1400)
