@@ -46,7 +46,7 @@ def test_the_committed_page_is_what_the_generator_prints(tmp_path):
     make_run(tmp_path / "run", "digits_mae", results=[("knn", "all", 70.0, KNN)], num_images=1400)
     study = write_results_page([tmp_path], tmp_path / "RESULTS.md").read_text().split("\n")
     assert committed.startswith("\n".join(study[:5])) and "## The study" in study[:5]
-    assert study[6].startswith("Top-1") and "\n".join(study[6:9]) in committed
+    assert study[7].startswith("Top-1") and "\n".join(study[7:10]) in committed
     assert "\n".join(render_published([])) in committed
     assert all((REPOSITORY / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", committed))
 
