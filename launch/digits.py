@@ -1,6 +1,6 @@
-"""Write scikit-learn's handwritten digits as an ImageNet-style folder of JPEGs: OUT/{train,val}/<class>/<image>.jpg.
+"""Write scikit-learn's handwritten digits as a folder of JPEGs: OUT/{train,val}/<class>/<image>.jpg.
 
-1,797 real 8x8 scans, enlarged to 40x40 RGB; the first 1,400 train, the last 397 validate.
+1,797 real 8x8 scans, enlarged to 40x40 RGB; the first 1,400 are for training, the last 397 for validation.
 
     python launch/digits.py OUT
 """
@@ -16,16 +16,15 @@ NUM_TRAIN = 1400
 
 
 def main() -> None:
-    """Write the folder; files that exist are written again."""
+    """Write the images into the folder; existing files are overwritten."""
     out = Path(sys.argv[1])
     digits = load_digits()
     for number, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = out / ("train" if number < NUM_TRAIN else "val") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         gray = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
-        gray.resize((40, 40), Image.Resampling.BICUBIC).convert("RGB").save(
-            folder / f"{number:04d}.jpg", quality=95
-        )
+        image = gray.resize((40, 40), Image.Resampling.BICUBIC).convert("RGB")
+        image.save(folder / f"{number:04d}.jpg", quality=95)
     print(f"{number + 1} images in {out}")
 
 

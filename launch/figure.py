@@ -1,5 +1,4 @@
-"""Draw the README's figure from quickstart's runs of several seeds: what a student sees, and what a teacher is worth to it.
-
+"""Draw the README's figure from quickstart's runs of several seeds: reconstructions, and k-NN of all runs.
 python launch/figure.py OUT.png runs/digits-seed0 runs/digits-seed1 runs/digits-seed2
 """
 
@@ -18,18 +17,14 @@ COLOURS = ["#c98500", "#2a78d6", "#8a8a86"]
 
 
 def main() -> None:
-    """Read every seed's k-NN and the first seed's pictures; write one PNG."""
+    """Read every seed's k-NN and the first seed's reconstructions; write one PNG."""
     out, *seeds = sys.argv[1:]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1.6, 1], layout="constrained")
-    left.imshow(
-        plt.imread(Path(seeds[0]) / "dmae" / "figures" / "pictures-dmae.png"), interpolation="nearest"
-    )
+    reconstructions = plt.imread(Path(seeds[0]) / "dmae" / "figures" / "pictures-dmae.png")
+    left.imshow(reconstructions, interpolation="nearest")
     left.set_axis_off()
     for row, (label, run) in enumerate(RUNS.items()):
-        top1 = [
-            [headline(result) for result in read_results(Path(seed) / run) if result["metric"] == "knn"][-1]
-            for seed in seeds
-        ]
+        top1 = [newest_knn(Path(seed) / run) for seed in seeds]
         mean = sum(top1) / len(top1)
         right.barh(row, mean, color=COLOURS[row], height=0.6)
         right.plot(top1, [row] * len(top1), "o", color="black", markersize=4)
@@ -38,6 +33,11 @@ def main() -> None:
     right.spines[["top", "right", "left"]].set_visible(False)
     right.set_title(f"students at equal steps; dots: {len(seeds)} seeds", fontsize=10, loc="left")
     figure.savefig(out, dpi=110, facecolor="white")
+
+
+def newest_knn(run: Path) -> float:
+    """The newest k-NN top-1 of a run."""
+    return [headline(result) for result in read_results(run) if result["metric"] == "knn"][-1]
 
 
 if __name__ == "__main__":

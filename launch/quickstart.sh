@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # From nothing to a distilled student, on any machine with Python 3.10-3.12 and the package index:
-#   bash launch/quickstart.sh            # SEED=1 for another draw, PYTHON=python3.12 for another Python
-# Handwritten digits become an image folder, the folder becomes tar shards, a small MAE becomes the teacher, and one
-# small student is trained twice for the same number of steps: distilled (DMAE), and by plain MAE. About 8 minutes on 2
-# CPU cores after the install. Killed or started again, it continues where it was.
+#   bash launch/quickstart.sh            # SEED=1 for another seed, PYTHON=python3.12 for another Python
+# Handwritten digits become an image folder, the folder becomes tar shards, a small MAE becomes the teacher,
+# and one small student is trained twice for the same number of steps: distilled (DMAE), and by plain MAE.
+# About 8 minutes on 2 CPU cores after the install. Killed or started again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-0}
@@ -14,9 +14,12 @@ train teacher digits_teacher
 train dmae digits_dmae "teacher.weights=$OUT/teacher/student.safetensors"
 train mae digits_mae
 
-echo "== k-NN on frozen features: 397 digits that nobody was trained on"
-for run in teacher dmae mae; do
-    printf '%-26s' "$(case $run in teacher) echo "the teacher" ;; dmae) echo "student, distilled (DMAE)" ;; mae) echo "student, plain MAE" ;; esac)"
-    dmae-ds eval knn "$OUT/$run" 2>"$OUT/eval.log" || { cat "$OUT/eval.log" >&2; exit 1; }
-done
+knn() { # NAME TITLE
+    printf '%-26s' "$2"
+    dmae-ds eval knn "$OUT/$1" 2>"$OUT/eval.log" || { cat "$OUT/eval.log" >&2; exit 1; }
+}
+echo "== k-NN on frozen features: 397 digits that were not used in training"
+knn teacher "the teacher"
+knn dmae "student, distilled (DMAE)"
+knn mae "student, plain MAE"
 echo "report: $(dmae-ds report "$OUT/dmae" "$OUT/mae" "$OUT/teacher")"

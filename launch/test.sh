@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install into a virtual environment of its own and run the tests: bash launch/test.sh [pytest arguments]
+# Install into a virtual environment ($VENV, default .venv) and run the tests: bash launch/test.sh [pytest
+# arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

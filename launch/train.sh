@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Start a run or continue it, on one node or many; start it again when it broke. The arguments are those of `dmae-ds train`:
-#   bash launch/train.sh RECIPE [key=value ...]                            this node's GPUs
-#   HOSTFILE=hostfile bash launch/train.sh ...                             on one node; the others are reached over ssh, by pdsh
-#   LAUNCHER=no_ssh HOSTFILE=hostfile NODE_RANK=0 MASTER_ADDR=node1 ...    on every node, each with its own NODE_RANK
-#   LAUNCHER=torchrun NODES=2 MASTER_ADDR=node1 ...                        on every node; NODES=1:2 goes on with what is left
-# RESTARTS=3   how often a run that broke is started again (default 0; under torchrun it is --max_restarts)
-# GPUS=8       of this node, where there is no hostfile (default: all); no_ssh without a hostfile needs NODES and GPUS
+# Start or continue a run on one node or several, and restart it if it breaks. The arguments are those of
+# `dmae-ds train`:
+#   bash launch/train.sh RECIPE [key=value ...]                           this node's GPUs
+#   HOSTFILE=hostfile bash launch/train.sh ...                            on one node; pdsh reaches the others
+#   LAUNCHER=no_ssh HOSTFILE=hostfile NODE_RANK=0 MASTER_ADDR=node1 ...   on every node, each with its NODE_RANK
+#   LAUNCHER=torchrun NODES=2 MASTER_ADDR=node1 ...                       on every node; NODES=1:2 may lose one
+# RESTARTS=3   how often a run that broke is restarted (default 0; for torchrun, its --max_restarts)
+# GPUS=8       of this node, without a hostfile (default: all); no_ssh without a hostfile requires it and NODES
 # PORT=29500   on the first node; two jobs that share a node need two
-# To all nodes over ssh go the variables that begin with PYTHON, NCCL, UCX or MV2, and the lines NAME=value of ./.deepspeed_env.
+# Over ssh the nodes get variables that begin with PYTHON, NCCL, UCX or MV2, and the lines NAME=value of
+# ./.deepspeed_env.
 #
-# SIGTERM, SIGUSR1 and Ctrl-C let the ranks finish their step and save (Ctrl-C again: at once, unsaved).
-# Exit codes: 0 the run is finished; 2 a mistake in the recipe; 75 stopped by a signal after saving, continue with the same
-# command; anything else: it broke.
+# SIGTERM, SIGUSR1 and Ctrl-C let the ranks finish their step and save (a second Ctrl-C: at once, unsaved).
+# Exit codes: 0 the run is finished; 2 a mistake in the recipe; 75 stopped by a signal after saving, continue
+# with the same command; anything else: it broke.
 # Run by tests/multi_node/test_scripts.py, on CPUs.
 set -uo pipefail
 LAUNCHER=${LAUNCHER:-$([ -n "${HOSTFILE:-}" ] && echo pdsh || echo one_node)}
@@ -24,53 +26,55 @@ mistake() {
 }
 needs() { # VARIABLE ...
     local name
-    for name in "$@"; do [ -n "${!name:-}" ] || mistake "LAUNCHER=$LAUNCHER needs $name"; done
+    for name in "$@"; do [ -n "${!name:-}" ] || mistake "LAUNCHER=$LAUNCHER requires $name"; done
 }
 gpus() {
-    python -c 'from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_count())' | tail -1
+    python -c 'from deepspeed.accelerator import get_accelerator as get; print(get().device_count())' | tail -1
 }
 
-[ $# -gt 0 ] || mistake "name a recipe"
+[ $# -gt 0 ] || mistake "no recipe was given; name a recipe"
 case $LAUNCHER in
 one_node) start=(deepspeed --num_gpus "${GPUS:-$(gpus)}" --master_port "$PORT" --module) ;;
 pdsh)
     needs HOSTFILE
-    start=(deepspeed --hostfile "$HOSTFILE" --master_port "$PORT" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} --module)
+    start=(deepspeed --hostfile "$HOSTFILE" --master_port "$PORT"
+        ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} --module)
     ;;
 no_ssh)
     needs NODE_RANK MASTER_ADDR
-    if [ -z "${HOSTFILE:-}" ]; then # DeepSpeed wants one; the names in it stay unused
+    if [ -z "${HOSTFILE:-}" ]; then # DeepSpeed requires one; the names in it are not used
         needs NODES GPUS
         HOSTFILE=$(mktemp)
         trap 'rm -f "$HOSTFILE"' EXIT
         for ((node = 0; node < NODES; node++)); do echo "node$node slots=$GPUS"; done >"$HOSTFILE"
     fi
-    start=(deepspeed --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$PORT" --module)
+    start=(deepspeed --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+        --master_port "$PORT" --module)
     ;;
 torchrun)
     needs NODES MASTER_ADDR
-    start=(torchrun --nnodes "$NODES" --nproc_per_node "${GPUS:-$(gpus)}" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$PORT"
-        --rdzv_id "dmae-$PORT" --max_restarts "$RESTARTS" -m)
+    start=(torchrun --nnodes "$NODES" --nproc_per_node "${GPUS:-$(gpus)}" --max_restarts "$RESTARTS"
+        --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$PORT" --rdzv_id "dmae-$PORT" -m)
     RESTARTS=0
     ;;
 *) mistake "LAUNCHER=$LAUNCHER is unknown; choose one_node, pdsh, no_ssh, torchrun" ;;
 esac
 
-# USR1 is for the ranks. The launcher ignores it, and sits in a session of its own, so that a signal to our process group (a
-# terminal's Ctrl-C) doesn't reach it as well.
+# USR1 is for the ranks. The launcher ignores it, and has a session of its own, so that a signal to this
+# process group (a terminal's Ctrl-C) does not reach it as well.
 child='' stopping='' interrupted=''
 stop() { # SIGNAL
     interrupted=yes
     [ -n "$child" ] || exit 75 # nothing is running
-    if [ -n "$stopping" ]; then # ranks take no notice of a second TERM or USR1, which clusters like to send; a person means it
+    if [ -n "$stopping" ]; then # clusters repeat TERM and USR1, which changes nothing; a second Ctrl-C kills
         [ "$1" != INT ] || kill -KILL -- "-$child"
         return
     fi
     stopping=yes
     echo "train.sh: stopping; the ranks finish their step and save" >&2
     if [ "$LAUNCHER" = torchrun ]; then
-        kill -TERM "$child" # its agent tells the ranks, and doesn't start them again
-    else # again and again, for ranks that are only starting don't listen yet
+        kill -TERM "$child" # its agent signals the ranks, and does not restart them
+    else # repeatedly, because ranks that are starting do not handle the signal yet
         (
             trap - TERM INT
             while kill -0 "$child" 2>/dev/null; do
@@ -81,7 +85,7 @@ stop() { # SIGNAL
     fi
 }
 tell_ranks() {
-    if [ "$LAUNCHER" = pdsh ]; then # they are the children of DeepSpeed's launch.py on every node
+    if [ "$LAUNCHER" = pdsh ]; then # the ranks are the children of DeepSpeed's launch.py on every node
         PDSH_RCMD_TYPE=ssh pdsh -w "$(grep -oE '^[^#[:space:]]+' "$HOSTFILE" | paste -sd,)" \
             "pkill -USR1 -P \$(pgrep -d, -u \$(id -u) -f '[d]eepspeed.launcher.launch.*--master_port=$PORT ')"
     else
@@ -92,9 +96,9 @@ trap 'stop TERM' TERM USR1
 trap 'stop INT' INT
 
 for ((attempt = 0; ; attempt++)); do
-    # Asked first, so that a node that is started again alone, after all are through, waits for nobody.
+    # Checked first: a node that is restarted alone after the run has finished must not wait for the others.
     ! python -m dmae_ds.train.finished "$@" || exit 0
-    # In the subshell USR1 is ignored, and stays so in what it becomes.
+    # USR1 is ignored in the subshell, and in the launcher that replaces it.
     (trap '' USR1 && exec setsid "${start[@]}" dmae_ds train "$@" --resume auto) &
     child=$!
     while :; do
@@ -104,19 +108,20 @@ for ((attempt = 0; ; attempt++)); do
         [ -n "$interrupted" ] || break
     done
     child=''
-    # `deepspeed` says 0 when its launch.py was killed by a signal: the run itself is asked.
+    # `deepspeed` ends with 0 when its launch.py was killed by a signal, so the run folder is checked.
     if [ "$code" = 0 ]; then
         ! python -m dmae_ds.train.finished "$@" || exit 0
         code=1
         echo "train.sh: the launcher ended with exit code 0 before the run was finished" >&2
     fi
     if [ -n "$stopping" ]; then
-        # torchrun turns every code of a rank into 1; 246 is a rank that met USR1 before it had begun, or again after it had saved.
+        # torchrun turns every code of a rank into 1. 246 is a rank that got USR1 before it handled it, or
+        # after it saved.
         { [ "$LAUNCHER" != torchrun ] && [ "$code" != 246 ]; } || code=75
         exit "$code"
     fi
     [ "$code" != 2 ] || exit 2
     [ $attempt -lt "$RESTARTS" ] || exit "$code"
     echo "train.sh: the run ended with exit code $code; restart $((attempt + 1)) of $RESTARTS" >&2
-    sleep 5 # lets the port and the other nodes' ranks go
+    sleep 5 # until the port is free and the other nodes' ranks have ended
 done

@@ -92,7 +92,7 @@ def test_the_scripts_parse(path):
 def test_train_sh_names_what_it_misses(tmp_path):
     for more, words in (
         ({}, "name a recipe"),
-        ({"LAUNCHER": "no_ssh"}, "needs NODE_RANK"),
+        ({"LAUNCHER": "no_ssh"}, "NODE_RANK"),
         ({"LAUNCHER": "mpi"}, "choose one_node, pdsh"),
     ):
         done = subprocess.run(
