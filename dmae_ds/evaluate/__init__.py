@@ -1,1 +1,1 @@
-"""What a student is worth: its frozen features, a vote among neighbours, the pictures it reconstructs. On accelerate."""
+"""Evaluation of a trained student: frozen features (k-NN, probe), reconstructions, and the facts of a run."""

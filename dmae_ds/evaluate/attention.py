@@ -1,7 +1,8 @@
-"""Where CLS looks: the attention of a block from CLS to the patches, head by head, and the heads that look closest.
+"""Attention maps: how much each head of a block attends from CLS to every patch, and which heads to show.
 
-timm fuses attention into one operation that never shows its weights. Its other path, which computes them, is taken for
-the one block that is asked, so that whatever timm puts in (normalised queries, rotary angles) is in the maps too.
+timm fuses attention into one operation that does not return its weights. Its other path, which computes them,
+is used for the one block in question, so the maps include everything that timm does (normalised queries,
+rotary angles).
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from dmae_ds.models.vit import MaskedViT
 
 @contextmanager
 def attention_weights(attention: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that gets the weights [N, heads, T, T] of every pass through a timm attention module; each row sums to one."""
-    found: list[Tensor] = []
-    handle = attention.attn_drop.register_forward_hook(lambda module, inputs, output: found.append(inputs[0]))
+    """Collect the weights [N, heads, T, T] of every pass through a timm attention module in a list.
+
+    Each row of the weights sums to one.
+    """
+    weights: list[Tensor] = []
+    handle = attention.attn_drop.register_forward_hook(
+        lambda module, inputs, output: weights.append(inputs[0])
+    )
     fused, attention.fused_attn = attention.fused_attn, False
     try:
-        yield found
+        yield weights
     finally:
         attention.fused_attn = fused
         handle.remove()
@@ -30,23 +36,25 @@ def attention_weights(attention: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.inference_mode()
 def cls_attention(vit: MaskedViT, patches: Tensor, block: int) -> Tensor:
-    """[N, heads, L]: how CLS of block `block` (from 1) divides its attention over the patches; what CLS and registers get is left out.
+    """Attention [N, heads, L] from CLS to the patches in block `block` (counted from 1).
 
-    patches: all of every picture, [N, L, P, P, 3], normalised. Raises ValueError for a network without CLS.
+    patches: all patches of every image, [N, L, P, P, 3], normalised
+    Attention to CLS itself and to registers is left out. Raises ValueError for a network without CLS.
     """
     if vit.cls_token is None:
         raise ValueError("this network has no CLS token")
     ids = torch.arange(vit.num_patches, device=patches.device).expand(len(patches), -1)
-    with attention_weights(vit.blocks[block - 1].attn) as found:
+    with attention_weights(vit.blocks[block - 1].attn) as weights:
         vit(patches, ids)
-    return found[0][:, :, 0, vit.num_prefix :].float()
+    return weights[0][:, :, 0, vit.num_prefix :].float()
 
 
-def telling_heads(maps: Tensor, num: int) -> list[int]:
-    """The heads whose maps say most about the picture, best first: what they look at differs from picture to picture.
+def choose_heads(maps: Tensor, num: int) -> list[int]:
+    """Choose the `num` heads whose maps differ most from image to image, best first.
 
-    maps [N, heads, L] of at least two pictures. A head is rated by the Jensen-Shannon divergence of its N maps: a head that looks
-    everywhere, or always at the same place, has none.
+    maps: [N, heads, L] of at least two images
+    A head is rated by the Jensen-Shannon divergence of its N maps, which is zero for a head that attends
+    everywhere or always to the same place.
     """
     shares = maps.double() / maps.double().sum(dim=-1, keepdim=True).clamp(min=1e-12)
     divergence = _entropy(shares.mean(dim=0)) - _entropy(shares).mean(dim=0)  # [heads]

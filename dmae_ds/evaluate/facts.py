@@ -1,4 +1,4 @@
-"""What a person asks first about a run, in words: what it is, how far it came, whether its teacher is heard and its features live."""
+"""Facts of a run for a person: what it is, how far it has come, whether its features are healthy."""
 
 from __future__ import annotations
 
@@ -14,59 +14,48 @@ from dmae_ds.evaluate.results import METRICS, headline, headline_score
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.frozen import needed_depths
 
-DEAD_SHARE = 0.05  # of the gradient; below it a term is all but absent: the published code's has about 2%
-# Effective rank (train/health.py) of what an objective is judged by, below which a run that is two thirds through has collapsed.
-# Calibrated on the quickstart's digits, networks of width 64 and 128, 64 images a step. Mean of the patch tokens: five runs that learned (k-NN
-# 55% to 74%) ended at 4.3 to 8.7, after lows of 1.3 to 3.1 on their way, and were above 3 from two thirds on; two whose learning rate was
-# 50 times too high (k-NN 16% and 20%, ten classes) ended at 1.5 and 2.7. CLS: nine DINO runs that lost what random weights know (k-NN by CLS
-# 51% to 63%, not 73%) ended at 1.8 to 3.2, eight of them below 2.8; of five that did not (69% to 74%) four at 3.4 to 4.1, one at 2.7.
+DEAD_SHARE = (
+    0.05  # of the gradient; a term below it has almost no effect (in DMAE's published code: about 2%)
+)
+# Effective rank (train/collapse.py) of the features that an objective is judged by, below which a run that is
+# two thirds through has collapsed. Calibrated on the quickstart's digits, with networks of width 64 and 128
+# and 64 images a step. Mean of the patch tokens: five runs that learned (k-NN 55% to 74%) ended at 4.3 to
+# 8.7, after lows of 1.3 to 3.1, and were above 3 from two thirds on; two whose learning rate was 50 times too
+# high (k-NN 16% and 20%, ten classes) ended at 1.5 and 2.7. CLS: nine DINO runs that got worse than random
+# weights (k-NN by CLS 51% to 63% compared with 73%) ended at 1.8 to 3.2, eight of them below 2.8; of five
+# that did not (69% to 74%) four ended at 3.4 to 4.1, one at 2.7.
 DEAD_RANK = 3.0
 TOKENS = {"mean": "the mean of the patch tokens", "cls": "CLS"}
 JUDGED_FROM = 2 / 3  # of the epochs
-# Of an EMA teacher's targets (objectives/spread.py): the share of them that differs from picture to picture. On digits a MoCo-v3 that
-# learned (k-NN 78%) ended at .007, SdAE at .04 to .2; a DINO that fell to one distribution for all pictures was at .0002 after 6 epochs.
+# Share of an EMA teacher's targets that differs from image to image (objectives/spread.py). On digits a
+# MoCo-v3 that learned (k-NN 78%) ended at .007, SdAE at .04 to .2; a DINO whose targets became one
+# distribution for all images was at .0002 after 6 epochs.
 DEAD_SPREAD = 1e-3
 
 
 class Fact(NamedTuple):
-    """An answer, and the small print under it."""
+    """An answer, and a note to print below it."""
 
     text: str
     note: str = ""
 
 
 def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | None) -> dict[str, Fact]:
-    """The answers by question, the weightiest first; `objective` and `shape` as the trainer builds them from the recipe."""
+    """The facts of a run by question, the most important first.
+
+    objective, shape: as the trainer builds them from the recipe
+    """
     config, last = record.config, record.rows[-1]
-    num_parameters = sum(parameter.numel() for parameter in objective.student.parameters())
+    epochs = f"{last['epoch']:.3g} of {config.optim.epochs:g} epochs"
     return {
         "k-NN top-1": _knn(record),
         **_other_results(record),
         **{f"{name} at the end": _loss(record, name, objective) for name in record.losses},
-        **{
-            f"share of distillation, block {block_of(name)}": _share(record.last_tenth(name))
-            for name in record.named("share/")
-        },
-        **(
-            {f"effective rank of {TOKENS[config.objective.judged_by]}": _rank(rank_of(record))}
-            if record.named("rank/")
-            else {}
-        ),
-        **(
-            {"spread of the targets": _spread(record.last_tenth("target/spread"))}
-            if record.named("target/")
-            else {}
-        ),
+        **_health(record),
         "objective": Fact(config.objective.name, objective.describe()),
-        "student": Fact(
-            config.student.name,
-            _joined(f"{num_parameters / 1e6:.3g} M parameters", _overrides(config.student)),
-        ),
+        "student": _student(record, objective),
         "teacher": _teacher(record, objective, shape),
-        "steps": Fact(
-            f"{last['step']:,}",
-            f"{last['epoch']:.3g} of {config.optim.epochs:g} epochs, {config.optim.global_batch:,} images a step",
-        ),
+        "steps": Fact(f"{last['step']:,}", f"{epochs}, {config.optim.global_batch:,} images a step"),
         "images/s, median": Fact(f"{median(record.column('images_per_s')):,.0f}", _time_split(record)),
         "DeepSpeed, precision": Fact(f"{config.deepspeed}, {config.precision}"),
         "seed": Fact(str(config.run.seed)),
@@ -74,7 +63,10 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
 
 
 def find_dead_terms(record: RunRecord, name: str) -> list[str]:
-    """A sentence for every distilled block whose share of the gradient has died; `name` is what the reader calls the run."""
+    """A sentence for every distilled block whose share of the gradient is nearly zero.
+
+    name: the run's name
+    """
     distillation, section = record.config.objective.distillation, record.config.objective.distillation_key
     advice = f"raise {section}.alpha"
     if distillation is not None and distillation.normalize != "none":
@@ -84,41 +76,51 @@ def find_dead_terms(record: RunRecord, name: str) -> list[str]:
         share = record.last_tenth(column)
         if share < DEAD_SHARE:
             sentences.append(
-                f"{name}: at student block {block_of(column)} only {share:.1%} of the gradient comes from distillation (mean of the last tenth "
-                f"of the run; below {DEAD_SHARE:.0%} counts as dead). The student hardly hears its teacher: {advice}."
+                f"{name}: at student block {block_of(column)} only {share:.1%} of the gradient comes from "
+                f"distillation (mean of the last tenth of the run; below {DEAD_SHARE:.0%} counts as dead). "
+                f"The student learns almost nothing from its teacher there: {advice}."
             )
     return sentences
 
 
 def find_collapses(record: RunRecord, name: str) -> list[str]:
-    """A sentence where a run's features have collapsed, and where its EMA teacher's targets have; `name` is what the reader calls the run."""
-    if (
-        record.rows[-1]["epoch"] < JUDGED_FROM * record.config.optim.epochs
-    ):  # a healthy run passes low ranks on its way
+    """A sentence if a run's features have collapsed, and one if its EMA teacher's targets have.
+
+    name: the run's name
+    """
+    # A healthy run has low ranks earlier in training.
+    if record.rows[-1]["epoch"] < JUDGED_FROM * record.config.optim.epochs:
         return []
-    found = []
-    if record.last_tenth("target/spread") < DEAD_SPREAD:
-        found.append(
-            f"{name}: of what the student is to predict only {record.last_tenth('target/spread'):.2%} differs from picture to picture (mean of the last "
-            f"tenth of the run; below {DEAD_SPREAD:.1%} counts as collapsed). Its EMA teacher says the same of all of them: lower optim.base_lr, lengthen "
-            "optim.warmup_epochs, or move the EMA teacher more slowly with objective.momentum."
+    sentences = []
+    spread, rank = record.last_tenth("target/spread"), rank_of(record)
+    if spread < DEAD_SPREAD:
+        sentences.append(
+            f"{name}: of the targets that the student predicts only {spread:.2%} differs from image to image "
+            f"(mean of the last tenth of the run; below {DEAD_SPREAD:.1%} counts as collapsed). "
+            "Its EMA teacher gives all images the same target: lower optim.base_lr, lengthen "
+            "optim.warmup_epochs, or raise objective.momentum, so that the EMA teacher changes more slowly."
         )
-    if not rank_of(record) < DEAD_RANK:
-        return found
-    return found + [
-        f"{name}: the student's features spread over {rank_of(record):.1f} directions only (effective rank of {TOKENS[record.config.objective.judged_by]}, "
-        f"mean of the last tenth of its measurements; below {DEAD_RANK:g} counts as collapsed). All pictures look alike to it, whatever the loss says: "
-        "lower optim.base_lr, lengthen optim.warmup_epochs, or set optim.clip_grad."
-    ]
+    if rank < DEAD_RANK:
+        tokens = TOKENS[record.config.objective.judged_by]
+        sentences.append(
+            f"{name}: the student's features spread over {rank:.1f} directions only (effective rank of "
+            f"{tokens}, mean of the last tenth of its measurements; below {DEAD_RANK:g} counts as collapsed"
+            "). All images look alike to the student, whatever the loss is: lower optim.base_lr, lengthen "
+            "optim.warmup_epochs, or set optim.clip_grad."
+        )
+    return sentences
 
 
 def rank_of(record: RunRecord) -> float:
-    """Effective rank of what the run's objective is judged by, mean over the last tenth of training; NaN where it was not watched."""
+    """Effective rank of the features that the run's objective is judged by.
+
+    It is the mean over the last tenth of training, NaN if it was not measured.
+    """
     return record.last_tenth(f"rank/{record.config.objective.judged_by}")
 
 
 def block_of(column: str) -> str:
-    """ "share/9" -> "9"."""
+    """The block's number in a column's name: "9" for "share/9"."""
     return column.partition("/")[2]
 
 
@@ -126,15 +128,13 @@ def _knn(record: RunRecord) -> Fact:
     knn, step = record.knn, record.rows[-1]["step"]
     if knn is None:
         return Fact("not measured", f"dmae-ds eval knn {record.path}")
-    stale = (
-        f"measured at step {knn['step']:,}, before the last"
-        if knn["step"] < step
-        else f"step {knn['step']:,}"
-    )
+    measured_at = f"step {knn['step']:,}"
+    if knn["step"] < step:
+        measured_at = f"measured at {measured_at}, before the last"
     return Fact(
         headline_score("knn").format(headline(knn)),
         f"k {knn['settings']['k']}, T {knn['settings']['temperature']:g}, {knn['settings']['pool']} pool; "
-        f"{knn['num_train']:,} train, {knn['num_val']:,} val; {stale}",
+        f"{knn['num_train']:,} train, {knn['num_val']:,} val; {measured_at}",
     )
 
 
@@ -142,53 +142,61 @@ def _other_results(record: RunRecord) -> dict[str, Fact]:
     """The newest result of every other metric and share of the labels."""
     facts = {}
     for result in record.results:
-        if result is not record.knn and (result["metric"], result["labels"]) != ("knn", "all"):
+        if (result["metric"], result["labels"]) != ("knn", "all"):
             labels = "" if result["labels"] == "all" else f", {result['labels']} of the labels"
-            settings = ", ".join(
-                f"{key} {value}" for key, value in result["settings"].items() if value is not None
-            )
-            note = _joined(
-                settings if len(settings) < 90 else settings[:90] + " ...", f"step {result['step']:,}"
-            )
+            items = result["settings"].items()
+            settings = ", ".join(f"{key} {value}" for key, value in items if value is not None)
+            if len(settings) >= 90:
+                settings = settings[:90] + " ..."
+            note = _joined(settings, f"step {result['step']:,}")
             score = headline_score(result["metric"])
             question = f"{METRICS[result['metric']].title} {score.title}{labels}"
             facts[question] = Fact(score.format(headline(result)), note)
     return facts
 
 
-def _rank(rank: float) -> Fact:
-    return Fact("not finite" if math.isnan(rank) else f"{rank:.1f}", "collapsed" if rank < DEAD_RANK else "")
+def _health(record: RunRecord) -> dict[str, Fact]:
+    """Shares of the gradient, effective rank and spread of the targets, as far as they were measured."""
+    facts = {}
+    for column in record.named("share/"):
+        share = record.last_tenth(column)
+        note = "dead term" if share < DEAD_SHARE else ""
+        facts[f"share of distillation, block {block_of(column)}"] = Fact(_percent(share, 1), note)
+    if record.named("rank/"):
+        rank = rank_of(record)
+        text = "not finite" if math.isnan(rank) else f"{rank:.1f}"
+        tokens = TOKENS[record.config.objective.judged_by]
+        facts[f"effective rank of {tokens}"] = Fact(text, "collapsed" if rank < DEAD_RANK else "")
+    if record.named("target/"):
+        spread = record.last_tenth("target/spread")
+        note = "collapsed" if spread < DEAD_SPREAD else ""
+        facts["spread of the targets"] = Fact(_percent(spread, 2), note)
+    return facts
 
 
-def _spread(spread: float) -> Fact:
-    return Fact(
-        "not finite" if math.isnan(spread) else f"{spread:.2%}", "collapsed" if spread < DEAD_SPREAD else ""
-    )
+def _percent(share: float, digits: int) -> str:
+    return "not finite" if math.isnan(share) else f"{share:.{digits}%}"
 
 
 def _time_split(record: RunRecord) -> str:
     seconds = record.seconds()
     total = sum(seconds.values())
-    return (
-        f"{total:.2g} s a step: "
-        + ", ".join(f"{part} {value / total:.0%}" for part, value in seconds.items())
-        if total
-        else ""
-    )
+    if not total:
+        return ""
+    shares = ", ".join(f"{part} {value / total:.0%}" for part, value in seconds.items())
+    return f"{total:.2g} s a step: {shares}"
 
 
 def _loss(record: RunRecord, name: str, objective: nn.Module) -> Fact:
-    other_units = name == "pixel" and objective.norm_pix
-    return Fact(
-        f"{record.last_tenth(name):.4f}",
-        "of normalised patches; not comparable with raw pixels" if other_units else "",
-    )
+    normalised = name == "pixel" and objective.norm_pix
+    note = "of normalised patches; not comparable with raw pixels" if normalised else ""
+    return Fact(f"{record.last_tenth(name):.4f}", note)
 
 
-def _share(share: float) -> Fact:
-    return Fact(
-        "not finite" if math.isnan(share) else f"{share:.1%}", "dead term" if share < DEAD_SHARE else ""
-    )
+def _student(record: RunRecord, objective: nn.Module) -> Fact:
+    student = record.config.student
+    num_parameters = sum(parameter.numel() for parameter in objective.student.parameters())
+    return Fact(student.name, _joined(f"{num_parameters / 1e6:.3g} M parameters", _overrides(student)))
 
 
 def _teacher(record: RunRecord, objective: nn.Module, shape: TeacherShape | None) -> Fact:
@@ -196,15 +204,13 @@ def _teacher(record: RunRecord, objective: nn.Module, shape: TeacherShape | None
     if teacher is None:
         return Fact("none")
     blocks, _ = needed_depths(objective.taps, shape.depth)
-    return Fact(
-        teacher.name,
-        _joined(f"cut after block {blocks} of {shape.depth}", teacher.dtype, _overrides(teacher)),
-    )
+    cut = f"cut after block {blocks} of {shape.depth}"
+    return Fact(teacher.name, _joined(cut, teacher.dtype, _overrides(teacher)))
 
 
 def _overrides(model: ModelConfig) -> str:
     return ", ".join(f"{key} {value:g}" for key, value in model.overrides().items())
 
 
-def _joined(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
+def _joined(*texts: str) -> str:
+    return "; ".join(text for text in texts if text)

@@ -26,7 +26,7 @@ from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subs
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """Features [n, D] float32 and classes [n] int64 of the labelled training images and the validation images."""
+    """Features [n, D] float32 and classes [n] int64 of labelled training images and validation images."""
 
     train: Tensor
     train_labels: Tensor

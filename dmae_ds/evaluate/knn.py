@@ -2,7 +2,8 @@
 
     dmae-ds eval knn RUN [--k 1 10 20 100] [--labels 10%]
 
-The defaults of k and T are DINO's. The student is not tuned: the number measures its features as they are, in one pass over the images.
+The defaults of k and T are DINO's. The student is not tuned: the number measures its features as they are, in
+one pass over the images.
 """
 
 from __future__ import annotations

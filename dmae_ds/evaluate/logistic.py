@@ -1,9 +1,10 @@
-"""Multinomial logistic regression on standardised features: what scikit-learn's LogisticRegression fits, for features that
-lie on a GPU or in several processes.
+"""Multinomial logistic regression on standardised features, also on a GPU and in several processes.
 
-Minimises mean cross-entropy + l2 / 2 * |W|^2 by L-BFGS with strong Wolfe steps; the bias is free. (scikit-learn's C is
-1 / (l2 * n).) Features are standardised a block at a time and never copied whole. L-BFGS and the sums over blocks are
-float64; a block's products are too, unless there are so many that float32 is worth its last digits.
+It fits what scikit-learn's LogisticRegression fits: mean cross-entropy + l2 / 2 * |W|^2 is minimised by
+L-BFGS with strong Wolfe steps, the bias is not regularised. (scikit-learn's C is 1 / (l2 * n).) Features are
+standardised one block at a time and never copied as a whole. L-BFGS and the sums over blocks are float64; the
+products of a block are float64 too, unless there are so many that the speed of float32 is worth its last
+digits.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from torch.nn import functional
 
 from dmae_ds.errors import UserError
 
-BLOCK = 16_384  # rows at a time: D = 768 and 1,000 classes take 200 MB
-MANY_PRODUCTS = 2**32  # of a pass: a second of a CPU core in float64
+BLOCK = 16_384  # rows at a time; with D = 768 and 1,000 classes they take 200 MB
+MANY_PRODUCTS = 2**32  # of one pass; in float64 they take a CPU core a second
 
 
 class Alone:
-    """Where there is one process: nothing to sum."""
+    """A single process, as `fit_probe` sees processes."""
 
     num_processes, process_index = 1, 0
 
     def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, which is the tensor itself."""
         return tensor
+
+
+ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,14 @@ class Probe:
     bias: Tensor
     mean: Tensor
     std: Tensor
-    gradient: float  # its largest entry where the fit stopped
+    gradient: float  # largest entry of the gradient where the fit stopped
     iterations: int
-    converged: bool  # stopped by itself
+    converged: bool  # stopped before max_iterations
 
     def scores(self, features: Tensor) -> Tensor:
-        """[n, D] float32 -> [n, C] float32, higher is likelier."""
-        return _scores(
-            _standardise(features, self.mean, self.std, dtype=torch.float32), self.weight, self.bias
-        )
+        """Scores [n, C] float32 of features [n, D] float32; a higher score is a likelier class."""
+        rows = _standardise(features, self.mean, self.std, dtype=torch.float32)
+        return _scores(rows, self.weight, self.bias)
 
 
 def fit_probe(
@@ -56,12 +60,13 @@ def fit_probe(
     num_classes: int,
     max_iterations: int = 500,
     start: Probe | None = None,
-    processes=Alone(),
+    processes=ALONE,
 ) -> Probe:
-    """Fit to features [n, D] float32 and labels [n] int64. Collective: each process holds all rows and works on its share.
+    """Fit features [n, D] float32 and labels [n] int64.
 
-    start: begin with its weights (a neighbouring l2's, say)
-    Raises UserError for features that aren't finite.
+    start: a probe to start from, such as that of a similar l2
+    Collective: each process holds all rows and works on its share. Raises UserError for features that are not
+    finite.
     """
     mean, std = _statistics(features)
     mine = slice(processes.process_index, None, processes.num_processes)
@@ -69,15 +74,9 @@ def fit_probe(
     # [C, D + 1]: weights, and the bias in the last column
     parameters = torch.zeros(num_classes, features.shape[1] + 1, dtype=torch.float64, device=features.device)
     if start is not None:
-        parameters.copy_(
-            torch.cat(
-                [
-                    start.weight * (std / start.std),
-                    (start.bias + start.weight @ ((mean - start.mean) / start.std))[:, None],
-                ],
-                dim=1,
-            )
-        )
+        weight = start.weight * (std / start.std)
+        bias = start.bias + start.weight @ ((mean - start.mean) / start.std)
+        parameters.copy_(torch.cat([weight, bias[:, None]], dim=1))
     parameters.requires_grad_()
     dtype = torch.float64 if num * parameters.numel() < MANY_PRODUCTS else torch.float32
     optimizer = torch.optim.LBFGS(
@@ -93,9 +92,8 @@ def fit_probe(
 
     def closure() -> Tensor:
         weight, bias = parameters.detach()[:, :-1], parameters.detach()[:, -1]
-        total = torch.zeros(
-            1 + parameters.numel(), dtype=torch.float64, device=parameters.device
-        )  # the loss, then its gradient
+        # The loss, then its gradient.
+        total = torch.zeros(1 + parameters.numel(), dtype=torch.float64, device=parameters.device)
         for rows, classes in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
             rows = _standardise(rows, mean, std, dtype=dtype)
             logs = _scores(rows, weight, bias).log_softmax(dim=1)
@@ -111,10 +109,9 @@ def fit_probe(
     optimizer.step(closure)
     closure()
     weight, bias = parameters.detach()[:, :-1].clone(), parameters.detach()[:, -1].clone()
+    largest = parameters.grad.abs().max().item()
     iterations = optimizer.state[parameters]["n_iter"]
-    return Probe(
-        weight, bias, mean, std, parameters.grad.abs().max().item(), iterations, iterations < max_iterations
-    )
+    return Probe(weight, bias, mean, std, largest, iterations, iterations < max_iterations)
 
 
 def _scores(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -126,14 +123,11 @@ def _standardise(rows: Tensor, mean: Tensor, std: Tensor, *, dtype: torch.dtype)
 
 
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population deviation [D] float64; 1 where a feature is constant."""
-    mean = sum(rows.double().sum(dim=0) for rows in features.split(BLOCK)) / len(features)
-    variance = sum((rows.double() - mean).square().sum(dim=0) for rows in features.split(BLOCK)) / len(
-        features
-    )
+    """Mean and population standard deviation [D] float64; a constant feature has 1."""
+    blocks, num = features.split(BLOCK), len(features)
+    mean = sum(rows.double().sum(dim=0) for rows in blocks) / num
+    variance = sum((rows.double() - mean).square().sum(dim=0) for rows in blocks) / num
     if not variance.isfinite().all():
-        raise UserError(
-            "the student's features are not finite, so nothing can be learnt from them; was its training broken?"
-        )
+        raise UserError("the student's features are not finite; check its training with `dmae-ds report`")
     std = variance.sqrt()
     return mean, std.where(std > 1e-6 * mean.abs().clamp_min(1e-12), 1.0)

@@ -1,9 +1,10 @@
-"""Each query's k most similar training rows by cosine, exactly, in blocks that never build an N x N matrix.
+"""The k training rows most similar to each query by cosine, exactly, in blocks, without an N x N matrix.
 
-Two passes. Cosines of all pairs in float32, of which a running top-(k + MARGIN) is kept; then those few once more in
-float64, summed in a fixed order, which decides. Every matrix product has the same shape and place whatever the blocks
-(TILE, the edges filled with zeros), a cosine and its row make one whole number that never ties, and so the answer is the
-same to the last bit for any blocks: the highest cosine first, of equal ones the lowest row.
+There are two passes. The first computes the cosines of all pairs in float32 and keeps a running top-(k +
+MARGIN). The second computes those few again in float64, summed in a fixed order, and decides. Every matrix
+product has the same shape and place for any blocks (TILE, with the edges filled with zeros), and a cosine and
+its row make one integer without ties. So the answer is the same to the last bit for any blocks: the highest
+cosine first, and the lowest row first among equal cosines.
 """
 
 from __future__ import annotations
@@ -18,26 +19,26 @@ from torch.nn import functional
 from dmae_ds.errors import UserError
 from dmae_ds.output.units import GIB
 
-# Candidates beyond k. Rounding in float32 is about 1e-6 of a cosine; only where more rows than these lie so near the k-th
-# (a collapsed student) does it take part in the choice.
+# Candidates beyond k. Rounding in float32 is about 1e-6 of a cosine; it affects the choice only if more rows
+# than these are that close to the k-th, as with a collapsed student.
 MARGIN = 32
 _ID_BITS = 32
 _LOWEST = torch.iinfo(torch.int64).min
 
 
 class Blocks(NamedTuple):
-    """Queries and training rows that are compared before the best are picked; whole tiles."""
+    """Numbers of queries and training rows that are compared at a time; multiples of TILE."""
 
     queries: int
     train: int
 
 
-TILE = Blocks(256, 4096)  # of one matrix product
-_WIDEST = 16 * TILE.train  # training rows: beyond, picking gets no faster
+TILE = Blocks(256, 4096)  # the size of one matrix product
+_WIDEST = 16 * TILE.train  # training rows; picking from more is not faster
 
 
 def extra_bytes(blocks: Blocks, *, num_train: int, dim: int, k: int, num_classes: int = 0) -> int:
-    """Bytes that a search by `nearest` and a vote need at their peak, beyond the features and the answers."""
+    """Peak memory in bytes of a search and a vote, in addition to the features and the answers."""
     candidates = min(k + MARGIN, num_train)
     norms = num_train * (8 + 4)
     squares = TILE.train * dim * 8
@@ -52,14 +53,17 @@ def extra_bytes(blocks: Blocks, *, num_train: int, dim: int, k: int, num_classes
 def choose_blocks(
     *, num_queries: int, num_train: int, dim: int, k: int, num_classes: int, memory_gib: float
 ) -> Blocks:
-    """The largest blocks whose `extra_bytes` stay within memory_gib. Raises UserError where the smallest don't."""
+    """Choose the largest blocks whose `extra_bytes` stay within memory_gib.
+
+    Raises UserError if the smallest blocks need more.
+    """
     sizes = {"num_train": num_train, "dim": dim, "k": k, "num_classes": num_classes}
     wanted = Blocks(
         _round_up(max(1, num_queries), TILE.queries), min(_WIDEST, _round_up(num_train, TILE.train))
     )
     train = wanted.train
     while True:
-        # Bytes grow linearly with the queries of a block.
+        # Memory grows linearly with the queries of a block.
         least = extra_bytes(Blocks(TILE.queries, train), **sizes)
         each = extra_bytes(Blocks(2 * TILE.queries, train), **sizes) - least
         tiles = (
@@ -71,16 +75,17 @@ def choose_blocks(
             return Blocks(min(wanted.queries, tiles * TILE.queries), train)
         if train == TILE.train:
             raise UserError(
-                f"--memory-gib {memory_gib:g}: {num_train:,} training rows of width {dim} need at least {least / GIB:.2f} GiB beside the features; give that"
+                f"--memory-gib {memory_gib:g}: a search in {num_train:,} training rows of width {dim} "
+                f"requires at least {least / GIB:.2f} GiB in addition to the features; raise it to that"
             )
         train = max(TILE.train, _round_up(train // 2, TILE.train))
 
 
 def nearest(train: Tensor, queries: Tensor, *, k: int, blocks: Blocks) -> Iterator[tuple[Tensor, Tensor]]:
-    """The neighbours of TILE.queries queries at a time, in order.
+    """Find the neighbours of TILE.queries queries at a time, in order.
 
-    train [N, D], queries [M, D]: float32, finite, on one device; k <= N; blocks: whole tiles
-    Yields cosines [m, k] float64, falling, and training rows [m, k] int64.
+    train [N, D], queries [M, D]: float32, finite, on one device; k <= N; blocks: multiples of TILE
+    Yields cosines [m, k] float64, the highest first, and training rows [m, k] int64.
     """
     assert train.dtype == queries.dtype == torch.float32 and 1 <= k <= len(train) < 2**_ID_BITS
     assert blocks.queries % TILE.queries == 0 == blocks.train % TILE.train
@@ -94,9 +99,9 @@ def nearest(train: Tensor, queries: Tensor, *, k: int, blocks: Blocks) -> Iterat
 
 
 def _candidates(train: Tensor, scale: Tensor, queries: Tensor, *, num: int, rows: int) -> Tensor:
-    """The rows [B, num] of the highest cosines in float32, in no order."""
+    """The rows [B, num] of the highest cosines in float32, unordered."""
     width = min(rows, _round_up(len(train), TILE.train))
-    # A running choice of the best, and behind it the keys of a block of training rows.
+    # The keys of the best so far, followed by the keys of a block of training rows.
     keys = torch.full((len(queries), num + width), _LOWEST, dtype=torch.int64, device=train.device)
     for start in range(0, len(train), rows):
         stop = min(start + rows, len(train))
@@ -105,7 +110,7 @@ def _candidates(train: Tensor, scale: Tensor, queries: Tensor, *, num: int, rows
             tile, factors = _fill(train[part], TILE.train), scale[part]
             for place in range(0, len(queries), TILE.queries):
                 some = queries[place : place + TILE.queries]
-                # A query's own length changes nothing in its order, so it stays as it is.
+                # The length of a query does not change the order of its rows, so it is not divided by.
                 similar = (_fill(some, TILE.queries) @ tile.T)[: len(some), : len(factors)].mul_(factors)
                 column = num + first - start
                 _pack(similar, first, out=keys[place : place + len(some), column : column + len(factors)])
@@ -114,12 +119,12 @@ def _candidates(train: Tensor, scale: Tensor, queries: Tensor, *, num: int, rows
 
 
 def _decide(train: Tensor, norms: Tensor, queries: Tensor, rows: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of the candidates by cosine in float64; of equal ones the lowest rows."""
+    """The k best candidates by cosine in float64; among equal cosines the lowest rows."""
     rows = rows.sort(dim=1).values  # [m, candidates]
     exact = queries.double()
     cosines = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
     for place in range(rows.shape[1]):
-        # Products of float32 are exact in float64.
+        # A product of two float32 numbers is exact in float64.
         cosines[:, place] = _sum_in_order(train[rows[:, place]].double().mul_(exact)) / norms[rows[:, place]]
     cosines /= _norms(queries)[:, None]
     cosines, order = cosines.sort(dim=1, descending=True, stable=True)
@@ -127,9 +132,10 @@ def _decide(train: Tensor, norms: Tensor, queries: Tensor, rows: Tensor, *, k: i
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """[n, D] -> lengths [n] float64; a row of zeros is as unlike as can be, not undefined."""
+    """Lengths [n] float64 of rows [n, D]; a row of zeros gets a small length, and so cosines of 0."""
     norms = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    # One piece of memory for all: small results between large pieces that come and go would keep a C library from reusing them.
+    # One buffer for all: small results between large temporary buffers would keep the allocator from reusing
+    # those.
     piece = torch.empty(min(TILE.train, len(rows)), rows.shape[1], dtype=torch.float64, device=rows.device)
     for some, out in zip(rows.split(TILE.train), norms.split(TILE.train), strict=True):
         out.copy_(_sum_in_order(piece[: len(some)].copy_(some).square_()))
@@ -137,7 +143,10 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def _sum_in_order(terms: Tensor) -> Tensor:
-    """[n, D] -> [n], in halves: an order that no device, thread or shape changes. Uses `terms` up and lies in it."""
+    """Sum terms [n, D] to [n] by halves: an order that is the same for any device, threads and shape.
+
+    Overwrites `terms` and returns a view of it.
+    """
     width = terms.shape[1]
     while width > 1:
         half = (width + 1) // 2
@@ -147,16 +156,19 @@ def _sum_in_order(terms: Tensor) -> Tensor:
 
 
 def _pack(similar: Tensor, first: int, *, out: Tensor) -> None:
-    """[b, n] float32 of training rows first, first + 1, ... -> into `out` int64 keys that sort like (similar, -row)."""
+    """Write int64 keys into `out` that sort like (similar, -row).
+
+    similar: [b, n] float32, of the training rows first, first + 1, ...
+    """
     bits = similar.view(torch.int32)
-    bits = (
-        (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
-    )  # as whole numbers, floats below 0 rise where they should fall
+    # Read as integers, negative floats sort in reverse; this puts them in order.
+    bits = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     places = torch.arange(first, first + similar.shape[1], device=similar.device)
     out.copy_(bits).bitwise_left_shift_(_ID_BITS).add_((1 << _ID_BITS) - 1 - places)
 
 
 def _unpack(keys: Tensor) -> Tensor:
+    """The training rows of keys."""
     return (1 << _ID_BITS) - 1 - (keys & ((1 << _ID_BITS) - 1))
 
 

@@ -1,4 +1,4 @@
-"""Patch features as colours: the first three principal components over all shown pictures, as red, green and blue."""
+"""Patch features as colours: their first three principal components as red, green and blue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NUM_COLOURS = 3
 
 
 def principal_components(features: Tensor, num: int) -> Tensor:
-    """[M, D] -> scores [M, num] float64 of the rows on the first components, the widest first; zeros beyond the rank."""
+    """Scores [M, num] float64 of rows [M, D] on the first components, widest first; zeros beyond the rank."""
     features = features.double()
     centred = features - features.mean(dim=0)
     left, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -18,10 +18,11 @@ def principal_components(features: Tensor, num: int) -> Tensor:
 
 
 def pca_colours(features: Tensor, brightness: Tensor) -> Tensor:
-    """[N, L, 3] uint8: each patch's colour; fitted over all N pictures, so that a colour means the same in each.
+    """Each patch's colour [N, L, 3] uint8, fitted over all N images, so that a colour means the same in each.
 
-    features [N, L, D]; brightness [N, L]: of the patches. A component's sign means nothing, so each is turned to grow with
-    brightness: then the colours of two networks can be compared. Each runs from its 2nd to its 98th percentile.
+    features: [N, L, D]; brightness: [N, L], of the patches
+    A component's sign is arbitrary, so each is given the sign with which it grows with brightness: then the
+    colours of two networks can be compared. The range of a colour is from its 2nd to its 98th percentile.
     """
     scores = principal_components(features.flatten(0, 1), NUM_COLOURS)  # [N * L, 3]
     light = brightness.flatten().double()

@@ -20,7 +20,7 @@ from torch import Tensor
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import Processes
 from dmae_ds.evaluate.frozen import open_frozen, settings_of
-from dmae_ds.evaluate.logistic import BLOCK, Alone, Probe, fit_probe
+from dmae_ds.evaluate.logistic import ALONE, BLOCK, Alone, Probe, fit_probe
 from dmae_ds.evaluate.results import append_result, make_result
 
 GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)  # strongest first: each fit starts from the one before
@@ -97,7 +97,7 @@ def choose_l2(
     *,
     num_classes: int,
     max_iterations: int,
-    processes: Processes | Alone = Alone(),
+    processes: Processes | Alone = ALONE,
 ) -> tuple[float, Probe]:
     """Choose the l2 of GRID with the highest top-1 on a held-out tenth. Collective.
 

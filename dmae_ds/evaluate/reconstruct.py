@@ -1,4 +1,4 @@
-"""Pictures as the decoder reconstructs them: original, what the student saw of it, and both put together (as MAE, Fig. 2)."""
+"""Images with masked patches, and as the decoder reconstructs them (as in MAE, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -14,31 +14,24 @@ from dmae_ds.data.transforms import MASK_STREAM, eval_view, sample_rng
 from dmae_ds.models.masking import gather_patches
 from dmae_ds.models.patches import Normalize, patchify, unpatchify
 
-GREY = 128  # a masked patch: seen on a light and on a dark page
+GREY = 128  # a masked patch; visible on a light and on a dark page
 
 
 def choose_pictures(
     shard_set: ShardSet, *, num: int, seed: int, img_size: int, num_patches: int, crop_pct: float
 ) -> tuple[Tensor, Tensor]:
-    """`num` pictures (or all, if there are fewer) and the noise of their masks, keyed by the seed: the same for every run.
+    """Choose `num` images (or all, if there are fewer) and the noise of their masks, keyed by the seed.
 
-    Returns images [N, 3, H, W] uint8 and noise [N, L] float32.
+    Returns images [N, 3, H, W] uint8 and noise [N, L] float32, the same for every run.
     """
     reader = SampleReader(shard_set)
     chosen = np.random.default_rng(seed).permutation(shard_set.num_samples)[:num].tolist()
-    images = np.stack(
-        [
-            eval_view(decode(reader.read(sample_id)), img_size=img_size, crop_pct=crop_pct)
-            for sample_id in chosen
-        ]
-    )
-    noise = np.stack(
-        [
-            sample_rng(seed, 0, sample_id, MASK_STREAM).random(num_patches, dtype=np.float32)
-            for sample_id in chosen
-        ]
-    )
-    return torch.from_numpy(images), torch.from_numpy(noise)
+    images, noise = [], []
+    for sample_id in chosen:
+        images.append(eval_view(decode(reader.read(sample_id)), img_size=img_size, crop_pct=crop_pct))
+        rng = sample_rng(seed, 0, sample_id, MASK_STREAM)
+        noise.append(rng.random(num_patches, dtype=np.float32))
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(noise))
 
 
 @torch.inference_mode()
@@ -50,11 +43,13 @@ def reconstruct(
     *,
     num_visible: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask pictures and let an objective with a pixel decoder fill them in.
+    """Mask images and let an objective with a pixel decoder reconstruct the masked patches.
 
-    images [N, 3, H, W] uint8, noise [N, L]
-    num_visible: patches that stay (default: as in training). The same noise nests its masks: what fewer show, more show too.
-    Returns masked and reconstructed, [N, 3, H, W] uint8; in both, visible patches are the original's, bit for bit.
+    images: [N, 3, H, W] uint8; noise: [N, L]
+    num_visible: number of patches that stay (default: as in training). For the same noise, a larger number of
+    visible patches includes those of a smaller one.
+    Returns masked and reconstructed images, [N, 3, H, W] uint8; visible patches are the original's, bit for
+    bit.
     """
     batch = objective.prepare(Batch(images, noise), normalize, num_visible=num_visible)
     latent, _ = objective.student(batch.visible, batch.ids_keep)
@@ -68,7 +63,7 @@ def reconstruct(
 
 
 def _with_patches(patches: Tensor, ids: Tensor, new: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches [N, L, ...] with those named by ids [N, M] replaced by new [N, M, ...], as pictures [N, 3, H, W]."""
+    """Images [N, 3, H, W] of patches [N, L, ...], of which those with ids [N, M] become new [N, M, ...]."""
     patches = patches.clone()
     patches[torch.arange(len(ids), device=ids.device)[:, None], ids] = new
     return unpatchify(patches, grid)

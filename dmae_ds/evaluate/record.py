@@ -1,4 +1,4 @@
-"""What a run has left on disk about itself: its recipe, a line of metrics a step, what evaluations found (no torch)."""
+"""The record of a run on disk: its recipe, one line of metrics per step, its results (no torch)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import read_results
 
 _NOT_LOSSES = ("step", "epoch", "lr", "images_per_s")
-_NOT_LOSSES_EITHER = ("share/", "seconds/", "rank/", "norm/", "knn/", "target/")
-TIMES = ("data", "teacher", "rest")  # train/clock.py
+_NOT_LOSS_PREFIXES = ("share/", "seconds/", "rank/", "norm/", "knn/", "target/")
+TIMES = ("data", "teacher", "rest")  # parts of a step's time, seconds/<part> in metrics.jsonl
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run. `rows` are the finished steps in order, as `train/metrics.py` wrote them; `results` as `evaluate/results.py` reads them."""
+    """One run.
+
+    rows: the finished steps in order, as train/metrics.py writes them; results: as evaluate/results.py reads
+    them
+    """
 
     path: Path
     config: RunConfig
@@ -29,58 +33,61 @@ class RunRecord:
 
     @property
     def knn(self) -> dict | None:
-        """The newest k-NN with all labels; None before `dmae-ds eval knn`."""
-        return next(
-            (
-                result
-                for result in reversed(self.results)
-                if result["metric"] == "knn" and result["labels"] == "all"
-            ),
-            None,
-        )
+        """The newest k-NN result with all labels; None before `dmae-ds eval knn`."""
+        for result in reversed(self.results):
+            if result["metric"] == "knn" and result["labels"] == "all":
+                return result
+        return None
 
     @property
     def losses(self) -> list[str]:
-        """`loss`, then its named parts."""
+        """Names of the losses: `loss`, then its named parts."""
         return [
             name
             for name in self.rows[0]
-            if name not in _NOT_LOSSES and not name.startswith(_NOT_LOSSES_EITHER)
+            if name not in _NOT_LOSSES and not name.startswith(_NOT_LOSS_PREFIXES)
         ]
 
     def named(self, prefix: str) -> list[str]:
-        """Columns that any step has, such as those of `share/`: how much of the gradient at a student block comes from distillation."""
+        """Columns that start with a prefix, such as `share/`, and that at least one step has."""
         return sorted({name for row in self.rows for name in row if name.startswith(prefix)}, key=_by_number)
 
     def column(self, name: str) -> list[float]:
-        """A column's values, of the steps that have it."""
+        """A column's values, from the steps that have it."""
         return [row[name] for row in self.rows if name in row]
 
     def epochs(self, name: str) -> list[float]:
-        """Where those steps ended."""
+        """The epochs at the end of the steps that have a column."""
         return [row["epoch"] for row in self.rows if name in row]
 
     def last_tenth(self, name: str) -> float:
-        """The mean over the last tenth of a column's values (at least one); NaN where none of them is finite."""
+        """The mean of the finite values in the last tenth of a column; NaN without any."""
         values = self.column(name)
         finite = [value for value in values[-math.ceil(len(values) / 10) :] if math.isfinite(value)]
         return fmean(finite) if finite else math.nan
 
     def seconds(self) -> dict[str, float]:
-        """What a step's time went into, the median of each part: {"data": ..., "teacher": ..., "rest": ...}; {} for a run that didn't measure."""
+        """Median seconds per step of each part of the time: {"data": ..., "teacher": ..., "rest": ...}.
+
+        {} for a run that did not measure them.
+        """
         columns = {part: self.column(f"seconds/{part}") for part in TIMES}
         return {part: median(values) for part, values in columns.items()} if all(columns.values()) else {}
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read a run folder, also while the run is under way. Raises UserError for another folder, or before the first metrics."""
+    """Read a run folder, also during training.
+
+    Raises UserError for a folder that is not a run, or that has no metrics yet.
+    """
     config = read_saved_config(path)
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     rows = [row for row in map(_parse, lines) if row is not None]
     if not rows:
         raise UserError(
-            f"run '{path}' has no metrics yet: they come every log.every_steps = {config.log.every_steps} steps; wait for the first, or train it"
+            f"run '{path}' has no metrics yet; training writes them every log.every_steps = "
+            f"{config.log.every_steps} steps: wait for the first, or train it"
         )
     return RunRecord(path, config, rows, read_results(path))
 
@@ -89,10 +96,10 @@ def _parse(line: str) -> dict | None:
     try:
         return json.loads(line)
     except json.JSONDecodeError:
-        return None  # the half line of a killed run
+        return None  # the incomplete line of a killed run
 
 
 def _by_number(name: str) -> tuple[str, int, str]:
-    """norm/3 before norm/12."""
-    room, _, rest = name.partition("/")
-    return room, int(rest) if rest.isdigit() else 0, rest
+    """Sort key that puts norm/3 before norm/12."""
+    prefix, _, rest = name.partition("/")
+    return prefix, int(rest) if rest.isdigit() else 0, rest

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.attention import cls_attention, telling_heads
+from dmae_ds.evaluate.attention import choose_heads, cls_attention
 from dmae_ds.evaluate.cka import cka_grid
 from dmae_ds.evaluate.pca import pca_colours
 from dmae_ds.evaluate.reconstruct import choose_pictures, reconstruct
@@ -215,7 +215,7 @@ def _show_patches(
 def _show_attention(student: nn.Module, images: Tensor, patches: Tensor) -> Board:
     attention = cls_attention(student, patches, student.depth).cpu()  # [N, heads, L]
     maps = {"all heads": attention.mean(dim=1)}  # [N, L]
-    maps |= {f"head {head + 1}": attention[:, head] for head in telling_heads(attention, NUM_HEADS)}
+    maps |= {f"head {head + 1}": attention[:, head] for head in choose_heads(attention, NUM_HEADS)}
     rows = [("original", _to_list(images))]
     for label, values in maps.items():
         grids = values.unflatten(1, student.grid)  # [N, rows, columns]

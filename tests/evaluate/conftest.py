@@ -1,7 +1,8 @@
-"""Run folders as `dmae-ds train` leaves them, made without training: random weights, invented losses, coloured pictures."""
+"""Run folders like those of `dmae-ds train`, made without training: random weights, invented losses."""
 
 import io
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ STEP = 30
 
 
 def make_shards(folder, *, num, seed, classes=CLASSES, labels=None):
-    """`num` small noisy pictures in two shards, tinted by their class."""
+    """Shards of `num` small noisy images, tinted by their class, in two tars."""
     rng = np.random.default_rng(seed)
     samples = []
     for number in range(num):
@@ -49,88 +50,71 @@ def make_shards(folder, *, num, seed, classes=CLASSES, labels=None):
     return folder
 
 
-def make_run(
-    run,
-    *,
-    train,
-    val,
-    objective="dmae",
-    share=0.5,
-    rank=9.0,
-    knn=None,
-    num_steps=STEP,
-    teacher=None,
-    student={},
-    **pixels,
-):
-    """A run folder at `run`. share: of distillation, in every step; rank: effective, every tenth step; None: a run of an older version; knn: top-1, rising, every tenth step
+@dataclass(frozen=True)
+class Metrics:
+    """The invented metrics of a run.
 
-    teacher: a weights file; student: keys that differ; pixels: further keys of the objective, such as norm_pix
+    share: of distillation in the gradient, in every step; rank: effective rank, every tenth step, None for a
+    run of an older version; knn: top-1, rising, every tenth step
     """
+
+    share: float = 0.5
+    rank: float | None = 9.0
+    knn: float | None = None
+    num_steps: int = STEP
+
+    def row(self, step, *, distilled):
+        """The line of a step in metrics.jsonl."""
+        pixel = (1 if distilled else 1.5) / step  # apart, so that no curve hides another
+        row = {"step": step, "epoch": step * 6 / 20, "lr": 1e-3, "loss": pixel, "pixel": pixel}
+        if distilled:
+            row |= {"loss": pixel + 2, "align/1-3": 2.0, "share/1": self.share}
+        row["images_per_s"] = 100.0 + step % 3
+        if self.rank is not None:
+            row |= {"seconds/data": 0.01, "seconds/teacher": 0.03, "seconds/rest": 0.06}
+        if self.rank is not None and step % 10 == 0:
+            row |= {"rank/mean": self.rank, "rank/cls": 2 * self.rank, "norm/2": 60.0 - step}
+            if distilled:
+                row["norm/1"] = 10.0 + step
+        if self.knn is not None and step % 10 == 0:
+            row["knn/top1"] = self.knn + step
+        return row
+
+
+def make_run(run, *, train, val, objective="dmae", metrics=Metrics(), teacher=None, student=None, **pixels):
+    """A run folder at `run`.
+
+    teacher: a weights file; student: keys that differ; pixels: further keys of the objective, such as
+    norm_pix
+    """
+    distilled = objective == "dmae"
+    decoder = {"depth": 1, "embed_dim": 16, "num_heads": 2}
     config = RunConfig.model_validate(
         {
             "run": {"dir": str(run)},
-            "student": {**STUDENT, **student},
-            "teacher": {**TEACHER, "weights": str(teacher or TEACHER["weights"])}
-            if objective == "dmae"
-            else None,
-            "objective": {
-                "name": objective,
-                "decoder": {"depth": 1, "embed_dim": 16, "num_heads": 2},
-                **pixels,
-            },
+            "student": {**STUDENT, **(student or {})},
+            "teacher": {**TEACHER, "weights": str(teacher or TEACHER["weights"])} if distilled else None,
+            "objective": {"name": objective, "decoder": decoder, **pixels},
             "data": {"train": str(train), "val": val and str(val), "num_workers": 0},
             "optim": {"global_batch": 6, "epochs": 9, "warmup_epochs": 1},
         }
     )
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(config))
-    weights = build_objective(config)[0].state_dict()
-    student = {
-        name.removeprefix("student."): tensor.contiguous()
-        for name, tensor in weights.items()
-        if name.startswith("student.")
-    }
-    rest = {name: tensor.contiguous() for name, tensor in weights.items() if not name.startswith("student.")}
-    for name, tensors in (("student", student), ("decoder", rest)):
-        save_file(tensors, run / f"{name}.safetensors", metadata={"format": "pt", "step": str(num_steps)})
-    lines = []
-    for step in range(1, num_steps + 1):
-        pixel = (1 if objective == "dmae" else 1.5) / step  # apart, so that no curve hides another
-        parts = (
-            {"loss": pixel + 2, "pixel": pixel, "align/1-3": 2.0, "share/1": share}
-            if objective == "dmae"
-            else {"loss": pixel, "pixel": pixel}
-        )
-        seen = {} if rank is None else {"seconds/data": 0.01, "seconds/teacher": 0.03, "seconds/rest": 0.06}
-        if rank is not None and step % 10 == 0:
-            seen |= {
-                "rank/mean": rank,
-                "rank/cls": 2 * rank,
-                **({"norm/1": 10.0 + step} if objective == "dmae" else {}),
-                "norm/2": 60.0 - step,
-            }
-        if knn is not None and step % 10 == 0:
-            seen["knn/top1"] = knn + step
-        lines.append(
-            json.dumps(
-                {
-                    "step": step,
-                    "epoch": step * 6 / 20,
-                    "lr": 1e-3,
-                    **parts,
-                    "images_per_s": 100.0 + step % 3,
-                    **seen,
-                }
-            )
-            + "\n"
-        )
-    (run / "metrics.jsonl").write_text("".join(lines))
+    files = {"student": {}, "decoder": {}}
+    for name, tensor in build_objective(config)[0].state_dict().items():
+        file = "student" if name.startswith("student.") else "decoder"
+        files[file][name.removeprefix("student.")] = tensor.contiguous()
+    for name, tensors in files.items():
+        metadata = {"format": "pt", "step": str(metrics.num_steps)}
+        save_file(tensors, run / f"{name}.safetensors", metadata=metadata)
+    rows = [metrics.row(step, distilled=distilled) for step in range(1, metrics.num_steps + 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
 
 def make_teacher(path, *, blocks=4):
-    """A weights file of TEACHER, or of its first blocks; random but no fresh initialisation."""
+    """A weights file of TEACHER, or of its first blocks, with random weights."""
     generator = torch.Generator().manual_seed(3)
     shape = {key: value for key, value in TEACHER.items() if key not in ("name", "weights")}
     vit = build_student(TEACHER["name"], {**shape, "depth": blocks}, generator=generator)
@@ -164,7 +148,7 @@ def knn_result(top1, *, step=STEP, k=20, labels="all", subset_seed=None):
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """accelerate picks its device once a process and keeps it: the CPU for each test here, none for whoever comes next."""
+    """Let accelerate choose the CPU for each test, and forget it afterwards (it chooses once per process)."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -173,7 +157,7 @@ def on_the_cpu(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """(train, val): 20 and 11 pictures, so that two processes get unequal numbers of one of them."""
+    """Folders (train, val) of 20 and 11 images, so two processes get unequal numbers of the latter."""
     folder = tmp_path_factory.mktemp("shards")
     return make_shards(folder / "train", num=20, seed=1), make_shards(folder / "val", num=11, seed=2)
 

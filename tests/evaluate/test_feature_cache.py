@@ -1,4 +1,4 @@
-"""RUN/features: what is there is not embedded again, what has changed is, and the folder stays within its bound."""
+"""RUN/features: stored features are reused, changed ones are not, and the folder stays within its limit."""
 
 import os
 
@@ -17,7 +17,7 @@ from dmae_ds.evaluate.features import FeatureOptions, load_student
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """Counts the passes over the pictures."""
+    """A list with the title of every pass over the images."""
     passes = []
     extract = feature_cache.extract_features
     monkeypatch.setattr(
@@ -51,7 +51,7 @@ def test_the_second_time_nothing_is_embedded_and_the_rows_are_the_same(run, embe
     assert torch.equal(embed(run)[0], first[0]) and embedded == ["val", "val"]
 
 
-def test_whatever_the_features_depend_on_is_in_the_name(run, embedded):
+def test_the_name_contains_everything_that_the_features_depend_on(run, embedded):
     embed(run)
     for options in (
         {"pool": "cls"},
@@ -69,7 +69,7 @@ def test_whatever_the_features_depend_on_is_in_the_name(run, embedded):
     assert len(list((run / "features").iterdir())) == 7
 
 
-def test_another_student_is_embedded_anew_and_the_old_ones_files_go(run, embedded):
+def test_another_student_is_embedded_again_and_the_files_of_the_old_one_are_deleted(run, embedded):
     first, _ = embed(run)
     embed(run, part="train")
     (run / "features" / "half.safetensors.tmp").write_bytes(b"left by a killed writer")
@@ -81,7 +81,7 @@ def test_another_student_is_embedded_anew_and_the_old_ones_files_go(run, embedde
     assert len(list((run / "features").iterdir())) == 1
 
 
-def test_a_subset_is_taken_from_the_whole_or_kept_by_itself(run, embedded):
+def test_a_subset_is_taken_from_the_whole_or_kept_alone(run, embedded):
     ids = np.array([3, 5, 17])
     alone, labels = embed(run, part="train", subset=ids)
     again, _ = embed(run, part="train", subset=ids)
@@ -94,19 +94,19 @@ def test_a_subset_is_taken_from_the_whole_or_kept_by_itself(run, embedded):
     assert embedded == ["train"] * 3 and torch.equal(taken, whole[[0, 19]])
 
 
-def test_the_bound_lets_the_longest_unused_go(run, embedded):
+def test_the_longest_unused_file_is_deleted_to_stay_within_the_limit(run, embedded):
     embed(run, part="train")
     embed(run, part="val")
     files = {path.stat().st_size: path for path in (run / "features").iterdir()}
     train, val = files[max(files)], files[min(files)]
     os.utime(train, (1, 1))
     os.utime(val, (2, 2))
-    embed(run, part="train")  # used: now val's is the one that goes
+    embed(run, part="train")  # used, so now val's is deleted first
     room = (max(files) + min(files) + 200) / GIB
     embed(run, pool="cls", gib=room)
     assert train.exists() and not val.exists() and len(list((run / "features").iterdir())) == 2
     embed(run, part="train", gib=100 / GIB, crop_pct=0.5)
-    assert len(list((run / "features").iterdir())) == 2  # larger than the bound: not kept
+    assert len(list((run / "features").iterdir())) == 2  # larger than the limit: not kept
 
 
 def test_without_a_cache_nothing_is_read_or_kept(run, embedded):
@@ -117,7 +117,7 @@ def test_without_a_cache_nothing_is_read_or_kept(run, embedded):
     assert embedded == ["val"] * 3
 
 
-def test_a_damaged_file_is_said_and_made_again(run, embedded, capsys):
+def test_a_damaged_file_is_reported_and_made_again(run, embedded, capsys):
     first, _ = embed(run)
     (path,) = (run / "features").iterdir()
     path.write_bytes(path.read_bytes()[:100])
@@ -126,7 +126,7 @@ def test_a_damaged_file_is_said_and_made_again(run, embedded, capsys):
     assert str(path) in capsys.readouterr().err
 
 
-def test_a_fingerprint_is_of_names_and_values(run):
+def test_a_fingerprint_depends_on_names_and_values(run):
     one, other = load_student(run), load_student(run)
     assert fingerprint(one) == fingerprint(other) and len(fingerprint(one)) == 64
     with torch.no_grad():

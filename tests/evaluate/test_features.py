@@ -1,4 +1,4 @@
-"""A student from its file, and its features against one picture at a time, against the trained module, and on two ranks."""
+"""A student from its file; its features compared with single images, the trained module, and two ranks."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.transforms import eval_view
 from dmae_ds.evaluate.features import FeatureOptions, extract_features, load_student
 from dmae_ds.models.patches import Normalize, patchify
-from dmae_ds.train.run import build_objective
+from dmae_ds.objectives.build import build_objective
 from tests.messages import refused
 
 
@@ -40,8 +40,8 @@ def accelerator(on_the_cpu):
     return Accelerator()
 
 
-def _pictures(run):
-    """The validation pictures one by one, [1, 3, H, W] uint8, and their labels."""
+def _images(run):
+    """The validation images one by one, [1, 3, H, W] uint8, and their labels."""
     data = read_saved_config(run).data
     reader = SampleReader(ShardSet.open(data.val, label="data.val"))
     for sample in map(reader.read, range(reader.shard_set.num_samples)):
@@ -52,19 +52,18 @@ def _pictures(run):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "patches"])
-def test_features_equal_one_picture_at_a_time_in_the_order_of_ids(run, accelerator, pool):
+def test_features_equal_those_of_one_image_at_a_time_in_the_order_of_ids(run, accelerator, pool):
     data, student = read_saved_config(run).data, load_student(run)
     expected, labels = [], []
-    for image, label in _pictures(run):
-        pixels = (image / 255 - torch.tensor(data.mean)[:, None, None]) / torch.tensor(data.std)[
-            :, None, None
-        ]
+    for image, label in _images(run):
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+        pixels = (image / 255 - mean) / std
         with torch.no_grad():
             tokens = student.forward_features(pixels)[0]
         expected.append({"mean": tokens[1:].mean(0), "cls": tokens[0], "patches": tokens[1:]}[pool])
         labels.append(label)
-    features, found = _extract(run, accelerator, pool=pool)
-    assert features.dtype == torch.float32 and found.tolist() == labels and set(labels) == {0, 1, 2}
+    features, features_labels = _extract(run, accelerator, pool=pool)
+    assert features.dtype == torch.float32 and features_labels.tolist() == labels and set(labels) == {0, 1, 2}
     torch.testing.assert_close(features, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -72,7 +71,7 @@ def test_timm_computes_what_the_trained_module_computed(run, accelerator):
     config = read_saved_config(run)
     trained = build_objective(config)[0].student
     trained.load_state_dict(load_file(run / "student.safetensors"))
-    images = torch.cat([image for image, _ in _pictures(run)])
+    images = torch.cat([image for image, _ in _images(run)])
     with torch.no_grad():
         patches = Normalize(config.data.mean, config.data.std)(patchify(images, 4))
         tokens, _ = trained(patches, torch.arange(16).expand(len(images), -1))
@@ -120,9 +119,9 @@ def test_two_processes_gather_what_one_computes(run, accelerator):
             rank.kill()
     features, labels = _extract(run, accelerator)
     for rank in "01":
-        found, found_labels = torch.load(run / f"features{rank}.pt")
-        assert torch.equal(found_labels, labels)
-        torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-5)
+        gathered, gathered_labels = torch.load(run / f"features{rank}.pt")
+        assert torch.equal(gathered_labels, labels)
+        torch.testing.assert_close(gathered, features, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_of_three_processes_come_back_in_the_order_of_ids(run, accelerator):
@@ -146,11 +145,11 @@ def test_rows_of_three_processes_come_back_in_the_order_of_ids(run, accelerator)
         _extract(run, rank)
     for which, expected in ((0, alone), (1, labels)):
         gathered = torch.cat(parts[which::2])
-        found = _extract(run, ranks(lambda rows, gathered=gathered: gathered)[0])[which]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        ordered = _extract(run, ranks(lambda rows, gathered=gathered: gathered)[0])[which]
+        torch.testing.assert_close(ordered, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_student_that_is_missing_damaged_or_anothers_is_one_line(run):
+def test_a_student_that_is_missing_damaged_or_another_network_is_refused(run):
     path = run / "student.safetensors"
     weights = load_file(path)
     without_bias = {key: value for key, value in weights.items() if key != "norm.bias"}

@@ -1,4 +1,4 @@
-"""The weighted vote against scikit-learn's, and what `dmae-ds eval knn` says, writes and refuses."""
+"""The weighted vote compared with scikit-learn's, and what `dmae-ds eval knn` prints, writes and refuses."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from tests.messages import refused
 
 
 def scikit_learns(train, labels, queries, *, k, temperature):
-    """Its brute-force weighted vote, in float64."""
+    """scikit-learn's brute-force weighted vote, in float64."""
     reference = KNeighborsClassifier(
         k, weights=lambda distance: np.exp((1 - distance) / temperature), metric="cosine", algorithm="brute"
     )
@@ -32,10 +32,10 @@ def random_labels(num, *, num_classes=7):
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 1.0])
 def test_equals_scikit_learns_weighted_vote_for_every_k_at_once(temperature):
     train, labels, queries = random_rows(300, 1), random_labels(300), random_rows(101, 2)
-    found = knn_predict(
+    predicted = knn_predict(
         train, labels, queries, ks=[1, 5, 20, 300], temperature=temperature, num_classes=7, blocks=TILE
     )
-    for k, classes in found.items():
+    for k, classes in predicted.items():
         expected = scikit_learns(train, labels, queries, k=k, temperature=temperature)
         assert classes[:, 0].tolist() == expected.tolist()
         assert len(set(expected.tolist())) > 1
@@ -43,9 +43,9 @@ def test_equals_scikit_learns_weighted_vote_for_every_k_at_once(temperature):
 
 @pytest.fixture(scope="module")
 def digits_features():
-    """scikit-learn's digits: (pixels, features of a student that nobody trained, whose cosines are all near 1), and labels."""
-    pictures, labels = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(pictures).float()
+    """scikit-learn's digits: pixels, features of an untrained student (with cosines near 1), and labels."""
+    digits, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(digits).float()
     torch.manual_seed(0)
     student = timm.create_model(
         "vit_tiny_patch16_224",
@@ -65,7 +65,7 @@ def digits_features():
 @pytest.mark.parametrize("what", ["pixels", "features"])
 def test_equals_scikit_learns_on_the_digits_exactly(digits_features, what):
     rows, labels = digits_features[0][what], digits_features[1]
-    found = knn_predict(
+    predicted = knn_predict(
         rows[:1400],
         labels[:1400],
         rows[1400:],
@@ -74,7 +74,7 @@ def test_equals_scikit_learns_on_the_digits_exactly(digits_features, what):
         num_classes=10,
         blocks=TILE,
     )
-    for k, classes in found.items():
+    for k, classes in predicted.items():
         assert (
             classes[:, 0].tolist()
             == scikit_learns(rows[:1400], labels[:1400], rows[1400:], k=k, temperature=0.07).tolist()
@@ -90,19 +90,19 @@ def test_one_k_is_the_same_alone_and_among_others_and_in_any_blocks():
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-9])
-def test_a_very_low_temperature_asks_the_nearest_alone(temperature):
+def test_with_a_very_low_temperature_only_the_nearest_counts(temperature):
     train, labels, queries = random_rows(90, 5), random_labels(90), random_rows(40, 6)
-    found, nearest = (
+    predicted, nearest = (
         knn_predict(train, labels, queries, ks=[k], temperature=t, num_classes=7, blocks=TILE)[k]
         for k, t in ((20, temperature), (1, 1.0))
     )
-    assert torch.equal(found[:, 0], nearest[:, 0])
+    assert torch.equal(predicted[:, 0], nearest[:, 0])
 
 
-def test_votes_by_hand():
+def test_votes_equal_those_computed_by_hand():
     train = torch.tensor([[1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
     options = {"temperature": 0.07, "num_classes": 6, "blocks": TILE}
-    # One near neighbour outvotes two far ones; whom nobody voted for is not among the best five.
+    # One near neighbour outvotes two far ones; classes without votes are not among the best five.
     assert knn_predict(train, torch.tensor([2, 1, 1]), torch.tensor([[1.0, 0.0]]), ks=[3], **options)[
         3
     ].tolist() == [[2, 1, -1, -1, -1]]
@@ -116,9 +116,9 @@ def test_votes_by_hand():
     )
 
 
-def test_says_a_line_and_writes_it_down(run, capsys):
+def test_a_line_is_printed_and_written_for_every_k(run, capsys):
     results = evaluate_run(run, ks=[7, 3], batch_size=4)
-    # Even a random student tells red from green from blue.
+    # Even a random student separates red, green and blue.
     assert capsys.readouterr().out == "".join(
         f"knn top-1 100.0% (k {k}, T 0.07, mean pool, 20 train, 11 val)\n" for k in (3, 7)
     )
@@ -133,25 +133,19 @@ def test_says_a_line_and_writes_it_down(run, capsys):
         "num_train": 20,
         "num_val": 11,
     }
-    assert (
-        {name: results[0][name] for name in expected} == expected
-        and results[0]["device"] == "cpu"
-        and results[0]["world_size"] == 1
-    )
+    assert {name: results[0][name] for name in expected} == expected
+    assert results[0]["device"] == "cpu" and results[0]["world_size"] == 1
     evaluate_run(run, ks=[4], pool="cls", temperature=0.5)
-    assert (
-        read_results(run)[-1]["settings"] == {"k": 4, "temperature": 0.5, "pool": "cls", "precision": "fp32"}
-        and len(read_results(run)) == 3
-    )
+    settings = {"k": 4, "temperature": 0.5, "pool": "cls", "precision": "fp32"}
+    assert read_results(run)[-1]["settings"] == settings and len(read_results(run)) == 3
     assert not list(run.rglob("*.tmp"))
 
 
-def test_few_labels_vote_alone_and_are_kept(run, capsys):
+def test_only_the_drawn_labels_vote_and_their_keys_are_kept(run, capsys):
     (result,) = evaluate_run(run, ks=[2], labels="2-shot", subset_seed=1)
-    assert (
-        capsys.readouterr().out
-        == f"knn top-1 {result['scores']['top1']:.1f}% (k 2, T 0.07, mean pool, 6 train, 11 val, 2-shot of the labels, seed 1)\n"
-    )
+    line = capsys.readouterr().out
+    assert line.startswith(f"knn top-1 {result['scores']['top1']:.1f}% (k 2, ") and line.count("\n") == 1
+    assert line.endswith("6 train, 11 val, 2-shot of the labels, seed 1)\n")
     assert (result["labels"], result["subset_seed"], result["num_train"]) == ("2-shot", 1, 6)
     assert len((run / "subsets" / "2-shot-seed1.txt").read_text().splitlines()) == 7
     with refused(7, "2-shot", 6):
@@ -165,7 +159,8 @@ def test_top1_and_top5_are_percentages_of_right_answers(tmp_path):
         make_shards(tmp_path / "val", num=9, seed=8, classes=classes),
     )
     run = make_run(tmp_path / "run", train=train, val=val)
-    # At T = 1e6 all 19 vote alike: red, with 7 pictures the most frequent, always wins, and 3 of the 9 are red.
+    # At T = 1e6 all 19 have the same weight: red, the most frequent with 7, always wins, and 3 of the 9 are
+    # red.
     (result,) = evaluate_run(run, ks=[19], temperature=1e6)
     assert result["scores"] == {"top1": pytest.approx(100 / 3), "top5": 100}
     # One neighbour names one class.
@@ -173,7 +168,7 @@ def test_top1_and_top5_are_percentages_of_right_answers(tmp_path):
     assert first["top5"] == second["top1"]
 
 
-def test_what_makes_no_vote_is_refused_in_one_line(tmp_path, shards):
+def test_runs_and_numbers_that_allow_no_vote_are_refused(tmp_path, shards):
     train, val = shards
     alone = make_shards(tmp_path / "alone", num=9, seed=3, classes=["all"], labels=0)
     other = make_shards(tmp_path / "other", num=9, seed=3, classes=["red", "green", "brown"])
@@ -198,7 +193,7 @@ def test_what_makes_no_vote_is_refused_in_one_line(tmp_path, shards):
         evaluate_run(tmp_path, ks=[1])
 
 
-def test_a_broken_student_is_one_line(run):
+def test_features_that_are_not_finite_are_refused(run):
     weights = load_file(run / "student.safetensors")
     weights["norm.weight"][:] = float("nan")
     save_file(weights, run / "student.safetensors")
@@ -217,4 +212,4 @@ def test_one_command_takes_several_runs_and_shares(monkeypatch, capsys):
     assert capsys.readouterr().out == "a: a: b: b: "
     calls.clear()
     assert main(["eval", "knn", "a", "--subset-seed", "3"]) == 0
-    assert calls == [("a", "all", 3)]  # which evaluate_run refuses: nothing is drawn
+    assert calls == [("a", "all", 3)]  # which evaluate_run refuses, because nothing is drawn

@@ -1,4 +1,4 @@
-"""Colours are principal components: scikit-learn's, whatever the rotation of the features."""
+"""Colours are scikit-learn's principal components, for any rotation of the features."""
 
 import numpy as np
 import pytest
@@ -11,15 +11,15 @@ FEATURES = torch.randn(6, 25, 10, generator=torch.Generator().manual_seed(0)) * 
 BRIGHTNESS = torch.randn(6, 25, generator=torch.Generator().manual_seed(1))
 
 
-def test_scores_are_scikit_learns():
+def test_scores_equal_scikit_learns():
     rows = FEATURES.flatten(0, 1)
     expected = PCA(3, svd_solver="full").fit_transform(rows.double().numpy())
-    found = principal_components(rows, 3).numpy()
-    signs = np.sign((expected * found).sum(axis=0))
-    np.testing.assert_allclose(found * signs, expected, atol=1e-9)
+    scores = principal_components(rows, 3).numpy()
+    signs = np.sign((expected * scores).sum(axis=0))
+    np.testing.assert_allclose(scores * signs, expected, atol=1e-9)
 
 
-def test_colours_do_not_care_for_rotation_sign_or_scale():
+def test_rotation_sign_and_scale_do_not_change_the_colours():
     colours = pca_colours(FEATURES, BRIGHTNESS)
     assert colours.shape == (6, 25, 3) and colours.dtype == torch.uint8
     rotation = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(2)))[0]
@@ -36,5 +36,5 @@ def test_red_is_the_widest_component_and_grows_with_brightness():
 
 
 @pytest.mark.parametrize("features", [torch.ones(2, 9, 5), torch.ones(2, 9, 2)])
-def test_features_that_never_change_are_grey(features):
+def test_constant_features_are_grey(features):
     assert (pca_colours(features, BRIGHTNESS[:2, :9]) == 128).all()

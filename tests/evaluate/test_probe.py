@@ -1,4 +1,4 @@
-"""The probe against scikit-learn's LogisticRegression, its choice of l2, and what `dmae-ds eval probe` says and writes."""
+"""The probe compared with scikit-learn's, its choice of l2, and the output of `dmae-ds eval probe`."""
 
 import threading
 from dataclasses import replace
@@ -19,14 +19,14 @@ from tests.messages import refused
 
 @pytest.fixture(scope="module")
 def digits_rows():
-    """scikit-learn's digits through a random layer, with offsets and scales that standardising must take away; and labels."""
+    """scikit-learn's digits after a random layer with offsets and scales, and labels."""
     pixels, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
     rows = (
         np.maximum(pixels @ rng.normal(size=(64, 96)) / 16, 0) * rng.uniform(0.01, 50, 96)
         + rng.normal(size=96) * 20
     )
-    rows[:, 7] = 3.25  # a feature that never changes
+    rows[:, 7] = 3.25  # a constant feature
     return torch.from_numpy(rows).float(), torch.from_numpy(labels)
 
 
@@ -53,7 +53,7 @@ def test_equals_scikit_learns_logistic_regression(digits_rows, l2):
     assert abs(top1 - expected) < 0.2 and 80 < top1 < top5 <= 100
 
 
-def test_blocks_of_rows_and_float32_change_next_to_nothing(digits_rows, monkeypatch):
+def test_blocks_of_rows_and_float32_change_almost_nothing(digits_rows, monkeypatch):
     rows, labels = digits_rows
     whole = fit_probe(rows[:500], labels[:500], l2=1e-2, num_classes=10)
     for name, value in (("BLOCK", 64), ("MANY_PRODUCTS", 0)):
@@ -93,11 +93,11 @@ def test_processes_share_the_rows_and_fit_the_same(digits_rows):
     torch.testing.assert_close(probes[0].weight, alone.weight, atol=1e-3, rtol=0)
 
 
-def test_a_fit_that_ran_out_of_iterations_says_so(digits_rows):
+def test_a_fit_that_used_all_its_iterations_has_not_converged(digits_rows):
     assert not fit_probe(digits_rows[0], digits_rows[1], l2=1e-4, num_classes=10, max_iterations=5).converged
 
 
-def test_a_start_is_taken_over_whatever_numbers_standardised_it(digits_rows):
+def test_a_start_is_converted_to_the_statistics_of_the_new_rows(digits_rows):
     rows, labels = digits_rows[0][:900], digits_rows[1][:900]
     fitted = fit_probe(rows, labels, l2=1e-2, num_classes=10)
     moved = replace(
@@ -116,7 +116,7 @@ def test_a_start_is_taken_over_whatever_numbers_standardised_it(digits_rows):
 @pytest.mark.parametrize(
     "scores, expected", [([50, 60, 70, 80, 90, 91], 1e-5), ([50, 90, 90, 90, 20, 10], 0.1), ([0] * 6, 1.0)]
 )
-def test_l2_is_the_best_of_the_grid_on_rows_that_were_held_out_and_of_equals_the_strongest(
+def test_the_chosen_l2_is_the_best_on_held_out_rows_and_the_strongest_among_equals(
     monkeypatch, scores, expected
 ):
     rows, labels = torch.arange(40.0)[:, None], torch.arange(40) % 4
@@ -129,9 +129,9 @@ def test_l2_is_the_best_of_the_grid_on_rows_that_were_held_out_and_of_equals_the
         starts.append(start)
         return f"probe of {l2}"
 
-    def score(found, features, classes):
+    def score(fitted, features, classes):
         assert torch.equal(features, held_out) and len(classes) == 4
-        return scores[GRID.index(float(found.removeprefix("probe of ")))], None
+        return scores[GRID.index(float(fitted.removeprefix("probe of ")))], None
 
     monkeypatch.setattr(probe, "fit_probe", fit)
     monkeypatch.setattr(probe, "accuracy", score)
@@ -143,7 +143,7 @@ def test_l2_is_the_best_of_the_grid_on_rows_that_were_held_out_and_of_equals_the
 
 
 @pytest.mark.parametrize("counts", [[10, 10], [2, 30, 7], [1, 5, 1], [1000, 4]])
-def test_a_tenth_of_each_class_is_held_out_and_never_all(counts):
+def test_a_tenth_of_each_class_is_held_out_but_never_all_of_it(counts):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     held_out = hold_out(labels, 0.1)
     expected = [min(max(1, round(count / 10)), count - 1) for count in counts]
@@ -151,24 +151,19 @@ def test_a_tenth_of_each_class_is_held_out_and_never_all(counts):
     assert np.array_equal(held_out, hold_out(labels, 0.1))
 
 
-def test_says_a_line_and_writes_it_down(run, capsys):
+def test_a_line_is_printed_and_written(run, capsys):
     result = evaluate_run(run, l2=0.1)
     assert capsys.readouterr().out == "probe top-1 100.0% (l2 0.1 given, mean pool, 20 train, 11 val)\n"
     assert read_results(run) == [result] and result["metric"] == "probe" and set(result["scores"]) == {"top1"}
     assert result["settings"] == {"l2": 0.1, "pool": "mean", "precision": "fp32"}
     result = evaluate_run(run, labels="3-shot", pool="cls")
-    assert (
-        "from a tenth held out, cls pool, 9 train, 11 val, 3-shot of the labels, seed 0)\n"
-        in capsys.readouterr().out
-    )
-    assert (
-        result["settings"]["l2"] == "held-out"
-        and (result["num_train"], result["labels"]) == (9, "3-shot")
-        and len(read_results(run)) == 2
-    )
+    line = capsys.readouterr().out
+    assert "held out, cls pool" in line and "9 train, 11 val, 3-shot of the labels, seed 0)\n" in line
+    assert result["settings"]["l2"] == "held-out" and len(read_results(run)) == 2
+    assert (result["num_train"], result["labels"]) == (9, "3-shot")
 
 
-def test_what_fits_nothing_is_refused_in_one_line(run):
+def test_numbers_and_labels_that_allow_no_fit_are_refused(run):
     for options, words in (
         ({"l2": 0.0}, ("l2 0", "above 0")),
         ({"max_iterations": 0}, ("iterations 0", "above 0")),

@@ -1,4 +1,4 @@
-"""What a picture under a mask looks like: visible patches untouched, reconstructed ones where and as the decoder meant them."""
+"""Masked and reconstructed images: visible patches are the original's, the others come from the decoder."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.evaluate.reconstruct import GREY, choose_pictures, reconstruct
 from dmae_ds.models.masking import keep_random
 from dmae_ds.models.patches import Normalize, patchify
+from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.mae import normalize_patches
-from dmae_ds.train.run import build_objective
 from tests.evaluate.conftest import make_run
 
 CHOICE = {"num": 5, "seed": 0, "img_size": 16, "num_patches": 16, "crop_pct": 0.875}
@@ -21,7 +21,7 @@ def val(shards):
     return ShardSet.open(shards[1], label="data.val")
 
 
-def test_the_choice_is_keyed_by_the_seed(val):
+def test_the_choice_depends_on_the_seed(val):
     images, noise = choose_pictures(val, **CHOICE)
     assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8 and noise.shape == (5, 16)
     again = choose_pictures(val, **CHOICE)
@@ -33,7 +33,7 @@ def test_the_choice_is_keyed_by_the_seed(val):
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_a_perfect_decoder_gives_the_original_back(tmp_path, shards, val, norm_pix, monkeypatch):
+def test_a_perfect_decoder_gives_the_original(tmp_path, shards, val, norm_pix, monkeypatch):
     config = read_saved_config(make_run(tmp_path / "run", train=shards[0], val=shards[1], norm_pix=norm_pix))
     objective, _ = build_objective(config)
     images, noise = choose_pictures(val, **CHOICE)
@@ -56,14 +56,11 @@ def test_visible_patches_are_the_originals_and_masked_ones_are_not(run, val):
     masked, reconstructed = reconstruct(
         objective, images, noise, Normalize(config.data.mean, config.data.std)
     )
-    original, masked, reconstructed = (patchify(pictures, 4) for pictures in (images, masked, reconstructed))
+    original, masked, reconstructed = (patchify(some, 4) for some in (images, masked, reconstructed))
     ids_keep, ids_masked = keep_random(noise, 4)
-    for picture in range(5):
-        for found in (masked, reconstructed):
-            assert found.dtype == torch.uint8 and torch.equal(
-                found[picture, ids_keep[picture]], original[picture, ids_keep[picture]]
-            )
-        assert (masked[picture, ids_masked[picture]] == GREY).all()
-        assert (
-            reconstructed[picture, ids_masked[picture]] != original[picture, ids_masked[picture]]
-        ).float().mean() > 0.9
+    assert masked.dtype == reconstructed.dtype == torch.uint8
+    for image, (keep, hidden) in enumerate(zip(ids_keep, ids_masked, strict=True)):
+        assert torch.equal(masked[image, keep], original[image, keep])
+        assert torch.equal(reconstructed[image, keep], original[image, keep])
+        assert (masked[image, hidden] == GREY).all()
+        assert (reconstructed[image, hidden] != original[image, hidden]).float().mean() > 0.9

@@ -1,4 +1,4 @@
-"""RUN/results.jsonl: what is written is read back, the newest counts, and nothing incomplete or wrong gets in."""
+"""RUN/results.jsonl: lines are read back, the newest counts, and nothing incomplete or wrong is written."""
 
 import json
 import threading

@@ -4,7 +4,7 @@ import pytest
 
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.report import write_report
-from tests.evaluate.conftest import knn_result, make_run, make_shards, make_teacher
+from tests.evaluate.conftest import Metrics, knn_result, make_run, make_shards, make_teacher
 
 ODD_NAME = "<u>&$x$"
 
@@ -27,9 +27,20 @@ def reported(tmp_path_factory, shards, teacher):
     One is DMAE with a dead term, a collapse and a name to escape; the other is MAE with norm_pix and k-NN.
     """
     folder = tmp_path_factory.mktemp("runs")
-    dead = make_run(folder / ODD_NAME, train=shards[0], val=shards[1], share=0.02, rank=1.25, teacher=teacher)
+    dead = make_run(
+        folder / ODD_NAME,
+        train=shards[0],
+        val=shards[1],
+        metrics=Metrics(share=0.02, rank=1.25),
+        teacher=teacher,
+    )
     plain = make_run(
-        folder / "plain", train=shards[0], val=shards[1], objective="mae", norm_pix=True, knn=40.0
+        folder / "plain",
+        train=shards[0],
+        val=shards[1],
+        objective="mae",
+        norm_pix=True,
+        metrics=Metrics(knn=40.0),
     )
     append_result(plain, knn_result(71.25))
     out = write_report([dead, plain])

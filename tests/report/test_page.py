@@ -13,7 +13,7 @@ from PIL import Image
 
 from dmae_ds.report import name_runs, write_report
 from dmae_ds.report.theme import COLOURS
-from tests.evaluate.conftest import make_run
+from tests.evaluate.conftest import Metrics, make_run
 from tests.messages import refused
 from tests.report.conftest import ODD_NAME
 
@@ -240,7 +240,7 @@ def test_a_healthy_run_alone_has_no_alarm_and_no_curve_twice(tmp_path, shards):
 
 
 def test_a_run_of_an_older_version_shows_what_it_measured(tmp_path, shards):
-    run = make_run(tmp_path / "run", train=shards[0], val=shards[1], rank=None)
+    run = make_run(tmp_path / "run", train=shards[0], val=shards[1], metrics=Metrics(rank=None))
     page = write_report([run]).read_text()
     assert "These runs were trained before this was measured" in page and page.count("<svg") == 4 + 1
     assert boards(page, "Attention of CLS")
@@ -259,7 +259,7 @@ def test_a_page_without_images_is_written(tmp_path, shards):
 
 def test_mistakes_are_one_line(tmp_path, shards):
     run = make_run(tmp_path / "run", train=shards[0], val=shards[1])
-    empty = make_run(tmp_path / "empty", train=shards[0], val=shards[1], num_steps=0)
+    empty = make_run(tmp_path / "empty", train=shards[0], val=shards[1], metrics=Metrics(num_steps=0))
     for runs, out, word in (
         ([tmp_path], None, tmp_path),
         ([run, empty], None, f"'{empty}'"),
