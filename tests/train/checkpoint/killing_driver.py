@@ -1,8 +1,13 @@
-"""Started by the tests: trains a recipe, and kills itself with SIGKILL at a moment of its second save. Arguments: the moment, the recipe as JSON.
+"""Trains a recipe and kills itself with SIGKILL at a moment of its second save; started by the tests.
 
-files   rank 1 (rank 0 where it is alone) has written its last file     sealed    state.json is there, `latest` is not
-written every file is there, state.json is not                          moved     `latest` has moved, the plain files have not
-cleared an old checkpoint has lost its state.json                       named     one of the two plain files has its name
+Arguments: the moment, the recipe as JSON. The moments:
+
+    files     rank 1 (rank 0 of one rank) has written its last file
+    written   every file exists, state.json does not
+    sealed    state.json exists, `latest` does not name it
+    moved     `latest` has moved, the exported files have no names yet
+    named     one of the two exported files has its name
+    cleared   an old checkpoint has lost its state.json
 """
 
 import json
@@ -15,7 +20,6 @@ from dmae_ds.config.load import load_config
 from dmae_ds.distributed import process_group
 from dmae_ds.distributed.world import world_from_env
 from dmae_ds.train.checkpoint import folder as checkpoint_folder
-from dmae_ds.train.checkpoint import save as checkpoint
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
 
@@ -28,7 +32,7 @@ from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 def die_in(
     owner: object, name: str, *, at: int, after: bool = False, when=lambda *args: True, of_rank: int = 0
 ) -> None:
-    """Let the at-th call for which `when` holds be the last thing that this process does."""
+    """Kill this process before (or after) the at-th call for which `when` holds."""
     operation, calls = getattr(owner, name), 0
 
     def wrapper(*args, **kwargs):
@@ -56,7 +60,7 @@ elif moment == "sealed":
 elif moment == "moved":
     die_in(checkpoint_folder, "write_atomically", at=2, after=True, when=named("latest"))
 elif moment == "named":
-    die_in(checkpoint.os, "replace", at=2, after=True, when=named("student.safetensors.tmp"))
+    die_in(os, "replace", at=2, after=True, when=named("student.safetensors.tmp"))
 elif moment == "cleared":
     die_in(shutil, "rmtree", at=1, when=lambda path, *rest: "step-" in str(path))
 else:

@@ -1,7 +1,7 @@
-"""Started by the tests under a real launcher: a list of steps as JSON, done one after the other by every rank.
+"""Does a list of steps, given as JSON, on every rank; started by the tests under a real launcher.
 
-["train", recipe, key=value, ...]   start or continue a run; what it dies of on purpose is printed, by every rank
-["take", run, step, other run]      the other run has this run's checkpoint of a step, and nothing else
+["train", recipe, key=value, ...]   start or continue a run; its RunFailed or UserError is printed by every rank
+["take", run, step, other run]      copy this run's checkpoint of a step into a new run folder
 """
 
 import json

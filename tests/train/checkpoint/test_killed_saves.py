@@ -1,4 +1,4 @@
-"""SIGKILL at every moment of a save: the run goes on from a checkpoint that is whole, and ends with the uninterrupted student, bit for bit."""
+"""After SIGKILL at any moment of a save, a run resumes from a complete checkpoint and ends bit for bit the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.train.checkpoint.test_reshard import start, train
 from tests.train.conftest import free_port, losses, run
 
 KILLER = Path(__file__).with_name("killing_driver.py")
-# What `latest` names after a kill in the save of step 4, that of step 2 being whole.
+# The step that `latest` names after a kill in the save of step 4; that of step 2 is complete.
 MOMENTS = {"files": 2, "written": 2, "sealed": 2, "moved": 4, "named": 4, "cleared": 4}
 
 
@@ -55,7 +55,7 @@ def test_killed_in_a_save_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ra
 
 
 @pytest.mark.slow
-def test_plain_files_of_another_step_are_written_anew(tiny_recipe, tmp_path):
+def test_exported_files_of_another_step_are_rewritten(tiny_recipe, tmp_path):
     folder = tmp_path / "run"
     start([train(tiny_recipe, folder)], ranks=1, cwd=tmp_path)
     expected = {name: load_file(folder / name) for name in NAMES}

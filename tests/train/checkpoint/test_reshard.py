@@ -216,7 +216,8 @@ def test_a_full_disk_stops_every_rank_and_what_was_saved_stays(moved):
 
 
 def assert_universal(run_dir: Path, stage: int, out: Path) -> None:
-    # For stages 1 to 3 the layout comes from DeepSpeed's own converter: what a move reads is held against that.
+    # For stages 1 to 3 the layout comes from DeepSpeed's own converter: what a move reads is held against
+    # that.
     from dmae_ds.tools.checkpoint_convert import convert
     from dmae_ds.train.checkpoint.full_state import FullState
 
@@ -360,7 +361,8 @@ def test_half_precision_moves_too(tiny_recipe, tmp_path):
     )
     for name, pairs in HALF.items():
         for one, other in pairs:
-            # Equal weights give losses up to 2e-3 apart here: where they lie in memory decides how bf16 products round.
+            # Equal weights give losses up to 2e-3 apart here: where they lie in memory decides how bf16
+            # products round.
             assert losses(tmp_path / name / f"1x{one}-2x{other}") == pytest.approx(
                 losses(tmp_path / name / f"1x{one}")[SAVED:], rel=5e-3
             )
