@@ -1,5 +1,6 @@
 """Watching a student's features for collapse: their norms and effective rank, measured while it trains.
- Features may collapse, into one point or onto a few directions, under a loss that still falls. Both numbers
+
+Features may collapse, into one point or onto a few directions, under a loss that still falls. Both numbers
 are computed from the student's ordinary forward passes, by hooks that only read: a run with them is bit for
 bit the run without.
 """

@@ -1,5 +1,6 @@
 """EMA teacher of a run: a full fp32 copy of some modules of the objective on every rank, outside the engine.
- It is updated from the engine's full fp32 weights one tensor at a time, so that under ZeRO-3 at most one
+
+It is updated from the engine's full fp32 weights one tensor at a time, so that under ZeRO-3 at most one
 parameter is gathered. Every rank computes the same update, so nothing is sent for it. Its buffers
 (positional embeddings, frozen projections) are constants, as the engine's are. What an objective asks for
 is in objectives/needs.py (`EmaSpec`); how the EMA teacher is stored is in checkpoint/ema_file.py.

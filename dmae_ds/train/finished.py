@@ -1,7 +1,8 @@
 """Whether a run is finished (exit code 0: yes, 3: no).
 
     python -m dmae_ds.train.finished RECIPE [key=value ...]
- For scripts that start a run again until it is finished (launch/train.sh). A launcher's exit code is not
+
+For scripts that start a run again until it is finished (launch/train.sh). A launcher's exit code is not
 enough: DeepSpeed's is 0 when the process between it and the ranks was killed. It does not import torch.
 """
 

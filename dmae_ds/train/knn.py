@@ -1,5 +1,6 @@
 """k-NN during training (`eval.knn_every`): how good the student's features are so far, on all ranks together.
- The number is the one that `dmae-ds eval knn` would give at that step. It goes with the step's losses into
+
+The number is the one that `dmae-ds eval knn` would give at that step. It goes with the step's losses into
 metrics.jsonl and the trackers (knn/top1, knn/top5), and into RUN/results.jsonl. The student is copied out
 of the engine, and random numbers are restored afterwards, so training continues as if it had not been
 measured.

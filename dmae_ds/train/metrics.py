@@ -1,5 +1,6 @@
 """Logs of a run: losses are read off the device in batches and go to JSON lines, trackers and a progress bar.
- Losses stay on the device until `flush`, so the loop never waits for one. A flush averages over ranks, so
+
+Losses stay on the device until `flush`, so the loop never waits for one. A flush averages over ranks, so
 every rank learns of a non-finite loss at the same moment.
 
 Each line of RUN/metrics.jsonl is one step:

@@ -1,7 +1,8 @@
 """Peak memory of a run, to compare with the prediction of the planner (dmae_ds/plan).
- On a GPU, the peak of torch's allocator. On a CPU, the process's largest resident set less what was
-resident before the
-run was built: the interpreter and its libraries are left out, and loader workers are other processes.
+
+On a GPU it is the peak of torch's allocator. On a CPU it is the process's largest resident set less what was
+resident before the run was built: the interpreter and its libraries are left out, and loader workers are
+other processes.
 """
 
 from __future__ import annotations

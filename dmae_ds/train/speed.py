@@ -1,5 +1,6 @@
 """Speed of a step compared with the fastest matrix product that this process gets out of this device.
- The shortest possible time of a step is its counted work (plan/work.py) at the measured rate of matrix
+
+The shortest possible time of a step is its counted work (plan/work.py) at the measured rate of matrix
 products in the same dtype.
 """
 

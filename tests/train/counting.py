@@ -1,8 +1,8 @@
-"""Run `dmae_ds`, and log which samples each rank trained on at each step; tests start this in place of the package.
+"""Run `dmae_ds`, and log which samples each rank trained on at each step; tests start this instead.
 
     SAMPLES_LOG=folder deepspeed ... tests/train/counting.py train RECIPE ...
 
-The recorder knows the ids of a step already, for the message about a loss that isn't finite.
+MetricLogger has the ids of a step already, for the message about a loss that is not finite.
 """
 
 import json

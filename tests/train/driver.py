@@ -1,4 +1,7 @@
-"""Started by the tests under a real launcher: trains several recipes in one start. Arguments: recipe argument lists as JSON."""
+"""Trains several recipes in one start; started by the tests under a real launcher.
+
+Arguments: lists of recipe arguments, as JSON.
+"""
 
 import json
 import sys
@@ -16,7 +19,7 @@ world = world_from_env()
 device = process_group.start(world)
 for recipe, *overrides in json.loads(sys.argv[-1]):
     train_recipe(prepare(load_config(recipe, overrides), world, resume="never"), device)
-    # ZeRO's own groups too, which would wait half an hour
+    # Also ZeRO's own groups, which would wait half an hour by default.
     waits = [group._get_backend(device).options._timeout for group in distributed_c10d._world.pg_map]
     assert len(waits) > 1 and set(waits) == {timedelta(seconds=process_group.TIMEOUT_S)}, waits
 process_group.stop()

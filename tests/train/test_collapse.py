@@ -1,4 +1,4 @@
-"""Effective rank of known spectra, and a monitor that observes what the student computes and changes nothing."""
+"""Effective rank of known spectra, and a monitor that observes the student and changes nothing."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The EMA teacher follows the engine's weights by its formula, when it is due, and is restored from checkpoints."""
+"""The EMA teacher follows the engine's weights by its formula and is restored from checkpoints."""
 
 from __future__ import annotations
 

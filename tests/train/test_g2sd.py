@@ -1,4 +1,4 @@
-"""Teachers with a decoder or a classifier on top, in every placement; and what a specific run leaves: the classifier, and what it is worth."""
+"""Teachers with a decoder or a classifier on top, in every placement; the classifier that a run leaves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dmae_ds.models.decoder import Decoder
 from dmae_ds.models.vit import build_student
 from dmae_ds.train.preflight import prepare
 from tests.messages import refused
-from tests.train.conftest import free_port, losses, run
+from tests.train.conftest import deepspeed, losses, metrics, run
 
 DRIVER = Path(__file__).with_name("driver.py")
 NAME = "vit_tiny_patch16_224"
@@ -34,13 +34,13 @@ PLACEMENTS = {
 
 @pytest.fixture(scope="module")
 def recipes(digits, tmp_path_factory) -> dict[str, list[str]]:
-    """Arguments of `dmae-ds train`: 8 steps of each stage, beside a random MAE and a random classifier."""
+    """Arguments of `dmae-ds train`: 8 steps of each stage, with a random MAE and a random classifier."""
     folder, generator = tmp_path_factory.mktemp("teachers"), torch.Generator().manual_seed(7)
-    about = {"timm_name": NAME, "timm_overrides": json.dumps(SHAPE)}
+    metadata = {"timm_name": NAME, "timm_overrides": json.dumps(SHAPE)}
     save_file(
         build_student(NAME, SHAPE, generator=generator).state_dict(),
         folder / "student.safetensors",
-        metadata=about,
+        metadata=metadata,
     )
     decoder = Decoder(
         encoder_dim=48, patch_size=4, grid=(8, 8), depth=2, embed_dim=32, num_heads=4, generator=generator
@@ -48,7 +48,7 @@ def recipes(digits, tmp_path_factory) -> dict[str, list[str]]:
     save_file(
         {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()},
         folder / "decoder.safetensors",
-        metadata=about,
+        metadata=metadata,
     )
     torch.manual_seed(8)
     model = timm.create_model(NAME, **SHAPE, num_classes=10, global_pool="avg")
@@ -89,31 +89,24 @@ def recipes(digits, tmp_path_factory) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def runs(recipes, tmp_path_factory) -> Path:
-    """Each stage alone, and on two ranks with its teacher in every placement: two starts in all."""
+    """Runs of each stage alone, and on two ranks with its teacher in every placement; two starts."""
     folder = tmp_path_factory.mktemp("runs")
-    launcher = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port()), DRIVER]
+    launcher = [*deepspeed(2), str(DRIVER)]
     placed = {
         f"{stage}-{name}": [*recipes[stage], *more] for stage in recipes for name, more in PLACEMENTS.items()
     }
     alone = {f"{stage}-alone": [*recipes[stage], "optim.micro_batch=4"] for stage in recipes}
-    for start, variants in (([sys.executable, DRIVER], alone), (launcher, placed)):
-        done = run(
-            [
-                *start,
-                json.dumps(
-                    [[*arguments, f"run.dir={folder / name}"] for name, arguments in variants.items()]
-                ),
-            ],
-            cwd=folder,
-        )
+    for start, variants in (([sys.executable, str(DRIVER)], alone), (launcher, placed)):
+        recipes = [[*arguments, f"run.dir={folder / name}"] for name, arguments in variants.items()]
+        done = run([*start, json.dumps(recipes)], cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["generic", "specific"])
-def test_the_curve_is_the_same_wherever_the_teacher_is(runs, stage):
-    """Pictures that are mixed too: alone, four at a time are accumulated."""
+def test_the_curve_is_the_same_for_every_placement(runs, stage):
+    """Also with images that are mixed; one process accumulates four at a time."""
     alone = losses(runs / f"{stage}-alone")
     assert len(alone) == 8 and len(set(alone)) == 8
     for name in PLACEMENTS:
@@ -121,31 +114,29 @@ def test_the_curve_is_the_same_wherever_the_teacher_is(runs, stage):
 
 
 @pytest.mark.slow
-def test_a_specific_run_leaves_a_classifier_that_timm_alone_measures(runs, digits):
+def test_a_specific_run_leaves_a_classifier_that_timm_loads(runs, digits):
     folder = runs / "specific-zero3"
     with safe_open(folder / "classifier.safetensors", "pt") as file:
-        about = file.metadata()
-    keys = json.loads(about["classifier"])
-    model = timm.create_model(
-        about["timm_name"], **json.loads(about["timm_overrides"]), **keys["keys"]
-    ).eval()
+        metadata = file.metadata()
+    settings = json.loads(metadata["classifier"])
+    kwargs = {**json.loads(metadata["timm_overrides"]), **settings["keys"]}
+    model = timm.create_model(metadata["timm_name"], **kwargs).eval()
     model.load_state_dict(load_file(folder / "classifier.safetensors"), strict=True)
     val = ShardSet.open(digits / "val", label="data.val")
-    right = 0
+    mean, std = (torch.tensor(settings[key])[:, None, None] for key in ("mean", "std"))
+    num_right = 0
     for batch in eval_batches(
         val, img_size=32, crop_pct=1.0, batch_size=64, rank=0, world_size=1, num_workers=0
     ):
-        pixels = (batch.images.float() / 255 - torch.tensor(keys["mean"])[:, None, None]) / torch.tensor(
-            keys["std"]
-        )[:, None, None]
         with torch.no_grad():
-            right += int((model(pixels).argmax(dim=1) == batch.labels).sum())
-    said = json.loads((folder / "accuracy.json").read_text())
-    assert said["top1"] == pytest.approx(100 * right / 397) and said["num_val"] == 397 and said["step"] == 8
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "accuracy/top1" in row] == [8] and rows[-1][
-        "accuracy/top1"
-    ] == pytest.approx(said["top1"])
+            logits = model((batch.images.float() / 255 - mean) / std)
+        num_right += int((logits.argmax(dim=1) == batch.labels).sum())
+    accuracy = json.loads((folder / "accuracy.json").read_text())
+    assert accuracy["top1"] == pytest.approx(100 * num_right / 397)
+    assert (accuracy["num_val"], accuracy["step"]) == (397, 8)
+    rows = metrics(folder)
+    assert [row["step"] for row in rows if "accuracy/top1" in row] == [8]
+    assert rows[-1]["accuracy/top1"] == pytest.approx(accuracy["top1"])
     (result,) = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert (result["metric"], result["settings"]["init"]) == ("supervised", "random")
     plain = timm.create_model(NAME, num_classes=0, **{**SHAPE, "embed_dim": 32, "num_heads": 2})
@@ -153,7 +144,7 @@ def test_a_specific_run_leaves_a_classifier_that_timm_alone_measures(runs, digit
     assert not (runs / "generic-zero3" / "accuracy.json").exists()
 
 
-def test_neighbours_that_are_mixed_stay_in_one_micro_batch(recipes, tmp_path):
+def test_images_that_are_mixed_stay_in_one_micro_batch(recipes, tmp_path):
     world = World(rank=0, local_rank=0, size=1, local_size=1)
 
     def check(*more):
@@ -161,10 +152,8 @@ def test_neighbours_that_are_mixed_stay_in_one_micro_batch(recipes, tmp_path):
         return prepare(load_config(recipe, overrides), world, resume="never")
 
     assert check("optim.micro_batch=7").micro_batch == 4
-    assert (
-        check("optim.global_batch=15", "objective.augment.mixup=0", "objective.augment.cutmix=0").micro_batch
-        == 15
-    )
+    unmixed = ["objective.augment.mixup=0", "objective.augment.cutmix=0"]
+    assert check("optim.global_batch=15", *unmixed).micro_batch == 15
     with refused("g2sd_specific", "data.repeat", 2):
         check("data.repeat=2")
     assert check().num_classes == 10

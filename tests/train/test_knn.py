@@ -1,4 +1,4 @@
-"""k-NN during training: when it is due, that it does not change training, and that `dmae-ds eval knn` agrees."""
+"""k-NN during training: it is measured when due, changes nothing, and agrees with `dmae-ds eval knn`."""
 
 import json
 from types import SimpleNamespace

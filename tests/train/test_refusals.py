@@ -1,4 +1,4 @@
-"""What `dmae-ds train` refuses: one line, exit code 2, no traceback, nothing lost; quickly where no model need be built."""
+"""Mistakes that `dmae-ds train` refuses with one line and exit code 2; nothing is lost."""
 
 from __future__ import annotations
 
@@ -13,46 +13,38 @@ from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.load import load_config
 from dmae_ds.distributed.world import World
-from dmae_ds.errors import UserError
 from dmae_ds.train.preflight import prepare
-from tests.train.conftest import command, environment, run
-
-
-def refused(arguments: list[str], cwd) -> str:
-    done = run(command(arguments, ranks=1), cwd=cwd)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("dmae-ds: error: "), done.stderr
-    return lines[0]
+from tests.messages import refused
+from tests.train.conftest import command, environment, refusal, run
 
 
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["objective.maskratio=.9"], "did you mean objective.mask_ratio?"),
-        (["data.train=nowhere"], "data.train 'nowhere' is not a shard folder"),
-        (["objective.mask_ratio=1"], "input should be less than 1"),
-        (["deepspeed=zero4"], "did you mean zero"),
-        (["teacher.weights=none.pth"], "teacher.weights 'none.pth' is not a file"),
-        (["teacher=null"], "objective dmae needs a teacher"),
-        (["objective={name: mae}"], "objective mae"),
+        (["objective.maskratio=.9"], ["objective.maskratio", "objective.mask_ratio"]),
+        (["data.train=nowhere"], ["data.train", "nowhere"]),
+        (["objective.mask_ratio=1"], ["objective", "mask_ratio", "less than 1"]),
+        (["deepspeed=zero4"], ["zero4", "zero3"]),
+        (["teacher.weights=none.pth"], ["teacher.weights", "none.pth"]),
+        (["teacher=null"], ["dmae", "teacher"]),
+        (["objective={name: mae}"], ["objective", "mae"]),
     ],
 )
 def test_mistakes_in_a_recipe(tiny_recipe, tmp_path, overrides, words):
-    assert words in refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", *overrides], tmp_path)
+    line = refusal(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", *overrides], tmp_path)
+    assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
 
 
 def test_a_misspelt_deepspeed_key(tiny_recipe, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"zero_optimisation": {"stage": 2}}))
-    assert "did you mean zero_optimization?" in refused(
-        ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "deepspeed=mine.json"], tmp_path
-    )
+    arguments = ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "deepspeed=mine.json"]
+    line = refusal(arguments, tmp_path)
+    assert "zero_optimisation" in line and "zero_optimization" in line
 
 
 def test_a_ranks_line_and_its_end_are_one_write(tmp_path):
-    """Started as launchers start ranks, unbuffered; else the lines of two ranks that stop at once run into one."""
+    """Unbuffered, as launchers start ranks, so that the lines of two ranks that stop at once stay apart."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet is a write
     with ours, its:
         done = subprocess.run(
@@ -68,7 +60,7 @@ def test_a_ranks_line_and_its_end_are_one_write(tmp_path):
 
 
 def test_mistakes_in_a_recipe_are_found_without_torch(tiny_recipe, tmp_path):
-    """The reason they take under two seconds: importing torch and timm alone takes longer on a slow disk."""
+    """They take less than two seconds, because torch and timm, slow to import, are not imported."""
     code = """
 import sys
 from dmae_ds.cli.main import main
@@ -86,40 +78,32 @@ sys.exit(code)
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert "did you mean zero" in done.stderr
+    assert "zero4" in done.stderr
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda tensors: tensors.pop("blocks.1.mlp.fc1.weight"), "missing 1: blocks.1.mlp.fc1.weight"),
+        (lambda tensors: tensors.pop("blocks.1.mlp.fc1.weight"), ["blocks.1.mlp.fc1.weight"]),
         (
             lambda tensors: tensors.update({"cls_token": torch.zeros(1, 1, 47)}),
-            "misshapen 1: cls_token [1, 1, 47] instead of [1, 1, 48]",
+            ["cls_token", "[1, 1, 47]", "[1, 1, 48]"],
         ),
     ],
 )
 def test_a_teacher_file_that_does_not_fit(tiny_recipe, tmp_path, change, words):
-    weights = next(value for value in tiny_recipe if value.startswith("teacher.weights=")).removeprefix(
-        "teacher.weights="
-    )
-    tensors = load_file(weights)
+    weights = next(value for value in tiny_recipe if value.startswith("teacher.weights="))
+    tensors = load_file(weights.removeprefix("teacher.weights="))
     change(tensors)
-    save_file(tensors, tmp_path / "broken.safetensors")
-    line = refused(
-        [
-            "train",
-            *tiny_recipe,
-            f"run.dir={tmp_path / 'run'}",
-            f"teacher.weights={tmp_path / 'broken.safetensors'}",
-        ],
-        tmp_path,
-    )
-    assert words in line
+    broken = tmp_path / "broken.safetensors"
+    save_file(tensors, broken)
+    arguments = ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", f"teacher.weights={broken}"]
+    line = refusal(arguments, tmp_path)
+    assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
 
 
-def test_two_ranks_say_it_once_and_the_launcher_passes_the_code_on(tiny_recipe, tmp_path):
+def test_two_ranks_print_one_line_and_the_launcher_returns_the_exit_code(tiny_recipe, tmp_path):
     done = run(
         command(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "optim.global_batch=3"], ranks=2),
         cwd=tmp_path,
@@ -133,22 +117,22 @@ def test_two_ranks_say_it_once_and_the_launcher_passes_the_code_on(tiny_recipe, 
 def test_a_run_folder_is_not_overwritten(tiny_recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("precious")
-    assert "--resume auto" in refused(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], tmp_path)
+    assert "--resume auto" in refusal(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], tmp_path)
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
 
 
-def test_a_world_that_contradicts_itself_is_refused(monkeypatch):
+def test_an_incomplete_set_of_rank_variables_is_refused(monkeypatch):
     from dmae_ds.distributed.world import world_from_env
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert world_from_env() == World()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+    with refused("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         world_from_env()
 
 
-def test_what_fitted_before_bounds_the_micro_batch_of_a_resumed_run(tiny_recipe, tmp_path):
+def test_the_micro_batch_of_a_resumed_run_is_at_most_the_previous_one(tiny_recipe, tmp_path):
     config = load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}"])
     before = prepare(config, World(size=2, local_size=2), resume="never")
     assert (before.micro_batch, before.accumulation) == (8, 1)

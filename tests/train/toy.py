@@ -1,4 +1,7 @@
-"""An objective that asks for everything an objective may ask for, as a person outside this project would bring it: one class, one recipe (toy.yaml)."""
+"""An objective that asks for everything an objective may ask for: one class and one recipe (toy.yaml).
+
+It is written as somebody outside this project would write it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from dmae_ds.objectives.base import Objective, all_places, freeze, with_zero_gra
 from dmae_ds.objectives.needs import EmaSpec, Progress, View
 
 SMALL = 24  # px
-HELD_STEPS = 3  # in which the classifier does not move
+HELD_STEPS = 3  # at the start, in which the classifier does not change
 
 
 @dataclass
@@ -28,7 +31,10 @@ class ToyBatch(PatchBatch):
 
 
 class Holdable(nn.Linear):
-    """A linear layer that can be held still. Its weights are used in its own forward: elsewhere ZeRO-3 has them in pieces."""
+    """A linear layer that can be held constant.
+
+    Its weights are used in its own forward: elsewhere ZeRO-3 has them in pieces.
+    """
 
     held = False
 
@@ -41,7 +47,7 @@ class Holdable(nn.Linear):
 
 
 class Toy(Objective):
-    """A frozen block, an EMA teacher with a state that all ranks share, a second small view, labels, a held layer, a frozen one."""
+    """Uses a teacher's block, an EMA teacher with state, a small view, labels, a held and a frozen layer."""
 
     class Config(ObjectiveSection):
         needs_teacher = True
@@ -55,11 +61,9 @@ class Toy(Objective):
 
     def __init__(self, config: Config, *, student, teacher, generator, num_classes: int):
         super().__init__(student)
-        self.head, self.align, self.classes = (
-            nn.Linear(student.embed_dim, 8),
-            nn.Linear(student.embed_dim, teacher.embed_dim),
-            Holdable(student.embed_dim, num_classes),
-        )
+        self.head = nn.Linear(student.embed_dim, 8)
+        self.align = nn.Linear(student.embed_dim, teacher.embed_dim)
+        self.classes = Holdable(student.embed_dim, num_classes)
         for layer in (self.head, self.align, self.classes):
             initialize_as_mae(layer, generator)
         freeze(student.patch_embed)
@@ -91,20 +95,22 @@ class Toy(Objective):
         return {"centre": torch.zeros(8)}
 
     def ema_features(self, ema, masked: ToyBatch) -> dict[str, Tensor]:
-        found = ema.head(ema.student(masked.visible, masked.ids_keep)[0][:, 0]).float()
-        centred = found - ema.state["centre"]
-        ema.state["centre"].lerp_(collectives.mean_over_ranks(found.mean(dim=0)), 0.5)
+        projected = ema.head(ema.student(masked.visible, masked.ids_keep)[0][:, 0]).float()
+        centred = projected - ema.state["centre"]
+        ema.state["centre"].lerp_(collectives.mean_over_ranks(projected.mean(dim=0)), 0.5)
         return {"ema/centred": centred}
 
     def layer_of(self, name: str) -> int | None:
-        parts = name.split(".")
-        return int(parts[2]) + 1 if parts[1] == "blocks" else 0 if parts[1] == "cls_token" else None
+        words = name.split(".")
+        if words[1] == "blocks":
+            return int(words[2]) + 1
+        return 0 if words[1] == "cls_token" else None
 
     def forward(self, masked: ToyBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens, tapped = self.student(masked.visible, masked.ids_keep, taps=[3])
         grid = (SMALL // self.student.patch_size,) * 2
         small, _ = self.student(masked.small, all_places(len(tokens), grid, tokens.device), grid=grid)
-        parts = {
+        losses = {
             "align": functional.l1_loss(self.align(tapped[3]).float(), features["block/3"].float()),
             "views": functional.mse_loss(
                 self.sharpness * self.head(small[:, 0]).float(), features["ema/centred"]
@@ -113,4 +119,4 @@ class Toy(Objective):
                 self.classes(tokens[:, 1:].mean(dim=1)).float(), masked.labels
             ),
         }
-        return {"loss": sum(parts.values()), **{name: part.detach() for name, part in parts.items()}}
+        return {"loss": sum(losses.values()), **{name: loss.detach() for name, loss in losses.items()}}

@@ -1,7 +1,8 @@
-"""Started by test_waits.py: trains recipes and counts, by who asks, what would make the host wait for a GPU outside of a flush or a save.
+"""Trains recipes and counts what would make the host wait for a GPU, by source line.
 
-On a CPU nothing waits, so DeepSpeed is told that its device doesn't order its work, as a GPU doesn't, and every read of a
-tensor's value is seen by torch's dispatcher. Arguments: recipe argument lists as JSON. Prints one JSON object a recipe.
+On a CPU nothing waits. So DeepSpeed is made to believe that its device does not order its work, as a GPU
+does not, and every read of a tensor's value is counted in torch's dispatcher. Started by test_waits.py with
+lists of recipe arguments as JSON; prints one JSON object for each recipe.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ def note(what: str) -> None:
         found["allowed"] += 1
         return
     if any("/torch/utils/data/" in frame.filename for frame in traceback.extract_stack()):
-        return  # the loader draws a seed for its workers: on the host, once
+        return  # the loader draws a seed for its workers, once and on the host
     frames = [
         frame
         for frame in traceback.extract_stack()
@@ -50,10 +51,10 @@ class Reads(TorchDispatchMode):
 
 
 def allowing(method):
-    def wrapped(*args, **keys):
+    def wrapped(*args, **kwargs):
         allowed[0] = True
         try:
-            return method(*args, **keys)
+            return method(*args, **kwargs)
         finally:
             allowed[0] = False
 
@@ -61,9 +62,9 @@ def allowing(method):
 
 
 def counted(train):
-    def wrapped(*args, **keys):
+    def wrapped(*args, **kwargs):
         with Reads():
-            return train(*args, **keys)
+            return train(*args, **kwargs)
 
     return wrapped
 

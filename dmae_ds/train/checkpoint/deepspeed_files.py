@@ -1,5 +1,6 @@
 """Writing and reading DeepSpeed's checkpoint files: with a crc32, without exceptions, without unpickling.
- DeepSpeed lets a `checkpoint_engine` write and read its files. Its own one (torch.save, torch.load) raises
+
+DeepSpeed lets a `checkpoint_engine` write and read its files. Its own one (torch.save, torch.load) raises
 where a disk is full, on one rank, between barriers at which the others then wait; does not wait for the
 disk; and unpickles anything.
 """

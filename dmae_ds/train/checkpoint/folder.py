@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step-00000500/   DeepSpeed's files, and state.json
     RUN/checkpoints/latest           the name of the newest complete checkpoint
- `state.json` is written after every rank has finished, and lists every file with its bytes and crc32 as the
+
+`state.json` is written after every rank has finished, and lists every file with its bytes and crc32 as the
 rank that wrote it computed them. `latest` moves last, by an atomic rename, and a checkpoint that is deleted
 loses its state.json first. So whatever is killed at whatever moment, `latest` names a complete checkpoint,
 and a folder without a state.json is not a checkpoint.

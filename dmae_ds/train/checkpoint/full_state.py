@@ -1,5 +1,6 @@
 """A checkpoint's parameters and Adam's moments in full, joined from the pieces that DeepSpeed's ranks wrote.
- It is read one parameter at a time, from memory-mapped files: a rank that continues with another world size
+
+It is read one parameter at a time, from memory-mapped files: a rank that continues with another world size
 or ZeRO stage needs neither the disk space nor the minutes of a conversion, and no half-made conversion can
 be left over. DeepSpeed 0.19.8's own way (ds_to_universal, then load_universal) is not used for that because
 

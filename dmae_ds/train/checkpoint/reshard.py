@@ -1,5 +1,6 @@
 """Loading a checkpoint's full state into an engine of any ZeRO stage and world size.
- DeepSpeed makes Adam's moments at the first step, so before it there is nothing to set: they are made here
+
+DeepSpeed makes Adam's moments at the first step, so before it there is nothing to set: they are made here
 as torch's AdamW would, flat and zero, and filled through DeepSpeed's own functions for setting parts of
 them.
 """

@@ -1,5 +1,6 @@
 """One owner at a time for a run folder, which must be one folder for all ranks.
- Two jobs that train into one folder, such as an orphan and its restart, would delete each other's
+
+Two jobs that train into one folder, such as an orphan and its restart, would delete each other's
 checkpoints. A rank whose run.dir is on a local disk of its own machine would write its part of a checkpoint
 where no other rank finds it.
 """

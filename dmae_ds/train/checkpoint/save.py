@@ -1,5 +1,6 @@
 """Saving and resuming a run: DeepSpeed's files, our state.json, the EMA teacher and the exported student.
- A save is complete on every rank or it is thrown away on every rank: rank 0 makes the folder, every rank
+
+A save is complete on every rank or deleted on every rank: rank 0 makes the folder, every rank
 writes its files, rank 0 writes state.json and moves the pointer `latest` (folder.py), then the exported
 student gets its names.
 """

@@ -1,5 +1,6 @@
 """The exported student: RUN/student.safetensors, which loads into timm strictly, and RUN/decoder.safetensors.
- Both are written under temporary names during a save and get their names after the checkpoint is whole, so
+
+Both are written under temporary names during a save and get their names after the checkpoint is whole, so
 they are always files of one finished step.
 """
 

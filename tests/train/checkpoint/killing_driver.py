@@ -26,7 +26,7 @@ from dmae_ds.train.run import train_recipe
 moment, recipe = sys.argv[-2], json.loads(sys.argv[-1])
 world = world_from_env()
 device = process_group.start(world)
-from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
+from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine  # noqa: E402
 
 
 def die_in(

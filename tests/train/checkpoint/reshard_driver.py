@@ -1,6 +1,6 @@
 """Does a list of steps, given as JSON, on every rank; started by the tests under a real launcher.
 
-["train", recipe, key=value, ...]   start or continue a run; its RunFailed or UserError is printed by every rank
+["train", recipe, key=value, ...]   start or continue a run; every rank prints its RunFailed or UserError
 ["take", run, step, other run]      copy this run's checkpoint of a step into a new run folder
 """
 

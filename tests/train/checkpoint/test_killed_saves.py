@@ -1,4 +1,4 @@
-"""After SIGKILL at any moment of a save, a run resumes from a complete checkpoint and ends bit for bit the same."""
+"""After SIGKILL in a save a run resumes from a complete checkpoint and ends bit for bit the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.checkpoint.student_file import NAMES, step_of
-from tests.train.checkpoint.test_reshard import start, train
+from tests.train.checkpoint.resharding import start, train
 from tests.train.conftest import free_port, losses, run
 
 KILLER = Path(__file__).with_name("killing_driver.py")
