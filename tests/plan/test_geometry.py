@@ -6,9 +6,9 @@ import pytest
 
 from dmae_ds.config.load import load_config
 from dmae_ds.errors import UserError
+from dmae_ds.objectives.build import build_objective
 from dmae_ds.plan.geometry import measure
 from dmae_ds.teacher.frozen import meta_teacher
-from dmae_ds.train.run import build_objective
 
 TINY = [
     "data.train=nowhere",
