@@ -3,10 +3,10 @@
 # `dmae-ds train`:
 #   bash launch/train.sh RECIPE [key=value ...]                           this node's GPUs
 #   HOSTFILE=hostfile bash launch/train.sh ...                            on one node; pdsh reaches the others
-#   LAUNCHER=no_ssh HOSTFILE=hostfile NODE_RANK=0 MASTER_ADDR=node1 ...   on every node, each with its NODE_RANK
-#   LAUNCHER=torchrun NODES=2 MASTER_ADDR=node1 ...                       on every node; NODES=1:2 may lose one
+#   LAUNCHER=no_ssh HOSTFILE=hostfile NODE_RANK=0 MASTER_ADDR=node1 ...   on every node, with its NODE_RANK
+#   LAUNCHER=torchrun NODES=2 MASTER_ADDR=node1 ...                       on every node; NODES=1:2: one may go
 # RESTARTS=3   how often a run that broke is restarted (default 0; for torchrun, its --max_restarts)
-# GPUS=8       of this node, without a hostfile (default: all); no_ssh without a hostfile requires it and NODES
+# GPUS=8       of this node, without a hostfile (default: all); no_ssh then requires it, and NODES
 # PORT=29500   on the first node; two jobs that share a node need two
 # Over ssh the nodes get variables that begin with PYTHON, NCCL, UCX or MV2, and the lines NAME=value of
 # ./.deepspeed_env.
@@ -29,7 +29,8 @@ needs() { # VARIABLE ...
     for name in "$@"; do [ -n "${!name:-}" ] || mistake "LAUNCHER=$LAUNCHER requires $name"; done
 }
 gpus() {
-    python -c 'from deepspeed.accelerator import get_accelerator as get; print(get().device_count())' | tail -1
+    local code='from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_count())'
+    python -c "$code" | tail -1
 }
 
 [ $# -gt 0 ] || mistake "no recipe was given; name a recipe"
