@@ -97,9 +97,9 @@ def compare(predicted: Memory, measured: int, *, gpu: bool) -> str:
 
     On a GPU the memory of libraries is outside torch's count, so it is left out of both.
     """
-    parts = [part for part in PARTS if not (gpu and part == "libraries")]
-    total = sum(getattr(predicted, part) for part in parts)
-    part_texts = ", ".join(f"{part} {getattr(predicted, part) / GIB:.2f}" for part in parts)
+    names = [name for name in PARTS if not (gpu and name == "libraries")]
+    total = sum(getattr(predicted, name) for name in names)
+    part_texts = ", ".join(f"{name} {getattr(predicted, name) / GIB:.2f}" for name in names)
     return (
         f"memory    {total / GIB:.2f} GiB a rank predicted ({part_texts}), {measured / GIB:.2f} measured "
         f"on the rank that took most: {measured / total - 1:+.1%}"

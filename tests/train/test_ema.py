@@ -76,9 +76,9 @@ def test_the_ema_teacher_is_the_moving_average_of_its_parts_alone():
     for step in range(4):
         shake(objective, step)
         ema.after_step(engine_of(objective), progress_at(step), progress_at(step + 1))
-        own, m = dict(objective.named_parameters()), 0.1 * (1 + step)
+        weights, m = dict(objective.named_parameters()), 0.1 * (1 + step)
         expected = {
-            name: m * value + (1 - m) * own[name].detach().double() for name, value in expected.items()
+            name: m * value + (1 - m) * weights[name].detach().double() for name, value in expected.items()
         }
     for name, parameter in ema.module.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
@@ -192,11 +192,11 @@ def names_of(objective: Objective, groups: list[dict]) -> list[tuple[dict, set[s
 def test_learning_rates_decrease_by_layer_and_parameters_without_a_layer_are_on_top():
     objective = Two()
     groups = names_of(objective, parameter_groups(objective, weight_decay=0.05, layer_decay=0.5))
-    scale = {name: keys["lr_scale"] for keys, names in groups for name in names}
+    scale = {name: settings["lr_scale"] for settings, names in groups for name in names}
     assert scale["student.cls_token"] == scale["student.patch_embed.proj.weight"] == 0.25
     assert scale["student.blocks.0.attn.qkv.weight"] == 0.5
     assert scale["student.blocks.1.mlp.fc1.bias"] == scale["head.weight"] == scale["student.norm.bias"] == 1
-    decay = {name: keys["weight_decay"] for keys, names in groups for name in names}
+    decay = {name: settings["weight_decay"] for settings, names in groups for name in names}
     assert decay["head.weight"] == decay["student.cls_token"] == 0.05
     assert decay["head.bias"] == decay["student.norm.weight"] == 0
     assert len(scale) == len(list(objective.parameters()))
@@ -205,11 +205,13 @@ def test_learning_rates_decrease_by_layer_and_parameters_without_a_layer_are_on_
 def test_scaled_parameters_get_groups_of_their_own_and_nothing_is_lost():
     objective = Two()
     plain = names_of(objective, parameter_groups(objective, weight_decay=0.05, layer_decay=1.0))
-    assert len(plain) == 2 and not any("lr_scale" in keys or "scaled_by" in keys for keys, _ in plain)
+    assert len(plain) == 2 and not any(
+        "lr_scale" in settings or "scaled_by" in settings for settings, _ in plain
+    )
     objective.lr_scales = {"header.": 0.0}
     groups = names_of(objective, parameter_groups(objective, weight_decay=0.05, layer_decay=1.0))
     assert sorted(
-        (keys.get("scaled_by") or "", keys["weight_decay"], len(names)) for keys, names in groups
+        (settings.get("scaled_by") or "", settings["weight_decay"], len(names)) for settings, names in groups
     ) == sorted(
         [
             ("", 0.0, len(plain[0][1]) - 1),

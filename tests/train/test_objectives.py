@@ -88,45 +88,37 @@ def recipes(digits, tmp_path_factory) -> dict[str, Path]:
     norm = {"norm.weight": torch.ones(48), "norm.bias": torch.zeros(48)}
     torch.save({"model": {**encoder, **norm, **decoder}}, folder / "mae.pth")
     torch.save({"model": {**encoder, **head}}, folder / "classifier.pth")
-    found = {}
-    for name, (objective, teacher) in OBJECTIVES.items():
-        found[name] = folder / f"{name}.yaml"
-        found[name].write_text(
-            yaml.safe_dump(
-                {
-                    "run": {"dir": str(folder / "unused")},
-                    "student": {**NETWORK, "embed_dim": 32, "depth": 4, "num_heads": 2},
-                    "objective": objective,
-                    **(
-                        {}
-                        if teacher is None
-                        else {
-                            "teacher": {
-                                **TEACHER,
-                                **(TEACHER_DECODER if name == "g2sd_generic" else {}),
-                                "weights": str(folder / f"{teacher}.pth"),
-                            }
-                        }
-                    ),
-                    "data": {
-                        "train": str(digits / "train"),
-                        "val": str(digits / "val"),
-                        "num_workers": 1,
-                        "crop_scale": [0.5, 1.0],
-                        "crop_pct": 1.0,
-                    },
-                    "optim": {
-                        "global_batch": BATCH,
-                        "base_lr": RATES.get(objective["name"], 1e-2),
-                        "epochs": EPOCHS,
-                        "warmup_epochs": EPOCHS / 5,
-                    },
-                    "checkpoint": {"every_steps": 5, "keep": 9},
-                    "log": {"every_steps": 1, "trackers": []},
-                }
-            )
-        )
-    return found
+    return {name: _write_recipe(folder, digits, name) for name in OBJECTIVES}
+
+
+def _write_recipe(folder: Path, digits: Path, name: str) -> Path:
+    objective, weights = OBJECTIVES[name]
+    recipe = {
+        "run": {"dir": str(folder / "unused")},
+        "student": {**NETWORK, "embed_dim": 32, "depth": 4, "num_heads": 2},
+        "objective": objective,
+        "data": {
+            "train": str(digits / "train"),
+            "val": str(digits / "val"),
+            "num_workers": 1,
+            "crop_scale": [0.5, 1.0],
+            "crop_pct": 1.0,
+        },
+        "optim": {
+            "global_batch": BATCH,
+            "base_lr": RATES.get(objective["name"], 1e-2),
+            "epochs": EPOCHS,
+            "warmup_epochs": EPOCHS / 5,
+        },
+        "checkpoint": {"every_steps": 5, "keep": 9},
+        "log": {"every_steps": 1, "trackers": []},
+    }
+    if weights is not None:
+        decoder = TEACHER_DECODER if name == "g2sd_generic" else {}
+        recipe["teacher"] = {**TEACHER, **decoder, "weights": str(folder / f"{weights}.pth")}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
 
 
 @pytest.fixture(scope="module")

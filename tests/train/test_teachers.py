@@ -203,8 +203,10 @@ def test_a_larger_crop_all_patches_and_z_scores_train(measured, tmp_path):
 
 
 def test_statistics_of_other_weights_are_refused(measured, tiny_recipe, tmp_path):
-    own = next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2]
-    save_file({name: tensor * 1.5 for name, tensor in load_file(own).items()}, tmp_path / "other.safetensors")
+    weights = next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2]
+    save_file(
+        {name: tensor * 1.5 for name, tensor in load_file(weights).items()}, tmp_path / "other.safetensors"
+    )
     config = load_config(
         measured[0], [*measured[1:], "run.dir=unused", f"teacher.weights={tmp_path / 'other.safetensors'}"]
     )

@@ -46,7 +46,8 @@ class Checkpoints:
         student_metadata: dict[str, str],
         ema: EmaTeacher | NoEmaTeacher,
     ):
-        self.folder, self.config, self.identity, self.ema = folder, config, identity, ema
+        self.folder, self.config = folder, config
+        self.identity, self.ema = identity, ema
         self.student_files = StudentFiles(folder.run_dir, student_metadata)
         self._last_save_s = time.monotonic()
         self._last_step: int | None = None  # saved or loaded
