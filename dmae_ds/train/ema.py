@@ -58,7 +58,7 @@ class EmaTeacher:
         return ema_features(self.objective, self.module, masked, precision=self.precision)
 
     def after_step(self, engine: Engine, progress: Progress, following: Progress) -> None:
-        """Update the EMA teacher after the optimiser step of `progress`, if it is due. Collective.
+        """Update the EMA teacher after the optimizer step of `progress`, if it is due. Collective.
 
         following: the progress of the next step, which shows whether an epoch has ended
         """

@@ -75,7 +75,7 @@ class Engine:
         from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
         self._engine.checkpoint_engine = self._files = SafeCheckpointEngine()
-        # DeepSpeed's scripts for reading checkpoints unpickle anything, and copying them raises on a full
+        # DeepSpeed's scripts for reading checkpoints unpickle anything, and to copy them raises on a full
         # disk.
         self._engine._copy_recovery_script = lambda folder: None
 
@@ -121,8 +121,9 @@ class Engine:
     def full_parameters(self, parts: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full fp32 weight on this rank's device), one parameter after the other.
 
-        parts: submodules of the objective; none: all of it A weight may only be read, and only before the
-            next one is requested. Collective: every rank must go through all of them.
+        parts: submodules of the objective; none: all of it
+        Collective: every rank must go through all of them. A weight may only be read, and only before the
+        next one is requested.
         """
         for name, parameter in self.objective.named_parameters():
             if not parts or name.startswith(tuple(f"{part}." for part in parts)):
@@ -164,8 +165,8 @@ class Engine:
     def load_resharded(self, checkpoint: Path, *, stage: int, step: int, global_batch: int) -> None:
         """Read what another number of ranks wrote, or another ZeRO stage (`stage`).
 
-        Collective; raises UserError.
         Weights, Adam's moments and its counter are loaded; the optimizer's settings are the recipe's.
+        Collective. Raises UserError.
         """
         from dmae_ds.train.checkpoint.full_state import FullState
         from dmae_ds.train.checkpoint.reshard import load_full_state

@@ -23,8 +23,8 @@ from dmae_ds.train.preflight import Preflight
 
 AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 has learned in which order it needs the weights
 MIN_PARAMETERS = 5_000_000  # below, memory belongs to libraries and not to tensors: nothing is predicted
-# For a CPU's choice between placements; guesses: a core's TFLOP/s, and gloo's Gbit/s between and inside
-# nodes.
+# For the choice between placements on CPUs: a core's TFLOP/s, gloo's Gbit/s between and inside nodes
+# (guesses).
 CPU = {"tflops": 0.2, "link_gbps": 10.0, "node_link_gbps": 20.0}
 
 

@@ -33,7 +33,7 @@ def input_stream(
     device: torch.device,
     timer: StepTimer,
 ) -> Iterator[tuple[Batch, PatchBatch, dict[str, Tensor]]]:
-    """Give this rank's micro-batches from start_step to the end of the run, with their teacher's features.
+    """Stream this rank's micro-batches from start_step to the end of the run, with their teacher's features.
 
     timer: gets the time that is spent waiting for data and for the teacher
     Yields (batch, its patches, {tap: features}), all on the device. data/loader.py describes what is raised.

@@ -98,9 +98,8 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
 class BuiltRun:
     """Everything of a run that exists before its checkpoint is loaded and its first batch is read.
 
-    preflight: with the placement chosen and the newest checkpoint named; summary: what is printed at the
-        start
-    classifier, memory: None where the run has none; lock: held by rank 0
+    preflight: with the placement chosen and the newest checkpoint named
+    classifier, memory: None where the run has none; lock: held by rank 0; summary: printed at the start
     """
 
     preflight: Preflight
@@ -216,8 +215,7 @@ def stream(built: BuiltRun, start_step: int) -> Iterator[tuple[Batch, PatchBatch
 def with_newest_checkpoint(preflight: Preflight) -> Preflight:
     """Look for the newest checkpoint again, now that the run folder is ours; a new run stays as it is.
 
-    Collective.
-    Each rank looked by itself before, and the job before this one may have saved once more since.
+    Each rank looked by itself before, and the job before this one may have saved once more since. Collective.
     """
     if not any(collectives.gather_objects(preflight.resume_from is not None)):
         return preflight

@@ -63,10 +63,7 @@ class Killed(BaseException):
 
 
 def test_killed_before_any_disk_operation_the_latest_is_complete(tmp_path, monkeypatch):
-    """A third save, which deletes the first, is stopped before its first operation, its second, ...
-
-    its last.
-    """
+    """A third save, which deletes the first, is stopped before each of its disk operations."""
     done = -1
 
     def stop_at(limit: int) -> None:
