@@ -70,6 +70,9 @@ NOTES = {
     ),
 }
 
+NOT_MEASURED = "These runs were trained before this was measured"
+NO_TEACHER = "No run of this page has a teacher"
+
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
     """Write the page (default: report.html in the first run's folder) and its figures; returns its path.
@@ -132,7 +135,7 @@ def _chart_section(key: str, charts: Charts, folder: Path) -> Section:
         _save_figure(folder, stem, figure)
     body = place_charts([to_svg(figure) for figure in charts.values()])
     if not charts:
-        body = missing("These runs were trained before this was measured")
+        body = missing(NOT_MEASURED)
     return Section(*NOTES[key], body)
 
 
@@ -165,7 +168,7 @@ def _cka_section(views: dict[str, Views], folder: Path) -> Section:
             body = place_charts([to_svg(figure)])
         if "cka" in views_of_run.missing:
             body += missing(views_of_run.missing["cka"])
-        blocks.append((name, "", body or missing("No run of this page has a teacher")))
+        blocks.append((name, "", body or missing(NO_TEACHER)))
     return Section(*NOTES["cka"], place_runs(blocks))
 
 

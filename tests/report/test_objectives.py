@@ -68,7 +68,7 @@ def page(tmp_path, shards) -> str:
 
 
 def test_the_page_shows_what_was_measured_and_names_what_is_missing(page):
-    assert "mocov3 predicts no pixels." in page and ">reconstructed<" not in page
+    assert "mocov3" in page and ">reconstructed<" not in page and page.count('class="missing"') == 3
     assert "Attention of CLS" in page and "contrast (training)" in page and "student, last" in page
     assert "spread of the targets" in page and page.count("0.00%") == 2
     assert "target/spread (training)" not in page  # a sign of health, not a loss
@@ -87,18 +87,13 @@ def test_a_collapsed_target_is_an_alarm_once_the_run_is_two_thirds_through(
 def test_an_objective_that_reads_cls_alone_is_judged_by_it(tmp_path, shards):
     def alarms(objective, **ranks):
         config = config_of(tmp_path, shards)
-        config = (
-            config.model_copy(update={"objective": MaeConfig(name="mae")}) if objective == "mae" else config
-        )
+        if objective == "mae":
+            config = config.model_copy(update={"objective": MaeConfig(name="mae")})
         return len(find_collapses(RunRecord(tmp_path, config, rows_of(spread=SPREAD, **ranks), []), "run"))
 
     low_mean, low_cls = {"rank/mean": 2.0, "rank/cls": 4.0}, {"rank/mean": 4.0, "rank/cls": 2.0}
-    assert [
-        alarms("mocov3", **low_mean),
-        alarms("mocov3", **low_cls),
-        alarms("mae", **low_mean),
-        alarms("mae", **low_cls),
-    ] == [0, 1, 1, 0]
+    assert (alarms("mocov3", **low_mean), alarms("mocov3", **low_cls)) == (0, 1)
+    assert (alarms("mae", **low_mean), alarms("mae", **low_cls)) == (1, 0)
 
 
 def test_a_dead_term_of_another_objective_names_the_keys_that_fix_it(tmp_path, shards):
@@ -109,6 +104,5 @@ def test_a_dead_term_of_another_objective_names_the_keys_that_fix_it(tmp_path, s
         [],
     )
     (sentence,) = find_dead_terms(record, "run")
-    assert sentence.endswith(
-        "raise objective.distill.alpha, or compare raw features with objective.distill.normalize=none."
-    )
+    for word in ("block 1", "1.0%", "objective.distill.alpha", "objective.distill.normalize=none"):
+        assert word in sentence
