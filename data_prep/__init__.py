@@ -1,1 +1,1 @@
-"""The shard tool `dmae-shards`: image folders in, WebDataset tars with an index out."""
+"""Shard tool `dmae-shards`, which converts image folders to WebDataset tars with an index."""

@@ -1,9 +1,8 @@
-"""`dmae-shards bench SRC`: conversion against GNU tar and webdataset.ShardWriter, with the machine's floor, in one run.
+"""Measure this machine: `dmae-shards bench SRC` compares conversion, reading and decoding with alternatives.
 
-Every way does its work once a round, in turns, so that what else the machine does meets all of them alike;
-each figure is the median of a ratio within its round. CPU time is that of the process and its children,
-system time included. Everything is written below a scratch folder and removed; the files of SRC are read once
-before, so the cache is warm.
+Every row does its work once a round, in turns, so that other work of the machine affects all of them alike;
+each figure is the median of a ratio within its round. CPU time includes children and system time. Everything
+is written below a scratch folder and removed; the files of SRC are read once before, so the cache is warm.
 """
 
 import os
@@ -20,7 +19,7 @@ from dmae_ds.data.shards import ShardError
 
 
 def load_sections() -> dict[str, Callable[[Path, Path], Section]]:
-    """Name -> section. Imported here: reading and decoding need torch."""
+    """Sections by name; reading and decoding import torch."""
     from data_prep.bench_reading import decoding, reading
 
     return {"conversion": conversion, "reading": reading, "decoding": decoding}
@@ -38,14 +37,17 @@ def run_bench(src: Path, *, limit: int, rounds: int, scratch: Path | None, only:
 
 
 def conversion(images: Path, scratch: Path) -> Section:
-    """Folder -> tars: GNU tar first. tar and webdataset leave what they wrote to the kernel; `+ fsync` waits for the disk as ours does."""
+    """Conversion of a folder to tars, compared with GNU tar.
+
+    tar and webdataset do not wait until their files are on the disk; `+ fsync` rows do, as dmae-shards does.
+    """
     listing = find_images(images)
     dst = scratch / "out"
 
     def clean() -> None:
         shutil.rmtree(dst, ignore_errors=True)
         dst.mkdir()
-        os.sync()  # the row before must not be written at this one's cost
+        os.sync()  # so that this row does not pay for the writes of the one before
 
     def tar() -> None:
         subprocess.run(["tar", "-chf", dst / "all.tar", "-C", images, "."], check=True)
@@ -75,7 +77,7 @@ def conversion(images: Path, scratch: Path) -> Section:
 
 
 def _copy(images: Path, listing, out: Path) -> None:
-    """The bytes and nothing else: no header, no checksum, no order."""
+    """Copy the bytes alone: no header, no checksum, no order."""
     buffer, src = bytearray(2**28), os.fsencode(images)
     view = memoryview(buffer)
     target = os.open(out, os.O_WRONLY | os.O_CREAT)
@@ -95,19 +97,17 @@ def _fsync(path: Path) -> None:
 def _run_python(*arguments: object) -> None:
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise ShardError(f"bench: a row failed: {done.stderr.strip()[-500:]}")
+        raise ShardError(f"bench: a row failed: {' '.join(done.stderr.split())[-500:]}")
 
 
 def _choose_images(src: Path, images: Path, limit: int) -> Path:
-    """SRC itself, or a folder of links to `limit` of its images, evenly over the classes.
-
-    Reads each image once.
-    """
+    """Return SRC, or a folder of links to `limit` of its images, over all classes; reads each image once."""
     listing = find_images(src)
-    root, folder = os.fsencode(src.resolve()), os.fsencode(images if len(listing) > limit else src)
-    for place in range(min(limit, len(listing))):
-        path = listing.path(place * len(listing) // min(limit, len(listing)))
-        if len(listing) > limit:
+    use_links, num_images = len(listing) > limit, min(limit, len(listing))
+    root, folder = os.fsencode(src.resolve()), os.fsencode(images if use_links else src)
+    for place in range(num_images):
+        path = listing.path(place * len(listing) // num_images)
+        if use_links:
             os.makedirs(os.path.dirname(b"%b/%b" % (folder, path)), exist_ok=True)
             os.symlink(b"%b/%b" % (root, path), b"%b/%b" % (folder, path))
         with open(b"%b/%b" % (folder, path), "rb") as file:

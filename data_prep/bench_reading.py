@@ -1,9 +1,8 @@
-"""Rows of `dmae-shards bench` on reading and decoding: this project's ways against webdataset and the official recipe.
+"""Sections of `dmae-shards bench` on reading and decoding, compared with webdataset and the official recipe.
 
-Every row runs on one core. Reading ends with the undecoded bytes of every sample in hand, ours checked
-against their crc32. Decoding ends with a 224 px crop: of the official recipe as normalised floats, of the
-others as the uint8 that the loader hands on (normalising is the device's work; its share is in the row of the
-recipe without it).
+Every row runs on one core. Reading ends with the undecoded bytes of every sample; our rows check their crc32.
+Decoding ends with a 224 px crop: normalised floats in the official recipe, and in the other rows the uint8
+that the loader passes on (the device normalises; the recipe's uint8 row shows its share).
 """
 
 import io
@@ -29,7 +28,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def reading(images: Path, scratch: Path) -> Section:
-    """Shards -> bytes, warm: webdataset's streaming first."""
+    """Reading of shards from a warm cache, compared with webdataset's streaming."""
     import webdataset
 
     shard_set = _make(images, scratch / "shards")
@@ -56,7 +55,7 @@ def reading(images: Path, scratch: Path) -> Section:
 
 
 def decoding(images: Path, scratch: Path) -> Section:
-    """Bytes in memory -> a 224 px random resized crop, of the images as they are and stored at short side 256."""
+    """Decoding of bytes in memory to a 224 px random resized crop, from originals and from short side 256."""
     import torch
     import torchvision
     from torchvision import transforms
@@ -97,9 +96,8 @@ def decoding(images: Path, scratch: Path) -> Section:
 
     def row(name: str, way: Callable, files: list[bytes]) -> Row:
         def run() -> None:
-            for number, data in enumerate(
-                files
-            ):  # nothing is kept: hundreds of megabytes of results would be timed too
+            # results are dropped: keeping hundreds of megabytes would be timed, too
+            for number, data in enumerate(files):
                 way(data, number)
 
         return Row(name, run)
@@ -118,8 +116,9 @@ def decoding(images: Path, scratch: Path) -> Section:
 
 
 def _make(images: Path, dst: Path, *options: str) -> ShardSet:
-    """The shards of `images`, made once."""
+    """Shards of `images`, made on the first call."""
     if not dst.exists():
+        max_skip = str(len(find_images(images)))
         command = [
             sys.executable,
             "-m",
@@ -128,27 +127,26 @@ def _make(images: Path, dst: Path, *options: str) -> ShardSet:
             images,
             dst,
             "--max-skip",
-            str(len(find_images(images))),
+            max_skip,
             *options,
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise ShardError(f"bench: shards could not be made: {done.stderr.strip()[-500:]}")
+            raise ShardError(f"bench: shards could not be made: {' '.join(done.stderr.split())[-500:]}")
     return ShardSet.open(dst, label="bench")
 
 
 def _bytes_of(shard_set: ShardSet) -> list[bytes]:
+    """Bytes of the first JPEG files of a set."""
     reader = SampleReader(shard_set)
-    found = (reader.read(sample_id).data for sample_id in range(shard_set.num_samples))
-    return list(itertools.islice((data for data in found if data[:2] == b"\xff\xd8"), NUM_DECODED))
+    files = (reader.read(sample_id).data for sample_id in range(shard_set.num_samples))
+    return list(itertools.islice((data for data in files if data[:2] == b"\xff\xd8"), NUM_DECODED))
 
 
 def _read_epoch(shard_set: ShardSet, *, block: int) -> None:
-    """One epoch in the order of training, as one worker of one rank reads it."""
-    reader, order = (
-        SampleReader(shard_set, block=block),
-        {"num_samples": shard_set.num_samples, "seed": 0, "block": block},
-    )
+    """Read one epoch in the order of training, as one worker of one rank."""
+    reader = SampleReader(shard_set, block=block)
+    order = {"num_samples": shard_set.num_samples, "seed": 0, "block": block}
     for step in range(shard_set.num_samples // BATCH + 1):
         positions = batch_positions(
             step,

@@ -1,6 +1,7 @@
-"""The yardstick of `dmae-shards bench`: `python -m data_prep.bench_webdataset IMAGES OUT`, as webdataset's manual does it.
+"""Conversion as in webdataset's manual, for `dmae-shards bench`.
 
-A process of its own, as our row is: both pay for their start.
+`python -m data_prep.bench_webdataset IMAGES OUT` is a process of its own like our row, so that both include
+their start.
 """
 
 import os

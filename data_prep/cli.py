@@ -146,7 +146,7 @@ def _add_index(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    text = "measure conversion, reading and decoding on this machine against tar, webdataset and the official recipe"
+    text = "measure conversion, reading and decoding on this machine, compared with tar, webdataset and PIL"
     command = _add_command(commands, "bench", _bench, text)
     add = command.add_argument
     add("src", metavar="SRC", type=Path, help="an image folder")

@@ -1,7 +1,8 @@
-"""One shard of `make`, in a worker: files -> samples -> a tar and its index, in one pass over one reused buffer.
+"""Convert one shard of `make` in a worker: files to a tar and its index, over one reused buffer.
 
-A file is read by one readv, its header checked and its crc32 taken while it is in the processor's cache, and
-it leaves by one gathered write. A fresh buffer for each file made this slower than tar (measured).
+A file is read by one readv, its header is checked and its crc32 computed while it is in the processor's
+cache, and it is written by one gathered write. A new buffer for each file made this slower than tar
+(measured).
 """
 
 import functools
@@ -18,13 +19,13 @@ from data_prep.header import read_header
 from data_prep.workers import check_parent
 from dmae_ds.data.shards import SOURCES, NewSample, ShardError, draft_shard, index_name
 
-MAX_BYTES = 2**28  # of a file: a buffer this large is what a worker can need
+MAX_BYTES = 2**28  # largest file, and so the largest buffer of a worker
 _buffer = bytearray(2**20)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What happens to every image."""
+    """Settings of a conversion that every worker needs."""
 
     src: bytes
     dst: Path
@@ -37,7 +38,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to write, or, if the journal has an entry for it, to check."""
+    """One shard to write, or to check if the journal has an entry for it."""
 
     settings: Settings
     number: int
@@ -49,12 +50,12 @@ class Job:
 
 
 def work(job: Job) -> tuple[dict, Callable[[], None]]:
-    """Returns (the shard's entry for the journal, commit). Raises ShardError if it cannot be written."""
+    """Write one shard; returns (its entry for the journal, commit). Raises ShardError."""
     paths = _read_sources(job)
     if job.entry is not None and _is_done(job, paths):
         return job.entry, _do_nothing
     skipped: list[dict] = []
-    kept, left = array("q"), array("q")  # size and time of each file
+    kept, left = array("q"), array("q")  # size and time of each file in the shard, and of each skipped file
     try:
         shard, commit = draft_shard(job.settings.dst, job.name, _samples(job, paths, skipped, kept, left))
     except OSError as error:
@@ -73,6 +74,7 @@ def work(job: Job) -> tuple[dict, Callable[[], None]]:
 def _samples(
     job: Job, paths: list[bytes], skipped: list[dict], kept: array, left: array
 ) -> Iterator[NewSample]:
+    """Read the images of a shard; files that cannot be used are added to `skipped`."""
     settings = job.settings
     decode = settings.decode or settings.resize is not None
     for number, (path, label) in enumerate(zip(paths, job.labels, strict=True), start=job.first):
@@ -88,7 +90,7 @@ def _samples(
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             skipped.append({"number": number, "source": os.fsdecode(path), "reason": reason})
-            left.extend(_look_at(settings, path))
+            left.extend(_size_and_time(settings, path))
             continue
         kept.append(size)
         kept.append(time_ns)
@@ -97,15 +99,14 @@ def _samples(
 
 
 def read_file(path: bytes) -> tuple[bytearray, int, int]:
-    """Returns (a buffer that begins with the file and is used again by the next call, the file's size, its time in ns).
+    """Read a file; returns (a buffer that begins with the file, its size, its time in ns).
 
-    Raises OSError, or ValueError for what is no regular file, larger than MAX_BYTES or shrinks while it is
-    read.
+    The next call reuses the buffer. Raises OSError, or ValueError for a file that is not regular, is larger
+    than MAX_BYTES or shrinks while it is read.
     """
     global _buffer
-    descriptor = os.open(
-        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-    )  # a pipe would wait for its other end
+    # without O_NONBLOCK, opening a pipe waits for its other end
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
         size = status.st_size
@@ -127,8 +128,8 @@ def read_file(path: bytes) -> tuple[bytearray, int, int]:
     return _buffer, size, status.st_mtime_ns
 
 
-def _look_at(settings: Settings, path: bytes) -> tuple[int, int]:
-    """Size and time of a file, by which a later run sees that it is another one."""
+def _size_and_time(settings: Settings, path: bytes) -> tuple[int, int]:
+    """Size and time of a file, by which a later run sees that it has changed."""
     try:
         status = os.stat(b"%b/%b" % (settings.src, path))
     except OSError:
@@ -137,6 +138,7 @@ def _look_at(settings: Settings, path: bytes) -> tuple[int, int]:
 
 
 def _decode(settings: Settings, data: memoryview, extension: str, width: int, height: int) -> tuple:
+    """Decode an image, and shrink it if --resize is given; returns (bytes, extension, width, height)."""
     from data_prep.decode import check_pixels, shrink
 
     if settings.resize is not None:
@@ -146,13 +148,14 @@ def _decode(settings: Settings, data: memoryview, extension: str, width: int, he
 
 
 def _describe(settings: Settings, path: bytes, label: int, width: int, height: int) -> bytes:
-    source, name = os.fsdecode(path), settings.classes[label] if label >= 0 else None
-    return json.dumps(
-        {"source": source, "class": name, "label": label, "width": width, "height": height}
-    ).encode()
+    """Content of a sample's .json member."""
+    name = settings.classes[label] if label >= 0 else None
+    fields = {"source": os.fsdecode(path), "class": name, "label": label, "width": width, "height": height}
+    return json.dumps(fields).encode()
 
 
 def _read_sources(job: Job) -> list[bytes]:
+    """Paths of a shard's files, from sources.txt."""
     with open(job.settings.dst / SOURCES, "rb") as file:
         file.seek(job.offset)
         lines = [file.readline() for _ in job.labels]
@@ -160,28 +163,28 @@ def _read_sources(job: Job) -> list[bytes]:
 
 
 def _is_done(job: Job, paths: list[bytes]) -> bool:
-    """Whether the shard that the journal names is there and its files are still those it was made of.
+    """Whether a shard of the journal exists and its source files are unchanged.
 
-    Raises ShardError if files that it holds have changed; where only skipped ones have, it is made again.
+    Raises ShardError if files in the shard have changed; if only skipped ones have, the shard is made again.
     """
     entry, settings = job.entry, job.settings
     skipped = {item["number"] for item in entry["skipped"]}
     kept, left = array("q"), array("q")
     for number, path in enumerate(paths, start=job.first):
         check_parent()
-        (left if number in skipped else kept).extend(_look_at(settings, path))
+        (left if number in skipped else kept).extend(_size_and_time(settings, path))
     if _digest(kept) != entry["kept"]:
         raise ShardError(
-            f"files of SRC have changed since {job.name} was made of them (lines {job.first + 1} to "
-            f"{job.first + len(paths)} of {SOURCES}); put them back, or start anew with --overwrite"
+            f"files of SRC have changed since {job.name} was made (lines {job.first + 1} to "
+            f"{job.first + len(paths)} of {SOURCES}); restore them, or start again with --overwrite"
         )
     try:
-        whole = os.stat(settings.dst / job.name).st_size == entry["shard"].bytes
+        has_size = os.stat(settings.dst / job.name).st_size == entry["shard"].bytes
         index = (settings.dst / index_name(job.name)).read_bytes()
     except FileNotFoundError:
         return False
     return (
-        whole
+        has_size
         and _digest(left) == entry["left"]
         and hashlib.sha256(index).hexdigest() == entry["shard"].index_sha256
     )
@@ -201,9 +204,9 @@ def _commit(job: Job, commit: Callable[[], None]) -> None:
 def _cannot_write(job: Job, error: OSError) -> ShardError:
     path = job.settings.dst / job.name
     return ShardError(
-        f"{path} cannot be written: {error.strerror}; mend that, and the same command continues"
+        f"{path} cannot be written: {error.strerror}; solve this, then run the same command to continue"
     )
 
 
 def _do_nothing() -> None:
-    pass
+    """Commit of a shard that was already written."""

@@ -1,4 +1,4 @@
-"""What `make` does to pixels, only when asked: decode them to see whether that works, or store smaller pictures."""
+"""Decode images for `make`: to check that they can be decoded, or to store smaller ones."""
 
 import io
 import warnings
@@ -11,25 +11,22 @@ ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 
 
 def check_pixels(data: bytes | memoryview) -> None:
-    """Raises ValueError if the image cannot be decoded to its last row."""
+    """Raise ValueError if the image cannot be decoded to its last row."""
     _open(data)
 
 
 def shrink(
     data: bytes | memoryview, *, short_side: int, quality: int
 ) -> tuple[bytes | memoryview, str, int, int]:
-    """Returns (bytes, extension, width, height) of an upright picture whose short side is at most `short_side`.
+    """Shrink an image to `short_side` and rotate it upright; returns (bytes, extension, width, height).
 
-    A picture that is upright and small enough keeps its bytes; any other becomes an RGB JPEG without
-    metadata.
+    An image that is upright and small enough keeps its bytes; any other becomes an RGB JPEG without metadata.
     Raises ValueError if it cannot be decoded.
     """
     image = _open(data)
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except (
-        Exception
-    ):  # PIL's reader of broken EXIF raises nearly anything; then nothing says that it is turned
+    except Exception:  # PIL raises nearly anything for broken EXIF data; then the image counts as upright
         orientation = 1
     if orientation in range(2, 9):
         image = ImageOps.exif_transpose(image)
@@ -53,5 +50,5 @@ def _open(data: bytes | memoryview) -> Image.Image:
         return image
     except (
         Exception
-    ) as error:  # PIL's decoders let nearly everything escape: OSError, SyntaxError, struct.error, ...
+    ) as error:  # PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"it cannot be decoded: {type(error).__name__}: {error}") from None

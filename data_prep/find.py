@@ -1,11 +1,11 @@
-"""Which files of SRC are images, and their labels: a listing that costs about 50 bytes a file and no Python objects.
+"""Find the images of SRC and their labels, in a listing of about 50 bytes a file without Python objects.
 
-    class folders (default)   SRC/<class>/**/<image>, classes numbered by sorted name, or by their line in --classes
+    class folders (default)   SRC/<class>/**/<image>, classes numbered by name, or by line in --classes
     --labels FILE             SRC/**/<image>, a line `<name> <label>` for each
     --unlabelled              SRC/**/<image>, every label -1
 
-Files whose name ends like an image's are listed whatever they are: a dangling link called x.jpg is a lost
-image, not some other file. Everything else is counted by suffix. Names are bytes, and sorted as such.
+Files whose name ends like an image's are listed whatever they are: a dangling link named x.jpg is a lost
+image, not another file. Everything else is counted by suffix. Names are bytes, and sorted as such.
 """
 
 import hashlib
@@ -21,19 +21,18 @@ from dmae_ds.data.shards import ShardError
 
 SUFFIXES = (b".jpg", b".jpeg", b".jpe", b".png")
 MAX_DEPTH = 100
-MAX_LABEL = 10**6  # a larger one is no label but a mistake, and the table of classes is a list
+MAX_LABEL = 10**6  # a larger one is a mistake; the table of classes is a list
 
 
 @dataclass
 class Listing:
-    """Images in the order of their names. Paths are relative to SRC."""
+    """Images in the order of their names; paths are relative to SRC."""
 
     classes: list[str] = field(default_factory=list)  # empty: unlabelled
     labels: array = field(default_factory=lambda: array("i"))
     ignored: Counter = field(default_factory=Counter)  # suffix -> files
-    skipped: list[dict] = field(
-        default_factory=list
-    )  # what could not even be listed: {number: None, source, reason}
+    # files that could not be listed: {number: None, source, reason}
+    skipped: list[dict] = field(default_factory=list)
     _paths: bytearray = field(default_factory=bytearray)
     _ends: array = field(default_factory=lambda: array("Q"))
 
@@ -41,28 +40,31 @@ class Listing:
         return len(self._ends)
 
     def path(self, number: int) -> bytes:
+        """Path of an image."""
         return bytes(self._paths[self._ends[number - 1] if number else 0 : self._ends[number]])
 
     def add(self, path: bytes, label: int) -> None:
+        """Add an image."""
         self._paths += path
         self._ends.append(len(self._paths))
         self.labels.append(label)
 
     def skip(self, path: bytes, reason: str) -> None:
+        """Add a file that cannot be used."""
         self.skipped.append({"number": None, "source": os.fsdecode(path), "reason": reason})
 
     def sha256(self) -> str:
-        """Of the names, the labels and the classes."""
+        """sha256 of the names, the labels and the classes."""
         digest = hashlib.sha256(repr(self.classes).encode())
-        for part in (self._paths, self._ends, self.labels):
-            digest.update(part)
+        for column in (self._paths, self._ends, self.labels):
+            digest.update(column)
         return digest.hexdigest()
 
 
 def find_images(
     src: Path, *, classes_file: Path | None = None, labels_file: Path | None = None, unlabelled: bool = False
 ) -> Listing:
-    """The images of SRC. Raises ShardError for a folder or a list that cannot be used."""
+    """Find the images of SRC. Raises ShardError for a folder or a list that cannot be used."""
     if not src.is_dir():
         raise ShardError(f"SRC '{src}' is not a folder")
     listing = Listing()
@@ -82,37 +84,41 @@ def find_images(
 
 
 def _find_by_folder(src: Path, listing: Listing, names: list[str] | None, classes_file: Path | None) -> None:
-    folders, hidden = [], 0
+    """Add the images of class folders."""
+    folders, num_outside = [], 0
     for entry in _scan(src, b"", listing):
         if entry.endswith(b"/"):
             folders.append(entry[:-1])
         else:
-            hidden += 1
+            num_outside += 1
             listing.skip(entry, "outside of the class folders")
     if not folders:
         raise ShardError(
-            f"SRC '{src}' has no class folders; expected SRC/<class>/<image>, or --labels FILE or --unlabelled for a "
-            f"flat folder ({hidden:,} images lie in it)"
+            f"SRC '{src}' has no class folders; expected SRC/<class>/<image>, or --labels FILE or "
+            f"--unlabelled for a flat folder (it has {num_outside:,} images)"
         )
-    found = [os.fsdecode(folder) for folder in folders]
+    folder_names = [os.fsdecode(folder) for folder in folders]
     if names is None:
-        listing.classes = found
+        listing.classes = folder_names
     else:
-        listing.classes = _match_classes(names, set(found), classes_file)
-        unknown = sorted(set(found) - set(listing.classes))
+        listing.classes = _match_classes(names, set(folder_names), classes_file)
+        unknown = sorted(set(folder_names) - set(listing.classes))
         if unknown:
             raise ShardError(
                 f"--classes '{classes_file}' has no line for the folder '{unknown[0]}' ({len(unknown)} such)"
             )
     label_of = {name: label for label, name in enumerate(listing.classes)}
     ancestors = [_identity(src)]
-    for folder, name in zip(folders, found, strict=True):
+    for folder, name in zip(folders, folder_names, strict=True):
         for path in _walk(src, folder, listing, ancestors):
             listing.add(path, label_of[name])
 
 
 def _find_by_list(src: Path, listing: Listing, labels_file: Path, names: list[str] | None) -> None:
-    """Flat folders: `<name> <label>` lines, name with or without suffix; a label is a class's name or its number."""
+    """Add the images of a flat folder, by `<name> <label>` lines.
+
+    A name may lack its suffix; a label is the name of a class or its number.
+    """
     words: dict[bytes, str] = {}
     for number, line in enumerate(read_lines(labels_file, "--labels"), start=1):
         match = re.fullmatch(r"(.*\S)[\t, ]+(\S+)", line)
@@ -136,8 +142,9 @@ def _find_by_list(src: Path, listing: Listing, labels_file: Path, names: list[st
     for word in used - set(label_of):
         if not re.fullmatch("[0-9]{1,7}", word) or int(word) >= len(listing.classes):
             raise ShardError(
-                f"--labels '{labels_file}': the label '{word}' is none of the {len(listing.classes):,} classes, and no "
-                f"number of one; --classes FILE names them"
+                f"--labels '{labels_file}': the label '{word}' is neither one of the "
+                f"{len(listing.classes):,} classes nor the number of one; name the classes with --classes "
+                f"FILE"
             )
         label_of[word] = int(word)
     for path in _walk(src, b"", listing, []):
@@ -149,7 +156,7 @@ def _find_by_list(src: Path, listing: Listing, labels_file: Path, names: list[st
 
 
 def _match_classes(names: list[str], folders: set[str], classes_file: Path | None) -> list[str]:
-    """A line is a folder's name, or begins with it (`n01440764 tench, Tinca tinca`)."""
+    """Classes by the lines of --classes; a line is a folder's name or begins with it (`n01440764 tench`)."""
     classes = [name if name in folders else name.split()[0] for name in names]
     twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
@@ -158,6 +165,7 @@ def _match_classes(names: list[str], folders: set[str], classes_file: Path | Non
 
 
 def read_lines(path: Path, option: str) -> list[str]:
+    """Lines of a text file that are not empty, stripped. Raises ShardError."""
     try:
         lines = os.fsdecode(path.read_bytes()).split("\n")
     except OSError as error:
@@ -170,14 +178,11 @@ def read_lines(path: Path, option: str) -> list[str]:
 
 
 def _walk(src: Path, folder: bytes, listing: Listing, ancestors: list[tuple[int, int]]) -> Iterator[bytes]:
-    """Image files below src/folder, folders in folders too, sorted.
-
-    A link to a folder that it lies in is a loop.
-    """
+    """Image files below src/folder at any depth, sorted; a link to a folder that contains it is a loop."""
     try:
         identity = _identity(src, folder)
         if identity in ancestors:
-            listing.skip(folder, "a link to a folder that it lies in")
+            listing.skip(folder, "a link to a folder that contains it")
             return
         if len(ancestors) > MAX_DEPTH:
             listing.skip(folder, f"more than {MAX_DEPTH} folders deep")
@@ -195,7 +200,7 @@ def _walk(src: Path, folder: bytes, listing: Listing, ancestors: list[tuple[int,
 
 
 def _scan(src: Path, folder: bytes, listing: Listing) -> list[bytes]:
-    """Sorted names of images and, with a slash behind them, folders; everything else is counted."""
+    """Sorted names of images and, with a slash at the end, folders; everything else is counted."""
     names = []
     with os.scandir(os.path.join(os.fsencode(src), folder)) as entries:
         for entry in entries:

@@ -1,44 +1,38 @@
-"""Whether bytes are a whole JPEG or PNG, and how large the picture is, from its markers and without decoding.
+"""Check that bytes are a whole JPEG or PNG, and read the image's size, from markers and without decoding.
 
-A marker walk costs a few microseconds, PIL 35 (measured). PIL, which also decodes in training, has the last
-word on
-whatever is not plain: what it opens is an image.
+Reading the markers takes a few microseconds, PIL 35 (measured). Unusual headers are left to PIL, which also
+decodes in training: a file that it opens is an image.
 """
 
 import io
 import struct
 import warnings
 
-MAX_PIXELS = 178_956_970  # PIL refuses to decode more: a bomb
-EXTENSIONS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-}  # MPO: what PIL calls a JPEG with more pictures appended
+MAX_PIXELS = 178_956_970  # PIL refuses to decode more
+# by PIL's format; MPO is a JPEG with further images appended
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
-SIZE_MARKERS = {0xFFC0, 0xFFC1, 0xFFC2}  # baseline, extended, progressive: nearly every file there is
-SKIPPED_MARKERS = {0xFFC4, 0xFFCC, *range(0xFFDB, 0xFFFF)}  # tables, applications' own, comments
+SIZE_MARKERS = {0xFFC0, 0xFFC1, 0xFFC2}  # baseline, extended, progressive: nearly every file
+SKIPPED_MARKERS = {0xFFC4, 0xFFCC, *range(0xFFDB, 0xFFFF)}  # tables, application data, comments
 SEGMENT, FRAME = struct.Struct(">HH").unpack_from, struct.Struct(">BHH").unpack_from
 
 
 def read_header(data: bytes | bytearray, size: int) -> tuple[str, int, int]:
-    """Returns (extension by content, width, height) of the image in data[:size].
+    """Read the header of the image in data[:size]; returns (extension by content, width, height).
 
-    Raises ValueError that says why it is no JPEG or PNG, or not a whole one, or too large to be decoded.
+    Raises ValueError with a reason if it is not a whole JPEG or PNG, or too large to be decoded.
     """
-    start = data[: min(8, size)]
-    found = (
-        _read_jpeg(data, size)
-        if start[:3] == JPEG_START
-        else _read_png(data, size)
-        if start == PNG_START
-        else None
-    )
-    extension, width, height, position = found or (*_ask_pil(data, size), 2)
+    start, header = data[: min(8, size)], None
+    if start[:3] == JPEG_START:
+        header = _read_jpeg(data, size)
+    elif start == PNG_START:
+        header = _read_png(data, size)
+    extension, width, height, position = header or (*_ask_pil(data, size), 2)
     end = JPEG_END if extension == "jpg" else PNG_END
-    # behind the header, else the thumbnail's own end would do; bytes after the end are common and harmless
+    # searched after the header, which may hold a thumbnail with an end; bytes after the end are common and
+    # harmless
     if not data.endswith(end, position, size) and data.rfind(end, position, size) < 0:
         raise ValueError("truncated: it has no end marker")
     if width * height > MAX_PIXELS:
@@ -47,7 +41,7 @@ def read_header(data: bytes | bytearray, size: int) -> tuple[str, int, int]:
 
 
 def _read_jpeg(data: bytes | bytearray, size: int) -> tuple[str, int, int, int] | None:
-    """Returns (extension, width, height, where the size segment ends); None: not plain."""
+    """Read the markers of a JPEG: (extension, width, height, end of the size segment); None if unusual."""
     position, last = 2, size - 9
     while position < last:
         marker, length = SEGMENT(data, position)
@@ -62,6 +56,7 @@ def _read_jpeg(data: bytes | bytearray, size: int) -> tuple[str, int, int, int] 
 
 
 def _read_png(data: bytes | bytearray, size: int) -> tuple[str, int, int, int] | None:
+    """Read the header of a PNG: (extension, width, height, end of the header); None if unusual."""
     if size < 33 or data[8:16] != b"\0\0\0\rIHDR":
         return None
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
@@ -69,14 +64,15 @@ def _read_png(data: bytes | bytearray, size: int) -> tuple[str, int, int, int] |
 
 
 def _ask_pil(data: bytes | bytearray, size: int) -> tuple[str, int, int]:
-    from PIL import Image, UnidentifiedImageError  # rarely needed, and 30 ms
+    """Read extension, width and height with PIL. Raises ValueError."""
+    from PIL import Image, UnidentifiedImageError  # takes 30 ms, and is rarely needed
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large, but within the limit
             with Image.open(io.BytesIO(memoryview(data)[:size]), formats=("JPEG", "PNG")) as image:
                 return EXTENSIONS[image.format], image.width, image.height
-    except UnidentifiedImageError:  # its own text holds a memory address
+    except UnidentifiedImageError:  # its own text contains a memory address
         raise ValueError("not a JPEG or PNG image") from None
-    except Exception as error:  # PIL lets nearly everything escape from a broken header
+    except Exception as error:  # PIL raises nearly anything for a broken header
         raise ValueError(f"{type(error).__name__}: {error}") from None

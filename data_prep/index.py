@@ -94,7 +94,8 @@ def index_tars(
     extension = label or "cls"
     if 0 < written.num_unlabelled < num_samples:
         raise ShardError(
-            f"{written.num_unlabelled:,} of {num_samples:,} samples have no .{extension}; choose another --label"
+            f"{written.num_unlabelled:,} of {num_samples:,} samples have no .{extension}; choose another "
+            f"--label"
         )
     write_manifest(
         dst,
@@ -191,9 +192,9 @@ def _too_few(written: _IndexWriter, dst: Path, *, max_skip: int) -> ShardError:
 
 
 def find_tars(tars: str) -> tuple[str, list[str]]:
-    """Find the tars that TARS means: returns (base, names); tar NAME is base/NAME, base an absolute path or a URL.
+    """Find the tars that TARS names; returns (base, names). Raises ShardError if there are none.
 
-    Raises ShardError if there is none.
+    Tar NAME is base/NAME; base is an absolute path or a URL.
     """
     if not REMOTE.match(tars):
         folder = Path(tars)

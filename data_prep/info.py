@@ -1,4 +1,4 @@
-"""`dmae-shards info DST`: what a shard folder holds, as a table and, with --sheet, as a picture."""
+"""Show the content of a shard folder as a table and, with --sheet, as an image: `dmae-shards info DST`."""
 
 import io
 import json
@@ -10,12 +10,13 @@ from PIL import Image, ImageDraw
 
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import MANIFEST, ShardError
+from dmae_ds.output.units import GIB
 
 COLUMNS, ROWS, TILE, CAPTION = 8, 6, 128, 16  # pixels
 
 
 def print_info(dst: Path, *, sheet: Path | None = None) -> None:
-    """Print the table, and write the contact sheet: the same samples each time, drawn at random."""
+    """Print the table, and write the contact sheet."""
     shard_set = ShardSet.open(dst, label="DST")
     made = json.loads((dst / MANIFEST).read_bytes())["made"] or {}
     rows = {
@@ -23,7 +24,7 @@ def print_info(dst: Path, *, sheet: Path | None = None) -> None:
         "skipped": f"{made.get('num_skipped', 0):,}",
         "classes": f"{len(shard_set.classes):,}" if shard_set.classes else "unlabelled",
         "shards": f"{len(shard_set.shards):,}",
-        "GiB": f"{sum(shard.bytes for shard in shard_set.shards) / 2**30:.3f}",
+        "GiB": f"{sum(shard.bytes for shard in shard_set.shards) / GIB:.3f}",
         "images": shard_set.images,
         "tars": shard_set.base or "here",
         "made by": made.get("by", "unknown"),
@@ -38,10 +39,11 @@ def print_info(dst: Path, *, sheet: Path | None = None) -> None:
 
 
 def write_sheet(shard_set: ShardSet, path: Path) -> None:
-    """A sheet of up to 48 pictures with their classes."""
+    """Write a sheet of up to 48 images with their classes; the same images each time."""
     if shard_set.base is not None and not shard_set.base.startswith("/"):
         raise ShardError(
-            f"--sheet: the tars are remote ({shard_set.base}); copy some to a folder and index that"
+            f"--sheet requires local tars, and these are at {shard_set.base}; copy some to a folder and "
+            f"index it"
         )
     folder = Path(shard_set.base or shard_set.folder)
     chosen = random.Random(0).sample(range(shard_set.num_samples), min(COLUMNS * ROWS, shard_set.num_samples))
@@ -57,12 +59,12 @@ def write_sheet(shard_set: ShardSet, path: Path) -> None:
             tile = Image.open(io.BytesIO(data), formats=("JPEG", "PNG")).convert("RGB")
             tile.thumbnail((TILE - 2, TILE - 2))
             image.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-        except Exception as error:  # PIL's decoders let nearly everything escape
+        except Exception as error:  # PIL's decoders raise nearly anything
             draw.text((left + 2, top + TILE // 2), type(error).__name__, fill="red")
         label = int(record["label"])
         name = shard_set.classes[label] if 0 <= label < len(shard_set.classes) else str(label)
         draw.text((left + 2, top + TILE + 2), name.encode("ascii", "replace").decode()[:20], fill="black")
     try:
         image.save(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that PIL has no format for
+    except (OSError, ValueError) as error:  # ValueError: PIL has no format for the suffix
         raise ShardError(f"--sheet '{path}' cannot be written: {error}") from None

@@ -1,8 +1,8 @@
-"""The memory of a conversion: what was asked for, and which shards are done. It outlives a kill at any moment.
+"""Journal of a conversion: its options and the shards that are done. It survives a kill at any moment.
 
-Line 1 is the plan, each further line a shard that is complete under its final name; a line is on the disk
-before the next shard counts. A kill can only tear the last line, which then does not count. Who holds the
-file's lock writes DST.
+Line 1 is the plan; each further line is a shard that is complete under its final name, and it is on the disk
+before the next one is written. A kill can only cut the last line, which is then ignored. The process that
+locks the file writes DST.
 """
 
 import fcntl
@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 from dmae_ds.data.shards import JOURNAL, Shard, ShardError
 
@@ -18,9 +19,9 @@ LOCK_WAIT_S = 10  # the workers of a killed run, which hold the lock with it, en
 
 
 class Journal:
-    """DST's journal, locked (workers forked after this hold the lock too).
+    """Journal of DST, locked; workers that are forked later hold the lock, too.
 
-    `plan` is None where nothing was begun; `done`: shard number -> its entry.
+    plan: None if nothing was begun; done: entries by shard number
     """
 
     def __init__(self, dst: Path, *, forget: bool):
@@ -32,22 +33,23 @@ class Journal:
             self._load()
 
     def begin(self, plan: dict) -> None:
-        """Forget everything, and note what is asked for."""
+        """Empty the journal, and write the plan."""
         self._file.seek(0)
         self._file.truncate()
         self.plan, self.done = plan, {}
         self._write(plan)
 
     def append(self, entry: dict) -> None:
-        """Note that the shard entry["number"] is done: entry["shard"] is its Shard."""
+        """Add a shard that is done: entry["number"] is its number, entry["shard"] its Shard."""
         self.done[entry["number"]] = entry
         self._write(entry | {"shard": asdict(entry["shard"])})
 
     def remove(self) -> None:
+        """Remove the file."""
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the lock back; leaves nothing of a journal that was never begun."""
+        """Release the lock; a journal that was never begun is removed."""
         if self.plan is None:
             self.remove()
         self._file.close()
@@ -66,25 +68,26 @@ class Journal:
                 self.plan = dict(entries[0])
             self.done = {entry["number"]: entry | {"shard": Shard(**entry["shard"])} for entry in entries[1:]}
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ShardError(f"'{self.path}' is damaged; start anew with --overwrite") from None
+            raise ShardError(f"'{self.path}' is damaged; start again with --overwrite") from None
         self._file.seek(whole)
         self._file.truncate()
 
-    def _open_locked(self):
+    def _open_locked(self) -> BinaryIO:
+        """Open and lock the file. Raises ShardError if another process keeps the lock."""
         deadline = time.monotonic() + LOCK_WAIT_S
         while True:
-            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.stat(self.path).st_ino == os.fstat(file.fileno()).st_ino:
                     return file
-            except FileNotFoundError:  # the run that held it has just finished
+            except FileNotFoundError:  # the run that held the lock has just finished
                 pass
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     file.close()
                     raise ShardError(
-                        f"another `dmae-shards` writes '{self.path.parent}'; wait for its end"
+                        f"another `dmae-shards` writes '{self.path.parent}'; wait until it ends"
                     ) from None
                 time.sleep(0.05)
             except OSError:

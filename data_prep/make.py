@@ -1,24 +1,23 @@
-"""`dmae-shards make SRC DST`: a folder of JPEG and PNG files -> a shard folder (see dmae_ds/data/shards.py).
+"""Convert a folder of JPEG and PNG files to a shard folder: `dmae-shards make SRC DST`.
 
-The images are shuffled once, by --seed, so that a shard is a random sample of the set, and dealt into shards
-by
-position: the result depends on SRC and the options, not on the number of workers or of interruptions. Killed
-at any moment, the same command continues. Bytes are kept as they are unless --resize is given. What happens
-to odd files:
+The images are shuffled once, by --seed, so that a shard is a random sample of the set, and cut into shards by
+position: the result depends on SRC and the options, not on workers or interruptions. After a kill at any
+moment the same command continues. Bytes are unchanged unless --resize is given. The format is in
+dmae_ds/data/shards.py. Unusual files:
 
     any JPEG or PNG that PIL opens        kept as it is: grey, CMYK, progressive, EXIF, bytes after its end
-    a PNG named .JPEG, or the reverse     kept, under the extension that its content has
+    a PNG named .JPEG, or the reverse     kept, under the extension of its content
     equal base names, odd, long names     kept: a key is a number, and sources.txt has the name
-    a link to a file; to a folder         kept; followed, but not into a folder that it lies in
-    hidden; another suffix                not looked at; counted by suffix
-    empty, truncated, no JPEG or PNG      skipped (truncated: no end marker; --verify full decodes each image)
+    a link to a file; to a folder         kept; followed, but not into a folder that contains it
+    hidden; another suffix                ignored; counted by suffix
+    empty, truncated, not JPEG or PNG     skipped (truncated: no end marker; --verify full decodes each image)
     more than 178,956,970 pixels, 256 MiB skipped, by header and size alone
     unreadable, dangling, a pipe, a loop  skipped
     in no class folder, without a label   skipped
 
-With --resize N a picture is turned upright as its EXIF says and shrunk to a short side of N; one that needs
-neither keeps its bytes, and so do all sizes below. Skipped files are in skipped.jsonl with their reasons, and
-keep their number, which no sample then has.
+With --resize N an image is rotated upright as its EXIF data require and shrunk to a short side of N; an image
+that needs neither keeps its bytes. Skipped files are listed in skipped.jsonl with their reasons; their
+numbers stay unused.
 """
 
 import hashlib
@@ -55,7 +54,7 @@ PLAIN_PATH = re.compile(rb"[ !#-\[\]-~]*")  # what JSON leaves as it is
 
 @dataclass(frozen=True)
 class MakeOptions:
-    """What decides the result, besides SRC."""
+    """Options that determine the result, together with SRC."""
 
     samples_per_shard: int = 1000
     seed: int = 0
@@ -63,18 +62,18 @@ class MakeOptions:
     labels: Path | None = None
     unlabelled: bool = False
     resize: int | None = None
-    quality: int | None = None  # of what --resize stores; None: 95
+    quality: int | None = None  # of images that --resize stores; None: 95
     verify: str = "header"  # or full
     json: bool = False
 
 
 @dataclass
 class Sources:
-    """sources.txt."""
+    """The shuffled images, as written to sources.txt."""
 
-    order: array  # the images' places in the listing
+    order: array  # numbers of the images in the listing
     samples_per_shard: int
-    offsets: array = field(default_factory=lambda: array("Q"))  # of each shard's first line
+    offsets: array = field(default_factory=lambda: array("Q"))  # byte offset of each shard's first line
     sha256: str = ""
 
 
@@ -87,12 +86,9 @@ def make_shards(
     max_skip: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Write the images of SRC into DST, or go on with it.
-
-    Raises ShardError, without a manifest in DST, if that cannot be.
-    """
+    """Convert the images of SRC into DST, or continue to. Raises ShardError, and then DST has no manifest."""
     if options.quality is not None and options.resize is None:
-        raise ShardError("--quality is of what --resize stores; add --resize N, or leave it out")
+        raise ShardError("--quality requires --resize; add --resize N, or remove --quality")
     _check_folders(src, dst)
     is_new = not dst.exists()
     dst.mkdir(parents=True, exist_ok=True)
@@ -105,7 +101,8 @@ def make_shards(
             _make(src, dst, options, journal, workers, max_skip=max_skip, overwrite=overwrite)
     except OSError as error:
         raise ShardError(
-            f"{error.filename or dst} cannot be written: {error.strerror}; mend that, and the same command continues"
+            f"{error.filename or dst} cannot be written: {error.strerror}; solve this, then run the same "
+            f"command to continue"
         ) from None
     finally:
         if is_new and not any(dst.iterdir()):
@@ -126,10 +123,8 @@ def _make(
         src, classes_file=options.classes, labels_file=options.labels, unlabelled=options.unlabelled
     )
     ignored = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(listing.ignored.items()))
-    print(
-        f"{len(listing):,} images in {len(listing.classes):,} classes; {listing.ignored.total():,} other files ignored"
-        + (f" ({ignored})" if ignored else "")
-    )
+    ignored = f"{listing.ignored.total():,} other files ignored" + (f" ({ignored})" if ignored else "")
+    print(f"{len(listing):,} images in {len(listing.classes):,} classes; {ignored}")
     if len(listing) > options.samples_per_shard * MAX_SHARDS:
         raise ShardError(
             f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard"
@@ -137,13 +132,13 @@ def _make(
     plan = _make_plan(listing, options)
     if _is_complete(dst, plan, journal, overwrite=overwrite):
         journal.remove()
-        print(f"{dst} is already complete; --overwrite makes it anew")
+        print(f"{dst} is already complete; add --overwrite to make it again")
         return
     if journal.plan is None:
         journal.begin(plan)
     num_done = len(journal.done)
     if num_done:
-        print(f"continuing: {num_done:,} shards were done before")
+        print(f"continuing: {num_done:,} shards exist already")
     settings = Settings(
         src=os.fsencode(src),
         dst=dst,
@@ -156,15 +151,16 @@ def _make(
     sources = _write_sources(dst, listing, options)
     skipped = _convert(listing, sources, settings, journal, workers, max_skip=max_skip)
     shards = [journal.done[number]["shard"] for number in sorted(journal.done)]
+    images = "original"
+    if options.resize is not None:
+        images = f"short side {options.resize}, JPEG quality {settings.quality}"
     sync_folder(dst)
     write_manifest(
         dst,
         classes=listing.classes,
         seed=options.seed,
         shards=shards,
-        images="original"
-        if options.resize is None
-        else f"short side {options.resize}, JPEG quality {options.quality or 95}",
+        images=images,
         made=plan | {"num_skipped": len(skipped), "sources_sha256": sources.sha256},
     )
     journal.remove()
@@ -182,15 +178,14 @@ def _convert(
     *,
     max_skip: int,
 ) -> list[dict]:
-    """Make every shard that is not done. Returns what was skipped, after writing it to skipped.jsonl."""
+    """Make every shard that is not done. Returns the skipped files, after writing skipped.jsonl."""
     dst, before, done = settings.dst, dict(journal.done), {}
     skipped = list(listing.skipped)
     entries = workers.run(_jobs(listing, sources, settings, before) if len(skipped) <= max_skip else ())
-    from tqdm import tqdm  # 50 ms, while the workers work
+    from tqdm import tqdm  # takes 50 ms, while the workers are busy
 
-    with tqdm(
-        total=len(listing), unit=" images", disable=None, smoothing=0.05
-    ) as progress:  # None: only on a terminal
+    # disable=None: shown only on a terminal
+    with tqdm(total=len(listing), unit=" images", disable=None, smoothing=0.05) as progress:
         source_bytes = 0
         for entry in entries:
             if entry["number"] not in before or entry != before[entry["number"]]:
@@ -199,23 +194,23 @@ def _convert(
             skipped += entry["skipped"]
             source_bytes += entry["source_bytes"]
             progress.update(entry["shard"].num_samples + len(entry["skipped"]))
-            progress.set_postfix_str(
-                f"{source_bytes / 1e6 / (progress.format_dict['elapsed'] + 1e-9):,.0f} MB/s"
-            )
+            elapsed_s = progress.format_dict["elapsed"] + 1e-9
+            progress.set_postfix_str(f"{source_bytes / 1e6 / elapsed_s:,.0f} MB/s")
             if len(skipped) > max_skip:
                 break
     skipped.sort(key=lambda item: (item["number"] is None, item["number"], item["source"]))
     write_skipped(dst, skipped)
     if len(skipped) > max_skip or not any(entry["shard"].num_samples for entry in done.values()):
         raise ShardError(
-            f"{len(skipped):,} files had to be skipped so far, first {skipped[0]['source']!r} ({skipped[0]['reason']}), all "
-            f"in {dst / SKIPPED}; mend them, or allow more with --max-skip (now {max_skip}): the same command continues"
+            f"{len(skipped):,} files were skipped so far, first {skipped[0]['source']!r} "
+            f"({skipped[0]['reason']}), all in {dst / SKIPPED}; fix them, or allow more with --max-skip (now "
+            f"{max_skip}), and run the same command to continue"
         )
     return skipped
 
 
 def _write_sources(dst: Path, listing: Listing, options: MakeOptions) -> Sources:
-    """Shuffle, and write sources.txt: the images' names in the order of their numbers."""
+    """Shuffle the images, and write their names to sources.txt in the order of their numbers."""
     order = array("I" if len(listing) < 2**32 else "Q", range(len(listing)))
     random.Random(options.seed).shuffle(order)
     sources = Sources(order, options.samples_per_shard)
@@ -236,6 +231,7 @@ def _write_sources(dst: Path, listing: Listing, options: MakeOptions) -> Sources
 
 
 def _jobs(listing: Listing, sources: Sources, settings: Settings, before: dict[int, dict]) -> Iterator[Job]:
+    """Jobs for the workers, one for each shard."""
     for number, offset in enumerate(sources.offsets):
         first = number * sources.samples_per_shard
         labels = array(
@@ -245,7 +241,7 @@ def _jobs(listing: Listing, sources: Sources, settings: Settings, before: dict[i
 
 
 def _make_plan(listing: Listing, options: MakeOptions) -> dict:
-    """Options and listing, as journal and manifest hold them: equal plans give equal sets."""
+    """Options and listing, as stored in journal and manifest; equal plans give equal sets."""
     plan = {
         "by": "dmae-shards make",
         "samples_per_shard": options.samples_per_shard,
@@ -260,45 +256,45 @@ def _make_plan(listing: Listing, options: MakeOptions) -> dict:
     if options.resize is not None:
         import PIL
 
-        plan["pillow"] = PIL.__version__  # its encoder's bytes
+        plan["pillow"] = PIL.__version__  # another version may encode other bytes
     return plan
 
 
 def _is_complete(dst: Path, plan: dict, journal: Journal, *, overwrite: bool) -> bool:
-    """Whether DST holds what `plan` gives.
+    """Whether DST holds the set of `plan`; `overwrite` removes an old set.
 
-    Removes an old set, if told to. Raises ShardError if DST holds something else.
+    Raises ShardError if DST holds another set.
     """
     old = [path for path in list_files(dst) if path.name != JOURNAL]
     if overwrite:
-        for path in old:  # the manifest first: no half-removed set looks finished
+        for path in old:  # the manifest first, so that a partly removed set does not look finished
             path.unlink()
         return False
     if (dst / MANIFEST).exists():
-        state, found = "a finished shard set", _read_made(dst)
+        state, old_plan = "a finished shard set", _read_made(dst)
     elif journal.plan is not None:
-        state, found = "an unfinished shard set", journal.plan
+        state, old_plan = "an unfinished shard set", journal.plan
     elif any(SHARD_NAME.fullmatch(path.name) for path in old):
         raise ShardError(
-            f"DST '{dst}' holds files of a shard set ({old[0].name}) and no {JOURNAL}; add --overwrite to replace it"
+            f"DST '{dst}' holds files of a shard set ({old[0].name}) but no {JOURNAL}; add --overwrite to "
+            f"replace it"
         )
     else:
         return False
     for key in plan:
-        if found.get(key) != plan[key]:
-            now = f"{found.get(key)!r} there, {plan[key]!r} asked for"
-            differs = (
-                "the files of SRC or their labels changed"
-                if key in ("num_sources", "listing_sha256")
-                else f"{key}: {now}"
-            )
+        if old_plan.get(key) != plan[key]:
+            difference = f"{key}: found {old_plan.get(key)!r}, requested {plan[key]!r}"
+            if key in ("num_sources", "listing_sha256"):
+                difference = "the files of SRC or their labels changed"
             raise ShardError(
-                f"DST '{dst}' holds {state} made otherwise ({differs}); ask for the same, or add --overwrite to replace it"
+                f"DST '{dst}' holds {state} that was made differently ({difference}); use the same options, "
+                f"or add --overwrite to replace it"
             )
     return (dst / MANIFEST).exists()
 
 
 def _read_made(dst: Path) -> dict:
+    """The plan in a manifest; empty if it cannot be read."""
     try:
         return dict(json.loads((dst / MANIFEST).read_bytes())["made"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -309,7 +305,7 @@ def _check_folders(src: Path, dst: Path) -> None:
     if not src.is_dir():
         raise ShardError(f"SRC '{src}' is not a folder")
     if dst.resolve().is_relative_to(src.resolve()):
-        raise ShardError(f"DST '{dst}' lies inside SRC '{src}'; choose a folder elsewhere")
+        raise ShardError(f"DST '{dst}' is inside SRC '{src}'; choose a folder elsewhere")
     if dst.exists() and not dst.is_dir():
         raise ShardError(f"DST '{dst}' is not a folder")
 

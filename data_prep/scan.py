@@ -1,24 +1,24 @@
-"""Read a tar from its first byte to its last, as strictly as webdataset reads it leniently.
+"""Read a tar strictly, from its first byte to its last.
 
-webdataset and tarfile end a tar in silence where a header is damaged or cut, and so lose samples; here that
-is an error with its place. Understands ustar, GNU long names and pax; asks for no seeking, so a remote file
-will do. A member
-is a name and bytes: no name is ever used as a path, and nothing is unpickled.
+webdataset and tarfile end a tar without a message where a header is damaged or cut, and so lose samples; here
+that is an error with its place. Supports ustar, GNU long names and pax; does not seek, so the file may be
+remote. A member is a name and bytes: a name is never used as a path, and nothing is unpickled.
 """
 
 import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-MAX_EXTRA = 2**20  # bytes of a long name or of pax headers; real ones have hundreds
-MAX_BYTES = 2**28  # of a member that is read
+MAX_EXTRA = 2**20  # bytes of a long name or of pax headers, which usually have hundreds
+MAX_BYTES = 2**28  # largest member that is read
 BLOCK = 512
-KEY = re.compile(
-    r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL
-)  # webdataset's: up to the first dot of the base name
+# as in webdataset: up to the first dot of the base name
+KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
 class Member(NamedTuple):
+    """A regular file in a tar."""
+
     name: str
     offset: int  # of its first byte in the tar
     size: int
@@ -26,8 +26,9 @@ class Member(NamedTuple):
 
 
 def scan_tar(file: BinaryIO) -> Iterator[Member]:
-    """The regular files of a tar. Raises ValueError that says where it is damaged or cut."""
-    position, names, pax, everywhere = 0, {}, {}, {}
+    """Yield the regular files of a tar. Raises ValueError with the place where it is damaged or cut."""
+    position = 0
+    names, pax, global_pax = {}, {}, {}
     while True:
         header = _read(file, BLOCK, position)
         if header == bytes(BLOCK):
@@ -40,37 +41,35 @@ def scan_tar(file: BinaryIO) -> Iterator[Member]:
         if kind == b"x":
             pax = _parse_pax(_read_padded(file, size, position), position)
         elif kind == b"g":
-            everywhere |= _parse_pax(_read_padded(file, size, position), position)
+            global_pax |= _parse_pax(_read_padded(file, size, position), position)
         elif kind in b"LK":
             names[kind] = _read_padded(file, size, position).rstrip(b"\0")
         else:
-            known = everywhere | pax
-            if any(key.startswith("GNU.sparse") for key in known) or kind == b"S":
+            fields = global_pax | pax
+            if any(key.startswith("GNU.sparse") for key in fields) or kind == b"S":
                 raise ValueError(f"byte {position}: a sparse file")
-            size = _parse_count(known["size"], position) if "size" in known else size
-            name = (
-                known["path"]
-                if "path" in known
-                else (names.get(b"L") or _plain_name(header)).decode(errors="surrogateescape")
-            )
-            regular = kind in b"0\0007" and not name.endswith("/")
-            if not regular and kind in b"123456":
-                size = 0  # links, devices and folders have no data, whatever their header says
+            size = _parse_count(fields["size"], position) if "size" in fields else size
+            name = fields.get("path")
+            if name is None:
+                name = (names.get(b"L") or _plain_name(header)).decode(errors="surrogateescape")
+            is_regular = kind in b"0\0007" and not name.endswith("/")
+            if not is_regular and kind in b"123456":
+                size = 0  # links, devices and folders have no data, even if their header has a size
             data = _read_padded(file, size, position) if size <= MAX_BYTES else _skip(file, size, position)
-            if regular:
+            if is_regular:
                 yield Member(name, position, size, data)
             names, pax = {}, {}
         position += size + -size % BLOCK
 
 
 def split_key(name: str) -> tuple[str, str] | None:
-    """(key, extension in lower case) as webdataset has them; None: not of any sample."""
+    """Split a name into (key, extension in lower case) as webdataset does; None: it belongs to no sample."""
     match = KEY.fullmatch(name)
     return (match[1], match[2].lower()) if match else None
 
 
 def _check_header(header: bytes, position: int) -> int:
-    """Returns the size field."""
+    """Check a header; returns its size field. Raises ValueError."""
     try:
         checksum = int(header[148:156].strip(b"\0 ") or b"0", 8)
     except ValueError:
@@ -78,7 +77,7 @@ def _check_header(header: bytes, position: int) -> int:
     if checksum != sum(header) - sum(header[148:156]) + 8 * 32:
         raise ValueError(f"byte {position}: no tar header, or a damaged one")
     field = header[124:136]
-    if field[0] == 0x80:  # GNU's form for what is too large for octal digits
+    if field[0] == 0x80:  # GNU's form of a size that is too large for octal digits
         return int.from_bytes(field[1:], "big")
     try:
         return int(field.strip(b"\0 ") or b"0", 8)
@@ -87,22 +86,23 @@ def _check_header(header: bytes, position: int) -> int:
 
 
 def _plain_name(header: bytes) -> bytes:
+    """Name in a ustar header."""
     name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
     return b"%b/%b" % (prefix, name) if prefix and header[257:263] == b"ustar\0" else name
 
 
 def _parse_pax(data: bytes, position: int) -> dict[str, str]:
-    found = {}
+    """Fields of pax headers. Raises ValueError."""
+    fields = {}
     while data:
         match = re.match(rb"([0-9]{1,9}) ([^=]+)=", data)
         length = int(match[1]) if match else 0
         if match is None or not match.end() < length <= len(data):
             raise ValueError(f"byte {position}: damaged pax headers")
-        found[match[2].decode(errors="replace")] = data[match.end() : length - 1].decode(
-            errors="surrogateescape"
-        )
+        value = data[match.end() : length - 1]
+        fields[match[2].decode(errors="replace")] = value.decode(errors="surrogateescape")
         data = data[length:]
-    return found
+    return fields
 
 
 def _parse_count(text: str, position: int) -> int:
@@ -112,10 +112,11 @@ def _parse_count(text: str, position: int) -> int:
 
 
 def _check_end(file: BinaryIO, position: int) -> None:
+    """Raise ValueError unless only zeros follow."""
     rest = _read(file, BLOCK, position + BLOCK)
     while rest:
         if rest.strip(b"\0"):
-            raise ValueError(f"byte {position}: something follows the end")
+            raise ValueError(f"byte {position}: bytes follow the end of the tar")
         rest = file.read(2**16)
 
 
@@ -132,7 +133,10 @@ def _skip(file: BinaryIO, size: int, position: int) -> None:
 
 
 def _read(file: BinaryIO, size: int, position: int) -> bytes:
-    """In pieces: a header that lies about a size must not make us ask for the memory."""
+    """Read exactly `size` bytes, in pieces: a wrong size in a header must not reserve memory.
+
+    Raises ValueError.
+    """
     data = file.read(min(size, 2**20))
     if len(data) == size:
         return data

@@ -1,7 +1,4 @@
-"""WebDataset tars as samples: members matched by key, the image's header and label read.
-
-For `index` and `verify`.
-"""
+"""Read the samples of WebDataset tars for `index` and `verify`: members by key, header and label."""
 
 import json
 import re
@@ -20,29 +17,27 @@ MAX_LABEL = 10**6
 
 
 @dataclass(frozen=True)
-class Found:
-    """One sample of a tar. `reason` says why it cannot be used."""
+class TarSample:
+    """One sample of a tar."""
 
     key: str
-    name: str = ""  # the image's member
+    name: str = ""  # member that is the image
     offset: int = 0
     size: int = 0
     crc32: int = 0
     width: int = 0
     height: int = 0
-    label: int | None = None  # None: it has none
-    reason: str | None = None
+    label: int | None = None  # None: no label
+    reason: str | None = None  # why the sample cannot be used
 
     def record(self, number: int) -> tuple:
+        """Fields of the sample's RECORD."""
         label = -1 if self.label is None else self.label
         return number, self.offset, self.size, self.crc32, self.width, self.height, label
 
 
 class Labels:
-    """Which member holds the label: `cls` (a number as text), or `json:KEY`.
-
-    A pickled one is never loaded.
-    """
+    """Reader of labels from the member `cls` (a number as text) or `json:KEY`; pickles are never loaded."""
 
     def __init__(self, text: str):
         self.extension, _, self.key = text.partition(":")
@@ -52,58 +47,53 @@ class Labels:
             )
 
     def read(self, data: bytes) -> int:
-        """Raises ValueError if it is no label."""
+        """Label in the bytes of a member. Raises ValueError."""
         value = data.strip().decode("ascii", "replace") if not self.key else _json_field(data, self.key)
-        if (
-            not re.fullmatch("-?[0-9]{1,7}", str(value))
-            or isinstance(value, bool)
-            or not -1 <= int(value) <= MAX_LABEL
-        ):
+        is_number = not isinstance(value, bool) and re.fullmatch("-?[0-9]{1,7}", str(value))
+        if not is_number or not -1 <= int(value) <= MAX_LABEL:
             raise ValueError(f"its label is {str(value)[:40]!r}, expected a number from 0 to {MAX_LABEL:,}")
         return int(value)
 
 
-def read_samples(file: BinaryIO, *, image: str | None, labels: Labels) -> Iterator[Found]:
-    """The samples of a tar in order: consecutive members with one key.
-
-    Raises ValueError where the tar is damaged.
-    """
+def read_samples(file: BinaryIO, *, image: str | None, labels: Labels) -> Iterator[TarSample]:
+    """Yield the samples of a tar: consecutive members with one key. Raises ValueError if it is damaged."""
     key: str | None = None
     members: dict[str, Member] = {}
     for member in scan_tar(file):
-        parts = split_key(member.name)
-        if parts is None or member.name.startswith("__"):  # webdataset's own notes on a tar
+        split = split_key(member.name)
+        if split is None or member.name.startswith("__"):  # webdataset's notes on a tar
             continue
-        if parts[0] != key:
+        member_key, extension = split
+        if member_key != key:
             if members:
                 yield _make_sample(key, members, image, labels)
-            key, members = parts[0], {}
-        if parts[1] in members:
-            raise ValueError(f"byte {member.offset}: the sample {key!r} has two members .{parts[1]}")
-        wanted = parts[1] in (*IMAGES, image, labels.extension)
-        members[parts[1]] = member if wanted else member._replace(data=b"")
+            key, members = member_key, {}
+        if extension in members:
+            raise ValueError(f"byte {member.offset}: the sample {key!r} has two members .{extension}")
+        is_used = extension in (*IMAGES, image, labels.extension)
+        members[extension] = member if is_used else member._replace(data=b"")
     if members:
         yield _make_sample(key, members, image, labels)
 
 
 def open_tar(base: str, name: str) -> BinaryIO:
-    """A tar for reading, of a folder or a URL. Raises OSError."""
+    """Open a tar of a folder or a URL for reading. Raises OSError."""
     if not REMOTE.match(base):
         return open(f"{base}/{name}", "rb", buffering=2**20)
     import fsspec
 
-    return fsspec.open(
-        f"{base}/{urllib.parse.quote(name)}" if base.startswith("http") else f"{base}/{name}", "rb"
-    ).open()
+    name = urllib.parse.quote(name) if base.startswith("http") else name
+    return fsspec.open(f"{base}/{name}", "rb").open()
 
 
-def _make_sample(key: str, members: dict[str, Member], image: str | None, labels: Labels) -> Found:
-    extension = next((name for name in members if name == image or (image is None and name in IMAGES)), None)
+def _make_sample(key: str, members: dict[str, Member], image: str | None, labels: Labels) -> TarSample:
+    """The sample of some members; with a reason if it cannot be used."""
+    extensions = IMAGES if image is None else (image,)
+    extension = next((name for name in members if name in extensions), None)
     if extension is None:
-        wanted = image or ", .".join(IMAGES)
-        return Found(
-            key, reason=f"no member .{wanted}, but {', '.join('.' + name for name in list(members)[:5])}"
-        )
+        expected = ", ".join(f".{name}" for name in extensions)
+        others = ", ".join(f".{name}" for name in list(members)[:5])
+        return TarSample(key, reason=f"no member {expected}, but {others}")
     member = members[extension]
     try:
         if member.data is None:
@@ -114,11 +104,13 @@ def _make_sample(key: str, members: dict[str, Member], image: str | None, labels
         labelled = members.get(labels.extension)
         label = None if labelled is None or labelled.data is None else labels.read(labelled.data)
     except ValueError as error:
-        return Found(key, member.name, reason=str(error))
-    return Found(key, member.name, member.offset, member.size, crc32(member.data), width, height, label)
+        return TarSample(key, member.name, reason=str(error))
+    checksum = crc32(member.data)
+    return TarSample(key, member.name, member.offset, member.size, checksum, width, height, label)
 
 
 def _json_field(data: bytes, key: str) -> object:
+    """Value of a key in a .json member. Raises ValueError."""
     try:
         return json.loads(data)[key]
     except (ValueError, KeyError, TypeError, RecursionError):

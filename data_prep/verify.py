@@ -1,8 +1,8 @@
-"""`dmae-shards verify DST`: read everything again and name what is not as manifest and index say.
+"""Read a shard folder again and list what differs from manifest and index: `dmae-shards verify DST`.
 
-Without --sample each tar is read from its first byte to its last and its index is worked out anew; with it,
-so many samples of each shard are looked up through the index. The lists and the indexes' checksums are
-compared in either case.
+Without --sample each tar is read from its first byte to its last and its index is computed again; with it, a
+share of each shard's samples is read through the index. The lists and the indexes' checksums are compared in
+both cases.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -34,15 +35,15 @@ MAX_SHOWN = 20
 
 
 def verify_shards(dst: Path, *, sample: float = 1.0, workers: int = 1) -> None:
-    """Print what was checked. Raises ShardError if anything differs, after printing what."""
+    """Compare a folder with its manifest; print the differences. Raises ShardError if there are any."""
     shard_set = ShardSet.open(dst, label="DST")
     made = json.loads((dst / MANIFEST).read_bytes())["made"] or {}
-    differences = _check_lists(dst, made, shard_set.num_samples)
+    differences = _check_lists(dst, made)
     jobs = [(shard_set, made, number, sample) for number in range(len(shard_set.shards))]
     num_read = 0
     with Workers(_work, workers) as pool, tqdm(total=len(jobs), unit=" shards", disable=None) as progress:
-        for found, count in pool.run(jobs):
-            differences += found
+        for shard_differences, count in pool.run(jobs):
+            differences += shard_differences
             num_read += count
             progress.update()
     for difference in sorted(differences)[:MAX_SHOWN]:
@@ -50,10 +51,12 @@ def verify_shards(dst: Path, *, sample: float = 1.0, workers: int = 1) -> None:
     if differences:
         more = f", the first {MAX_SHOWN} above" if len(differences) > MAX_SHOWN else " above"
         raise ShardError(
-            f"DST '{dst}' differs from its manifest in {len(differences):,} places{more}; copy those shards again"
+            f"DST '{dst}' differs from its manifest in {len(differences):,} places{more}; copy these shards "
+            f"again"
         )
     print(
-        f"{dst}: {num_read:,} of {shard_set.num_samples:,} samples in {len(jobs):,} shards read, all as written"
+        f"{dst}: read {num_read:,} of {shard_set.num_samples:,} samples in {len(jobs):,} shards, no "
+        f"differences"
     )
 
 
@@ -61,7 +64,8 @@ def _work(job: tuple) -> tuple[tuple[list[str], int], Callable[[], None]]:
     return _check_shard(*job), lambda: None
 
 
-def _check_lists(dst: Path, made: dict, num_samples: int) -> list[str]:
+def _check_lists(dst: Path, made: dict) -> list[str]:
+    """Differences of sources.txt and skipped.jsonl."""
     differences = []
     if "sources_sha256" in made:
         digest, lines = hashlib.sha256(), 0
@@ -71,7 +75,7 @@ def _check_lists(dst: Path, made: dict, num_samples: int) -> list[str]:
                     digest.update(piece)
                     lines += piece.count(b"\n")
             if digest.hexdigest() != made["sources_sha256"] or lines != made["num_sources"]:
-                differences.append(f"{SOURCES}: it is not the list that the set was made with")
+                differences.append(f"{SOURCES}: not the list that the set was made with")
         except FileNotFoundError:
             differences.append(f"{SOURCES}: missing")
     if "num_skipped" in made:
@@ -85,60 +89,63 @@ def _check_lists(dst: Path, made: dict, num_samples: int) -> list[str]:
 
 
 def _check_shard(shard_set: ShardSet, made: dict, number: int, sample: float) -> tuple[list[str], int]:
-    """Returns (differences, samples read)."""
+    """Compare one shard with its index and manifest; returns (differences, samples read)."""
     shard = shard_set.shards[number]
     text = (shard_set.folder / index_name(shard.name)).read_bytes()
     if hashlib.sha256(text).hexdigest() != shard.index_sha256:
-        return [f"{index_name(shard.name)}: not the index that the manifest knows"], 0
+        return [f"{index_name(shard.name)}: not the index of the manifest"], 0
     try:
         records = np.array(shard_set.open_index(number))
     except ShardError as error:
         return [str(error)], 0
-    base, ours = shard_set.base or str(shard_set.folder), made.get("by") == "dmae-shards make"
+    base, is_ours = shard_set.base or str(shard_set.folder), made.get("by") == "dmae-shards make"
     try:
         with open_tar(base, shard.name) as file:
             if sample < 1:
-                chosen = random.Random(number).sample(
-                    range(len(records)), max(1, round(len(records) * sample)) if len(records) else 0
-                )
-                return list(_look_up(shard.name, file, records[sorted(chosen)], ours)), len(chosen)
-            return _read_all(shard.name, file, shard.bytes, records, made, ours), len(records)
+                num_rows = min(len(records), max(1, round(len(records) * sample)))
+                rows = sorted(random.Random(number).sample(range(len(records)), num_rows))
+                return list(_look_up(shard.name, file, records[rows], is_ours)), num_rows
+            return _read_all(shard.name, file, shard.bytes, records, made, is_ours), len(records)
     except Exception as error:  # a remote file system has errors of its own
         if isinstance(error, OSError | ValueError) or REMOTE.match(base):
-            return [f"{shard.name}: it cannot be read: {getattr(error, 'strerror', None) or error}"], 0
+            return [f"{shard.name}: cannot be read: {getattr(error, 'strerror', None) or error}"], 0
         raise
 
 
-def _read_all(name: str, file, size: int, records: np.ndarray, made: dict, ours: bool) -> list[str]:
+def _read_all(
+    name: str, file: BinaryIO, size: int, records: np.ndarray, made: dict, is_ours: bool
+) -> list[str]:
+    """Differences between a whole tar and its index."""
     labels = Labels(made.get("label") or "cls")
     differences, rows = [], iter(records)
     try:
-        for found in read_samples(_Counted(file, size), image=made.get("image"), labels=labels):
+        for sample in read_samples(_Counted(file, size), image=made.get("image"), labels=labels):
             check_parent()
-            if found.reason is not None and not ours:
-                continue  # as in `index`, which skipped it
+            if sample.reason is not None and not is_ours:
+                continue  # `index` skipped it, too
             row = next(rows, None)
             if row is None:
-                differences.append(f"{name}: sample {found.key} is not in the index")
+                differences.append(f"{name}: sample {sample.key} is not in the index")
                 continue
-            key = f"{row['number']:09d}" if ours else found.key
-            if found.key != key:
-                return [*differences, f"{name}: found sample {found.key}, expected {key}"]
-            if found.reason is not None:
-                differences.append(f"{name}: sample {key}: {found.reason}")
+            key = f"{row['number']:09d}" if is_ours else sample.key
+            if sample.key != key:
+                return [*differences, f"{name}: found sample {sample.key}, expected {key}"]
+            if sample.reason is not None:
+                differences.append(f"{name}: sample {key}: {sample.reason}")
                 continue
-            for field, value in zip(RECORD.names[1:], found.record(0)[1:], strict=True):
+            for field, value in zip(RECORD.names[1:], sample.record(0)[1:], strict=True):
                 if row[field] != value:
-                    differences.append(
-                        f"{name}: sample {key}: {field} is {value}, its index says {row[field]}"
-                    )
+                    differences.append(f"{name}: sample {key}: {field} is {value}, in its index {row[field]}")
     except ValueError as error:
         return [*differences, f"{name}: {error}"]
-    missing = sum(1 for _ in rows)
-    return [*differences, f"{name}: {missing} samples of its index are missing"] if missing else differences
+    num_missing = sum(1 for _ in rows)
+    if num_missing:
+        differences.append(f"{name}: {num_missing} samples of its index are missing")
+    return differences
 
 
-def _look_up(name: str, file, records: np.ndarray, ours: bool) -> Iterator[str]:
+def _look_up(name: str, file: BinaryIO, records: np.ndarray, is_ours: bool) -> Iterator[str]:
+    """Differences between some samples of a tar and their records."""
     for row in records:
         check_parent()
         key, size = f"{row['number']:09d}", int(row["size"])
@@ -150,25 +157,29 @@ def _look_up(name: str, file, records: np.ndarray, ours: bool) -> Iterator[str]:
             continue
         extension, width, height = read_header(data, size)
         if (width, height) != (row["width"], row["height"]):
-            yield f"{name}: sample {key}: found {width} x {height} pixels, its index says {row['width']} x {row['height']}"
-        if not ours:
+            expected = f"{row['width']} x {row['height']}"
+            yield f"{name}: sample {key}: found {width} x {height} pixels, in its index {expected}"
+        if not is_ours:
             continue
         tail = file.read(-size % BLOCK + 2 * BLOCK)[-size % BLOCK :]
         label = b"%d" % row["label"]
-        expected = ustar_header(f"{key}.cls".encode(), len(label)) + label.ljust(BLOCK, b"\0")
-        if header != ustar_header(f"{key}.{extension}".encode(), size) or tail != expected:
-            yield f"{name}: sample {key}: its headers or its label are not those of the index"
+        expected_header = ustar_header(f"{key}.{extension}".encode(), size)
+        expected_tail = ustar_header(f"{key}.cls".encode(), len(label)) + label.ljust(BLOCK, b"\0")
+        if header != expected_header or tail != expected_tail:
+            yield f"{name}: sample {key}: its headers or its label differ from the index"
 
 
 class _Counted:
-    """A file that must have as many bytes as the manifest says."""
+    """A file that must have the number of bytes in the manifest."""
 
-    def __init__(self, file, size: int):
+    def __init__(self, file: BinaryIO, size: int):
         self._file, self._left = file, size
 
     def read(self, size: int) -> bytes:
         data = self._file.read(size)
         self._left -= len(data)
         if self._left < 0 or (not data and size and self._left):
-            raise ValueError(f"it is {abs(self._left):,} bytes too {'long' if self._left < 0 else 'short'}")
+            raise ValueError(
+                f"the tar is {abs(self._left):,} bytes too {'long' if self._left < 0 else 'short'}"
+            )
         return data

@@ -1,7 +1,7 @@
-"""Worker processes that end with the process that started them, however that ends.
+"""Worker processes that end when the process that started them ends, however that happens.
 
-concurrent.futures' workers wait for ever when their parent is killed; then they would still write while the
-resumed run does. These see the end of their pipe, and ask between samples whether their parent is still there
+Workers of concurrent.futures wait forever if their parent is killed, and would still write while the resumed
+run does. These see the end of their pipe, and check between samples whether their parent still exists
 (`check_parent`). They are forked before anything large is in memory, so none of them holds a copy of the
 listing.
 """
@@ -18,15 +18,17 @@ from typing import Any
 
 from dmae_ds.data.shards import ShardError
 
-AHEAD = 2  # jobs a worker has at hand: one to do, one to go on with while the answer is on its way
+AHEAD = 2  # jobs sent to each worker: one to do, and the next, so that it does not wait for the answer
 _parent_pid = None
 
 
 class Workers:
-    """`with Workers(work, count) as workers: for result in workers.run(jobs)`: results in the order they are ready.
+    """Processes that work on jobs: `with Workers(work, count) as workers: for result in workers.run(jobs)`.
 
-    work: job -> (result, commit); commit() is called in a thread while the next job is done; then the result
-    is sent An exception of either is raised by `run`. A worker that dies is a ShardError.
+    work: job -> (result, commit); commit() runs in a thread while the next job is done, then the result is
+    sent
+
+    Exceptions of both are raised by `run`; it raises ShardError if a worker dies.
     """
 
     def __init__(self, work: Callable[[Any], tuple[Any, Callable[[], None]]], count: int):
@@ -36,9 +38,8 @@ class Workers:
         for _ in range(count):
             ours, theirs = context.Pipe()
             self._pipes.append(ours)
-            inherited = (
-                list(self._pipes) if forks else []
-            )  # while a worker holds our ends, it never sees theirs close
+            # a worker that holds our ends would never see them close
+            inherited = list(self._pipes) if forks else []
             process = context.Process(target=_serve, args=(theirs, work, os.getpid(), inherited), daemon=True)
             process.start()
             theirs.close()
@@ -49,13 +50,13 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
-            process.terminate()  # nothing is lost: what counts is under its final name
+            process.terminate()  # nothing is lost: finished shards have their final names
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.join()
             pipe.close()
 
     def run(self, jobs: Iterable[Any]) -> Iterator[Any]:
-        """Starts at once, not when the first result is asked for."""
+        """Yield results as they become ready; work starts at once, before the first is requested."""
         jobs = iter(jobs)
         waiting = dict.fromkeys(self._pipes, 0)
         for _ in range(AHEAD):
@@ -97,7 +98,8 @@ def _serve(pipe: Connection, work: Callable, parent_pid: int, inherited: list[Co
     _parent_pid = parent_pid
     for other in inherited:
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    # Ctrl-C reaches the whole group, and the main process ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     previous: Future | None = None
     with ThreadPoolExecutor(1) as thread:
         while True:
@@ -125,16 +127,16 @@ def _commit(pipe: Connection, result: Any, commit: Callable[[], None]) -> None:
 def _send(pipe: Connection, result: Any) -> None:
     try:
         pipe.send(result)
-    except OSError:  # nobody is there any more
+    except OSError:  # the main process has ended
         os._exit(1)
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error for the main process; one that is not a user's keeps its traceback as text."""
+    """Return an error that can be sent to the main process; bugs keep their traceback as text."""
     if isinstance(error, ShardError | OSError):
         return error
     return RuntimeError("in a worker: " + "".join(traceback.format_exception(error)))
 
 
 def _died() -> ShardError:
-    return ShardError("a worker died (out of memory?); run the same command again with fewer --workers")
+    return ShardError("a worker died (out of memory?); run the same command with fewer --workers to continue")

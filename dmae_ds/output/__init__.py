@@ -1,1 +1,1 @@
-"""What every command writes: text tables, sizes for people, files that survive a power cut."""
+"""Output of commands: text tables, sizes in text, durable files."""

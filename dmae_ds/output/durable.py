@@ -1,4 +1,7 @@
-"""Durable files: a file appears under its name only when it is whole and on the disk. torch is imported late."""
+"""Durable files, which appear under their name only when they are complete and on the disk.
+
+Without torch, which `write_tensors` imports when it is called.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,27 @@ if TYPE_CHECKING:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """Path under which a file is written before it is renamed."""
     return path.with_name(path.name + ".tmp")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into that replaces `path` when the block ends; nothing is left of one that fails."""
+    """Open a file that replaces `path` when the block ends; if the block fails, the file is removed."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:  # a full disk needs its space back
+    except BaseException:  # a full disk needs the space
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file, and flush its name to the disk too. Raises OSError; then the old file stays."""
+    """Replace a file, and flush its name to the disk, too. Raises OSError; then the old file stays."""
     with replacing(path) as file:
         file.write(content)
     sync_folder(path.parent)
@@ -44,7 +47,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
-    except Exception as error:  # safetensors has one class for everything
+    except Exception as error:  # safetensors has one class for all errors
         if "os error" not in str(error).lower():
             raise
         raise OSError(str(error)) from None
@@ -52,7 +55,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """`write_tensors` under a temporary name, then a rename. Raises OSError; then the old file stays."""
+    """Replace a safetensors file. Raises OSError; then the old file stays."""
     temporary = temporary_name(path)
     try:
         write_tensors(temporary, tensors, metadata)
@@ -63,14 +66,14 @@ def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
 
 
 def settle(path: Path) -> None:
-    """Flush a file to the disk and let everyone read it: safetensors makes its files private to the user."""
+    """Flush a file to the disk and make it readable by everyone; safetensors makes its files private."""
     with open(path, "rb") as file:
         os.fchmod(file.fileno(), 0o644)
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk: until then a rename can be lost with the power."""
+    """Flush the names in a folder to the disk; until then a power failure can undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

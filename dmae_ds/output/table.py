@@ -6,9 +6,9 @@ from typing import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
-    """Lines of a table whose columns are two spaces apart; numbers end on the right.
+    """Format a table as lines, with columns two spaces apart, aligned on the right.
 
-    rows: the headings first; left: indices of the columns that begin on the left
+    rows: the headings first; left: indices of the columns that are aligned on the left
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -7,5 +7,5 @@ GIB = 2**30
 
 
 def size_text(num_bytes: int) -> str:
-    """1.76 GiB, 3.1 MiB."""
+    """Format a size: 1.76 GiB, 3.1 MiB."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:.1f} MiB"

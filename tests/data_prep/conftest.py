@@ -1,4 +1,4 @@
-"""An image folder with the oddities of real ones: capital suffixes, hidden files, other files, a PNG named .jpg."""
+"""An image folder as they are: capital suffixes, hidden files, other files, a PNG named .jpg."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 
 @pytest.fixture
 def src(tmp_path):
-    """12 images in 3 classes, one of them without images, and 5 entries that are none."""
+    """12 images in 3 classes, one of them empty, and 5 other entries."""
     folder = tmp_path / "src"
     rng = np.random.default_rng(0)
     names = [f"bee/{n}.jpg" for n in range(6)] + [f"ant/{n}.JPEG" for n in range(4)]

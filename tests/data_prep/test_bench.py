@@ -1,9 +1,9 @@
-"""data_prep/bench.py: rows take turns, and the table's figures are medians of ratios."""
+"""data_prep/timing.py: rows take turns, and the figures of a table are medians of ratios."""
 
 from data_prep.timing import Row, Section, Timing, format_table, time_interleaved
 
 
-def test_rows_take_turns_and_preparation_is_apart():
+def test_rows_take_turns_and_are_prepared_before():
     calls = []
     rows = [
         Row(name, lambda name=name: calls.append(name), lambda name=name: calls.append(name.upper()))
@@ -11,7 +11,7 @@ def test_rows_take_turns_and_preparation_is_apart():
     ]
     timings = time_interleaved(rows, 3)
     assert calls == ["A", "a", "B", "b"] * 3
-    assert {name: len(found) for name, found in timings.items()} == {"a": 3, "b": 3}
+    assert {name: len(rounds) for name, rounds in timings.items()} == {"a": 3, "b": 3}
 
 
 def test_table_gives_medians_of_ratios_within_a_round():

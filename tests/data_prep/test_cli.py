@@ -1,4 +1,4 @@
-"""data_prep/cli.py: every mistake is one line on stderr and exit code 2."""
+"""data_prep/cli.py: every mistake of the user is one line on stderr and exit code 2."""
 
 import os
 import signal
@@ -20,47 +20,48 @@ def run(*args):
     return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def assert_one_line(result, *parts):
+def assert_refused(result, *words):
+    """The command ended with exit code 2 and one line that carries the words."""
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("dmae-shards: error: ") and result.stderr.count("\n") == 1, result.stderr
-    for part in parts:
-        assert part in result.stderr
+    for word in words:
+        assert word in result.stderr
 
 
 def test_make_and_info(src, tmp_path):
     result = run("make", src, tmp_path / "dst", "--samples-per-shard", 5, "--workers", 2)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "12 images in 3 classes; 4 other files ignored (2 .txt, 2 hidden)" in result.stdout
-    assert "12 images in 3 shards" in result.stdout
+    for words in ("12 images in 3 classes", "4 other files", "2 .txt, 2 hidden", "12 images in 3 shards"):
+        assert words in result.stdout
     info = run("info", tmp_path / "dst")
     assert info.returncode == 0
-    assert (
-        dict(line.split(maxsplit=1) for line in info.stdout.splitlines()).items()
-        >= {"samples": "12", "shards": "3"}.items()
-    )
+    table = dict(line.split(maxsplit=1) for line in info.stdout.splitlines())
+    assert (table["samples"], table["shards"]) == ("12", "3")
 
 
 def test_the_same_command_again_changes_nothing(src, tmp_path):
     assert run("make", src, tmp_path / "dst").returncode == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()}
     again = run("make", src, tmp_path / "dst", "--workers", 1)
-    assert (again.returncode, again.stderr) == (0, "") and "already complete" in again.stdout
+    assert (again.returncode, again.stderr) == (0, "") and "--overwrite" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()} == before
 
 
-def test_finished_set_is_not_overwritten_unasked(src, tmp_path):
+def test_a_finished_set_is_not_overwritten_without_the_option(src, tmp_path):
     assert run("make", src, tmp_path / "dst").returncode == 0
     manifest = (tmp_path / "dst" / "manifest.json").read_bytes()
-    assert_one_line(run("make", src, tmp_path / "dst", "--seed", 1), "a finished shard set", "--overwrite")
+    assert_refused(
+        run("make", src, tmp_path / "dst", "--seed", 1), "a finished shard set", "seed", "--overwrite"
+    )
     assert (tmp_path / "dst" / "manifest.json").read_bytes() == manifest
     assert run("make", src, tmp_path / "dst", "--seed", 1, "--overwrite").returncode == 0
     assert (tmp_path / "dst" / "manifest.json").read_bytes() != manifest
 
 
-def test_other_peoples_shards_are_not_overwritten_unasked(src, tmp_path):
+def test_tars_of_other_tools_are_not_overwritten_without_the_option(src, tmp_path):
     (tmp_path / "dst").mkdir()
-    (tmp_path / "dst" / "shard-000000.tar").write_text("mine")  # webdataset's own tools name them so
-    assert_one_line(run("make", src, tmp_path / "dst"), "shard-000000.tar", "--overwrite")
+    (tmp_path / "dst" / "shard-000000.tar").write_text("mine")  # webdataset's tools use this name, too
+    assert_refused(run("make", src, tmp_path / "dst"), "shard-000000.tar", "--overwrite")
     assert (tmp_path / "dst" / "shard-000000.tar").read_text() == "mine"
 
 
@@ -69,18 +70,18 @@ def test_unusable_sources_and_destinations(src, tmp_path):
     (tmp_path / "empty" / "ant").mkdir(parents=True)
     (tmp_path / "file").touch()
     dst = tmp_path / "dst"
-    assert_one_line(run("make", tmp_path / "none", dst), "SRC", "is not a folder")
-    assert_one_line(run("make", tmp_path / "flat", dst), "no class folders", "SRC/<class>/<image>")
-    assert_one_line(run("make", tmp_path / "empty", dst), "no .jpg, .jpeg, .jpe, .png files")
-    assert_one_line(run("make", src, dst, "--quality", 90), "--quality", "--resize")
-    assert_one_line(run("make", src, src / "dst"), "lies inside SRC")
-    assert_one_line(run("make", src, tmp_path / "file"), "DST", "is not a folder")
-    assert_one_line(run("info", dst), "is not a shard folder", "dmae-shards make SRC")
+    assert_refused(run("make", tmp_path / "none", dst), "SRC", str(tmp_path / "none"))
+    assert_refused(run("make", tmp_path / "flat", dst), "SRC", "class folders", "SRC/<class>/<image>")
+    assert_refused(run("make", tmp_path / "empty", dst), "SRC", ".jpg, .jpeg, .jpe, .png")
+    assert_refused(run("make", src, dst, "--quality", 90), "--quality", "--resize")
+    assert_refused(run("make", src, src / "dst"), "DST", "inside SRC")
+    assert_refused(run("make", src, tmp_path / "file"), "DST", str(tmp_path / "file"))
+    assert_refused(run("info", dst), "DST", "manifest.json", "dmae-shards make SRC")
     assert not dst.exists() and not (src / "dst").exists()
 
 
 @pytest.mark.parametrize(
-    "args, part",
+    "args, word",
     [
         ([], "make | verify"),
         (["make", "a"], "DST"),
@@ -92,13 +93,13 @@ def test_unusable_sources_and_destinations(src, tmp_path):
         (["verify", "a", "--sample", "1"], "expected a percentage such as 1%"),
     ],
 )
-def test_wrong_arguments(args, part):
-    assert_one_line(run(*args), part)
+def test_wrong_arguments_are_refused(args, word):
+    assert_refused(run(*args), word)
 
 
-def test_unreadable_image_is_an_error_that_names_it(src, tmp_path):
+def test_an_unreadable_image_is_named(src, tmp_path):
     (src / "ant" / "1.JPEG").write_bytes(b"no image")
-    assert_one_line(run("make", src, tmp_path / "dst"), "ant/1.JPEG", "--max-skip", "skipped.jsonl")
+    assert_refused(run("make", src, tmp_path / "dst"), "ant/1.JPEG", "--max-skip", "skipped.jsonl")
     assert run("make", src, tmp_path / "dst", "--max-skip", 1, "--overwrite").returncode == 0
 
 
@@ -112,15 +113,14 @@ def test_interrupt_is_one_line_and_leaves_no_manifest(src, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell's background job ignores it
+        # background jobs of a shell ignore the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (dst / "shard-000003.tar").exists():
         assert process.poll() is None
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group, workers too
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group, including workers
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr.startswith("dmae-shards: interrupted") and stderr.count("\n") == 1
+    assert "interrupted" in stderr and stderr.count("\n") == 1
     assert not (dst / "manifest.json").exists()

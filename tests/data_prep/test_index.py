@@ -1,4 +1,4 @@
-"""data_prep/{scan,tars,index,verify}.py: tars that others wrote are indexed as webdataset reads them, or refused; what is damaged is named."""
+"""data_prep/{scan,tars,index,verify}.py: tars are indexed as webdataset reads them; damage is named."""
 
 import io
 import json
@@ -17,9 +17,10 @@ from data_prep.scan import scan_tar
 from data_prep.verify import verify_shards
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
+from tests.messages import refused
 
 
-def picture(number):
+def make_image(number):
     file = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "PNG" if number % 3 == 0 else "JPEG")
@@ -35,7 +36,14 @@ def write_tar(path, members, *, form=tarfile.USTAR_FORMAT):
 
 
 def index(tars, dst=None, **changes):
-    settings = dict(image=None, label=None, classes=None, workers=1, max_skip=0, overwrite=False)
+    settings = {
+        "image": None,
+        "label": None,
+        "classes": None,
+        "workers": 1,
+        "max_skip": 0,
+        "overwrite": False,
+    }
     index_tars(str(tars), dst=dst, **(settings | changes))
     return ShardSet.open(dst or tars, label="DST")
 
@@ -49,13 +57,13 @@ def tars(tmp_path):
     folder = tmp_path / "tars"
     folder.mkdir()
     for number, form in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
-        names = (
-            [f"../x/{number}", f"/etc/{number}"] if form == tarfile.USTAR_FORMAT else [LONG, f"n0ü{number}"]
-        )
+        names = [LONG, f"n0ü{number}"]
+        if form == tarfile.USTAR_FORMAT:
+            names = [f"../x/{number}", f"/etc/{number}"]
         members = [("__info__.txt", b"x"), ("README", b"no sample")]
         for place, name in enumerate(names):
             members += [
-                (f"{name}.{'JPG' if place else 'png'}", picture(3 * number + place)),
+                (f"{name}.{'JPG' if place else 'png'}", make_image(3 * number + place)),
                 (f"{name}.cls", b"%d\n" % (number + place)),
             ]
             members += [(f"{name}.seg.png", b"a mask"), (f"{name}.json", json.dumps({"y": place}).encode())]
@@ -63,7 +71,7 @@ def tars(tmp_path):
     return folder
 
 
-def test_foreign_tars_are_indexed_as_webdataset_reads_them(tars):
+def test_existing_tars_are_indexed_as_webdataset_reads_them(tars):
     webdataset = pytest.importorskip("webdataset")
     shard_set = index(tars)
     theirs = [
@@ -81,14 +89,12 @@ def test_foreign_tars_are_indexed_as_webdataset_reads_them(tars):
     assert ours == theirs and len(ours) == 6
     assert shard_set.classes == ["0", "1", "2", "3"] and shard_set.seed is None and shard_set.base is None
     names = [json.loads(line) for line in (tars / "sources.txt").open()]
-    assert (
-        names[:2] == ["imagenet-0.tar/../x/0.png", "imagenet-0.tar//etc/0.JPG"]
-        and names[2] == f"imagenet-1.tar/{LONG}.png"
-    )
+    expected = ["imagenet-0.tar/../x/0.png", "imagenet-0.tar//etc/0.JPG", f"imagenet-1.tar/{LONG}.png"]
+    assert names[:3] == expected
     verify_shards(tars)
 
 
-def test_scan_sees_what_tarfile_sees(tars):
+def test_scan_finds_the_same_members_as_tarfile(tars):
     for path in tars.glob("*.tar"):
         with tarfile.open(path) as tar, open(path, "rb") as file:
             expected = [(m.name, m.offset_data, m.size) for m in tar.getmembers()]
@@ -102,11 +108,11 @@ def test_hostile_names_make_no_files(tars, tmp_path):
     assert not os.path.exists("/etc/0.JPG")
 
 
-def test_index_beside_or_elsewhere(tars, tmp_path):
+def test_an_index_is_next_to_the_tars_or_elsewhere(tars, tmp_path):
     elsewhere = index(tars, tmp_path / "dst")
     assert elsewhere.base == str(tars) and elsewhere.fingerprint == index(tars).fingerprint
     verify_shards(tmp_path / "dst", sample=0.5)
-    with pytest.raises(ShardError, match="a finished shard set.*--overwrite"):
+    with refused("DST", "manifest.json", "--overwrite", error=ShardError):
         index(tars)
     index(tars, overwrite=True)
 
@@ -115,8 +121,8 @@ def test_labels_of_other_members_and_none(tars, tmp_path):
     assert index(tars, tmp_path / "a", label="json:y").open_index(2)["label"].tolist() == [0, 1]
     unlabelled = index(tars, tmp_path / "b", label="class")
     assert unlabelled.classes == [] and set(unlabelled.open_index(0)["label"]) == {-1}
-    for label, reason in (("json:z", "its .json has no 'z'"), ("text:y", "unknown")):
-        with pytest.raises(ShardError, match=reason):
+    for label, words in (("json:z", (".json", "'z'")), ("text:y", ("--label", "text:y", "json:KEY"))):
+        with refused(*words, error=ShardError):
             index(tars, tmp_path / "c", label=label)
 
 
@@ -129,9 +135,13 @@ def test_pickles_are_never_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tar(
         tmp_path / "a.tar",
-        [("0.jpg", picture(1)), ("0.pyd", pickle.dumps(Exploding())), ("0.cls", pickle.dumps(Exploding()))],
+        [
+            ("0.jpg", make_image(1)),
+            ("0.pyd", pickle.dumps(Exploding())),
+            ("0.cls", pickle.dumps(Exploding())),
+        ],
     )
-    with pytest.raises(ShardError, match="its label is"):
+    with refused("label", "0 to 1,000,000", error=ShardError):
         index(tmp_path)
     index(tmp_path, label="pyd.cls")
     assert not (tmp_path / "exploded").exists()
@@ -140,9 +150,9 @@ def test_pickles_are_never_loaded(tmp_path, monkeypatch):
 def test_unusable_samples_are_listed(tmp_path):
     write_tar(
         tmp_path / "a.tar",
-        [("0.txt", b"x"), ("1.jpg", b"no image"), ("2.jpg", picture(1)), ("3.jpg", picture(2)[:-9])],
+        [("0.txt", b"x"), ("1.jpg", b"no image"), ("2.jpg", make_image(1)), ("3.jpg", make_image(2)[:-9])],
     )
-    with pytest.raises(ShardError, match="1 samples are usable, 3 are not"):
+    with refused("1 samples", "3 are not", "skipped.jsonl", "--max-skip", error=ShardError):
         index(tmp_path)
     assert index(tmp_path, max_skip=3).num_samples == 1
     reasons = [json.loads(line)["reason"].split(":")[0] for line in (tmp_path / "skipped.jsonl").open()]
@@ -152,11 +162,11 @@ def test_unusable_samples_are_listed(tmp_path):
 
 @pytest.mark.parametrize("cut", [512, 700, 2048, -10240, -10241])
 def test_a_cut_tar_is_an_error_not_fewer_samples(tmp_path, cut):
-    write_tar(tmp_path / "a.tar", [(f"{number}.jpg", picture(number)) for number in range(1, 8)])
+    write_tar(tmp_path / "a.tar", [(f"{number}.jpg", make_image(number)) for number in range(1, 8)])
     data = (tmp_path / "a.tar").read_bytes().rstrip(b"\0")
     data += bytes(-len(data) % 512) + bytes(10240)
     (tmp_path / "a.tar").write_bytes(data[:cut])
-    with pytest.raises(ShardError, match="a.tar is damaged: cut at byte"):
+    with refused("a.tar", "cut at byte", error=ShardError):
         index(tmp_path)
 
 
@@ -166,7 +176,7 @@ def test_mutated_tars_give_samples_or_one_line(tmp_path):
         [
             (f"{LONG}{number}.{kind}", data)
             for number in range(3)
-            for kind, data in (("jpg", picture(1)[:700]), ("cls", b"1"))
+            for kind, data in (("jpg", make_image(1)[:700]), ("cls", b"1"))
         ],
         form=tarfile.PAX_FORMAT,
     )
@@ -182,7 +192,7 @@ def test_mutated_tars_give_samples_or_one_line(tmp_path):
             assert "byte" in str(error)
 
 
-def test_remote_names_are_spelt_out():
+def test_a_pattern_of_remote_tars_is_expanded():
     base, names = find_tars("https://host/x/train-{008..011}.tar")
     assert (base, names) == ("https://host/x", [f"train-{number:03d}.tar" for number in range(8, 12)])
 
@@ -199,9 +209,9 @@ def change(path, position, byte=None):
     path.write_bytes(data)
 
 
-def test_verify_passes_what_was_written(dst, capsys):
+def test_verify_accepts_a_set_as_it_was_written(dst, capsys):
     verify_shards(dst, workers=2)
-    assert "12 of 12 samples in 3 shards read, all as written" in capsys.readouterr().out
+    assert "12 of 12 samples in 3 shards" in capsys.readouterr().out
     verify_shards(dst, sample=0.01)
     assert "3 of 12 samples" in capsys.readouterr().out
 
@@ -215,17 +225,17 @@ def test_verify_names_what_differs(dst, sample, capsys):
     change(dst / "shard-000000.tar", label + -label % 512 + 512, ord("2"))  # a label
     change(dst / "shard-000002.index.npy", -1)
     change(dst / "sources.txt", 3)
-    with pytest.raises(ShardError, match="differs from its manifest in 4 places above"):
+    with refused("DST", "4 places", error=ShardError):
         verify_shards(dst, sample=sample)
     out = capsys.readouterr().out
     assert f"shard-000001.tar: sample {row['number']:09d}: " in out and "crc32" in out
     assert f"shard-000000.tar: sample {other['number']:09d}: " in out and "label" in out
-    assert "shard-000002.index.npy: not the index" in out and "sources.txt: it is not the list" in out
+    assert "shard-000002.index.npy" in out and "sources.txt" in out
 
 
 def test_verify_finds_damaged_tar_headers(dst, capsys):
     row = ShardSet.open(dst, label="DST").open_index(1)[2]
     change(dst / "shard-000001.tar", int(row["offset"]) - 512)
-    with pytest.raises(ShardError, match="1 places"):
+    with refused("1 places", error=ShardError):
         verify_shards(dst)
-    assert f"shard-000001.tar: byte {row['offset'] - 512}: no tar header" in capsys.readouterr().out
+    assert f"shard-000001.tar: byte {row['offset'] - 512}" in capsys.readouterr().out
