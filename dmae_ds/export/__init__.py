@@ -1,1 +1,1 @@
-"""A student for others: written in another library's layout, loaded back by that library, compared, and described by a card."""
+"""Exports of a student: written in another library's layout, loaded back with it, compared, described."""

@@ -1,7 +1,8 @@
-"""What is exported: a run's student, alone or with its pixel decoder, or a classifier made of it, and what it answers.
+"""The network to export and its outputs: a run's student, alone or with its decoder, or a classifier of it.
 
-The answers are those of the network that was trained (`models/vit.py` and the objective, or the classifier of
-`eval finetune` and `linear`), not of a copy in another library; an export has to give the same ones.
+The outputs are those of the network that was trained (`models/vit.py` and the objective, or the classifier of
+`dmae-ds eval finetune` and `dmae-ds eval linear`), not of a copy in another library; an export must give the
+same.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.build import build_objective
 
 NUM_INPUTS = 3
-CLASSIFIER_FILE = "last.safetensors"  # the epoch whose number stands in results.jsonl
+CLASSIFIER_FILE = "last.safetensors"  # of the epoch that results.jsonl reports
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an export is tried on. pixels [N, 3, H, W] float32, as normalised pictures are; noise [N, L] of the masks."""
+    """Inputs for comparing an export.
+
+    pixels: [N, 3, H, W] float32, as after normalisation; noise: [N, L], of masks
+    """
 
     pixels: Tensor
     noise: Tensor
@@ -40,7 +44,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What is done to a picture before the network sees it."""
+    """How an image is prepared for the network."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -49,11 +53,15 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Source:
-    """model, in eval mode on the CPU, float32: `encoder` a MaskedViT, `mae` the objective, `classifier` a timm network; vit is its encoder.
+    """A trained network and what is known about it.
 
-    run: the training run, None for a classifier of somebody else's weights; results: the folder whose results.jsonl counts
-    name, overrides, keys: what timm is told to build the network, keys being those of a head
-    tensors: the weights, the encoder's in timm's names; step: of the student; evaluation, classes: of a classifier, where they are known
+    what: `encoder` (model is a MaskedViT), `mae` (the objective) or `classifier` (a timm network)
+    run: the training run; None for a classifier that did not start from one
+    results: the folder whose results.jsonl belongs to the network
+    name, overrides, keys: timm's name of the network, its numbers, and the arguments of its head
+    model, vit: the network in eval mode, float32, on the CPU; and its encoder
+    tensors: the weights, the encoder's under timm's names; step: of the student
+    evaluation, classes: config of the evaluation and names of the classes, for a classifier
     """
 
     what: str
@@ -82,15 +90,19 @@ class Source:
         return self.grid[0] * self.grid[1]
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """Random ones, the same for a seed."""
+        """Return random inputs, the same for a seed."""
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randn(NUM_INPUTS, 3, self.img_size, self.img_size, generator=generator)
         return Inputs(pixels, torch.rand(NUM_INPUTS, self.num_patches, generator=generator))
 
     @torch.no_grad()
-    def answers(self, inputs: Inputs) -> dict[str, Tensor]:
-        """encoder: `tokens` [N, 1 + L, D] after the final norm; classifier: `logits` [N, classes];
-        mae: `pixels` [N, L - K, P * P * 3] reconstructed in the order of the noise, and `loss`."""
+    def outputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Return what the trained network computes.
+
+        encoder: `tokens` [N, 1 + L, D] after the final norm
+        classifier: `logits` [N, classes]
+        mae: `pixels` [N, L - K, P * P * 3], reconstructed, in the order of the noise; and `loss`
+        """
         if self.what == "classifier":
             return {"logits": self.model(inputs.pixels)}
         if self.what == "encoder":
@@ -102,20 +114,26 @@ class Source:
         return {"pixels": reconstructed.flatten(2), "loss": self.model.pixel_loss(latent, batch)}
 
     def rounding(self, inputs: Inputs) -> dict[str, float]:
-        """How far the network's own float32 answers are from its float64 ones: no other library can be held to less."""
-        single = self.answers(inputs)
+        """Return the distance of each float32 output from the float64 one: {output: largest difference}.
+
+        No export can be required to be nearer than that.
+        """
+        single = self.outputs(inputs)
         self.model.double()
-        double = self.answers(Inputs(inputs.pixels.double(), inputs.noise))
+        double = self.outputs(Inputs(inputs.pixels.double(), inputs.noise))
         self.model.float()
         return {name: float((single[name].double() - double[name]).abs().max()) for name in single}
 
     def ids_masked(self, noise: Tensor) -> Tensor:
-        """[N, L - K]: the patches that a mask of this noise hides, in the order of `pixels`."""
+        """Return [N, L - K]: the patches that a mask of this noise removes, in the order of `pixels`."""
         return keep_random(noise, self.model.num_visible)[1]
 
 
 def open_source(folder: Path, what: str) -> Source:
-    """Read a run folder (encoder, mae) or the folder of an evaluation (classifier); every tensor must fit. Raises UserError."""
+    """Read a run folder (encoder, mae) or an evaluation's folder (classifier). Raises UserError.
+
+    Every tensor of the network must be in the file, and no other.
+    """
     return _open_classifier(folder) if what == "classifier" else _open_student(folder, what)
 
 
@@ -134,21 +152,16 @@ def _open_student(run: Path, what: str) -> Source:
         rest, rest_metadata = _read(run / "decoder.safetensors", "a run writes it with its first checkpoint")
         if rest_metadata.get("step") != metadata.get("step"):
             raise UserError(
-                f"student.safetensors is of step {metadata.get('step')}, decoder.safetensors of {rest_metadata.get('step')}: the run is saving; try again"
+                f"student.safetensors is of step {metadata.get('step')}, decoder.safetensors of step "
+                f"{rest_metadata.get('step')}: the run is saving now; try again"
             )
         model, _ = build_objective(config)
         if not model.reconstructs_pixels:
             raise UserError(
                 f"objective {config.objective.name} trains no pixel decoder; export --what encoder"
             )
-        weights, vit = (
-            {**{f"student.{name}": tensor for name, tensor in tensors.items()}, **rest},
-            model.student,
-        )
-        tensors = {
-            **tensors,
-            **{name: tensor for name, tensor in rest.items() if name.startswith("decoder.")},
-        }
+        weights, vit = {f"student.{name}": tensor for name, tensor in tensors.items()} | rest, model.student
+        tensors |= {name: tensor for name, tensor in rest.items() if name.startswith("decoder.")}
     _fill(model, weights, run)
     return Source(
         what=what,
@@ -171,18 +184,15 @@ def _open_student(run: Path, what: str) -> Source:
 def _open_classifier(folder: Path) -> Source:
     path = folder / CLASSIFIER_FILE
     tensors, metadata = _read(
-        path, f"name the folder that `dmae-ds eval finetune` or `linear` wrote{_evaluations(folder)}"
+        path, f"give the folder that `dmae-ds eval finetune` or `linear` wrote{_evaluations(folder)}"
     )
     evaluation = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    about = json.loads(metadata["classifier"])
-    name, overrides, keys = metadata["timm_name"], json.loads(metadata["timm_overrides"]), about["keys"]
+    head = json.loads(metadata["classifier"])
+    name, overrides, keys = metadata["timm_name"], json.loads(metadata["timm_overrides"]), head["keys"]
     model = timm.create_model(name, **overrides, **keys)
     _fill(model, tensors, folder)
-    run = (
-        folder.parent
-        if (folder.parent / "config.yaml").is_file() and (folder.parent / "student.safetensors").is_file()
-        else None
-    )
+    run_files = [folder.parent / name for name in ("config.yaml", "student.safetensors")]
+    run = folder.parent if all(path.is_file() for path in run_files) else None
     config = None if run is None else read_saved_config(run)
     return Source(
         what="classifier",
@@ -192,7 +202,7 @@ def _open_classifier(folder: Path) -> Source:
         name=name,
         overrides=overrides,
         keys=keys,
-        pixels=Pixels(tuple(about["mean"]), tuple(about["std"]), evaluation["data"]["crop_pct"]),
+        pixels=Pixels(tuple(head["mean"]), tuple(head["std"]), evaluation["data"]["crop_pct"]),
         model=model.float().eval(),
         vit=model,
         patch_size=model.patch_embed.patch_size[0],
@@ -205,12 +215,12 @@ def _open_classifier(folder: Path) -> Source:
 
 
 def _evaluations(folder: Path) -> str:
-    found = sorted(str(path.parent) for path in folder.glob(f"*/{CLASSIFIER_FILE}"))
-    return f": {' or '.join(found)}" if found else ""
+    folders = sorted(str(path.parent) for path in folder.glob(f"*/{CLASSIFIER_FILE}"))
+    return f": {' or '.join(folders)}" if folders else ""
 
 
 def _classes(shards: str) -> list[str] | None:
-    """The classes' names, where the shards are still here."""
+    """Return the names of the classes, or None where the shards are not on this machine any more."""
     if not Path(shards).expanduser().is_dir():
         return None
     try:
@@ -222,9 +232,11 @@ def _classes(shards: str) -> list[str] | None:
 def _fill(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     try:
         model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:  # torch lists every key; the first says enough
+    except RuntimeError as error:  # torch lists every key; the first ones are enough
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the weights in '{folder}' don't fit its config.yaml ({' '.join(str(error).split())[:200]}); are they another run's?"
+            f"the weights in '{folder}' don't fit its config.yaml ({reason}); "
+            "copy both files from the same run"
         ) from None
 
 
@@ -234,9 +246,10 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(path: Path, otherwise: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise UserError(f"'{path}' is not there; {otherwise}")
+        raise UserError(f"'{path}' not found; {otherwise}")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = file.keys()  # the file itself can't be iterated
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"'{path}' is not a whole safetensors file ({error}); copy it again") from None

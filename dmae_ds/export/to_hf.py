@@ -1,9 +1,11 @@
-"""--to hf: folders that transformers loads: `ViTModel` (the encoder), `ViTMAEForPreTraining` (with the pixel decoder), `ViTForImageClassification`.
+"""`dmae-ds export --to hf`: folders that transformers loads.
 
-Tensors are written under the names of the published files (google/vit-base-patch16-224, facebook/vit-mae-base), which
-every version of transformers reads: version 5 renames them as it loads. `qkv` is cut into query, key and value; MAE's
-positions are kept as they are, and its decoder's tokens stand on the grid there and in the order of the mask here, which
-attention doesn't notice. The images' preprocessing is CLIP's processor (short side, central crop), because ViT's squashes.
+`ViTModel` is the encoder, `ViTMAEForPreTraining` has the pixel decoder too, `ViTForImageClassification` is a
+classifier. Tensors are written under the names of the published files (google/vit-base-patch16-224,
+facebook/vit-mae-base), which every version of transformers reads: version 5 renames them as it loads. `qkv`
+is cut into query, key and value. MAE's positional embeddings are kept. Its decoder's tokens are in the order
+of the grid there and in the order of the mask here, on which attention does not depend. The images' processor
+is CLIP's (short side, central crop), because ViT's changes the aspect ratio.
 """
 
 from __future__ import annotations
@@ -54,44 +56,44 @@ _AROUND = {
 
 
 def to_transformers(tensors: dict[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
-    """Our names -> those of transformers' published files, qkv cut in three.
+    """Return the tensors under the names of transformers' published files, with qkv cut in three.
 
-    prefix: before the encoder's names ("vit." where it is a part of a larger model)
-    Raises UserError for a tensor that its ViT has no place for, such as a layer scale.
+    prefix: put before the encoder's names ("vit." where it is a part of a larger model)
+    Raises UserError for a tensor that transformers' ViT does not have, such as a layer scale.
     """
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        block = re.fullmatch(r"(decoder\.)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
-        if block is None:
-            target = _AROUND.get(name) or (
-                _ENCODER[name] and prefix + _ENCODER[name] if name in _ENCODER else None
-            )
-            parts = {target: tensor}
-        else:
-            of_decoder, number, layer, kind = block.groups()
-            stem = f"decoder.decoder_layers.{number}" if of_decoder else f"{prefix}encoder.layer.{number}"
-            if layer == "attn.qkv":
-                parts = {
-                    f"{stem}.attention.attention.{part}.{kind}": third
-                    for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-                }
-            else:
-                parts = {f"{stem}.{_BLOCK[layer]}.{kind}" if layer in _BLOCK else None: tensor}
-        if None in parts:
+        targets = _targets(name, prefix)
+        if not targets:
             raise UserError(
-                f"transformers' ViT has no place for '{name}'; export --to timm, safetensors or onnx"
+                f"transformers' ViT has no tensor for '{name}'; export --to timm, safetensors or onnx"
             )
-        found |= {
-            target: part.clone().contiguous() for target, part in parts.items()
-        }  # shared storage can't be saved
-    return found
+        # cloned, because tensors that share their storage can't be saved
+        chunks = tensor.chunk(len(targets))
+        renamed |= {target: chunk.clone().contiguous() for target, chunk in zip(targets, chunks, strict=True)}
+    return renamed
+
+
+def _targets(name: str, prefix: str) -> list[str]:
+    """Return transformers' names for a tensor of ours: three for qkv, none where it has no such tensor."""
+    block = re.fullmatch(r"(decoder\.)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+    if block is None:
+        if name in _ENCODER:
+            return [prefix + _ENCODER[name]]
+        return [_AROUND[name]] if name in _AROUND else []
+    of_decoder, number, layer, kind = block.groups()
+    stem = f"decoder.decoder_layers.{number}" if of_decoder else f"{prefix}encoder.layer.{number}"
+    if layer == "attn.qkv":
+        return [f"{stem}.attention.attention.{part}.{kind}" for part in ("query", "key", "value")]
+    return [f"{stem}.{_BLOCK[layer]}.{kind}"] if layer in _BLOCK else []
 
 
 def write_hf(source: Source, folder: Path) -> None:
-    """config.json, model.safetensors, preprocessor_config.json."""
+    """Write config.json, model.safetensors and preprocessor_config.json."""
     if source.keys.get("global_pool", "token") != "token":
         raise UserError(
-            "transformers' ViT classifies by CLS, this classifier by the mean of the patches; export --to timm, safetensors or onnx, or fine-tune with pool=cls"
+            "transformers' ViT classifies CLS, this classifier the mean of the patches; "
+            "export --to timm, safetensors or onnx, or fine-tune with pool=cls"
         )
     save_file(
         to_transformers(source.tensors, prefix="" if source.what == "encoder" else "vit."),
@@ -123,7 +125,8 @@ def _config(source: Source) -> dict:
     activation = ACTIVATIONS.get(type(block.mlp.act))
     if len(epsilons) != 1 or activation is None:
         raise UserError(
-            f"transformers' ViT has one epsilon and GELU; this student has {sorted(epsilons)}, {type(block.mlp.act).__name__}; export --to timm, safetensors or onnx"
+            f"transformers' ViT has one epsilon and GELU; this student has {sorted(epsilons)} and "
+            f"{type(block.mlp.act).__name__}; export --to timm, safetensors or onnx"
         )
     config = {
         "architectures": [CLASSES[source.what]],
@@ -164,16 +167,17 @@ def _config(source: Source) -> dict:
 
 
 def truncating_ratio(mask_ratio: float, num_patches: int, num_visible: int) -> float:
-    """A mask ratio whose int(L * (1 - ratio)), as transformers counts, is the number of patches that this student saw: the recipe's where it is."""
-    return (
-        mask_ratio
-        if int(num_patches * (1 - mask_ratio)) == num_visible
-        else 1 - (num_visible + 0.5) / num_patches
-    )
+    """Return a mask ratio that leaves this student's number of visible patches as transformers counts them.
+
+    transformers keeps int(L * (1 - ratio)); the recipe's ratio is returned where that gives the same number.
+    """
+    if int(num_patches * (1 - mask_ratio)) == num_visible:
+        return mask_ratio
+    return 1 - (num_visible + 0.5) / num_patches
 
 
-def ask_hf(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
-    """What transformers' network answers; it must have found every tensor, and no other."""
+def run_hf(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
+    """Return what transformers' network computes; the folder must hold every tensor of it, and no other."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -188,13 +192,14 @@ def ask_hf(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
         return {"tokens": model(inputs.pixels).last_hidden_state}
     if source.what == "classifier":
         return {"logits": model(inputs.pixels).logits}
-    found, hidden = model(inputs.pixels, noise=inputs.noise), source.ids_masked(inputs.noise)
-    assert torch.equal(found.mask.sum(dim=1), torch.full((len(hidden),), float(hidden.shape[1])))
-    return {"pixels": found.logits[torch.arange(len(hidden))[:, None], hidden], "loss": found.loss}
+    output, ids_masked = model(inputs.pixels, noise=inputs.noise), source.ids_masked(inputs.noise)
+    num, num_masked = ids_masked.shape
+    assert torch.equal(output.mask.sum(dim=1), torch.full((num,), float(num_masked)))
+    return {"pixels": output.logits[torch.arange(num)[:, None], ids_masked], "loss": output.loss}
 
 
 def explain_hf(source: Source, name: str) -> str:
-    """Python that loads it."""
+    """Return Python that loads the folder."""
     option = ", add_pooling_layer=False" if source.what == "encoder" else ""
     answer = {
         "encoder": "tokens = model(**inputs).last_hidden_state  # CLS first",

@@ -1,4 +1,4 @@
-"""--to onnx: model.onnx, pixels [batch, 3, H, W] -> tokens or logits, any batch size; run back by onnxruntime."""
+"""`dmae-ds export --to onnx`: model.onnx, pixels [N, 3, H, W] -> tokens or logits, for any N."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dmae_ds.export.source import Inputs, Source
 from dmae_ds.models.vit import build_timm_vit
 
 FILE = "model.onnx"
-MAX_ONE_FILE = 1_500_000_000  # bytes; protobuf ends at 2 GB, and larger weights go into model.onnx.data
-OPSET = 18  # the first with which torch's exporter needs no conversion
+MAX_ONE_FILE = 1_500_000_000  # bytes; larger weights go into model.onnx.data, as protobuf is limited to 2 GB
+OPSET = 18  # the first one that torch's exporter writes without conversion
 
 
 class _Network(nn.Module):
-    """timm's own network, which leaves the batch's size free where ours counts with `len`: [N, 3, H, W] -> tokens or logits."""
+    """timm's network, [N, 3, H, W] -> tokens or logits, for any N; ours uses `len`, which would fix N."""
 
     def __init__(self, source: Source):
         super().__init__()
@@ -37,7 +37,7 @@ def _output(source: Source) -> str:
 
 
 def write_onnx(source: Source, folder: Path) -> None:
-    """model.onnx, by torch's exporter."""
+    """Write model.onnx with torch's exporter."""
     batch = torch.export.Dim("batch", min=1, max=65536)
     size = sum(tensor.numel() * 4 for tensor in source.tensors.values())
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -56,25 +56,24 @@ def write_onnx(source: Source, folder: Path) -> None:
         program.save(folder / FILE, external_data=size > MAX_ONE_FILE)
 
 
-def ask_onnx(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
-    """What onnxruntime answers on the CPU, in batches of one and of the rest: the batch's size must be free."""
+def run_onnx(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
+    """Return what onnxruntime computes on the CPU, in a batch of one and a batch of the rest."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
-    parts = [
-        session.run(None, {"pixel_values": part.numpy()})[0]
-        for part in (inputs.pixels[:1], inputs.pixels[1:])
+    outputs = [
+        session.run(None, {"pixel_values": pixels.numpy()})[0]
+        for pixels in (inputs.pixels[:1], inputs.pixels[1:])
     ]
-    return {_output(source): torch.cat([torch.from_numpy(part) for part in parts])}
+    return {_output(source): torch.cat([torch.from_numpy(output) for output in outputs])}
 
 
 def explain_onnx(source: Source, name: str) -> str:
-    """Python that runs it."""
-    shape = (
-        f"[N, {source.keys['num_classes']}]"
-        if source.what == "classifier"
-        else f"[N, {1 + source.num_patches}, {source.vit.embed_dim}]"
-    )
+    """Return Python that runs the file."""
+    shape = f"[N, {1 + source.num_patches}, {source.vit.embed_dim}]"
+    if source.what == "classifier":
+        shape = f"[N, {source.keys['num_classes']}]"
+    pixels = f"float32 [N, 3, {source.img_size}, {source.img_size}]"
     return f"""import onnxruntime
 session = onnxruntime.InferenceSession("{name}/{FILE}")
-({_output(source)},) = session.run(None, {{"pixel_values": pixels}})  # float32 [N, 3, {source.img_size}, {source.img_size}] -> {shape}"""
+({_output(source)},) = session.run(None, {{"pixel_values": pixels}})  # {pixels} -> {shape}"""

@@ -1,6 +1,7 @@
-"""Run as `python -I alone.py LIBRARY FOLDER ...`: an export read by its own library, where nothing of this project can be imported.
+"""Reads exports with their own library alone: `python -I alone.py LIBRARY FOLDER FILE [FOLDER FILE ...]`.
 
-Each FOLDER is followed by an .npz of inputs and expected answers. Prints the largest difference of each folder, as JSON.
+Nothing of this project can be imported here. Each FILE is an .npz of inputs and expected outputs. It prints
+the largest difference of each folder, as JSON.
 """
 
 import json
@@ -13,12 +14,11 @@ MAY_IMPORT = {
     "transformers": {"transformers", "torch"},
     "onnxruntime": {"onnxruntime"},
 }
-for module in {"dmae_ds", "data_prep", "tests", "timm", "torch", "transformers", "onnxruntime"} - MAY_IMPORT[
-    LIBRARY
-]:
+ALL = {"dmae_ds", "data_prep", "tests", "timm", "torch", "transformers", "onnxruntime"}
+for module in ALL - MAY_IMPORT[LIBRARY]:
     sys.modules[module] = None  # importing it is an ImportError from now on
 
-import numpy as np
+import numpy as np  # noqa: E402
 
 
 def read_timm(folder, given):
@@ -34,42 +34,41 @@ def read_timm(folder, given):
         and data["interpolation"] == "bicubic"
     ), data
     assert list(data["mean"]) == [0.4, 0.5, 0.6] and list(data["std"]) == [0.2, 0.3, 0.25], data
-    config = json.loads(open(f"{folder}/config.json").read())
+    with open(f"{folder}/config.json") as file:
+        config = json.load(file)
     named = timm.create_model(
         config["architecture"],
         checkpoint_path=f"{folder}/model.safetensors",
         num_classes=config["num_classes"],
         **config["model_args"],
     ).eval()
-    return [ask_timm(network, given) for network in (model, named)]
+    return [run_timm(network, given) for network in (model, named)]
 
 
-def ask_timm(model, given):
+def run_timm(model, given):
     import torch
 
     pixels = torch.from_numpy(given["pixels"])
     with torch.no_grad():
-        return (
-            {"logits": model(pixels).numpy()}
-            if "logits" in given
-            else {"tokens": model.forward_features(pixels).numpy()}
-        )
+        if "logits" in given:
+            return {"logits": model(pixels).numpy()}
+        return {"tokens": model.forward_features(pixels).numpy()}
 
 
 def read_plain_file(folder, given):
     import safetensors
     import timm
 
-    with safetensors.safe_open(
-        f"{folder}/{'classifier' if 'logits' in given else 'student'}.safetensors", "pt"
-    ) as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    part = "classifier" if "logits" in given else "student"
+    with safetensors.safe_open(f"{folder}/{part}.safetensors", "pt") as file:
+        names, metadata = file.keys(), file.metadata()
+        tensors = {name: file.get_tensor(name) for name in names}
     assert metadata["step"] == "1234"
     model = timm.create_model(
         metadata["timm_name"], **json.loads(metadata["timm_overrides"]), **json.loads(metadata["timm_keys"])
     ).eval()
     model.load_state_dict(tensors, strict=True)
-    return [ask_timm(model, given)]
+    return [run_timm(model, given)]
 
 
 def read_transformers(folder, given):
@@ -83,22 +82,13 @@ def read_transformers(folder, given):
             assert type(model).__name__ == "ViTModel"
             return [{"tokens": model(pixels).last_hidden_state.numpy()}]
         if "logits" in given:
-            return [
-                {
-                    "logits": AutoModelForImageClassification.from_pretrained(folder)
-                    .eval()(pixels)
-                    .logits.numpy()
-                }
-            ]
-        found = ViTMAEForPreTraining.from_pretrained(folder).eval()(pixels, noise=noise)
-    hidden = torch.from_numpy(given["ids_masked"])
-    assert found.mask.sum() == hidden.numel()
-    return [
-        {
-            "pixels_reconstructed": found.logits[torch.arange(len(hidden))[:, None], hidden].numpy(),
-            "loss": found.loss.numpy(),
-        }
-    ]
+            model = AutoModelForImageClassification.from_pretrained(folder).eval()
+            return [{"logits": model(pixels).logits.numpy()}]
+        output = ViTMAEForPreTraining.from_pretrained(folder).eval()(pixels, noise=noise)
+    ids_masked = torch.from_numpy(given["ids_masked"])
+    assert output.mask.sum() == ids_masked.numel()
+    reconstructed = output.logits[torch.arange(len(ids_masked))[:, None], ids_masked]
+    return [{"pixels_reconstructed": reconstructed.numpy(), "loss": output.loss.numpy()}]
 
 
 def read_onnxruntime(folder, given):

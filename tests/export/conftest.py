@@ -1,4 +1,7 @@
-"""Run folders of small students whose every weight is random: a fresh network's zeros and ones would hide what was swapped."""
+"""Run folders of small students with random weights everywhere.
+
+A new network's zeros and ones would hide tensors that were swapped.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ STEP = 1234
 
 
 def make_run(folder, *, student=STUDENT, seed=0, **sections):
-    """A run folder; mask .9 of 16 patches keeps 2, where truncating would keep 1."""
+    """Write a run folder; mask .9 of 16 patches keeps 2, where truncating would keep 1."""
     config = RunConfig.model_validate(
         {
             "run": {"dir": str(folder)},
@@ -60,18 +63,18 @@ def make_run(folder, *, student=STUDENT, seed=0, **sections):
         "timm_overrides": json.dumps(config.student.overrides()),
         "step": str(STEP),
     }
-    for name, mine in (("student", True), ("decoder", False)):
+    for name, of_student in (("student", True), ("decoder", False)):
         tensors = {
             key.removeprefix("student."): tensor
             for key, tensor in weights.items()
-            if key.startswith("student.") == mine
+            if key.startswith("student.") == of_student
         }
         save_file(tensors, folder / f"{name}.safetensors", metadata=metadata)
     return folder
 
 
 def make_classifier(folder, *, pool):
-    """The folder that `dmae-ds eval finetune` writes, of five classes; its data is nowhere."""
+    """Write the folder of `dmae-ds eval finetune` with five classes, whose data does not exist."""
     model_config, keys = ModelConfig(**STUDENT), classifier_kwargs(pool, 5)
     model = build_classifier(model_config, keys, seed=0, mean=DATA["mean"], std=DATA["std"])
     generator = torch.Generator().manual_seed(0)
@@ -104,13 +107,14 @@ def make_classifier(folder, *, pool):
 def change(path, name, by):
     """Add to one tensor of a safetensors file."""
     with safe_open(path, "pt") as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        names, metadata = file.keys(), file.metadata()
+        tensors = {key: file.get_tensor(key) for key in names}
     tensors[name] = tensors[name] + by
     save_file(tensors, path, metadata=metadata)
 
 
 def disturb(path, name):
-    """Make one tensor of a safetensors file a little wrong. By noise: a layer norm takes a constant out again."""
+    """Add a little noise to one tensor of a safetensors file; a layer norm would remove a constant."""
     with safe_open(path, "pt") as file:
         shape = file.get_tensor(name).shape
     change(path, name, by=torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 50)
@@ -118,7 +122,7 @@ def disturb(path, name):
 
 @pytest.fixture(scope="session")
 def shared_run(tmp_path_factory):
-    """A run that nobody changes."""
+    """A run that no test changes."""
     return make_run(tmp_path_factory.mktemp("export") / "run")
 
 

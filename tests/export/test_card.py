@@ -1,4 +1,4 @@
-"""A card says what is known of an export, and "unknown" where nothing is."""
+"""The card of an export has every known fact, and "unknown" where there is none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.export.export import export
-from dmae_ds.export.teacher_of import describe_teacher
+from dmae_ds.export.teacher_facts import describe_teacher
 from dmae_ds.export.to_timm import reads_folders
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from tests.export.conftest import DECODER, STUDENT, make_classifier, make_run
@@ -33,11 +33,11 @@ def licence(folder, **teacher):
     return described["license"], described["license_from"]
 
 
-def test_a_licence_is_the_one_that_somebody_stated(tmp_path):
+def test_a_licence_is_where_it_was_stated(tmp_path):
     (tmp_path / "plain").mkdir()
     weights = tmp_path / "plain" / "mae_pretrain_vit_large.pth"
     weights.write_bytes(b"weights")
-    assert licence(tmp_path / "a", weights=str(weights)) == ("unknown", "a card beside the weights")
+    assert licence(tmp_path / "a", weights=str(weights)) == ("unknown", "a card next to the weights")
     assert licence(tmp_path / "b", weights=str(weights), license="cc-by-nc-4.0") == (
         "cc-by-nc-4.0",
         "teacher.license of the recipe",
@@ -51,7 +51,7 @@ def test_a_licence_is_the_one_that_somebody_stated(tmp_path):
     assert licence(tmp_path / "f", weights="nobody/nothing")[0] == "unknown"
 
 
-def test_a_student_as_teacher_passes_on_what_its_own_teacher_had(tmp_path):
+def test_a_student_as_teacher_has_its_own_teacher_s_licence(tmp_path):
     first = make_run(tmp_path / "first", student=TEACHER)
     second = distilled(tmp_path / "second", weights=str(first / "student.safetensors"))
     described = describe_teacher(read_saved_config(second))
@@ -124,7 +124,7 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
     )
 
 
-def test_what_is_not_known_is_said(shared_run, tmp_path):
+def test_unknown_facts_are_named(shared_run, tmp_path):
     out, card = export(shared_run, to="safetensors", out=tmp_path / "plain")
     assert (
         card["data"]["fingerprint"] == "unknown"
@@ -132,11 +132,8 @@ def test_what_is_not_known_is_said(shared_run, tmp_path):
         and card["license"] == "unknown"
     )
     text = (out / "README.md").read_text()
-    assert (
-        "Nobody has said under which licence" in text
-        and "Nothing has been measured" in text
-        and "| teacher | none |" in text
-    )
+    assert "license: unknown" in text and "| teacher | none |" in text
+    assert "| metric |" not in text
 
 
 def test_a_classifier_s_card_names_the_student_s_teacher_and_its_own_training(tmp_path):

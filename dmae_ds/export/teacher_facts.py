@@ -1,7 +1,8 @@
-"""Whose knowledge a student holds: its teacher, the identity of that one's weights, and the licence that is known of them.
+"""Facts about a student's teacher: the identity of its weights and their licence, as far as it is stated.
 
-A licence is never guessed from a name. It is known where somebody said it: the recipe (`teacher.license`), timm for weights
-that timm itself fetched, the card in a Hugging Face folder. A teacher that this project trained passes on what it had.
+A licence is never guessed from a name. It is stated in the recipe (`teacher.license`), by timm for weights
+that timm downloaded, or in the card of a Hugging Face folder. A teacher that this project trained has the
+licence of its own teacher.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ UNKNOWN = "unknown"
 
 
 def describe_teacher(config: RunConfig) -> dict | None:
-    """{"name", "overrides", "weights", "format", "sha256", "fingerprint", "license", "license_from", "teacher"}, or None without a teacher.
+    """Return the facts of a run's teacher, or None without a teacher.
 
-    sha256: of a single file; fingerprint: what `dmae-ds teacher inspect --write` stored beside it; None where there is none
-    teacher: the teacher's own, where this project trained it
+    {"name", "overrides", "weights", "format", "sha256", "fingerprint", "license", "license_from", "teacher"}
+    sha256: of a single file, otherwise None
+    fingerprint: what `dmae-ds teacher inspect --write` stored next to the file, otherwise None
+    teacher: the same facts of the teacher's own teacher, where this project trained it
     """
     teacher = config.teacher
     if teacher is None:
@@ -31,7 +34,7 @@ def describe_teacher(config: RunConfig) -> dict | None:
     path = None if teacher.weights is None else Path(teacher.weights).expanduser()
     run = _run_of(path)
     above = describe_teacher(read_saved_config(run)) if run is not None else None
-    licence, said_by = _licence(teacher, path, run, above)
+    licence, stated_by = _licence(teacher, path, run, above)
     return {
         "name": teacher.name,
         "overrides": teacher.overrides(),
@@ -40,7 +43,7 @@ def describe_teacher(config: RunConfig) -> dict | None:
         "sha256": _sha256(path),
         "fingerprint": _fingerprint(path),
         "license": licence,
-        "license_from": said_by,
+        "license_from": stated_by,
         "teacher": above,
     }
 
@@ -53,19 +56,15 @@ def _licence(
     if teacher.pretrained:
         return timm.get_pretrained_cfg(teacher.name).license or UNKNOWN, "timm's entry of the weights"
     if run is not None:
-        return (
-            (above["license"], "the teacher's own teacher")
-            if above
-            else ("none of others", f"trained by dmae-ds without a teacher, {run.name}")
-        )
+        if above:
+            return above["license"], "the teacher's own teacher"
+        return "none of others", f"trained by dmae-ds without a teacher, {run.name}"
     if path is not None and not path.exists() and looks_like_hub_id(teacher.weights):
-        found = try_to_load_from_cache(teacher.weights, "README.md")  # what is here; an export asks nobody
-        return _licence_of_card(
-            Path(found) if isinstance(found, str) else None
-        ), "the card on the hub, as far as it was fetched"
-    return _licence_of_card(
-        None if path is None else (path if path.is_dir() else path.parent) / "README.md"
-    ), "a card beside the weights"
+        cached = try_to_load_from_cache(teacher.weights, "README.md")  # an export does not use the network
+        card = Path(cached) if isinstance(cached, str) else None
+        return _licence_of_card(card), "the downloaded card of the hub"
+    folder = path if path is None or path.is_dir() else path.parent
+    return _licence_of_card(None if folder is None else folder / "README.md"), "a card next to the weights"
 
 
 def _licence_of_card(path: Path | None) -> str:
@@ -73,18 +72,17 @@ def _licence_of_card(path: Path | None) -> str:
         return UNKNOWN
     try:
         return ModelCard.load(path).data.license or UNKNOWN
-    except ValueError:  # a README of something else
+    except ValueError:  # a README that is no model card
         return UNKNOWN
 
 
 def _run_of(path: Path | None) -> Path | None:
-    """The run folder that these weights lie in, if they are a student of this project."""
+    """Return the run folder that these weights are in; None where they are no student of this project."""
     if path is None:
         return None
     folder = path if path.is_dir() else path.parent
-    return (
-        folder if (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file() else None
-    )
+    is_run = (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file()
+    return folder if is_run else None
 
 
 def _sha256(path: Path | None) -> str | None:

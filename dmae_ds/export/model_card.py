@@ -1,0 +1,111 @@
+"""The page of an export, README.md, which is a Hugging Face model card; made from the facts in card.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dmae_ds.evaluate.results import METRICS
+from dmae_ds.export.teacher_facts import UNKNOWN
+
+LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "safetensors": "timm"}
+
+
+def write_card(card: dict, usage: str, folder: Path) -> None:
+    """Write card.json and README.md."""
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(render_card(card, usage), encoding="utf-8")
+
+
+def render_card(card: dict, usage: str) -> str:
+    """Return the model card as Markdown. usage: Python that loads the export."""
+    lines = [*_front_matter(card), "", f"# {card['name']}", ""]
+    if card["license"] == UNKNOWN:
+        lines += ["The licence of these weights has not been stated; the teacher's is below.", ""]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(text)} |" for name, text in _facts(card).items()]
+    lines += ["", "```python", usage, "```", "", "## Measured", "", *_results(card["metrics"]), ""]
+    lines += ["card.json has the whole recipe, the teacher's identity and the libraries' versions.", ""]
+    return "\n".join(lines)
+
+
+def _front_matter(card: dict) -> list[str]:
+    """Return the YAML that the Hugging Face hub reads."""
+    task = "image-classification" if card["what"] == "classifier" else "image-feature-extraction"
+    return [
+        "---",
+        f"license: {card['license']}",
+        f"library_name: {LIBRARY[card['to']]}",
+        f"pipeline_tag: {task}",
+        "tags:",
+        "- dmae-ds",
+        "---",
+    ]
+
+
+def _facts(card: dict) -> dict[str, str]:
+    student, check, data = card["student"], card["check"], card["data"]
+    overrides = ", ".join(f"{key} {value}" for key, value in student["overrides"].items())
+    network = f"{student['name']} ({overrides})" if overrides else student["name"]
+    differences = ", ".join(
+        f"{name} {value:.1e} (at most {check['limits'][name]:.1e})"
+        for name, value in check["differences"].items()
+    )
+    return {
+        "network": f"{network}, {student['parameters'] / 1e6:.3g} M parameters, "
+        f"{student['img_size']} px, patches of {student['patch_size']} px",
+        "part": card["what"],
+        "trained by": f"dmae-ds {card['versions']['dmae-ds']}, {_training(card)}",
+        "teacher": _teacher(card["teacher"]),
+        "teacher's licence": _licence(card["teacher"]),
+        "training data": f"{data['train']}, fingerprint {data['fingerprint']}",
+        "compared with the trained network": "largest difference on random images, float32: " + differences,
+    }
+
+
+def _results(results: list[dict]) -> list[str]:
+    """Return the table of measured results, one row each."""
+    if not results:
+        return ["Nothing has been measured with these weights yet."]
+    lines = ["| metric | labels | scores | settings | step | device |", "|---|---|---|---|---|---|"]
+    for result in results:
+        settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+        known = METRICS[result["metric"]].scores
+        scores = ", ".join(
+            f"{known[name].title} {known[name].format(value, 2)}" for name, value in result["scores"].items()
+        )
+        labels = result["labels"]
+        if result["subset_seed"] is not None:
+            labels = f"{labels}, seed {result['subset_seed']}"
+        cells = [result["metric"], labels, scores, settings, str(result["step"]), result["device"]]
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return lines
+
+
+def _training(card: dict) -> str:
+    stages, evaluation = [], card["evaluation"]
+    if card["objective"] is not None:
+        stages.append(f"objective {card['objective']}")
+    if evaluation is not None:
+        stage, distill = (
+            f"then as a classifier, with {evaluation['labels']} labels",
+            evaluation.get("distill"),
+        )
+        stages.append(f"{stage}, {distill['method']} from {distill['teacher']}" if distill else stage)
+    return "; ".join([*stages, f"step {card['step']:,}"])
+
+
+def _teacher(teacher: dict | None) -> str:
+    if teacher is None:
+        return "none"
+    if teacher["sha256"] is None:
+        return f"{teacher['name']}, {teacher['weights']}"
+    return f"{teacher['name']}, {Path(teacher['weights']).name}, sha256 {teacher['sha256']}"
+
+
+def _licence(teacher: dict | None) -> str:
+    return "no teacher" if teacher is None else f"{teacher['license']} ({teacher['license_from']})"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
