@@ -4,7 +4,7 @@
 #   bash launch/train.sh RECIPE [key=value ...]                           this node's GPUs
 #   HOSTFILE=hostfile bash launch/train.sh ...                            on one node; pdsh reaches the others
 #   LAUNCHER=no_ssh HOSTFILE=hostfile NODE_RANK=0 MASTER_ADDR=node1 ...   on every node, with its NODE_RANK
-#   LAUNCHER=torchrun NODES=2 MASTER_ADDR=node1 ...                       on every node; NODES=1:2: one may go
+#   LAUNCHER=torchrun NODES=2 MASTER_ADDR=node1 ...                       on every node; NODES=1:2 runs on one too
 # RESTARTS=3   how often a run that broke is restarted (default 0; for torchrun, its --max_restarts)
 # GPUS=8       of this node, without a hostfile (default: all); no_ssh then requires it, and NODES
 # PORT=29500   on the first node; two jobs that share a node need two

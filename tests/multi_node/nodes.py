@@ -1,16 +1,16 @@
-"""Two nodes on one machine, for tests: what a launcher, a collective library and a broken cable see of a cluster.
+"""Two nodes on one machine, for tests of launchers, collectives and broken links.
 
-A node is a set of Linux namespaces: its own network (joined to the other's by a veth pair), processes, mounts, host name,
-shared memory, /run and sshd. The repository and /tmp are the same in both: that is the cluster's shared file system.
-`ssh node-b` works inside as it does for somebody who set up a cluster well. Needs root, `unshare`, `nsenter` and `ip`; ssh and
-pdsh only where a test asks for them:
+A node is a set of Linux namespaces: its own network (joined to the other's by a veth pair), processes,
+mounts, host name, shared memory, /run and sshd. The repository and /tmp are the same in both, like a
+cluster's shared file system. `ssh node-b` works inside. It requires root, `unshare`, `nsenter` and `ip`; ssh
+and pdsh only where a test asks for them:
 
     with TwoNodes(tmp_path) as nodes:
         nodes.a.run(["ssh", "node-b", "hostname"])
         nodes.b.cut()
 
-Everything ends with the process that made it, also when that is killed: process 1 of a node reads from a pipe of ours, and the
-kernel ends a node whose process 1 ends. No namespace or link has a name outside.
+Everything ends with the process that made it, also when that is killed: process 1 of a node reads from a pipe
+of this process, and the kernel ends a node whose process 1 ends. No namespace or link has a name outside.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-pro
 
 @functools.cache
 def available() -> str | None:
-    """Why two nodes cannot be built here, or None. ssh is not asked for: see `ssh_available`."""
+    """Why two nodes cannot be built here, or None. For ssh, see `ssh_available`."""
     if os.geteuid() != 0:
         return "not root: namespaces and veth links cannot be made"
     for program in ("unshare", "nsenter", "ip", "mount", "setpriv"):
@@ -44,29 +44,26 @@ def available() -> str | None:
         capture_output=True,
         text=True,
     )
-    return (
-        None if tried.returncode == 0 else f"namespaces or veth links are not allowed: {tried.stderr.strip()}"
-    )
+    if tried.returncode != 0:
+        return f"namespaces or veth links are not allowed: {tried.stderr.strip()}"
+    return None
 
 
 @functools.cache
 def ssh_available() -> str | None:
-    """Why `deepspeed --hostfile` over ssh and pdsh cannot be tried here, or None."""
-    missing = [
-        program
-        for program in ("ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
-        if shutil.which(program) is None
-    ]
-    return available() or (
-        f"no {', '.join(missing)} (apt-get install openssh-server pdsh)" if missing else None
-    )
+    """Why `deepspeed --hostfile` over ssh and pdsh cannot be run here, or None."""
+    programs = ("ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing and available() is None:
+        return f"no {', '.join(missing)} (apt-get install openssh-server pdsh)"
+    return available()
 
 
 class Process(subprocess.Popen):
-    """A command inside a node: a signal goes to the command itself, not to the `nsenter` that waits for it."""
+    """A command inside a node; a signal goes to the command, not to the `nsenter` that waits for it."""
 
     def inner(self) -> int | None:
-        """The command's process id as seen from outside the node; None before it runs or after it ended."""
+        """Process id of the command, outside the node; None before it runs and after it ended."""
         try:
             children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         except (FileNotFoundError, ProcessLookupError):
@@ -83,42 +80,42 @@ class Process(subprocess.Popen):
 
 
 class Node:
-    """One of the two: `name`, `address`, a `folder` of its own (in the shared file system), its `environment`."""
+    """One of the two nodes; `folder` is its own, in the shared file system."""
 
     def __init__(self, name: str, folder: Path, environment: dict[str, str]):
-        self.name, self.address, self.folder = name, NAMES[name], folder
+        self.name = name
+        self.address = NAMES[name]
+        self.folder = folder
         self.environment = environment
         folder.mkdir(parents=True, exist_ok=True)
-        # Process 1 says that its mounts are done, adopts and reaps orphans, and ends when our end of the pipe closes.
+        # Process 1 reports that its mounts are done, adopts orphans, and ends when our end of the pipe
+        # closes.
         script = f"""
             hostname {name}
             mount --bind {folder.parent}/hosts /etc/hosts
-            if [ -e {folder.parent}/ssh_config ]; then mount --bind {folder.parent}/ssh_config /etc/ssh/ssh_config; fi
+            if [ -e {folder.parent}/ssh_config ]; then
+                mount --bind {folder.parent}/ssh_config /etc/ssh/ssh_config
+            fi
             mount -t tmpfs none /dev/shm && mount -t tmpfs none /run && mkdir -p /run/sshd || exit 1
             ip link set lo up && echo ready && read -r || exit 1
         """
         arguments = [*UNSHARE, "bash", "-e", "-c", script]
         self._init = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        said = self._init.stdout.readline()
-        assert said == "ready\n", f"{name} did not start"
+        line = self._init.stdout.readline()
+        assert line == "ready\n", f"{name} did not start"
         self.pid = int(Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text())
 
     def popen(self, command: list[str], *, env: dict[str, str] | None = None, **options) -> Process:
-        """Start a command inside the node. It is killed with the returned process; what it started is not, until the node ends."""
+        """Start a command inside the node.
+
+        It is killed with the returned process; processes that it started end with the node.
+        """
         enter = ["nsenter", "--target", str(self.pid), "--net", "--pid", "--mount", "--uts", "--ipc"]
-        # env -C, inside: what nsenter's own --wd opens is the folder as it is outside, without this node's mounts.
-        enter += [
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "--",
-            "env",
-            "-C",
-            str(options.pop("cwd", self.folder.parent)),
-        ]
-        return Process(
-            [*enter, *map(str, command)], env={**os.environ, **self.environment, **(env or {})}, **options
-        )
+        # env -C inside the node: nsenter's --wd would open the folder outside, without this node's mounts.
+        enter += ["setpriv", "--pdeathsig", "KILL", "--"]
+        enter += ["env", "-C", str(options.pop("cwd", self.folder.parent))]
+        environment = {**os.environ, **self.environment, **(env or {})}
+        return Process([*enter, *map(str, command)], env=environment, **options)
 
     def run(
         self,
@@ -144,30 +141,27 @@ class Node:
         return done
 
     def processes(self) -> dict[int, str]:
-        """Process id (as seen from outside) -> command line of everything alive in this node, but for process 1 and sshd's own."""
-        own, found = os.readlink(f"/proc/{self.pid}/ns/pid"), {}
+        """Command lines of the node's processes by process id (outside), without process 1 and sshd's."""
+        namespace = os.readlink(f"/proc/{self.pid}/ns/pid")
+        lines = {}
         for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == self.pid:
+                continue
             try:
-                if (
-                    entry.name.isdigit()
-                    and os.readlink(entry / "ns" / "pid") == own
-                    and int(entry.name) != self.pid
-                ):
-                    line = (
-                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    )
-                    if (
-                        line and not line.startswith("sshd:") and "sshd -D" not in line
-                    ):  # a zombie has no command line
-                        found[int(entry.name)] = line
+                if os.readlink(entry / "ns" / "pid") != namespace:
+                    continue
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue  # gone meanwhile; or not ours, in a container's own process list
-        return found
+                continue  # ended since, or not of this container
+            # A zombie has no command line.
+            if line and not line.startswith("sshd:") and "sshd -D" not in line:
+                lines[int(entry.name)] = line
+        return lines
 
     def kill_all(self) -> None:
-        """SIGKILL everything that runs in this node, as if the power had failed; sshd and the network stay."""
-        while found := self.processes():
-            for pid in found:
+        """Kill all processes of this node, as if the power had failed; sshd and the network stay."""
+        while pids := self.processes():
+            for pid in pids:
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -175,18 +169,19 @@ class Node:
             time.sleep(0.01)
 
     def cut(self) -> None:
-        """Pull this node's cable: packets vanish without an answer, connections stay open on both sides."""
+        """Cut this node's link: packets vanish without an answer, connections stay open on both sides."""
         self.run(["ip", "link", "set", INTERFACE, "down"], check=True)
 
-    def mend(self) -> None:
+    def join(self) -> None:
+        """Connect this node's link, at the start or after `cut`."""
         self.run(["ip", "link", "set", INTERFACE, "up"], check=True)
 
     def mount_tmpfs(self, path: Path, *, size: str) -> None:
-        """A small private disk over a folder of this node alone (it hides what the folder holds); size as in "64m"."""
+        """Mount a small private disk over a folder, in this node alone; size as in "64m"."""
         self.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], check=True)
 
     def hide(self, path: Path) -> None:
-        """Lay an empty file or folder over a path, in this node alone."""
+        """Hide a path behind an empty file or folder, in this node alone."""
         empty = self.folder / "empty"
         empty.mkdir(exist_ok=True)
         (self.folder / "empty.file").touch()
@@ -205,12 +200,12 @@ class Node:
 
 
 class TwoNodes:
-    """`a` and `b`, joined; `hostfile` names both with one slot each. Use as a context manager.
+    """Nodes `a` and `b`, joined; `hostfile` names both with one slot each. Use it as a context manager.
 
-    folder: where hosts, keys, logs and the nodes' own folders go; commands start there. It must lie on an ordinary disk
-    environment: more variables for all commands, also for what ssh starts
+    folder: for hosts, keys, logs and the nodes' folders; commands start there. It must be on an ordinary disk
+    environment: more variables for all commands, also for those that ssh starts
     node_environment: more variables for one node, {"node-b": {...}}
-    ssh: start an sshd in each node; None: where it can be
+    ssh: start an sshd in each node; None: if it is installed
     """
 
     def __init__(
@@ -236,7 +231,7 @@ class TwoNodes:
         }
         self._node_environment = node_environment or {}
         self.hostfile = self.folder / "hostfile"
-        self.key = self.folder / "ssh_key"  # move it away to see what happens without
+        self.key = self.folder / "ssh_key"  # tests move it away
         self._sshd: list[Process] = []
 
     def __enter__(self) -> TwoNodes:
@@ -244,7 +239,7 @@ class TwoNodes:
             "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in NAMES.items())
         )
         self.hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
-        # What pdsh carries to the other node: DeepSpeed reads this file from the folder that it is started in.
+        # Variables that pdsh carries to the other node; DeepSpeed reads this file from its working directory.
         carried = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
         (self.folder / ".deepspeed_env").write_text(
             "".join(f"{name}={self.environment[name]}\n" for name in carried)
@@ -256,37 +251,16 @@ class TwoNodes:
                 Node(name, self.folder / name, {**self.environment, **self._node_environment.get(name, {})})
                 for name in NAMES
             )
-            link = [
-                "ip",
-                "link",
-                "add",
-                INTERFACE,
-                "netns",
-                self.a.pid,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                INTERFACE,
-                "netns",
-                self.b.pid,
-            ]
-            subprocess.run([*map(str, link)], check=True)
+            link = f"{INTERFACE} netns {self.a.pid} type veth peer name {INTERFACE} netns {self.b.pid}"
+            subprocess.run(["ip", "link", "add", *link.split()], check=True)
             for node in self.nodes:
                 node.run(["ip", "address", "add", f"{node.address}/24", "dev", INTERFACE], check=True)
-                node.mend()
+                node.join()
                 if self.ssh:
                     self._start_sshd(node)
             for node in self.nodes if self.ssh else ():
-                node.run(
-                    [
-                        "bash",
-                        "-c",
-                        f"until (exec 3<>/dev/tcp/{node.address}/22) 2>/dev/null; do sleep .05; done",
-                    ],
-                    timeout=30,
-                    check=True,
-                )
+                wait = f"until (exec 3<>/dev/tcp/{node.address}/22) 2>/dev/null; do sleep .05; done"
+                node.run(["bash", "-c", wait], timeout=30, check=True)
         except BaseException:
             self.__exit__()
             raise
@@ -302,15 +276,17 @@ class TwoNodes:
                 subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
         shutil.copy(self.key.with_suffix(".pub"), self.folder / "authorized_keys")
         (self.folder / "ssh_config").write_text(
-            f"Host *\n  IdentityFile {self.key}\n  IdentitiesOnly yes\n  User root\n  StrictHostKeyChecking no\n"
-            f"  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n  PasswordAuthentication no\n"
+            f"Host *\n  IdentityFile {self.key}\n  IdentitiesOnly yes\n  User root\n"
+            "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+            "  PasswordAuthentication no\n"
         )
 
     def _start_sshd(self, node: Node) -> None:
         config = node.folder / "sshd_config"
         config.write_text(
-            f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/authorized_keys\nStrictModes no\nPermitRootLogin prohibit-password\n"
-            f"PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\nPidFile none\nUseDNS no\nMaxStartups 100\n"
+            f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/authorized_keys\n"
+            "StrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            "UsePAM no\nPidFile none\nUseDNS no\nMaxStartups 100\n"
             "SetEnv " + " ".join(f'"{name}={value}"' for name, value in node.environment.items()) + "\n"
         )
         with open(node.folder / "sshd.log", "ab") as log:

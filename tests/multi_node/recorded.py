@@ -1,4 +1,4 @@
-"""`dmae_ds` for launchers, with one thing more: each rank notes which samples it trained on.
+"""`dmae_ds` for launchers; each rank also records the samples that it trained on.
 
 deepspeed ... --module tests.multi_node.recorded train ...     writes RUN/seen/rank0.jsonl, rank1.jsonl, ...
 """
@@ -16,26 +16,26 @@ from dmae_ds.train.metrics import MetricLogger
 
 
 def record_samples() -> None:
-    """Let every Recorder also write a line a micro-batch: the step it belongs to, and its sample ids."""
+    """Make every MetricLogger also write a line for each micro-batch: its step, and its sample ids."""
     add, rank = MetricLogger.add, os.environ.get("RANK", "0")
 
-    def noted(self, scalars, sample_ids):
+    def add_and_record(self, scalars, sample_ids):
         path = self.path.parent / "seen" / f"rank{rank}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "a") as file:
             file.write(json.dumps({"step": self.step + 1, "ids": sample_ids.tolist()}) + "\n")
         add(self, scalars, sample_ids)
 
-    MetricLogger.add = noted
+    MetricLogger.add = add_and_record
 
 
 def batches(run_dir: Path) -> dict[int, list[int]]:
-    """Step -> the sorted ids of its global batch, over all ranks and micro-batches."""
-    found = defaultdict(list)
+    """Sorted sample ids of each step's global batch, over all ranks and micro-batches."""
+    ids_of_step = defaultdict(list)
     for path in (run_dir / "seen").glob("rank*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
-            found[line["step"]] += line["ids"]
-    return {step: sorted(ids) for step, ids in found.items()}
+            ids_of_step[line["step"]] += line["ids"]
+    return {step: sorted(ids) for step, ids in ids_of_step.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The same run on one rank, on two ranks of a node and on two nodes of one rank, by every launcher: the same batches, the same losses.
+"""One run on one rank, on two ranks of a node, and on two nodes, by every launcher: equal batches and losses.
 
-The teacher lies in two stages, one on each node. One case runs by default, the others are slow.
+The teacher is in two stages, one on each node. One case runs by default, the others are slow.
 """
 
 from __future__ import annotations
@@ -33,49 +33,30 @@ def alone(tiny_recipe, tmp_path_factory) -> Path:
 
 
 def same_run(found: Path, expected: Path) -> None:
-    """The same global batches, and in fp32 the same losses to 1e-5."""
+    """Check for the same global batches, and in fp32 for the same losses to 1e-5."""
     assert len(losses(expected)) == len(batches(expected)) == 20
     assert batches(found) == batches(expected)
     assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
 
 
 def on_both(nodes: TwoNodes, commands: list[list[str]]) -> list[str]:
-    """Run one command on each node at the same time, to the end; returns what they said."""
+    """Run one command on each node at the same time, to the end; returns their output."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [node.popen(command, **options) for node, command in zip(nodes.nodes, commands, strict=True)]
-    said = [process.communicate(timeout=LIMIT_S)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    return said
+    outputs = [process.communicate(timeout=LIMIT_S)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    return outputs
 
 
 def without_ssh(nodes: TwoNodes, arguments: list[str]) -> list[list[str]]:
-    start = [
-        "deepspeed",
-        "--hostfile",
-        nodes.hostfile,
-        "--no_ssh",
-        "--master_addr",
-        "node-a",
-        "--master_port",
-        PORT,
-    ]
-    return [[*map(str, start), "--node_rank", str(rank), "--module", MODULE, *arguments] for rank in range(2)]
+    start = ["deepspeed", "--hostfile", str(nodes.hostfile), "--no_ssh"]
+    start += ["--master_addr", "node-a", "--master_port", PORT]
+    return [[*start, "--node_rank", str(rank), "--module", MODULE, *arguments] for rank in range(2)]
 
 
 def by_torchrun(arguments: list[str]) -> list[str]:
-    start = [
-        "torchrun",
-        "--nnodes",
-        "2",
-        "--nproc_per_node",
-        "1",
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        f"node-a:{PORT}",
-        "--rdzv_id",
-        "one",
-    ]
+    start = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1"]
+    start += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"node-a:{PORT}", "--rdzv_id", "one"]
     return [*start, "-m", MODULE, *arguments]
 
 
@@ -83,8 +64,8 @@ def train(recipe: list[str], run_dir: Path, zero: str) -> list[str]:
     return ["train", *recipe, *STREAM, f"deepspeed={zero}", f"run.dir={run_dir}"]
 
 
-def test_deepspeed_s_launcher_says_how_many_ranks_a_node_has(monkeypatch):
-    # LOCAL_SIZE, where torchrun says LOCAL_WORLD_SIZE.
+def test_deepspeed_gives_the_number_of_ranks_of_a_node(monkeypatch):
+    # It sets LOCAL_SIZE, torchrun sets LOCAL_WORLD_SIZE.
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     for name, value in {
         "RANK": 3,
@@ -98,21 +79,21 @@ def test_deepspeed_s_launcher_says_how_many_ranks_a_node_has(monkeypatch):
     assert world_from_env() == World(rank=3, size=4, local_rank=1, local_size=2)
 
 
-def test_whether_a_run_is_finished_is_asked_of_the_run(tiny_recipe, alone, tmp_path):
-    def ask(*more: str) -> int:
+def test_a_finished_run_is_recognised(tiny_recipe, alone, tmp_path):
+    def exit_code(*more: str) -> int:
         return finished([*tiny_recipe, "--resume", "auto", f"run.dir={alone}", *more])
 
-    assert ask() == 0
-    assert ask("optim.epochs=1") == NOT_YET
-    assert ask(f"run.dir={tmp_path}") == NOT_YET
-    assert ask("optim.epoch=1") == NOT_YET  # `train` says what is wrong
+    assert exit_code() == 0
+    assert exit_code("optim.epochs=1") == NOT_YET
+    assert exit_code(f"run.dir={tmp_path}") == NOT_YET
+    assert exit_code("optim.epoch=1") == NOT_YET  # a wrong key: `train` will refuse it
 
 
 @pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_nodes_without_ssh(nodes, tiny_recipe, alone, zero):
     run_dir = nodes.folder / "run"
-    said, _ = on_both(nodes, without_ssh(nodes, train(tiny_recipe, run_dir, zero)))
-    assert "16 = 2 ranks x 8 images x 1 accumulated" in said
+    output, _ = on_both(nodes, without_ssh(nodes, train(tiny_recipe, run_dir, zero)))
+    assert "2 ranks x 8 images" in output
     same_run(run_dir, alone)
     assert all(not node.processes() for node in nodes.nodes)
 

@@ -1,4 +1,4 @@
-"""The two nodes that other tests run on are what they claim to be, and leave nothing behind."""
+"""The two nodes of other tests: separate networks, processes and disks, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ def possible():
 
 
 def reaches(node, name: str) -> bool:
-    """Whether ANSWER, running on the node of this name, answers a node within a second."""
-    return (
-        node.run(
-            ["timeout", "1", "bash", "-c", f"exec 3<>/dev/tcp/{name}/7000 && read -r line <&3"]
-        ).returncode
-        == 0
-    )
+    """Whether SERVER, running on the node of this name, answers a node within a second."""
+    script = f"exec 3<>/dev/tcp/{name}/7000 && read -r line <&3"
+    return node.run(["timeout", "1", "bash", "-c", script]).returncode == 0
 
 
-ANSWER = "import socket; s = socket.create_server(('0.0.0.0', 7000)); print('up', flush=True)\nwhile True: s.accept()[0].sendall(b'here\\n')"
+SERVER = """
+import socket
+server = socket.create_server(("0.0.0.0", 7000))
+print("up", flush=True)
+while True:
+    server.accept()[0].sendall(b"here\\n")
+"""
 
 
 def test_each_has_its_own_name_network_processes_and_disks_and_shares_the_files(tmp_path):
     with TwoNodes(tmp_path, node_environment={"node-b": {"ONLY": "b"}}, ssh=False) as nodes:
         for node in nodes.nodes:
             assert node.run(["hostname"]).stdout.strip() == node.name
-        server = nodes.b.popen([sys.executable, "-c", ANSWER], stdout=subprocess.PIPE, text=True)
+        server = nodes.b.popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
         assert server.stdout.readline() == "up\n"
         assert reaches(nodes.a, "node-b") and not reaches(nodes.a, "node-a")
         nodes.b.cut()
         assert not reaches(nodes.a, "node-b")
-        nodes.b.mend()
+        nodes.b.join()
         assert reaches(nodes.a, "node-b")
         assert len(nodes.b.processes()) == 1 and not nodes.a.processes()
 
@@ -52,12 +54,10 @@ def test_each_has_its_own_name_network_processes_and_disks_and_shares_the_files(
         private.mkdir()
         nodes.b.mount_tmpfs(private, size="64k")
         assert nodes.b.run(["dd", "if=/dev/zero", f"of={private}/full", "bs=128k", "count=1"]).returncode != 0
-        assert not list(private.iterdir())  # what was written lies on the private disk
+        assert not list(private.iterdir())  # it was written to the private disk
         nodes.b.hide(tmp_path / "shared")
-        assert (
-            not nodes.b.run(["cat", "shared"], check=True).stdout
-            and nodes.a.run(["cat", "shared"]).stdout == "text\n"
-        )
+        assert not nodes.b.run(["cat", "shared"], check=True).stdout
+        assert nodes.a.run(["cat", "shared"]).stdout == "text\n"
 
         server.terminate()  # reaches the command itself
         assert server.wait(10) == -signal.SIGTERM
@@ -99,8 +99,7 @@ def test_ssh_and_pdsh_reach_both(tmp_path):
         pytest.skip(f"NOT RUN OVER SSH: {reason}")
     with TwoNodes(tmp_path) as nodes:
         done = nodes.a.run(["pdsh", "-R", "ssh", "-S", "-w", "node-a,node-b", "hostname; exit 75"])
-        assert (
-            sorted(done.stdout.splitlines()) == ["node-a: node-a", "node-b: node-b"] and done.returncode == 75
-        )
+        assert sorted(done.stdout.splitlines()) == ["node-a: node-a", "node-b: node-b"]
+        assert done.returncode == 75
         nodes.key.rename(tmp_path / "away")
         assert nodes.a.run(["ssh", "node-b", "true"]).returncode == 255
