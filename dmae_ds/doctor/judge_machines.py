@@ -143,7 +143,7 @@ def judge_devices(facts: Facts, target: Target) -> Check:
         return Check("devices", FAIL, "; ".join(errors), "run `nvidia-smi` there")
     slots = {node.name: node.slots for node in target.nodes}
     devices = {node: node_facts["devices"] for node, node_facts in facts.items()}
-    counts = {node: len(found["gpus"]) for node, found in devices.items()}
+    counts = {node: len(of_node["gpus"]) for node, of_node in devices.items()}
     if not any(counts.values()):
         return Check("devices", OK, f"no GPU: on CPUs; {list_values(_describe_cpus(facts))}")
     short = [
@@ -158,10 +158,10 @@ def judge_devices(facts: Facts, target: Target) -> Check:
         )
         return Check("devices", FAIL, "; ".join(short), fix)
     kinds = {
-        node: f"{slots[node]} x {found['gpus'][0]['name']}, driver {found['driver']}"
-        for node, found in devices.items()
+        node: f"{slots[node]} x {of_node['gpus'][0]['name']}, driver {of_node['driver']}"
+        for node, of_node in devices.items()
     }
-    used = [text for node, found in devices.items() for text in _list_used_gpus(node, found, slots[node])]
+    used = [text for node, of_node in devices.items() for text in _list_used_gpus(node, of_node, slots[node])]
     if used:
         detail = f"{list_values(kinds)}; GPUs in use: {join_names(used)}"
         fix = "end what runs there (nvidia-smi lists it), or leave those nodes out"

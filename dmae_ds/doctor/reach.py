@@ -163,7 +163,7 @@ def explain(node: str, code: int, errors: str, *, python: str, cwd: Path) -> Tro
         return Trouble("ssh", last, f"try `ssh {node} hostname` here until it answers without a question")
     if "No module named 'dmae_ds" in errors or "No module named dmae_ds" in errors:
         fix = f"install it there, or start from a folder that {node} sees too"
-        return Trouble("python", f"dmae_ds is not installed for {python}", fix)
+        return Trouble("python", f"dmae_ds is not installed for {python}, or in another version", fix)
     if "cd: " in errors:
         fix = f"the launcher starts ranks in your current folder; start from one that {node} sees too"
         return Trouble("python", f"no folder {cwd}", fix)

@@ -30,7 +30,7 @@ def open_page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
 
     def open_page(path, *, scheme=LIGHT, size=(1200, 2000)):
-        log, picture = folder / "net.json", folder / "page.png"
+        log, screenshot = folder / "net.json", folder / "page.png"
         command = [
             BROWSER,
             "--headless",
@@ -48,21 +48,21 @@ def open_page(tmp_path_factory):
             f"--blink-settings=preferredColorScheme={scheme}",
             "--hide-scrollbars",
             f"--window-size={size[0]},{size[1]}",
-            f"--screenshot={picture}",
+            f"--screenshot={screenshot}",
             "--dump-dom",
             path.as_uri(),
         ]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, "HOME": str(folder)}
         )
-        assert done.returncode == 0 and picture.is_file(), done.stderr
+        assert done.returncode == 0 and screenshot.is_file(), done.stderr
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         # Requests of the browser itself (dictionaries, updates) have no page as their initiator.
         asked = re.findall(
             r'"initiator":"(?!not an origin)[^"]*"[^\n]*?"url":"((?:https?|ftp|ws)[^"]*)"',
             log.read_text(errors="replace"),
         )
-        return console, asked, done.stdout, np.asarray(Image.open(picture).convert("RGB"))
+        return console, asked, done.stdout, np.asarray(Image.open(screenshot).convert("RGB"))
 
     return open_page
 
@@ -82,7 +82,7 @@ def test_a_page_with_errors_and_requests_would_be_caught(open_page, tmp_path):
 
 @pytest.mark.parametrize("scheme, side", [(LIGHT, 0), (DARK, 1)])
 def test_the_page_opens_without_errors_in_its_colours(open_page, page, scheme, side):
-    console, asked, dom, picture = open_page(page, scheme=scheme)
+    console, asked, dom, screenshot = open_page(page, scheme=scheme)
     assert console == [] and asked == []
     assert dom.count("<svg") == 13 and dom.rstrip().endswith("</html>")
     for name, least in (
@@ -92,7 +92,7 @@ def test_the_page_opens_without_errors_in_its_colours(open_page, page, scheme, s
         ("--alarm", 0.0001),
     ):
         wanted = [int(COLOURS[name][side][start : start + 2], 16) for start in (1, 3, 5)]
-        assert (np.abs(picture.astype(int) - wanted).max(axis=2) < 6).mean() > least, name
+        assert (np.abs(screenshot.astype(int) - wanted).max(axis=2) < 6).mean() > least, name
 
 
 @pytest.mark.parametrize("width", [390, 1200])

@@ -1,4 +1,4 @@
-"""Charts: what is drawn, in which colours, and what a reader finds on the axes."""
+"""Figures: what is drawn, in which colours, and the labels of the axes."""
 
 import numpy as np
 import pytest
@@ -17,22 +17,18 @@ def test_a_long_curve_is_drawn_as_means_and_a_short_one_as_it_is():
     assert len(to_svg(long)) < 40_000
 
 
-def test_a_share_is_drawn_from_zero_to_a_hundred_with_the_mark_of_a_dead_term():
+def test_a_share_is_drawn_from_0_to_100_with_the_mark_of_a_dead_term():
     figure = draw_curves("share", [CURVE], unit="%", share=True)
     assert figure.axes[0].get_ylim() == (0, 1)
-    svg = to_svg(figure)
-    assert "dead term below 5%" in svg and "dead term" not in to_svg(
-        draw_curves("loss", [CURVE], unit="loss")
-    )
+    loss = draw_curves("loss", [CURVE], unit="loss")
+    assert "dead term below 5%" in to_svg(figure) and "dead term" not in to_svg(loss)
     assert to_png(figure)[:4] == b"\x89PNG"
 
 
-def test_axes_say_their_units_and_a_mark_its_meaning():
+def test_axes_have_units_and_a_mark_its_meaning():
     figure = draw_curves("rank", [CURVE], unit="directions", from_zero=True, mark=(0.3, "collapsed below it"))
-    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == (
-        "epoch",
-        "directions",
-    ) and figure.axes[0].get_ylim()[0] == 0
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "directions") and axes.get_ylim()[0] == 0
     assert "collapsed below it" in to_svg(figure)
 
 
@@ -42,41 +38,27 @@ def test_a_grid_is_as_opaque_as_its_values_and_numbered_from_one():
     cells, frame = figure.axes[0].patches[:6], figure.axes[0].patches[6]
     opaque = [cell.get_facecolor()[3] for cell in cells]
     assert np.array(opaque) / max(opaque) == pytest.approx([0.25, 0.5, 1, 0, 0.999, 0])
-    assert (
-        cells[0].get_xy() == pytest.approx((0.52, 0.52))
-        and frame.get_xy() == pytest.approx((0.52, 1.52))
-        and not frame.get_fill()
-    )
+    assert cells[0].get_xy() == pytest.approx((0.52, 0.52))
+    assert frame.get_xy() == pytest.approx((0.52, 1.52)) and not frame.get_fill()
     assert [text.get_text() for text in figure.axes[0].texts] == [".25", ".50", "1", "0", "1", "0"]
     many = draw_grid("grid", np.full((12, 24), 0.5), rows="student", columns="teacher", marked=[])
-    assert [text.get_text() for text in many.legends[0].texts] == [
-        "0",
-        ".25",
-        ".50",
-        ".75",
-        "1",
-    ] and not figure.legends
+    assert [text.get_text() for text in many.legends[0].texts] == ["0", ".25", ".50", ".75", "1"]
+    assert not figure.legends
     assert not many.axes[0].texts and many.axes[0].get_xticks().tolist() == [1, 4, 8, 12, 16, 20, 24]
 
 
-def test_bars_are_as_long_as_their_parts_together_in_the_runs_colour():
-    figure = draw_bars(
-        "time", [("a", 0, [1.0, 2.0, 3.0]), ("b", 1, [0.5, 0.0, 0.5])], ["data", "teacher", "rest"], unit="s"
-    )
-    parts = figure.axes[0].patches
-    assert [part.get_x() for part in parts] == [0, 1, 3, 0, 0.5, 0.5] and [
-        part.get_width() for part in parts
-    ] == [1, 2, 3, 0.5, 0, 0.5]
-    assert len({part.get_facecolor()[:3] for part in parts}) == 2 and figure.axes[0].get_xlabel() == "s"
+def test_bars_are_as_long_as_the_sum_of_their_parts():
+    bars = [("a", 0, [1.0, 2.0, 3.0]), ("b", 1, [0.5, 0.0, 0.5])]
+    figure = draw_bars("time", bars, ["data", "teacher", "rest"], unit="s")
+    (axes,) = figure.axes
+    assert [patch.get_x() for patch in axes.patches] == [0, 1, 3, 0, 0.5, 0.5]
+    assert [patch.get_width() for patch in axes.patches] == [1, 2, 3, 0.5, 0, 0.5]
+    assert len({patch.get_facecolor()[:3] for patch in axes.patches}) == 2 and axes.get_xlabel() == "s"
 
 
-def test_a_mosaic_has_its_labels_beside_and_its_heads_above():
+def test_a_mosaic_has_labels_at_the_left_and_heads_above():
     figure = draw_mosaic("title", np.zeros((20, 30, 3), np.uint8), ["one", "two"], ["a", "b", "c"])
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["one", "two"] and figure.axes[
-        0
-    ].get_yticks().tolist() == [5, 15]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
-        "a",
-        "b",
-        "c",
-    ] and figure.axes[0].get_xticks().tolist() == [5, 15, 25]
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert (axes.get_yticks().tolist(), axes.get_xticks().tolist()) == ([5, 15], [5, 15, 25])

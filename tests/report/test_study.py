@@ -13,7 +13,7 @@ from tests.report.made_runs import KNN, make_run
 
 
 def make_study(folder):
-    """Two DMAE settings and an MAE setting over two seeds, each with a teacher of its own."""
+    """Write two DMAE settings and an MAE setting over two seeds, with one teacher for each seed."""
     small = ["data.num_workers=0"]
     for seed in (0, 1):
         teacher = make_run(
@@ -24,22 +24,16 @@ def make_study(folder):
             results=[("knn", "all", 86.0 + seed, KNN)],
             num_images=1400,
         )
+        weights = f"teacher.weights={teacher / 'student.safetensors'}"
         for name, recipe, overrides, top1 in (
-            ("dmae", "digits_dmae", [f"teacher.weights={teacher / 'student.safetensors'}"], 80.0),
-            (
-                "mask",
-                "digits_dmae",
-                [f"teacher.weights={teacher / 'student.safetensors'}", "objective.mask_ratio=0.9"],
-                78.0,
-            ),
+            ("dmae", "digits_dmae", [weights], 80.0),
+            ("mask", "digits_dmae", [weights, "objective.mask_ratio=0.9"], 78.0),
             ("mae", "digits_mae", [], 70.0),
         ):
             few = [("knn", "10%", draw, top1 - 20 - draw, KNN) for draw in (0, 1, 2)]
-            results = (
-                [("knn", "all", top1 + 2 * seed, KNN), *few]
-                if (name, seed) != ("mask", 1)
-                else [("knn", "all", top1, {**KNN, "k": 10})]
-            )
+            results = [("knn", "all", top1 + 2 * seed, KNN), *few]
+            if (name, seed) == ("mask", 1):
+                results = [("knn", "all", top1, {**KNN, "k": 10})]
             make_run(
                 folder / f"seed{seed}" / name,
                 recipe,
@@ -94,10 +88,9 @@ def test_runs_that_begin_with_other_runs_are_settings_too(tmp_path):
         "g2sd_specific, student.weights g2sd_generic": [0, 1],
         "teacher: mae": [0, 1],
     }
-    assert (
-        describe_training(settings[0].runs[0].config)["teacher.weights"]
-        != describe_training(settings[1].runs[0].config)["teacher.weights"]
-    )  # an MAE, and what it was fine-tuned to
+    # One has the MAE as its teacher, the other what it was fine-tuned to.
+    teachers = [describe_training(setting.runs[0].config)["teacher.weights"] for setting in settings[:2]]
+    assert teachers[0] != teachers[1]
 
 
 def test_a_section_that_other_settings_lack_is_named_once():
@@ -150,7 +143,7 @@ def test_the_effective_rank_of_a_setting_is_the_mean_and_the_lowest(tmp_path):
     assert "below 3 " in page
 
 
-def test_the_study_s_table_and_plot(tmp_path):
+def test_the_table_and_the_plot_of_the_study(tmp_path):
     study = make_study(tmp_path / "study")
     page = write_results_page([study], tmp_path / "RESULTS.md").read_text()
     assert "| dmae | not run | 81.0 ± 1.4 | 59.0 ± 0.0 | 0, 1 |" in page
@@ -159,15 +152,15 @@ def test_the_study_s_table_and_plot(tmp_path):
         and "| teacher: mae | not run | 86.5 ± 0.7 | not run |" in page
     )
     assert "8 runs on 1,400 images" in page and "(.github/results.png)" in page and "0 of 124 rows" in page
-    picture = (tmp_path / ".github" / "results.png").read_bytes()
-    assert picture[:4] == b"\x89PNG"
+    plot = (tmp_path / ".github" / "results.png").read_bytes()
+    assert plot[:4] == b"\x89PNG"
     again = write_results_page(
         [study / "seed1", study / "seed0", study / "seed0" / "mae"], tmp_path / "RESULTS.md"
-    )  # other words, the same runs
-    assert again.read_text() == page and (tmp_path / ".github" / "results.png").read_bytes() == picture
+    )  # the same runs, named differently
+    assert again.read_text() == page and (tmp_path / ".github" / "results.png").read_bytes() == plot
 
 
-def test_the_plot_s_headings_have_room_and_its_rows_have_numbers():
+def test_headings_of_the_plot_do_not_overlap_and_every_row_has_a_number():
     columns = {
         Column("knn", "all", str(number)): f"fine-tuned with many labels, recipe {number}"
         for number in range(5)
