@@ -1,1 +1,1 @@
-"""The networks: what a patch is, which ones stay, the encoder that sees only those, the decoder that reconstructs the rest."""
+"""Networks on visible patches: masking, patches, timm's ViTs, decoder, positional embeddings, oneDNN."""

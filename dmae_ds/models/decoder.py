@@ -15,10 +15,10 @@ from dmae_ds.models.vit import initialize_as_mae
 
 
 class TokenDecoder(nn.Module):
-    """Visible tokens + mask tokens through the decoder's blocks, without a norm or a head behind them.
+    """The decoder's blocks on visible tokens and mask tokens, without a norm or a head after them.
 
-    Attention doesn't care for the order of tokens, and every token carries its position code. So visible and mask
-    tokens stay in the order of the mask instead of being put back on the grid.
+    Attention doesn't depend on the order of tokens, and every token has its position added. So visible and
+    mask tokens stay in the order of the mask instead of being put back on the grid.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class TokenDecoder(nn.Module):
         super().__init__()
         if embed_dim % num_heads:
             raise UserError(
-                f"objective.decoder.embed_dim {embed_dim} is not a multiple of objective.decoder.num_heads {num_heads}"
+                f"objective.decoder.embed_dim {embed_dim} is not a multiple of objective.decoder.num_heads "
+                f"{num_heads}"
             )
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -46,11 +47,15 @@ class TokenDecoder(nn.Module):
         initialize_as_mae(self, generator)
 
     def forward(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """latent [N, 1 + K, D], CLS first -> tokens [N, 1 + L, D_d] after the last block: CLS, ids_keep, ids_masked."""
+        """Run the blocks.
+
+        latent: [N, 1 + K, D], CLS first
+        Returns tokens [N, 1 + L, D_d] after the last block, in the order CLS, ids_keep, ids_masked.
+        """
         visible = self.embed(latent)
         masks = self.mask_token.to(visible.dtype).expand(len(visible), ids_masked.shape[1], -1)
         positions = self.pos_embed[0].to(visible.dtype)
-        # CLS has row 0 of the position codes, patch l has row 1 + l.
+        # CLS has row 0 of the positional embedding, patch l has row 1 + l.
         places = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_masked], dim=1)
         tokens = torch.cat([visible, masks], dim=1) + positions[places]
         for block in self.blocks:
@@ -59,9 +64,9 @@ class TokenDecoder(nn.Module):
 
 
 class Decoder(TokenDecoder):
-    """The same, then a norm and a linear head to what is predicted of the masked patches, which alone it runs on.
+    """TokenDecoder with a norm and a linear head, which predict the masked patches alone.
 
-    feature_dim: numbers a patch; None: its pixels
+    feature_dim: size of the prediction for a patch; None: its pixels
     """
 
     def __init__(
@@ -91,6 +96,10 @@ class Decoder(TokenDecoder):
             initialize_as_mae(head, generator)
 
     def forward(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """latent [N, 1 + K, D], CLS first -> of the masked patches, in ids_masked's order, pixels [N, L - K, P, P, 3] or [N, L - K, feature_dim]."""
+        """Predict the masked patches, in ids_masked's order.
+
+        latent: [N, 1 + K, D], CLS first
+        Returns pixels [N, L - K, P, P, 3] or features [N, L - K, feature_dim].
+        """
         tokens = super().forward(latent, ids_keep, ids_masked)
         return self.pred(self.norm(tokens[:, 1 + ids_keep.shape[1] :])).unflatten(-1, self.shape)

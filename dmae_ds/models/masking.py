@@ -1,4 +1,4 @@
-"""Which patches stay visible (MAE, Sec. 3), and the masked batch that teacher and student share."""
+"""Masking of patches (MAE, Sec. 3), and the masked batch that teacher and student share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from dmae_ds.errors import UserError
 
 
 def num_visible(num_patches: int, mask_ratio: float, patch_count: str) -> int:
-    """How many of the patches stay: K = L * (1 - mask_ratio), rounded (`round`, the paper) or truncated (`int`, the code).
+    """Number of visible patches, K = L * (1 - mask_ratio).
 
-    Raises UserError when nothing would stay visible or nothing masked.
+    patch_count: `round`, as in the paper, or `int`, truncated as in the published code
+    Raises UserError where no patch would stay visible, or none be masked.
     """
     exact = num_patches * (1 - mask_ratio)
     kept = int(exact) if patch_count == "int" else round(exact)
     if not 0 < kept < num_patches:
         raise UserError(
-            f"objective.mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches (patch_count: {patch_count}); "
-            f"between 1 and {num_patches - 1} must stay visible"
+            f"objective.mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches (patch_count: "
+            f"{patch_count}); between 1 and {num_patches - 1} must stay visible"
         )
     return kept
 
@@ -36,7 +37,7 @@ def keep_random(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_patches(patches: Tensor, ids: Tensor) -> Tensor:
-    """patches [N, L, ...] and ids [N, K] -> the named patches [N, K, ...]."""
+    """Select patches [N, K, ...] by ids [N, K] from patches [N, L, ...]."""
     return patches[torch.arange(len(ids), device=ids.device)[:, None], ids]
 
 
@@ -44,7 +45,7 @@ def gather_patches(patches: Tensor, ids: Tensor) -> Tensor:
 class PatchBatch:
     """A batch with its mask drawn, on the device; teacher and student see the same `visible`.
 
-    visible [N, K, P, P, C] and masked [N, L - K, P, P, C]: normalised float pixels of the patches ids_keep and ids_masked.
+    visible [N, K, P, P, C], masked [N, L - K, P, P, C]: normalised float pixels of ids_keep and ids_masked
     """
 
     visible: Tensor

@@ -1,9 +1,10 @@
-"""Linear layers of fp32 networks through oneDNN, on CPUs where that is faster than what torch takes.
+"""Linear layers of fp32 networks through oneDNN, on CPUs where that is faster than torch's own choice.
 
-torch hands fp32 matrix products to MKL, which on some processors reaches half of oneDNN's rate (measured on an AMD core: 98
-and 200 GFLOP/s; on an Intel Xeon both reach 115). Its switches (torch.backends.mkldnn) choose oneDNN for lower precision
-alone, so the operator that torch's own compiler emits is called here: private, hence looked for, tried and timed on a
-layer's forward and backward before it is used. The result differs from MKL's by rounding, as two MKLs differ.
+torch gives fp32 matrix products to MKL, which on some processors reaches half of oneDNN's rate (measured: 98
+and 200 GFLOP/s on an AMD core; on an Intel Xeon both reach 115). Its switches (torch.backends.mkldnn) choose
+oneDNN for lower precision only, so this file calls the operator that torch's compiler emits. It is private,
+and is therefore looked for, tried and timed on a layer's forward and backward before it is used. The result
+differs from MKL's by rounding, as between two versions of MKL.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import time
 import torch
 from torch import Tensor, nn
 
-ROWS, WIDTH, HIDDEN = 400, 768, 3072  # a ViT-B's MLP on 8 pictures of 49 visible patches
-FASTER = 1.2  # below, it may be noise
+ROWS, WIDTH, HIDDEN = 400, 768, 3072  # a ViT-B's MLP on 8 images of 49 visible patches
+FASTER = 1.2  # a smaller speed-up may be noise
 _REPEATS = 3
 
 
 class OneDnnLinear(nn.Linear):
-    """nn.Linear with another kernel."""
+    """nn.Linear with oneDNN's kernel."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         # [..., in] -> [rows, in] -> [..., out]
@@ -27,7 +28,10 @@ class OneDnnLinear(nn.Linear):
 
 
 def use_onednn(network: nn.Module) -> int:
-    """Let every plain fp32 linear layer under a network run through oneDNN; returns how many there are. Names stay."""
+    """Let every plain fp32 linear layer of a network run through oneDNN; parameters keep their names.
+
+    Returns the number of layers.
+    """
     layers = [
         module
         for module in network.modules()
@@ -39,26 +43,27 @@ def use_onednn(network: nn.Module) -> int:
 
 
 def onednn_operator() -> bool:
-    """Whether this torch has it."""
+    """Whether this torch has oneDNN's linear operator."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn_speedup() -> float:
-    """How many times faster a layer's forward and backward are through oneDNN than as torch does them, with these threads."""
-    tokens, layer = torch.randn(ROWS, WIDTH, requires_grad=True), nn.Linear(WIDTH, HIDDEN)
+    """Speed-up of a layer's forward and backward by oneDNN over torch's own choice, with these threads."""
+    tokens = torch.randn(ROWS, WIDTH, requires_grad=True)
+    layer = nn.Linear(WIDTH, HIDDEN)
     other = OneDnnLinear(WIDTH, HIDDEN)
     other.load_state_dict(layer.state_dict())
     seconds: dict[nn.Module, list[float]] = {layer: [], other: []}
-    for _ in range(1 + _REPEATS):  # the first is a warm-up, and the fastest is what counts
-        for module, found in seconds.items():
+    for _ in range(1 + _REPEATS):  # the first is a warm-up, and the fastest counts
+        for module, durations in seconds.items():
             since = time.perf_counter()
             module(tokens).sum().backward()
-            found.append(time.perf_counter() - since)
+            durations.append(time.perf_counter() - since)
     return min(seconds[layer]) / min(seconds[other])
 
 
 class _Product(torch.autograd.Function):
-    """tokens [rows, in] @ weight [out, in]^T + bias."""
+    """The product tokens [rows, in] @ weight [out, in]^T + bias, with its gradients."""
 
     @staticmethod
     def forward(ctx, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,5 +83,5 @@ class _Product(torch.autograd.Function):
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left [m, k] @ right [n, k]^T + bias [n]."""
+    """The product left [m, k] @ right [n, k]^T + bias [n]."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")

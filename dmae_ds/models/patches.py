@@ -1,4 +1,4 @@
-"""Pictures <-> patches, and the normalisation that runs on the device, on the patches that are needed."""
+"""Cutting images into patches and back, and the normalisation of pixels on the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut pictures into non-overlapping patches; works on any dtype, so uint8 stays uint8.
+    """Cut images into non-overlapping patches; works on any dtype, so uint8 stays uint8.
 
     images: [N, C, H, W], H and W multiples of patch_size
     Returns [N, L, P, P, C]: L patches in row-major order, each as rows, columns, channels.
@@ -15,7 +15,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     num, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     assert (rows * patch_size, columns * patch_size) == (height, width), (
-        f"{height}x{width} is no grid of {patch_size} px patches"
+        f"{height}x{width} is not a grid of {patch_size} px patches"
     )
     # [N, C, H, W] -> [N, C, rows, P, columns, P] -> [N, rows, columns, P, P, C] -> [N, L, P, P, C]
     patches = images.reshape(num, channels, rows, patch_size, columns, patch_size)
@@ -23,7 +23,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: [N, L, P, P, C] and grid (rows, columns) -> [N, C, H, W]."""
+    """Join patches [N, L, P, P, C] of a grid (rows, columns) to images [N, C, H, W]; undoes `patchify`."""
     num, _, patch_size, _, channels = patches.shape
     rows, columns = grid
     # [N, L, P, P, C] -> [N, rows, columns, P, P, C] -> [N, C, rows, P, columns, P] -> [N, C, H, W]
@@ -32,7 +32,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class Normalize(nn.Module):
-    """uint8 patches [..., C] -> float32 ((x / 255) - mean) / std, channel by channel, as one multiply-add."""
+    """Normalise uint8 patches [..., C] to float32 ((x / 255) - mean) / std, as one multiply-add a channel."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fixed two-dimensional sin-cos position codes, as MAE has them."""
+"""Fixed two-dimensional sin-cos positional embeddings, as in MAE."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from dmae_ds.errors import UserError
 
 
 def sincos_positions(dim: int, grid: tuple[int, int], *, span: tuple[int, int] | None = None) -> Tensor:
-    """Position codes of a grid of patches, with a zero row for CLS in front (MAE, Sec. 3, as published).
+    """Positional embedding of a grid of patches, after a zero row for CLS (MAE, Sec. 3, as published).
 
-    dim: channels, a multiple of 4; the first half encodes the column, the second the row, each as [sin | cos] of
-    position / 10000^(k / (dim / 4)).
-    span: a larger grid that this one is laid over, of the same extent: patch i of n takes the place (i + 1/2) span / n - 1/2
+    dim: number of channels, a multiple of 4; the first half encodes the column, the second the row, each as
+    [sin | cos] of position / 10000^(k / (dim / 4))
+    span: a larger grid over the same extent: patch i of n has the position (i + 1/2) span / n - 1/2
     Returns [1, 1 + rows * columns, dim] float32 (computed in float64).
     Raises UserError unless dim is a multiple of 4.
     """
     if dim % 4:
         raise UserError(f"sin-cos positions need a width that is a multiple of 4, found embed_dim {dim}")
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    row, column = torch.meshgrid(*(_places(*sides) for sides in zip(grid, span or grid)), indexing="ij")
+    axes = [_axis_positions(*sides) for sides in zip(grid, span or grid, strict=True)]
+    row, column = torch.meshgrid(*axes, indexing="ij")
     # Two angles of [L, dim/4] -> [L, dim]
-    halves = [position.reshape(-1, 1) * frequencies for position in (column, row)]
-    codes = torch.cat([part for angle in halves for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), codes]).unsqueeze(0).float()
+    angles = [position.reshape(-1, 1) * frequencies for position in (column, row)]
+    patches = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches]).unsqueeze(0).float()
 
 
-def _places(number: int, span: int) -> Tensor:
+def _axis_positions(number: int, span: int) -> Tensor:
     return (torch.arange(number, dtype=torch.float64) + 0.5) * (span / number) - 0.5

@@ -1,9 +1,9 @@
 """A timm vision transformer that embeds and runs only visible patches: the student, and the frozen teacher.
 
-timm builds the network and names its parameters (`patch_embed.proj`, `blocks.N...`, `norm`), so that a student's file
-loads into `timm.create_model(name, num_classes=0)` with strict=True, and a timm file loads into a teacher. A student
-is a plain ViT with a CLS token; a teacher may be any timm VisionTransformer or Eva: MAE, DINOv2 (registers, layer
-scale), CLIP, SigLIP (no CLS), EVA-02 and DINOv3 (rotary positions).
+timm builds the network and names its parameters (`patch_embed.proj`, `blocks.N...`, `norm`). So a student's
+file loads into `timm.create_model(name, num_classes=0)` with strict=True, and a timm file into a teacher. A
+student is a plain ViT with a CLS token; a teacher may be any timm VisionTransformer or Eva: MAE, DINOv2
+(registers, layer scale), CLIP, SigLIP (no CLS), EVA-02 and DINOv3 (rotary positions).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dmae_ds.models.positions import sincos_positions
 def build_timm_vit(
     name: str, overrides: dict, *, depth: int | None = None, where: str = "student"
 ) -> VisionTransformer | Eva:
-    """timm's network without a classifier; `depth` builds only the first blocks.
+    """Build timm's network without a classifier, on the meta device; buffers (rotary angles) are real.
 
-    name: a timm model, or `module:function`, called with the overrides, that returns a VisionTransformer or Eva
-    Parameters are on the meta device, without a byte; buffers (rotary angles) are real.
-    Raises UserError for an unknown name, numbers that don't fit, or a network whose tokens this project can't mask.
+    name: a timm model, or `module:function` that takes the overrides and returns a VisionTransformer or Eva
+    depth: only the first blocks are built; where: the recipe's section, for messages
+    Raises UserError for an unknown name, numbers that don't fit, or a network whose tokens can't be masked.
     """
     if depth is not None:
         overrides = {**overrides, "depth": depth}
@@ -43,13 +43,14 @@ def build_timm_vit(
             vit = create(num_classes=0, **overrides)
     except (AssertionError, TypeError) as error:
         raise UserError(
-            f"{where}: '{name}' can't be built with {overrides}: {error}; check its numbers, or use a vision transformer such as vit_base_patch16_224"
+            f"{where}: '{name}' can't be built with {overrides}: {error}; check its numbers, or use a "
+            "vision transformer such as vit_base_patch16_224"
         ) from None
-    except (
-        RuntimeError
-    ) as error:  # it computes with its weights: rotary frequencies that are learned, a convolutional stem
+    except RuntimeError as error:
+        # The constructor computes with its weights: learned rotary frequencies, a convolutional stem.
         raise UserError(
-            f"{where}.name '{name}' can't be built without its weights ({error}); use a vision transformer such as vit_base_patch16_224"
+            f"{where}.name '{name}' can't be built without its weights ({error}); use a vision transformer "
+            "such as vit_base_patch16_224"
         ) from None
     problem = _why_not(vit)
     if problem:
@@ -72,7 +73,7 @@ def _find_builder(name: str, where: str):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
         raise UserError(
             f"{where}.name '{name}' is unknown to timm {timm.__version__}; "
-            + (f"near: {', '.join(near)}" if near else "see timm.list_models('vit*')")
+            + (f"similar names: {', '.join(near)}" if near else "see timm.list_models('vit*')")
         )
     try:
         timm.get_pretrained_cfg(name)
@@ -80,25 +81,25 @@ def _find_builder(name: str, where: str):
         raise UserError(
             f"{where}.name '{name}': {error} See timm.list_pretrained('{name.split('.')[0]}*')"
         ) from None
-    return lambda **keys: timm.create_model(name, **keys)
+    return lambda **kwargs: timm.create_model(name, **kwargs)
 
 
 def _why_not(vit: nn.Module) -> str | None:
-    """What keeps this network's tokens from being masked, or None."""
+    """The reason why this network's tokens can't be masked, or None."""
     for cls in (VisionTransformer, Eva):
         if isinstance(vit, cls):
             if type(vit)._pos_embed is not cls._pos_embed:
-                return "embeds its patches in a way of its own"
+                return "embeds its patches differently from other networks"
             if type(vit.patch_embed) is not PatchEmbed or not isinstance(vit.patch_embed.norm, nn.Identity):
                 return "has no plain patch projection"
             if getattr(vit, "rope_mixed", False):
-                return "learns its rotary frequencies per block"
+                return "learns rotary frequencies in each block"
             return None
     return f"is a {type(vit).__name__}, neither timm's VisionTransformer nor its Eva"
 
 
 class PatchProjection(nn.Conv2d):
-    """timm's patch convolution applied to patches that are already cut out: one matrix product."""
+    """timm's patch convolution on patches that are already cut out: one matrix product."""
 
     def forward(self, patches: Tensor) -> Tensor:
         # [N, K, P, P, C] -> [N, K, C * P * P] in the order of the convolution's weight [D, C, P, P]
@@ -109,12 +110,12 @@ class PatchProjection(nn.Conv2d):
 class MaskedViT(nn.Module):
     """The encoder on visible patches: embed, add positions, prepend CLS, run the blocks (MAE, Sec. 3).
 
-    Built from a timm network, whose modules it takes over; `keep_norm=False` leaves the final norm out.
-    `pos_embed` is a buffer: fixed, saved, never trained. Tokens stand as timm has them: CLS, registers, patches.
+    It takes over the modules of a timm network; `keep_norm=False` leaves the final norm out. `pos_embed` is a
+    buffer: fixed, saved, never trained. Tokens have timm's order: CLS, registers, patches.
     R: number of tokens in front of the patches (1 for a plain ViT, 0 for SigLIP, 5 for DINOv2 with registers)
 
-    A backward pass leaves in `gradient_norms` what came down into each tapped block: {block: {"tap": from the tap,
-    "trunk": from the layers above}}, scalars on the device.
+    A backward pass stores in `gradient_norms` the norms of the gradients at each tapped block: {block:
+    {"tap": of the tap's gradient, "trunk": of the gradient from the layers above}}, scalars on the device.
     """
 
     def __init__(self, vit: VisionTransformer | Eva, *, keep_norm: bool = True):
@@ -147,7 +148,7 @@ class MaskedViT(nn.Module):
         self.norm_pre = vit.norm_pre
         self.blocks = nn.ModuleList(vit.blocks)
         self.norm = vit.norm if keep_norm else None
-        self._other_grids: dict[tuple, Tensor] = {}  # position codes of smaller pictures
+        self._other_grids: dict[tuple, Tensor] = {}  # positional embeddings of smaller images
 
     @property
     def depth(self) -> int:
@@ -159,7 +160,7 @@ class MaskedViT(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """One CLS token, position codes for it and for every patch, nothing rotary."""
+        """Whether CLS, one token, and every patch have a positional embedding, and none is rotary."""
         return (
             self.cls_token is not None
             and self.num_prefix == self.num_prefix_positions == 1
@@ -167,29 +168,32 @@ class MaskedViT(nn.Module):
         )
 
     def positions(self, grid: tuple[int, int] | None, like: Tensor) -> Tensor | None:
-        """Position codes of patches [L, D], in the dtype of `like`.
+        """Positional embedding of the patches [L, D], in the dtype of `like`.
 
-        grid: of pictures of another size. Sin-cos codes are computed anew, the small grid laid over the whole of the own one: as
-        DINO's interpolation of learned codes has it, and without its blur. For plain students alone.
+        grid: of images of another size, for plain students only. Sin-cos embeddings are computed for the
+        smaller grid, which covers the extent of the network's own: like DINO's interpolation of learned
+        embeddings, without its blur.
         """
         if self.pos_embed is None:
             return None
         if grid is None or grid == self.grid:
             return self.pos_embed[0, self.num_prefix_positions :].to(like.dtype)
-        assert self.is_plain, "only a student knows how to place other grids"
+        assert self.is_plain, "only a plain student has positions for other grids"
         key = (grid, like.device, like.dtype)
         if key not in self._other_grids:
             self._other_grids[key] = sincos_positions(self.embed_dim, grid, span=self.grid)[0, 1:].to(like)
         return self._other_grids[key]
 
     def embed(self, visible: Tensor, ids_keep: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Visible pixels [N, K, P, P, C] at the places ids_keep [N, K] of a grid, by default the own one -> tokens [N, R + K, D]."""
+        """Embed visible pixels [N, K, P, P, C] at ids_keep [N, K] of a grid: tokens [N, R + K, D].
+
+        grid: by default the network's own
+        """
         tokens = self.patch_embed.proj(visible)
         split = self.num_prefix_positions
         if self.cls_token is not None and self.cls_token.dtype != self.patch_embed.proj.weight.dtype:
-            tokens = tokens.to(
-                self.cls_token.dtype
-            )  # a frozen projection is a buffer, and DeepSpeed casts parameters alone
+            # A frozen projection is a buffer, and DeepSpeed casts only parameters.
+            tokens = tokens.to(self.cls_token.dtype)
         positions = self.positions(grid, tokens)
         if positions is not None:
             tokens = tokens + positions[ids_keep]
@@ -201,12 +205,11 @@ class MaskedViT(nn.Module):
         return self.norm_pre(tokens)
 
     def run_block(self, block: nn.Module, tokens: Tensor, ids_keep: Tensor) -> Tensor:
-        """One block; with rotary positions every kept patch keeps its own angles."""
+        """Run one block; with rotary positions every kept patch has its own angles."""
         if self.rope is None:
             return block(tokens)
-        return block(
-            tokens, rope=self.rope[ids_keep].unsqueeze(1)
-        )  # [N, 1, K, 2 * D / heads]: alike for all heads
+        # [N, 1, K, 2 * D / heads]: the same for all heads
+        return block(tokens, rope=self.rope[ids_keep].unsqueeze(1))
 
     def forward(
         self,
@@ -217,12 +220,13 @@ class MaskedViT(nn.Module):
         grid: tuple[int, int] | None = None,
         appended: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run all blocks; `taps` are block numbers counted from 1; grid: of pictures of another size, see `positions`.
+        """Run all blocks.
 
-        appended: [1, T, D] tokens that go behind the patches of every picture, without a place (networks without rotary positions)
+        taps: block numbers, counted from 1; grid: of images of another size, see `positions`
+        appended: [1, T, D] tokens after the patches of every image, without positions (no rotary networks)
 
-        Returns the last tokens [N, R + K, D] (after the final norm, where it is kept) and the residual stream right
-        after each tapped block, before any final norm: {block: [N, R + K, D]}.
+        Returns the last tokens [N, R + K, D] (after the final norm, where it is kept) and the residual stream
+        right after each tapped block, before any final norm: {block: [N, R + K, D]}.
         """
         tokens = self.embed(visible, ids_keep, grid)
         if appended is not None:
@@ -235,7 +239,7 @@ class MaskedViT(nn.Module):
         return (tokens if self.norm is None else self.norm(tokens)), tapped
 
     def _fork(self, number: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens twice, for the tap and for the layers above, so that backward can tell the two gradients apart."""
+        """Return the tokens twice, for the tap and for the layers above: backward measures both gradients."""
         tap, trunk = tokens.view_as(tokens), tokens.view_as(tokens)
         if tokens.requires_grad:
             norms = self.gradient_norms.setdefault(number, {})
@@ -247,26 +251,27 @@ class MaskedViT(nn.Module):
 
 
 def _rotary_angles(vit: VisionTransformer | Eva, grid: tuple[int, int]) -> Tensor | None:
-    """[L, 2 * D / heads]: sine and cosine of every patch's place, or None for a network without rotary positions."""
+    """Sine and cosine of every patch's position [L, 2 * D / heads]; None where positions are not rotary."""
     rope = getattr(vit, "rope", None)
     if rope is None:
         return None
-    rope.eval()  # some move the places at random while they train
-    return (
-        rope.get_embed()
-        if getattr(rope, "feat_shape", None) is not None
-        else rope.get_embed(shape=list(grid))
-    )
+    rope.eval()  # some move the positions at random in training
+    has_grid = getattr(rope, "feat_shape", None) is not None
+    return rope.get_embed() if has_grid else rope.get_embed(shape=list(grid))
 
 
 def build_student(
     name: str, overrides: dict, *, generator: torch.Generator, device: str = "cpu"
 ) -> MaskedViT:
-    """A student with MAE's initialisation and fixed sin-cos positions (MAE, Sec. 3 and A.1); on `meta`, its geometry alone."""
+    """Build a student with MAE's initialisation and fixed sin-cos positions (MAE, Sec. 3 and A.1).
+
+    device: `meta` gives the geometry alone
+    """
     student = MaskedViT(build_timm_vit(name, overrides))
     if not student.is_plain:
         raise UserError(
-            f"student.name '{name}' is not a plain vision transformer with one CLS token and position codes; use a vit_* such as vit_base_patch16_224"
+            f"student.name '{name}' is not a plain vision transformer with one CLS token and a positional "
+            "embedding; use a vit_* such as vit_base_patch16_224"
         )
     student.to_empty(device=device)
     student.pos_embed = sincos_positions(student.embed_dim, student.grid)
@@ -275,13 +280,16 @@ def build_student(
 
 
 def initialize_as_mae(module: nn.Module, generator: torch.Generator) -> None:
-    """MAE's published initialisation: Xavier-uniform matrices (patch projection as a matrix), zero biases, tokens N(0, .02^2)."""
+    """Initialise as MAE's published code does.
+
+    Matrices are Xavier-uniform (the patch projection as a matrix), biases zero, tokens N(0, .02^2).
+    """
     for name, parameter in module.named_parameters():
         if name.endswith(("cls_token", "mask_token")):
             nn.init.normal_(parameter, std=0.02, generator=generator)
         elif parameter.ndim >= 2:
             nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
-        elif name.rpartition(".")[2] == "bias":  # also of a layer by itself
+        elif name.rpartition(".")[2] == "bias":  # also where the module is a single layer
             nn.init.zeros_(parameter)
         else:
             nn.init.ones_(parameter)

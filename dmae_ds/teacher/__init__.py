@@ -1,1 +1,1 @@
-"""The frozen teacher: read strictly, cut after the deepest block that is needed, streamed past the student."""
+"""The frozen teacher: the needed blocks only, replicated, in pipeline stages or sharded by ZeRO-3."""

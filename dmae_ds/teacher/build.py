@@ -1,4 +1,4 @@
-"""Build the frozen teacher of a recipe's teacher section: find its file, open it, read it, check its features."""
+"""Build the teacher of a recipe: find its file, read it, check its features."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def load_frozen_teacher(
     sharded: bool = False,
     num_classes: int | None = None,
 ) -> FrozenTeacher:
-    """Load the blocks up to the deepest tap and nothing above; in a pipeline, this rank's stage alone. No collective.
+    """Load the blocks up to the deepest tap, without a collective.
+
+    In a pipeline a rank loads its own stage alone.
 
     mean, std: of the data, with which the student's patches are normalised
     group: the pipeline's, if there is one
@@ -123,7 +125,7 @@ def locate_teacher(config: TeacherConfig) -> Path:
 
 
 def pixel_statistics(config: TeacherConfig, mean: tuple, std: tuple) -> tuple[tuple, tuple]:
-    """The mean and std with which the teacher's pixels are normalised: its own, its timm tag's, or the data's."""
+    """The mean and std of the teacher's pixels: its own, its timm tag's, or the data's."""
     if config.mean is not None:
         return config.mean, config.std
     tag = timm_tag(config.name) if "." in config.name and ":" not in config.name else None
@@ -141,8 +143,8 @@ def _check_complete(weights: Weights, path: Path) -> None:
     absent = weights.container.absent
     if absent:
         raise UserError(
-            f"teacher.weights '{path}' lacks {', '.join(absent)}; with teacher.placement=zero3 the first rank reads "
-            "every file of the index"
+            f"teacher.weights '{path}' lacks {', '.join(absent)}; with teacher.placement=zero3 the first "
+            "rank reads every file of the index"
         )
 
 
@@ -153,8 +155,8 @@ def _build_view(
     view = PatchView(patch_size, mean=mean, std=std, teacher_mean=teacher_mean, teacher_std=teacher_std)
     if "prediction" in taps and not view.same_pixels:
         raise UserError(
-            "the objective taps the teacher's predicted pixels, which are normalised differently from the data's; set "
-            "data.mean and data.std to the teacher's"
+            "the objective taps the teacher's predicted pixels, which are normalised differently from the "
+            "data's; set data.mean and data.std to the teacher's"
         )
     return view
 
@@ -172,11 +174,12 @@ def _describe_choices(config: TeacherConfig, weights: Weights, view: PatchView) 
 
 
 def verify(teacher: FrozenTeacher, config: TeacherConfig) -> None:
-    """Check the features of a fixed input against the fingerprint next to the weights, and read the targets' statistics.
+    """Check a teacher by its features of a fixed input, and read the targets' statistics.
 
-    Collective in a pipeline's group, and over all ranks where they share the weights. A teacher that looks untrained gets a
-    note. Raises UserError where features are dead or not those of the fingerprint, and where statistics are missing or
-    those of other weights.
+    The features are compared with the fingerprint next to the weights. A teacher that looks untrained gets a
+    note. Collective in a pipeline's group, and over all ranks where they share the weights. Raises UserError
+    where features are dead or not those of the fingerprint, and where statistics are missing or of other
+    weights.
     """
     dtype, path = DTYPES[config.dtype], teacher.path
     teacher.spread()
@@ -213,7 +216,7 @@ def _read_stats(
     identity.check_fingerprint(fingerprint, about["fingerprint"], dtype=DTYPES[config.dtype], where=str(file))
     if about["sees"] != config.sees:
         raise UserError(
-            f"'{file}' was made with teacher.sees={about['sees']}, the recipe has {config.sees}; make it again with "
-            "dmae-ds teacher stats"
+            f"'{file}' was made with teacher.sees={about['sees']}, the recipe has {config.sees}; make it "
+            "again with dmae-ds teacher stats"
         )
     return stats

@@ -1,4 +1,7 @@
-"""A frozen MAE's decoder on top of its encoder, for objectives that tap `decoder/4` (G2SD) or `prediction`; no block above the tap is made."""
+"""A frozen MAE's decoder on top of its encoder, for objectives that tap `decoder/4` (G2SD) or `prediction`.
+
+No block above the deepest tap is built.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from dmae_ds.weights.named import Weights
 
 
 class TeacherDecoder(nn.Module):
-    """The encoder's final norm, then visible and mask tokens through the decoder's blocks (MAE, Sec. 3), under the published names.
+    """The encoder's final norm, then visible and mask tokens through the decoder's blocks (MAE, Sec. 3).
 
-    Tokens stay in the order of the mask, as in our own decoder: attention doesn't mind, and each carries its position.
-    patch_size: given, the decoder is whole and reconstructs pixels; None: it ends after its last block
+    Names are the published ones. Tokens stay in the order of the mask, as in our own decoder: attention
+    doesn't depend on their order, and each token has its position added.
+    patch_size: given, the decoder is complete and predicts pixels; None: it ends after its last block
     """
 
     def __init__(
@@ -48,22 +52,24 @@ class TeacherDecoder(nn.Module):
             self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * 3)
 
     def forward(self, encoded: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> dict[str, Tensor]:
-        """encoded [N, 1 + K, D_t], right after the encoder's last block.
+        """Run the decoder.
 
-        Returns {"decoder/4": [N, 1 + L, D_d]} right after each block, tokens as CLS, ids_keep, ids_masked; and from a whole
-        decoder {"prediction": [N, L - K, P_t, P_t, 3]}, the pixels of the masked patches in ids_masked's order.
+        encoded: [N, 1 + K, D_t], right after the encoder's last block
+        Returns {"decoder/4": [N, 1 + L, D_d]} right after each block, tokens in the order CLS, ids_keep,
+        ids_masked; a complete decoder also {"prediction": [N, L - K, P_t, P_t, 3]}, pixels of the masked
+        patches in ids_masked's order.
         """
         visible = self.decoder_embed(self.norm(encoded))
         masks = self.mask_token.to(visible.dtype).expand(len(visible), ids_masked.shape[1], -1)
         places = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_masked], dim=1)
         tokens = torch.cat([visible, masks], dim=1) + self.decoder_pos_embed[0].to(visible.dtype)[places]
-        found = {}
+        features = {}
         for number, block in enumerate(self.decoder_blocks, start=1):
-            found[f"decoder/{number}"] = tokens = block(tokens)
+            features[f"decoder/{number}"] = tokens = block(tokens)
         if self.patch_size is not None:
             pixels = self.decoder_pred(self.decoder_norm(tokens[:, 1 + ids_keep.shape[1] :]))
-            found["prediction"] = pixels.unflatten(-1, (self.patch_size, self.patch_size, 3))
-        return found
+            features["prediction"] = pixels.unflatten(-1, (self.patch_size, self.patch_size, 3))
+        return features
 
 
 def meta_decoder(
@@ -77,9 +83,11 @@ def meta_decoder(
     num_patches: int,
     patch_size: int | None = None,
 ) -> TeacherDecoder:
-    """The decoder's first `depth` blocks on the meta device; with `patch_size`, all of it. weights: the file to hold them against, if any.
+    """Build the decoder's first `depth` blocks on the meta device; with `patch_size`, all of it.
 
-    Raises UserError where the file has no decoder, or one of another width, or more blocks than a whole one is said to have.
+    weights: the file that they are checked against, if any
+    Raises UserError where the file has no decoder, one of another width, or more blocks than
+    teacher.decoder_depth.
     """
     if weights is not None:
         _check(weights, embed_dim=embed_dim, depth=depth, whole=patch_size is not None)
@@ -102,16 +110,19 @@ def meta_decoder(
 def _check(weights: Weights, *, embed_dim: int, depth: int, whole: bool) -> None:
     if "decoder_embed.weight" not in weights:
         taps = "the decoder's prediction" if whole else f"decoder block {depth}"
+        kind = describe_kind(weights.container) or "not a masked autoencoder"
         raise UserError(
-            f"teacher.weights '{weights.path}' is {describe_kind(weights.container) or 'no masked autoencoder'}; the objective taps {taps}: "
-            "give a whole MAE, such as mae_pretrain_vit_large_full.pth, a mae_visualize file, or a run folder of ours"
+            f"teacher.weights '{weights.path}' is {kind}, but the objective taps {taps}; give a whole MAE, "
+            "such as mae_pretrain_vit_large_full.pth, a mae_visualize file, or a run folder of ours"
         )
-    found = weights.like("decoder_embed.weight").shape[0]
-    if found != embed_dim:
+    width = weights.like("decoder_embed.weight").shape[0]
+    if width != embed_dim:
         raise UserError(
-            f"teacher.decoder_embed_dim is {embed_dim}, the decoder in '{weights.path}' is {found} wide; set teacher.decoder_embed_dim={found}"
+            f"teacher.decoder_embed_dim is {embed_dim}, the decoder in '{weights.path}' is {width} wide; "
+            f"set teacher.decoder_embed_dim={width}"
         )
     if whole and any(name.startswith(f"decoder_blocks.{depth}.") for name in weights):
         raise UserError(
-            f"teacher.decoder_depth is {depth}, the decoder in '{weights.path}' has more blocks; set teacher.decoder_depth to its number of blocks"
+            f"teacher.decoder_depth is {depth}, the decoder in '{weights.path}' has more blocks; set "
+            "teacher.decoder_depth to its number of blocks"
         )

@@ -26,8 +26,9 @@ def fill(
     blocks: range | None = None,
     top: Top | None = None,
 ) -> TeacherParts:
-    """Read a teacher's tensors; with `blocks`, counted from 0, those of one stage: the embedding and these blocks alone.
+    """Read a teacher's tensors from its file, put them in place, and describe what was built.
 
+    blocks: counted from 0, those of one stage: the embedding and these blocks alone are read; None: all
     network: (name, overrides) of the recipe, compared with the network that a file of ours names
     Raises UserError where the file doesn't fit.
     """
@@ -72,7 +73,7 @@ def _count(tensors: dict[str, Tensor], of_kind) -> int:
 
 
 def move_buffers(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Move buffers that no file holds (rotary angles, EVA's zero key bias) to the device; angles stay in float32."""
+    """Move buffers that are in no file (rotary angles, EVA's zero key bias); angles stay in float32."""
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta and buffer.is_floating_point():

@@ -1,13 +1,14 @@
-"""Where a teacher's patches and a student's are the same places of the picture, whatever their pixels.
+"""Grids of a teacher and a student: their patches cover the same places of the image, whatever their size in
+pixels.
 
-One mask serves both, so both cut the picture into the same rows and columns. A /14 teacher beside a /16 student at
-224 px has 16x16 patches instead of 14x14; the recipe chooses one of two ways out:
+One mask serves both, so both cut the image into the same rows and columns. At 224 px a /14 teacher has 16x16
+patches and a /16 student 14x14; the recipe chooses one of two solutions:
 
-    teacher.img_size=196    the teacher sees 14x14 patches: its position codes are fitted to that grid
+    teacher.img_size=196    the teacher sees 14x14 patches: its positional embedding is fitted to that grid
     student.img_size=256    the student has 16x16 patches of a larger crop
 
-Either way every patch is resized by itself from the student's pixels to the teacher's: nothing of a masked neighbour
-leaks into a visible token, and only patches that are looked at are touched.
+Either way each patch is resized by itself from the student's pixels to the teacher's: no pixel of a masked
+neighbour leaks into a visible token, and only patches that are used are resized.
 """
 
 from __future__ import annotations
@@ -21,29 +22,31 @@ from dmae_ds.errors import UserError
 def check_grids(
     *, student_grid: tuple[int, int], student_patch: int, teacher_grid: tuple[int, int], teacher_patch: int
 ) -> None:
-    """Raise UserError unless teacher and student cut the picture into the same rows and columns."""
+    """Raise UserError unless teacher and student cut the image into the same rows and columns."""
     if student_grid == teacher_grid:
         return
     raise UserError(
-        f"the teacher cuts a picture into {teacher_grid[0]}x{teacher_grid[1]} patches of {teacher_patch} px, the student into "
-        f"{student_grid[0]}x{student_grid[1]} of {student_patch} px, so one mask can't serve both; "
-        f"set teacher.img_size={student_grid[0] * teacher_patch} (the teacher sees the same crop resized), "
-        f"or student.img_size={teacher_grid[0] * student_patch} (a larger crop for the student)"
+        f"the teacher cuts an image into {teacher_grid[0]}x{teacher_grid[1]} patches of {teacher_patch} px, "
+        f"the student into {student_grid[0]}x{student_grid[1]} of {student_patch} px, so one mask can't "
+        f"serve both; set teacher.img_size={student_grid[0] * teacher_patch} (the teacher sees the same "
+        f"crop resized), or student.img_size={teacher_grid[0] * student_patch} (a larger crop for the "
+        "student)"
     )
 
 
 def explain_grids(*, grid: tuple[int, int], student_patch: int, teacher_patch: int) -> str:
-    """One line for the start of a run; empty where the patches are alike."""
+    """One line about the grid for the start of a run; empty where both have patches of the same size."""
     if student_patch == teacher_patch:
         return ""
     return (
-        f"{grid[0]}x{grid[1]} patches for both: {student_patch} px for the student ({grid[0] * student_patch} px crop), "
-        f"each resized by itself to {teacher_patch} px for the teacher ({grid[0] * teacher_patch} px)"
+        f"{grid[0]}x{grid[1]} patches for both: {student_patch} px for the student "
+        f"({grid[0] * student_patch} px crop), each resized by itself to {teacher_patch} px for the teacher "
+        f"({grid[0] * teacher_patch} px)"
     )
 
 
 class PatchView(nn.Module):
-    """The student's normalised patches as the teacher wants them: other pixels a patch, other pixel statistics.
+    """Turn the student's normalised patches into the teacher's: resized, with the teacher's pixel statistics.
 
     patch_size: the teacher's; mean, std, teacher_mean, teacher_std: three channels each
     """
@@ -60,12 +63,12 @@ class PatchView(nn.Module):
         self.register_buffer("shift", ((mean - teacher_mean) / teacher_std).float(), persistent=False)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[N, K, P, P, 3] -> [N, K, P_t, P_t, 3]."""
+        """Convert patches [N, K, P, P, 3] to [N, K, P_t, P_t, 3]."""
         if patches.shape[2] != self.patch_size:
             # [N, K, P, P, 3] -> [N * K, 3, P, P] -> [N * K, 3, P_t, P_t] -> [N, K, P_t, P_t, 3]
-            pictures = patches.flatten(0, 1).permute(0, 3, 1, 2)
+            images = patches.flatten(0, 1).permute(0, 3, 1, 2)
             resized = nn.functional.interpolate(
-                pictures, size=(self.patch_size, self.patch_size), mode="bicubic", antialias=True
+                images, size=(self.patch_size, self.patch_size), mode="bicubic", antialias=True
             )
             patches = resized.permute(0, 2, 3, 1).unflatten(0, patches.shape[:2])
         return patches if self.same_pixels else torch.addcmul(self.shift, patches, self.scale)

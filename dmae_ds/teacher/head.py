@@ -18,8 +18,8 @@ NORMS = ("norm", "fc_norm")
 class TeacherHead(nn.Module):
     """Norm and pooling in timm's order, then a linear layer, under timm's names.
 
-    mean with `fc_norm`: patch tokens -> mean -> norm (MAE's fine-tuning); else each token is normed, then pooled by `mean`
-    over patches or `cls`.
+    pool mean with `fc_norm`: patch tokens -> mean -> norm (MAE's fine-tuning). Otherwise each token is
+    normed, and then pooled by `mean` over patches or by `cls`.
     """
 
     def __init__(
@@ -33,45 +33,53 @@ class TeacherHead(nn.Module):
         has_cls: bool,
     ):
         super().__init__()
-        self.pool, self.norm_name, self.num_prefix = pool, NORMS[norm_after_pool], int(has_cls)
+        self.pool = pool
+        self.norm_name = NORMS[norm_after_pool]
+        self.num_prefix = int(has_cls)
         setattr(self, self.norm_name, norm)
         self.head = nn.Linear(embed_dim, num_classes)
 
     def forward(self, encoded: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> dict[str, Tensor]:
-        """encoded [N, 1 + L, D_t], or [N, L, D_t] without CLS, right after the last block, of whole pictures -> {"logits": [N, C]}."""
+        """Classify whole images.
+
+        encoded: [N, 1 + L, D_t], or [N, L, D_t] without CLS, right after the encoder's last block
+        Returns {"logits": [N, C]}.
+        """
         norm = getattr(self, self.norm_name)
-        tokens = encoded if self.norm_name == "fc_norm" else norm(encoded)
+        norm_last = self.norm_name == "fc_norm"
+        tokens = encoded if norm_last else norm(encoded)
         pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, self.num_prefix :].mean(dim=1)
-        return {"logits": self.head(norm(pooled) if self.norm_name == "fc_norm" else pooled)}
+        return {"logits": self.head(norm(pooled) if norm_last else pooled)}
 
 
 def meta_head(
     weights: Weights | None, vit: MaskedViT, norm: nn.Module, *, pool: str, num_classes: int | None
 ) -> TeacherHead:
-    """A classifier on the meta device. norm: the encoder's own final norm; weights: the file to hold it against, if any.
+    """Build a classifier on the meta device.
 
-    pool: of a file that doesn't say; num_classes: of the data, None: whatever the file has
-    Raises UserError where the file has no head, or one for other classes, or no norm that goes with the pooling.
+    norm: the encoder's own final norm; weights: the file that it is checked against, if any
+    pool: the recipe's; num_classes: of the data, None: whatever the file has
+    Raises UserError where the file has no head, one for other classes, or a norm that doesn't go with the
+    pooling.
     """
     if pool == "cls" and vit.cls_token is None:
-        raise UserError("teacher.pool is cls, and the teacher has no CLS token; set teacher.pool=mean")
-    after = pool == "mean"
+        raise UserError("teacher.pool is cls, but the teacher has no CLS token; set teacher.pool=mean")
+    norm_after_pool = pool == "mean"
     if weights is not None:
         _check(weights, pool=pool, num_classes=num_classes)
-        num_classes, after = weights.like("head.weight").shape[0], "fc_norm.weight" in weights
+        num_classes = weights.like("head.weight").shape[0]
+        norm_after_pool = "fc_norm.weight" in weights
     with init_empty_weights():
-        # A network that timm builds without a final norm has that of its blocks: the same kind, width and epsilon.
-        norm = (
-            type(vit.blocks[0].norm1)(vit.embed_dim, eps=vit.blocks[0].norm1.eps)
-            if isinstance(norm, nn.Identity)
-            else norm
-        )
+        if isinstance(norm, nn.Identity):
+            # timm built no final norm; it is of the same kind, width and epsilon as those of the blocks.
+            block_norm = vit.blocks[0].norm1
+            norm = type(block_norm)(vit.embed_dim, eps=block_norm.eps)
         return TeacherHead(
             norm,
             embed_dim=vit.embed_dim,
             num_classes=num_classes,
             pool=pool,
-            norm_after_pool=after,
+            norm_after_pool=norm_after_pool,
             has_cls=vit.cls_token is not None,
         )
 
@@ -80,27 +88,31 @@ def _check(weights: Weights, *, pool: str, num_classes: int | None) -> None:
     path = weights.path
     if "head.weight" not in weights:
         raise UserError(
-            f"teacher.weights '{path}' is {describe_kind(weights.container) or 'no classifier'}; the objective taps logits: give a fine-tuned classifier, "
-            "such as mae_finetuned_vit_large.pth or best.safetensors of `dmae-ds eval finetune`"
+            f"teacher.weights '{path}' is {describe_kind(weights.container) or 'not a classifier'}, but the "
+            "objective taps logits; give a fine-tuned classifier, such as mae_finetuned_vit_large.pth or "
+            "best.safetensors of `dmae-ds eval finetune`"
         )
-    found = weights.like("head.weight").shape[0]
-    if num_classes is not None and found != num_classes:
+    file_classes = weights.like("head.weight").shape[0]
+    if num_classes is not None and file_classes != num_classes:
         raise UserError(
-            f"teacher.weights '{path}' tells {found} classes apart, data.train has {num_classes}; give a teacher that was fine-tuned on the same classes"
+            f"teacher.weights '{path}' has {file_classes} classes, data.train has {num_classes}; give a "
+            "teacher that was fine-tuned on the same classes"
         )
-    said = said_pool(weights)
-    if said is not None and said != pool:
+    file_pool = read_pool(weights)
+    if file_pool is not None and file_pool != pool:
         raise UserError(
-            f"teacher.pool is {pool}, teacher.weights '{path}' says {said}; set teacher.pool={said}"
+            f"teacher.pool is {pool}, but teacher.weights '{path}' was trained with {file_pool}; set "
+            f"teacher.pool={file_pool}"
         )
     if pool == "cls" and "fc_norm.weight" in weights:
         raise UserError(
-            f"teacher.pool is cls, and teacher.weights '{path}' norms what it has pooled (fc_norm), as classifiers of the mean do; set teacher.pool=mean"
+            f"teacher.pool is cls, but teacher.weights '{path}' has a norm after the pooling (fc_norm), as "
+            "classifiers of the mean have; set teacher.pool=mean"
         )
 
 
-def said_pool(weights: Weights) -> str | None:
-    """How a file of `dmae-ds eval finetune` says that it pools; None for others."""
+def read_pool(weights: Weights) -> str | None:
+    """The pooling that a file of `dmae-ds eval finetune` names in its metadata; None for other files."""
     about = weights.container.metadata.get("classifier")
     pools = {"avg": "mean", "token": "cls"}
     return None if about is None else pools.get(json.loads(about)["keys"].get("global_pool"))

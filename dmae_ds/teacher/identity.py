@@ -1,8 +1,8 @@
-"""Is this surely that teacher? A fixed input's features, as sixteen numbers a block, and whether they look trained at all.
+"""A teacher's fingerprint: features of a fixed input as sixteen figures a block; do they look trained?
 
-The input has no positions (so that a teacher fitted to another grid keeps its fingerprint): fixed patches are projected,
-CLS and registers stand in front, rotary angles are zero. `dmae-ds teacher slice` and `inspect --write` store the numbers
-beside the weights; every run that finds them compares.
+The input has no positions, so that a teacher fitted to another grid keeps its fingerprint: fixed patches are
+projected, CLS and registers are put in front, rotary angles are zero. `dmae-ds teacher slice` and `inspect
+--write` store the figures next to the weights; every run that finds them compares.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 
-NUM_PATCHES = 16  # of each of two fixed pictures
+NUM_PATCHES = 16  # of each of two fixed images
 NUM_FIGURES = 16
-# Largest difference, in units of the figures' root mean square: other weights differ by about 1.4, rounding by far less.
+# Largest difference, over the figures' root mean square: other weights differ by about 1.4, rounding by less.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 
 Fingerprint = dict[str, list[float]]
@@ -30,8 +30,11 @@ Fingerprint = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Probe:
-    """features: {block: [2, R + 16, D] float32} of the fixed input, 0 being the embedded tokens;
-    pristine: every norm's gain is one and every bias zero, as before any training."""
+    """Features of the fixed input.
+
+    features: {block: [2, R + 16, D] float32}, 0 being the embedded tokens
+    pristine: every norm's gain is one and every bias zero, as before any training
+    """
 
     features: dict[int, Tensor]
     pristine: bool
@@ -39,7 +42,10 @@ class Probe:
 
 @torch.no_grad()
 def probe(vit: MaskedViT, blocks: Iterable[nn.Module] | None = None) -> Probe:
-    """Run the fixed input through the embedding and the blocks; `blocks` may come one by one, where not all fit into memory."""
+    """Run the fixed input through the embedding and the blocks.
+
+    blocks: instead of the network's own; may come one by one, where not all fit into memory
+    """
     weight = vit.patch_embed.proj.weight
     size = (2, NUM_PATCHES, vit.patch_size, vit.patch_size, 3)
     # Golden-ratio steps: spread like noise, the same on every machine and in every version.
@@ -67,15 +73,17 @@ def probe(vit: MaskedViT, blocks: Iterable[nn.Module] | None = None) -> Probe:
 
 @torch.no_grad()
 def probe_top(top: nn.Module, vit: MaskedViT, tokens: Tensor) -> dict[str, Tensor]:
-    """{tap: [2, ...] float32} of what stands on the encoder, on the same input, with every patch but the fixed ones masked. tokens: after the last block."""
+    """Outputs of the decoder or classifier above the encoder on the same input, {tap: [2, ...] float32}.
+
+    tokens: after the encoder's last block; every patch but the fixed ones is masked
+    """
     kept = min(NUM_PATCHES, vit.num_patches - 1)
     ids = torch.arange(vit.num_patches, device=tokens.device).expand(2, -1)
-    cls, patches = (
-        tokens[:, : int(vit.cls_token is not None)],
-        tokens[:, vit.num_prefix : vit.num_prefix + kept],
-    )
+    cls = tokens[:, : int(vit.cls_token is not None)]
+    patches = tokens[:, vit.num_prefix : vit.num_prefix + kept]
     encoded = torch.cat([cls, patches], dim=1).to(next(top.parameters()).dtype)
-    return {tap: found.float() for tap, found in top(encoded, ids[:, :kept], ids[:, kept:]).items()}
+    outputs = top(encoded, ids[:, :kept], ids[:, kept:])
+    return {tap: output.float() for tap, output in outputs.items()}
 
 
 def is_pristine(block: nn.Module) -> bool:
@@ -86,8 +94,11 @@ def is_pristine(block: nn.Module) -> bool:
 
 
 def fingerprint(features: dict[int, Tensor]) -> Fingerprint:
-    """{"block/18": 16 figures}: sums over tokens and interleaved channels with alternating signs, by the features' size."""
-    found = {}
+    """Sixteen figures for each block: {"block/18": [...]}.
+
+    They are means over tokens, summed over interleaved channels with alternating signs, scaled by the width.
+    """
+    figures_of = {}
     for number, tokens in features.items():
         if number == 0:
             continue
@@ -95,71 +106,83 @@ def fingerprint(features: dict[int, Tensor]) -> Fingerprint:
         signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(len(mean) // 2 + 1)[: len(mean)]
         groups = torch.arange(len(mean)) * 7919 % NUM_FIGURES
         figures = torch.zeros(NUM_FIGURES, dtype=torch.float64).index_add_(0, groups, mean * signs)
-        found[f"block/{number}"] = [
-            float(f"{value:.9g}") for value in figures / sqrt(len(mean) / NUM_FIGURES)
-        ]
-    return found
+        scaled = figures / sqrt(len(mean) / NUM_FIGURES)
+        figures_of[f"block/{number}"] = [float(f"{value:.9g}") for value in scaled]
+    return figures_of
 
 
-def check_fingerprint(found: Fingerprint, stored: Fingerprint, *, dtype: torch.dtype, where: str) -> None:
-    """Raise UserError where a block's figures differ from the stored ones by more than rounding."""
-    for tap, figures in found.items():
-        if tap in stored:
-            expected = torch.tensor(stored[tap], dtype=torch.float64)
-            difference = (
-                torch.tensor(figures, dtype=torch.float64) - expected
-            ).abs().max() / expected.square().mean().sqrt().clamp(min=1e-12)
-            if not difference <= TOLERANCE[dtype]:
-                raise UserError(
-                    f"the teacher's features at {tap} differ from the fingerprint in {where} by {difference:.2g} of its size; "
-                    "the weights are not those it was made of: give the right file, or make the fingerprint anew with dmae-ds teacher inspect --write"
-                )
+def check_fingerprint(
+    figures_of: Fingerprint, stored: Fingerprint, *, dtype: torch.dtype, where: str
+) -> None:
+    """Raise UserError where a block's figures differ from the stored ones by more than rounding.
+
+    where: the file that holds the stored ones
+    """
+    for tap, figures in figures_of.items():
+        if tap not in stored:
+            continue
+        expected = torch.tensor(stored[tap], dtype=torch.float64)
+        largest = (torch.tensor(figures, dtype=torch.float64) - expected).abs().max()
+        difference = largest / expected.square().mean().sqrt().clamp(min=1e-12)
+        if not difference <= TOLERANCE[dtype]:
+            raise UserError(
+                f"the teacher's features at {tap} differ from the fingerprint in {where} by "
+                f"{difference:.2g} of its size, so it was made from other weights; give the right file, or "
+                "make the fingerprint again with dmae-ds teacher inspect --write"
+            )
 
 
 def check_alive(features: dict[str, Tensor]) -> None:
-    """features: {tap: [2, T, ...], or [2, C] logits} of the fixed input. Raise UserError unless they are finite and tell tokens and pictures apart."""
+    """Raise UserError unless features of the fixed input are finite and differ between tokens and images.
+
+    features: {tap: [2, T, ...], or [2, C] logits}
+    """
     for tap, tokens in features.items():
         if not torch.isfinite(tokens).all():
             raise UserError(
-                f"the teacher's features at {tap} are not finite on a fixed input; the weights are damaged, or teacher.dtype is too narrow for them"
+                f"the teacher's features at {tap} are not finite on a fixed input; the weights are damaged, "
+                "or teacher.dtype is too narrow for them"
             )
-        # CLS and registers stand in front, and always differ; logits are one token a picture
+        # CLS and registers come first, and always differ; logits are one token an image.
         patches = tokens[:, None] if tokens.ndim == 2 else tokens[:, -NUM_PATCHES:].flatten(2)
         spread, size = patches.std(dim=(0, 1)).mean(), patches.square().mean().sqrt()
         if not spread > 1e-5 * size:
             raise UserError(
-                f"the teacher's features at {tap} are the same for every patch of a fixed input; the weights are damaged or empty"
+                f"the teacher's features at {tap} are the same for every patch of a fixed input; the "
+                "weights are damaged or empty"
             )
 
 
-def find_untrained(vit: MaskedViT, found: Probe) -> str:
-    """A sentence where this network looks freshly initialised, else empty; `vit` may be on the meta device.
+def find_untrained(vit: MaskedViT, probed: Probe) -> str:
+    """The reason why this network looks freshly initialised; empty where it doesn't.
 
-    Two signs: every norm's gain is one and every bias zero; or the features grow from block to block as those of a
-    freshly initialised EMA teacher of the same shape do. Measured on the quickstart's networks: trained ones grew 3.7 to 13
-    times over three quarters of the depth, their EMA teachers 1.0 to 2.8 times.
+    vit: may be on the meta device
+    Two signs: every norm's gain is one and every bias zero; or the features grow from block to block like
+    those of a freshly initialised network of the same shape. On the quickstart's networks, features of
+    trained ones grew 3.7 to 13 times over three quarters of the depth, those of fresh ones 1.0 to 2.8 times.
     """
-    if found.pristine:
+    if probed.pristine:
         return "every norm's gain is 1 and every bias 0, as before any training"
-    grown = _growth(found.features)
+    growth = _growth(probed.features)
     for init, spread in (
         ("timm's", lambda fan_in, fan_out: 0.02),
         ("MAE's", lambda fan_in, fan_out: sqrt(2 / (fan_in + fan_out))),
     ):
-        ema = _growth(_probe_ema(vit, found.features[0], spread))
-        if (grown - ema).abs().max() < 0.25:
-            return f"features grow from block to block as with {init} initial weights ({grown.exp()[-1]:.2f} times; a fresh EMA teacher {ema.exp()[-1]:.2f})"
+        fresh = _growth(_probe_fresh(vit, probed.features[0], spread))
+        if (growth - fresh).abs().max() < 0.25:
+            times = f"{growth.exp()[-1]:.2f} times; a fresh network's {fresh.exp()[-1]:.2f}"
+            return f"features grow from block to block as with {init} initial weights ({times})"
     return ""
 
 
 def _growth(features: dict[int, Tensor]) -> Tensor:
-    """[blocks]: log of the features' size after each block over that of the embedded tokens."""
+    """Growth of the features' size from the embedded tokens to each block: logarithms [blocks]."""
     sizes = torch.stack([features[number].square().mean().sqrt().cpu() for number in sorted(features)])
     return (sizes[1:] / sizes[0].clamp(min=1e-12)).log()
 
 
 @torch.no_grad()
-def _probe_ema(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], float]) -> dict[int, Tensor]:
+def _probe_fresh(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], float]) -> dict[int, Tensor]:
     """Features of freshly initialised blocks on the same embedded tokens; one block exists at a time.
 
     spread: (inputs, outputs of a matrix) -> standard deviation of its entries
@@ -167,30 +190,32 @@ def _probe_ema(vit: MaskedViT, tokens: Tensor, spread: Callable[[int, int], floa
     generator = torch.Generator(device=tokens.device).manual_seed(0)
     features = {0: tokens}
     for number, block in enumerate(vit.blocks, start=1):
-        ema = copy.deepcopy(block).to_empty(device=tokens.device).float()
-        for buffer in ema.buffers():
+        fresh = copy.deepcopy(block).to_empty(device=tokens.device).float()
+        for buffer in fresh.buffers():
             buffer.zero_()
-        for name, parameter in ema.named_parameters():
+        for name, parameter in fresh.named_parameters():
             if parameter.ndim >= 2:
                 bound = sqrt(3) * spread(parameter.flatten(1).shape[1], parameter.shape[0])
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
             else:
                 # Layer scale begins at 1e-5 (DINOv2, DINOv3, EVA), norms at one, biases at zero.
-                nn.init.constant_(
-                    parameter, 1e-5 if "gamma" in name else float("norm" in name and name.endswith("weight"))
-                )
-        tokens = ema(tokens)
+                is_gain = "norm" in name and name.endswith("weight")
+                nn.init.constant_(parameter, 1e-5 if "gamma" in name else float(is_gain))
+        tokens = fresh(tokens)
         features[number] = tokens
     return features
 
 
 def sidecar(path: Path) -> Path:
-    """Where what is known of a weights file is kept: beside it, or in the folder of slices."""
+    """The file with the fingerprint of a weights file: next to it, or in the folder of slices."""
     return path / "teacher.json" if path.is_dir() else path.with_name(path.name + ".teacher.json")
 
 
 def read_sidecar(path: Path) -> dict | None:
-    """What `inspect --write` or `slice` wrote about these weights, or None. Raises UserError for a broken file."""
+    """The facts that `inspect --write` or `slice` stored about these weights, or None.
+
+    Raises UserError for a broken file.
+    """
     file = sidecar(path)
     if not file.is_file():
         return None
@@ -199,5 +224,6 @@ def read_sidecar(path: Path) -> dict | None:
         return {**known, "fingerprint": dict(known["fingerprint"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"'{file}' is not readable ({type(error).__name__}: {error}); write it again with dmae-ds teacher inspect --write, or delete it"
+            f"'{file}' can't be read ({type(error).__name__}: {error}); write it again with dmae-ds teacher "
+            "inspect --write, or delete it"
         ) from None

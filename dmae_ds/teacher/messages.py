@@ -1,8 +1,9 @@
-"""What the ranks of a teacher's group send each other at one clock, as bytes of fixed sizes. Nothing is sent here.
+"""Messages that the ranks of a teacher's group exchange on one pipeline tick, as bytes of fixed sizes.
 
-A message from stage i to stage j is a header, my embedded tokens where j is the first stage, all owners' outputs where j
-is the next stage, and finished features where stage i taps batches of owner j. Every part has a fixed size and begins
-where any dtype may, so that sizes never have to be agreed on; the header says how much of it is filled.
+A message from stage i to stage j is a header, the sender's embedded tokens where j is the first stage, all
+owners' outputs where j is the next stage, and finished features where stage i taps batches of owner j. Every
+section has a fixed size and an aligned start, so that sizes never have to be agreed on; the header tells how
+much of it is filled. Sending is the work of pipeline.py.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _ALIGN = 16  # bytes
 
 
 @dataclass
-class Travelling:
-    """Somebody's micro-batch at a stage: tokens [n, R + T, D], and the patches' places [n, T] for rotary positions."""
+class StageInput:
+    """One owner's micro-batch at a stage: tokens [n, R + T, D], and patch ids [n, T] for rotary positions."""
 
     tokens: Tensor
     ids: Tensor
@@ -27,10 +28,10 @@ class Travelling:
 
 @dataclass(frozen=True)
 class Layout:
-    """How long each part of a message is: the same at every clock of a run, and on every rank.
+    """Sizes of a message's sections: the same on every tick of a run, and on every rank.
 
-    taps_of: [owner][stage], the taps that a stage sends home to an owner, in this order
-    micro_batch: images of the first batch; no later one may have more
+    taps_of: [owner][stage], the taps that a stage returns to an owner, in this order
+    micro_batch: number of images of the first batch; no later one may have more
     """
 
     taps_of: tuple[tuple[tuple[str, ...], ...], ...]
@@ -46,7 +47,7 @@ class Layout:
 
     @property
     def header_shape(self) -> tuple[int]:
-        """int64: the clock, images of mine, images of each owner in my outputs."""
+        """Shape of the int64 header: tick, number of own images, and of each owner's in the outputs."""
         return (2 + self.num_stages,)
 
     @property
@@ -54,7 +55,7 @@ class Layout:
         return _aligned(8 * self.header_shape[0])
 
     @property
-    def travelling(self) -> int:
+    def stage_input(self) -> int:
         return self._tokens + self._ids
 
     @property
@@ -72,7 +73,7 @@ class Layout:
     def size(self, source: int, target: int) -> int:
         """Bytes of the message from stage `source` to stage `target`."""
         tokens = (target == 0) + self.num_stages * (target == source + 1)
-        return self.header + tokens * self.travelling + len(self.taps_of[target][source]) * self.home
+        return self.header + tokens * self.stage_input + len(self.taps_of[target][source]) * self.home
 
     def write(
         self,
@@ -81,11 +82,15 @@ class Layout:
         source: int,
         target: int,
         tick: int,
-        mine: Travelling | None,
-        outputs: dict[int, Travelling],
+        mine: StageInput | None,
+        outputs: dict[int, StageInput],
         home: dict[str, Tensor],
     ) -> None:
-        """Fill [size] uint8. outputs: what stage `source` computed, by owner; home: features for owner `target`, by tap."""
+        """Fill a message [size] uint8.
+
+        mine: the sender's embedded micro-batch; outputs: of stage `source`, by owner
+        home: features for owner `target`, by tap
+        """
         assert mine is None or len(mine.tokens) <= self.micro_batch, (
             "a later micro-batch is larger than the first"
         )
@@ -95,66 +100,68 @@ class Layout:
         header = torch.tensor([tick, 0 if mine is None else len(mine.tokens), *counts])
         cursor.write(header.to(message.device, non_blocking=True), self.header)
         if target == 0:
-            self._write_travelling(cursor, mine)
+            self._write_input(cursor, mine)
         if target == source + 1:
             for owner in range(self.num_stages):
-                self._write_travelling(cursor, forward.get(owner))
+                self._write_input(cursor, forward.get(owner))
         for tap in self.taps_of[target][source]:
             cursor.write(home.get(tap), self.home)
 
     def headers(self, received: Tensor, target: int) -> Tensor:
-        """[P, 2 + P] int64: the header of every stage's message, on the message's device."""
+        """Headers of every stage's message, [P, 2 + P] int64, on the message's device."""
         sizes = [self.size(source, target) for source in range(self.num_stages)]
         length = 8 * self.header_shape[0]
         return torch.stack([message[:length].view(torch.int64) for message in received.split(sizes)])
 
     def read_work(
         self, received: Tensor, headers: list[list[int]], *, target: int, tick: int
-    ) -> dict[int, Travelling]:
-        """What stage `target` is to run on, by owner: views into `received`. headers: of all messages, on the host.
+    ) -> dict[int, StageInput]:
+        """Micro-batches that stage `target` has to run, by owner: views into `received`.
 
-        Raises RunFailed where a rank of the group is at another clock.
+        headers: of all messages, on the host
+        Raises RunFailed where a rank of the group is at another tick.
         """
         sizes = [self.size(source, target) for source in range(self.num_stages)]
-        work: dict[int, Travelling] = {}
-        for source, (message, (found, mine, *counts)) in enumerate(zip(received.split(sizes), headers)):
-            if found != tick:
+        work: dict[int, StageInput] = {}
+        messages = zip(received.split(sizes), headers, strict=True)
+        for source, (message, (source_tick, mine, *counts)) in enumerate(messages):
+            if source_tick != tick:
                 raise RunFailed(
-                    f"the teacher's stream is out of step: stage {target + 1} of the group is at clock {tick}, stage {source + 1} at {found}"
+                    f"the teacher's stream is out of step: stage {target + 1} of the group is at tick "
+                    f"{tick}, stage {source + 1} at {source_tick}"
                 )
             cursor = _Cursor(message, self.header)
             if target == 0 and mine:
-                work[source] = self._read_travelling(cursor, mine)
+                work[source] = self._read_input(cursor, mine)
             if target == source + 1:
-                work |= {
-                    owner: travelling
-                    for owner, count in enumerate(counts)
-                    if (travelling := self._read_travelling(cursor, count)) is not None
-                }
+                for owner, count in enumerate(counts):
+                    stage_input = self._read_input(cursor, count)
+                    if stage_input is not None:
+                        work[owner] = stage_input
         return work
 
     def read_home(self, received: Tensor, *, source: int, owner: int, count: int) -> dict[str, Tensor]:
-        """{tap: [count, K', D]} that stage `source` sent home to `owner`: views into `received`."""
+        """Features {tap: [count, K', D]} that stage `source` returned to `owner`: views into `received`."""
         sizes = [self.size(stage, owner) for stage in range(self.num_stages)]
         tokens = (owner == 0) + self.num_stages * (owner == source + 1)
-        cursor = _Cursor(received.split(sizes)[source], self.header + tokens * self.travelling)
+        cursor = _Cursor(received.split(sizes)[source], self.header + tokens * self.stage_input)
         return {
             tap: cursor.read(self.dtype, (count, *self.home_shape), self.home)
             for tap in self.taps_of[owner][source]
         }
 
-    def _write_travelling(self, cursor: _Cursor, travelling: Travelling | None) -> None:
-        cursor.write(None if travelling is None else travelling.tokens, self._tokens)
-        cursor.write(None if travelling is None else travelling.ids, self._ids)
+    def _write_input(self, cursor: _Cursor, stage_input: StageInput | None) -> None:
+        cursor.write(None if stage_input is None else stage_input.tokens, self._tokens)
+        cursor.write(None if stage_input is None else stage_input.ids, self._ids)
 
-    def _read_travelling(self, cursor: _Cursor, count: int) -> Travelling | None:
+    def _read_input(self, cursor: _Cursor, count: int) -> StageInput | None:
         tokens = cursor.read(self.dtype, (count, *self.tokens_shape), self._tokens)
         ids = cursor.read(torch.int64, (count, self.num_ids), self._ids)
-        return Travelling(tokens, ids) if count else None
+        return StageInput(tokens, ids) if count else None
 
 
 class _Cursor:
-    """Tensors one after the other in a message, each in a part of fixed size."""
+    """A position in a message, in which tensors follow each other, each in a section of fixed size."""
 
     def __init__(self, message: Tensor, place: int = 0):
         self.message, self.place = message, place
@@ -168,9 +175,9 @@ class _Cursor:
 
     def read(self, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> Tensor:
         count = torch.Size(shape).numel() * dtype.itemsize
-        part = self.message[self.place : self.place + count]
+        section = self.message[self.place : self.place + count]
         self.place += size
-        return part.view(dtype).view(shape)
+        return section.view(dtype).view(shape)
 
 
 def _aligned(size: int) -> int:

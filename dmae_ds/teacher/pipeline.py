@@ -1,22 +1,24 @@
-"""The teacher as a stream: P frozen stages on P consecutive ranks, all of them busy at every clock.
+"""The teacher as a stream: P frozen stages on P consecutive ranks, all of them busy on every pipeline tick.
 
-A frozen teacher needs nothing from the student, so it runs ahead. Every rank embeds its own visible tokens (the embedding
-is small and replicated). At each clock a group does ONE all_to_all that carries everything at once: my embedded
-micro-batch to stage 0, my stage's outputs of the last clock to the next stage, finished features home to their owners.
-While it is under way my stage runs on what the exchange before it brought. In steady state nobody waits for a bubble, a
-rank holds a P-th of the blocks, runs as many as a replicated teacher would (stages.py), and features of batch k are
-home at clock k + 2P. (Waiting for the exchange first halves the look-ahead and was slower; BENCHMARKS.md has both.)
+A frozen teacher needs nothing from the student, so it runs ahead. Every rank embeds its own visible tokens
+(the embedding is small and replicated). On each tick a group does ONE all_to_all that carries everything: a
+rank's embedded micro-batch to stage 0, its stage's outputs of the last tick to the next stage, and finished
+features back to their owners. While the exchange is under way, the stage runs on what the previous exchange
+brought. In steady state there is no bubble, a rank holds a P-th of the blocks and runs as many as a
+replicated teacher would (stages.py), and features of batch k arrive on tick k + 2P. (Waiting for the exchange
+first halves the look-ahead and was slower; BENCHMARKS.md has both.)
 
-The ordering rule, for whoever adds to it: from one host thread, every rank issues the exchange, its stage's work and the
-student's collectives in this order, and the exchange is waited for before the student's first collective. Two
-communicators with operations in flight on both (the group's and ZeRO's) may otherwise wait for each other's turn on the
-device; NCCL promises no order across communicators. One collective of fixed sizes a clock leaves nothing else to order,
-and so nothing to deadlock. Never exchange from a hook or from another thread. On NCCL the exchange runs on the group's own
-communicator and stream, `wait` is an event on the compute stream, and the host reads of a message no more than a header
-of the clock before, copied behind another event.
+The ordering rule, for whoever extends this: from one host thread, every rank issues the exchange, its stage's
+work and the student's collectives in this order, and waits for the exchange before the student's first
+collective. Otherwise two communicators with operations in flight (the group's and ZeRO's) may wait for each
+other on the device; NCCL guarantees no order across communicators. With one collective of fixed sizes a tick
+nothing else has to be ordered, and nothing can deadlock. Never exchange from a hook or from another thread.
+On NCCL the exchange runs on the group's own communicator and stream, `wait` is an event on the compute
+stream, and the host reads only a message's header, one tick later, after another event.
 
-Each owner's micro-batch is run by itself, at its own size: bit-identical to the replicated teacher, and a smaller last
-batch is no special case. Nothing of the stream is ever saved: a resumed run fills it again from the data's order.
+Each owner's micro-batch is run by itself, at its own size: the result is bit-identical to the replicated
+teacher's, and a smaller last batch is no special case. The stream is never saved: a resumed run fills it
+again from the data's order.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ from dmae_ds.distributed.process_group import ask_who_is_missing, reason_of, tim
 from dmae_ds.errors import RankLost
 from dmae_ds.teacher.frozen import FrozenTeacher, split_tap
 from dmae_ds.teacher.identity import Probe, probe
-from dmae_ds.teacher.messages import Layout, Travelling
+from dmae_ds.teacher.messages import Layout, StageInput
 from dmae_ds.teacher.stages import held_blocks, route
 
 
 @dataclass(frozen=True)
 class StageGroup:
-    """P consecutive ranks that hold one teacher between them; `stage` is this rank's, from 0."""
+    """P consecutive ranks that together hold one teacher; `stage` is this rank's, from 0."""
 
     num_stages: int
     stage: int
@@ -49,27 +51,33 @@ class StageGroup:
 
 
 def join_group(num_stages: int) -> StageGroup:
-    """Make every group of the world, in the same order on every rank, warm it up, and return this rank's. Collective."""
+    """Make every group of the world, in the same order on every rank, and return this rank's. Collective.
+
+    A barrier warms the group up.
+    """
     world, rank = distributed.get_world_size(), distributed.get_rank()
     assert world % num_stages == 0, f"{world} ranks in groups of {num_stages}"
-    own = None
+    mine = None
     for first in range(0, world, num_stages):
         handle = distributed.new_group(list(range(first, first + num_stages)), timeout=timeout())
-        own = handle if first <= rank < first + num_stages else own
-    distributed.barrier(group=own)
-    return StageGroup(num_stages, rank % num_stages, rank, own)
+        if first <= rank < first + num_stages:
+            mine = handle
+    distributed.barrier(group=mine)
+    return StageGroup(num_stages, rank % num_stages, rank, mine)
 
 
 class StreamedTeacher(FrozenTeacher):
     """This rank's stage of a teacher, with the interface of the replicated one.
 
     overlap: False waits for each exchange before the stage runs, with half the look-ahead; for the benchmark
-    waited_s: seconds this rank has stood waiting for exchanges (on a GPU: its host has)
+    waited_s: seconds that this rank has waited for exchanges (on a GPU: that its host has)
     """
 
-    def __init__(self, *args, group: StageGroup, overlap: bool = True, **keys):
-        super().__init__(*args, **keys)
-        self.group, self.overlap, self.waited_s, self.tick = group, overlap, 0.0, -1
+    def __init__(self, *args, group: StageGroup, overlap: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.group, self.overlap = group, overlap
+        self.waited_s = 0.0
+        self.tick = -1
         # [owner][stage]
         self.routes = [route(self.vit.depth, group.num_stages, owner) for owner in range(group.num_stages)]
         self.taps_of = tuple(
@@ -82,26 +90,32 @@ class StreamedTeacher(FrozenTeacher):
 
     def __str__(self) -> str:
         blocks = held_blocks(self.vit.depth, self.group.num_stages)[self.group.stage]
-        return f"{super().__str__()}, in {self.group.num_stages} stages; this rank has stage {self.group.stage + 1}, blocks {blocks.start + 1}-{blocks.stop}"
+        stage = f"stage {self.group.stage + 1}, blocks {blocks.start + 1}-{blocks.stop}"
+        return f"{super().__str__()}, in {self.group.num_stages} stages; this rank has {stage}"
 
     def where(self) -> str:
-        """ "teacher stage 2 of 4, clock 17", for messages."""
-        return f"teacher stage {self.group.stage + 1} of {self.group.num_stages}, clock {self.tick}"
+        """This rank's stage and tick for messages: "teacher stage 2 of 4, tick 17"."""
+        return f"teacher stage {self.group.stage + 1} of {self.group.num_stages}, tick {self.tick}"
 
     def probe(self) -> Probe:
         """Features of the fixed input at every block of every stage. Collective in the group."""
         first = self.group.rank - self.group.stage
         blocks = [
-            _SharedBlock(block, mine=stage == self.group.stage, source=first + stage, group=self.group.handle)
+            _SharedBlock(
+                self.vit.blocks[number],
+                mine=stage == self.group.stage,
+                source=first + stage,
+                group=self.group.handle,
+            )
             for stage, numbers in enumerate(self.routes[0])
-            for block in [self.vit.blocks[number] for number in numbers]
+            for number in numbers
         ]
         return probe(self.vit, blocks)
 
     def stream(self, batches: Iterable) -> Iterator[tuple]:
-        """(micro-batch, masked batch) in, the same with its features out, in order, 2P later. Collective in the group.
+        """Take (micro-batch, masked batch) and yield both with features, in order, 2P later.
 
-        Every rank of a group must bring equally many batches, as the data's order sees to.
+        Collective in the group: every rank must bring equally many batches, as the data's order guarantees.
         Raises RunFailed where the group is lost.
         """
         run = _Stream(self)
@@ -112,14 +126,15 @@ class StreamedTeacher(FrozenTeacher):
 
 
 class _SharedBlock(nn.Module):
-    """A block of one stage that answers on every rank of the group."""
+    """A block of one stage whose output every rank of the group gets."""
 
     def __init__(self, block: nn.Module, *, mine: bool, source: int, group: distributed.ProcessGroup):
         super().__init__()
         self.block, self.source, self.group = block if mine else None, source, group
 
-    def forward(self, tokens: Tensor, **keys) -> Tensor:
-        tokens = torch.empty_like(tokens) if self.block is None else self.block(tokens, **keys).contiguous()
+    def forward(self, tokens: Tensor, **kwargs) -> Tensor:
+        mine = self.block is not None
+        tokens = self.block(tokens, **kwargs).contiguous() if mine else torch.empty_like(tokens)
         distributed.broadcast(tokens, src=self.source, group=self.group)
         return tokens
 
@@ -134,22 +149,22 @@ class _Owned:
 
 
 class _Stream:
-    """One run through the data: what is under way between the stages."""
+    """One run through the data: batches and messages between the stages."""
 
     def __init__(self, teacher: StreamedTeacher):
         self.teacher, self.group = teacher, teacher.group
-        self.lag = 2 if teacher.overlap else 1  # clocks from one stage to the next
+        self.lag = 2 if teacher.overlap else 1  # ticks from one stage to the next
         self.now = -1
         self.owned: deque[_Owned] = deque()  # the oldest first; the oldest is of batch `first`
         self.first = 0
-        # What my stage computed in the last clock, by owner: to be sent on, and home.
-        self.outputs: dict[int, Travelling] = {}
+        # Results of this rank's stage on the last tick, by owner: to the next stage, and back to the owner.
+        self.outputs: dict[int, StageInput] = {}
         self.finished: dict[int, dict[str, Tensor]] = {}
         self.arrived: _Arrived | None = None
         self.layout: Layout | None = None
 
     def tick(self, owned: _Owned | None) -> Iterator[tuple]:
-        """Exchange, run my stage; then give out my oldest batch if its features are home."""
+        """Exchange messages, run this rank's stage, and yield its oldest batch if its features are there."""
         self.now += 1
         self.teacher.tick = self.now
         mine = None
@@ -167,17 +182,20 @@ class _Stream:
             self.first += 1
             yield done.source, done.batch, self.teacher.finish(done.features, done.batch)
 
-    def _embed(self, owned: _Owned) -> Travelling:
+    def _embed(self, owned: _Owned) -> StageInput:
         teacher = self.teacher
         patches, ids = teacher.inputs(owned.batch)
         with torch.inference_mode():
             tokens = teacher.vit.embed(teacher.view(patches), ids)
         if self.layout is None:
             self._prepare(tokens, ids, num_visible=owned.batch.ids_keep.shape[1])
-        return Travelling(tokens, ids)
+        return StageInput(tokens, ids)
 
     def _prepare(self, tokens: Tensor, ids: Tensor, *, num_visible: int) -> None:
-        """Sizes, and buffers that every clock uses again: what arrived is read while the next exchange fills the other one."""
+        """Prepare sizes and buffers that every tick uses again.
+
+        There are two to receive into: one is read while the next exchange fills the other.
+        """
         self.num_visible = num_visible
         home = self.teacher.select(tokens[:1], num_visible).shape[1:]
         self.layout = Layout(
@@ -203,18 +221,18 @@ class _Stream:
         if arrived is None:
             return
         work = self.layout.read_work(arrived.received, arrived.headers(), target=stage, tick=arrived.tick)
-        for owner, travelling in work.items():
-            tokens, ids, tapped = travelling.tokens, travelling.ids, {}
+        for owner, stage_input in work.items():
+            tokens, ids, tapped = stage_input.tokens, stage_input.ids, {}
             for number in teacher.routes[owner][stage]:
                 tokens = teacher.vit.run_block(teacher.vit.blocks[number], tokens, ids)
                 tapped[f"block/{number + 1}"] = tokens
-            self.outputs[owner] = Travelling(tokens, ids)
+            self.outputs[owner] = StageInput(tokens, ids)
             self.finished[owner] = {
                 tap: teacher.select(tapped[tap], self.num_visible) for tap in teacher.taps_of[owner][stage]
             }
 
-    def _start(self, mine: Travelling | None):
-        """Pack what I have for everybody, and send it off."""
+    def _start(self, mine: StageInput | None):
+        """Write this rank's messages to all ranks and start the exchange."""
         for target, message in enumerate(self.send.split(self.send_sizes)):
             self.layout.write(
                 message,
@@ -238,14 +256,14 @@ class _Stream:
         return work, received
 
     def _finish(self, exchange) -> _Arrived:
-        """Wait for what the others sent; put features of my own batches by."""
+        """Wait for the exchange and keep the features of this rank's own batches."""
         work, received = exchange
         since = time.perf_counter()
         with _named(self.teacher):
             work.wait()
         self.teacher.waited_s += time.perf_counter() - since
         for source in range(self.group.num_stages):
-            # Batch k left stage s, and came home, with exchange k + lag * (s + 1).
+            # Batch k left stage s, and returned to its owner, with exchange k + lag * (s + 1).
             index = self.now - self.lag * (source + 1) - self.first
             if 0 <= index < len(self.owned):
                 owned = self.owned[index]
@@ -257,10 +275,11 @@ class _Stream:
 
 
 class _Arrived:
-    """What an exchange brought, and its headers on their way to the host: nothing waits until they are asked for."""
+    """Messages of an exchange; headers are copied to the host, and nothing waits until they are read."""
 
     def __init__(self, received: Tensor, headers: Tensor, tick: int):
-        self.received, self.tick, self._copied = received, tick, None
+        self.received, self.tick = received, tick
+        self._copied = None
         if headers.is_cuda:
             self._headers = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
             self._headers.copy_(headers, non_blocking=True)
@@ -277,12 +296,13 @@ class _Arrived:
 
 @contextmanager
 def _named(teacher: StreamedTeacher) -> Iterator[None]:
-    """An exchange that breaks says where: rank, stage and clock."""
+    """Turn an error of an exchange into RankLost, with rank, stage and tick."""
     try:
         yield
     except RuntimeError as error:
         ask_who_is_missing(error)
         where = f"rank {teacher.group.rank}, {teacher.where()}"
         raise RankLost(
-            f"the teacher's stream broke at {where}: {reason_of(error)}; a rank of its group is gone or stuck"
+            f"the teacher's stream failed at {where}: {reason_of(error)}; "
+            "a rank of its group is gone or stuck"
         ) from None

@@ -1,10 +1,13 @@
-"""A teacher spread over all ranks by DeepSpeed's ZeRO-3: every rank keeps a share of every block, and fetches a block to run it.
+"""Shard a teacher over all ranks by DeepSpeed's ZeRO-3: each rank keeps a share of every block, and fetches
+it to run it.
 
-For teachers that fit nowhere else: it needs the least memory and the most traffic (all the blocks' bytes, every micro-batch,
-with nothing to hide behind). It has no engine, whose hooks and prefetching would meet the student's: parameters are
-partitioned by `deepspeed.zero.Init` and fetched by `GatheredParameters`, both on the world's group, from the host thread
-that also issues the student's collectives, so their order is the same on every rank. Features are those of the replicated
-teacher up to rounding: fetched weights lie elsewhere in memory, by which matrix products choose their kernels.
+For teachers that fit nowhere else: it needs the least memory and the most traffic (all bytes of the blocks
+for every micro-batch, with no work to hide them). It has no engine, whose hooks and prefetching would
+interfere with the student's. Parameters are partitioned by `deepspeed.zero.Init` and fetched by
+`GatheredParameters`, both on the world's group, from the host thread that also issues the student's
+collectives, so their order is the same on every rank. Features are those of
+the replicated teacher up to rounding: fetched weights have other addresses, by which matrix products choose
+their kernels.
 """
 
 from __future__ import annotations
@@ -23,17 +26,17 @@ from dmae_ds.weights.named import Weights
 
 
 class ShardedTeacher(FrozenTeacher):
-    """The interface of the replicated teacher. Its `vit` holds the embedding; the blocks stay on the meta device there.
+    """A teacher sharded over all ranks, with the interface of the replicated one.
 
-    weights: checked against the network already; rank 0 alone reads the blocks
+    Its `vit` holds the embedding; the blocks stay on the meta device there.
+    weights: already checked against the network; only rank 0 reads the blocks
     """
 
-    without_gradients = (
-        torch.no_grad
-    )  # DeepSpeed's fetched weights outlive a call, and would be inference mode's for ever
+    # DeepSpeed's fetched weights outlive a call, and would stay inference tensors for ever.
+    without_gradients = torch.no_grad
 
-    def __init__(self, *args, weights: Weights, dtype: torch.dtype, device: torch.device, **keys):
-        super().__init__(*args, **keys)
+    def __init__(self, *args, weights: Weights, dtype: torch.dtype, device: torch.device, **kwargs):
+        super().__init__(*args, **kwargs)
         self._weights, self._dtype, self._device = weights, dtype, device
         self.blocks: list[_Fetched] = []
 
@@ -41,39 +44,33 @@ class ShardedTeacher(FrozenTeacher):
         return f"{super().__str__()}, spread over {collectives.world_size()} ranks by ZeRO-3"
 
     def spread(self) -> None:
-        """Read block by block on rank 0 and leave every rank its share: the peak is the share and one block. Collective."""
+        """Read each block on rank 0 and leave every rank its share. Collective.
+
+        The peak of memory is the share and one block.
+        """
         deepspeed = import_deepspeed(self._device)
         deepspeed.init_distributed(dist_init_required=False)
-        for number, meta in enumerate(self.vit.blocks):
-            block = copy.deepcopy(meta)
-            tensors = collectives.raise_on_all_ranks(lambda: self._read(number, block))
-            block.load_state_dict(tensors, assign=True)
-            move_buffers(block, self._dtype, self._device)
-            block.eval().requires_grad_(False)
+        config = {"zero_optimization": {"stage": 3}, "train_batch_size": collectives.world_size()}
+        for number in range(len(self.vit.blocks)):
+            block = self._read_block(number)
             pristine = is_pristine(block) if collectives.is_main() else False
-            deepspeed.zero.Init(
-                module=block,
-                dtype=self._dtype,
-                config_dict_or_path={
-                    "zero_optimization": {"stage": 3},
-                    "train_batch_size": collectives.world_size(),
-                },
-            )
-            self.blocks.append(
-                _Fetched(block, collectives.broadcast_from_main(pristine), deepspeed.zero.GatheredParameters)
-            )
+            deepspeed.zero.Init(module=block, dtype=self._dtype, config_dict_or_path=config)
+            pristine = collectives.broadcast_from_main(pristine)
+            self.blocks.append(_Fetched(block, pristine, deepspeed.zero.GatheredParameters))
 
-    def _read(self, number: int, block: nn.Module) -> dict[str, Tensor]:
-        names = list(block.state_dict())
-        if not collectives.is_main():  # filled by the broadcast
-            return {
-                name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
-                for name, tensor in block.state_dict().items()
-            }
-        return {
-            name: self._weights[f"blocks.{number}.{name}"].to(device=self._device, dtype=self._dtype)
-            for name in names
-        }
+    def _read_block(self, number: int) -> nn.Module:
+        block = copy.deepcopy(self.vit.blocks[number])
+        tensors = collectives.raise_on_all_ranks(lambda: self._read_tensors(number, block))
+        block.load_state_dict(tensors, assign=True)
+        move_buffers(block, self._dtype, self._device)
+        return block.eval().requires_grad_(False)
+
+    def _read_tensors(self, number: int, block: nn.Module) -> dict[str, Tensor]:
+        """One block's tensors on rank 0; empty ones elsewhere, which DeepSpeed's broadcast fills."""
+        kwargs = {"dtype": self._dtype, "device": self._device}
+        if not collectives.is_main():
+            return {name: torch.empty(tensor.shape, **kwargs) for name, tensor in block.state_dict().items()}
+        return {name: self._weights[f"blocks.{number}.{name}"].to(**kwargs) for name in block.state_dict()}
 
     def run(self, patches: Tensor, ids: Tensor) -> dict[int, Tensor]:
         tokens, tapped = self.vit.embed(patches, ids), {}
@@ -83,18 +80,21 @@ class ShardedTeacher(FrozenTeacher):
         return {number: tapped[number] for number in self.tapped}
 
     def probe(self) -> Probe:
-        """Collective: every rank fetches every block."""
+        """Features of the fixed input, at every block. Collective: every rank fetches every block."""
         return Probe(probe(self.vit, self.blocks).features, all(block.pristine for block in self.blocks))
 
 
 class _Fetched(nn.Module):
-    """A block whose weights are whole while it runs. It is no child of this module: nobody is to see its empty parameters."""
+    """A block whose weights are whole while it runs.
+
+    The block is not a child of this module, so that nothing finds its empty parameters.
+    """
 
     def __init__(self, block: nn.Module, pristine: bool, gathered):
         super().__init__()
         self._block, self.pristine, self._gathered = (block,), pristine, gathered
 
-    def forward(self, tokens: Tensor, **keys) -> Tensor:
+    def forward(self, tokens: Tensor, **kwargs) -> Tensor:
         (block,) = self._block
         with self._gathered(list(block.parameters())):
-            return block(tokens, **keys)
+            return block(tokens, **kwargs)

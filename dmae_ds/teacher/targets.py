@@ -1,12 +1,13 @@
-"""What a teacher's features are turned into before a student imitates them.
+"""Standardisation of a teacher's features before a student imitates them.
 
     layer_norm  every token by itself: mean 0, variance 1 over channels
     zscore      every channel: mean 0, variance 1 over the data
-    phi_s       PCA-Hadamard isotropic standardisation (Ranzinger et al. 2024, arXiv 2410.01680): one rotation after which
-                every channel has the same variance, 1, and one scale for all, so no direction is blown up as in zscore
+    phi_s       PCA-Hadamard isotropic standardisation (Ranzinger et al. 2024, arXiv 2410.01680): one rotation
+    after which
+                every channel has variance 1, and one scale for all: no direction is amplified as in zscore
 
-The last two take their statistics from one offline pass, `dmae-ds teacher stats`; the file beside the weights carries the
-teacher's fingerprint, so that statistics of other weights are refused.
+The last two take their statistics from one pass over the data, `dmae-ds teacher stats`. The file next to the
+weights contains the teacher's fingerprint, so that statistics of other weights are refused.
 """
 
 from __future__ import annotations
@@ -24,23 +25,21 @@ STATS_VERSION = 1
 
 
 def stats_path(weights: Path) -> Path:
-    """Where `dmae-ds teacher stats` writes unless told otherwise."""
-    return (
-        weights / "stats.safetensors"
-        if weights.is_dir()
-        else weights.with_name(weights.name + ".stats.safetensors")
-    )
+    """The file that `dmae-ds teacher stats` writes by default."""
+    if weights.is_dir():
+        return weights / "stats.safetensors"
+    return weights.with_name(weights.name + ".stats.safetensors")
 
 
 class LayerNorm:
-    """Every token [..., D_t] to mean 0 and variance 1 over its channels, in float32, without affine."""
+    """Standardise every token [..., D_t] to mean 0 and variance 1 over its channels, in float32."""
 
     def __call__(self, tap: str, tokens: Tensor) -> Tensor:
         return torch.nn.functional.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
 
 
 class Affine:
-    """(tokens - mean) @ matrix, or * scale, tap by tap, in float32."""
+    """Standardise by (tokens - mean) @ matrix, or * scale, tap by tap, in float32."""
 
     def __init__(self, means: dict[str, Tensor], maps: dict[str, Tensor]):
         self.means, self.maps = means, maps
@@ -51,16 +50,16 @@ class Affine:
 
 
 def zscore_scale(covariance: Tensor) -> Tensor:
-    """[D, D] -> [D]: one over each channel's standard deviation; a constant channel stays zero."""
+    """One over each channel's standard deviation, [D], from a covariance [D, D]; 0 for a constant channel."""
     variance = covariance.diagonal().double()
     return torch.where(variance > 1e-12 * variance.max(), variance.clamp(min=1e-300).rsqrt(), 0.0).float()
 
 
 def phi_s_matrix(covariance: Tensor) -> Tensor:
-    """[D, D] -> M [D, D] with y = (x - mean) @ M: the eigenvectors' frame turned by a Hadamard matrix, and one scale.
+    """The matrix M [D, D] of PHI-S (Sec. 3) from a covariance [D, D].
 
-    Every channel of y has variance 1 over the data (PHI-S, Sec. 3). Raises UserError where no Hadamard matrix of
-    order D is known to this program.
+    Every channel of y = (x - mean) @ M has variance 1. M turns the eigenvectors by a Hadamard matrix and has
+    one scale for all channels. Raises UserError where this program knows no Hadamard matrix of order D.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     phi = values.clamp(min=0).mean().sqrt()
@@ -68,9 +67,9 @@ def phi_s_matrix(covariance: Tensor) -> Tensor:
 
 
 def hadamard(order: int) -> Tensor:
-    """An orthogonal matrix [n, n] float64 with entries +-1/sqrt(n): Sylvester's doubling of one of Paley's constructions.
+    """An orthogonal matrix [n, n] float64 with entries +-1/sqrt(n).
 
-    Raises UserError where neither gives one.
+    Made by Sylvester's doubling of one of Paley's constructions. Raises UserError where neither gives one.
     """
     doublings, core = 0, order
     while True:
@@ -79,7 +78,8 @@ def hadamard(order: int) -> Tensor:
             break
         if core % 2:
             raise UserError(
-                f"teacher.standardize=phi_s needs a Hadamard matrix of order {order}, which neither Sylvester's nor Paley's construction gives; take zscore"
+                f"teacher.standardize=phi_s needs a Hadamard matrix of order {order}, which neither "
+                "Sylvester's nor Paley's construction gives; set teacher.standardize=zscore"
             )
         doublings, core = doublings + 1, core // 2
     for _ in range(doublings):
@@ -99,16 +99,14 @@ def _paley(order: int) -> Tensor | None:
     if _is_prime(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
         symmetric = _jacobsthal(order // 2 - 1, sign=1.0)
         eye = torch.eye(len(symmetric), dtype=torch.float64)
-        plus, minus = (
-            torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64),
-            torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64),
-        )
+        plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        minus = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
         return torch.kron(symmetric, plus) + torch.kron(eye, minus)
     return None
 
 
 def _jacobsthal(q: int, *, sign: float) -> Tensor:
-    """[q + 1, q + 1]: quadratic residues of differences, bordered by ones; zero diagonal."""
+    """A matrix [q + 1, q + 1] of quadratic residues of differences, bordered by ones, with zero diagonal."""
     residues = {x * x % q for x in range(1, q)}
     chi = torch.tensor([0.0] + [1.0 if x in residues else -1.0 for x in range(1, q)], dtype=torch.float64)
     places = torch.arange(q)
@@ -123,40 +121,44 @@ def _is_prime(number: int) -> bool:
 
 
 def read_stats(path: Path, taps: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
-    """Tensors `<tap>.mean` [D], `<tap>.covariance` [D, D] and what the file says of itself. Raises UserError."""
+    """Read tensors `<tap>.mean` [D] and `<tap>.covariance` [D, D], and the file's facts about itself.
+
+    Raises UserError.
+    """
     if not path.is_file():
         raise UserError(
-            f"teacher.standardize needs the statistics file '{path}', which is not there; make it with: dmae-ds teacher stats RECIPE"
+            f"teacher.standardize needs the statistics file '{path}', which was not found; make it with: "
+            "dmae-ds teacher stats RECIPE"
         )
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["about"])
             if about["version"] != STATS_VERSION:
                 raise UserError(
-                    f"'{path}' has format version {about['version']}, this program reads {STATS_VERSION}; make it again with dmae-ds teacher stats"
+                    f"'{path}' has format version {about['version']}, this program reads {STATS_VERSION}; "
+                    "make it again with dmae-ds teacher stats"
                 )
-            missing = [tap for tap in taps if f"{tap}.mean" not in file.keys()]
+            names = set(file.keys())
+            missing = [tap for tap in taps if f"{tap}.mean" not in names]
             if missing:
                 raise UserError(
-                    f"'{path}' has statistics of {', '.join(about['taps'])}, not of {', '.join(missing)}; make it again with dmae-ds teacher stats"
+                    f"'{path}' has statistics of {', '.join(about['taps'])}, not of {', '.join(missing)}; "
+                    "make it again with dmae-ds teacher stats"
                 )
-            return {
-                f"{tap}.{part}": file.get_tensor(f"{tap}.{part}")
-                for tap in taps
-                for part in ("mean", "covariance")
-            }, about
+            wanted = [f"{tap}.{moment}" for tap in taps for moment in ("mean", "covariance")]
+            return {name: file.get_tensor(name) for name in wanted}, about
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"'{path}' is not a whole statistics file ({error}); make it again with dmae-ds teacher stats"
+            f"'{path}' is not a complete statistics file ({error}); make it again with dmae-ds teacher stats"
         ) from None
 
 
 def build_target(
     kind: str, taps: tuple[str, ...], stats: dict[str, Tensor] | None, device: torch.device
 ) -> LayerNorm | Affine | None:
-    """(tap, tokens [..., D_t]) -> what is imitated, float32; None leaves features as they are."""
+    """Build the function (tap, tokens [..., D_t]) -> target in float32; None leaves features as they are."""
     if kind == "none":
         return None
     if kind == "layer_norm":

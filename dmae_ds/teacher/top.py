@@ -1,7 +1,8 @@
-"""What stands on a frozen encoder, as the taps ask for it: a decoder (decoder.py), a classifier's head (head.py), or nothing.
+"""The part above a frozen encoder that the taps need: a decoder (decoder.py), a classifier's head (head.py),
+or none.
 
-It begins with the encoder's final norm, is small beside the encoder, and every rank has all of it: encoded features come home first,
-from wherever the encoder's blocks are.
+It begins with the encoder's final norm, is small compared with the encoder, and every rank has all of it:
+encoded features first return to their rank, wherever the encoder's blocks are.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ def meta_top(
     num_classes: int | None,
     weights: Weights | None = None,
 ) -> Top | None:
-    """On the meta device, without a byte of weights.
+    """Build the part above the encoder on the meta device, without any weights.
 
-    norm: the encoder's own final one; decoder_depth: as `needed_depths` finds it; num_classes: of the data
-    weights: the file that the shapes are held against; None: the recipe alone says what they are, for plans and benchmarks
-    Raises UserError where the file has no such thing, or another one.
+    norm: the encoder's own final norm; decoder_depth: from `needed_depths`; num_classes: of the data
+    weights: the file that shapes are checked against; None: the recipe alone gives them, for plans and
+    benchmarks
+    Raises UserError where the file has no such part, or another one.
     """
     if "logits" in taps:
         assert not decoder_depth, "a teacher has a decoder or a classifier"

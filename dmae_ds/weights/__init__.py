@@ -1,1 +1,1 @@
-"""Weights files of vision transformers: kinds of files, formats of names, whether a file fits a network, the hub."""
+"""Weights files of vision transformers: kinds of files, formats of names, fit to a network, the hub."""

@@ -39,9 +39,10 @@ def choose_format(
     if not opened:
         raise errors[0]
     if fitting:
+        formats = ", ".join(weights.format for weights in fitting)
+        advice = f"set {label.format} to the right one" if label.format else "save it under timm's names"
         raise UserError(
-            f"{label.weights} '{path}' fits the formats {', '.join(w.format for w in fitting)}, with different "
-            f"tensors; {f'set {label.format} to the right one' if label.format else 'save it under timm names'}"
+            f"{label.weights} '{path}' fits the formats {formats}, with different tensors; {advice}"
         )
     raise UserError(_explain_nearest(path, needed, opened, label))
 
@@ -64,6 +65,6 @@ def _explain_nearest(path: Path, needed: dict[str, Tensor], opened: list[Weights
     if label.format:
         advice += f", or set {label.format}"
     return (
-        f"{label.weights} '{path}' fits the {label.network} under no known format; nearest is {nearest.format}, "
-        f"{problem}; {advice}"
+        f"{label.weights} '{path}' fits the {label.network} under no known format; nearest is "
+        f"{nearest.format}, {problem}; {advice}"
     )

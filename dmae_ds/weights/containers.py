@@ -36,7 +36,7 @@ def open_container(
 ) -> Container:
     """Open a weights file, an index of several files, or a folder that holds one of IN_A_FOLDER.
 
-    entries: names under which a .pth may hold its weights; the first that is there wins, else the top level itself
+    entries: names under which a .pth may hold its weights; the first that is there wins, else the top level
     formats: {entry: the formats that read it}, to suggest one where another entry is found
     label: the keys that messages name
     Raises UserError where the file is missing, damaged, of an unknown kind, or would run code.
@@ -45,14 +45,14 @@ def open_container(
         inside = next((path / name for name in IN_A_FOLDER if (path / name).is_file()), None)
         if inside is None:
             raise UserError(
-                f"{label.weights} '{path}' is a folder with none of {', '.join(IN_A_FOLDER)}; "
-                "give the weights file itself"
+                f"{label.weights} '{path}' is a folder with none of {', '.join(IN_A_FOLDER)}; give the "
+                "weights file itself"
             )
         path = inside
     if not path.is_file():
         raise UserError(
-            f"{label.weights} '{path}' is not a file; give the path of a {', '.join(SUFFIXES)} file, an index, "
-            "or a folder"
+            f"{label.weights} '{path}' is not a file; give the path of a {', '.join(SUFFIXES)} file, an "
+            "index, or a folder"
         )
     if path.name.endswith(".index.json"):
         return _open_index(path, entries, formats, label)
@@ -97,7 +97,7 @@ def read_index(path: Path, *, label: Label = WEIGHTS) -> list[str]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in SUFFIXES:
             raise UserError(
-                f"{label.weights} '{path}' names the file {name!r}, which is not the plain name of a weights file; "
-                "the index can't be trusted"
+                f"{label.weights} '{path}' names the file {name!r}, which is not the plain name of a "
+                "weights file; the index can't be trusted"
             )
     return names

@@ -50,9 +50,9 @@ def check_fit(needed: dict[str, Tensor], weights: Weights, *, depth: int, may_re
     """Check that the file has every needed tensor and nothing that is unexplained.
 
     needed: {name: tensor of the right shape} of a network with `depth` blocks
-    may_resize: positional embeddings may come from another (square) grid, since the recipe sets another image size
-    Returns what is left in the file on purpose. Raises UserError with the first missing, misshapen and unexpected names and
-    what the file looks like.
+    may_resize: the recipe sets another image size: positional embeddings may come from another (square) grid
+    Returns what is left in the file on purpose. Raises UserError with the first missing, misshapen and
+    unexpected names and what the file looks like.
     """
     problems, dropped = _compare(needed, weights, depth, may_resize)
     if any(problems.values()):
@@ -73,7 +73,10 @@ def fits(needed: dict[str, Tensor], weights: Weights, *, depth: int, may_resize:
 def _compare(
     needed: dict[str, Tensor], weights: Weights, depth: int, may_resize: bool
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
-    """Problems {"missing" | "misshapen" | "unexpected": names}, and tensors left out {part: {name: entries}}."""
+    """Compare names and shapes.
+
+    Returns {"missing" | "misshapen" | "unexpected": names}, and what is left out as {part: {name: entries}}.
+    """
     missing = [name for name in needed if name not in weights]
     misshapen = [
         f"{name} {_shape_of(name, weights)} instead of {list(tensor.shape)}"
@@ -135,15 +138,15 @@ def _explain(
     lists = "; ".join(f"{kind} {len(names)}: {_first(names)}" for kind, names in problems.items() if names)
     hints = _hints(weights, needed, problems, depth, may_resize)
     return (
-        f"{label.weights} '{weights.path}' does not fit the {label.network} as format {weights.format}: {lists}"
-        f"{''.join(f'; {hint}' for hint in hints)}; check the file, {label.keys()}"
+        f"{label.weights} '{weights.path}' does not fit the {label.network} as format {weights.format}: "
+        f"{lists}{''.join(f'; {hint}' for hint in hints)}; check the file, {label.keys()}"
     )
 
 
 def _hints(
     weights: Weights, needed: dict[str, Tensor], problems: dict[str, list[str]], depth: int, may_resize: bool
 ) -> list[str]:
-    """What may explain the problems: files that are not here, a slice that ends too early, another format or size."""
+    """What may explain the problems: missing files, a slice that ends too early, another format or size."""
     label = weights.label
     absent = weights.container.absent
     if absent:
@@ -151,7 +154,8 @@ def _hints(
     last_block = weights.container.metadata.get("last_block", "")
     if last_block.isdigit():
         return [
-            f"this slice holds blocks 1-{last_block}: for a deeper tap, slice again with a larger --last-block"
+            f"this slice holds blocks 1-{last_block}: for a deeper tap, slice again with a larger "
+            "--last-block"
         ]
     hints = []
     kind = describe_kind(weights.container)

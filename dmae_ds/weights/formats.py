@@ -1,7 +1,8 @@
-"""Checkpoint formats: key maps with a name, chosen in the recipe (`teacher.format`), never guessed without a message.
+"""Checkpoint formats: named key maps, chosen in the recipe (`teacher.format`), never guessed silently.
 
-A map takes a name of the file to timm's name for it: "blocks.3.attn.qkv.weight". Pieces of one tensor end in #0, #1, #2
-and are joined along the first axis; None means that the name is known and not needed. A map of your own:
+A map takes a name of the file to timm's name for it: "blocks.3.attn.qkv.weight". Pieces of one tensor end in
+#0, #1, #2 and are joined along the first axis; None means that the name is known and not needed. A map of
+your own:
 
     teacher.format: my_lab.checkpoints:to_timm      # a function str -> str | None, or a Format
 
@@ -106,7 +107,7 @@ def _split_masked_bias(sources: Sources) -> Sources:
     return split
 
 
-# transformers' ViT, ViTMAE, DINOv2 (with registers or without) and DINOv3, as published and as saved by version 5.
+# transformers' ViT, ViTMAE, DINOv2 (with or without registers) and DINOv3, published or saved by version 5.
 _rename_hf = _rules(
     # timm's own names are another format.
     (r"^(?=(blocks|patch_embed)\.|(pos_embed|cls_token|reg_token)$)", "not_transformers."),
@@ -145,7 +146,7 @@ _rename_hf = _rules(
 
 
 def _finish_hf(sources: Sources) -> Sources:
-    """Rename layer scale and an ungated MLP of DINOv3's rotary networks, which have no positional embedding."""
+    """Rename layer scale and an ungated MLP of DINOv3, which has no positional embedding."""
     if "pos_embed" in sources:
         return _add_position_to_cls(sources)
     gated = any("mlp.fc1_g." in name for name in sources)
@@ -196,7 +197,8 @@ FORMATS: dict[str, Format] = {
         finish=_split_masked_bias,
     ),
     "dmae_ds": Format(
-        "our own student.safetensors, a run folder that holds one, or a folder made by `dmae-ds teacher slice`",
+        "our own student.safetensors, a run folder that holds one, or a folder made by `dmae-ds teacher "
+        "slice`",
         keep,
     ),
 }
@@ -212,13 +214,14 @@ def find_format(name: str, *, label: Label = WEIGHTS) -> Format:
         imported = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{key} '{name}' can't be imported ({error}); choose {', '.join(FORMATS)}, auto, or module:function"
+            f"{key} '{name}' can't be imported ({error}); choose {', '.join(FORMATS)}, auto, or "
+            "module:function"
         ) from None
     if isinstance(imported, Format):
         return imported
     if not callable(imported):
         raise UserError(
-            f"{key} '{name}' is of type {type(imported).__name__}; give a function from the file's names to timm's, "
-            "or a dmae_ds.weights.formats.Format"
+            f"{key} '{name}' is of type {type(imported).__name__}; give a function from the file's names to "
+            "timm's, or a dmae_ds.weights.formats.Format"
         )
     return Format(f"your own, {name}", imported)

@@ -1,6 +1,6 @@
 """Find a weights file on this machine: a path of the user's, or a file of the Hugging Face hub, fetched once.
 
-Only plain file names of a hub's repository are fetched, never code; HF_HUB_OFFLINE=1 takes what is in the cache.
+Only plain file names of a hub's repository are fetched, never code. HF_HUB_OFFLINE=1 takes what is cached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ FILES = (
 
 
 def locate(weights: str, *, label: Label = WEIGHTS) -> Path:
-    """The file or folder that a path or a hub id (`owner/name`) means; a hub's file is fetched. Raises UserError."""
+    """The file or folder that a path or a hub id (`owner/name`) means.
+
+    A hub's file is fetched. Raises UserError where it can't be.
+    """
     path = Path(weights).expanduser()
     if not path.exists() and looks_like_hub_id(weights):
         return _fetch(weights, f"{label.weights} '{weights}'", label)
@@ -32,12 +35,12 @@ def locate(weights: str, *, label: Label = WEIGHTS) -> Path:
 
 
 def locate_pretrained(name: str, *, label: Label = WEIGHTS) -> Path:
-    """The file of the weights that timm knows under a tagged name (vit_large_patch16_224.mae). Raises UserError."""
+    """The file of timm's weights for a tagged name such as vit_large_patch16_224.mae. Raises UserError."""
     tag = timm_tag(name)
     if tag is None or not tag.hf_hub_id:
         raise UserError(
-            f"{label.name} '{name}' has no weights on the hub that timm knows; give {label.weights}, or a tag of "
-            "timm.list_pretrained()"
+            f"{label.name} '{name}' has no weights on the hub that timm knows; give {label.weights}, or a "
+            "tag of timm.list_pretrained()"
         )
     return _fetch(tag.hf_hub_id, f"{label.name} '{name}' (pretrained)", label)
 

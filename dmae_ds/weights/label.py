@@ -1,4 +1,4 @@
-"""Names that messages about a weights file use: the key under which a user set the file, and the keys that change the fit."""
+"""Keys that messages about a weights file name: the key that set the file, and those that make it fit."""
 
 from __future__ import annotations
 

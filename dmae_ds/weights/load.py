@@ -1,7 +1,7 @@
 """Read a network's tensors from a weights file: open it, check that it fits, fit its positional embeddings.
 
-Teachers, students that begin with an earlier run's weights, classifiers that are fine-tuned and their teachers are all read
-here. A `label` says which keys of the recipe the messages name.
+Teachers, students that begin with an earlier run's weights, classifiers that are fine-tuned and their
+teachers are all read here. A `label` says which keys of the recipe the messages name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A whole network's tensors in fp32, the file that they come from, what was left in it and what was changed."""
+    """A whole network's tensors in fp32, their file, what was left in it, and notes on what was changed."""
 
     tensors: dict[str, Tensor]
     weights: Weights
@@ -47,15 +47,15 @@ def load_network(
     """Read a whole network on the CPU, in fp32; heads and decoders that are not needed stay in the file.
 
     needed: {name: tensor of the right shape}; num_prefix: rows of pos_embed in front of the patches
-    network: (timm's name, overrides) and depth, which a file with more blocks, or one of ours, must agree with
+    network, depth: (timm's name, overrides) and number of blocks, with which the file must agree
     Raises UserError where the file is missing, damaged, or doesn't fit.
     """
     weights = open_format(path, needed, format=format, depth=depth, may_resize=True, label=label)
     dropped = check_fit(needed, weights, depth=depth, may_resize=True)
     if dropped.blocks:
         raise UserError(
-            f"{label.weights} '{path}' has more blocks than the {depth} of {network[0]}; make {label.name} and its "
-            "numbers agree with the file"
+            f"{label.weights} '{path}' has more blocks than the {depth} of {network[0]}; make {label.name} "
+            "and its numbers agree with the file"
         )
     named = own_network_if_readable(weights.container)
     if named is not None:

@@ -32,7 +32,7 @@ def own_network(container: Container) -> tuple[str, dict] | None:
 
 
 def own_network_if_readable(container: Container) -> tuple[str, dict] | None:
-    """(timm name, overrides) in the metadata of a file of ours; None for other files and those of an early version."""
+    """Like `own_network`, but None for a file of an early version too."""
     try:
         return own_network(container)
     except UserError:
@@ -52,7 +52,8 @@ def check_own_metadata(weights: Weights, network: tuple[str, dict] | None) -> No
         label = weights.label
         advice = f"set {label.format} to timm or to what it is" if label.format else "give a file that does"
         raise UserError(
-            f"{label.weights} '{weights.path}' was not written by this project (it names no network); {advice}"
+            f"{label.weights} '{weights.path}' was not written by this project (it names no network); "
+            f"{advice}"
         )
     if network is not None:
         check_same_network(weights.path, named, network, label=weights.label)
@@ -63,15 +64,15 @@ def check_same_network(
 ) -> None:
     """Raise UserError unless (name, overrides) of a file are those of the recipe.
 
-    The image size may differ: the positional embedding follows the recipe's. A tag after a name's dot names weights, not
-    another network.
+    The image size may differ: the positional embedding follows the recipe's. A tag after a name's dot names
+    weights, not another network.
     """
     file_name, file_numbers = _without_size(*named)
     name, numbers = _without_size(*network)
     if (file_name, file_numbers) != (name, numbers):
         raise UserError(
-            f"{label.weights} '{path}' holds {file_name} {file_numbers or ''}, the recipe's {label.network} is "
-            f"{name} {numbers or ''}; make {label.name} and its numbers agree with the file"
+            f"{label.weights} '{path}' holds {file_name} {file_numbers or ''}, the recipe's {label.network} "
+            f"is {name} {numbers or ''}; make {label.name} and its numbers agree with the file"
         )
 
 

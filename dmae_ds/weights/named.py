@@ -70,7 +70,7 @@ def open_weights(path: Path, format: str, *, label: Label = WEIGHTS) -> Weights:
 
 
 def map_names(container: Container, format: str) -> Weights:
-    """Put a container under timm's names. Raises UserError where two names of the file mean the same tensor."""
+    """Put a container under timm's names. Raises UserError where two names mean the same tensor."""
     label = container.label
     chosen = find_format(format, label=label)
     pieces: dict[str, dict[int, str]] = {}
@@ -84,8 +84,8 @@ def map_names(container: Container, format: str) -> Weights:
         other = pieces.setdefault(stem, {}).setdefault(int(number or 0), key)
         if other != key:
             raise UserError(
-                f"{label.weights} '{container.path}' holds {name} twice as format {format}: '{other}' and '{key}'; "
-                "keep the one that is meant"
+                f"{label.weights} '{container.path}' holds {name} twice as format {format}: '{other}' and "
+                f"'{key}'; keep the one that is meant"
             )
     sources = {}
     for name, keys in pieces.items():

@@ -1,8 +1,9 @@
 """Tensors of a file by their places in it, of which only those that are asked for are read.
 
-A container knows every tensor's name, shape, dtype and place from the file's header alone. `read` fetches one by positional
-reads into memory of its own: exactly its bytes. Mapping the file instead was measured (BENCHMARKS.md): more bytes from the
-disk, because of the kernel's read-ahead, and every byte resident twice while it is copied.
+A container knows every tensor's name, shape, dtype and place from the file's header alone. A tensor is read
+by its place into memory of its own: exactly its bytes. Mapping the file instead was measured (BENCHMARKS.md):
+it reads more bytes from the disk, because of the kernel's read-ahead, and holds every byte twice while it is
+copied.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Container(Mapping):
     """A weights file as {name in the file: tensor}, each read when it is asked for.
 
     places: {name: where it is}; metadata: the file's own text entries (safetensors)
-    absent: files that an index names and that are not on this machine; a rank may do without those whose tensors it
-    doesn't need
+    absent: files that an index names and that are not on this machine; a rank may do without those whose
+    tensors it doesn't need
     """
 
     def __init__(
@@ -94,8 +95,9 @@ class Container(Mapping):
 def _allocate(place: Place) -> Tensor:
     """Memory for one tensor, [num_entries].
 
-    Large tensors get pages of their own, which go back to the system when only a converted copy is kept. From malloc, a
-    ViT-B read in fp32 and kept in bf16 held 1.6 times its bytes, in freed holes between what was kept.
+    Large tensors get pages of their own, which go back to the system when only a converted copy is kept. From
+    malloc, a ViT-B read in fp32 and kept in bf16 held 1.6 times its bytes, in freed holes between what was
+    kept.
     """
     if place.num_bytes < _OWN_PAGES:
         return torch.empty(place.num_entries, dtype=place.dtype)
@@ -120,10 +122,10 @@ def _read_into(place: Place, buffer: memoryview, label: Label) -> int:
 def open_unbuffered(path: Path) -> BinaryIO:
     """Open a file for positional reads, unbuffered and without the kernel's read-ahead.
 
-    Read-ahead would fetch what is not needed, and leave marks next to a header at which every later read, by whatever
-    descriptor, reads ahead once more (8 MB each, on one disk).
+    Read-ahead would fetch what is not needed, and leave marks next to a header at which every later read, by
+    whatever descriptor, reads ahead once more (8 MB each, on one disk).
     """
-    file = open(path, "rb", buffering=0)
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 (the caller closes it)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return file

@@ -19,15 +19,15 @@ def fit_positions(
     """Fit positional embeddings of a square grid to another grid.
 
     positions: [1, num_prefix + L', D]
-    Returns [1, num_prefix + L, D] in the same dtype, and a line about how it was done: sin-cos embeddings (MAE) are computed
-    exactly; learned ones are interpolated by timm (bicubic, antialiased).
+    Returns [1, num_prefix + L, D] in the same dtype, and a line about how it was done: sin-cos embeddings
+    (MAE) are computed exactly; learned ones are interpolated by timm (bicubic, antialiased).
     Raises UserError where L' is not a square.
     """
     side = square_side(positions.shape[1] - num_prefix)
     if side is None:
         raise UserError(
-            f"{label.weights} has {positions.shape[1]} positional embeddings, which are not a square of patches after "
-            f"{num_prefix} for CLS; check {label.name}"
+            f"{label.weights} has {positions.shape[1]} positional embeddings, which are not a square of "
+            f"patches after {num_prefix} for CLS; check {label.name}"
         )
     dim = positions.shape[2]
     change = f"{side}x{side} -> {grid[0]}x{grid[1]}"

@@ -36,8 +36,8 @@ def open_safetensors(path: Path, label: Label) -> Container:
         return _read_header(path, label)
     except _DAMAGED as error:
         raise UserError(
-            f"{label.weights} '{path}' is not a complete safetensors file ({describe_error(error)}); "
-            "copy it again, or save it again"
+            f"{label.weights} '{path}' is not a complete safetensors file ({describe_error(error)}); copy "
+            "it again, or save it again"
         ) from None
 
 

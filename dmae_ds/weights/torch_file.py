@@ -1,7 +1,7 @@
 """Read the names and places of a .pth, .pt or .bin file of torch.save, without running a pickle's code.
 
-torch's zip files are opened with weights_only=True and mmap. Only argparse.Namespace is allowed besides tensors: published
-checkpoints pickle one next to the weights, and it is plain data.
+torch's zip files are opened with weights_only=True and mmap. Only argparse.Namespace is allowed besides
+tensors: published checkpoints pickle one next to the weights, and it is plain data.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def open_torch(
 ) -> Container:
     """Open a file of torch.save; only names and places are read.
 
-    entries: names under which it may hold its weights; the first that is there wins, else the top level itself
+    entries: names under which it may hold its weights; the first that is there wins, else the top level
     formats: {entry: the formats that read it}, to suggest one where another entry is found
     Raises UserError where the file is damaged, would run code, or holds no plain tensors.
     """
     if not _is_zip(path):
         raise UserError(
-            f"{label.weights} '{path}' is not a complete file of torch.save's zip format (cut off, or older than torch "
-            f"1.6); copy it again, or rewrite an old one: "
-            f"torch.save(torch.load('{path.name}', weights_only=True), 'new.pth')"
+            f"{label.weights} '{path}' is not a complete file of torch.save's zip format (cut off, or older "
+            f"than torch 1.6); copy it again, or rewrite an old one: torch.save(torch.load('{path.name}', "
+            "weights_only=True), 'new.pth')"
         )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -61,8 +61,8 @@ def open_torch(
     except _DAMAGED as error:
         raise UserError(
             f"{label.weights} '{path}' can't be read as plain tensors, and nothing in it was run "
-            f"({describe_error(error)}); copy it again, or where you trust it save its state dict as .safetensors with "
-            "safetensors.torch.save_file"
+            f"({describe_error(error)}); copy it again, or where you trust it save its state dict as "
+            ".safetensors with safetensors.torch.save_file"
         ) from None
     tensors = _find_tensors(content, entries)
     if not _is_state_dict(tensors):
@@ -74,8 +74,8 @@ def open_torch(
         start = _start_in_file(value, base, records)
         if start is None:
             raise UserError(
-                f"{label.weights} '{path}' holds '{name}' in a way that can't be read by places in the file (sparse, "
-                "quantised or compressed, say); save its plain tensors as .safetensors with "
+                f"{label.weights} '{path}' holds '{name}' in a way that can't be read by places in the file "
+                "(sparse, quantised or compressed, say); save its plain tensors as .safetensors with "
                 "safetensors.torch.save_file"
             )
         offset = start + value.storage_offset() * value.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Weights in the layouts of published files: timm, MAE, DINOv2 and DINOv3, our own; timm's networks, renamed by hand."""
+"""Weights in the layouts of published files (timm, MAE, DINOv2, DINOv3, ours): timm's networks, renamed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def dinov2_giant() -> Reference:
 
 
 def dinov2_registers() -> Reference:
-    """timm's network without registers, which are inserted by hand after the positional embedding, as in DINOv2."""
+    """timm's network without registers, which are inserted after the positional embedding, as in DINOv2."""
     reference = timm_reference("vit_small_patch14_dinov2", "dinov2", save=as_pth())
     registers = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(2))
     plain = reference.embed
@@ -125,7 +125,7 @@ def dinov2_training() -> Reference:
 
 
 def dinov3_names(state: dict) -> dict:
-    """Rename to Meta's names: one qkv bias, whose key third is masked (and is not zero here, to test the mask)."""
+    """Rename to Meta's names: one qkv bias, whose key third is masked (it is not zero here, to test this)."""
     renamed = {
         "rope_embed.periods": torch.rand(4),
         "mask_token": torch.randn(1, 32),

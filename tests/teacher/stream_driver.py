@@ -1,7 +1,9 @@
-"""Streamed against replicated, bit for bit, on real ranks: torchrun stream_driver.py WEIGHTS CASES SCHEDULES (test_pipeline.py starts it).
+"""Compare streamed teachers with replicated ones on real ranks, bit for bit; test_pipeline.py starts it.
 
-CASES are run as they are; then so many random SCHEDULES, each under a watchdog: lengths, taps, batches, and what happens
-between two batches (collectives of others, an evaluation, a stop and a resume).
+    torchrun stream_driver.py WEIGHTS CASES SCHEDULES
+
+Runs the CASES, and then as many random SCHEDULES, each under a watchdog: lengths, taps, batches, and what
+happens between two batches (other collectives, an evaluation, a stop and a resume).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from dmae_ds.weights.named import open_weights
 
 
 def batches(rank: int, sizes: list[int]):
-    """Every rank's own, of these many pictures each."""
+    """A rank's own batches of these sizes."""
     for index, size in enumerate(sizes):
         generator = torch.Generator().manual_seed(1000 * rank + index)
         order = torch.rand(size, 16, generator=generator).argsort(dim=1)
@@ -42,38 +44,31 @@ def batches(rank: int, sizes: list[int]):
 def load(path: Path, case: dict, device: torch.device, group=None, sharded: bool = False):
     weights = open_weights(path / f"{case['file']}.safetensors", "timm")
     depth, _ = needed_depths(case["taps"], case["depth"])
-    vit, stage = (
-        meta_teacher(case["name"], case["shape"], depth),
-        group and held_blocks(depth, group.num_stages)[group.stage],
-    )
+    vit = meta_teacher(case["name"], case["shape"], depth)
+    stage = None if group is None else held_blocks(depth, group.num_stages)[group.stage]
+    dtype, taps = DTYPES[case["dtype"]], tuple(case["taps"])
     parts = fill(
         vit,
         weights,
         whole_blocks=case["depth"],
         may_resize=False,
-        dtype=DTYPES[case["dtype"]],
+        dtype=dtype,
         device=device,
         blocks=range(0) if sharded else stage,
     )
     if sharded:
         teacher = ShardedTeacher(
-            vit,
-            tuple(case["taps"]),
-            parts,
-            sees=case["sees"],
-            weights=weights,
-            dtype=DTYPES[case["dtype"]],
-            device=device,
+            vit, taps, parts, sees=case["sees"], weights=weights, dtype=dtype, device=device
         )
         teacher.spread()
         return teacher
     if group is None:
-        return FrozenTeacher(vit, tuple(case["taps"]), parts, sees=case["sees"])
-    return StreamedTeacher(vit, tuple(case["taps"]), parts, sees=case["sees"], group=group)
+        return FrozenTeacher(vit, taps, parts, sees=case["sees"])
+    return StreamedTeacher(vit, taps, parts, sees=case["sees"], group=group)
 
 
 def compare(path: Path, case: dict, world: World, device: torch.device) -> None:
-    """Raise AssertionError unless both teachers give the same batches with the same features, to the last bit."""
+    """Assert that both teachers give the same batches with the same features, to the last bit."""
     replicated = load(path, case, device)
     if case["stages"] is None:
         streamed = load(path, case, device, sharded=True)
@@ -89,16 +84,15 @@ def compare(path: Path, case: dict, world: World, device: torch.device) -> None:
         streamed.stream(batches(world.rank, case["sizes"])),
         strict=True,
     )
-    for (index, batch, expected), (number, same, found) in pairs:
+    for (index, batch, expected), (number, same, features) in pairs:
         assert index == number and torch.equal(batch.visible, same.visible)
-        assert list(expected) == list(found) == case["taps"]
+        assert list(expected) == list(features) == case["taps"]
         for tap in expected:
-            if (
-                case["stages"] is None
-            ):  # fetched weights lie elsewhere in memory, and matrix products may round by that
-                torch.testing.assert_close(found[tap], expected[tap])
+            if case["stages"] is None:
+                # Fetched weights have other addresses, by which matrix products may round differently.
+                torch.testing.assert_close(features[tap], expected[tap])
             else:
-                assert torch.equal(expected[tap], found[tap]), f"rank {world.rank}, batch {index}"
+                assert torch.equal(expected[tap], features[tap]), f"rank {world.rank}, batch {index}"
         count += 1
     assert count == len(case["sizes"])
 
@@ -108,18 +102,18 @@ def bytes_of(module: torch.nn.Module) -> int:
 
 
 def check_stage(streamed: StreamedTeacher, replicated: FrozenTeacher) -> None:
-    """A rank's bytes are at most those of the largest stage and of what is not in blocks."""
+    """Assert that a rank holds its stage alone, of the largest stage's size at most."""
     sizes = [bytes_of(block) for block in replicated.vit.blocks]
     stages = held_blocks(len(sizes), streamed.group.num_stages)
-    assert bytes_of(streamed.vit) <= bytes_of(replicated.vit) - sum(sizes) + max(
-        sum(sizes[block] for block in stage) for stage in stages
-    )
-    own = [number for number, block in enumerate(streamed.vit.blocks) if not next(block.parameters()).is_meta]
-    assert own == list(stages[streamed.group.stage])
+    largest = max(sum(sizes[block] for block in stage) for stage in stages)
+    assert bytes_of(streamed.vit) <= bytes_of(replicated.vit) - sum(sizes) + largest
+    blocks = enumerate(streamed.vit.blocks)
+    held = [number for number, block in blocks if not next(block.parameters()).is_meta]
+    assert held == list(stages[streamed.group.stage])
 
 
 def check_shares(sharded: ShardedTeacher, replicated: FrozenTeacher, world: World) -> None:
-    """At rest a rank holds a share of every block and no whole one."""
+    """Assert that a rank holds a share of every block and no whole block between batches."""
     assert all(block.is_meta for block in sharded.vit.blocks.parameters())
     first, *others = collectives.gather_objects(sharded._weights.container.bytes_read)
     assert first > max(others) == min(others)  # the blocks are read once
@@ -127,11 +121,8 @@ def check_shares(sharded: ShardedTeacher, replicated: FrozenTeacher, world: Worl
         (block,) = mine._block
         entries = sum(parameter.numel() for parameter in whole.parameters())
         assert sum(parameter.numel() for parameter in block.parameters()) == 0
-        assert (
-            entries
-            <= world.size * sum(parameter.ds_tensor.numel() for parameter in block.parameters())
-            < 1.1 * entries
-        )
+        share = sum(parameter.ds_tensor.numel() for parameter in block.parameters())
+        assert entries <= world.size * share < 1.1 * entries
 
 
 STRESS = {
@@ -143,7 +134,10 @@ STRESS = {
 
 
 def stress(path: Path, count: int, world: World, device: torch.device) -> None:
-    """Random schedules, the same on every rank; a rank that doesn't get through one in two minutes ends the job with its stack."""
+    """Run random schedules, the same on every rank.
+
+    A rank that needs more than two minutes for one ends the job with its stack.
+    """
     groups = {num_stages: join_group(num_stages) for num_stages in (1, 2, 4)}
     done = 0
     for seed in range(count):
@@ -164,14 +158,13 @@ def stress(path: Path, count: int, world: World, device: torch.device) -> None:
         uneven = random.Random(1000 * seed + world.rank)  # ranks at different speeds
         start = 0
         while start < len(sizes):
-            stop = draw.choice(
-                [len(sizes), draw.randint(start + 1, len(sizes))]
-            )  # a run that is stopped here, and resumed
-            for index, batch, found in streamed.stream(list(batches(world.rank, sizes))[start:]):
+            # The run is stopped here, and resumed.
+            stop = draw.choice([len(sizes), draw.randint(start + 1, len(sizes))])
+            for index, batch, features in streamed.stream(list(batches(world.rank, sizes))[start:]):
                 expected = replicated.features(batch)
-                assert index == start and all(torch.equal(expected[tap], found[tap]) for tap in expected), (
-                    f"schedule {seed}, batch {index}"
-                )
+                assert index == start
+                for tap in expected:
+                    assert torch.equal(expected[tap], features[tap]), f"schedule {seed}, batch {index}"
                 between(draw.random(), world, replicated, batch)
                 time.sleep(uneven.choice([0, 0, 0.003]))
                 start += 1
@@ -184,7 +177,7 @@ def stress(path: Path, count: int, world: World, device: torch.device) -> None:
 
 
 def between(chance: float, world: World, replicated: FrozenTeacher, batch: PatchBatch) -> None:
-    """What else a training run does between two batches, on every rank."""
+    """Do what a training run does between two batches, on every rank."""
     if chance < 0.3:  # the student's gradients
         assert collectives.mean_over_ranks(torch.ones(1000)).sum() == 1000
     elif chance < 0.4:  # a checkpoint

@@ -8,44 +8,40 @@ import pytest
 import torch
 
 from dmae_ds.config.load import load_config
-from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student
 from dmae_ds.teacher import fp8
 from dmae_ds.teacher.frozen import FrozenTeacher
+from tests.messages import refused
 
 TEACHER = ["teacher.weights=x.pth", "teacher.dtype=fp8", "data.train=t"]
 
 
-def test_without_a_gpu_it_is_one_line():
-    with pytest.raises(
-        UserError, match="needs a GPU that multiplies float8, and this rank has none; use teacher.dtype=bf16"
-    ):
+def test_fp8_without_a_gpu_is_refused():
+    with refused("teacher.dtype fp8", "GPU", "teacher.dtype=bf16"):
         fp8.check_fp8(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     "capability, spec, words",
     [
-        ((8, 0), object(), "found A100 with 8.0"),
-        ((9, 0), None, "needs torchao, which isn't installed"),
+        ((8, 0), object(), ["A100", "8.0", "8.9"]),
+        ((9, 0), None, ["torchao", "pip install"]),
         ((8, 9), object(), None),
     ],
 )
-def test_the_hardware_and_torchao_are_looked_at(capability, spec, words, monkeypatch):
+def test_the_hardware_and_torchao_are_checked(capability, spec, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     if words is None:
         fp8.check_fp8(torch.device("cuda"))
     else:
-        with pytest.raises(UserError, match=words):
+        with refused("teacher.dtype", *words):
             fp8.check_fp8(torch.device("cuda"))
 
 
 def test_other_placements_are_refused():
-    with pytest.raises(
-        UserError, match="teacher.dtype fp8 works with teacher.placement replicated alone, found pipeline"
-    ):
+    with refused("teacher.dtype fp8", "teacher.placement", "replicated", "pipeline"):
         load_config("dmae_vit_large_to_base", [*TEACHER, "teacher.placement=pipeline", "teacher.stages=2"])
     assert load_config("dmae_vit_large_to_base", TEACHER).teacher.dtype == "fp8"
 
@@ -63,11 +59,8 @@ def test_the_features_error_is_measured_on_the_fixed_input():
     text = fp8.to_fp8(teacher, halve)
     after = teacher.probe().features
     errors = [((after[number] - before[number]).norm() / before[number].norm()).item() for number in (2, 4)]
-    assert (
-        text
-        == f"float8 changes features of a fixed input by {errors[0]:.2%} at block 2, {errors[1]:.2%} at block 4"
-        and min(errors) > 0.001
-    )
+    assert f"{errors[0]:.2%} at block 2, {errors[1]:.2%} at block 4" in text
+    assert min(errors) > 0.001
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The frozen teacher: only the needed blocks exist, and every needed tensor is surely the right one."""
+"""The frozen teacher: only the needed blocks exist, and every needed tensor is the right one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from dmae_ds.config.load import load_config
-from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.objectives.feature_distillation import resolve_pairs
 from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.weights.named import open_weights
+from tests.messages import refused
 from tests.teacher.references import load_teacher
 from tests.train.conftest import environment
 
@@ -72,8 +72,8 @@ def test_a_cut_teacher_gives_the_features_of_a_whole_one_bit_for_bit(tmp_path, t
 def test_every_container_and_format_gives_the_same_features(tmp_path, tensors):
     expected = load(save(tmp_path, tensors)).features(batch())["block/4"]
     for container, format in (("timm", "timm"), ("mae", "mae")):
-        found = load(save(tmp_path, tensors, container), format=format).features(batch())["block/4"]
-        assert torch.equal(found, expected)
+        teacher = load(save(tmp_path, tensors, container), format=format)
+        assert torch.equal(teacher.features(batch())["block/4"], expected)
 
 
 def test_blocks_above_the_cut_the_norm_and_the_decoder_do_not_exist(tmp_path, tensors):
@@ -90,12 +90,10 @@ def test_blocks_above_the_cut_the_norm_and_the_decoder_do_not_exist(tmp_path, te
     )
 
 
-def test_bf16_features_are_close_to_fp32_s(tmp_path, tensors):
+def test_bf16_features_are_close_to_those_of_fp32(tmp_path, tensors):
     path = save(tmp_path, tensors)
-    full, half = (
-        load(path).features(batch())["block/4"],
-        load(path, dtype="bf16").features(batch())["block/4"],
-    )
+    full = load(path).features(batch())["block/4"]
+    half = load(path, dtype="bf16").features(batch())["block/4"]
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).abs().max() < 0.05 * full.abs().max()
 
@@ -103,28 +101,27 @@ def test_bf16_features_are_close_to_fp32_s(tmp_path, tensors):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda t: t.pop("blocks.2.attn.qkv.weight"), "missing 1: blocks.2.attn.qkv.weight"),
+        (lambda t: t.pop("blocks.2.attn.qkv.weight"), ["missing 1: blocks.2.attn.qkv.weight"]),
         (
             lambda t: t.update({"patch_embed.proj.bias": torch.zeros(31)}),
-            r"misshapen 1: patch_embed.proj.bias \[31\] instead of \[32\]",
+            ["misshapen 1: patch_embed.proj.bias", [31], [32]],
         ),
-        (lambda t: t.update({"blocks.1.extra": torch.zeros(1)}), "unexpected 1: blocks.1.extra"),
+        (lambda t: t.update({"blocks.1.extra": torch.zeros(1)}), ["unexpected 1: blocks.1.extra"]),
         (
             lambda t: t.update({"cls_tokn": t.pop("cls_token")}),
-            "missing 1: cls_token; unexpected 1: cls_tokn",
+            ["missing 1: cls_token", "unexpected 1: cls_tokn"],
         ),
         (
             lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.0")],
-            r"missing 12: .*, \.\.\.",
+            ["missing 12: ", "..."],
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_one_line_that_names_the_keys(tmp_path, tensors, change, words):
+def test_a_file_that_does_not_fit_is_refused_with_its_keys(tmp_path, tensors, change, words):
     changed = dict(tensors)
     change(changed)
-    with pytest.raises(UserError, match=words) as caught:
+    with refused(*words):
         load(save(tmp_path, changed))
-    assert "\n" not in str(caught.value)
 
 
 def test_the_huge_recipe_instantiates_24_of_32_blocks():
@@ -152,7 +149,8 @@ def rss(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 meta_teacher(name, {})
 before = rss("VmRSS:")
-teacher = load_teacher(name, {}, whole_blocks=depth, weights=open_weights(Path(path), "timm"), taps=(cut,), dtype=dtype, device=torch.device("cpu"))
+kwargs = {"weights": open_weights(Path(path), "timm"), "device": torch.device("cpu")}
+teacher = load_teacher(name, {}, whole_blocks=depth, taps=(cut,), dtype=dtype, **kwargs)
 needed = teacher.parts.kept * (4 if dtype == "fp32" else 2)
 sum(float(parameter.sum()) for parameter in teacher.vit.parameters())  # touch every byte
 print(needed, rss("VmRSS:") - before, rss("VmHWM:") - before)
@@ -160,7 +158,7 @@ print(needed, rss("VmRSS:") - before, rss("VmHWM:") - before)
 
 
 def measure_memory(tmp_path, name, depth, cut, dtype="fp32") -> tuple[int, int, int]:
-    """Bytes needed, kept and at the peak by a fresh process that loads this teacher from a whole file."""
+    """Bytes that a new process needs, keeps, and has at its peak when it loads this teacher from a file."""
     path = tmp_path / f"{name}.safetensors"
     if not path.exists():
         save_file(
@@ -191,7 +189,6 @@ def test_a_teacher_takes_the_memory_of_its_cut_and_no_more(tmp_path):
 @pytest.mark.slow
 def test_a_huge_teacher_takes_the_memory_of_its_cut_and_no_more(tmp_path):
     needed, kept, peak = measure_memory(tmp_path, "vit_huge_patch14_224", 32, "block/24")
-    print(
-        f"\nViT-H cut at 24: needed {needed / 2**30:.3f} GiB, kept {kept / 2**30:.3f}, peak {peak / 2**30:.3f}"
-    )
+    sizes = f"needed {needed / 2**30:.3f} GiB, kept {kept / 2**30:.3f}, peak {peak / 2**30:.3f}"
+    print(f"\nViT-H cut at 24: {sizes}")
     assert max(kept, peak) <= 1.05 * needed + CONSTANT

@@ -29,54 +29,26 @@ ROTARY = {
 BASE = {"stages": 1, "taps": ["block/6"], "sizes": [4, 4, 4], "sees": "visible", "dtype": "fp32"}
 CASES = [
     {**PLAIN, **BASE},
-    {
-        **PLAIN,
-        **BASE,
-        "stages": 2,
-        "sizes": [4, 4, 4, 4, 3],
-    },  # groups of 2 in a world of 4, a smaller last batch
+    # Groups of 2 in a world of 4; a smaller last batch.
+    {**PLAIN, **BASE, "stages": 2, "sizes": [4, 4, 4, 4, 3]},
     {**PLAIN, **BASE, "stages": 4, "sizes": [4, 4, 4, 4, 4, 4, 1]},
-    {
-        **PLAIN,
-        **BASE,
-        "stages": 4,
-        "taps": ["block/3", "block/6"],
-    },  # two taps, one of them on an inner stage; shorter than the pipeline
-    {
-        **PLAIN,
-        **BASE,
-        "stages": 4,
-        "taps": ["block/5"],
-        "sizes": [2],
-    },  # owners' borders differ; a single batch
-    {
-        **PLAIN,
-        **BASE,
-        "stages": 2,
-        "taps": ["block/4", "block/7"],
-        "sizes": [2] * 6,
-    },  # the tapped block 4 is on either stage, by owner
+    # Two taps, one of them on an inner stage; fewer batches than stages.
+    {**PLAIN, **BASE, "stages": 4, "taps": ["block/3", "block/6"]},
+    # Owners' borders differ; a single batch.
+    {**PLAIN, **BASE, "stages": 4, "taps": ["block/5"], "sizes": [2]},
+    # The tapped block 4 is on either stage, by owner.
+    {**PLAIN, **BASE, "stages": 2, "taps": ["block/4", "block/7"], "sizes": [2] * 6},
     {**PLAIN, **BASE, "stages": 2, "taps": ["block/1", "block/7"], "dtype": "bf16", "sees": "all"},
-    {
-        **ROTARY,
-        **BASE,
-        "stages": 4,
-        "taps": ["block/4", "block/2"],
-        "sizes": [3, 3, 2],
-    },  # registers, angles that travel
-    {
-        **PLAIN,
-        **BASE,
-        "stages": None,
-        "taps": ["block/3", "block/6"],
-        "sizes": [4, 4, 1],
-    },  # no stages: spread over all ranks by ZeRO-3
+    # Registers, and rotary angles, which need patch ids on every stage.
+    {**ROTARY, **BASE, "stages": 4, "taps": ["block/4", "block/2"], "sizes": [3, 3, 2]},
+    # No stages: sharded over all ranks by ZeRO-3.
+    {**PLAIN, **BASE, "stages": None, "taps": ["block/3", "block/6"], "sizes": [4, 4, 1]},
     {**ROTARY, **BASE, "stages": None, "taps": ["block/4"], "dtype": "bf16", "sizes": [3]},
 ]
 
 
 def start(folder: Path, cases: list[dict], *, schedules: int) -> str:
-    """What four ranks say."""
+    """Output of four ranks."""
     torch.manual_seed(0)
     for network in (PLAIN, ROTARY):
         state = timm.create_model(network["name"], num_classes=0, **network["shape"]).state_dict()
@@ -85,18 +57,10 @@ def start(folder: Path, cases: list[dict], *, schedules: int) -> str:
             folder / f"{network['file']}.safetensors",
         )
     driver = Path(__file__).with_name("stream_driver.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "4",
-        "--master_port",
-        str(free_port()),
-        str(driver),
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run"]
+    ranks = ["--nproc_per_node", "4", "--master_port", str(free_port())]
     done = subprocess.run(
-        [*command, str(folder), json.dumps(cases), str(schedules)],
+        [*launch, *ranks, str(driver), str(folder), json.dumps(cases), str(schedules)],
         env=environment(),
         capture_output=True,
         text=True,
@@ -126,5 +90,5 @@ def test_three_hundred_random_schedules_neither_hang_nor_differ(tmp_path):
     range(len(CASES)),
     ids=lambda n: f"P{CASES[n]['stages'] or '-zero3'}-{'+'.join(CASES[n]['taps'])}-{CASES[n]['file']}",
 )
-def test_streamed_features_are_the_replicated_teacher_s(answers, number):
+def test_streamed_features_are_those_of_the_replicated_teacher(answers, number):
     assert f"EQUAL {number}\n" in answers, answers

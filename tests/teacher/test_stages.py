@@ -1,16 +1,16 @@
-"""Every block once for every owner, and every stage as busy as any other, for every depth."""
+"""Stages run every block once for every owner, and all equally many, for every depth."""
 
 from __future__ import annotations
 
 import pytest
 
-from dmae_ds.errors import UserError
 from dmae_ds.teacher.stages import held_blocks, route
+from tests.messages import refused
 
 CUTS = [(blocks, stages) for blocks in range(1, 41) for stages in range(1, blocks + 1)]
 
 
-def test_every_owner_s_batches_pass_every_block_once_and_every_stage():
+def test_batches_of_every_owner_pass_every_block_once_and_every_stage():
     for blocks, stages in CUTS:
         for owner in range(stages):
             cut = route(blocks, stages, owner)
@@ -18,7 +18,7 @@ def test_every_owner_s_batches_pass_every_block_once_and_every_stage():
             assert len(cut) == stages and all(cut)
 
 
-def test_every_stage_runs_as_many_blocks_a_clock_as_a_replicated_teacher():
+def test_every_stage_runs_as_many_blocks_a_tick_as_a_replicated_teacher():
     for blocks, stages in CUTS:
         routes = [route(blocks, stages, owner) for owner in range(stages)]
         assert {sum(len(cut[stage]) for cut in routes) for stage in range(stages)} == {blocks}
@@ -41,5 +41,5 @@ def test_nine_blocks_in_two_stages_share_the_fifth():
 
 @pytest.mark.parametrize("stages", [0, 4])
 def test_more_stages_than_blocks_are_refused(stages):
-    with pytest.raises(UserError, match="3 blocks can't be cut into . stages; set teacher.stages to 1-3"):
+    with refused("3 blocks", f"{stages} stages", "teacher.stages", "1-3"):
         held_blocks(3, stages)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmae_ds.errors import UserError
 from dmae_ds.teacher.targets import STATS_VERSION, LayerNorm, build_target, hadamard, phi_s_matrix, read_stats
 from dmae_ds.tools.teacher_stats import Moments
+from tests.messages import refused
 
 CPU = torch.device("cpu")
 
@@ -82,24 +82,24 @@ def test_hadamard_matrices_are_orthogonal_with_entries_of_one_size(width):
 
 @pytest.mark.parametrize("width", [3, 6, 52])
 def test_a_width_without_a_known_hadamard_matrix_is_refused(width):
-    with pytest.raises(UserError, match=f"order {width}.*take zscore"):
+    with refused(f"order {width}", "teacher.standardize=phi_s", "zscore"):
         hadamard(width)
 
 
-def test_statistics_that_are_missing_damaged_or_of_other_taps_are_one_line(tmp_path):
+def test_statistics_that_are_missing_damaged_or_of_other_taps_are_refused(tmp_path):
     path = tmp_path / "w.stats.safetensors"
-    with pytest.raises(UserError, match="is not there; make it with: dmae-ds teacher stats"):
+    with refused("teacher.standardize", path, "dmae-ds teacher stats"):
         read_stats(path, ("block/2",))
     tensors = {"block/1.mean": torch.zeros(3), "block/1.covariance": torch.eye(3)}
     save_file(tensors, path, metadata={"about": json.dumps({"version": STATS_VERSION, "taps": ["block/1"]})})
     assert torch.equal(read_stats(path, ("block/1",))[0]["block/1.covariance"], torch.eye(3))
-    with pytest.raises(UserError, match="statistics of block/1, not of block/2"):
+    with refused(path, "block/1", "block/2", "dmae-ds teacher stats"):
         read_stats(path, ("block/2",))
     save_file(
         tensors, path, metadata={"about": json.dumps({"version": STATS_VERSION + 1, "taps": ["block/1"]})}
     )
-    with pytest.raises(UserError, match="format version 2"):
+    with refused(path, "version 2", "dmae-ds teacher stats"):
         read_stats(path, ("block/1",))
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match="not a whole statistics file"):
+    with refused(path, "dmae-ds teacher stats"):
         read_stats(path, ("block/1",))
