@@ -1,8 +1,8 @@
 """Read the image bytes and the label of a sample by one positional read, through the index of its shard.
 
-Random access is ten times as fast as streaming the tar (BENCHMARKS.md, "Reading"), which makes an exact
-global shuffle affordable. Blocks of consecutive samples (order.py) are read at once and kept until they are
-used up.
+Random access is about seven times as fast as streaming the tar (BENCHMARKS.md, "Reading"), which makes an
+exact global shuffle affordable. Blocks of consecutive samples (order.py) are read at once and kept until they
+are used up.
 """
 
 from collections import OrderedDict

@@ -48,7 +48,7 @@ def many(tmp_path_factory):
 
 
 def kill_and_resume(many, dst, rng):
-    """Kill a run and resume it; returns the shards in the killed run's journal, or None if it was finished."""
+    """Kill a run and resume it; returns the shards in the killed run's journal, None if it was finished."""
     process = subprocess.Popen(
         command(many / "src", dst, rng.choice([1, 2, 3])), cwd=ROOT, stdout=subprocess.DEVNULL
     )
