@@ -285,8 +285,8 @@ class TwoNodes:
         config = node.folder / "sshd_config"
         config.write_text(
             f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/authorized_keys\n"
-            "StrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            "UsePAM no\nPidFile none\nUseDNS no\nMaxStartups 100\n"
+            "StrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n"
+            "KbdInteractiveAuthentication no\nUsePAM no\nPidFile none\nUseDNS no\nMaxStartups 100\n"
             "SetEnv " + " ".join(f'"{name}={value}"' for name, value in node.environment.items()) + "\n"
         )
         with open(node.folder / "sshd.log", "ab") as log:
