@@ -243,7 +243,8 @@ def _expand(pattern: str) -> Iterator[str]:
 def _work(job: Job) -> tuple[Result, Callable[[], None]]:
     """Read one tar, in a worker."""
     labels = Labels(job.label or "cls")
-    rows, names, skipped, num_unlabelled = [], [], [], 0
+    rows, names, skipped = [], [], []
+    num_unlabelled = 0
     try:
         with open_tar(job.base, job.name) as file:
             counted = _Counter(file)
@@ -293,7 +294,7 @@ def _name_classes(classes: Path | None, labels: set[int]) -> list[str]:
 
 
 class _Counter:
-    """Counts the bytes that are read of a file."""
+    """Counter of the bytes that are read of a file."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.total = file, 0

@@ -12,7 +12,8 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import MANIFEST, ShardError
 from dmae_ds.output.units import GIB
 
-COLUMNS, ROWS, TILE, CAPTION = 8, 6, 128, 16  # pixels
+COLUMNS, ROWS = 8, 6
+TILE, CAPTION = 128, 16  # pixels
 
 
 def print_info(dst: Path, *, sheet: Path | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Samples: the shard format, the order they are read in, and the batches made of them."""
+"""Shard folders, the order of their samples, and the batches that are read from them."""

@@ -127,7 +127,7 @@ class BatchRows:
         self.noise[row] = torch.from_numpy(mask_rng.random(spec.num_patches, dtype=np.float32))
 
     def batch(self, *, labels: torch.Tensor, sample_ids: torch.Tensor, epochs: torch.Tensor) -> Batch:
-        """The filled rows as a batch; arguments: [num_rows] int64."""
+        """Make a batch of the filled rows; the arguments are [num_rows] int64."""
         return Batch(self.pixels[0], self.noise, labels, sample_ids, epochs, tuple(self.pixels[1:]))
 
 
@@ -163,7 +163,7 @@ def load_train_batch(number: int, *, reader: SampleReader, spec: BatchSpec, num_
 
 
 def _piece_positions(number: int, spec: BatchSpec, *, num_samples: int, num_pieces: int) -> np.ndarray:
-    """Positions in the order of the samples of one piece of a micro-batch, int64."""
+    """Positions in the run of the samples of one piece of a micro-batch, int64."""
     micro_number, piece = divmod(number, num_pieces)
     step, accumulation_step = divmod(micro_number, spec.accumulation)
     # All `repeat` rows of a sample are in one micro-batch, next to each other: the order is one of samples.

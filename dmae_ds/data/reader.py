@@ -51,7 +51,8 @@ class CorruptSample(ShardError):
 
     def __init__(self, message: str, *, sample_id: int, key: str, shard: str, reason: str):
         super().__init__(message)
-        self.sample_id, self.key, self.shard, self.reason = sample_id, key, shard, reason
+        self.sample_id, self.key = sample_id, key
+        self.shard, self.reason = shard, reason
 
 
 class SampleReader:

@@ -86,14 +86,15 @@ class ShardSet:
         ends = list(itertools.accumulate(shard.num_samples for shard in shards))
         return cls(folder=folder, ends=ends, indexes=indexes, tars=tars, checked=set(), **parsed)
 
-    order_guarantee = "every image once an epoch, in an order of its own"
+    order_guarantee = "every image once an epoch, in a new order each epoch"
 
     @property
     def num_samples(self) -> int:
+        """Number of samples in all shards."""
         return self.ends[-1]
 
     def locate(self, sample_id: int) -> tuple[int, int]:
-        """Returns (shard number, row in its index)."""
+        """Find a sample; returns (shard number, row in its index)."""
         shard = bisect.bisect_right(self.ends, sample_id)
         if sample_id < 0 or shard == len(self.ends):
             raise IndexError(f"sample id {sample_id} of {self.num_samples} samples")
@@ -188,8 +189,8 @@ def _check_header(data: bytes, count: int) -> int:
     start = 10 + int.from_bytes(data[8:10], "little")
     expected = f"{{'descr': {RECORD.descr}, 'fortran_order': False, 'shape': ({count},), }}"
     if data[:8] != b"\x93NUMPY\x01\x00" or data[10:start].rstrip() != expected.encode():
-        found = data[10:start][:400].decode("ascii", "replace").strip()
-        raise ValueError(f"found {found!r}, expected the .npy header {expected}")
+        header = data[10:start][:400].decode("ascii", "replace").strip()
+        raise ValueError(f"found {header!r}, expected the .npy header {expected}")
     return start
 
 

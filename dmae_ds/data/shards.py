@@ -167,12 +167,12 @@ def _member(name: bytes, data: bytes) -> bytes:
     return b"%b%b%b" % (ustar_header(name, len(data)), data, PADDING[-len(data) % tarfile.BLOCKSIZE])
 
 
-def _write_all(descriptor: int, *parts: bytes | memoryview) -> int:
+def _write_all(descriptor: int, *buffers: bytes | memoryview) -> int:
     """Write at once, and again only if the kernel wrote less (a nearly full disk, more than 2 GiB)."""
-    written = os.writev(descriptor, parts)
-    total = sum(map(len, parts))
+    written = os.writev(descriptor, buffers)
+    total = sum(map(len, buffers))
     if written < total:
-        rest = memoryview(b"".join(parts))
+        rest = memoryview(b"".join(buffers))
         while written < total:
             written += os.write(descriptor, rest[written:])
     return total

@@ -1,4 +1,4 @@
-"""Sizes as people read them."""
+"""Units of memory and sizes as text."""
 
 from __future__ import annotations
 
