@@ -1,4 +1,4 @@
-"""Run folders with random students on small pictures whose class is their colour, and the commands of `dmae-ds eval`."""
+"""Run folders with random students on small tinted images, and `dmae-ds eval finetune` in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.evaluate.conftest import on_the_cpu, run, shards
 
 __all__ = ["on_the_cpu", "run", "shards"]  # fixtures
 
-# Two epochs of three steps on 20 pictures; everything random is on.
+# Two epochs of three steps on 20 images, with everything random switched on.
 QUICK = [
     "optim.global_batch=8",
     "optim.base_lr=0.2",
@@ -24,7 +24,7 @@ PLAIN = ["augment.rand_augment=null", "augment.erase=0", "augment.mixup=0", "aug
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Equal sums in every run: a test's threads do not depend on the machine."""
+    """Use one thread, so that sums do not depend on the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,5 +32,5 @@ def one_thread():
 
 
 def finetune(weights, *overrides, recipe="finetune_mae", **options):
-    """`dmae-ds eval finetune` in this process: the line of results.jsonl."""
+    """Run `dmae-ds eval finetune` in this process. Returns the line of results.jsonl."""
     return evaluate("finetune", str(weights), recipe=recipe, overrides=[*QUICK, *overrides], **options)

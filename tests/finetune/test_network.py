@@ -1,4 +1,4 @@
-"""A trunk read strictly, positions fitted, files that timm alone loads."""
+"""Trunks are read strictly, positional embeddings are fitted, and timm alone loads saved classifiers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(pool="mean", norm_first=False, **changes):
 
 
 @pytest.mark.parametrize("format", ["auto", "dmae_ds", "timm"])
-def test_a_students_file_fills_all_but_the_head(run, format):
+def test_a_student_file_fills_everything_but_the_head(run, format):
     student = load_student(run)
     for pool in ("mean", "cls"):
         model, network = build(pool, norm_first=True)
@@ -50,7 +50,7 @@ def test_a_students_file_fills_all_but_the_head(run, format):
         assert 0 < model.head.weight.std() < 1e-4 and not model.head.bias.any()
 
 
-def test_fine_tuning_with_pooled_patches_norms_after_the_mean(run):
+def test_fine_tuning_with_mean_pooling_norms_after_the_mean(run):
     model, network = build("mean")
     fill_trunk(model, run / "student.safetensors", "auto", network)
     assert isinstance(model.norm, torch.nn.Identity) and torch.equal(model.fc_norm.weight, torch.ones(24))
@@ -69,15 +69,15 @@ def test_initial_weights_depend_on_the_seed_alone():
     )
 
 
-def test_positions_are_fitted_to_another_picture_size(run):
+def test_positional_embeddings_are_fitted_to_another_image_size(run):
     model, network = build(img_size=32)
-    _, about = fill_trunk(model, run / "student.safetensors", "auto", network)
-    assert "4x4 -> 8x8" in about
+    _, note = fill_trunk(model, run / "student.safetensors", "auto", network)
+    assert "4x4 -> 8x8" in note
     learned = load_file(run / "student.safetensors")
     learned["pos_embed"] = torch.randn(1, 17, 24)
     save_file(learned, run / "learned.safetensors")
-    _, about = fill_trunk(model, run / "learned.safetensors", "auto", network)
-    assert "interpolated: 4x4 -> 8x8" in about
+    _, note = fill_trunk(model, run / "learned.safetensors", "auto", network)
+    assert "interpolated: 4x4 -> 8x8" in note
     expected = timm.layers.resample_abs_pos_embed(learned["pos_embed"], new_size=[8, 8], old_size=[4, 4])
     torch.testing.assert_close(model.pos_embed.detach(), expected)
 
@@ -90,11 +90,11 @@ def test_the_published_pth_is_read_without_its_decoder(run):
     }
     torch.save({"model": tensors, "args": argparse.Namespace(lr=1)}, run / "mae.pth")
     model, network = build("cls")
-    _, about = fill_trunk(model, run / "mae.pth", "mae", network)
-    assert "decoder" in about and torch.equal(model.norm.weight, tensors["norm.weight"])
+    _, note = fill_trunk(model, run / "mae.pth", "mae", network)
+    assert "decoder" in note and torch.equal(model.norm.weight, tensors["norm.weight"])
 
 
-def test_what_does_not_fit_is_one_line_with_this_commands_words(run):
+def test_weights_that_do_not_fit_are_refused_with_the_keys_of_this_command(run):
     weights = load_file(run / "student.safetensors")
     cases = {
         "missing": (
@@ -129,10 +129,10 @@ def test_what_does_not_fit_is_one_line_with_this_commands_words(run):
 
 def saved(path, pool="mean", num_classes=3, **changes):
     network = ModelConfig(**{**STUDENT, **changes})
-    keys = classifier_kwargs(pool, num_classes, drop_path=0.1)
-    model = build_classifier(network, keys, seed=3, **STATISTICS)
+    kwargs = classifier_kwargs(pool, num_classes, drop_path=0.1)
+    model = build_classifier(network, kwargs, seed=3, **STATISTICS)
     torch.nn.init.normal_(model.head.weight)
-    save_classifier(path, model.state_dict(), network, keys, **STATISTICS, step=7, top1=12.5)
+    save_classifier(path, model.state_dict(), network, kwargs, **STATISTICS, step=7, top1=12.5)
     return model.eval()
 
 
@@ -140,13 +140,15 @@ def saved(path, pool="mean", num_classes=3, **changes):
 def test_timm_alone_loads_a_saved_classifier(tmp_path, pool):
     model = saved(tmp_path / "best.safetensors", pool)
     with safe_open(tmp_path / "best.safetensors", "pt") as file:
-        said = file.metadata()
+        metadata = file.metadata()
     alone = timm.create_model(
-        said["timm_name"], **json.loads(said["timm_overrides"]), **json.loads(said["classifier"])["keys"]
+        metadata["timm_name"],
+        **json.loads(metadata["timm_overrides"]),
+        **json.loads(metadata["classifier"])["keys"],
     )
     alone.load_state_dict(load_file(tmp_path / "best.safetensors"), strict=True)
     torch.testing.assert_close(alone.eval()(IMAGES), model(IMAGES))
-    assert said["step"] == "7" and said["top1"] == "12.5" and not list(tmp_path.glob("*.tmp"))
+    assert metadata["step"] == "7" and metadata["top1"] == "12.5" and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_saved_classifier_is_a_teacher_with_its_own_statistics(tmp_path):
@@ -165,9 +167,9 @@ def test_a_saved_classifier_is_a_teacher_with_its_own_statistics(tmp_path):
             load_teacher(config, **arguments, mean=(0, 0, 0), std=(1, 1, 1))
 
 
-def test_a_foreign_classifier_is_a_teacher_by_its_name(run, tmp_path):
-    foreign = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, global_pool="avg")
-    torch.save({"model": foreign.state_dict()}, tmp_path / "finetuned.pth")
+def test_another_program_s_classifier_is_a_teacher_by_its_timm_name(run, tmp_path):
+    other = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, global_pool="avg")
+    torch.save({"model": other.state_dict()}, tmp_path / "finetuned.pth")
     keys = {"method": "features", "teacher": str(tmp_path / "finetuned.pth")}
     teacher = load_teacher(
         DistillConfig(**keys, name="vit_tiny_patch16_224", format="mae"),
@@ -176,7 +178,7 @@ def test_a_foreign_classifier_is_a_teacher_by_its_name(run, tmp_path):
         **STATISTICS,
     )
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(teacher(images), foreign.eval()(images))
+    torch.testing.assert_close(teacher(images), other.eval()(images))
     for changes in ({}, {"teacher": str(run / "student.safetensors")}):
         with refused("distill.teacher") as error:
             load_teacher(DistillConfig(**{**keys, **changes}), num_classes=3, img_size=32, **STATISTICS)

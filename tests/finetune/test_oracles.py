@@ -1,4 +1,4 @@
-"""Parameter groups, rates and steps against numbers that the published fine-tuning and probing code computed."""
+"""Parameter groups, rates and steps compared with numbers of the published fine-tuning and probing code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from dmae_ds.config.evaluation import FinetuneConfig, FinetuneOptimConfig, LinearConfig, LinearOptimConfig
 from dmae_ds.config.load import load_config
-from dmae_ds.config.run import ModelConfig, RunConfig
+from dmae_ds.config.run import ModelConfig
 from dmae_ds.finetune.linear import LinearProbe
 from dmae_ds.finetune.loop import take_step
 from dmae_ds.finetune.network import build_classifier, classifier_kwargs
@@ -42,21 +42,15 @@ def schedules(oracles):
 
 
 def recipe(name):
-    """A shipped recipe as the command reads it."""
-    schema = (
-        LinearConfig
-        if name.startswith("linear")
-        else RunConfig
-        if name.startswith("dmae")
-        else FinetuneConfig
-    )
-    if schema is RunConfig:
+    """Load a shipped recipe like the command does."""
+    if name.startswith("dmae"):
         return load_config(name, ["teacher.weights=file"])
+    schema = LinearConfig if name.startswith("linear") else FinetuneConfig
     return load_config(name, schema=schema, kind="evaluation recipe", below=FILLED)
 
 
 def tiny(numbers, pool):
-    """The oracle's network, out of the builder that `eval finetune` uses."""
+    """The oracle's network, built by the function that `eval finetune` uses."""
     model = build_classifier(
         TINY, classifier_kwargs({"gap": "mean", "cls": "cls"}[pool], 10), seed=0, **STATISTICS
     )
@@ -103,8 +97,8 @@ def test_vit_b_has_the_published_groups_and_drop_path(schedules, name, decay):
     )
 
 
-def test_the_final_norm_before_cls_has_the_head_s_rate():
-    """Where the published code and timm's own grouping differ."""
+def test_the_final_norm_before_the_head_has_the_head_s_rate():
+    """The published code and timm's own grouping differ here."""
     model = build_classifier(TINY, classifier_kwargs("cls", 10), seed=0, **STATISTICS)
     groups = layer_groups(model, weight_decay=0.05, layer_decay=0.5)
     assert (
@@ -183,7 +177,7 @@ def test_three_steps_of_fine_tuning(numbers, schedules, pool, accumulation):
     }
     for name, expected in after.items() if pool == "gap" else ():
         found = model.state_dict()[name].clone()
-        if name.endswith("attn.qkv.bias"):  # the keys' third has a gradient of rounding noise
+        if name.endswith("attn.qkv.bias"):  # the gradient of the third for the keys is rounding noise
             width = len(expected) // 3
             found[width : 2 * width] = expected[width : 2 * width]
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Real processes: killed with SIGKILL and resumed, and two under torchrun."""
+"""Evaluations in real processes: killed with SIGKILL and resumed, and two under torchrun."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.finetune.conftest import PLAIN, QUICK, finetune
 from tests.finetune.test_run import assert_same_outcome
 from tests.train.conftest import LIMIT_S, environment, free_port
 
-LONGER = ["optim.epochs=12"]  # thirty steps, saved every two or three
+LONGER = ["optim.epochs=12"]  # thirty steps; files are saved every two or three
 
 
 def start(launcher, run, *overrides):
@@ -53,7 +53,7 @@ def test_killed_with_sigkill_and_resumed_it_ends_bit_for_bit_the_same(run, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["ema=0.9"], PLAIN], ids=["all draws", "averaged", "no draws"])
 def test_two_processes_compute_what_one_accumulates(run, tmp_path, overrides):
-    """Pieces of four: the same mixes and dropped paths, whoever computes them. A rate at which rounding stays rounding."""
+    """Pieces of four have the same mixes and dropped paths on any process; a low rate limits rounding."""
     shared = [*overrides, "optim.micro_batch=4", "optim.base_lr=1e-3"]
     finetune(run, *shared, f"run.dir={tmp_path / 'one'}")
     launcher = [
@@ -66,9 +66,9 @@ def test_two_processes_compute_what_one_accumulates(run, tmp_path, overrides):
         str(free_port()),
     ]
     process = start(launcher, run, *shared, f"run.dir={tmp_path / 'two'}")
-    said, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, said
-    assert said.count("finetune top-1") == 1
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
+    assert output.count("finetune top-1") == 1
     expected, found = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     for name, tensor in expected.items():
         torch.testing.assert_close(
@@ -77,7 +77,7 @@ def test_two_processes_compute_what_one_accumulates(run, tmp_path, overrides):
 
 
 @pytest.mark.slow
-def test_fine_tuning_a_digits_student_beats_its_neighbours(digits, tmp_path):
+def test_fine_tuning_a_digits_student_is_better_than_its_knn(digits, tmp_path):
     run = tmp_path / "run"
     data = [f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
     for arguments in (

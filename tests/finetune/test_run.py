@@ -1,4 +1,4 @@
-"""`dmae-ds eval finetune` and `eval linear` whole, in this process: what they write, resume, refuse."""
+"""`dmae-ds eval finetune` and `eval linear` in this process: what they write, resume and refuse."""
 
 from __future__ import annotations
 
@@ -42,16 +42,15 @@ def rows(out):
 def assert_same_outcome(one, other):
     for name in ("last.safetensors", "best.safetensors"):
         expected, found = load_file(one / name), load_file(other / name)
-        assert expected.keys() == found.keys() and all(
-            torch.equal(expected[key], found[key]) for key in expected
-        ), name
+        assert expected.keys() == found.keys(), name
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
     assert rows(one) == rows(other)
 
 
 def test_it_learns_and_leaves_files_that_timm_loads(run, capsys):
     result = finetune(run, *PLAIN, "optim.epochs=6", "optim.global_batch=10")
     out = run / "finetune_mae"
-    assert result["scores"] == {"top1": 100.0}  # red from green from blue
+    assert result["scores"] == {"top1": 100.0}  # red, green and blue are easy to separate
     assert "finetune top-1 100.0%" in capsys.readouterr().out
     assert read_results(run) == [{**result, "when": read_results(run)[0]["when"]}]
     expected = {
@@ -68,25 +67,25 @@ def test_it_learns_and_leaves_files_that_timm_loads(run, capsys):
     assert [row["epoch"] for row in rows(out)] == [1, 2, 3, 4, 5, 6] and rows(out)[-1]["top1"] == 100.0
     assert rows(out)[0]["loss"] > rows(out)[-1]["loss"] > 0
     with safe_open(out / "best.safetensors", "pt") as file:
-        said = file.metadata()
+        metadata = file.metadata()
     alone = timm.create_model(
-        said["timm_name"], **json.loads(said["timm_overrides"]), **json.loads(said["classifier"])["keys"]
+        metadata["timm_name"],
+        **json.loads(metadata["timm_overrides"]),
+        **json.loads(metadata["classifier"])["keys"],
     )
     alone.load_state_dict(load_file(out / "best.safetensors"), strict=True)
     assert not list(out.glob("*.tmp"))
 
 
-def test_a_probe_trains_its_head_alone(run, capsys):
+def test_a_linear_probe_trains_only_its_head(run, capsys):
     result = evaluate("linear", str(run), recipe="linear_mae", overrides=[*LINEAR, "pool=mean"])
     assert result["metric"] == "linear" and result["scores"]["top1"] > 90
     kept, student = load_file(run / "linear_mae" / "last.safetensors"), load_file(run / "student.safetensors")
-    assert all(torch.equal(kept[name], student[name]) for name in student) and set(kept) - set(student) == {
-        "head.weight",
-        "head.bias",
-    }
+    assert all(torch.equal(kept[name], student[name]) for name in student)
+    assert set(kept) - set(student) == {"head.weight", "head.bias"}
 
 
-# 1: config.yaml; 2 to 5: best, last, metrics, resume of the first epoch; ...
+# Write 1 is config.yaml; 2 to 5 are best, last, metrics and resume of the first epoch; and so on.
 @pytest.mark.parametrize(
     "overrides, writes",
     [
@@ -101,7 +100,7 @@ def test_a_probe_trains_its_head_alone(run, capsys):
 def test_killed_at_a_write_and_resumed_it_ends_bit_for_bit_the_same(
     run, tmp_path, monkeypatch, overrides, writes
 ):
-    """Nothing is kept between writes, so a kill between two of them is a kill at the second."""
+    """The disk does not change between writes, so a kill between two of them equals a kill at the second."""
     finetune(run, *overrides, f"run.dir={tmp_path / 'whole'}")
     plain = shard_format.replacing
     for fatal in writes:
@@ -125,7 +124,7 @@ def test_killed_at_a_write_and_resumed_it_ends_bit_for_bit_the_same(
         assert_same_outcome(tmp_path / "whole", out)
 
 
-def test_a_finished_evaluation_resumed_says_its_number_again(run):
+def test_resuming_a_finished_evaluation_repeats_its_result(run):
     first = finetune(run)
     before = (run / "finetune_mae" / "last.safetensors").stat().st_mtime_ns
     again = finetune(run, resume="auto")
@@ -140,7 +139,7 @@ def test_workers_change_nothing(run, tmp_path):
 
 
 def test_accumulated_micro_batches_are_one_batch(run, tmp_path):
-    """Without mixing, which pairs within a micro-batch, and without draws in the network."""
+    """Without mixing, which pairs images of a micro-batch, and without draws in the network."""
     for micro in (8, 4):
         finetune(
             run,
@@ -155,7 +154,7 @@ def test_accumulated_micro_batches_are_one_batch(run, tmp_path):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_few_labels_are_all_that_is_seen(run, monkeypatch):
+def test_only_the_drawn_labels_are_trained_on(run, monkeypatch):
     seen = set()
     plain = Prepare.__call__
     monkeypatch.setattr(
@@ -169,7 +168,7 @@ def test_few_labels_are_all_that_is_seen(run, monkeypatch):
     assert len((run / "subsets" / "2-shot-seed3.txt").read_text().splitlines()) == 7
 
 
-def test_a_weights_file_needs_data_and_a_place(run, tmp_path, shards):
+def test_a_weights_file_requires_data_and_a_folder(run, tmp_path, shards):
     file = tmp_path / "copy.safetensors"
     shutil.copy(run / "student.safetensors", file)
     data = [f"data.train={shards[0]}", f"data.val={shards[1]}"]
@@ -205,7 +204,7 @@ def test_supervised_baselines_run_on_a_fine_tuned_teacher(run, tmp_path, recipe)
         and result["settings"]["init"] == "random"
     )
     assert result["step"] == 0
-    if recipe == "supervised_features":  # a resumed task has its projection
+    if recipe == "supervised_features":  # a resumed task includes its projection
         shutil.copytree(run / recipe, tmp_path / "whole")
         (run / recipe / "resume.pt").unlink()
         assert (
@@ -221,7 +220,7 @@ def test_supervised_baselines_run_on_a_fine_tuned_teacher(run, tmp_path, recipe)
         assert_same_outcome(tmp_path / "whole", run / recipe)
 
 
-def test_mistakes_are_one_line_and_touch_nothing(run, tmp_path):
+def test_mistakes_are_refused_before_anything_is_written(run, tmp_path):
     gone = tmp_path / "gone.safetensors"
     alone = make_shards(tmp_path / "alone", num=9, seed=3, classes=["all"], labels=0)
     for overrides, options, words in (
@@ -271,7 +270,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run):
     assert not (run / "results.jsonl").exists()
 
 
-def test_bf16_is_autocast(run):
+def test_bf16_trains_with_autocast_and_saves_fp32(run):
     assert (
         finetune(run, *PLAIN, "optim.epochs=6", "optim.global_batch=10", "precision=bf16")["scores"]["top1"]
         > 90
