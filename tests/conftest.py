@@ -18,7 +18,7 @@ def oracles() -> Path:
     folder = Path(os.environ.get("DMAE_DS_ORACLES", REPOSITORY.parent / "shared" / "oracles"))
     if folder.is_dir():
         return folder
-    message = f"NOT CHECKED AGAINST THE PUBLISHED CODE: folder {folder} not found; set DMAE_DS_ORACLES to the oracles"
+    message = f"NOT CHECKED AGAINST THE PUBLISHED CODE: folder {folder} not found; set DMAE_DS_ORACLES to it"
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
@@ -42,7 +42,7 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_recipe(digits, tmp_path_factory) -> list[str]:
-    """Arguments of `dmae-ds train`: 20 steps of DMAE, batch 16, teacher 48 x 4 cut at block 3, student 32 x 4."""
+    """Arguments of `dmae-ds train`: 20 steps of DMAE, batch 16, teacher 48 x 4, student 32 x 4."""
     import torch
     from safetensors.torch import save_file
 

@@ -94,17 +94,17 @@ def name_of(path: Path) -> str:
 
 def imports_of(path: Path, *, top_level_only: bool = False) -> set[str]:
     """Dotted names of everything a file imports; `from a import b` counts as a.b."""
-    found = set()
+    names = set()
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if top_level_only and node not in tree.body:
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def room_of(dotted: str) -> str | None:
@@ -121,19 +121,19 @@ def floor_of(room: str) -> int:
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if "dmae_ds" in path.parts], ids=name_of)
 def test_imports_point_down(path):
-    own = path.relative_to(REPOSITORY / "dmae_ds").parts[0].removesuffix(".py")
-    if own == "__init__":
+    importing = path.relative_to(REPOSITORY / "dmae_ds").parts[0].removesuffix(".py")
+    if importing == "__init__":
         assert not {room_of(name) for name in imports_of(path)} - {None}
         return
     for name in imports_of(path):
         room = room_of(name)
-        if room is not None and room != own:
-            assert floor_of(room) < floor_of(own), f"{name_of(path)} imports {name}"
+        if room is not None and room != importing:
+            assert floor_of(room) < floor_of(importing), f"{name_of(path)} imports {name}"
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if "data_prep" in path.parts], ids=name_of)
 def test_the_shard_tool_knows_the_shard_format_alone(path):
-    # the benchmark of reading measures the reader
+    # The benchmark of reading measures the reader.
     known = (
         ("dmae_ds.data.",)
         if path.name == "bench_reading.py"
@@ -147,8 +147,8 @@ def test_few_files_know_deepspeed_and_fewer_communicate(path):
     names = imports_of(path)
     if any(name.split(".")[0] == "deepspeed" for name in names):
         assert name_of(path) in KNOWS_DEEPSPEED or name_of(path).startswith("dmae_ds/teacher/")
-    communicates = (
-        any(name.startswith("torch.distributed") for name in names) or "torch.distributed" in path.read_text()
+    communicates = "torch.distributed" in path.read_text() or any(
+        name.startswith("torch.distributed") for name in names
     )
     assert not communicates or name_of(path) in COMMUNICATES
 
@@ -200,9 +200,8 @@ def test_every_config_field_is_read_somewhere():
             read |= {
                 node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
             }
-    overrides = set(run_schemas.ModelConfig.model_fields) - {
-        "name"
-    }  # handed on whole, by ModelConfig.overrides
+    # ModelConfig.overrides passes all of them on.
+    overrides = set(run_schemas.ModelConfig.model_fields) - {"name"}
     assert "overrides" in read
     fields = {field for cls in schema_classes() for field in cls.model_fields}
     assert len(fields) > 30
@@ -239,7 +238,7 @@ def test_the_tables_are_the_schemas():
     assert set(GLOBAL_POOLS) == choices(evaluation_schemas.ClassifierConfig, "pool")
 
 
-# Every room but the objectives' own and their schemas' wires or shows what an objective declares (objectives/base.py).
+# Every room but `objectives` and `config` wires or shows what an objective declares (objectives/base.py).
 # Exempt are two files about papers: the rows of published tables name the methods that they are about.
 NAME_NO_OBJECTIVE = [
     path
@@ -251,7 +250,10 @@ NAME_NO_OBJECTIVE = [
 
 @pytest.mark.parametrize("path", NAME_NO_OBJECTIVE, ids=name_of)
 def test_no_room_names_an_objective(path):
-    """No name in a string, as an identifier or in an import. Plain MAE is exempt: it is a teacher format and bench step's baseline."""
+    """No name is in a string, an identifier or an import.
+
+    Plain MAE is exempt: it is a teacher format and the baseline of bench step.
+    """
     from dmae_ds.objectives import OBJECTIVES
 
     names = set(OBJECTIVES) - {"mae"}
