@@ -91,13 +91,11 @@ def test_no_line_is_wide_and_none_is_kept_from_the_formatter():
     assert not bad
 
 
-@RED
 def test_files_are_short():
     lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PYTHON}
     assert not {name: length for name, length in lengths.items() if length > MAX_FILE_LINES}
 
 
-@RED
 def test_functions_are_short_and_take_few_parameters():
     long, many = {}, {}
     for path in PYTHON:
@@ -145,7 +143,6 @@ def test_words_are_plain():
     assert not bad, "\n".join(bad)
 
 
-@RED
 def test_the_root_readme_is_short_and_names_every_room():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert len(text.encode()) <= MAX_ROOT_README_BYTES

@@ -102,7 +102,6 @@ def test_every_path_and_link_exists(readme):
     assert not missing
 
 
-@RED
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
 def test_every_source_file_in_code_exists(readme):
     text = "\n".join(CODE.findall(readme.read_text(encoding="utf-8")))
@@ -111,14 +110,12 @@ def test_every_source_file_in_code_exists(readme):
     assert not named - known
 
 
-@RED
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
 def test_every_command_exists(readme):
     problems = [problem_with(program, line) for program, line in commands_in(readme)]
     assert not [problem for problem in problems if problem]
 
 
-@RED
 def test_the_root_readme_shows_the_way_to_imagenet():
     lines = [f"{program} {line}" for program, line in commands_in(REPOSITORY / "README.md")]
     for command in ("dmae-shards make", "dmae-ds plan", "dmae-ds doctor", "dmae-ds train", "dmae-ds eval"):
