@@ -25,7 +25,7 @@ def render(check: Check) -> str:
     return f"{line}\n      {'':<11} -> {check.fix}" if check.fix else line
 
 
-def verdict_line(checks: list[Check]) -> str:
+def count_verdicts(checks: list[Check]) -> str:
     """How many checks passed, failed, warned and were skipped."""
     count = {verdict: sum(check.verdict == verdict for check in checks) for verdict in (OK, WARN, FAIL, SKIP)}
     num_done = len(checks) - count[SKIP]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmae_ds.doctor import judge_machines as machines
-from dmae_ds.doctor.check import FAIL, SKIP, Check, join_names, list_values, render, verdict_line
+from dmae_ds.doctor.check import FAIL, SKIP, Check, count_verdicts, join_names, list_values, render
 from dmae_ds.doctor.hostfile import Node, read_hostfile
 from dmae_ds.doctor.judge_machines import Facts, Target
 from dmae_ds.doctor.judge_network import judge_interface, judge_master, judge_port
@@ -149,7 +149,7 @@ def print_head(question: Question, nodes: list[Node]) -> None:
     print(f"{question.recipe or 'no recipe'}, {num_ranks} rank{plural}: {slots}", flush=True)
 
 
-def first_request(question: Question, nodes: list[Node], index: int, *, word: str, port: int | None) -> dict:
+def make_request(question: Question, nodes: list[Node], index: int, *, word: str, port: int | None) -> dict:
     """A node's request for the round `look`. port: the one to check on the first node; None to check none."""
     return {
         "round": "look",
@@ -165,7 +165,7 @@ def first_request(question: Question, nodes: list[Node], index: int, *, word: st
     }
 
 
-def later_request(name: str, request: dict, facts: dict) -> dict:
+def make_later_request(name: str, request: dict, facts: dict) -> dict:
     """The request for a later round, from the first one and the facts that answered it."""
     folder = facts.get("run_dir", {})
     return {**request, "round": name, "run_dir": folder.get("path"), "made": folder.get("made", [])}
@@ -188,7 +188,7 @@ def check_start(
 
 def finish(table: Table, question: Question, launch: Launch) -> bool:
     """Print the count and, if no check failed, the command; returns whether none failed."""
-    print(f"\n{verdict_line(table.checks)}", end="")
+    print(f"\n{count_verdicts(table.checks)}", end="")
     if table.failed():
         print(flush=True)
         return False

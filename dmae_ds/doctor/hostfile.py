@@ -55,8 +55,8 @@ def read_hostfile(path: Path) -> list[Node]:
     return list(nodes.values())
 
 
-def exported_environment(environment: dict[str, str], *, cwd: Path, home: Path) -> dict[str, str]:
-    """The variables that the `deepspeed` launcher sets on every node.
+def read_exports(environment: dict[str, str], *, cwd: Path, home: Path) -> dict[str, str]:
+    """Read the variables that the `deepspeed` launcher sets on every node.
 
     They are some variables of this machine, then the lines of ~/.deepspeed_env and ./.deepspeed_env. Raises
     UserError for a line of these files that is not NAME=VALUE; DeepSpeed ends with a traceback there.
@@ -78,6 +78,6 @@ def exported_environment(environment: dict[str, str], *, cwd: Path, home: Path) 
 
 
 def environment_files(environment: dict[str, str], *, cwd: Path, home: Path) -> list[Path]:
-    """Those of DeepSpeed's two files that exist; the later one overrides the earlier."""
+    """List DeepSpeed's files of exported variables that exist; the later one overrides the earlier."""
     name = environment.get("DS_ENV_FILE", ".deepspeed_env")
     return [path for path in dict.fromkeys((home / name, cwd / name)) if path.is_file()]

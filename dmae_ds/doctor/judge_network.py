@@ -91,7 +91,7 @@ def _judge_node(
         # gloo binds to the address that the host's own name resolves to.
         reachable = [address for address in network["own_name"] if not _is_loopback(address)]
         if reachable:
-            return OK, interface_of(reachable[0], interfaces) or reachable[0]
+            return OK, find_interface(reachable[0], interfaces) or reachable[0]
         resolved = join_names(network["own_name"]) or "nothing"
         return FAIL, f"the host name resolves to {resolved}, which gloo would give to the others,"
     matching = [interface for interface in interfaces if matches(value, interface, nccl=gpus)]
@@ -129,10 +129,10 @@ def _find_route(node: str, node_facts: dict, meetings: Facts, target: Target) ->
         address = target.master_address
     else:
         address = meetings.get(node, {}).get("reached", {}).get(target.master_address, {}).get("from")
-    return None if address is None else interface_of(address, node_facts["network"]["interfaces"])
+    return None if address is None else find_interface(address, node_facts["network"]["interfaces"])
 
 
-def interface_of(address: str, interfaces: dict[str, list[str]]) -> str | None:
+def find_interface(address: str, interfaces: dict[str, list[str]]) -> str | None:
     """The interface that has an address, or None."""
     for name, addresses in interfaces.items():
         if address in [item.partition("%")[0] for item in addresses]:

@@ -48,7 +48,7 @@ def meet(request: dict) -> dict:
         answer = {}
         if request["listening"]:
             answer = guarded(partial(call, address, request["port"], request["word"]))
-        reached[address] = answer | {"from": source_address(address, request["port"])}
+        reached[address] = answer | {"from": find_source_address(address, request["port"])}
     tokens = guarded(lambda: {"seen": list_tokens(request)}) if request["run_dir"] else None
     return {"reached": reached, "tokens": tokens}
 
@@ -76,7 +76,7 @@ def call(address: str, port: int, word: str) -> dict:
     return {} if answer == word else {"error": "another program answers there"}
 
 
-def source_address(address: str, port: int) -> str | None:
+def find_source_address(address: str, port: int) -> str | None:
     """The address of this node that packets to another address leave from; sends none."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:

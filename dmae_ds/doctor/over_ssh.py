@@ -17,12 +17,12 @@ from dmae_ds.doctor.checklist import (
     check_start,
     find_nodes,
     finish,
-    first_request,
     judge,
-    later_request,
+    make_later_request,
+    make_request,
     print_head,
 )
-from dmae_ds.doctor.hostfile import exported_environment
+from dmae_ds.doctor.hostfile import read_exports
 from dmae_ds.doctor.judge_machines import Facts, Target
 from dmae_ds.doctor.reach import Reach, Trouble
 from dmae_ds.doctor.start import Launch, survives_pdsh
@@ -37,7 +37,7 @@ def examine(question: Question) -> bool:
     """
     nodes, cwd = find_nodes(question), Path.cwd()
     over_ssh = question.hostfile is not None
-    exports = exported_environment(dict(os.environ), cwd=cwd, home=Path.home()) if over_ssh else {}
+    exports = read_exports(dict(os.environ), cwd=cwd, home=Path.home()) if over_ssh else {}
     reach = Reach(local=not over_ssh, limit_s=question.limit_s, exports=exports, cwd=cwd)
     kind = "pdsh" if over_ssh else "alone"
     target = Target(nodes, kind, question.address, question.port, question.recipe)
@@ -47,7 +47,7 @@ def examine(question: Question) -> bool:
     table = Table()
     print_head(question, nodes)
     requests = {
-        node.name: first_request(question, nodes, index, word=word, port=question.port)
+        node.name: make_request(question, nodes, index, word=word, port=question.port)
         for index, node in enumerate(nodes)
     }
     facts: Facts = {}
@@ -70,7 +70,7 @@ def examine(question: Question) -> bool:
         check_start(table, question, launch, facts, word=word, cwd=cwd)
     finally:
         if facts:
-            leave = {node: later_request("leave", requests[node], facts[node]) for node in facts}
+            leave = {node: make_later_request("leave", requests[node], facts[node]) for node in facts}
             reach.ask_all(leave)
     return finish(table, question, launch)
 
@@ -99,7 +99,7 @@ def _meet(reach: Reach, requests: dict[str, dict], facts: Facts, target: Target)
     addresses = list(dict.fromkeys(filter(None, candidates[: MAX_ADDRESSES + 1])))
     calls = {
         node: {
-            **later_request("meet", requests[node], facts[node]),
+            **make_later_request("meet", requests[node], facts[node]),
             "addresses": addresses,
             "listening": listening,
         }

@@ -95,7 +95,7 @@ class Reach:
             return inspect
         exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in self.exports.items())
         remote = f"{exports}cd {shlex.quote(str(self.cwd))} && {shlex.join(inspect)}"
-        return [*ssh_command(node, dict(os.environ)), remote]
+        return [*make_ssh_command(node, dict(os.environ)), remote]
 
     @contextmanager
     def listening(self, node: str, request: dict) -> Iterator[None]:
@@ -141,7 +141,7 @@ def end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def ssh_command(node: str, environment: dict[str, str]) -> list[str]:
+def make_ssh_command(node: str, environment: dict[str, str]) -> list[str]:
     """The ssh command that pdsh would use, but never asking for a password.
 
     PDSH_SSH_ARGS and PDSH_SSH_ARGS_APPEND have the same meaning as for pdsh.

@@ -14,9 +14,9 @@ from dmae_ds.doctor.checklist import (
     check_start,
     find_nodes,
     finish,
-    first_request,
     judge,
-    later_request,
+    make_later_request,
+    make_request,
     print_head,
 )
 from dmae_ds.doctor.hostfile import Node
@@ -52,14 +52,14 @@ def examine(question: Question) -> bool:
     launch = Launch(kind, nodes, question.port, question.address, str(question.hostfile), index)
     target = Target(nodes, kind, question.address, question.port, question.recipe)
     reach = Reach(local=True, limit_s=question.limit_s, cwd=cwd)
-    request = first_request(question, nodes, index, word=word, port=None)
+    request = make_request(question, nodes, index, word=word, port=None)
     mine = reach.ask(name, request)
     if isinstance(mine, Trouble):
         mine = {"trouble": [f"{name}: {mine.what}", mine.fix]}
     try:
         answers = meeting.gather("facts", mine)
         facts = {node.name: part for node, part in zip(nodes, answers, strict=True) if "trouble" not in part}
-        meetings = _meet(meeting, reach, question, nodes, later_request("meet", request, mine), mine)
+        meetings = _meet(meeting, reach, question, nodes, make_later_request("meet", request, mine), mine)
         clocks = meeting.gather("clock", meeting.compare_clocks())
         clocks_by_node = {node.name: clock for node, clock in zip(nodes, clocks, strict=True)}
         _check_python(table, answers)
@@ -68,7 +68,7 @@ def examine(question: Question) -> bool:
         check_start(table, question, launch, facts, word=word, cwd=cwd)
     finally:
         if "trouble" not in mine:
-            reach.ask(name, later_request("leave", request, mine))
+            reach.ask(name, make_later_request("leave", request, mine))
     if index == 0:
         return finish(table, question, launch)
     failures = [render(check) for check in table.checks if check.verdict == FAIL]

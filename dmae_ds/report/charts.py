@@ -20,7 +20,7 @@ def draw_losses(records: dict[str, RunRecord]) -> Charts:
     if all(len(record.losses) == 2 for record in records.values()):
         losses.remove("loss")  # a total of one part is that part
     charts = {
-        file_name(loss): draw_curves(f"{loss} (training)", _curves(records, loss), unit=_unit_of_loss(loss))
+        safe_name(loss): draw_curves(f"{loss} (training)", _curves(records, loss), unit=_unit_of_loss(loss))
         for loss in losses
     }
     knn = _curves(records, "knn/top1")
@@ -29,7 +29,7 @@ def draw_losses(records: dict[str, RunRecord]) -> Charts:
     for share in _columns(records, "share/"):
         title = f"distillation's share of the gradient, block {block_of(share)}"
         curves = _curves(records, share)
-        charts[file_name(share)] = draw_curves(title, curves, unit="% of the gradient", share=True)
+        charts[safe_name(share)] = draw_curves(title, curves, unit="% of the gradient", share=True)
     return charts
 
 
@@ -47,7 +47,7 @@ def _draw_ranks(records: dict[str, RunRecord]) -> Charts:
         if curves:
             mark = (DEAD_RANK, f"collapsed below {DEAD_RANK:g}") if column in judged else None
             figure = draw_curves(title, curves, unit="directions", from_zero=True, mark=mark)
-            charts[file_name(column)] = figure
+            charts[safe_name(column)] = figure
     return charts
 
 
@@ -71,7 +71,7 @@ def _draw_norms(records: dict[str, RunRecord]) -> Charts:
         if column in distilled:
             curves = [curve for curve in _curves(records, column) if last[curve.name] != column]
             title = f"feature norm, distilled block {block_of(column)}"
-            charts[file_name(column)] = draw_curves(title, curves, unit=unit)
+            charts[safe_name(column)] = draw_curves(title, curves, unit=unit)
     if last:
         curves = [
             curve for name, column in last.items() for curve in _curves(records, column) if curve.name == name
@@ -96,7 +96,7 @@ def draw_times(records: dict[str, RunRecord]) -> Charts:
     return charts
 
 
-def file_name(name: str) -> str:
+def safe_name(name: str) -> str:
     """A name with characters that are safe in a file's name."""
     return re.sub(r"[^\w.-]", "-", name)
 

@@ -22,7 +22,7 @@ class Section:
 def render_page(
     names: list[str], alarms: list[tuple[str, str]], columns: list[dict[str, Fact]], sections: list[Section]
 ) -> str:
-    """The whole page.
+    """Render the whole page.
 
     alarms: (kind, sentence); columns: the facts of each run, in the order of names
     Bodies of sections are HTML, all other text is escaped here.

@@ -1,6 +1,6 @@
 """The rows of the papers' tables, and the conditions under which a run of ours is one of them.
 
-`published.json` holds every number of the tables with the settings that its row names. `conditions_for` turns
+`published.json` holds every number of the tables with the settings that its row names. `find_conditions` turns
 a row into conditions on a run's facts and on one of its results; any run that fulfils them fills the row.
 """
 
@@ -112,7 +112,7 @@ METHODS_OF_TABLE_9 = {"DINO": "dino", "MoCo-v3": "mocov3"}
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a run must be to fill a row.
+    """The conditions under which a run fills a row.
 
     facts: of the run (`runs.collect_facts`); result: of a line of its results.jsonl, in its fields or its
     settings
@@ -130,12 +130,12 @@ def read_published() -> tuple[dict, list[dict]]:
     return content["settings"], content["results"]
 
 
-def conditions_for(row: dict) -> Conditions | None:
+def find_conditions(row: dict) -> Conditions | None:
     """The conditions of a row; None if this project does not have the row's method."""
     return {"dmae": _dmae, "g2sd supplement": _g2sd, "sdae": _sdae}[row["paper"]](row)
 
 
-def matching_result(run: Run, conditions: Conditions) -> dict | None:
+def find_result(run: Run, conditions: Conditions) -> dict | None:
     """The newest result of a run that fulfils the conditions, or None."""
     if any(run.facts.get(key) != value for key, value in conditions.facts.items()):
         return None

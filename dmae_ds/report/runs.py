@@ -19,7 +19,7 @@ FILES_OF_A_RUN = ("student.safetensors", "metrics.jsonl")  # an evaluation's fol
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run folder, read for the results page.
 
     facts: as `collect_facts` gives them; facts["finished"]: whether it came to its end
     results: those of its last step; hours: wall time of pre-training; world_size: its ranks, None if not

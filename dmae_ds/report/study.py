@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from dmae_ds.evaluate.results import METRICS, headline
 from dmae_ds.report.runs import Run
-from dmae_ds.report.study_names import default_objectives, describe_training, find_source_run, name_settings
+from dmae_ds.report.study_names import describe_training, find_source_run, list_defaults, name_settings
 
 _LABELS = ("all", "10%", "1%")
 TEACHER = "teacher: "  # the names of runs that taught others start with this
@@ -56,7 +56,7 @@ def group(runs: list[Run]) -> list[Setting]:
         key = (role, json.dumps(training, sort_keys=True))
         trainings[key] = training
         members.setdefault(key, []).append(run)
-    defaults = default_objectives(runs)
+    defaults = list_defaults(runs)
     names = {}
     for role in {role for role, _ in trainings}:
         of_role = {key: training for key, training in trainings.items() if key[0] == role}
@@ -84,7 +84,7 @@ def _collect_values(runs: list[Run]) -> dict[Column, list[float]]:
     return values
 
 
-def columns_of(settings: list[Setting]) -> dict[Column, str]:
+def list_columns(settings: list[Setting]) -> dict[Column, str]:
     """Every column that a setting has a value in, with its heading, by metric and from many labels to few."""
     columns = list(dict.fromkeys(column for setting in settings for column in setting.values))
     places = {name: place for place, name in enumerate((*METRICS, *_LABELS))}

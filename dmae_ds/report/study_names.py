@@ -1,4 +1,4 @@
-"""Short names for runs, by the options that tell a training, apart from seed and folders, from the others."""
+"""Names for runs by the options in which they differ, without seed and folders."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _is_student_of(folder: Path, model: StudentConfig | TeacherConfig) -> bool:
     return Path(model.weights).expanduser() in (folder, folder / "student.safetensors")
 
 
-def default_objectives(runs: list[Run]) -> dict[str, dict]:
+def list_defaults(runs: list[Run]) -> dict[str, dict]:
     """The default options of each objective of these runs, flat, by the objective's name."""
     schemas = {run.config.objective.name: type(run.config.objective) for run in runs}
     return {

@@ -1,4 +1,4 @@
-"""From run folders to the page and its figures."""
+"""The page of run folders, put together from charts, boards and facts, and its figures as files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dmae_ds.evaluate.facts import Fact, find_collapses, find_dead_terms, list_f
 from dmae_ds.evaluate.record import RunRecord, read_record
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.output.durable import replacing
-from dmae_ds.report.charts import Charts, draw_health, draw_losses, draw_times, file_name
+from dmae_ds.report.charts import Charts, draw_health, draw_losses, draw_times, safe_name
 from dmae_ds.report.figures import MAX_POINTS, draw_grid, draw_mosaic
 from dmae_ds.report.page import Section, missing, place_charts, place_runs, render_page
 from dmae_ds.report.reference import Teachers
@@ -152,7 +152,7 @@ def _board_section(
         blocks.append((name, small, board.html()))
         title = f"{name} {small}".strip()
         figure = draw_mosaic(title, board.mosaic(light("--surface")), board.labels, board.heads)
-        _save_figure(folder, f"{key}-{file_name(name)}", figure)
+        _save_figure(folder, f"{key}-{safe_name(name)}", figure)
     return Section(*NOTES[key], place_runs(blocks))
 
 
@@ -164,7 +164,7 @@ def _cka_section(views: dict[str, Views], folder: Path) -> Section:
             title, pairs = f"{name} and {views_of_run.teacher}", views_of_run.pairs
             labels = {"rows": "student's block", "columns": "teacher's block"}
             figure = draw_grid(title, views_of_run.cka, **labels, marked=pairs)
-            _save_figure(folder, f"cka-{file_name(name)}", figure)
+            _save_figure(folder, f"cka-{safe_name(name)}", figure)
             body = place_charts([to_svg(figure)])
         if "cka" in views_of_run.missing:
             body += missing(views_of_run.missing["cka"])

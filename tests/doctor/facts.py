@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from dmae_ds.doctor.check import FAIL, OK, SKIP, Check, render, verdict_line
+from dmae_ds.doctor.check import FAIL, OK, SKIP, Check, count_verdicts, render
 from dmae_ds.doctor.checklist import Table, judge
 from dmae_ds.doctor.hostfile import Node
 from dmae_ds.doctor.judge_machines import Target
@@ -122,4 +122,4 @@ def assert_one_wrong(changes: dict[str, Any], name: str, verdict: str, detail: s
     assert_check(checks[name], verdict, detail, fix)
     assert {other for other, check in checks.items() if check.verdict not in (OK, SKIP)} == {name}
     assert len(render(checks[name]).splitlines()) == 2
-    assert verdict_line(list(checks.values())).startswith("1 of " if verdict == FAIL else "all ")
+    assert count_verdicts(list(checks.values())).startswith("1 of " if verdict == FAIL else "all ")

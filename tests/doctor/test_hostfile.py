@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmae_ds.doctor.hostfile import Node, exported_environment, read_hostfile
+from dmae_ds.doctor.hostfile import Node, read_exports, read_hostfile
 from tests.messages import refused
 
 HOSTFILES = [
@@ -49,7 +49,7 @@ def test_exported_variables_are_those_of_the_launcher(tmp_path):
     home.mkdir(), cwd.mkdir()
     (home / ".deepspeed_env").write_text("A=1\nB=x=y\n")
     (cwd / ".deepspeed_env").write_text("A=2\n")
-    exported = exported_environment(
+    exported = read_exports(
         {"PYTHONPATH": "/p", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "UCX_TLS": "tcp"},
         cwd=cwd,
         home=home,
@@ -68,4 +68,4 @@ def test_exported_variables_are_those_of_the_launcher(tmp_path):
 def test_a_line_that_breaks_the_launcher_is_named(tmp_path, line):
     (tmp_path / ".deepspeed_env").write_text(f"A=1\n{line}\nB=2\n")
     with refused(".deepspeed_env, line 2", f"'{line}'", "NAME=VALUE"):
-        exported_environment({}, cwd=tmp_path, home=tmp_path)
+        read_exports({}, cwd=tmp_path, home=tmp_path)

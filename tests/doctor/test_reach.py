@@ -15,7 +15,15 @@ from dmae_ds.doctor import inspect_node, later_rounds
 from dmae_ds.doctor.answer import MARK, decode_answer, encode
 from dmae_ds.doctor.inspect_node import hash_code, inspect_port, read_requirements
 from dmae_ds.doctor.inspect_recipe import find_holder
-from dmae_ds.doctor.reach import Reach, Trouble, compare_clocks, end_group, explain, ssh_command, start_group
+from dmae_ds.doctor.reach import (
+    Reach,
+    Trouble,
+    compare_clocks,
+    end_group,
+    explain,
+    make_ssh_command,
+    start_group,
+)
 from tests.train.conftest import free_port
 
 PYTHON, WORK = "/venv/bin/python", "/srv/work"
@@ -50,7 +58,7 @@ def test_last_words_are_explained(code, errors, where, what, fix):
 
 
 def test_ssh_gets_the_arguments_of_pdsh_and_never_asks():
-    words = ssh_command("node1", {"PDSH_SSH_ARGS_APPEND": "-F '/my config' -p 2222"})
+    words = make_ssh_command("node1", {"PDSH_SSH_ARGS_APPEND": "-F '/my config' -p 2222"})
     assert words[:2] == ["ssh", "-oBatchMode=yes"] and words[-1] == "node1"
     assert words[3:7] == ["-F", "/my config", "-p", "2222"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmae_ds.cli.main import main
-from dmae_ds.report.published import conditions_for, matching_result, read_published
+from dmae_ds.report.published import find_conditions, find_result, read_published
 from dmae_ds.report.results_page import PAPERS, render_published, write_results_page
 from dmae_ds.report.runs import read_run
 from tests.messages import refused
@@ -23,8 +23,8 @@ def filled(run):
     return {
         f"{row['table']}: {row['what']}"
         for row in rows
-        for conditions in [conditions_for(row)]
-        if conditions and matching_result(run, conditions)
+        for conditions in [find_conditions(row)]
+        if conditions and find_result(run, conditions)
     }
 
 
@@ -37,8 +37,8 @@ def test_every_published_row_is_on_the_page_as_it_was_published():
         assert cells[:3] == [row["table"], row["what"], row["metric"]] and cells[4].split(" (")[0] == str(
             row["value"]
         )
-        assert cells[5] == ("not run" if conditions_for(row) else "not run*")
-    assert sum(conditions_for(row) is not None for row in rows) == 86
+        assert cells[5] == ("not run" if find_conditions(row) else "not run*")
+    assert sum(find_conditions(row) is not None for row in rows) == 86
 
 
 def test_the_committed_page_is_what_the_generator_prints(tmp_path):

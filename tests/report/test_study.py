@@ -6,7 +6,7 @@ import re
 
 from dmae_ds.report.results_page import write_results_page
 from dmae_ds.report.runs import find_runs
-from dmae_ds.report.study import Column, Setting, columns_of, group
+from dmae_ds.report.study import Column, Setting, group, list_columns
 from dmae_ds.report.study_names import describe_training, name_settings
 from dmae_ds.report.study_plot import draw_study
 from tests.report.made_runs import KNN, make_run
@@ -50,7 +50,7 @@ def test_settings_are_runs_that_differ_in_their_seed_alone(tmp_path):
     settings = group(find_runs([make_study(tmp_path / "study")]))
     assert [setting.name for setting in settings] == ["dmae", "dmae, mask_ratio 0.9", "mae", "teacher: mae"]
     assert all(setting.seeds == [0, 1] for setting in settings)
-    headings = columns_of(settings)
+    headings = list_columns(settings)
     assert list(headings.values()) == ["k-NN, k 10", "k-NN, k 20", "k-NN, 10% labels"]
     by_heading = {heading: settings[0].values.get(column) for column, heading in headings.items()}
     assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
