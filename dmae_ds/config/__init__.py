@@ -1,1 +1,1 @@
-"""The recipe: what a run is made of, in plain values. Nothing in this room imports torch."""
+"""Recipes: schemas with plain values, and the files that hold them. Nothing here imports torch."""

@@ -1,11 +1,12 @@
-"""How a global batch is cut into ranks, micro-batches and accumulation. One rule for train, plan, bench and finetune.
+"""The one rule by which train, plan, bench and finetune cut a global batch.
 
     global batch = world_size x micro_batch x accumulation
 
-Every rank takes an equal share of the global batch, in `accumulation` micro-batches of `micro_batch` images. A recipe's
-`optim.micro_batch` is an upper bound: the largest divisor of the share below it is taken, so that a run can continue on
-another number of ranks. Two things limit the cut: images that must stay in one micro-batch (repeated views of an image,
-images that are mixed), and objectives that compare all images of the batch, which accumulate nothing.
+Every rank takes an equal share of the global batch, in `accumulation` micro-batches of `micro_batch` images.
+A recipe's `optim.micro_batch` is an upper bound: the largest divisor of the share below it is taken, so that
+a run can continue on another number of ranks. Two things limit the cut: images that must stay in one
+micro-batch (repeated views of an image, images that are mixed), and objectives that compare all images of the
+batch, which accumulate nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class BatchSplit(NamedTuple):
 def split_recipe(config: RunConfig, world_size: int, *, fitted: int | None = None) -> BatchSplit:
     """Cut a recipe's global batch for so many ranks.
 
-    fitted: micro-batch of the checkpoint that is resumed; it bounds the cut where the recipe gives no `optim.micro_batch`
+    fitted: micro-batch of the checkpoint that is resumed; it bounds the cut where the recipe gives no
+      `optim.micro_batch`
     Raises UserError where the batch can't be cut.
     """
     objective, optim = config.objective, config.optim
@@ -41,15 +43,17 @@ def split_recipe(config: RunConfig, world_size: int, *, fitted: int | None = Non
     split = split_batch(optim.global_batch, bound, world_size, group_size=group_size(config))
     if objective.needs_whole_batch and split.accumulation > 1:
         raise UserError(
-            f"objective {objective.name} compares all images of a batch, but optim.micro_batch {bound} cuts each rank's "
-            f"share of optim.global_batch {optim.global_batch} into {split.accumulation}; remove optim.micro_batch, "
+            f"objective {objective.name} compares all images of a batch, but optim.micro_batch {bound} cuts "
+            "each rank's "
+            f"share of optim.global_batch {optim.global_batch} into {split.accumulation}; remove "
+            "optim.micro_batch, "
             "or use more ranks or a smaller batch"
         )
     return split
 
 
 def smaller_split(config: RunConfig, world_size: int, split: BatchSplit) -> BatchSplit | None:
-    """The recipe's cut with at most half as many images in a micro-batch; None where there is no smaller one."""
+    """The next cut with at most half as many images in a micro-batch; None where there is none."""
     if config.objective.needs_whole_batch or split.micro_batch < 2 * group_size(config):
         return None
     try:
@@ -61,7 +65,7 @@ def smaller_split(config: RunConfig, world_size: int, split: BatchSplit) -> Batc
 
 
 def group_size(config: RunConfig) -> int:
-    """Number of consecutive images that stay in one micro-batch: views of one image, or images that are mixed."""
+    """Number of consecutive images that stay in one micro-batch: crops of an image, or images to mix."""
     return max(config.data.repeat, config.objective.mix_group_size)
 
 
@@ -87,7 +91,8 @@ def split_batch(
     if not sizes:
         limit = f", at most optim.micro_batch {micro_batch} at once" if micro_batch else ""
         raise UserError(
-            f"{group_size} images stay in one micro-batch (data.repeat, or images that are mixed), which does not "
+            f"{group_size} images stay in one micro-batch (data.repeat, or images that are mixed), which "
+            "does not "
             f"divide the {share} images of a rank's step{limit}; choose another optim.global_batch"
         )
     if exact and sizes[-1] != (micro_batch or share):

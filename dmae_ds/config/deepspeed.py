@@ -1,8 +1,8 @@
-"""A DeepSpeed JSON (ours or the user's own) checked and joined with what the recipe owns.
+"""Checks a DeepSpeed JSON and fills in what the recipe decides.
 
-DeepSpeed accepts misspelt keys without a word, and clips at 1.0 unless told otherwise. So every key is held against a
-table before DeepSpeed sees it, and batch sizes, clipping and precision always come from the recipe: in the JSON they
-may be absent, "auto", or equal to the recipe's; anything else is an error that names both.
+DeepSpeed accepts misspelt keys silently, and clips gradients at 1.0 by default. So every key is compared with
+a table first, and batch sizes, clipping and precision always come from the recipe: in the JSON they may be
+absent, "auto", or equal to the recipe's; anything else is an error that names both.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from dmae_ds.config.shipped import find_file
 from dmae_ds.errors import UserError
 
-# DeepSpeed 0.19's keys that act on this trainer; None: a plain value. `tests/config/test_deepspeed.py` holds the
-# sections against the installed DeepSpeed's own schema.
+# DeepSpeed 0.19's keys that have an effect in this trainer; None: a plain value.
+# `tests/config/test_deepspeed.py` compares the sections with the installed DeepSpeed's schema.
 KNOWN: dict[str, Any] = {
     "zero_optimization": {
         **dict.fromkeys(
@@ -92,9 +92,8 @@ KNOWN: dict[str, Any] = {
     "comms_logger": dict.fromkeys(["enabled", "verbose", "prof_all", "prof_ops", "debug"]),
     "data_types": dict.fromkeys(["grad_accum_dtype"]),
     "timers": {"throughput": dict.fromkeys(["enabled", "synchronized"])},
-    "checkpoint": dict.fromkeys(
-        ["tag_validation", "parallel_write"]
-    ),  # use_node_local_storage: all nodes share the run folder
+    # Without use_node_local_storage: all nodes share the run folder.
+    "checkpoint": dict.fromkeys(["tag_validation", "parallel_write"]),
     **dict.fromkeys(
         [
             "train_batch_size",
@@ -116,7 +115,7 @@ KNOWN: dict[str, Any] = {
     ),
 }
 
-# Keys that DeepSpeed has and this trainer does otherwise, with the place that owns them here.
+# DeepSpeed's keys that have another place here.
 OWNED_ELSEWHERE = {
     "optimizer": "the recipe's `optim` section",
     "scheduler": "the recipe's `optim` section",
@@ -130,10 +129,11 @@ OWNED_ELSEWHERE = {
 def load_deepspeed(
     name: str, *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, precision: str
 ) -> dict:
-    """The complete DeepSpeed config of a run.
+    """Read a DeepSpeed file and complete it for a run.
 
-    name: a shipped file's name or a path; the other arguments are the recipe's.
-    Raises UserError for unreadable JSON, unknown keys (with the nearest known one) and conflicts with the recipe.
+    name: a path, or the name of a shipped file; the other arguments come from the recipe
+    Raises UserError for unreadable JSON, unknown keys (with the nearest known one) and conflicts with the
+    recipe.
     """
     path = find_file("DeepSpeed file", name)
     try:
@@ -151,22 +151,23 @@ def load_deepspeed(
     if precision == "bf16" and stage == 0:
         # Measured with DeepSpeed 0.19.8: its first Adam update is about 3/4 of the right one.
         raise UserError(
-            f"precision bf16 is wrong under ZeRO 0 in DeepSpeed ({path.name}); use precision=bf16_autocast, or deepspeed=zero1 or higher"
+            f"precision bf16 gives wrong updates in DeepSpeed under ZeRO 0 ({path.name}); "
+            "use precision=bf16_autocast, or deepspeed=zero1 or higher"
         )
     for key, value, owner in _owned_by_recipe(micro_batch, accumulation, world_size, clip_grad, precision):
         _put(config, key.split("."), value, owner, path)
-    _spare_waits(config, world_size)
+    _avoid_waits(config, world_size)
     return config
 
 
-def _spare_waits(config: dict, world_size: int) -> None:
-    """Leave out what makes the host wait for the device in every step, unless the file asks for it.
+def _avoid_waits(config: dict, world_size: int) -> None:
+    """Turn off what makes the host wait for the device in every step, unless the file asks for it.
 
-    - DeepSpeed's throughput timer synchronises twice a micro-batch; metrics.jsonl says images/s without.
-    - It reads the gradient's norm, to skip a step that is not finite. Nothing is clipped here, bf16 and fp32 don't overflow, and
-      a loss that is not finite ends a run with nothing saved (train/metrics.py). fp16 needs the check. ZeRO 3 has no such switch,
-      and neither has an optimiser on the CPU.
-    - overlap_comm synchronises once a bucket of gradients; alone, there is nothing to overlap.
+    - DeepSpeed's throughput timer synchronises twice in a micro-batch; metrics.jsonl has images/s without it.
+    - DeepSpeed reads the gradient's norm, to skip a step that is not finite. Only fp16 and clipping need it:
+      bf16 and fp32 don't overflow, and a loss that is not finite ends a run with nothing saved
+      (train/metrics.py). Neither ZeRO 3 nor an optimiser on the CPU has this switch.
+    - overlap_comm synchronises once for each bucket of gradients; on one rank there is nothing to overlap.
     """
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     zero = config.get("zero_optimization", {})
@@ -180,29 +181,29 @@ def _spare_waits(config: dict, world_size: int) -> None:
 
 
 def zero_stage(config: dict) -> int:
-    """The ZeRO stage that a loaded config asks for."""
+    """ZeRO stage of a loaded config."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def check_compile(compile: bool, name: str, config: dict) -> None:
-    """Raise UserError where `compile` is set under ZeRO 3, whose hooks fetch the weights that a compiled block would hold."""
+    """Raise UserError where `compile` is set under ZeRO 3, whose hooks a compiled block would skip."""
     if compile and zero_stage(config) == 3:
         raise UserError(
-            f"compile=true does not work under ZeRO 3 ({name}): weights are fetched by hooks that a compiled block "
-            "does not run; use deepspeed=zero2, or compile=false"
+            f"compile=true does not work under ZeRO 3 ({name}), whose hooks a compiled block would skip; "
+            "use deepspeed=zero2, or compile=false"
         )
 
 
-def _check_keys(found: dict, known: dict, path: Path, prefix: str) -> None:
-    for key, value in found.items():
+def _check_keys(section: dict, known: dict, path: Path, prefix: str) -> None:
+    for key, value in section.items():
         if key not in known:
             if not prefix and key in OWNED_ELSEWHERE:
                 raise UserError(
-                    f"{path}: '{key}' belongs to {OWNED_ELSEWHERE[key]} here; remove it from the DeepSpeed file"
+                    f"{path}: '{key}' is set by {OWNED_ELSEWHERE[key]}; remove it from the DeepSpeed file"
                 )
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-            raise UserError(f"{path}: {prefix}{key} is unknown to this trainer; {hint}")
+            raise UserError(f"{path}: {prefix}{key} is unknown; {hint}")
         if isinstance(known[key], dict):
             if not isinstance(value, dict):
                 raise UserError(f"{path}: {prefix}{key} is {value!r}, expected an object")
@@ -228,9 +229,10 @@ def _put(config: dict, keys: list[str], value: Any, owner: str, path: Path) -> N
     *parents, last = keys
     for parent in parents:
         config = config.setdefault(parent, {})
-    found = config.get(last, "auto")
-    if found != "auto" and found != value:
+    given = config.get(last, "auto")
+    if given not in ("auto", value):
         raise UserError(
-            f'{path}: {".".join(keys)} is {found!r}, but the recipe\'s {owner} gives {value!r}; remove it from the DeepSpeed file or write "auto"'
+            f"{path}: {'.'.join(keys)} is {given!r}, but the recipe's {owner} gives {value!r}; "
+            'remove it from the DeepSpeed file or write "auto"'
         )
     config[last] = value

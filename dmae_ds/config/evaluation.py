@@ -1,7 +1,8 @@
 """Schemas of the recipes that train a classifier: `dmae-ds eval finetune` and `dmae-ds eval linear`.
 
-Where a run folder is evaluated, its network, data and seed stand below the recipe's: a recipe says only what differs.
-Defaults are MAE's published ones for ViT-B (MAE, Tables 9 and 10); `launch/recipes/` holds them, and others', by name.
+Where a run folder is evaluated, its network, data and seed are used unless the recipe gives others. Defaults
+are MAE's published ones for ViT-B (MAE, Tables 9 and 10); `launch/recipes/` has recipes for these and other
+papers.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from dmae_ds.config.run import (
 
 
 class ClassifierConfig(Section):
-    """What both have: which weights, which labelled pictures, where the result goes."""
+    """Options of both classifiers: the weights, the labelled images, and where the result goes."""
 
     run: RunSection
-    weights: str  # a run folder or a weights file; the command's first word
-    format: str = "auto"  # its key map: one of TEACHER_FORMATS, auto, or module:function
+    weights: str  # a run folder or a weights file; the command's first argument
+    format: str = "auto"  # key map of the file: one of TEACHER_FORMATS, auto, or module:function
     network: ModelConfig
     data: DataConfig
-    labels: str = "all"  # all, 1%, 10%, 5-shot: dmae_ds/evaluate/subsets.py
+    labels: str = "all"  # all, 1%, 10%, 5-shot (dmae_ds/evaluate/subsets.py)
     subset_seed: NonNegativeInt | None = None
-    pool: Literal["mean", "cls"] = "mean"  # what the classifier sees: the mean of the patch tokens, or CLS
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay in fp32
+    pool: Literal["mean", "cls"] = "mean"  # input of the classifier: the mean of the patch tokens, or CLS
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay in fp32
 
     @field_validator("format")
     @classmethod
@@ -50,7 +51,10 @@ class ClassifierConfig(Section):
 
 
 class FinetuneOptimConfig(OptimConfig):
-    """AdamW with one rate a layer: lr * layer_decay^(depth + 1 - layer), the embedding being layer 0 and the head depth + 1."""
+    """AdamW with a learning rate for each layer: lr * layer_decay^(depth + 1 - layer).
+
+    The embedding is layer 0, the head layer depth + 1.
+    """
 
     global_batch: PositiveInt = 1024
     base_lr: PositiveFloat = 5e-4
@@ -61,19 +65,23 @@ class FinetuneOptimConfig(OptimConfig):
 
 
 class DistillConfig(Section):
-    """A fine-tuned classifier as teacher (DMAE, Table 4, third block): timm.task's losses beside the labels'."""
+    """Distillation from a fine-tuned classifier, next to the labels (DMAE, Table 4, third block).
 
-    # deit_soft, deit_hard: through a distillation token (DeiT, Sec. 4); logits: Hinton's; features: squared error of the pooled ones
+    The losses are those of timm.task.
+    """
+
+    # deit_soft, deit_hard: by a distillation token (DeiT, Sec. 4); logits: Hinton's; features: squared error
+    # of pooled features.
     method: Literal["deit_soft", "deit_hard", "logits", "features"]
-    teacher: (
-        str  # a classifier's weights: best.safetensors of `eval finetune`, or another file with distill.name
-    )
-    name: str | None = None  # its timm name, where the file doesn't say: mae_finetuned_vit_large.pth
+    # Weights of a classifier: best.safetensors of `dmae-ds eval finetune`, or another file together with
+    # distill.name.
+    teacher: str
+    name: str | None = None  # timm name of the classifier, for files without it: mae_finetuned_vit_large.pth
     format: str = "auto"
-    pool: Literal["mean", "cls"] = "mean"  # of a file that doesn't say
-    task_weight: NonNegativeFloat = 0.5  # of the labels' loss
-    weight: PositiveFloat = 0.5  # of the teacher's
-    temperature: PositiveFloat | None = None  # of deit_soft and logits
+    pool: Literal["mean", "cls"] = "mean"  # input of the classifier, where the file doesn't have it
+    task_weight: NonNegativeFloat = 0.5  # weight of the labels' loss
+    weight: PositiveFloat = 0.5  # weight of the teacher's loss
+    temperature: PositiveFloat | None = None  # for deit_soft and logits
 
     @field_validator("format")
     @classmethod
@@ -84,7 +92,8 @@ class DistillConfig(Section):
     def _temperature_where_it_is_used(self):
         if (self.temperature is not None) != (self.method in ("deit_soft", "logits")):
             raise ValueError(
-                f"distill.method {self.method} with temperature {self.temperature}; deit_soft and logits need one, the others have none"
+                f"distill.method {self.method} does not go with temperature {self.temperature}; "
+                "deit_soft and logits require one, the others have none"
             )
         return self
 
@@ -93,25 +102,25 @@ class FinetuneConfig(ClassifierConfig):
     """End-to-end fine-tuning, and supervised training with `init: random`."""
 
     init: Literal["weights", "random"] = "weights"  # random: the same network from scratch
-    drop_path: Unit = 0.1  # of the last block; the first has none
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = (
-        None  # decay a step; its weights are then those validated and kept
-    )
+    drop_path: Unit = 0.1  # rate of the last block; rises linearly from 0 at the first
+    # Decay of averaged weights in each step, which are then validated and saved; null: none.
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     augment: AugmentConfig = AugmentConfig()
     distill: DistillConfig | None = None
 
     @model_validator(mode="after")
-    def _token_beside_cls(self):
+    def _token_requires_cls(self):
         if self.distill is not None and self.distill.method.startswith("deit") and self.pool != "cls":
             raise ValueError(
-                f"distill.method {self.distill.method} puts a distillation token beside CLS; set pool=cls"
+                f"distill.method {self.distill.method} has a distillation token and requires pool=cls, "
+                f"found {self.pool}"
             )
         return self
 
 
 class LinearOptimConfig(ScheduleConfig):
-    """LARS: a weight's rate is scaled by trust * |w| / |g|; nothing decays (MAE, Table 10)."""
+    """LARS without weight decay: a weight's learning rate is scaled by trust * |w| / |g| (MAE, Table 10)."""
 
     global_batch: PositiveInt = 16384
     base_lr: PositiveFloat = 0.1
@@ -122,7 +131,7 @@ class LinearOptimConfig(ScheduleConfig):
 
 
 class LinearConfig(ClassifierConfig):
-    """A linear classifier behind a batch norm without affine part; the network stays frozen."""
+    """A linear classifier on a frozen network, behind a batch norm without weights."""
 
     pool: Literal["mean", "cls"] = "cls"
     optim: LinearOptimConfig = LinearOptimConfig()

@@ -1,6 +1,7 @@
-"""YAML recipe + `key=value` overrides -> a validated RunConfig, or one line a mistake.
+"""Reads a YAML recipe with `key=value` overrides into a checked RunConfig. Each mistake is one line.
 
-`1e-3` and `1.0e-3` both read as numbers (YAML 1.1 takes the first for a string). A key given twice is an error.
+Both `1e-3` and `1.0e-3` are numbers (in YAML 1.1 the first is a string). A key that is given twice is an
+error.
 """
 
 from __future__ import annotations
@@ -30,15 +31,14 @@ def load_config(
 ) -> Schema:
     """Read a recipe (path or shipped name) and apply overrides such as `objective.mask_ratio=0.9`.
 
-    schema, kind: the root, and where its shipped recipes are (shipped.py); below: values that the recipe's own stand over
-    Raises UserError with a line for every key that is unknown, missing or out of range.
+    schema: the root schema; kind: of its shipped recipes (shipped.py)
+    below: values that are used where the recipe gives none
+    Raises UserError with one line for every key that is unknown, missing or out of range.
     """
     path = find_file(kind, recipe)
     values = _read_yaml(path.read_text(encoding="utf-8"), where=str(path))
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: found {type(values).__name__}, expected a mapping of sections such as `student:`"
-        )
+        raise UserError(f"{path}: found {type(values).__name__}, expected sections such as `student:`")
     values = _lay_over(below or {}, values)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -54,7 +54,7 @@ def load_config(
 
 
 def _lay_over(below: dict, above: dict) -> dict:
-    """Two nested mappings as one; where both have a value, the upper one's."""
+    """Merge two nested mappings; where both have a value, take that of `above`."""
     both = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
@@ -63,12 +63,12 @@ def _lay_over(below: dict, above: dict) -> dict:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    """Write a config as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with floats as people write them, and without silently doubled keys."""
+    """SafeLoader that reads `1e-3` as a number and refuses keys that are given twice."""
 
 
 _Loader.add_implicit_resolver(
@@ -76,15 +76,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mapping_without_doubles(loader: _Loader, node: yaml.MappingNode) -> dict:
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{key}' is given twice", node.start_mark
+            )
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_doubles)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
 def _read_yaml(text: str, *, where: str) -> Any:
@@ -129,15 +131,17 @@ def _explain(item: dict, schema: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{key} is missing; set it in the recipe or as {key}=..."
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{key}.name {item['ctx'].get('tag', 'is missing')!r}: choose {item['ctx'].get('expected_tags', 'mae, dmae')}"
+        name = item["ctx"].get("tag", "is missing")
+        choices = item["ctx"].get("expected_tags", "mae, dmae")
+        return f"{key}.name {name!r}: choose {choices}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{key}: {message}" if key else message  # of the recipe as a whole, it names the keys itself
+        return f"{key}: {message}" if key else message  # without a key, the message names the keys itself
     return f"{key}: found {item['input']!r}; {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(location: tuple, schema: type[BaseModel]) -> list[str]:
-    """Fields of the section at a location, found by walking the schema's annotations."""
+    """Names of the fields of the section at a location, from the schema's annotations."""
     models: list[type[BaseModel]] = [schema]
     for part in location:
         children = [
@@ -146,7 +150,7 @@ def _known_keys(location: tuple, schema: type[BaseModel]) -> list[str]:
             if part in model.model_fields
             for child in _models_in(model.model_fields[part].annotation)
         ]
-        # The tag of a discriminated union names one of its members and no field.
+        # Part of a location may be the tag of a discriminated union, which is no field.
         models = children or [
             model for model in models if part in get_args(model.model_fields.get("name", _NoField).annotation)
         ]
@@ -164,18 +168,22 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def read_saved_config(run_dir: Path) -> RunConfig:
-    """The resolved config of a run folder. Raises UserError where there is none."""
+    """Read the config of a run folder. Raises UserError where there is none."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(
-            f"'{run_dir}' is not a run folder: no config.yaml in it; name a folder that `dmae-ds train` wrote"
+            f"'{run_dir}' is not a run folder: it has no config.yaml; name a folder that `dmae-ds train` "
+            "wrote"
         )
     return load_config(str(path))
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """{"optim": {"base_lr": 1}} -> {"optim.base_lr": 1}; lists are left as they are."""
-    found: dict[str, object] = {}
+    """Flatten nested dicts, {"optim": {"base_lr": 1}} to {"optim.base_lr": 1}; lists stay as they are."""
+    flat: dict[str, object] = {}
     for key, value in values.items():
-        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

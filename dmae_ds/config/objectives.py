@@ -1,7 +1,7 @@
-"""Schemas of the objectives, one class each; `dmae_ds.objectives.OBJECTIVES` holds the modules under the same names.
+"""Schemas of the recipe's `objective` section, one class for each objective of dmae_ds/objectives/.
 
-An objective gets its own section of the recipe and nothing else. Defaults are the paper's (DMAE, Sec. 4.1); where the
-published code does otherwise, the switch stands here and `launch/recipes/dmae_published_code.yaml` sets it.
+Defaults are those of each paper (for `dmae`: DMAE, Sec. 4.1). Where DMAE's published code differs, there is
+an option for it here, and `launch/recipes/dmae_published_code.yaml` sets it.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ RAND_AUGMENT = r"rand(-(m\d+|n\d+|p0?\.\d+|mstd\d*\.?\d+|mmax\d+|inc[01]))*"
 
 
 class MaeConfig(MaskedPixels):
-    """Plain masked autoencoding: no teacher (MAE; DMAE Eq. 1)."""
+    """Plain masked autoencoding, without a teacher (MAE; DMAE, Eq. 1)."""
 
     name: Literal["mae"]
 
 
 class DmaeConfig(FeatureDistillationConfig, MaskedPixels):
-    """Pixels plus the imitation of a frozen teacher's features (DMAE, Eq. 1-3)."""
+    """Masked autoencoding plus feature distillation from a frozen teacher (DMAE, Eq. 1-3)."""
 
     needs_teacher: ClassVar[bool] = True
     distillation_key: ClassVar[str] = "objective"
@@ -58,18 +58,22 @@ class DmaeConfig(FeatureDistillationConfig, MaskedPixels):
 
 
 class MoCoV3Config(ObjectiveSection):
-    """Contrastive learning over the global batch, with a momentum encoder (MoCo-v3; its published numbers for ViT-B); alone, or with DMAE's term (DMAE, Table 9)."""
+    """Contrastive learning over the global batch (MoCo-v3), alone or with distillation (DMAE, Table 9).
 
-    # Keys of all ranks are the negatives, and batch norm's statistics are theirs: accumulated micro-batches would be batches of their own.
+    Defaults are the published ones for ViT-B.
+    """
+
+    # Keys of all ranks are the negatives and the statistics of batch norm: each micro-batch would be a batch
+    # by itself.
     needs_whole_batch: ClassVar[bool] = True
     judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
     name: Literal["mocov3"]
     temperature: PositiveFloat = 0.2
-    momentum: Annotated[float, Field(ge=0, le=1)] = 0.99  # of the first step; rises to 1 by half a cosine
-    hidden_dim: PositiveInt = 4096  # of projector and predictor
+    momentum: Momentum = 0.99  # at the first step; rises to 1 by half a cosine
+    hidden_dim: PositiveInt = 4096  # width of projector and predictor
     output_dim: PositiveInt = 256
     freeze_patch_projection: bool = True
-    photometric: bool = True  # colours, blur and solarisation as in BYOL; false: crops and flips alone
+    photometric: bool = True  # colours, blur and solarisation as in BYOL; false: crops and flips only
     distill: FeatureDistillationConfig | None = None
 
     @property
@@ -78,56 +82,56 @@ class MoCoV3Config(ObjectiveSection):
 
 
 class SdaeConfig(MaskedPatches):
-    """Features of masked patches, by an EMA teacher that sees only those (SdAE; Sec. 2 and the published script)."""
+    """Prediction of masked patches' features, given by an EMA teacher that sees only those (SdAE, Sec. 2)."""
 
     name: Literal["sdae"]
-    # What the EMA teacher sees of a picture: the masked patches cut into `folds`, each by itself; all masked patches at once; the
-    # whole picture; or one crop of the masked patches, `crop_ratio` of them (Table 1, Figure 4b).
+    # What the EMA teacher sees of an image. folds: the masked patches in `folds` groups, each group alone;
+    # masked: all masked patches; all: the whole image; crop: one crop of the masked patches, `crop_ratio` of
+    # them (Table 1, Figure 4b).
     teacher_sees: Literal["folds", "masked", "all", "crop"] = "folds"
-    folds: Annotated[int, Field(ge=2)] | None = None  # null: 3 (Sec. 4.3), with teacher_sees folds
-    crop_ratio: Annotated[float, Field(gt=0, lt=1)] | None = (
-        None  # null: 1/3, as large as one of three folds, with teacher_sees crop
-    )
-    # channels: the paper's Eq. 4, token by token; tokens: what the published code computes, for each channel over a fold's tokens.
+    folds: Annotated[int, Field(ge=2)] | None = None  # with teacher_sees folds; null: 3 (Sec. 4.3)
+    # With teacher_sees crop; null: 1/3, as large as one of three folds.
+    crop_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # channels: Eq. 4, for each token over its channels; tokens: the published code, for each channel over a
+    # fold's tokens.
     cosine_over: Literal["channels", "tokens"] = "channels"
-    momentum: tuple[Momentum, Momentum] = (
-        0.96,
-        0.99,
-    )  # Eq. 7: of the first and of the last update, by half a cosine
-    momentum_every: Literal["epoch", "step"] = (
-        "epoch"  # the paper's Sec. 4.2: once a step is very sensitive to its value
-    )
+    # Eq. 7: at the first and at the last update, with half a cosine between them.
+    momentum: tuple[Momentum, Momentum] = (0.96, 0.99)
+    # How often the EMA teacher is updated. The paper (Sec. 4.2) found updates at every step very sensitive to
+    # the momentum.
+    momentum_every: Literal["epoch", "step"] = "epoch"
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
         for name, sees in (("folds", "folds"), ("crop_ratio", "crop")):
             if getattr(self, name) is not None and self.teacher_sees != sees:
                 raise ValueError(
-                    f"{name} is of no use to teacher_sees {self.teacher_sees}; set objective.teacher_sees={sees}, or remove it"
+                    f"{name} requires teacher_sees={sees}, found {self.teacher_sees}; "
+                    f"set objective.teacher_sees={sees}, or remove {name}"
                 )
         return self
 
 
 class DinoConfig(ObjectiveSection):
-    """Views of one picture agree on prototypes, by an EMA teacher that sees the large ones (DINO; the published script for ViT-B/16); alone, or with DMAE's term (DMAE, Table 9)."""
+    """Views of an image agree on prototypes (DINO), alone or with distillation (DMAE, Table 9).
+
+    The EMA teacher sees the global crops. Defaults are those of the published script for ViT-B/16.
+    """
 
     judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
     name: Literal["dino"]
     num_prototypes: Annotated[int, Field(ge=2)] = 65536
-    hidden_dim: PositiveInt = 2048  # of the head's three layers
+    hidden_dim: PositiveInt = 2048  # width of the head's three layers
     bottleneck_dim: PositiveInt = 256
-    # Two global crops have the student's img_size and data.crop_scale, which is [.25, 1] in the published script.
+    # The two global crops have the student's img_size and data.crop_scale ([.25, 1] in the published script).
     local_crops: NonNegativeInt = 10
     local_size: PositiveInt = 96  # px
-    local_scale: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.25)  # share of the picture's area
-    photometric: bool = True  # colours, blur and solarisation as in BYOL; false: crops and flips alone
+    local_scale: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.25)  # shares of the image's area
+    photometric: bool = True  # colours, blur and solarisation as in BYOL; false: crops and flips only
     student_temperature: PositiveFloat = 0.1
-    teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (
-        0.04,
-        0.07,
-    )  # of the first step, and after the warm-up
+    teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)  # first step; after the warm-up
     teacher_temperature_warmup_epochs: NonNegativeFloat = 50.0
-    momentum: Momentum = 0.996  # of the first step; rises to 1 by half a cosine
+    momentum: Momentum = 0.996  # at the first step; rises to 1 by half a cosine
     center_momentum: Momentum = 0.9
     freeze_last_layer_epochs: NonNegativeFloat = 1.0
     distill: FeatureDistillationConfig | None = None
@@ -140,11 +144,12 @@ class DinoConfig(ObjectiveSection):
         warmup = self.teacher_temperature_warmup_epochs
         if warmup > epochs:
             raise ValueError(
-                f"objective.teacher_temperature_warmup_epochs {warmup:g} is above optim.epochs {epochs:g}; shorten the warm-up or train longer"
+                f"objective.teacher_temperature_warmup_epochs {warmup:g} is above optim.epochs {epochs:g}; "
+                "shorten the warm-up or train longer"
             )
 
     @model_validator(mode="after")
-    def _crops_can_be(self):
+    def _crops_are_possible(self):
         low, high = self.local_scale
         if not low <= high <= 1:
             raise ValueError(
@@ -152,74 +157,84 @@ class DinoConfig(ObjectiveSection):
             )
         for name in ("local_size", "local_scale"):
             if self.local_crops == 0 and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is of no use without local_crops; set that above 0, or remove it")
+                raise ValueError(f"{name} requires local_crops above 0; set that, or remove {name}")
         return self
 
     @model_validator(mode="after")
-    def _warmup_is_one(self):
+    def _warmup_changes_the_temperature(self):
         first, last = self.teacher_temperature
-        if (first == last) != (self.teacher_temperature_warmup_epochs == 0):
+        warmup = self.teacher_temperature_warmup_epochs
+        if (first == last) != (warmup == 0):
             raise ValueError(
-                f"teacher_temperature [{first:g}, {last:g}] with teacher_temperature_warmup_epochs {self.teacher_temperature_warmup_epochs:g}; "
+                f"teacher_temperature [{first:g}, {last:g}] does not go with "
+                f"teacher_temperature_warmup_epochs {warmup:g}; "
                 "give two temperatures and a warm-up, or one twice and no warm-up"
             )
         return self
 
 
 class AugmentConfig(Section):
-    """What happens to a training picture after crop and flip, and to its label."""
+    """Augmentation of a training image and its label after crop and flip."""
 
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's notation
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's notation; null: none
     erase: Annotated[float, Field(ge=0, le=1)] = 0.25  # probability that a rectangle is replaced by noise
     mixup: NonNegativeFloat = 0.8  # alpha of the Beta distribution; 0: never
-    cutmix: NonNegativeFloat = 1.0  # likewise; with both, a coin decides
+    cutmix: NonNegativeFloat = 1.0  # likewise; where both are set, one is drawn at random
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
     @property
     def mixes(self) -> bool:
-        """Whether pictures are mixed, two by two."""
+        """Whether images are mixed in pairs."""
         return bool(self.mixup or self.cutmix)
 
     @field_validator("rand_augment")
     @classmethod
     def _timm_understands_it(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(RAND_AUGMENT, value):
-            raise ValueError(f"'{value}' is not timm's notation; write rand-m9-mstd0.5-inc1, say, or null")
+            raise ValueError(
+                f"'{value}' is not timm's notation; write for example rand-m9-mstd0.5-inc1, or null"
+            )
         return value
 
 
 class G2sdGenericConfig(MaskedPatches):
-    """A student's decoder imitates the decoder of a whole frozen MAE, under one mask (G2SD, stage 1; its supplement, Tables 4 and 5)."""
+    """Imitation of a frozen MAE's decoder under the same mask (G2SD, stage 1; supplement, Tables 4 and 5)."""
 
     needs_teacher: ClassVar[bool] = True
     name: Literal["g2sd_generic"]
     target: Literal["features", "reconstruction", "reconstruction_and_pixels"] = "features"  # Table 4
-    decoder_block: PositiveInt | None = (
-        None  # of the teacher's decoder, from 1, with target features; null: half of it, which is 4 of 8
-    )
-    # all: every patch and CLS, as the published script; masked: the paper's text. null: all; masked for a reconstruction, which has no other.
+    # Block of the teacher's decoder, counted from 1, with target features; null: the middle one (4 of 8).
+    decoder_block: PositiveInt | None = None
+    # all: every patch and CLS (published script); masked: masked patches (paper's text). null: all for target
+    # features, else masked.
     tokens: Literal["all", "masked"] | None = None
-    norm_pix: bool = False  # with reconstruction_and_pixels: whether the teacher reconstructs normalised patches, as mae_pretrain_*_full.pth does
+    # With target reconstruction_and_pixels: whether the teacher reconstructs normalised patches, as
+    # mae_pretrain_*_full.pth do.
+    norm_pix: bool = False
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
-        if self.target != "features" and self.decoder_block is not None:
+        target = self.target
+        if target != "features" and self.decoder_block is not None:
             raise ValueError(
-                f"decoder_block is of no use to target {self.target}; set objective.target=features, or remove it"
+                f"decoder_block requires target=features, found {target}; "
+                "set objective.target=features, or remove decoder_block"
             )
-        if self.target != "features" and self.tokens == "all":
+        if target != "features" and self.tokens == "all":
             raise ValueError(
-                f"tokens all with target {self.target}: it has targets at masked patches alone; set objective.tokens=masked"
+                f"tokens=all requires target=features, found {target}, whose targets are masked patches; "
+                "set objective.tokens=masked"
             )
-        if self.target != "reconstruction_and_pixels" and self.norm_pix:
+        if target != "reconstruction_and_pixels" and self.norm_pix:
             raise ValueError(
-                f"norm_pix is of no use to target {self.target}; set objective.target=reconstruction_and_pixels, or remove it"
+                f"norm_pix requires target=reconstruction_and_pixels, found {target}; "
+                "set objective.target=reconstruction_and_pixels, or remove norm_pix"
             )
         return self
 
 
 class G2sdSpecificConfig(ObjectiveSection):
-    """Labels, and a fine-tuned teacher's decisions through a distillation token (G2SD, stage 2; DeiT's hard distillation)."""
+    """Labels and a fine-tuned teacher's decisions, by a distillation token (G2SD, stage 2; DeiT)."""
 
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
@@ -229,7 +244,7 @@ class G2sdSpecificConfig(ObjectiveSection):
 
     @property
     def mix_group_size(self) -> int:
-        """Two pictures are mixed with each other."""
+        """Number of images that are mixed with each other."""
         return 2 if self.augment.mixes else 1
 
 
@@ -240,30 +255,36 @@ def plain_mae(objective: ObjectiveSection) -> MaeConfig:
 
 
 def find_own(name: str) -> type | None:
-    """The class that `module:Class` names, an objective of your own with its schema as `Config`; None for a shipped one's name. Raises ValueError."""
+    """Import an objective of your own, named `module:Class`; None for the name of a shipped one.
+
+    The class has its schema as `Config`. Raises ValueError where it can't be imported or has none.
+    """
     module, colon, attribute = name.partition(":")
     if not colon:
         return None
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        objective = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"name '{name}' can't be imported ({error}); give module:Class, or the name of a shipped objective"
+            f"name '{name}' can't be imported ({error}); "
+            "give module:Class, or the name of a shipped objective"
         ) from None
-    if not issubclass(getattr(found, "Config", Section), ObjectiveSection):
+    if not issubclass(getattr(objective, "Config", Section), ObjectiveSection):
         raise ValueError(
-            f"name '{name}' has no schema: give the class a `Config`, a subclass of dmae_ds.config.objectives.ObjectiveSection"
+            f"name '{name}' has no schema; give the class a `Config`, "
+            "a subclass of dmae_ds.config.objectives.ObjectiveSection"
         )
-    return found
+    return objective
 
 
-def _read_own(value: Any, shipped: Callable[[Any], Any]) -> Any:
+def _read_own(value: Any, read_shipped: Callable[[Any], Any]) -> Any:
+    """Validate an objective section: by the class's own `Config`, or by the shipped schemas."""
     name = value.get("name") if isinstance(value, dict) else None
-    own = find_own(name) if isinstance(name, str) else None
-    if own is None:
-        return shipped(value)
+    objective = find_own(name) if isinstance(name, str) else None
+    if objective is None:
+        return read_shipped(value)
     try:
-        return own.Config.model_validate(value)
+        return objective.Config.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

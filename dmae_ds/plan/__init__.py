@@ -1,1 +1,1 @@
-"""`dmae-ds plan`: what a recipe would cost on machines that aren't there, and where its teacher should live."""
+"""Predictions of a recipe's memory and time on machines that are not here, and where its teacher should be placed."""

@@ -1,6 +1,7 @@
-"""Every placement of a teacher beside every way to shard a student: what fits, what is fastest. Pure numbers.
+"""Memory and time of every placement of a teacher with every sharding of a student. Pure numbers.
 
-`dmae-ds plan` shows all of it; a recipe with `teacher.placement: auto` gets the fastest that fits (`choose`).
+`dmae-ds plan` shows all of them; a recipe with `teacher.placement: auto` gets the fastest that fits
+(`choose`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from dmae_ds.plan.cost import Cost, Machine, step_cost
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.memory import PRECISIONS, Memory, Zero, rank_memory
 
-EQUAL = 0.02  # seconds closer than this are equal: the guesses in cost.py are no better
-HEADROOM = 0.05  # of a device's memory left to the allocator's fragmentation; a guess
+EQUAL = 0.02  # relative difference of seconds that count as equal: the guesses in cost.py are no better
+HEADROOM = 0.05  # share of a device's memory left for the allocator's fragmentation; a guess
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A placement and a DeepSpeed file with what they need and cost."""
+    """A placement with a DeepSpeed file, the memory they need and the time they take."""
 
     placement: str
     stages: int | None
@@ -35,9 +36,10 @@ class Candidate:
 
 
 def placements(geometry: Geometry, *, gpus: int, gpus_per_node: int) -> list[tuple[str, int | None]]:
-    """(placement, stages): replicated first; pipelines of 2, 4, ... ranks that divide all; zero3 last.
+    """List (placement, stages) in order of preference: replicated, pipelines of 2, 4, ... stages, zero3.
 
-    Powers of two up to a node's GPUs, and one that spans nodes. One rank: replicated.
+    Numbers of stages divide the GPUs and are powers of two, up to a node's GPUs and one that spans two nodes.
+    On one GPU there is only replicated.
     """
     if geometry.teacher is None:
         return [("no teacher", None)]
@@ -61,7 +63,10 @@ def candidates(
     gpu: bool,
     room: float | None = None,
 ) -> list[Candidate]:
-    """The whole table, in the order of `placements` and `zeros`. room: bytes a rank may use; default: memory_gib less headroom."""
+    """Compute the whole table, in the order of `placements` and `zeros`.
+
+    room: bytes that a rank may use; None: the machine's memory_gib less HEADROOM
+    """
     room = machine.memory_gib * GIB * (1 - HEADROOM) if room is None else room
     rows = []
     for placement, stages in placements(geometry, gpus=machine.gpus, gpus_per_node=machine.gpus_per_node):
@@ -92,7 +97,11 @@ def candidates(
 
 
 def fastest(rows: list[Candidate]) -> Candidate | None:
-    """The fastest that fits; of equals the first, so replicated before a pipeline before zero3, and the recipe's own DeepSpeed file."""
+    """The fastest candidate that fits; None where none does.
+
+    Among equals it is the first in the table: replicated before a pipeline before zero3, the recipe's own
+    DeepSpeed file before the shipped ones.
+    """
     fitting = [row for row in rows if row.fits]
     if not fitting:
         return None
@@ -101,12 +110,17 @@ def fastest(rows: list[Candidate]) -> Candidate | None:
 
 
 def choose(rows: list[Candidate], *, room: float) -> Candidate:
-    """`fastest`, or a UserError that says what the smallest would need."""
+    """The fastest candidate that fits. Raises UserError with the needs of the smallest where none does."""
     best = fastest(rows)
     if best is not None:
         return best
     least = min(rows, key=lambda row: row.memory.total)
+    memory = least.memory
     raise UserError(
-        f"teacher.placement auto: nothing fits into {room / GIB:.1f} GiB a rank; the least is {least.name} under {least.deepspeed} with {least.memory.total / GIB:.1f} GiB "
-        f"(teacher {least.memory.teacher / GIB:.1f}, activations {least.memory.activations / GIB:.1f}); set a smaller optim.micro_batch, use more ranks, or see dmae-ds plan"
+        f"teacher.placement auto: nothing fits into {room / GIB:.1f} GiB a rank; the least is {least.name} "
+        "under "
+        f"{least.deepspeed} with {memory.total / GIB:.1f} GiB (teacher {memory.teacher / GIB:.1f}, "
+        "activations "
+        f"{memory.activations / GIB:.1f}); set a smaller optim.micro_batch, use more ranks, or see dmae-ds "
+        "plan"
     )

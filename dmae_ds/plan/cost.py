@@ -1,7 +1,7 @@
-"""Seconds of a step, from FLOPs and bytes over links. Pure numbers; what is a guess says so.
+"""Seconds of a step, from FLOPs and bytes over links. Pure numbers.
 
-Nothing here was measured on a GPU. The guesses are constants below, and the two that matter most are arguments:
-the peak rate of a device (`tflops`) and the links.
+Nothing here was measured on a GPU. The guesses are the constants below; the two that matter most are
+arguments: the peak rate of a device (`tflops`) and the rates of the links.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ from dataclasses import dataclass
 from dmae_ds.plan.geometry import Geometry, TeacherGeometry
 from dmae_ds.plan.memory import ADAM, MASTER, Precision, Zero, message_bytes
 
-EFFICIENCY = 0.4  # achieved share of `tflops`; a guess: what ViTs of width 768-1280 usually reach in bf16
+EFFICIENCY = 0.4  # achieved share of `tflops`; a guess: usual for ViTs of width 768-1280 in bf16
 LINK_EFFICIENCY = 0.7  # achieved share of a link's rate; a guess
-DEVICE_GB_S = 1500.0  # memory rate of a GPU, for AdamW, which is bound by it; a guess
+DEVICE_GB_S = 1500.0  # memory rate of a GPU, which limits AdamW; a guess
 HOST_GB_S = 20.0  # a rank's share of PCIe and of the host's memory, for offloading; a guess
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is at hand. Rates are peaks: TFLOP/s of a device, Gbit/s of a node's way out, Gbit/s of a device's way inside."""
+    """The GPUs and their links, with peak rates."""
 
     gpus: int
     gpus_per_node: int
     memory_gib: float
-    tflops: float = 300.0
-    link_gbps: float = 400.0
-    node_link_gbps: float = 2400.0  # a guess: NVLink of an A100, one direction
+    tflops: float = 300.0  # TFLOP/s of a device
+    link_gbps: float = 400.0  # Gbit/s of a node to other nodes
+    node_link_gbps: float = (
+        2400.0  # Gbit/s of a device inside its node; a guess: NVLink of an A100, one direction
+    )
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of a step: what the busiest rank sends inside its node, and what the busiest node sends to others."""
+    """Bytes that are sent in a step."""
 
-    inside: float = 0
-    between: float = 0
+    inside: float = 0  # by the busiest rank inside its node
+    between: float = 0  # by the busiest node to other nodes
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.inside + other.inside, self.between + other.between)
@@ -45,7 +47,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cost:
-    """One optimiser step. Seconds add up: teacher, with an EMA teacher + student + optimizer."""
+    """Traffic and seconds of one optimiser step; `teacher_s` includes an EMA teacher."""
 
     traffic: Traffic
     teacher_s: float
@@ -67,13 +69,15 @@ def step_cost(
     placement: str,
     stages: int | None = None,
 ) -> Cost:
-    """Predicted cost of a step.
+    """Predict the cost of a step.
 
-    Assumed: a pipeline's exchange runs under its stage's work, the student's ZeRO-3 gathers run under the pass that needs them, and
-    reductions under backward where overlap_comm is set; the gathering of new weights after a step is waited for.
+    Assumed overlap: a pipeline's exchange with its stage's work, the student's ZeRO-3 gathers with the pass
+      that needs
+    them, and reductions with backward where overlap_comm is set. Gathering new weights after a step overlaps
+    with nothing.
     """
     student, teacher = geometry.student, geometry.teacher
-    n, g, w = student.parameters, precision.gradient, precision.weight
+    n, gradient_bytes, weight_bytes = student.parameters, precision.gradient, precision.weight
 
     def over(num_bytes: float) -> Traffic:
         return ring(num_bytes, machine)
@@ -84,14 +88,16 @@ def step_cost(
         if placement == "pipeline":
             teacher_traffic = stream_traffic(teacher, stages, machine)
             teacher_s = max(teacher_s, _transfer(teacher_traffic, machine))
-        elif placement == "zero3":  # a block is fetched, then run: nothing is hidden
+        elif placement == "zero3":  # a block is fetched, then run, without overlap
             teacher_traffic = over(sum(teacher.block_bytes))
             teacher_s += _transfer(teacher_traffic, machine)
     # DeepSpeed all-reduces a bucket and keeps its part, unless it is told to reduce to the owner.
-    reduce = over(g * n * (1 if zero.stage == 3 or zero.reduce_once else 2))
+    passes = 1 if zero.stage == 3 or zero.reduce_once else 2
+    reduce = over(gradient_bytes * n * passes)
     forward, backward = _compute(student.forward_flops, machine), _compute(student.backward_flops, machine)
     if zero.stage == 3:
-        gather, again = over(w * n), over(w * max(0, n - zero.reuse_distance // 2 - zero.prefetch))
+        gather = over(weight_bytes * n)
+        again = over(weight_bytes * max(0, n - zero.reuse_distance // 2 - zero.prefetch))
         micro = gather + again + reduce
         student_s = accumulation * (
             max(forward, _transfer(gather, machine)) + max(backward, _transfer(again + reduce, machine))
@@ -103,18 +109,17 @@ def step_cost(
             max(0.0, _transfer(reduce, machine) - backward) if zero.overlap else _transfer(reduce, machine)
         )
         student_s = accumulation * (forward + backward) + reductions * exposed
-        gather = over(w * n) if zero.stage else Traffic()
+        gather = over(weight_bytes * n) if zero.stage else Traffic()
         traffic, optimizer_s = reduce.times(reductions) + gather, _transfer(gather, machine)
     share = n / (machine.gpus if zero.stage else 1)
     touched = share * (2 * (ADAM + MASTER) + MASTER)  # moments and masters read and written, gradients read
     optimizer_s += touched / (HOST_GB_S if zero.offload_optimizer else DEVICE_GB_S) / 1e9
     if zero.offload_optimizer:
-        optimizer_s += (g * accumulation + w) * share / HOST_GB_S / 1e9
+        optimizer_s += (gradient_bytes * accumulation + weight_bytes) * share / HOST_GB_S / 1e9
     if zero.offload_parameters:
-        optimizer_s += 2 * w * share * accumulation / HOST_GB_S / 1e9
-    if (
-        geometry.ema is not None
-    ):  # it runs once a micro-batch, and follows the student once a step: read twice, written once
+        optimizer_s += 2 * weight_bytes * share * accumulation / HOST_GB_S / 1e9
+    if geometry.ema is not None:
+        # It runs in every micro-batch, and its weights are read twice and written once in a step.
         teacher_s += _compute(geometry.ema.flops, machine)
         optimizer_s += 3 * geometry.ema.weight_bytes / DEVICE_GB_S / 1e9
         if zero.stage == 3:
@@ -126,9 +131,10 @@ def step_cost(
 
 
 def ring(num_bytes: float, machine: Machine) -> Traffic:
-    """A reduce-scatter or all-gather of so many bytes over all ranks, as rings: each rank sends all but its own share.
+    """Traffic of a reduce-scatter or all-gather of so many bytes over all ranks, by rings.
 
-    Rings pass through a node, so a node's way out carries what one rank sends, whatever the number of its GPUs.
+    Each rank sends all but its own share. A ring passes through a node once, so a node sends to others what
+    one rank sends, whatever the number of its GPUs.
     """
     sent = num_bytes * (machine.gpus - 1) / machine.gpus
     return Traffic(
@@ -137,13 +143,16 @@ def ring(num_bytes: float, machine: Machine) -> Traffic:
 
 
 def stream_traffic(teacher: TeacherGeometry, stages: int, machine: Machine) -> Traffic:
-    """One clock of every group: the busiest rank's bytes inside its node, the busiest node's bytes to others."""
-    inside, between = [0.0] * machine.gpus, [0.0] * -(-machine.gpus // machine.gpus_per_node)
+    """Traffic of one pipeline tick in all stage groups."""
+    num_nodes = -(-machine.gpus // machine.gpus_per_node)
+    inside, between = [0.0] * machine.gpus, [0.0] * num_nodes
     for first in range(0, machine.gpus, stages):
         for source in range(stages):
             node = (first + source) // machine.gpus_per_node
             for target in range(stages):
-                size = message_bytes(teacher, stages, source=source, target=target) if source != target else 0
+                if source == target:
+                    continue
+                size = message_bytes(teacher, stages, source=source, target=target)
                 if (first + target) // machine.gpus_per_node == node:
                     inside[first + source] += size
                 else:

@@ -1,15 +1,16 @@
 """Bytes a rank needs, by part, from a geometry (geometry.py), a ZeRO configuration and a teacher's placement. Pure numbers.
 
-Read off DeepSpeed 0.19.8's sources and held against measured runs (tests/plan/test_measured.py). Every term is a tensor
-that somebody allocates; nothing is fitted. DeepSpeed's own estimators count model states alone (tests/plan/test_memory.py
-says where they differ): the buckets and flat copies below are beside them, and at the default `reduce_bucket_size` of
-5e8 elements they are larger than a ViT-B.
+Read off DeepSpeed 0.19.8's sources and held against measured runs (tests/plan/test_measured.py). Every term
+is a tensor that somebody allocates; nothing is fitted. DeepSpeed's own estimators count model states alone
+(tests/plan/test_memory.py says where they differ): the buckets and flat copies below are beside them, and at
+the default `reduce_bucket_size` of 5e8 elements they are larger than a ViT-B.
 
 The two kinds of device differ in what free memory is worth:
 
     a GPU's allocator gives freed blocks to whoever asks next: the worst moment of a step counts
-    glibc keeps freed blocks below 32 MiB for small tensors and maps larger ones one by one: so the small tensors'
-    worst moment stays resident, and the flat buffers' worst moment comes on top; and an untouched page costs nothing
+    glibc keeps freed blocks below 32 MiB for small tensors and maps larger ones one by one: so the small
+    tensors' worst moment stays resident, and the flat buffers' worst moment comes on top; and an untouched
+    page costs nothing
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dmae_ds.plan.trace import Trace
 from dmae_ds.teacher.stages import held_blocks
 
 MIB = 2**20
-# What libraries take beside tensors. CPU: measured with a student of 2 MB, peak RSS above the start: gloo, MKL, DeepSpeed's
-# modules that are imported by ZeRO. GPU: CUDA's context and NCCL's buffers, a guess.
+# What libraries take beside tensors. CPU: measured with a student of 2 MB, peak RSS above the start: gloo,
+# MKL, DeepSpeed's modules that are imported by ZeRO. GPU: CUDA's context and NCCL's buffers, a guess.
 LIBRARIES_CPU = {0: 42 * MIB, 1: 96 * MIB, 2: 96 * MIB, 3: 110 * MIB}
 LIBRARIES_GPU = 1024 * MIB
 ADAM = 8  # bytes a parameter: two moments in fp32
@@ -156,8 +157,9 @@ def teacher_bytes(teacher: TeacherGeometry | None, placement: str, stages: int |
 def stream_bytes(geometry: Geometry, stages: int | None) -> float:
     """Micro-batches with their features that wait for the student: one, or a pipeline's queue of 2P and its messages.
 
-    A pipeline's clock sends one buffer and has two to receive into: in each at most the tokens of P owners, one's own, and
-    P - 1 features; and the P outputs of the stage are alive beside them (teacher/pipeline.py, teacher/messages.py).
+    A pipeline's clock sends one buffer and has two to receive into: in each at most the tokens of P owners,
+    one's own, and P - 1 features; and the P outputs of the stage are alive beside them (teacher/pipeline.py,
+    teacher/messages.py).
     """
     teacher = geometry.teacher
     if stages is None or teacher is None:
@@ -279,7 +281,8 @@ def _reduce(n: int, zero: Zero, precision: Precision, ranks: int, accumulation: 
         whole = g * n if gpu else 0  # on a CPU they are small tensors, counted there
         return Memory(gradients=whole + g * min(n, _ALL_REDUCE_ELEMENTS))
     bucket = g * min(n, zero.reduce_bucket)
-    # Stages 1, 2: a flat copy is all-reduced. Stage 3: a copy sorted by rank is reduce-scattered; gloo clones it once more.
+    # Stages 1, 2: a flat copy is all-reduced. Stage 3: a copy sorted by rank is reduce-scattered; gloo clones
+    # it once more.
     copies = bucket * (2 if zero.stage == 3 and not gpu else 1)
     partition = (
         g * share * (2 if accumulation > 1 else 1)

@@ -75,7 +75,8 @@ def _rows(
 def _shardings(config: RunConfig, machine: Machine, split: BatchSplit, *, is_first: bool) -> dict[str, Zero]:
     """DeepSpeed files that training accepts, the recipe's own before the shipped ones.
 
-    is_first: raise UserError where the recipe's own is not accepted; at smaller cuts it is left out, since it may set the micro-batch
+    is_first: raise UserError where the recipe's own is not accepted; at smaller cuts it is left out, since it
+      may set the micro-batch
     """
     zeros = {}
     for name in dict.fromkeys((config.deepspeed, *SHARDINGS)):

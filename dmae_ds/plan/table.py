@@ -42,9 +42,11 @@ def plan(
     micro_batch, accumulation = found.split
     steps = num_steps(config.optim.epochs, num_images, config.optim.global_batch)
     lines = [
-        f"{recipe} on {machine.gpus} GPUs of {machine.memory_gib:g} GiB, {machine.gpus_per_node} a node; predicted; never measured on a GPU",
+        f"{recipe} on {machine.gpus} GPUs of {machine.memory_gib:g} GiB, {machine.gpus_per_node} a node; "
+        "predicted; never measured on a GPU",
         *_describe(config, found.geometry, accumulation=accumulation),
-        f"data: {num_images:,} images ({source}); {steps:,} steps of {config.optim.global_batch} = {machine.gpus} x {micro_batch} x {accumulation} accumulated",
+        f"data: {num_images:,} images ({source}); {steps:,} steps of {config.optim.global_batch} = "
+        f"{machine.gpus} x {micro_batch} x {accumulation} accumulated",
         "",
         *_table(found.rows, config, steps=steps, gpus=machine.gpus),
         "",
@@ -63,17 +65,20 @@ def _verdict(
     if best is None:
         least = min(found.rows, key=lambda row: row.memory.total)
         why = (
-            f"; objective {config.objective.name} compares all images of a batch, so it can't be cut: use more GPUs, "
+            f"; objective {config.objective.name} compares all images of a batch, so it can't be cut: use "
+            "more GPUs, "
             "or a smaller optim.global_batch"
             if config.objective.needs_whole_batch
             else ""
         )
         return [
-            f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with {least.deepspeed}, "
+            f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with "
+            f"{least.deepspeed}, "
             f"{least.memory.total / GIB:.1f} GiB a rank{why}"
         ]
     lines = [
-        f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, {best.cost.seconds:.3g} s a step",
+        f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, "
+        f"{best.cost.seconds:.3g} s a step",
         command(
             best,
             machine,
@@ -86,7 +91,8 @@ def _verdict(
     if found.is_smaller:
         lines.insert(
             0,
-            f"nothing fits with optim.micro_batch={asked}; {micro_batch} is the largest that does, of those tried by halving",
+            f"nothing fits with optim.micro_batch={asked}; {micro_batch} is the largest that does, of those "
+            "tried by halving",
         )
     return lines
 
@@ -106,7 +112,8 @@ def check_machine(machine: Machine) -> None:
             raise UserError(f"{name} is {value:g}; give a number above 0")
     if machine.gpus % machine.gpus_per_node:
         raise UserError(
-            f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; every node has equally many"
+            f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; every "
+            "node has equally many"
         )
 
 
@@ -159,11 +166,13 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
         f"student forward {student.forward_flops * tera:.3g}, backward {student.backward_flops * tera:.3g}"
     )
     lines = [
-        f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}"
+        f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; with decoder and heads "
+        f"{student.parameters / 1e6:.1f} M, {config.precision}"
     ]
     if teacher is not None:
         lines.append(
-            f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB in {config.teacher.dtype}"
+            f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB "
+            f"in {config.teacher.dtype}"
         )
         flops = f"teacher {teacher.flops * tera:.3g}, {flops}"
     return [*lines, f"TFLOP a step and rank: {flops}"]
@@ -206,7 +215,12 @@ def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -
 
 def _assumptions(machine: Machine) -> str:
     return (
-        f"GiB a rank, of which {HEADROOM:.0%} of the device stay free; seconds within {EQUAL:.0%} count as equal and the first row wins; GB sent a step by the busiest rank inside its node, and by the busiest node to others. Guesses: {EFFICIENCY:.0%} of {machine.tflops:g} "
-        f"TFLOP/s, {LINK_EFFICIENCY:.0%} of {machine.node_link_gbps:g} Gbit/s a GPU inside a node and of {machine.link_gbps:g} Gbit/s a node between, {DEVICE_GB_S:g} GB/s of device memory for AdamW, "
-        f"{HOST_GB_S:g} GB/s a rank for offloading, {LIBRARIES_GPU / GIB:g} GiB for CUDA and NCCL. Overlap is assumed: stream under stage, ZeRO-3 gathers under their pass, reductions under backward with overlap_comm."
+        f"GiB a rank, of which {HEADROOM:.0%} of the device stay free; seconds within {EQUAL:.0%} count as "
+        "equal and the first row wins; GB sent a step by the busiest rank inside its node, and by the "
+        f"busiest node to others. Guesses: {EFFICIENCY:.0%} of {machine.tflops:g} "
+        f"TFLOP/s, {LINK_EFFICIENCY:.0%} of {machine.node_link_gbps:g} Gbit/s a GPU inside a node and of "
+        f"{machine.link_gbps:g} Gbit/s a node between, {DEVICE_GB_S:g} GB/s of device memory for AdamW, "
+        f"{HOST_GB_S:g} GB/s a rank for offloading, {LIBRARIES_GPU / GIB:g} GiB for CUDA and NCCL. Overlap "
+        "is assumed: stream under stage, ZeRO-3 gathers under their pass, reductions under backward with "
+        "overlap_comm."
     )

@@ -1,7 +1,7 @@
-"""What a forward and backward pass computes and holds, found on fake tensors: shapes without a byte, in seconds, without a GPU.
+"""FLOPs and live bytes of a forward and backward pass, found on fake tensors: in seconds, without memory or a GPU.
 
-torch's own FlopCounterMode counts matrix products and attention; `_Live` follows every storage from the operator that
-makes it to the moment Python and autograd let go of it. Kernels' inner scratch space is not seen.
+torch's FlopCounterMode counts matrix products and attention. `_Live` counts the bytes of every storage from
+the operator that makes it until Python and autograd release it. Scratch memory inside kernels is not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-# The CPU's fused attention, which FlopCounterMode doesn't know before torch 2.13; fake CPU tensors take no other kernel.
+# The CPU's fused attention, which FlopCounterMode doesn't know before torch 2.13; fake CPU tensors use no
+# other kernel.
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
         sdpa_flop_count(query, key, value)
@@ -29,20 +30,17 @@ _ATTENTION = {
 
 @dataclass(frozen=True)
 class Gradient:
-    """A parameter's gradient, at the moment it is ready.
-
-    before: bytes of activations alive at most since the previous gradient, this one among them; after: once it is taken away
-    """
+    """A parameter's gradient, and the bytes that are alive when it is ready."""
 
     numel: int
     is_matrix: bool
-    before: int
-    after: int
+    before: int  # most bytes of activations since the previous gradient, this one included
+    after: int  # bytes once it is removed
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-batch through forward and backward."""
+    """Forward and backward of one micro-batch."""
 
     forward_flops: int
     backward_flops: int
@@ -54,14 +52,14 @@ class Trace:
 
     @property
     def activations(self) -> int:
-        """Bytes of activations alive at the worst moment."""
+        """Most bytes of activations that are alive at one moment."""
         return max(gradient.before for gradient in self.gradients)
 
 
 def trace_training(objective: nn.Module, forward: Callable[[], torch.Tensor]) -> Trace:
-    """Run `forward` (-> the loss) and backward once. Everything must be fake tensors of one FakeTensorMode, which is active.
+    """Run `forward`, which returns the loss, and backward once, on fake tensors of the active FakeTensorMode.
 
-    Parameters without a gradient are an error of ours: the objective trains what it doesn't use.
+    Every parameter must get a gradient: an objective trains nothing that it doesn't use.
     """
     live, gradients = _Live(), []
 
@@ -83,7 +81,7 @@ def trace_training(objective: nn.Module, forward: Callable[[], torch.Tensor]) ->
 
 
 def trace_inference(forward: Callable[[], object]) -> tuple[int, int]:
-    """(FLOPs, bytes alive at the worst moment) of a pass without gradients, on fake tensors."""
+    """Run a pass without gradients on fake tensors; returns (FLOPs, most bytes alive at one moment)."""
     live = _Live()
     with torch.no_grad(), live, FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops:
         forward()
@@ -91,7 +89,7 @@ def trace_inference(forward: Callable[[], object]) -> tuple[int, int]:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that operators made under it: `now`, and the `peak` since it was last reset."""
+    """Counts bytes of the storages that operators make: `now`, and the `peak` since it was last reset."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +110,7 @@ class _Live(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
         key = storage._cdata
-        if key in self._known or key in inputs:  # an alias, also of what was there before
+        if key in self._known or key in inputs:  # an alias
             return
         self._known.add(key)
         self.now += storage.nbytes()

@@ -1,4 +1,4 @@
-"""The matrix products of a step, by part, as torch's own FLOP counter found them on fake tensors (trace.py)."""
+"""FLOPs of a step's matrix products by part, counted by torch on fake tensors (trace.py)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.teacher.frozen import DTYPES
 
+# Dtype of the matrix products by precision.
 PRODUCTS = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "bf16_autocast": torch.bfloat16,
     "fp16": torch.float16,
-}  # precision -> dtype of the products
+}
 
 Work = dict[str, tuple[int, torch.dtype]]
 
 
 def step_work(config: RunConfig, geometry: Geometry, accumulation: int) -> Work:
-    """{part: (FLOP of a rank's step, dtype of its products)}. A pipeline's stages have as much to do each as a replicated teacher."""
+    """Count the work of a rank's step: {part: (FLOP, dtype of its matrix products)}.
+
+    In a pipeline every stage does as much work as a replicated teacher.
+    """
     products = PRODUCTS[config.precision]
     work = {
         "forward": (geometry.student.forward_flops, products),

@@ -1,4 +1,4 @@
-"""DeepSpeed files: every key is known, and the recipe's numbers are the only ones."""
+"""DeepSpeed files: every key is known, and batch, clipping and precision are the recipe's."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from dmae_ds.config.deepspeed import KNOWN, load_deepspeed
+from dmae_ds.config.deepspeed import KNOWN, check_compile, load_deepspeed
 from dmae_ds.config.shipped import shipped_files
-from dmae_ds.errors import UserError
+from tests.messages import refused
 
 RECIPE = {"micro_batch": 4, "accumulation": 2, "world_size": 3, "clip_grad": 0.0, "precision": "fp32"}
 
@@ -41,37 +41,42 @@ def test_auto_and_equal_values_are_taken(tmp_path):
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"zero_optimisation": {"stage": 2}}, "did you mean zero_optimization?"),
-        ({"zero_optimization": {"stgae": 2}}, "did you mean zero_optimization.stage?"),
+        ({"zero_optimisation": {"stage": 2}}, ["zero_optimisation", "zero_optimization?"]),
+        ({"zero_optimization": {"stgae": 2}}, ["zero_optimization.stgae", "zero_optimization.stage?"]),
         (
             {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
-            "did you mean zero_optimization.offload_optimizer.device?",
+            ["offload_optimizer.devise", "zero_optimization.offload_optimizer.device?"],
         ),
-        ({"zero_optimization": {"stage": 4}}, "choose 0, 1, 2 or 3"),
-        ({"zero_optimization": 2}, "expected an object"),
-        ({"train_batch_size": 64}, "train_batch_size is 64, but the recipe's optim.global_batch gives 24"),
-        ({"gradient_clipping": 1.0}, "the recipe's optim.clip_grad gives 0.0"),
-        ({"bf16": {"enabled": True}}, "the recipe's precision gives False"),
-        ({"optimizer": {"type": "Adam"}}, "belongs to the recipe's `optim` section"),
-        ([1], "found list"),
+        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage", 4, "0, 1, 2 or 3"]),
+        ({"zero_optimization": 2}, ["zero_optimization", "object"]),
+        ({"train_batch_size": 64}, ["train_batch_size", 64, "optim.global_batch", 24]),
+        ({"gradient_clipping": 1.0}, ["gradient_clipping", 1.0, "optim.clip_grad", 0.0]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled", True, "precision", False]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "`optim`"]),
+        ([1], ["list"]),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, config, words):
-    with pytest.raises(UserError) as caught:
+    with refused("ds.json", *words):
         load_deepspeed(write(tmp_path, config), **RECIPE)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
+
+
+def test_compile_under_zero_3_is_refused():
+    for name, compile in (("zero3", False), ("zero2", True), ("zero0", True)):
+        check_compile(compile, name, load_deepspeed(name, **RECIPE))
+    with refused("compile", "zero3", "zero2"):
+        check_compile(True, "zero3", load_deepspeed("zero3", **RECIPE))
 
 
 def test_bf16_at_stage_0_is_refused_with_the_way_out():
-    with pytest.raises(UserError, match="precision=bf16_autocast, or deepspeed=zero1"):
+    with refused("bf16", "zero0", "precision=bf16_autocast", "deepspeed=zero1"):
         load_deepspeed("zero0", **{**RECIPE, "precision": "bf16"})
 
 
 def test_garbage_is_one_line(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text("{")
-    with pytest.raises(UserError, match="not readable as JSON"):
+    with refused("ds.json", "JSON"):
         load_deepspeed(str(path), **RECIPE)
 
 
@@ -94,24 +99,16 @@ def test_the_table_names_nothing_that_deepspeed_does_not_have():
         assert set(known) <= theirs
 
 
-def test_what_makes_the_host_wait_is_left_out_unless_the_file_asks_for_it(tmp_path):
-    alone = {**RECIPE, "world_size": 1}
-    zero = load_deepspeed("zero2", **alone)["zero_optimization"]
-    assert zero["compute_grad_norm"] is False and zero["overlap_comm"] is False
-    assert (
-        load_deepspeed("zero2", **RECIPE)["zero_optimization"]["overlap_comm"] is True
-    )  # several ranks: there is something to overlap
-    assert load_deepspeed("zero0", **alone)["timers"] == {"throughput": {"enabled": False}}
-    assert (
-        "compute_grad_norm" not in load_deepspeed("zero2", **{**alone, "clip_grad": 1.0})["zero_optimization"]
-    )  # the norm is needed
-    assert (
-        "compute_grad_norm"
-        not in load_deepspeed("zero2", **{**alone, "precision": "fp16"})["zero_optimization"]
-    )
-    assert (
-        "compute_grad_norm" not in load_deepspeed("zero3", **alone)["zero_optimization"]
-    )  # DeepSpeed refuses it
+def test_waits_of_the_host_are_turned_off_unless_the_file_asks_for_them(tmp_path):
+    def zero_of(name, **changes):
+        return load_deepspeed(name, **{**RECIPE, "world_size": 1, **changes})["zero_optimization"]
+
+    assert zero_of("zero2")["compute_grad_norm"] is False and zero_of("zero2")["overlap_comm"] is False
+    assert zero_of("zero2", world_size=3)["overlap_comm"] is True  # there is something to overlap
+    assert "compute_grad_norm" not in zero_of("zero2", clip_grad=1.0)  # the norm is needed
+    assert "compute_grad_norm" not in zero_of("zero2", precision="fp16")
+    assert "compute_grad_norm" not in zero_of("zero3")  # DeepSpeed refuses it
+    assert load_deepspeed("zero0", **RECIPE)["timers"] == {"throughput": {"enabled": False}}
     asked = write(
         tmp_path,
         {
@@ -119,8 +116,5 @@ def test_what_makes_the_host_wait_is_left_out_unless_the_file_asks_for_it(tmp_pa
             "timers": {"throughput": {"enabled": True}},
         },
     )
-    config = load_deepspeed(asked, **alone)
-    assert (
-        config["zero_optimization"]["compute_grad_norm"] is True
-        and config["timers"]["throughput"]["enabled"] is True
-    )
+    assert zero_of(asked)["compute_grad_norm"] is True
+    assert load_deepspeed(asked, **RECIPE)["timers"]["throughput"]["enabled"] is True
