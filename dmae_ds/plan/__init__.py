@@ -1,1 +1,1 @@
-"""Predictions of a recipe's memory and time on machines that are not here, and where its teacher should be placed."""
+"""Predictions of memory and time on machines that are not here, and the choice of a teacher's placement."""

@@ -1,6 +1,7 @@
-"""What a recipe's networks weigh, compute and hold for a micro-batch: the numbers that every placement is made of.
+"""Bytes and FLOPs of a recipe's networks for a micro-batch, from which every placement is computed.
 
-Built on the meta device by the very functions that training uses, then run once on fake tensors (trace.py).
+The networks are built on the meta device by the functions that training uses, then run once on fake tensors
+(trace.py).
 """
 
 from __future__ import annotations
@@ -36,17 +37,16 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class TeacherGeometry:
-    """The frozen teacher up to its deepest tap. Bytes are those of its dtype, FLOPs and work of one micro-batch."""
+    """The frozen teacher up to its deepest tap: bytes in its dtype, and work for one micro-batch."""
 
-    embedding_bytes: (
-        int  # patch projection, tokens, position codes, and a tapped decoder or classifier: on every rank
-    )
-    block_bytes: tuple[int, ...]  # of every block that is built
+    # Patch projection, tokens, position codes, and a tapped decoder or classifier, which every rank holds.
+    embedding_bytes: int
+    block_bytes: tuple[int, ...]  # one number for each block
     flops: int
-    working_bytes: int  # alive at most while it runs, on top of the weights
-    token_bytes: int  # [n, R + T, D_t]: what travels from stage to stage
-    id_bytes: int  # [n, T] int64, beside it
-    feature_bytes: int  # of all taps, as the student is given them
+    working_bytes: int  # most bytes alive while it runs, on top of the weights
+    token_bytes: int  # [N, R + T, D_t], sent from stage to stage
+    id_bytes: int  # [N, T] int64, sent with the tokens
+    feature_bytes: int  # features of all taps, as the student gets them
 
     @property
     def depth(self) -> int:
@@ -59,35 +59,35 @@ class TeacherGeometry:
 
 @dataclass(frozen=True)
 class EmaGeometry:
-    """An objective's EMA teacher, whole and in fp32 on every rank; FLOPs and bytes of one micro-batch."""
+    """An objective's EMA teacher, whole and in fp32 on every rank: bytes, and work for one micro-batch."""
 
     weight_bytes: int
     flops: int
-    working_bytes: int  # alive at most while it runs, on top of the weights
+    working_bytes: int  # most bytes alive while it runs, on top of the weights
     feature_bytes: int
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A recipe at one micro-batch. `batch_bytes`: a prepared micro-batch without features, as it waits for the student."""
+    """All networks of a recipe at one size of micro-batch."""
 
     micro_batch: int
     student: Trace
-    student_parameters: int  # the encoder's alone
+    student_parameters: int  # of the encoder only
     buffer_bytes: int
-    batch_bytes: int
+    batch_bytes: int  # a prepared micro-batch without features, as it waits for the student
     teacher: TeacherGeometry | None
     ema: EmaGeometry | None = None
 
 
 def measure(config: RunConfig, micro_batch: int) -> Geometry:
-    """Geometry of a recipe. Raises UserError for numbers that don't fit together, as training does."""
+    """Measure a recipe. Raises UserError for numbers that don't fit together, as training does."""
     objective, _ = build_objective(config, device="meta")
     dtype = WEIGHTS[config.precision]
     student = objective.student
     student_parameters = sum(parameter.numel() for parameter in student.parameters())
     built = None if config.teacher is None else _meta_teacher(config, objective)
-    ids = torch.zeros(micro_batch, dtype=torch.int64)  # real ones: they key draws on the host
+    ids = torch.zeros(micro_batch, dtype=torch.int64)  # real tensors: they key draws on the host
     ema = None if objective.ema is None else EmaModule(objective)
     objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
     autocast = (
@@ -99,16 +99,14 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
     with collectives.alone(), FakeTensorMode(allow_non_fake_inputs=True):
         objective.to_empty(device="cpu")
         batch, pixel_bytes = _batch(objective, config, ids)
-        teacher, features = (
-            (None, {})
-            if built is None
-            else _measure_teacher(*built, objective.taps, batch, sees=config.teacher.sees)
-        )
+        teacher, features = None, {}
+        if built is not None:
+            teacher, features = _measure_teacher(*built, objective.taps, batch, sees=config.teacher.sees)
         batch_bytes = _bytes(vars(batch).values()) + pixel_bytes
         ema_geometry = None
         if ema is not None:
-            ema_geometry, found = _measure_ema(objective, ema, batch, precision=config.precision)
-            features |= found
+            ema_geometry, ema_outputs = _measure_ema(objective, ema, batch, precision=config.precision)
+            features |= ema_outputs
 
         def forward() -> torch.Tensor:
             with autocast:
@@ -127,47 +125,47 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
 
 
 def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
-    """About the geometry at another micro-batch: all that is per image in proportion, without building anything."""
+    """Estimate the geometry at another micro-batch: everything that depends on images, in proportion."""
 
-    def at(value: int) -> int:
+    def scale(value: int) -> int:
         return round(value * micro_batch / geometry.micro_batch)
 
     student, teacher = geometry.student, geometry.teacher
     gradients = tuple(
-        replace(gradient, before=at(gradient.before), after=at(gradient.after))
+        replace(gradient, before=scale(gradient.before), after=scale(gradient.after))
         for gradient in student.gradients
     )
     if teacher is not None:
         per_image = ("flops", "working_bytes", "token_bytes", "id_bytes", "feature_bytes")
-        teacher = replace(teacher, **{name: at(getattr(teacher, name)) for name in per_image})
+        teacher = replace(teacher, **{name: scale(getattr(teacher, name)) for name in per_image})
     ema = geometry.ema
     if ema is not None:
         ema = replace(
-            ema, **{name: at(getattr(ema, name)) for name in ("flops", "working_bytes", "feature_bytes")}
+            ema, **{name: scale(getattr(ema, name)) for name in ("flops", "working_bytes", "feature_bytes")}
         )
-    student = Trace(at(student.forward_flops), at(student.backward_flops), gradients)
+    student = Trace(scale(student.forward_flops), scale(student.backward_flops), gradients)
     return replace(
         geometry,
         micro_batch=micro_batch,
         student=student,
-        batch_bytes=at(geometry.batch_bytes),
+        batch_bytes=scale(geometry.batch_bytes),
         teacher=teacher,
         ema=ema,
     )
 
 
 def _batch(objective: Objective, config: RunConfig, ids: torch.Tensor) -> tuple[PatchBatch, int]:
-    """What is on the device before teacher and student begin, and the bytes of the pictures and draws it was made of."""
-    own = objective.student.grid[0] * objective.student.patch_size
-    sizes = [view.size or own for view in objective.views]
-    images, *more = (torch.zeros(len(ids), 3, size, size, dtype=torch.uint8) for size in sizes)
+    """A prepared batch, and the bytes of the images and random draws that it is made from."""
+    student_size = objective.student.grid[0] * objective.student.patch_size
+    views = []
+    for view in objective.views:
+        size = view.size or student_size
+        views.append(torch.zeros(len(ids), 3, size, size, dtype=torch.uint8))
+    noise = torch.zeros(len(ids), objective.student.num_patches)
     labels = torch.zeros(len(ids), dtype=torch.int64)
-    batch = Batch(
-        images, torch.zeros(len(ids), objective.student.num_patches), labels, ids, ids, more_views=tuple(more)
-    )
-    return objective.prepare(batch, Normalize(config.data.mean, config.data.std)), _bytes(
-        [*batch.views, batch.noise]
-    )
+    batch = Batch(views[0], noise, labels, ids, ids, more_views=tuple(views[1:]))
+    prepared = objective.prepare(batch, Normalize(config.data.mean, config.data.std))
+    return prepared, _bytes([*batch.views, batch.noise])
 
 
 def _measure_ema(
@@ -175,15 +173,16 @@ def _measure_ema(
 ) -> tuple[EmaGeometry, dict[str, torch.Tensor]]:
     ema.to_empty(device="cpu")
     ema.state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in ema.state.items()}
-    found: dict[str, torch.Tensor] = {}
+    features: dict[str, torch.Tensor] = {}
     flops, working = trace_inference(
-        lambda: found.update(ema_features(objective, ema, batch, precision=precision))
+        lambda: features.update(ema_features(objective, ema, batch, precision=precision))
     )
-    return EmaGeometry(_bytes(ema.state_dict().values()), flops, working, _bytes(found.values())), found
+    weight_bytes = _bytes(ema.state_dict().values())
+    return EmaGeometry(weight_bytes, flops, working, _bytes(features.values())), features
 
 
 def _meta_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, Top | None]:
-    """The teacher as far as it is needed, in its dtype, on the meta device."""
+    """Build the needed part of the teacher, in its dtype, on the meta device."""
     name, overrides, taps = config.teacher.name, config.teacher.overrides(), objective.taps
     depth, decoder_depth = needed_depths(
         taps, meta_teacher(name, overrides).depth, config.teacher.decoder_depth
@@ -205,29 +204,25 @@ def _measure_teacher(
     for part in (vit,) if top is None else (vit, top):
         part.to_empty(device="cpu")
     block_bytes = tuple(_bytes(block.state_dict().values()) for block in vit.blocks)
-    statistics = {
-        "mean": (0.0,) * 3,
-        "std": (1.0,) * 3,
-        "teacher_mean": (0.0,) * 3,
-        "teacher_std": (1.0,) * 3,
-    }
-    teacher = FrozenTeacher(vit, taps, None, view=PatchView(vit.patch_size, **statistics), sees=sees, top=top)
-    found: dict[str, torch.Tensor] = {}
-    flops, working = trace_inference(lambda: found.update(teacher.features(batch)))
+    zeros, ones = (0.0,) * 3, (1.0,) * 3
+    view = PatchView(vit.patch_size, mean=zeros, std=ones, teacher_mean=zeros, teacher_std=ones)
+    teacher = FrozenTeacher(vit, taps, None, view=view, sees=sees, top=top)
+    features: dict[str, torch.Tensor] = {}
+    flops, working = trace_inference(lambda: features.update(teacher.features(batch)))
     patches, ids = teacher.inputs(batch)
     with torch.no_grad():
         tokens = vit.embed(teacher.view(patches), ids)
-    return TeacherGeometry(
-        embedding_bytes=_bytes(vit.state_dict().values())
-        - sum(block_bytes)
-        + (0 if top is None else _bytes(top.state_dict().values())),
+    top_bytes = 0 if top is None else _bytes(top.state_dict().values())
+    geometry = TeacherGeometry(
+        embedding_bytes=_bytes(vit.state_dict().values()) - sum(block_bytes) + top_bytes,
         block_bytes=block_bytes,
         flops=flops,
         working_bytes=working,
         token_bytes=_bytes([tokens]),
         id_bytes=_bytes([ids]),
-        feature_bytes=_bytes(found.values()),
-    ), found
+        feature_bytes=_bytes(features.values()),
+    )
+    return geometry, features
 
 
 def _bytes(tensors) -> int:

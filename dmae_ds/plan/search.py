@@ -1,4 +1,4 @@
-"""The largest micro-batch with which a recipe fits on a machine, and every placement and sharding at that size."""
+"""Searches the largest micro-batch with which something fits, among all placements and shardings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Plan:
 
 
 def search(config: RunConfig, machine: Machine) -> Plan:
-    """Take training's own cut of the batch, then smaller ones, until something fits.
+    """Try training's own cut of the batch, then smaller ones, until something fits.
 
     Raises UserError where training would.
     """
@@ -75,8 +75,9 @@ def _rows(
 def _shardings(config: RunConfig, machine: Machine, split: BatchSplit, *, is_first: bool) -> dict[str, Zero]:
     """DeepSpeed files that training accepts, the recipe's own before the shipped ones.
 
-    is_first: raise UserError where the recipe's own is not accepted; at smaller cuts it is left out, since it
-      may set the micro-batch
+    is_first: raise UserError where the recipe's own file is not accepted; at smaller cuts it is left out,
+      because it may
+        fix the micro-batch
     """
     zeros = {}
     for name in dict.fromkeys((config.deepspeed, *SHARDINGS)):

@@ -1,4 +1,7 @@
-"""`dmae-ds plan RECIPE --gpus 16 ...`: the table of placements, what is fastest, and the command that runs it."""
+"""Text of `dmae-ds plan`: the table of placements, the fastest that fits, and the command that starts it.
+
+dmae-ds plan RECIPE [key=value] --gpus 16 --gpus-per-node 8 --gpu-memory-gib 80
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS
 from dmae_ds.plan.search import Plan, search
 
-IMAGENET = 1_281_167
+IMAGENET = 1_281_167  # training images of ImageNet-1k
 _HEADS = {
     "parameters": "weights",
     "gradients": "gradients",
@@ -31,10 +34,11 @@ _HEADS = {
 def plan(
     config: RunConfig, machine: Machine, *, recipe: str, overrides: list[str], images: int | None
 ) -> str:
-    """The whole answer as text. Neither weights nor shards nor a GPU are needed.
+    """Plan a recipe on a machine; returns the text. Neither weights nor shards nor a GPU are needed.
 
-    images: of an epoch, where data.train isn't there; default ImageNet-1k's
-    Raises UserError for what can't be, in one line.
+    recipe, overrides: as the user gave them, for the command
+    images: images of an epoch; None: those of data.train where it is here, otherwise ImageNet-1k's
+    Raises UserError where training would, and for impossible machines.
     """
     check_machine(machine)
     num_images, source = count_images(config.data.train, images)
@@ -59,46 +63,45 @@ def plan(
 def _verdict(
     config: RunConfig, machine: Machine, found: Plan, *, recipe: str, overrides: list[str]
 ) -> list[str]:
-    """What is fastest and the command that starts it, or what the smallest needs."""
-    asked, micro_batch = found.first.micro_batch, found.split.micro_batch
-    best = found.best
+    """Lines that name the fastest and its command; where nothing fits, the least memory that is needed."""
+    first, micro_batch, best = found.first.micro_batch, found.split.micro_batch, found.best
     if best is None:
         least = min(found.rows, key=lambda row: row.memory.total)
-        why = (
-            f"; objective {config.objective.name} compares all images of a batch, so it can't be cut: use "
-            "more GPUs, "
-            "or a smaller optim.global_batch"
-            if config.objective.needs_whole_batch
-            else ""
-        )
-        return [
+        lines = [
             f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with "
             f"{least.deepspeed}, "
-            f"{least.memory.total / GIB:.1f} GiB a rank{why}"
+            f"{least.memory.total / GIB:.1f} GiB a rank"
         ]
-    lines = [
-        f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, "
-        f"{best.cost.seconds:.3g} s a step",
-        command(
-            best,
-            machine,
-            recipe=recipe,
-            overrides=overrides,
-            has_teacher=config.teacher is not None,
-            micro_batch=micro_batch if found.is_smaller else None,
-        ),
-    ]
+        if config.objective.needs_whole_batch:
+            lines.append(
+                f"objective {config.objective.name} compares all images of a batch, so it takes no smaller "
+                "micro-batch; "
+                "use more GPUs, or a smaller optim.global_batch"
+            )
+        return lines
+    lines = []
     if found.is_smaller:
-        lines.insert(
-            0,
-            f"nothing fits with optim.micro_batch={asked}; {micro_batch} is the largest that does, of those "
-            "tried by halving",
+        lines.append(
+            f"nothing fits with optim.micro_batch={first}; {micro_batch} is the largest that does, of those "
+            "tried by halving"
         )
-    return lines
+    lines.append(
+        f"fastest that fits: {best.name}, {best.deepspeed}; {best.memory.total / GIB:.1f} GiB a rank, "
+        f"{best.cost.seconds:.3g} s a step"
+    )
+    start = command(
+        best,
+        machine,
+        recipe=recipe,
+        overrides=overrides,
+        has_teacher=config.teacher is not None,
+        micro_batch=micro_batch if found.is_smaller else None,
+    )
+    return [*lines, start]
 
 
 def check_machine(machine: Machine) -> None:
-    """Raise UserError for numbers that are no machine."""
+    """Raise UserError for numbers that no machine can have."""
     numbers = {
         "--gpus": machine.gpus,
         "--gpus-per-node": machine.gpus_per_node,
@@ -112,20 +115,20 @@ def check_machine(machine: Machine) -> None:
             raise UserError(f"{name} is {value:g}; give a number above 0")
     if machine.gpus % machine.gpus_per_node:
         raise UserError(
-            f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; every "
-            "node has equally many"
+            f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; "
+            "give a multiple, since all nodes have the same number"
         )
 
 
 def count_images(train: str, images: int | None) -> tuple[int, str]:
-    """(images, where the number is from)."""
+    """Number of images of an epoch, and where the number comes from."""
     if images is not None:
         if images < 1:
             raise UserError(f"--images is {images}; give a number above 0")
         return images, "--images"
     if "://" not in train and Path(train).expanduser().exists():
         return ShardSet.open(train, label="data.train").num_samples, f"the manifest of {train}"
-    return IMAGENET, f"ImageNet-1k's: data.train '{train}' is not here, and no --images was given"
+    return IMAGENET, f"ImageNet-1k's: data.train '{train}' not found, and no --images given"
 
 
 def command(
@@ -137,62 +140,43 @@ def command(
     has_teacher: bool,
     micro_batch: int | None,
 ) -> str:
-    """What starts it: one node by number of GPUs, more by a hostfile."""
+    """Command that starts a candidate: one node by its number of GPUs, several by a hostfile."""
     chosen = {}
     if has_teacher:
-        chosen |= {"teacher.placement": best.placement} | (
-            {"teacher.stages": best.stages} if best.stages else {}
-        )
-    chosen |= {"deepspeed": best.deepspeed} | ({"optim.micro_batch": micro_batch} if micro_batch else {})
-    owned = {*chosen, "teacher.placement", "teacher.stages"}
-    kept = [override for override in overrides if override.partition("=")[0] not in owned]
+        chosen["teacher.placement"] = best.placement
+        if best.stages:
+            chosen["teacher.stages"] = best.stages
+    chosen["deepspeed"] = best.deepspeed
+    if micro_batch:
+        chosen["optim.micro_batch"] = micro_batch
+    replaced = {*chosen, "teacher.placement", "teacher.stages"}
+    kept = [override for override in overrides if override.partition("=")[0] not in replaced]
     where = f"--num_gpus {machine.gpus}" if machine.gpus == machine.gpus_per_node else "--hostfile hostfile"
-    return " ".join(
-        [
-            "deepspeed",
-            where,
-            "--module dmae_ds train",
-            recipe,
-            *kept,
-            *(f"{key}={value}" for key, value in chosen.items()),
-        ]
-    )
+    settings = [f"{key}={value}" for key, value in chosen.items()]
+    return " ".join(["deepspeed", where, "--module dmae_ds train", recipe, *kept, *settings])
 
 
 def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> list[str]:
     student, teacher = geometry.student, geometry.teacher
     tera = accumulation / 1e12
-    flops = (
-        f"student forward {student.forward_flops * tera:.3g}, backward {student.backward_flops * tera:.3g}"
-    )
+    work = f"student forward {student.forward_flops * tera:.3g}, backward {student.backward_flops * tera:.3g}"
     lines = [
-        f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; with decoder and heads "
-        f"{student.parameters / 1e6:.1f} M, {config.precision}"
+        f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; "
+        f"with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}"
     ]
     if teacher is not None:
         lines.append(
             f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB "
             f"in {config.teacher.dtype}"
         )
-        flops = f"teacher {teacher.flops * tera:.3g}, {flops}"
-    return [*lines, f"TFLOP a step and rank: {flops}"]
+        work = f"teacher {teacher.flops * tera:.3g}, {work}"
+    return [*lines, f"TFLOP a step and rank: {work}"]
 
 
 def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -> list[str]:
-    heads = [
-        "placement",
-        "deepspeed",
-        *(_HEADS[part] for part in PARTS),
-        "GiB",
-        "host",
-        "fits",
-        "in node",
-        "between",
-        "s/step",
-        "images/s",
-        "GPU h",
-    ]
-    cells = [heads]
+    memory_heads = [*(_HEADS[part] for part in PARTS), "GiB", "host", "fits"]
+    cost_heads = ["in node", "between", "s/step", "images/s", "GPU h"]
+    cells = [["placement", "deepspeed", *memory_heads, *cost_heads]]
     for row in rows:
         memory, cost = row.memory, row.cost
         cells.append(
@@ -214,13 +198,18 @@ def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -
 
 
 def _assumptions(machine: Machine) -> str:
-    return (
+    sentences = [
         f"GiB a rank, of which {HEADROOM:.0%} of the device stay free; seconds within {EQUAL:.0%} count as "
-        "equal and the first row wins; GB sent a step by the busiest rank inside its node, and by the "
-        f"busiest node to others. Guesses: {EFFICIENCY:.0%} of {machine.tflops:g} "
-        f"TFLOP/s, {LINK_EFFICIENCY:.0%} of {machine.node_link_gbps:g} Gbit/s a GPU inside a node and of "
-        f"{machine.link_gbps:g} Gbit/s a node between, {DEVICE_GB_S:g} GB/s of device memory for AdamW, "
-        f"{HOST_GB_S:g} GB/s a rank for offloading, {LIBRARIES_GPU / GIB:g} GiB for CUDA and NCCL. Overlap "
-        "is assumed: stream under stage, ZeRO-3 gathers under their pass, reductions under backward with "
-        "overlap_comm."
-    )
+        "equal and the "
+        "first row wins; GB sent a step by the busiest rank inside its node, and by the busiest node to "
+        "others.",
+        f"Guesses: {EFFICIENCY:.0%} of {machine.tflops:g} TFLOP/s, {LINK_EFFICIENCY:.0%} of "
+        f"{machine.node_link_gbps:g} Gbit/s a GPU inside a node and of {machine.link_gbps:g} Gbit/s a node "
+        "between, "
+        f"{DEVICE_GB_S:g} GB/s of device memory for AdamW, {HOST_GB_S:g} GB/s a rank for offloading, "
+        f"{LIBRARIES_GPU / GIB:g} GiB for CUDA and NCCL.",
+        "Overlap is assumed: stream with the stage's work, ZeRO-3 gathers with their pass, reductions with "
+        "backward "
+        "where overlap_comm is set.",
+    ]
+    return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""FLOPs and live bytes of a forward and backward pass, found on fake tensors: in seconds, without memory or a GPU.
+"""FLOPs and live bytes of a forward and backward pass, found on fake tensors in seconds.
 
 torch's FlopCounterMode counts matrix products and attention. `_Live` counts the bytes of every storage from
 the operator that makes it until Python and autograd release it. Scratch memory inside kernels is not counted.

@@ -1,4 +1,4 @@
-"""Geometries by hand: round numbers, so that bytes can be said in the head."""
+"""Geometries by hand, in round numbers, so that expected bytes are easy to compute."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ def geometry_of(
     blocks: int = 18,
     block_bytes: int = 10**8,
 ) -> Geometry:
-    """A student whose layers are alike, and whose activations shrink evenly while backward runs; a teacher likewise."""
+    """A student of equal layers whose activations shrink evenly in backward; a teacher of equal blocks."""
     sizes = [parameters // layers] * layers
     left = [activations * (layers - layer) // layers for layer in range(layers + 1)]
     trace = Trace(
         10**12,
         2 * 10**12,
-        tuple(Gradient(size, True, before, after) for size, before, after in zip(sizes, left, left[1:])),
+        tuple(
+            Gradient(size, True, before, after)
+            for size, before, after in zip(sizes, left, left[1:], strict=False)
+        ),
     )
     teacher = TeacherGeometry(
         embedding_bytes=10**7,

@@ -1,7 +1,7 @@
-"""`dmae-ds plan` proposes only commands that `dmae-ds train` accepts, and accepts every batch that `train` accepts.
+"""`dmae-ds plan` proposes only commands that `dmae-ds train` accepts, and refuses only what it refuses.
 
-The networks are replaced by numbers of about the right size, so that hundreds of plans take seconds; the commands are
-read back with the command line's own parser and go through training's whole preflight.
+The networks are replaced by numbers of about the right size, so that hundreds of plans take seconds; the
+commands are read back with the command line's own parser and go through training's whole preflight.
 """
 
 from __future__ import annotations

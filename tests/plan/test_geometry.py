@@ -1,14 +1,14 @@
-"""What the planner says of real networks: the measured FLOPs of the paper's pair, and the weights that timm builds."""
+"""Measures of real networks: the paper's pair, whose FLOPs were counted elsewhere, and timm's weights."""
 
 from __future__ import annotations
 
 import pytest
 
 from dmae_ds.config.load import load_config
-from dmae_ds.errors import UserError
 from dmae_ds.objectives.build import build_objective
-from dmae_ds.plan.geometry import measure
+from dmae_ds.plan.geometry import measure, scaled
 from dmae_ds.teacher.frozen import meta_teacher
+from tests.messages import refused
 
 TINY = [
     "data.train=nowhere",
@@ -21,30 +21,49 @@ TINY = [
 ]
 
 
-# GFLOP of teacher (18 blocks), student forward and backward at batch 8, counted in a run before this project began.
+# GFLOP of teacher (18 blocks), student forward and backward at batch 8, counted in a run before this project
+# began.
 @pytest.mark.parametrize(
     "mask_ratio, expected",
     [(0.75, (185, 157, 312)), pytest.param(0.95, (39, 101, 201), marks=pytest.mark.slow)],
 )
 def test_flops_are_those_that_were_counted_for_vit_large_to_base(mask_ratio, expected):
-    found = measure(load_config("dmae_vit_large_to_base", [f"objective.mask_ratio={mask_ratio}"]), 8)
-    flops = (found.teacher.flops, found.student.forward_flops, found.student.backward_flops)
+    geometry = measure(load_config("dmae_vit_large_to_base", [f"objective.mask_ratio={mask_ratio}"]), 8)
+    flops = (geometry.teacher.flops, geometry.student.forward_flops, geometry.student.backward_flops)
     assert [value / 1e9 for value in flops] == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize("dtype, size", [("fp32", 4), ("bf16", 2)])
 def test_weights_are_those_that_training_builds(dtype, size):
     config = load_config("digits_dmae", [*TINY, f"teacher.dtype={dtype}"])
-    found, (objective, _) = measure(config, 4), build_objective(config)
-    assert found.student.parameters == sum(parameter.numel() for parameter in objective.parameters())
+    geometry, (objective, _) = measure(config, 4), build_objective(config)
+    assert geometry.student.parameters == sum(parameter.numel() for parameter in objective.parameters())
     vit = meta_teacher(config.teacher.name, config.teacher.overrides(), 6)
-    assert found.teacher.depth == 6
-    assert found.teacher.weight_bytes == size * sum(tensor.numel() for tensor in vit.state_dict().values())
+    teacher = geometry.teacher
+    assert teacher.depth == 6
+    assert teacher.weight_bytes == size * sum(tensor.numel() for tensor in vit.state_dict().values())
     # 16 of 64 patches stay, and CLS.
-    assert (
-        found.teacher.token_bytes == found.teacher.feature_bytes == size * 4 * 17 * 48
-        and found.teacher.id_bytes == 8 * 4 * 16
-    )
+    assert teacher.token_bytes == teacher.feature_bytes == size * 4 * 17 * 48
+    assert teacher.id_bytes == 8 * 4 * 16
+
+
+@pytest.mark.parametrize("recipe", ["digits_dmae", "digits_sdae", "digits_dino_dmae"])
+def test_a_scaled_geometry_is_close_to_a_measured_one(recipe):
+    """The scaled one only decides which sizes are measured; what does not depend on images is the same."""
+    config = load_config(recipe, ["data.train=nowhere"])
+    measured, estimated = measure(config, 8), scaled(measure(config, 16), 8)
+    assert estimated.micro_batch == 8
+    assert estimated.student.parameters == measured.student.parameters
+    assert estimated.student.forward_flops == pytest.approx(measured.student.forward_flops, rel=0.01)
+    assert estimated.student.activations == pytest.approx(measured.student.activations, rel=0.3)
+    assert estimated.batch_bytes == pytest.approx(measured.batch_bytes, rel=0.01)
+    for part in ("teacher", "ema"):
+        ours, theirs = getattr(estimated, part), getattr(measured, part)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.weight_bytes == theirs.weight_bytes
+            assert ours.flops == pytest.approx(theirs.flops, rel=0.01)
+            assert ours.feature_bytes == theirs.feature_bytes
 
 
 def test_activations_grow_with_the_micro_batch_and_shrink_in_bf16():
@@ -56,7 +75,7 @@ def test_activations_grow_with_the_micro_batch_and_shrink_in_bf16():
     assert bytes_of(64, "precision=bf16") < 0.7 * large
 
 
-def test_a_recipe_without_a_teacher_and_one_that_can_not_be():
+def test_a_recipe_without_a_teacher_and_one_whose_patches_do_not_fit():
     assert measure(load_config("digits_mae", ["data.train=nowhere"]), 4).teacher is None
-    with pytest.raises(UserError, match="one mask can't serve both"):
+    with refused("patch"):
         measure(load_config("digits_dmae", [*TINY, "teacher.patch_size=8"]), 4)

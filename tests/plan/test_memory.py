@@ -1,4 +1,4 @@
-"""Bytes over grids of placements, ranks and precisions; agreement with DeepSpeed's own estimators."""
+"""Bytes over grids of placements, ranks and precisions, and agreement with DeepSpeed's own estimators."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ def memory(geometry, stage, precision, ranks, accumulation, gpu, **more):
 
 @pytest.mark.parametrize("stage, precision, ranks, accumulation, gpu", GRID)
 def test_parts_sum_to_the_total_and_none_is_negative(geometry, stage, precision, ranks, accumulation, gpu):
-    found = memory(geometry, stage, precision, ranks, accumulation, gpu)
-    assert found.total == sum(getattr(found, part) for part in PARTS) and all(
-        getattr(found, part) >= 0 for part in PARTS
-    )
-    assert found.host == 0
+    total = memory(geometry, stage, precision, ranks, accumulation, gpu)
+    parts = [getattr(total, part) for part in PARTS]
+    assert total.total == sum(parts) and min(parts) >= 0
+    assert total.host == 0
 
 
 @pytest.mark.parametrize("stage, precision, gpu", list(product((1, 2, 3), PRECISIONS, (False, True))))
@@ -72,7 +71,7 @@ def test_where_blocks_divide_unevenly_a_stage_holds_one_more():
     assert teacher_bytes(teacher, "pipeline", 2, 2) == teacher.embedding_bytes + 5 * 10**8
 
 
-def test_the_rank_that_holds_most_counts():
+def test_the_rank_that_holds_most_is_planned():
     teacher = replace(geometry_of().teacher, block_bytes=(1, 1, 5, 5), embedding_bytes=0)
     assert teacher_bytes(teacher, "pipeline", 2, 2) == 10
 
@@ -86,22 +85,18 @@ def test_the_stream_s_queue_grows_with_its_stages(geometry):
     one = stream_bytes(geometry, None)
     assert one == geometry.batch_bytes + geometry.teacher.feature_bytes
     sizes = [one, *(stream_bytes(geometry, stages) for stages in (2, 4, 8))]
-    assert sizes == sorted(sizes) and all(
-        size > 2 * stages * one for size, stages in zip(sizes[1:], (2, 4, 8))
-    )
+    assert sizes == sorted(sizes)
+    assert all(size > 2 * stages * one for size, stages in zip(sizes[1:], (2, 4, 8), strict=True))
     heavier = replace(
         geometry, teacher=replace(geometry.teacher, feature_bytes=geometry.teacher.feature_bytes + 1000)
     )
-    for stages in (
-        2,
-        4,
-        8,
-    ):  # 2P features that are home wait; one is in the buffer that is sent, P in the two that receive
+    # 2P features that arrived wait; one is in the buffer that is sent, P in the two that receive.
+    for stages in (2, 4, 8):
         assert stream_bytes(heavier, stages) - stream_bytes(geometry, stages) >= 2 * stages * 1000
 
 
 def test_messages_are_those_of_the_stream():
-    """Held against the stream's own layout, up to headers and alignment."""
+    """Compared with the stream's own layout, up to headers and alignment."""
     import torch
 
     from dmae_ds.teacher.messages import Layout
@@ -133,9 +128,8 @@ def test_offloading_moves_states_to_the_host():
         geometry, zero, precision="bf16", ranks=4, accumulation=1, placement="replicated", gpu=True
     )
     assert kept.host == 0 and moved.optimizer == 0 and moved.total < kept.total
-    assert (
-        moved.host == (12 + 2 + 2) * geometry.student.parameters / 4
-    )  # masters and moments, gradients, weights
+    # Masters and moments, gradients, weights.
+    assert moved.host == (12 + 2 + 2) * geometry.student.parameters / 4
 
 
 def test_buckets_are_held_whole_on_a_gpu_and_as_far_as_written_on_a_cpu(geometry):
@@ -159,7 +153,8 @@ def test_a_deepspeed_file_is_read_with_deepspeed_s_defaults(tmp_path):
     assert read("zero3_offload") == Zero(3, overlap=True, offload_optimizer=True, offload_parameters=True)
     own = tmp_path / "own.json"
     own.write_text(
-        '{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1e6, "stage3_prefetch_bucket_size": 7, "stage3_max_reuse_distance": 8}}'
+        '{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1e6, '
+        '"stage3_prefetch_bucket_size": 7, "stage3_max_reuse_distance": 8}}'
     )
     assert read(str(own)) == Zero(3, reduce_bucket=10**6, overlap=True, prefetch=7, reuse_distance=8)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -174,9 +169,13 @@ def test_a_deepspeed_file_is_read_with_deepspeed_s_defaults(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64])
 def test_model_states_are_those_of_deepspeed_s_estimators(ranks):
-    """Without activations and buckets, of which DeepSpeed counts none. What differs: it leaves out AdamW's temporaries (4 bytes
-    a parameter), by when the 16-bit gradients that it counts (2) are free; at stage 3 it says 18 bytes, where weights 2,
-    gradients 2 + 4, masters 4 and moments 8 are 20. Its additional_buffer_factor concerns the host alone, and is 1 here."""
+    """Compared without activations and buckets, which DeepSpeed doesn't count.
+
+    Differences: DeepSpeed leaves out AdamW's temporaries (4 bytes a parameter), at whose time the 16-bit
+      gradients that it
+    counts (2) are free. At stage 3 it has 18 bytes, where weights 2, gradients 2 + 4, masters 4 and moments 8
+    are 20. Its additional_buffer_factor concerns only the host, and is 1 here.
+    """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
@@ -199,9 +198,8 @@ def test_model_states_are_those_of_deepspeed_s_estimators(ranks):
         n, layer, num_gpus_per_node=ranks, cpu_offload=True, cpu_offload_params=True
     )
     moved = ours(3, offload_optimizer=True, offload_parameters=True)
-    assert (
-        moved.total == offloaded - 2 * layer
-    )  # their largest layer with its gradient, which is an activation here
+    # Its largest layer with its gradient, which is an activation here.
+    assert moved.total == offloaded - 2 * layer
     host, _ = estimate_zero2_model_states_mem_needs(
         n, num_gpus_per_node=1, cpu_offload=True, additional_buffer_factor=1.0
     )

@@ -1,4 +1,4 @@
-"""The tracer counts what it is shown, byte by byte and product by product."""
+"""The tracer counts bytes and FLOPs of small networks exactly."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ def test_a_chain_of_linear_layers_is_counted_exactly():
         trace = trace_training(layers, lambda: layers(x).sum())
     product, activation, weight = 2 * N * D * D, 4 * N * D, 4 * D * D
     assert (trace.forward_flops, trace.backward_flops) == (2 * product, 3 * product)  # x needs no gradient
-    assert [gradient.numel for gradient in trace.gradients] == [
-        D * D,
-        D * D,
-    ] and trace.parameters == 2 * D * D
+    assert [gradient.numel for gradient in trace.gradients] == [D * D, D * D]
+    assert trace.parameters == 2 * D * D
     last, first = trace.gradients
-    # ReLU keeps its output, which the last layer needs as well; the first layer's output goes once ReLU is done.
+    # ReLU keeps its output, which the last layer needs as well; the first layer's output goes once ReLU is
+    # done.
     assert activation + weight <= last.before <= 3 * activation + weight + 8
     assert first.after <= 8 and trace.activations == max(last.before, first.before)
 
@@ -44,7 +43,7 @@ def test_without_gradients_only_the_working_set_is_alive():
     assert flops == 10 * 2 * N * D * D and peak == 2 * 4 * N * D
 
 
-def test_views_are_no_bytes():
+def test_views_take_no_bytes():
     with FakeTensorMode():
         x = torch.empty(N, D)
         _, peak = trace_inference(lambda: x.view(-1)[5:].unsqueeze(0))
