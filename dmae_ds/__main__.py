@@ -1,4 +1,4 @@
-"""`python -m dmae_ds ...`, which is also what `deepspeed --module dmae_ds ...` and torchrun start."""
+"""Entry point of `python -m dmae_ds`, which `deepspeed --module dmae_ds` and torchrun start, too."""
 
 from dmae_ds.cli.main import main
 

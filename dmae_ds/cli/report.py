@@ -17,7 +17,9 @@ def add_report(subcommands) -> None:
         metavar="RUN",
         help="run folders; the page is written into the first one; with --results also folders of runs",
     )
-    report.add_argument("--out", help="the file to write (default RUN/report.html, or RESULTS.md)")
+    report.add_argument(
+        "--out", metavar="FILE", help="the file to write (default RUN/report.html, or RESULTS.md)"
+    )
     report.add_argument(
         "--results",
         action="store_true",

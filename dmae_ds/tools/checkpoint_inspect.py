@@ -1,4 +1,4 @@
-"""`dmae-ds checkpoint inspect | verify`: a table of a run's checkpoints, and their damages (no torch)."""
+"""`dmae-ds checkpoint inspect | verify`: a table of checkpoints, and what is wrong with them (no torch)."""
 
 from __future__ import annotations
 

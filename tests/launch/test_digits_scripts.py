@@ -1,0 +1,149 @@
+"""The commands of quickstart.sh, g2sd.sh and study.sh, with stand-ins for the programs that they call."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+RESULT = {
+    "metric": "finetune",
+    "scores": {"top1": 94.5},
+    "labels": "all",
+    "subset_seed": None,
+    "settings": {"recipe": "finetune_digits"},
+    "step": 5,
+    "num_train": 1400,
+    "num_val": 397,
+    "data": "fingerprint",
+    "seconds": 1.5,
+    "device": "cpu",
+    "world_size": 1,
+    "when": "2026-11-01T00:00:00+00:00",
+}
+# Records its arguments; `train` makes the run folder, an evaluation of labels adds a result.
+PROGRAM = """#!/usr/bin/env bash
+echo "${0##*/} $*" >>"$CALLS"
+for word in "$@"; do
+    case $word in run.dir=*) mkdir -p "${word#*=}" && run=${word#*=} ;; esac
+done
+[ -z "${BROKEN:-}" ] || [[ "$*" != *"$BROKEN"* ]] || { echo "it broke" >&2; exit 1; }
+case "$*" in
+*"eval finetune"*) mkdir -p "$3/finetune_digits" && echo "$FINETUNED" >>"$3/results.jsonl" ;;
+*digits_g2sd_specific*) echo "$SUPERVISED" >>"$run/results.jsonl" ;;
+esac
+"""
+# The number of GPUs is 0; programs on standard input are run.
+PYTHON = f"""#!/usr/bin/env bash
+[ "$1" != -c ] || {{ echo 0; exit 0; }}
+exec {sys.executable} "$@"
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Run a script with the stand-ins; returns the finished process and the recorded commands."""
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs.parent / "installed").touch()
+    for name in ("dmae-ds", "dmae-shards", "deepspeed", "python"):
+        (programs / name).write_text(PYTHON if name == "python" else PROGRAM)
+        (programs / name).chmod(0o755)
+    for part in ("train", "val"):
+        (tmp_path / "out" / "images" / part).mkdir(parents=True)
+    calls = tmp_path / "calls"
+
+    def run(script: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        calls.write_text("")
+        environment = {
+            **os.environ,
+            "VENV": str(programs.parent),
+            "OUT": str(tmp_path / "out"),
+            "CALLS": str(calls),
+            "PYTHONPATH": str(LAUNCH.parent),
+            "FINETUNED": json.dumps(RESULT),
+            "SUPERVISED": json.dumps({**RESULT, "metric": "supervised", "scores": {"top1": 93.4}}),
+            **variables,
+        }
+        done = subprocess.run(["bash", LAUNCH / script], env=environment, capture_output=True, text=True)
+        lines = calls.read_text().replace(f"{tmp_path}/out", "OUT").splitlines()
+        return done, [line for line in lines if not line.startswith("dmae-shards")]
+
+    return run
+
+
+def run_of(call: str) -> str:
+    """The name of the run that a training command writes."""
+    return next(word for word in call.split() if word.startswith("run.dir=")).rpartition("/")[2]
+
+
+def test_quickstart_trains_a_teacher_and_two_students(start):
+    done, calls = start("quickstart.sh", SEED="3")
+    assert done.returncode == 0, done.stderr
+    assert [run_of(call) for call in calls[:3]] == ["teacher", "dmae", "mae"]
+    assert all("--num_gpus 2" in call and "run.seed=3" in call for call in calls[:3])
+    assert "teacher.weights=OUT/teacher/student.safetensors" in calls[1]
+    assert calls[3:] == [
+        "dmae-ds eval knn OUT/teacher",
+        "dmae-ds eval knn OUT/dmae",
+        "dmae-ds eval knn OUT/mae",
+        "dmae-ds report OUT/dmae OUT/mae OUT/teacher",
+    ]
+
+
+def test_quickstart_shows_why_an_evaluation_failed(start):
+    done, calls = start("quickstart.sh", BROKEN="eval knn")
+    assert done.returncode == 1 and "it broke" in done.stderr
+    assert not [call for call in calls if "report" in call]
+
+
+def test_g2sd_prints_the_accuracy_of_four_classifiers(start):
+    done, calls = start("g2sd.sh")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines()[-4:]] == [
+        "94.5%",
+        "94.5%",
+        "93.4%",
+        "93.4%",
+    ]
+    specific, deit = (call for call in calls if "digits_g2sd_specific" in call)
+    assert "student.weights=OUT/generic" in specific and "student.weights=null" in deit
+    done, calls = start("g2sd.sh")
+    assert not [call for call in calls if "finetune" in call and "eval" in call]  # they are not repeated
+
+
+def test_study_trains_every_setting_of_every_seed_once(start):
+    wanted = {"SEEDS": "0 1", "ONLY": "mae dmae g2sd-generic g2sd-specific"}
+    done, calls = start("study.sh", **wanted)
+    assert done.returncode == 0, done.stderr
+    trained = [run_of(call) for call in calls if call.startswith("dmae-ds train")]
+    names = ("teacher", "mae", "dmae", "g2sd-generic", "g2sd-specific")
+    assert sorted(trained) == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))
+    for call in calls:
+        if "digits_g2sd_specific" in call:
+            seed = run_of(call)[-1]
+            assert f"student.weights=OUT/g2sd-generic-seed{seed}" in call
+            assert f"teacher.weights=OUT/teacher-seed{seed}/finetune_digits/best.safetensors" in call
+        if "digits_mae" in call:
+            assert "teacher.weights" not in call
+    evaluated = [call for call in calls if call.startswith(("dmae-ds eval knn", "dmae-ds eval probe"))]
+    assert len(evaluated) == 6 and all(call.count("-seed") == 5 for call in evaluated[:2])
+    assert calls[-1] == "dmae-ds report --results OUT"
+    done, calls = start("study.sh", **wanted)
+    assert calls == ["dmae-ds report --results OUT"]
+
+
+@pytest.mark.parametrize("broken", ["mae-seed0", "--pool cls"])
+def test_study_stops_at_a_failure_and_continues(start, broken):
+    wanted = {"SEEDS": "0", "ONLY": "mae", "JOBS": "1"}
+    done, calls = start("study.sh", BROKEN=broken, **wanted)
+    assert done.returncode != 0 and "it broke" in done.stderr
+    assert not [call for call in calls if "report" in call]
+    done, calls = start("study.sh", **wanted)
+    assert done.returncode == 0 and calls[-1] == "dmae-ds report --results OUT"
+    assert not [call for call in calls if "digits_teacher" in call]
