@@ -1,6 +1,7 @@
-"""A vision transformer and MAE's decoder written out from their formulae, one picture at a time, in the dtype of their weights.
+"""A vision transformer and MAE's decoder, written from their formulas, one image at a time.
 
-Shares no code with the project: weights come as a state dict, attention is a loop over heads, patches are cut one by one.
+It computes in the dtype of the weights and shares no code with the project: weights come as a state dict,
+attention is a loop over heads, patches are cut one by one.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ MEAN, STD = 0.5, 0.25  # of the pixels, 0 to 1
 
 
 def patch_of(image: Tensor, place: int, *, size: int) -> Tensor:
-    """uint8 [3, S, S] -> the normalised pixels [3, size, size] of a patch in row-major order."""
+    """Return the normalised pixels [3, size, size] of each patch of an image uint8 [3, S, S], row by row."""
     row, column = divmod(place, image.shape[2] // size)
     pixels = image[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
     return (pixels.double() / 255 - MEAN) / STD
 
 
 def position_of(row: float, column: float, dim: int) -> Tensor:
-    """[dim]: sines then cosines of the column, then of the row, with the digits of float32: position codes are kept so."""
+    """Return [dim]: sines and cosines of the column, then of the row, rounded to float32 as stored."""
     angles = [[place / 10000 ** (k / (dim / 4)) for k in range(dim // 4)] for place in (column, row)]
     return torch.tensor(
         [value for half in angles for value in (*map(math.sin, half), *map(math.cos, half))]
@@ -67,9 +68,10 @@ def encode(
     depth: int,
     grid: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(tokens after the final norm, the residual stream after each block), each [1 + places, D], CLS first.
+    """Return (tokens after the final norm, the residual stream after each block), each [1 + places, D].
 
-    grid: patches on a side of the network's own pictures; a smaller one is laid over it, patch centres on patch centres
+    grid: patches on a side of the network's own images; a smaller one is laid over it, patch centres on patch
+        centres
     """
     weight, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
     own = image.shape[2] // size
@@ -92,7 +94,10 @@ def encode(
 def decode(
     state: dict[str, Tensor], latent: Tensor, places: list[int], *, heads: int, depth: int, grid: int
 ) -> Tensor:
-    """latent [1 + K, D] of the patches at `places` -> the decoder's output [grid * grid, ...] for all patches, in row-major order."""
+    """Return the decoder's output [grid * grid, ...] for all patches, in row-major order.
+
+    latent: [1 + K, D] of CLS and the patches at `places`
+    """
     embedded = linear(latent, state, "embed")
     tokens = [embedded[0]]
     for place in range(grid * grid):
@@ -105,12 +110,12 @@ def decode(
 
 
 def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The entries under "name.", without it."""
+    """Return the entries whose names start with "name.", without that prefix."""
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
 class AdamW:
-    """By its formula, entry for entry: no decay of biases and 1-D tensors."""
+    """AdamW by its formula, entry for entry, without decay of biases and 1-D tensors."""
 
     def __init__(self, weights: dict[str, Tensor], *, betas: tuple[float, float], weight_decay: float):
         self.weights, self.betas, self.decay, self.steps = weights, betas, weight_decay, 0

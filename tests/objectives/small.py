@@ -1,4 +1,4 @@
-"""Small objectives in double precision, small batches of noise, and the steps of a run without an engine."""
+"""Small objectives in float64, small batches of noise, and the steps of a run without an engine."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def config_for(objective: dict, *, teacher: bool = False) -> RunConfig:
 
 
 def build(objective: dict, *, teacher: bool = False, seed: int = 0) -> Objective:
-    """In double precision, away from its initial weights: biases that are 0 and gains that are 1 hide mistakes."""
+    """Build it in float64, away from its initial weights: biases of 0 and gains of 1 would hide mistakes."""
     built, _ = build_objective(config_for(objective, teacher=teacher))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def build(objective: dict, *, teacher: bool = False, seed: int = 0) -> Objective
 
 
 def make_batch(num: int, *, sizes: tuple[int, ...] = (SIZE,), seed: int = 0) -> Batch:
-    """Pictures of noise, a view of each size, and mask noise."""
+    """Return images of noise, a view of each size, and mask noise."""
     generator = torch.Generator().manual_seed(seed)
     views = [
         torch.randint(0, 256, (num, 3, size, size), dtype=torch.uint8, generator=generator) for size in sizes
@@ -72,12 +72,12 @@ def make_batch(num: int, *, sizes: tuple[int, ...] = (SIZE,), seed: int = 0) -> 
 
 
 def prepare(objective: Objective, batch: Batch):
-    """`objective.prepare` with pixels normalised in double precision, as the reference has them."""
+    """Return `objective.prepare` with pixels normalised in float64, as in the reference."""
     return objective.prepare(batch, lambda pixels: (pixels.double() / 255 - MEAN) / STD)
 
 
 class Stepper:
-    """What a run does around an objective, without DeepSpeed: schedules, EMA teacher, AdamW with the recipe's groups."""
+    """The steps of a run without DeepSpeed: schedules, EMA teacher, AdamW with the recipe's groups."""
 
     def __init__(self, objective: Objective, *, num_steps: int, epochs: float, lr: float):
         self.objective, self.num_steps, self.epochs, self.lr = objective, num_steps, epochs, lr
@@ -90,7 +90,7 @@ class Stepper:
     def step(
         self, number: int, micro_batches: list[Batch], features: dict[str, Tensor] | None = None
     ) -> float:
-        """One optimiser step; returns the mean loss."""
+        """Take one optimiser step and return the mean loss."""
         self.objective.start_step(self.progress(number))
         engine = SimpleNamespace(
             objective=self.objective,
@@ -120,7 +120,7 @@ class Stepper:
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Copies that gradients can be taken of."""
+    """Return copies of which gradients can be taken."""
     return {
         name: parameter.detach().clone().requires_grad_() for name, parameter in module.named_parameters()
     }

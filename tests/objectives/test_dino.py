@@ -1,7 +1,8 @@
-"""DINO against its formulae in float64: networks, head, centre, pairs of views and average written out one by one (reference.py)."""
+"""DINO against its formulas in float64: networks, head, centre, pairs of views and EMA (reference.py)."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -41,7 +42,7 @@ def section(**keys) -> dict:
 
 
 def encode(state, image):
-    """(CLS after the final norm, the residual stream after each block)."""
+    """Return (CLS after the final norm, the residual stream after each block)."""
     tokens, after = reference.encode(
         state,
         image,
@@ -55,7 +56,7 @@ def encode(state, image):
 
 
 def logits_of(weights, image):
-    """One product with each prototype."""
+    """Return one product with each prototype."""
     hidden = encode(reference.part(weights, "student"), image)[0][None]
     head = reference.part(weights, "head")
     for layer in ("layers.0", "layers.2", "layers.4"):
@@ -76,7 +77,7 @@ def softmax(values):
 
 
 def reference_loss(weights, ema, batch, *, centre, temperature: float):
-    """Eq. 3, and what Eq. 4 takes the mean of: (the loss, the EMA teacher's logits of both global crops of every picture)."""
+    """Return the loss (Eq. 3) and the EMA teacher's logits of all global crops, whose mean Eq. 4 takes."""
     total, seen, terms = 0.0, [], 0
     for number in range(len(batch.images)):
         student = [logits_of(weights, view[number]) for view in batch.views]
@@ -125,7 +126,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula(num, num_local):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_one_prototype_has_nothing_to_say_and_one_view_pairs_with_every_other():
+def test_the_loss_of_one_prototype_is_zero_and_a_view_is_paired_with_every_other():
     assert view_cross_entropy(torch.randn(4, 3, 1), torch.ones(2, 3, 1), temperature=0.1).item() == 0
     logits, targets = torch.randn(3, 1, 4).double(), torch.rand(2, 1, 4).double()
     logs = [torch.log(torch.stack(softmax(row[0] / 0.5))) for row in logits]
@@ -136,7 +137,7 @@ def test_one_prototype_has_nothing_to_say_and_one_view_pairs_with_every_other():
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_cut(
+def test_four_steps_through_the_builders_are_the_formulas_for_every_accumulation(
     micro_batches, rate=0.01, num_steps=4
 ):
     """The last layer is held for the first two steps; the temperature warms up over the first three."""
@@ -165,7 +166,7 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
             ),
             strict=True,
         )
-        loss, seen = sum(losses) / micro_batches, sum(seen, [])
+        loss, seen = sum(losses) / micro_batches, list(itertools.chain(*seen))
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         rates = {name: 0.0 if step < 2 and name == "head.prototypes.weight" else rate for name in weights}
         adam.step(gradients, rates)
@@ -189,7 +190,7 @@ def test_four_steps_through_the_builders_are_the_formulas_however_the_batch_is_c
     assert centre.abs().max() > 0.01 and state["micro_batches"] == 0
 
 
-def test_the_centre_stays_where_nothing_was_seen():
+def test_the_centre_does_not_move_without_logits():
     state = {"centre": torch.tensor([0.5]), "logits": torch.zeros(1), "micro_batches": torch.zeros(())}
     move_centre(state, 0.9)
     assert state["centre"].item() == 0.5
@@ -240,7 +241,7 @@ def test_views_are_two_large_and_several_small_crops():
     assert {view.photometric for view in build(section(photometric=False)).views} == {"none"}
 
 
-def test_a_ema_teacher_that_says_the_same_of_all_pictures_is_seen():
+def test_an_ema_teacher_with_equal_targets_for_all_images_has_no_spread():
     objective, batch = build(section()), make_batch(4, sizes=sizes(2))
     masked = prepare(objective, batch)
     for targets, expected in (

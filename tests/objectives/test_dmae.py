@@ -1,4 +1,4 @@
-"""The switches of DMAE that the published numbers don't cover, each against its formula."""
+"""DMAE's settings that the published numbers don't cover, each against its formula."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_distances_are_their_formulas_token_by_token(kind, normalize):
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.75, 4), (0.9, 2)])
-def test_the_decoder_paints_the_masked_patches_and_no_others(ratio, kept):
+def test_the_decoder_predicts_the_masked_patches_and_no_others(ratio, kept):
     objective = build(mask_ratio=ratio)
     parts_of(objective)["loss"].backward()
     assert objective.num_visible == kept

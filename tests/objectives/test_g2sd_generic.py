@@ -1,4 +1,4 @@
-"""G2SD's generic loss is its formula, in float64 and in loops, on a teacher built as a run builds it."""
+"""G2SD's generic stage against its formula in loops in float64, with a teacher built as in a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 @pytest.fixture(scope="module")
 def whole_mae(tmp_path_factory):
-    """A file as MAE publishes them: encoder with norm, decoder 20 wide with 4 blocks, prediction."""
+    """Write a file as MAE publishes them: encoder with norm, decoder (width 20, 4 blocks), prediction."""
     generator = torch.Generator().manual_seed(3)
     encoder = timm.create_model(NAME, num_classes=0, **TEACHER).state_dict()
     decoder = timm.create_model(NAME, num_classes=0, **{**TEACHER, "embed_dim": 20, "depth": 4}).state_dict()
@@ -81,7 +81,7 @@ def recipe(whole_mae, **objective) -> RunConfig:
     )
 
 
-def build(whole_mae, *, pictures: int = 3, **objective):
+def build(whole_mae, *, num: int = 3, **objective):
     config = recipe(whole_mae, **objective)
     built, shape = build_objective(config)
     teacher = load_frozen_teacher(
@@ -93,13 +93,13 @@ def build(whole_mae, *, pictures: int = 3, **objective):
         device=torch.device("cpu"),
     )
     generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 256, (pictures, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    masked = built.prepare(Batch(images, torch.rand(pictures, 16, generator=generator)), Normalize(MEAN, STD))
+    images = torch.randint(0, 256, (num, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    masked = built.prepare(Batch(images, torch.rand(num, 16, generator=generator)), Normalize(MEAN, STD))
     return config, built, teacher, masked
 
 
 def smooth_l1(difference):
-    """beta 2: d^2 / 4 below 2, |d| - 1 above."""
+    """Return smooth-L1 with beta 2: d^2 / 4 below 2, |d| - 1 above."""
     size = abs(difference)
     return size**2 / 4 if float(size.detach()) < 2 else size - 1
 
@@ -109,10 +109,10 @@ def mean_of(entries):
 
 
 def reference(objective, masked, features, *, target, tokens, norm_pix=False):
-    """The loss entry by entry, in float64, from the network's outputs."""
+    """Return the loss, entry by entry in float64, from the network's outputs."""
     objective = objective.double()
     latent, _ = objective.student(masked.visible.double(), masked.ids_keep)
-    # whatever stands behind the decoder is written out: linear, GELU, linear
+    # what follows the decoder is written out: linear, GELU, linear
     first, _, second = objective.head
     decoded = objective.decoder(latent, masked.ids_keep, masked.ids_masked)
     hidden = decoded @ first.weight.T + first.bias
@@ -121,29 +121,29 @@ def reference(objective, masked, features, *, target, tokens, norm_pix=False):
     num_visible = masked.ids_keep.shape[1]
     ((_, taught),) = features.items()
     generic, pixel = [], []
-    for picture in range(len(predicted)):
+    for image in range(len(predicted)):
         for token in range(predicted.shape[1]):
             place = token - 1 - num_visible  # among the masked patches
             if place < 0 and (tokens == "masked" or target != "features"):
                 continue
             if target == "features":
-                row = [float(value) for value in taught[picture, token]]
+                row = [float(value) for value in taught[image, token]]
                 mean = mean_of(row)
                 variance = mean_of([(value - mean) ** 2 for value in row])
                 wanted = [(value - mean) / math.sqrt(variance + 1e-6) for value in row]
             else:
-                wanted = [float(value) for value in taught[picture, place].reshape(-1)]
+                wanted = [float(value) for value in taught[image, place].reshape(-1)]
             generic += [
-                smooth_l1(predicted[picture, token, channel] - value) for channel, value in enumerate(wanted)
+                smooth_l1(predicted[image, token, channel] - value) for channel, value in enumerate(wanted)
             ]
             if target == "reconstruction_and_pixels":
-                own = [float(value) for value in masked.masked[picture, place].reshape(-1)]
+                own = [float(value) for value in masked.masked[image, place].reshape(-1)]
                 if norm_pix:
                     mean = mean_of(own)
                     deviation = math.sqrt(sum((value - mean) ** 2 for value in own) / (len(own) - 1) + 1e-6)
                     own = [(value - mean) / deviation for value in own]
                 pixel += [
-                    (predicted[picture, token, channel] - value) ** 2 for channel, value in enumerate(own)
+                    (predicted[image, token, channel] - value) ** 2 for channel, value in enumerate(own)
                 ]
     return mean_of(generic) + (mean_of(pixel) if pixel else 0.0)
 
@@ -163,8 +163,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_is_the_formula(whole_mae, case):
     changes = CASES[case]
-    pictures = 1 if "one" in case else 3
-    _, objective, teacher, masked = build(whole_mae, pictures=pictures, **changes)
+    num = 1 if "one" in case else 3
+    _, objective, teacher, masked = build(whole_mae, num=num, **changes)
     features = teacher.features(masked)
     with torch.no_grad():
         for parameter in objective.head.parameters():  # some differences above 2, some below
@@ -183,7 +183,7 @@ def test_the_loss_is_the_formula(whole_mae, case):
 
 
 def test_three_optimiser_steps_follow_the_formula_s_gradients(whole_mae):
-    config, objective, teacher, masked = build(whole_mae, pictures=2)
+    config, objective, teacher, masked = build(whole_mae, num=2)
     features = teacher.features(masked)
     optimizer = build_optimizer(objective, config.optim)
     losses = []
@@ -210,7 +210,7 @@ def test_three_optimiser_steps_follow_the_formula_s_gradients(whole_mae):
 
 
 def test_only_the_blocks_up_to_the_tap_are_made(whole_mae):
-    config, objective, teacher, _ = build(whole_mae)
+    _, objective, teacher, _ = build(whole_mae)
     assert objective.taps == ("decoder/2",)  # half of four
     assert len(teacher.top.decoder_blocks) == 2 and not hasattr(teacher.top, "decoder_pred")
     assert "upper decoder blocks" in teacher.parts.describe_dropped()

@@ -1,4 +1,4 @@
-"""G2SD's specific stage: its loss in float64 and loops, its mixed pictures, and the same network in timm alone."""
+"""G2SD's specific stage: its loss in loops in float64, mixed images, and the same network in timm alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OFF = {"rand_augment": None, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_s
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """A fine-tuned classifier of the mean of the patch tokens, in timm's names."""
+    """Write a fine-tuned classifier of the mean of the patch tokens, in timm's names."""
     return write_classifier(tmp_path_factory.mktemp("teacher") / "classifier.safetensors", global_pool="avg")
 
 
@@ -59,7 +59,7 @@ def recipe(weights, *, teacher=None, student=None, **augment) -> RunConfig:
 
 
 def build(weights, **changes):
-    """Objective and teacher as a run builds them; new heads begin near zero, here they have something to say."""
+    """Build objective and teacher as a run does, but with heads away from their initial weights near zero."""
     config = recipe(weights, **changes)
     objective, shape = build_objective(config, num_classes=CLASSES)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def load(config, objective, shape):
     )
 
 
-def pictures(ids, *, epoch=0) -> Batch:
+def make_batch(ids, *, epoch=0) -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8)
     ids = torch.tensor(ids)
@@ -97,22 +97,28 @@ def log_softmax(row):
 
 
 def reference(objective, masked, features):
-    """Half soft cross-entropy of the CLS head, half cross-entropy of the other head with the teacher's arg max, in float64."""
+    """Return the loss in float64.
+
+    Half is the soft cross-entropy of the CLS head, half the cross-entropy of the other head with the
+    teacher's arg max.
+    """
     objective = objective.double()
     tokens, _ = objective.student(masked.visible.double(), masked.ids_keep, appended=objective.dist_token)
     label = hard = 0.0
-    for picture in range(len(tokens)):
+    for image in range(len(tokens)):
         ours = [
-            tokens[picture, 0] @ row + bias for row, bias in zip(objective.head.weight, objective.head.bias)
+            tokens[image, 0] @ row + bias
+            for row, bias in zip(objective.head.weight, objective.head.bias, strict=True)
         ]
         label = label - sum(
-            float(share) * value for share, value in zip(masked.targets[picture].double(), log_softmax(ours))
+            float(share) * value
+            for share, value in zip(masked.targets[image].double(), log_softmax(ours), strict=True)
         )
-        teacher = features["logits"][picture].tolist()
+        teacher = features["logits"][image].tolist()
         decision = max(range(CLASSES), key=lambda number: teacher[number])
         distilled = [
-            tokens[picture, len(tokens[picture]) - 1] @ row + bias
-            for row, bias in zip(objective.head_dist.weight, objective.head_dist.bias)
+            tokens[image, len(tokens[image]) - 1] @ row + bias
+            for row, bias in zip(objective.head_dist.weight, objective.head_dist.bias, strict=True)
         ]
         hard = hard - log_softmax(distilled)[decision]
     return 0.5 * label / len(tokens) + 0.5 * hard / len(tokens)
@@ -129,7 +135,7 @@ def reference(objective, masked, features):
 )
 def test_the_loss_is_the_formula(classifier, ids, augment):
     objective, teacher = build(classifier, **augment)
-    masked = objective.prepare(pictures(ids), NORMALIZE)
+    masked = objective.prepare(make_batch(ids), NORMALIZE)
     features = teacher.features(masked)
     with torch.no_grad():
         found = objective(masked, features)
@@ -145,7 +151,7 @@ def test_three_optimiser_steps_follow_the_formula_s_gradients(classifier):
     teacher = load(config, objective, shape)
     optimizer = build_optimizer(objective, config.optim.model_copy(update={"layer_decay": 0.75}))
     for step in range(3):
-        masked = objective.prepare(pictures([0, 1, 2, 3], epoch=step), NORMALIZE)
+        masked = objective.prepare(make_batch([0, 1, 2, 3], epoch=step), NORMALIZE)
         features = teacher.features(masked)
         ema = copy.deepcopy(objective)
         reference(ema, masked, features).backward()
@@ -171,7 +177,7 @@ def test_three_optimiser_steps_follow_the_formula_s_gradients(classifier):
 def test_a_teacher_s_logits_are_timm_s(tmp_path, keys):
     path = write_classifier(tmp_path / "teacher.safetensors", **keys)
     objective, teacher = build(path, teacher={"pool": "cls" if keys["global_pool"] == "token" else "mean"})
-    batch = pictures([1, 2, 3])
+    batch = make_batch([1, 2, 3])
     logits = teacher.features(objective.prepare(batch, NORMALIZE))["logits"]
     model = timm.create_model(NAME, **TEACHER, num_classes=CLASSES, **keys).eval()
     model.load_state_dict({name: tensor for name, tensor in torch_load(path).items()})
@@ -186,10 +192,13 @@ def torch_load(path):
     return load_file(path)
 
 
-def test_the_teacher_sees_the_mixed_picture(classifier):
+def test_the_teacher_sees_the_mixed_image(classifier):
     objective, teacher = build(classifier, mixup=0.8)
     plain, _ = build(classifier)
-    mixed, whole = objective.prepare(pictures([0, 1]), NORMALIZE), plain.prepare(pictures([0, 1]), NORMALIZE)
+    mixed, whole = (
+        objective.prepare(make_batch([0, 1]), NORMALIZE),
+        plain.prepare(make_batch([0, 1]), NORMALIZE),
+    )
     assert mixed.ids_keep.tolist() == [list(range(16))] * 2 and mixed.ids_masked.shape == (2, 0)
     assert not torch.allclose(teacher.features(mixed)["logits"], teacher.features(whole)["logits"], atol=1e-3)
 
@@ -198,11 +207,11 @@ def images_of(objective, batch):
     return objective.mixed(batch, NORMALIZE)
 
 
-def test_a_mixed_picture_is_its_share_of_two_neighbours(classifier):
-    """The share of the pixels is the share of the label."""
+def test_a_mixed_image_is_a_share_of_each_of_two_images(classifier):
+    """The share of the pixels equals the share of the label."""
     objective, _ = build(classifier, mixup=0.8)
-    plain = NORMALIZE(pictures([3, 4]).images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    images, targets = images_of(objective, pictures([3, 4]))
+    plain = NORMALIZE(make_batch([3, 4]).images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    images, targets = images_of(objective, make_batch([3, 4]))
     share = float(targets[0, 3])
     assert 0 < share < 1
     torch.testing.assert_close(images, share * plain + (1 - share) * plain.flip(0))
@@ -211,8 +220,8 @@ def test_a_mixed_picture_is_its_share_of_two_neighbours(classifier):
     )
     cut, _ = build(classifier, cutmix=1.0)
     for ids in ([3, 4], [8, 9], [13, 14]):
-        plain = NORMALIZE(pictures(ids).images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        images, targets = images_of(cut, pictures(ids))
+        plain = NORMALIZE(make_batch(ids).images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        images, targets = images_of(cut, make_batch(ids))
         pasted = (images != plain).any(dim=1).float().mean(dim=(1, 2))
         assert torch.equal(
             images, torch.where((images != plain).any(dim=1, keepdim=True), plain.flip(0), plain)
@@ -222,29 +231,29 @@ def test_a_mixed_picture_is_its_share_of_two_neighbours(classifier):
 
 def test_smoothing_is_deit_s(classifier):
     objective, _ = build(classifier, label_smoothing=0.1)
-    _, targets = images_of(objective, pictures([3]))
+    _, targets = images_of(objective, make_batch([3]))
     torch.testing.assert_close(targets, torch.tensor([[0.02, 0.02, 0.02, 0.92, 0.02]]))
 
 
 def test_mixes_do_not_depend_on_how_the_batch_is_cut(classifier):
     objective, _ = build(classifier, mixup=0.8, cutmix=1.0, erase=0.5, label_smoothing=0.1)
     ids = list(range(12))
-    images, targets = images_of(objective, pictures(ids))
+    images, targets = images_of(objective, make_batch(ids))
     torch.manual_seed(99)
     parts = [
-        images_of(objective, pictures(ids[first:last])) for first, last in ((8, 12), (2, 4), (0, 2), (4, 8))
+        images_of(objective, make_batch(ids[first:last])) for first, last in ((8, 12), (2, 4), (0, 2), (4, 8))
     ]
     order = [8, 9, 10, 11, 2, 3, 0, 1, 4, 5, 6, 7]
     assert torch.equal(torch.cat([part[0] for part in parts]), images[order]) and torch.equal(
         torch.cat([part[1] for part in parts]), targets[order]
     )
-    again, _ = images_of(objective, pictures(ids, epoch=1))
+    again, _ = images_of(objective, make_batch(ids, epoch=1))
     assert not torch.equal(again, images)
     assert len({round(float(row.max()), 6) for row in targets}) > 3  # one draw a pair
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(12), rtol=0, atol=1e-6)
 
 
-def test_timm_alone_answers_with_the_mean_of_the_two_heads(classifier):
+def test_timm_alone_gives_the_mean_of_the_two_heads(classifier):
     objective, _ = build(classifier)
     objective = objective.double()
     with torch.no_grad():
@@ -252,7 +261,7 @@ def test_timm_alone_answers_with_the_mean_of_the_two_heads(classifier):
             parameter.add_(
                 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)).double()
             )
-    batch = pictures([1, 2, 3])
+    batch = make_batch([1, 2, 3])
     masked = objective.prepare(batch, NORMALIZE)
     masked.visible = masked.visible.double()
     found = objective.classifier()

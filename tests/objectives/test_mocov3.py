@@ -1,4 +1,4 @@
-"""MoCo-v3 against its formulae written out in float64, picture by picture and channel by channel; no code is shared."""
+"""MoCo-v3 against its formulas in float64, image by image and channel by channel; no code is shared."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def config_for(**objective) -> RunConfig:
 
 
 def built(num: int, *, seed=0, **objective):
-    """(objective in float64 with weights that are no fresh initialisation, a batch of `num` pictures under two views, its EMA teacher)."""
+    """Return an objective in float64 with changed weights, `num` images in two views, its EMA teacher."""
     model, _ = build_objective(config_for(**objective))
     model.double()
     generator = torch.Generator().manual_seed(seed)
@@ -92,10 +92,16 @@ def copy_of(module, generator):
 
 
 def reference_mlp(rows, state, num_layers):
-    """rows: list of vectors. Linear, batch norm over the rows, ReLU but for the last layer, whose batch norm has no scale and shift."""
+    """Return the outputs of a head for rows, a list of vectors.
+
+    Linear, batch norm over the rows, ReLU; the last layer has no ReLU, and its batch norm no scale and shift.
+    """
     for layer in range(num_layers):
         weight = state[f"{3 * layer}.weight"]
-        rows = [torch.stack([sum(w * x for w, x in zip(line, row)) for line in weight]) for row in rows]
+        rows = [
+            torch.stack([sum(w * x for w, x in zip(line, row, strict=True)) for line in weight])
+            for row in rows
+        ]
         columns = []
         for channel in range(len(weight)):
             values = [row[channel] for row in rows]
@@ -120,10 +126,10 @@ def reference_unit(row):
 
 
 def reference_contrast(queries, keys):
-    """Of Algorithm 1: mean over queries of -log softmax of the own key, times 2 tau."""
+    """Return the mean over queries of -log softmax of the matching key, times 2 tau (Algorithm 1)."""
     total = 0.0
     for number, query in enumerate(queries):
-        similarities = [sum(a * b for a, b in zip(query, key)) / TAU for key in keys]
+        similarities = [sum(a * b for a, b in zip(query, key, strict=True)) / TAU for key in keys]
         largest = max(value.item() for value in similarities)
         total = (
             total
@@ -135,7 +141,7 @@ def reference_contrast(queries, keys):
 
 
 def reference_loss(model, masked, ema):
-    """The whole loss, given what student and EMA teacher make of each picture by itself."""
+    """Return the whole loss from the features of student and EMA teacher, one image at a time."""
     num = len(masked.visible) // 2
 
     def heads_of(student, projector, predictor):
@@ -170,7 +176,7 @@ def test_the_loss_and_its_gradients_are_the_formula_s(num):
     model, masked, ema = built(num)
     loss, expected = found_loss(model, masked, ema)["loss"], reference_loss(model, masked, ema)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
-    assert (num > 1) == (expected.item() > 0.01)  # a picture alone is found without looking
+    assert (num > 1) == (expected.item() > 0.01)  # the only image of a batch is always found
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
     references = torch.autograd.grad(expected, parameters.values(), allow_unused=True)
@@ -178,7 +184,7 @@ def test_the_loss_and_its_gradients_are_the_formula_s(num):
         torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_the_own_key_is_the_one_of_this_rank():
+def test_the_matching_key_is_at_this_rank_s_offset():
     generator = torch.Generator().manual_seed(1)
     rows = torch.nn.functional.normalize(torch.randn(9, OUT, dtype=torch.float64, generator=generator), dim=1)
     queries, keys = rows[:3], rows[3:]
@@ -196,7 +202,10 @@ def test_the_own_key_is_the_one_of_this_rank():
 
 @pytest.fixture
 def second_of_two_ranks(monkeypatch):
-    """As if another rank held rows of its own, here the negatives of ours: a list of (mine, theirs) says what was exchanged."""
+    """Simulate a second rank, whose rows are the negatives of ours.
+
+    Returns the list of exchanges: (ours, theirs).
+    """
     monkeypatch.setattr(collectives, "rank", lambda: 1)
     monkeypatch.setattr(collectives, "gather_rows", lambda rows: torch.cat([-rows, rows]).detach())
 
@@ -220,7 +229,7 @@ def test_keys_of_other_ranks_are_negatives(second_of_two_ranks):
 
 
 def test_batch_norm_takes_the_statistics_of_all_ranks(monkeypatch):
-    """Two ranks in lockstep: what one computes with the other's share of every exchange is what both rows together give."""
+    """Two simulated ranks compute what one rank computes with the rows of both."""
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(6, 3, dtype=torch.float64, generator=generator)
     expected = torch.nn.functional.batch_norm(rows, None, None, training=True)
@@ -291,7 +300,7 @@ def test_with_distillation_the_term_is_added_for_both_views_whole():
     parts = found_loss(model, masked, ema, {"block/3": target})
     projected = model.heads[0](model.student(masked.visible, masked.ids_keep, taps=[1])[1][1])
     align = (
-        sum(abs(a - b) for a, b in zip(projected.flatten().tolist(), target.flatten().tolist()))
+        sum(abs(a - b) for a, b in zip(projected.flatten().tolist(), target.flatten().tolist(), strict=True))
         / target.numel()
     )
     assert parts["align/1-3"].item() == pytest.approx(align, rel=1e-5)
@@ -302,7 +311,7 @@ def test_with_distillation_the_term_is_added_for_both_views_whole():
     assert 0 < model.gradient_shares()["share/1"].item() < 1
 
 
-def test_a_batch_that_is_seen_in_parts_is_refused_and_a_whole_one_resumes_on_fewer_ranks(digits, tmp_path):
+def test_accumulation_is_refused_and_a_whole_batch_resumes_on_fewer_ranks(digits, tmp_path):
     recipe = [f"run.dir={tmp_path}", f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
     with refused("mocov3", "optim.micro_batch", 32):
         preflight(load_config("digits_mocov3", [*recipe, "optim.micro_batch=32"]), World(), resume="never")
@@ -326,11 +335,11 @@ def test_the_projection_is_frozen_but_saved():
     )
 
 
-def test_a_collapsed_momentum_encoder_is_seen_in_its_tokens_and_not_in_its_keys():
+def test_a_collapsed_momentum_encoder_shows_in_its_tokens_and_not_in_its_keys():
     model, masked, ema = built(4)
     assert 0.01 < found_loss(model, masked, ema)["target/spread"].item() <= 0.75
     ema.student.norm.weight.data *= (
-        1e-6  # what is left of the tokens is the norm's shift, alike for all pictures
+        1e-6  # what is left of the tokens is the norm's shift, equal for all images
     )
     features = model.ema_features(ema, masked)
     keys = features["ema/keys"][0]

@@ -1,7 +1,7 @@
-"""The objectives, the teacher, the decoder and AdamW against numbers computed with the published DMAE and MAE code.
+"""Objectives, teacher, decoder and AdamW against numbers computed with the published DMAE and MAE code.
 
-Everything goes through the builders that a run uses. The key third of `attn.qkv.bias` is left out after AdamW: its
-gradient is zero in exact arithmetic, so AdamW turns rounding noise into steps of +-lr.
+Everything goes through the builders that a run uses. The key third of `attn.qkv.bias` is left out after
+AdamW: its gradient is zero in exact arithmetic, so AdamW turns rounding noise into steps of +-lr.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def metadata_of(oracles, file: str, key: str):
 
 @pytest.fixture(scope="module")
 def teacher_file(base, tmp_path_factory):
-    """The oracle's whole teacher, decoder and all, in the published file's layout."""
+    """Write the oracle's whole teacher with its decoder in the published file's layout."""
     path = tmp_path_factory.mktemp("teacher") / "mae_pretrain.pth"
     torch.save(
         {
@@ -108,7 +108,7 @@ def dmae_config(case: str, teacher_file) -> RunConfig:
 
 
 def our_name(name: str) -> str:
-    """A parameter of the published model -> ours."""
+    """Return our name of a parameter of the published model."""
     if name.startswith(HEADS_IN_PUBLISHED_CODE):
         return our_head(name.removeprefix(HEADS_IN_PUBLISHED_CODE))
     if name == "mask_token":
@@ -117,7 +117,7 @@ def our_name(name: str) -> str:
 
 
 def our_head(name: str) -> str:
-    """<j>.weight, <j>.fc1.weight, ... -> heads.<j>.<layer>.weight."""
+    """Return our name of a head's parameter: <j>.weight, <j>.fc1.weight, ... -> heads.<j>.<layer>.weight."""
     number, _, rest = name.partition(".")
     layer = {"fc1": "0", "fc2": "2"}.get(rest.split(".")[0], "0")
     return f"heads.{number}.{layer}.{rest.split('.')[-1]}"
@@ -135,7 +135,7 @@ def load_weights(objective, tensors: dict, prefix: str, heads: str | None = None
             for name, tensor in tensors.items()
             if name.startswith(heads)
         }
-    # The fixed position codes must be the published ones before they are loaded over.
+    # The fixed positional embeddings must be the published ones before they are overwritten.
     for name, buffer in objective.named_buffers():
         torch.testing.assert_close(buffer, state[name], rtol=0, atol=1e-6)
     objective.load_state_dict(state, strict=True)
@@ -157,9 +157,9 @@ def drop_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def teacher(base, teacher_file):
-    """The real teacher with taps at every block the cases use."""
+    """Build the real teacher with taps at every block that the cases use."""
     config = dmae_config("multi.fc-1layer.L1.raw", teacher_file)
-    objective, shape = build_objective(config)
+    _, shape = build_objective(config)
     return build_teacher(config, shape, tuple(f"block/{block}" for block in range(1, 9)), torch.device("cpu"))
 
 
@@ -305,7 +305,7 @@ def test_patches_are_cut_as_published(mae):
 
 
 @pytest.mark.parametrize("dim, grid", [(32, 8), (48, 14), (64, 16)])
-def test_position_codes_are_the_published_ones(dim, grid, mae):
+def test_positional_embeddings_are_the_published_ones(dim, grid, mae):
     torch.testing.assert_close(
         sincos_positions(dim, (grid, grid))[0], mae[f"sincos.dim{dim}.grid{grid}"], rtol=0, atol=1e-6
     )

@@ -1,4 +1,4 @@
-"""SdAE against its formulae in float64: networks, folds, cosine and average written out one by one (reference.py)."""
+"""SdAE against its formulas in float64: networks, folds, cosine and EMA written out (reference.py)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def encode(state, image, places):
 
 
 def reference_loss(weights, ema, batch, *, visible: int, sees: str, folds: int, size: int, over: str):
-    """Sec. 2, picture by picture: who sees what, Eq. 3 and Eq. 4. weights of the objective, EMA teacher of its copy."""
+    """Return the loss (Sec. 2, Eq. 3, Eq. 4), image by image.
+
+    weights, ema: of the objective, and of its EMA teacher
+    """
     apart = []
     for image, noise in zip(batch.images, batch.noise.tolist(), strict=True):
         order = sorted(range(len(noise)), key=noise.__getitem__)
@@ -104,12 +107,12 @@ CASES = {
         dict(visible=4, sees="masked", folds=1, size=12, over="channels"),
         2,
     ),
-    "the whole picture": (
+    "the whole image": (
         {"teacher_sees": "all"},
         dict(visible=4, sees="all", folds=1, size=12, over="channels"),
         2,
     ),
-    "the whole picture, over tokens": (
+    "the whole image, over tokens": (
         {"teacher_sees": "all", "cosine_over": "tokens"},
         dict(visible=4, sees="all", folds=1, size=12, over="tokens"),
         2,
@@ -216,7 +219,7 @@ def test_options_without_effect_are_refused(keys, words):
     assert not [word for word in words if word not in str(raised.value)]
 
 
-def test_the_published_masks_are_cut_as_the_paper_says():
+def test_the_published_masks_are_cut_as_in_the_paper():
     def cut_of(**keys):
         return cut(SdaeConfig(name="sdae", **keys), 147)
 
@@ -229,7 +232,7 @@ def test_the_published_masks_are_cut_as_the_paper_says():
     ] == [(3, 49), (2, 73), (4, 36), (1, 49), (1, 147)]
 
 
-def test_tokens_alike_are_seen_and_do_not_break_the_loss():
+def test_equal_tokens_have_no_spread_and_a_finite_loss():
     alike = standardize_tokens(torch.ones(2, 3, 5))
     assert alike.abs().max() == 0 and torch.isfinite(
         cosine_distance(torch.randn(2, 3, 5), alike, over="channels", fold_size=3)
@@ -243,7 +246,10 @@ def test_tokens_alike_are_seen_and_do_not_break_the_loss():
 
 @pytest.mark.slow
 def test_the_less_the_ema_teacher_sees_at_once_the_less_a_step_computes():
-    """Table 1's order: a crop, three folds, all masked patches, the whole picture. Its times are 1.12, 1.28, 1.38 and 1.50 of MAE's."""
+    """A crop is cheapest, then three folds, all masked patches, and the whole image, as in Table 1.
+
+    The times there are 1.12, 1.28, 1.38 and 1.50 of MAE's.
+    """
 
     def flops(recipe: str, *overrides: str) -> int:
         geometry = measure(load_config(recipe, list(overrides)), 1)
