@@ -1,6 +1,6 @@
-"""What the doctor with ssh (over_ssh.py) and without (without_ssh.py) share.
+"""The steps that the doctor shares with ssh (over_ssh.py) and without it (without_ssh.py).
 
-That is: the question, the requests to the nodes, the checks in their order, the try of a start, and the last
+They are the question, the requests to the nodes, the checks in their order, the try of a start, and the last
 line.
 """
 

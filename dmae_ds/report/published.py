@@ -1,7 +1,7 @@
 """The rows of the papers' tables, and the conditions under which a run of ours is one of them.
 
-`published.json` holds every number of the tables with the settings that its row names. `find_conditions` turns
-a row into conditions on a run's facts and on one of its results; any run that fulfils them fills the row.
+`published.json` holds every number of the tables with the settings that its row names. `find_conditions`
+turns a row into conditions on a run's facts and on one of its results; any run that fulfils them fills it.
 """
 
 from __future__ import annotations
