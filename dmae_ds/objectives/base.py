@@ -32,8 +32,7 @@ class Objective(nn.Module):
     initial weight.
 
     What it needs
-        taps: features of the frozen teacher: "block/18", "decoder/4", "prediction", "logits"; none: no
-            teacher
+        taps: features of the frozen teacher, "block/18", "decoder/4", "prediction", "logits"
         views: crops of each image; the first one is `Batch.images`, all of them are `Batch.views`
         rand_augment: timm's RandAugment on every view, in timm's notation; None: not used
         labels: whether `Batch.labels` is read, the same as the schema's `needs_labels`
@@ -41,8 +40,7 @@ class Objective(nn.Module):
         ema: which submodules have an EMA copy, and how fast it follows
     What the optimiser is told
         lr_scales: {prefix of parameter names: factor of the coming step's learning rate}; such parameters
-            have groups of their own. The prefixes are final once constructed; `start_step` may set the
-            factors
+            have groups of their own. The prefixes are fixed by the constructor, `start_step` may set factors
         no_weight_decay: names of parameters without weight decay, besides all one-dimensional ones
     What cards, reports and plans show
         num_visible: patches of an image that the student's encoder sees
@@ -72,8 +70,7 @@ class Objective(nn.Module):
     def prepare(self, batch: Batch, normalize: nn.Module) -> PatchBatch:
         """Return what teacher, EMA teacher and `forward` share of a micro-batch; required.
 
-        batch: on the device; images uint8 [N, 3, H, W], noise float32 [N, L], labels int64 [N], the other
-            views
+        batch: on the device; images uint8 [N, 3, H, W], noise float32 [N, L], labels int64 [N], more views
         normalize: uint8 pixels with the channels last, [..., C], to float32 of the recipe's mean and std
         Returns `visible` [N, K, P, P, C] float32, `ids_keep` [N, K] int64, `masked` and `ids_masked` alike; a
         subclass of `PatchBatch` where more is needed. A frozen teacher sees `visible` (and `masked`).
@@ -123,9 +120,8 @@ class Objective(nn.Module):
         """Return {"loss": scalar with gradient, and every named part: scalar without}; required.
 
         The names are the same in every step; each becomes a column of metrics.jsonl.
-        features: {tap: tensor}, [N, 1 + K, D_t] of "block/18", [N, classes] of "logits"; and the EMA
-            teacher's
-            {"ema/NAME": tensor}
+        features: {tap: tensor}, [N, 1 + K, D_t] of "block/18", [N, classes] of "logits"; and the tensors of
+            `ema_features`
         Call submodules instead of reading their weights: ZeRO-3 gathers a parameter only for the forward of
         the module that owns it.
         """

@@ -1,9 +1,8 @@
 """A student with a distillation token as timm names it, so that timm alone loads and runs what was trained.
 
 timm's DeiT puts the token right after CLS and adds a positional embedding to it; attention does not depend on
-the order
-of tokens, and the embedding is zero: the same network. In evaluation mode it returns the mean of the two
-    heads' logits.
+the order of tokens, and the embedding is zero: the same network. In evaluation mode it returns the mean of
+the two heads' logits.
 """
 
 from __future__ import annotations

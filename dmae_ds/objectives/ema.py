@@ -27,8 +27,7 @@ class EmaModule(nn.Module):
     """Copies of `objective.ema.parts` as attributes, in the same training mode, and `state`.
 
     state: {name: tensor} of `Objective.ema_state`; may be updated in place
-    Build it before an engine takes the objective and before anything adds hooks: the submodules are copied as
-        they are.
+    Build it before an engine takes the objective and before anything adds hooks, which would be copied too.
     """
 
     def __init__(self, objective: Objective):

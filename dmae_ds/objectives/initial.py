@@ -16,7 +16,8 @@ def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> None
     """Read every tensor of a student on the CPU; heads and decoders stay in the file.
 
     weights: a run folder, a file of any known format, or a hub id
-    Positional embeddings of another grid are fitted. Raises UserError where the file is missing or doesn't fit.
+    Positional embeddings of another grid are fitted. Raises UserError where the file is missing or doesn't
+    fit.
     """
     if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
         raise UserError(

@@ -146,8 +146,7 @@ EPSILON = 1e-5  # torch's default
 class GlobalBatchNorm(nn.Module):
     """Batch norm over the rows of all ranks: every channel of [..., N, D] gets mean 0 and variance 1.
 
-    Every rank has the same N. Leading axes are separate batches (views), so that one exchange serves them
-    all.
+    Every rank has the same N. Leading axes are separate batches (views); one exchange serves them all.
     affine: learned scale and shift after it
     Statistics are taken in float32 or float64. Collective, also in backward.
     """

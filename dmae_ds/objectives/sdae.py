@@ -33,8 +33,7 @@ class Sdae(MaskedObjective):
     """Student and decoder; the EMA teacher is a copy of the student.
 
     The first `folds * fold_size` masked patches of an image, in the order of the mask's noise, have targets.
-    Raises UserError for more folds than masked patches, and where a cosine would be taken over a single
-    token.
+    Raises UserError for more folds than masked patches, and for a cosine over a single token.
     """
 
     def __init__(self, config: SdaeConfig, *, student: MaskedViT, generator: torch.Generator):
