@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dmae_ds.config.evaluation import DistillConfig
 from dmae_ds.config.run import ModelConfig, TeacherConfig
-from dmae_ds.finetune.network import build_classifier, classifier_keys, fill_trunk, load_teacher
+from dmae_ds.finetune.network import build_classifier, classifier_kwargs, fill_trunk, load_teacher
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.initial import fill_student
 from dmae_ds.teacher.build import load_frozen_teacher
@@ -37,7 +37,7 @@ def read_teacher(path: Path) -> None:
 
 
 def read_trunk(path: Path) -> None:
-    model = build_classifier(NETWORK, classifier_keys("cls", 3), seed=0, **PIXELS)
+    model = build_classifier(NETWORK, classifier_kwargs("cls", 3), seed=0, **PIXELS)
     fill_trunk(model, path, "auto", NETWORK)
 
 
