@@ -14,9 +14,8 @@ from dmae_ds.evaluate.results import METRICS, headline, headline_score
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.frozen import needed_depths
 
-DEAD_SHARE = (
-    0.05  # of the gradient; a term below it has almost no effect (in DMAE's published code: about 2%)
-)
+# Share of the gradient; a term below it has almost no effect (in DMAE's published code: about 2%).
+DEAD_SHARE = 0.05
 # Effective rank (train/collapse.py) of the features that an objective is judged by, below which a run that is
 # two thirds through has collapsed. Calibrated on the quickstart's digits, with networks of width 64 and 128
 # and 64 images a step. Mean of the patch tokens: five runs that learned (k-NN 55% to 74%) ended at 4.3 to

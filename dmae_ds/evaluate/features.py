@@ -51,7 +51,7 @@ class Processes(Protocol):
         """The context of the student's passes."""
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """[n, ...] of each of P processes -> [P * n, ...], one process after the other."""
+        """Rows [P * n, ...] of all P processes, each with [n, ...], one process after the other."""
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum over processes."""

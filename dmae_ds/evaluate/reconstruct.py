@@ -17,7 +17,7 @@ from dmae_ds.models.patches import Normalize, patchify, unpatchify
 GREY = 128  # a masked patch; visible on a light and on a dark page
 
 
-def choose_pictures(
+def choose_images(
     shard_set: ShardSet, *, num: int, seed: int, img_size: int, num_patches: int, crop_pct: float
 ) -> tuple[Tensor, Tensor]:
     """Choose `num` images (or all, if there are fewer) and the noise of their masks, keyed by the seed.

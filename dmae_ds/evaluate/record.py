@@ -20,7 +20,7 @@ TIMES = ("data", "teacher", "rest")  # parts of a step's time, seconds/<part> in
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run.
+    """The record of one run.
 
     rows: the finished steps in order, as train/metrics.py writes them; results: as evaluate/results.py reads
     them

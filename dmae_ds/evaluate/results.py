@@ -46,7 +46,7 @@ class Score:
 class Metric:
     """One kind of evaluation.
 
-    scores: by name; headline: the name of the score that stands for it, which every result must have
+    scores: by name; headline: the name of the score that every result must have and that is shown alone
     """
 
     title: str
@@ -111,12 +111,12 @@ def make_result(
 
 
 def headline(result: dict) -> float:
-    """The score that stands for a result."""
+    """The headline score of a result."""
     return result["scores"][METRICS[result["metric"]].headline]
 
 
 def headline_score(metric: str) -> Score:
-    """Title and unit of the score that stands for a metric."""
+    """Title, unit and range of a metric's headline score."""
     return METRICS[metric].scores[METRICS[metric].headline]
 
 

@@ -29,7 +29,7 @@ class Classifier:
     """A classifier in training, on its device.
 
     network: plain timm or a LinearProbe; model, kwargs: the arguments with which timm builds it again
-    step: of the student; about: a note on its weights, for a person
+    step: of the student; note: on its weights, for a person
     """
 
     network: nn.Module
@@ -40,7 +40,7 @@ class Classifier:
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
     step: int
-    about: str
+    note: str
 
     @property
     def judged(self) -> nn.Module:
@@ -66,9 +66,9 @@ def build(source: Source, criterion: nn.Module, *, num_classes: int, device: tor
     network: nn.Module = build_classifier(config.network, kwargs, seed=seed, mean=mean, std=std)
     model, img_size = config.network, network.patch_embed.img_size[0]
     if not linear and config.init == "random":
-        step, about = 0, "random initial weights"
+        step, note = 0, "random initial weights"
     else:
-        step, about = fill_trunk(network, source.file, config.format, config.network)
+        step, note = fill_trunk(network, source.file, config.format, config.network)
     if linear:
         network = LinearProbe(network, seed=seed).to(device)
         task = build_task(network, criterion, distill=None, teacher=None, seed=seed, device=device)
@@ -83,4 +83,4 @@ def build(source: Source, criterion: nn.Module, *, num_classes: int, device: tor
         task = build_task(network, criterion, distill=distill, teacher=teacher, seed=seed, device=device)
         ema = None if config.ema is None else ModelEmaV3(copy.deepcopy(network), decay=config.ema)
         optimizer = build_adamw(network, task, config.optim)
-    return Classifier(network, model, kwargs, img_size, task, optimizer, ema, step, about)
+    return Classifier(network, model, kwargs, img_size, task, optimizer, ema, step, note)

@@ -38,13 +38,13 @@ class LinearProbe(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] -> logits [N, C]."""
+        """Logits [N, C] of images [N, 3, H, W]."""
         with torch.no_grad():
             features = self.network.forward_head(self.network.forward_features(images), pre_logits=True)
         return self.classify(features)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Pooled features [N, D] -> logits [N, C]."""
+        """Logits [N, C] of pooled features [N, D]."""
         return self.head(self.norm(features))
 
     def folded(self) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class Losses:
     steps: int = 0
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Add one step's."""
+        """Add the loss and the gradient norm of one step."""
         self.total, self.norm, self.steps = self.total + loss, self.norm + norm, self.steps + 1
 
     def mean(self, step: int) -> dict[str, float]:

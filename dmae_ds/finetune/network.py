@@ -111,18 +111,18 @@ def load_teacher(
     """
     path = Path(config.teacher).expanduser()
     weights = open_weights(path, "dmae_ds", label=CLASSIFIER) if config.name is None else None
-    own = None if weights is None else own_network_if_readable(weights.container)
-    if config.name is None and (own is None or "classifier" not in weights.container.metadata):
+    in_file = None if weights is None else own_network_if_readable(weights.container)
+    if config.name is None and (in_file is None or "classifier" not in weights.container.metadata):
         raise UserError(
             f"distill.teacher '{path}' does not name its network; "
             "give best.safetensors of an `eval finetune`, or set distill.name, such as vit_large_patch16_224"
         )
-    if own is None:
+    if in_file is None:
         network = ModelConfig(name=config.name, img_size=img_size)
         kwargs = classifier_kwargs(config.pool, num_classes)
     else:
         described = json.loads(weights.container.metadata["classifier"])
-        network, kwargs = ModelConfig(name=own[0], **own[1]), described["keys"]
+        network, kwargs = ModelConfig(name=in_file[0], **in_file[1]), described["keys"]
         mean, std = described["mean"], described["std"]
     if kwargs["num_classes"] != num_classes:
         raise UserError(
@@ -136,7 +136,7 @@ def load_teacher(
             f"distill.teacher '{path}' takes images of {teacher_size} px, the network of {img_size} px; "
             "both get the same images: set network.img_size"
         )
-    format = config.format if own is None else "dmae_ds"
+    format = config.format if in_file is None else "dmae_ds"
     _load(model, model.state_dict(), path, format, network, CLASSIFIER)
     return model.eval().requires_grad_(False)
 

@@ -111,7 +111,7 @@ def summary(evaluation: Evaluation, *, start_step: int) -> str:
     groups = classifier.optimizer.param_groups
     num_trained = sum(parameter.numel() for group in groups for parameter in group["params"])
     network = f"{classifier.model.name}, {num_trained / 1e6:.2f} M parameters trained"
-    note = f"; {classifier.about}" if classifier.about else ""
+    note = f"; {classifier.note}" if classifier.note else ""
     schedule = (
         f"{evaluation.num_steps:,} steps = {config.optim.epochs:g} epochs "
         f"({config.optim.warmup_epochs:g} warm-up), lr {peak_lr(config.optim):.3g}"

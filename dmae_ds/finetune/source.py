@@ -67,8 +67,8 @@ def find_source(
         }
     else:
         file = _find_file(word)
-        own = own_network_if_readable(open_container(file)) if file.suffix == ".safetensors" else None
-        network = {} if own is None else {"name": own[0], **own[1]}
+        in_file = own_network_if_readable(open_container(file)) if file.suffix == ".safetensors" else None
+        network = {} if in_file is None else {"name": in_file[0], **in_file[1]}
         below |= {"run": {}, "data": {}, "network": network}
     config = load_config(recipe, overrides, schema=schema, kind="evaluation recipe", below=below)
     if config.run.dir == _IN_RUN:

@@ -20,7 +20,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.evaluate.attention import choose_heads, cls_attention
 from dmae_ds.evaluate.cka import cka_grid
 from dmae_ds.evaluate.pca import pca_colours
-from dmae_ds.evaluate.reconstruct import choose_pictures, reconstruct
+from dmae_ds.evaluate.reconstruct import choose_images, reconstruct
 from dmae_ds.evaluate.record import RunRecord
 from dmae_ds.models.patches import Normalize, patchify
 from dmae_ds.objectives.feature_distillation import TeacherShape
@@ -106,7 +106,7 @@ def _prepare(record: RunRecord, objective: nn.Module) -> tuple[Tensor, Tensor]:
         raise UserError("data.val is null in the run's config.yaml, so there are no images to show")
     shard_set = ShardSet.open(data.val, label="data.val", access=Access.of(data))
     _load_weights(record, objective)
-    return choose_pictures(
+    return choose_images(
         shard_set,
         num=NUM_COMPARED,
         seed=IMAGE_SEED,

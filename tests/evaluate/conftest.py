@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from dmae_ds.config.load import dump_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.shards import NewSample, write_manifest, write_shard
+from dmae_ds.evaluate.results import METRICS, Metric, Score
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.build import build_objective
 
@@ -143,6 +144,21 @@ def knn_result(top1, *, step=STEP, k=20, labels="all", subset_seed=None):
         "seconds": 1.5,
         "device": "cpu",
         "world_size": 1,
+    }
+
+
+SEGMENTATION = Metric("linear segmentation", {"miou": Score("mIoU", "%", 0, 100)}, "miou")
+
+
+@pytest.fixture
+def segmentation(monkeypatch):
+    """A line of results.jsonl of a metric whose only score is mIoU, and which METRICS knows for the test."""
+    monkeypatch.setitem(METRICS, "segmentation", SEGMENTATION)
+    return {
+        **knn_result(0.0),
+        "metric": "segmentation",
+        "scores": {"miou": 41.5},
+        "settings": {"recipe": "voc"},
     }
 
 

@@ -124,9 +124,10 @@ def test_two_processes_gather_what_one_computes(run, accelerator):
         torch.testing.assert_close(gathered, features, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_of_three_processes_come_back_in_the_order_of_ids(run, accelerator):
-    alone, labels = _extract(run, accelerator)
-    parts = []
+@pytest.mark.parametrize("pool", ["mean", "patches"])
+def test_rows_of_three_processes_come_back_in_the_order_of_ids(run, accelerator, pool):
+    alone, labels = _extract(run, accelerator, pool=pool)
+    gathered_rows = []
 
     def ranks(gather):
         return [
@@ -141,11 +142,11 @@ def test_rows_of_three_processes_come_back_in_the_order_of_ids(run, accelerator)
             for rank in range(3)
         ]
 
-    for rank in ranks(lambda rows: parts.append(rows) or torch.cat([rows] * 3)):
-        _extract(run, rank)
+    for rank in ranks(lambda rows: gathered_rows.append(rows) or torch.cat([rows] * 3)):
+        _extract(run, rank, pool=pool)
     for which, expected in ((0, alone), (1, labels)):
-        gathered = torch.cat(parts[which::2])
-        ordered = _extract(run, ranks(lambda rows, gathered=gathered: gathered)[0])[which]
+        gathered = torch.cat(gathered_rows[which::2])
+        ordered = _extract(run, ranks(lambda rows, gathered=gathered: gathered)[0], pool=pool)[which]
         torch.testing.assert_close(ordered, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ import torch
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.evaluate.reconstruct import GREY, choose_pictures, reconstruct
+from dmae_ds.evaluate.reconstruct import GREY, choose_images, reconstruct
 from dmae_ds.models.masking import keep_random
 from dmae_ds.models.patches import Normalize, patchify
 from dmae_ds.objectives.build import build_objective
@@ -22,13 +22,13 @@ def val(shards):
 
 
 def test_the_choice_depends_on_the_seed(val):
-    images, noise = choose_pictures(val, **CHOICE)
+    images, noise = choose_images(val, **CHOICE)
     assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8 and noise.shape == (5, 16)
-    again = choose_pictures(val, **CHOICE)
+    again = choose_images(val, **CHOICE)
     assert torch.equal(images, again[0]) and torch.equal(noise, again[1])
-    other = choose_pictures(val, **{**CHOICE, "seed": 1})
+    other = choose_images(val, **{**CHOICE, "seed": 1})
     assert not torch.equal(images, other[0])
-    assert len(choose_pictures(val, **{**CHOICE, "num": 99})[0]) == 11
+    assert len(choose_images(val, **{**CHOICE, "num": 99})[0]) == 11
     assert len({tuple(row.flatten().tolist()) for row in images}) == 5
 
 
@@ -36,7 +36,7 @@ def test_the_choice_depends_on_the_seed(val):
 def test_a_perfect_decoder_gives_the_original(tmp_path, shards, val, norm_pix, monkeypatch):
     config = read_saved_config(make_run(tmp_path / "run", train=shards[0], val=shards[1], norm_pix=norm_pix))
     objective, _ = build_objective(config)
-    images, noise = choose_pictures(val, **CHOICE)
+    images, noise = choose_images(val, **CHOICE)
     normalize = Normalize(config.data.mean, config.data.std)
     target = objective.prepare(Batch(images, noise), normalize).masked
     monkeypatch.setattr(
@@ -52,7 +52,7 @@ def test_a_perfect_decoder_gives_the_original(tmp_path, shards, val, norm_pix, m
 def test_visible_patches_are_the_originals_and_masked_ones_are_not(run, val):
     config = read_saved_config(run)
     objective, _ = build_objective(config)
-    images, noise = choose_pictures(val, **CHOICE)
+    images, noise = choose_images(val, **CHOICE)
     masked, reconstructed = reconstruct(
         objective, images, noise, Normalize(config.data.mean, config.data.std)
     )

@@ -141,7 +141,8 @@ def test_a_low_rank_is_a_collapse_from_two_thirds_of_the_run_on(tmp_path, shards
         assert all(word in sentences[0] for word in ("mine", f"{rank:.1f}", "optim.base_lr"))
 
 
-def test_other_results_are_facts(run):
+def test_other_results_are_facts(run, segmentation):
+    append_result(run, segmentation)
     settings = {"recipe": "mae", "epochs": 100, "note": None}
     finetuned = knn_result(50.0, labels="10%", subset_seed=0)
     append_result(run, {**finetuned, "metric": "finetune", "settings": settings})
@@ -151,3 +152,4 @@ def test_other_results_are_facts(run):
     assert facts["k-NN top-1"].text == "71.2%"
     expected = ("50.0%", "recipe mae, epochs 100; step 30")
     assert facts["fine-tuned top-1, 10% of the labels"] == expected
+    assert facts["linear segmentation mIoU"] == ("41.5%", "recipe voc; step 30")

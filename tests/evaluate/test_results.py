@@ -68,6 +68,16 @@ def test_every_metric_has_a_headline_with_a_title_and_a_unit():
     )
 
 
+def test_a_metric_without_top1_is_written_and_read(tmp_path, segmentation):
+    append_result(tmp_path, segmentation)
+    append_result(tmp_path, knn_result(20.0))
+    assert [headline(result) for result in read_results(tmp_path)] == [41.5, 20.0]
+    assert headline_score("segmentation").title == "mIoU"
+    for scores in ({"top1": 41.5}, {"miou": 141.5}):
+        with refused("miou", error=ValueError):
+            append_result(tmp_path, {**segmentation, "scores": scores})
+
+
 def old_line(top1, top5, *, step):
     """A line of results.jsonl as earlier versions wrote it."""
     line = {**knn_result(0.0, step=step), "when": "2026-01-01T00:00:00+00:00"}

@@ -77,7 +77,7 @@ def test_vit_b_has_the_published_groups_and_drop_path(schedules, name, decay):
         )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = layer_groups(model, weight_decay=config.optim.weight_decay, layer_decay=config.optim.layer_decay)
-    found = sorted(
+    actual = sorted(
         (
             group["lr_scale"],
             group["weight_decay"],
@@ -89,8 +89,8 @@ def test_vit_b_has_the_published_groups_and_drop_path(schedules, name, decay):
         (group["lr_scale"], group["weight_decay"], sorted(group["params"]))
         for group in schedules[f"vit_b_groups_{decay}"]
     )
-    assert [row[1:] for row in found] == [row[1:] for row in expected]
-    assert [row[0] for row in found] == pytest.approx([row[0] for row in expected], rel=1e-12)
+    assert [row[1:] for row in actual] == [row[1:] for row in expected]
+    assert [row[0] for row in actual] == pytest.approx([row[0] for row in expected], rel=1e-12)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx(
         [config.drop_path / 0.1 * rate for rate in schedules["drop_path_vit_b_0.1"]], abs=1e-7
@@ -176,12 +176,12 @@ def test_three_steps_of_fine_tuning(numbers, schedules, pool, accumulation):
         if name.startswith("gap.after3.")
     }
     for name, expected in after.items() if pool == "gap" else ():
-        found = model.state_dict()[name].clone()
+        actual = model.state_dict()[name].clone()
         if name.endswith("attn.qkv.bias"):  # the gradient of the third for the keys is rounding noise
             width = len(expected) // 3
-            found[width : 2 * width] = expected[width : 2 * width]
+            actual[width : 2 * width] = expected[width : 2 * width]
         torch.testing.assert_close(
-            found, expected, rtol=0, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+            actual, expected, rtol=0, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

@@ -69,10 +69,10 @@ def test_two_processes_compute_what_one_accumulates(run, tmp_path, overrides):
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, output
     assert output.count("finetune top-1") == 1
-    expected, found = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    expected, actual = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            actual[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

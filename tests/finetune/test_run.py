@@ -41,9 +41,9 @@ def rows(out):
 
 def assert_same_outcome(one, other):
     for name in ("last.safetensors", "best.safetensors"):
-        expected, found = load_file(one / name), load_file(other / name)
-        assert expected.keys() == found.keys(), name
-        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+        expected, actual = load_file(one / name), load_file(other / name)
+        assert expected.keys() == actual.keys(), name
+        assert all(torch.equal(expected[key], actual[key]) for key in expected), name
     assert rows(one) == rows(other)
 
 
@@ -149,9 +149,9 @@ def test_accumulated_micro_batches_are_one_batch(run, tmp_path):
             f"optim.micro_batch={micro}",
             f"run.dir={tmp_path / str(micro)}",
         )
-    expected, found = (load_file(tmp_path / name / "last.safetensors") for name in ("8", "4"))
+    expected, actual = (load_file(tmp_path / name / "last.safetensors") for name in ("8", "4"))
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_drawn_labels_are_trained_on(run, monkeypatch):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+from dmae_ds.evaluate.results import METRICS, append_result, read_results
 from dmae_ds.report.results_page import write_results_page
 from dmae_ds.report.runs import find_runs
 from dmae_ds.report.study import Column, Setting, group, list_columns
 from dmae_ds.report.study_names import describe_training, name_settings
 from dmae_ds.report.study_plot import draw_study
+from tests.evaluate.conftest import SEGMENTATION
 from tests.report.made_runs import KNN, make_run
 
 
@@ -54,6 +56,19 @@ def test_settings_are_runs_that_differ_in_their_seed_alone(tmp_path):
     assert list(headings.values()) == ["k-NN, k 10", "k-NN, k 20", "k-NN, 10% labels"]
     by_heading = {heading: settings[0].values.get(column) for column, heading in headings.items()}
     assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
+
+
+def test_a_metric_without_top1_is_a_column_next_to_lines_of_an_earlier_version(tmp_path, monkeypatch):
+    monkeypatch.setitem(METRICS, "segmentation", SEGMENTATION)
+    run = make_run(tmp_path / "run", "digits_mae", results=[("knn", "all", 70.0, KNN)], num_images=1400)
+    assert '"top1": 70.0' in (run / "results.jsonl").read_text()
+    (knn,) = read_results(run)
+    append_result(run, {**knn, "metric": "segmentation", "scores": {"miou": 41.5}})
+    settings = group(find_runs([run]))
+    headings = columns_of(settings)
+    assert list(headings.values()) == ["k-NN", "linear segmentation"]
+    assert [settings[0].values[column] for column in headings] == [[70.0], [41.5]]
+    assert [axes.get_xlabel() for axes in draw_study(settings, headings).axes] == ["top-1, %", "mIoU, %"]
 
 
 def test_runs_that_begin_with_other_runs_are_settings_too(tmp_path):
