@@ -65,7 +65,7 @@ def test_a_metric_without_top1_is_a_column_next_to_lines_of_an_earlier_version(t
     (knn,) = read_results(run)
     append_result(run, {**knn, "metric": "segmentation", "scores": {"miou": 41.5}})
     settings = group(find_runs([run]))
-    headings = columns_of(settings)
+    headings = list_columns(settings)
     assert list(headings.values()) == ["k-NN", "linear segmentation"]
     assert [settings[0].values[column] for column in headings] == [[70.0], [41.5]]
     assert [axes.get_xlabel() for axes in draw_study(settings, headings).axes] == ["top-1, %", "mIoU, %"]
