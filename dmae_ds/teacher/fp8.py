@@ -53,8 +53,7 @@ def quantize_blocks(blocks: nn.ModuleList) -> None:
 
 
 def to_fp8(teacher: FrozenTeacher, quantize: Callable[[nn.ModuleList], None] = quantize_blocks) -> str:
-    """Quantise a teacher's blocks. Returns one line about how much the features of the fixed input
-    changed."""
+    """Quantise a teacher's blocks. Returns one line about how much features of the fixed input changed."""
     before = teacher.probe().features
     quantize(teacher.vit.blocks)
     after = teacher.probe().features

@@ -1,5 +1,4 @@
-"""Grids of a teacher and a student: their patches cover the same places of the image, whatever their size in
-pixels.
+"""Grids of a teacher and a student: their patches cover the same places of the image.
 
 One mask serves both, so both cut the image into the same rows and columns. At 224 px a /14 teacher has 16x16
 patches and a /16 student 14x14; the recipe chooses one of two solutions:

@@ -1,13 +1,11 @@
-"""Shard a teacher over all ranks by DeepSpeed's ZeRO-3: each rank keeps a share of every block, and fetches
-it to run it.
+"""Shard a teacher over all ranks by DeepSpeed's ZeRO-3: a rank keeps a share of each block.
 
 For teachers that fit nowhere else: it needs the least memory and the most traffic (all bytes of the blocks
 for every micro-batch, with no work to hide them). It has no engine, whose hooks and prefetching would
 interfere with the student's. Parameters are partitioned by `deepspeed.zero.Init` and fetched by
 `GatheredParameters`, both on the world's group, from the host thread that also issues the student's
-collectives, so their order is the same on every rank. Features are those of
-the replicated teacher up to rounding: fetched weights have other addresses, by which matrix products choose
-their kernels.
+collectives, so their order is the same on every rank. Features are those of the replicated teacher up to
+rounding: fetched weights have other addresses, by which matrix products choose their kernels.
 """
 
 from __future__ import annotations

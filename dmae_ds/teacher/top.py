@@ -1,8 +1,7 @@
-"""The part above a frozen encoder that the taps need: a decoder (decoder.py), a classifier's head (head.py),
-or none.
+"""The part above a frozen encoder that the taps need: a decoder, a classifier's head, or none.
 
-It begins with the encoder's final norm, is small compared with the encoder, and every rank has all of it:
-encoded features first return to their rank, wherever the encoder's blocks are.
+It begins with the encoder's final norm (decoder.py, head.py), is small compared with the encoder, and is
+whole on every rank: encoded features first return to their rank, wherever the encoder's blocks are.
 """
 
 from __future__ import annotations

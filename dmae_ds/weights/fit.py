@@ -146,7 +146,7 @@ def _explain(
 def _hints(
     weights: Weights, needed: dict[str, Tensor], problems: dict[str, list[str]], depth: int, may_resize: bool
 ) -> list[str]:
-    """What may explain the problems: missing files, a slice that ends too early, another format or size."""
+    """Possible explanations: missing files, a slice that ends too early, another format or size."""
     label = weights.label
     absent = weights.container.absent
     if absent:

@@ -25,10 +25,9 @@ class Label:
         """Advice to try these formats; empty where no key sets one."""
         return f"try {self.format}={' or '.join(formats)}" if self.format and formats else ""
 
-    def keys(self, *, also_img_size: bool = False) -> str:
+    def keys(self) -> str:
         """The keys that decide whether a file fits: "teacher.name and teacher.format"."""
-        keys = (self.name, self.format, self.img_size if also_img_size else None)
-        return " and ".join(key for key in keys if key is not None)
+        return self.name if self.format is None else f"{self.name} and {self.format}"
 
 
 WEIGHTS = Label("weights", format="format", img_size="network.img_size")

@@ -15,7 +15,7 @@ from dmae_ds.weights.places import Container
 
 
 def own_network(container: Container) -> tuple[str, dict] | None:
-    """(timm name, overrides) in the metadata of a file of ours; None for other files.
+    """Return (timm name, overrides) from the metadata of a file of ours; None for other files.
 
     Raises UserError where a file of an early version has no readable overrides.
     """

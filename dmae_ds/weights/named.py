@@ -22,7 +22,10 @@ class Weights(Mapping):
     """
 
     def __init__(self, container: Container, format: str, sources: Sources, ignored: list[str]):
-        self.container, self.format, self.sources, self.ignored = container, format, sources, ignored
+        self.container = container
+        self.format = format
+        self.sources = sources
+        self.ignored = ignored
 
     @property
     def path(self) -> Path:

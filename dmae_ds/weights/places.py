@@ -132,7 +132,7 @@ def open_unbuffered(path: Path) -> BinaryIO:
 
 
 def describe_error(error: Exception) -> str:
-    """The kind of an error and the line of its message that explains it (torch's messages can be long)."""
+    """Return an error's kind and the line of its message that explains it (torch's messages can be long)."""
     lines = str(error).splitlines()
     first = lines[0] if lines else ""
     telling = next((line.strip() for line in lines if "Unsupported" in line or "Trying" in line), first)

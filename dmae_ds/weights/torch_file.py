@@ -108,7 +108,7 @@ def _is_state_dict(tensors: object) -> bool:
 def _describe_content(
     content: object, entries: tuple[str, ...], formats: dict[str, list[str]], label: Label
 ) -> str:
-    """What a file without the expected tensors holds, what was expected, and a format that might read it."""
+    """Describe a file without the expected tensors: its content, the expected one, and a format for it."""
     advice = f"is {label.format} right?" if label.format else "give a file of a network's weights"
     if isinstance(content, dict):
         held = ", ".join(map(str, list(content)[:6])) or "nothing"
@@ -155,7 +155,7 @@ def _tensors_in(content: object) -> Iterator[Tensor]:
 
 
 def _read_records(path: Path) -> dict[int, int]:
-    """{where the payload of a tensor's record begins: its size in bytes}, without empty ones.
+    """Records of tensors, without empty ones: {where the payload begins: its size in bytes}.
 
     A compressed record has size -1 (torch.save never makes one).
     """

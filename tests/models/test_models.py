@@ -112,7 +112,7 @@ def test_a_smaller_image_covers_the_extent_of_the_whole_grid():
 
 def test_initial_weights_depend_on_the_seed_alone():
     def weights(seed):
-        torch.rand(seed + 3)  # whatever happened to the global generator before
+        torch.rand(seed + 3)  # the global generator's state differs
         return build_student(
             "vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(seed)
         ).state_dict()

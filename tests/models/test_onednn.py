@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN are linear layers."""
+"""Linear layers through oneDNN compute what torch's do."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def reference():
     return model
 
 
-def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
+def test_features_are_those_of_transformers_at_every_decoder_block(reference, tmp_path):
     reference.save_pretrained(tmp_path)
     teacher = build(tmp_path, taps=("decoder/2", "decoder/1", "block/2"))
     assert len(teacher.top.decoder_blocks) == 2 and teacher.vit.depth == 2
@@ -73,8 +73,7 @@ def test_features_are_transformers_at_every_decoder_block(reference, tmp_path):
         def keep_output(module, inputs, output):
             blocks.append(output[0] if isinstance(output, tuple) else output)
 
-        # transformers puts tokens back on the grid before its first decoder block; a hook gets each block's
-        # output.
+        # transformers puts tokens back on the grid before its first decoder block; a hook gets each output.
         layers = next(
             module for module in reference.decoder.modules() if isinstance(module, torch.nn.ModuleList)
         )
@@ -187,6 +186,6 @@ def test_a_decoder_that_is_too_short_or_has_other_heads_is_refused(tmp_path):
         build(path, taps=("decoder/1",), format="mae", sees="all")
 
 
-def test_a_file_read_whole_for_blocks_alone_leaves_the_decoder(tmp_path):
+def test_a_tap_of_a_block_leaves_the_decoder_in_the_file(tmp_path):
     teacher = build(full_mae(tmp_path, decoder=True), taps=("block/1",), format="mae")
     assert teacher.top is None and "decoder" in teacher.parts.describe_dropped()

@@ -1,4 +1,4 @@
-"""float8 teachers are refused where they can't be had, and say what they change where they can."""
+"""Float8 teachers are refused where they can't run; elsewhere they report how features change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A /14 teacher and a /16 student look at the same places of the same image."""
+"""A /14 teacher and a /16 student see the same places of the same image."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def student_at(img_size):
 
 
 @pytest.mark.parametrize("student_size, teacher_size, grid", [(224, 196, 14), (256, 224, 16)])
-def test_painting_one_patch_changes_exactly_that_token_on_both_sides(
+def test_a_change_of_one_patch_changes_exactly_its_token_on_both_sides(
     weights, student_size, teacher_size, grid
 ):
     objective, teacher = student_at(student_size), teacher_at(weights / "sincos.safetensors", teacher_size)

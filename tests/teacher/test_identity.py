@@ -1,4 +1,4 @@
-"""A teacher is the one that was inspected, it is alive, and it has been trained."""
+"""Checks of a teacher's identity: the inspected weights, live features, signs of training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 def trained_like(seed=0):
-    """Random, but with gains and biases of their own and features that grow, as training leaves them."""
+    """Random weights like trained ones: gains and biases are not initial values, and features grow."""
     torch.manual_seed(seed)
     state = timm.create_model(NAME, num_classes=0, **TINY).state_dict()
     return {
@@ -31,8 +31,8 @@ def trained_like(seed=0):
     }
 
 
-def build(path, *, taps=("block/3",), dtype="fp32", **more):
-    config = TeacherConfig(name=NAME, weights=str(path), dtype=dtype, **{**TINY, **more})
+def build(path, *, taps=("block/3",), dtype="fp32", **options):
+    config = TeacherConfig(name=NAME, weights=str(path), dtype=dtype, **{**TINY, **options})
     return build_frozen_teacher(
         config, taps=taps, whole_blocks=4, mean=MEAN, std=STD, device=torch.device("cpu")
     )
@@ -53,8 +53,8 @@ def test_a_fingerprint_written_by_inspect_is_found_and_matches(file):
     assert set(json.loads(identity.sidecar(file).read_text())["fingerprint"]) == {
         f"block/{number}" for number in (1, 2, 3, 4)
     }
-    for more in ({}, {"dtype": "bf16"}, {"taps": ("block/1", "block/4")}, {"img_size": 48}):
-        assert any("match the fingerprint" in note for note in build(file, **more).parts.notes), more
+    for options in ({}, {"dtype": "bf16"}, {"taps": ("block/1", "block/4")}, {"img_size": 48}):
+        assert any("match the fingerprint" in note for note in build(file, **options).parts.notes), options
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -71,7 +71,7 @@ def start(folder: Path, cases: list[dict], *, schedules: int) -> str:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> str:
-    """Four ranks, started once for every case."""
+    """Output of four ranks, started once for all cases."""
     return start(tmp_path_factory.mktemp("stream"), CASES, schedules=20)
 
 

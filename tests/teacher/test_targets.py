@@ -1,4 +1,4 @@
-"""Standardised targets against their definitions."""
+"""Standardised targets, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_phi_s_gives_every_channel_variance_1_by_one_rotation_and_one_scale(toke
     found = build_target("phi_s", ("block/2",), stats, CPU)("block/2", tokens[None])[0]
     torch.testing.assert_close(found.mean(0), torch.zeros(12), rtol=0, atol=1e-3)
     torch.testing.assert_close(found.var(0, correction=0), torch.ones(12), rtol=0, atol=1e-3)
-    # Distances between tokens keep their ratios: nothing was stretched more than anything else.
+    # Distances between tokens keep their ratios: no direction was stretched more than another.
     ratios = torch.cdist(found[:50], found[50:100]) / torch.cdist(tokens[:50], tokens[50:100])
     assert ratios.std() < 1e-4 * ratios.mean()
     rotation = phi_s_matrix(stats["block/2.covariance"])

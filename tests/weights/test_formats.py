@@ -126,7 +126,7 @@ def my_lab(tmp_path, monkeypatch) -> None:
     sys.modules.pop("my_lab_maps", None)
 
 
-def test_a_map_of_the_user_s_own_is_imported(tmp_path, my_lab):
+def test_a_map_of_the_users_own_is_imported(tmp_path, my_lab):
     reference = build_reference("timm")
     tensors = {f"encoder.{key}": tensor for key, tensor in reference.tensors.items()} | {
         "probe.weight": torch.ones(3)

@@ -81,7 +81,7 @@ def test_an_existing_path_is_not_taken_for_a_hub_id(tmp_path, hub, monkeypatch):
     assert locate("weights/absent.pth") == Path("weights/absent.pth")
 
 
-def test_pretrained_weights_are_those_of_timm_s_tag(hub):
+def test_pretrained_weights_are_those_of_timms_tag(hub):
     snapshot = put_into_cache(hub, "timm", "vit_base_patch16_224.mae", {"model.safetensors": "x"})
     assert locate_pretrained("vit_base_patch16_224.mae") == snapshot / "model.safetensors"
     with refused("teacher.name 'vit_base_patch16_224.mine'", "teacher.weights"):

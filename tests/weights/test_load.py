@@ -1,4 +1,4 @@
-"""Whoever reads a weights file, a message names that reader's keys and the user's own path, unchanged."""
+"""Messages about a weights file name the keys of its reader and the user's own path, unchanged."""
 
 from __future__ import annotations
 

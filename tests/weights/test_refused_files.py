@@ -48,7 +48,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path):
 
 
 class Touch:
-    """Unpickled, it would make a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
