@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = vars(_build_parser().parse_args(argv))
+    args = vars(build_parser().parse_args(argv))
     command = args.pop("run")
     try:
         command(**args)
@@ -65,7 +65,7 @@ def _bench(*, src: Path, **options: object) -> None:
     run_bench(src, **options)
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROG, description="Make shard folders (WebDataset tars with an index) from image folders."
     )

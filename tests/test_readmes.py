@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cli import _build_parser as shards_parser
-from dmae_ds.cli.main import parser
+from data_prep.cli import build_parser as build_shards_parser
+from dmae_ds.cli.main import build_parser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROOTS = ("dmae_ds", "ds_configs", "data_prep", "launch", "tests")
@@ -47,7 +47,7 @@ def anchors_of(path: Path) -> set[str]:
 @functools.cache
 def commands_of(program: str) -> dict[str, argparse.ArgumentParser]:
     """Every command as it is typed after the program's name, and its parser."""
-    commands, todo = {}, [("", shards_parser() if program == "dmae-shards" else parser())]
+    commands, todo = {}, [("", build_shards_parser() if program == "dmae-shards" else build_parser())]
     while todo:
         name, command = todo.pop()
         commands[name] = command

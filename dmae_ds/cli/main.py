@@ -38,7 +38,7 @@ GROUPS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     whole_lines()
-    root = parser()
+    root = build_parser()
     args, extra = root.parse_known_args(argv)
     # argparse stops at positionals behind an option: `train RECIPE --resume auto key=value`.
     if extra and (not hasattr(args, "overrides") or any(word.startswith("-") for word in extra)):
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Build the parser of every command and option."""
     root = argparse.ArgumentParser(
         prog="dmae-ds",

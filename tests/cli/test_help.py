@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dmae_ds.cli.arguments import at_least_one
-from dmae_ds.cli.main import GROUPS, main, parser
+from dmae_ds.cli.main import GROUPS, build_parser, main
 from dmae_ds.errors import Requeue, RunFailed, UserError
 from tests.messages import banned_words
 
@@ -21,7 +21,7 @@ def subparsers_of(command: argparse.ArgumentParser) -> dict[str, argparse.Argume
 
 def all_commands() -> dict[str, argparse.ArgumentParser]:
     """Every command as it is typed after `dmae-ds`, and its parser."""
-    commands, todo = {}, [("", parser())]
+    commands, todo = {}, [("", build_parser())]
     while todo:
         name, command = todo.pop()
         commands[name] = command
@@ -117,7 +117,7 @@ def test_a_recipe_is_asked_for_and_the_objectives_are_listed(capsys):
 
 
 def test_an_old_option_is_still_taken():
-    old, new = (parser().parse_args(["report", option]) for option in ("--ledger", "--results"))
+    old, new = (build_parser().parse_args(["report", option]) for option in ("--ledger", "--results"))
     assert old == new and old.results
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from dmae_ds.cli.main import parser
+from dmae_ds.cli.main import build_parser
 from dmae_ds.config.load import load_config
 from dmae_ds.config.shipped import shipped_files
 from dmae_ds.distributed.world import World
@@ -65,7 +65,7 @@ def command_in(text: str) -> tuple[str, list[str]] | None:
     lines = [line for line in text.splitlines() if line.startswith("deepspeed --")]
     if not lines:
         return None
-    args = parser().parse_args(shlex.split(lines[0].partition("--module dmae_ds ")[2]))
+    args = build_parser().parse_args(shlex.split(lines[0].partition("--module dmae_ds ")[2]))
     return args.recipe, args.overrides
 
 

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from dmae_ds.cli.main import main, parser
+from dmae_ds.cli.main import build_parser, main
 from dmae_ds.config.load import load_config
 
 TINY = [
@@ -39,7 +39,7 @@ def test_the_table_is_complete_and_the_command_parses(capsys):
     assert "1,281,167 images (ImageNet-1k's" in out
     command = next(line for line in out.splitlines() if line.startswith("deepspeed "))
     arguments = shlex.split(command.partition("--module dmae_ds ")[2])
-    args = parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     config = load_config(args.recipe, args.overrides)
     assert config.teacher.placement == "replicated" and config.student.embed_dim == 32
     assert command.startswith("deepspeed --num_gpus 4 ")
