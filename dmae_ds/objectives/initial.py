@@ -21,8 +21,8 @@ def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> None
     """
     if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
         raise UserError(
-            f"{STUDENT.weights} '{weights}' is neither a run folder nor a weights file; give one that `dmae-ds train` "
-            "wrote, a .safetensors or .pth file, or a hub id"
+            f"{STUDENT.weights} '{weights}' is neither a run folder nor a weights file; give one that "
+            "`dmae-ds train` wrote, a .safetensors or .pth file, or a hub id"
         )
     loaded = load_network(
         locate(weights, label=STUDENT),
