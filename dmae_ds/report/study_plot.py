@@ -48,7 +48,7 @@ def _draw_panel(axes: Axes, settings: list[Setting], column: Column, *, heading:
     axes.set_title(textwrap.fill(heading, 26), loc="left", fontsize=9, color=light("--ink"))
     for height, setting in enumerate(settings):
         if column in setting.values:
-            _draw_setting(axes, height, setting.values[column], colour=_colour(setting))
+            _draw_setting(axes, height, setting.values[column], colour=colour_of(setting))
     axes.set_yticks(range(len(settings)), [textwrap.fill(setting.name, 36) for setting in settings])
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.margins(x=0.08)
@@ -61,7 +61,7 @@ def _draw_panel(axes: Axes, settings: list[Setting], column: Column, *, heading:
     axes.set_xlabel(f"{score.title}, {score.unit}", fontsize=8, color=light("--soft"))
 
 
-def _colour(setting: Setting) -> str:
+def colour_of(setting: Setting) -> str:
     """Grey for teachers of other runs, one colour for students of a frozen teacher and one for all others."""
     if setting.name.startswith(TEACHER):
         return light("--soft")

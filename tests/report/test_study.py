@@ -9,7 +9,8 @@ from dmae_ds.report.results_page import write_results_page
 from dmae_ds.report.runs import find_runs
 from dmae_ds.report.study import Column, Setting, group, list_columns
 from dmae_ds.report.study_names import describe_training, name_settings
-from dmae_ds.report.study_plot import draw_study
+from dmae_ds.report.study_plot import colour_of, draw_study
+from dmae_ds.report.theme import light
 from tests.evaluate.conftest import SEGMENTATION
 from tests.report.made_runs import KNN, make_run
 
@@ -198,3 +199,10 @@ def test_headings_of_the_plot_do_not_overlap_and_every_row_has_a_number():
         for axes in (panels[0], panels[3])
     ]
     assert rows == [[whole.name, half.name], [whole.name]]
+
+
+def test_a_point_of_the_plot_is_coloured_by_the_role_of_its_setting(tmp_path):
+    settings = group(find_runs([make_study(tmp_path)]))
+    colours = {setting.name: colour_of(setting) for setting in settings}
+    assert colours["dmae"] == colours["dmae, mask_ratio 0.9"] == light("--series-0")
+    assert (colours["mae"], colours["teacher: mae"]) == (light("--series-1"), light("--soft"))
