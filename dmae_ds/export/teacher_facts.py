@@ -58,7 +58,7 @@ def _licence(
     if run is not None:
         if above:
             return above["license"], "the teacher's own teacher"
-        return "none of others", f"trained by dmae-ds without a teacher, {run.name}"
+        return "none of others", f"run {run.name} of dmae-ds, which had no teacher"
     if path is not None and not path.exists() and looks_like_hub_id(teacher.weights):
         cached = try_to_load_from_cache(teacher.weights, "README.md")  # an export does not use the network
         card = Path(cached) if isinstance(cached, str) else None
