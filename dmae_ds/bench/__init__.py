@@ -1,3 +1,3 @@
-"""Measurements that anyone can repeat on their own machine: `dmae-ds bench ...`. BENCHMARKS.md holds one run of them."""
+"""Measurements that you can repeat on your machine: `dmae-ds bench ...`. BENCHMARKS.md has those of ours."""
 
 from dmae_ds.bench.teacher_load import bench_teacher_load as bench_teacher_load

@@ -1,7 +1,8 @@
-"""What one process takes to load one stage of a cut teacher, by the kernel's own counters (Linux alone has them).
+"""Bytes, memory and seconds of one process that loads one stage of a cut teacher, from Linux's own counters.
 
-The file is first read plainly, as many bytes as the stage needs, one after the other: the floor of the seconds. The
-page cache lets go of it before that and once more before the load, so both meet the disk.
+First the file is read plainly, as many bytes as the stage needs, one after the other: the least time that
+loading can take. The file is removed from the page cache before that and again before the load, so that both
+read from the disk.
 """
 
 from __future__ import annotations
@@ -13,47 +14,44 @@ from pathlib import Path
 
 import torch
 
+from dmae_ds.output.units import MIB
 from dmae_ds.teacher.fill import fill
 from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.weights.fit import block_of
 from dmae_ds.weights.named import open_weights
 
-_BUFFER = 8 << 20  # bytes a plain read asks for
+_BUFFER = 8 * MIB  # bytes of one plain read
 
 
 @dataclass(frozen=True)
 class Load:
-    """Bytes and seconds. `floor_*`: the plain read of `needed` bytes.
-
-    read: what the process asked of files; disk: what came from the disk meanwhile, the kernel's read-ahead included
-    kept: of the weights; peak: resident memory above what was resident just before, with the network on the meta device
-    """
+    """Bytes and seconds of a load; `floor_*` belong to the plain read of `needed` bytes."""
 
     needed: int
-    read: int
-    disk: int
-    kept: int
-    peak: int
+    read: int  # bytes that the process requested from files
+    disk: int  # bytes from the disk in the same time, with the kernel's read-ahead
+    kept: int  # bytes of the weights afterwards
+    peak: int  # resident memory above that just before, when the network was on the meta device
     load_s: float
     floor_s: float
     floor_disk: int
 
     @property
     def was_cold(self) -> bool:
-        """Whether the page cache had let go of the file, so that `disk` and the seconds mean something."""
+        """Whether the file was not in the page cache, so that `disk` and the seconds are meaningful."""
         return self.floor_disk > 0.9 * self.needed
 
 
 def measure(path: Path, *, name: str, last_block: int, blocks: range) -> Load:
     """Load the embedding and these blocks, counted from 0, of a teacher cut at `last_block`, in fp32.
 
-    To be the first thing that a process does: the most memory that it ever held is the peak.
+    Call it first in a process: the peak is the most memory that the process ever had.
     """
     vit = meta_teacher(name, {}, last_block)
     needed = {
         key: tensor
         for key, tensor in vit.state_dict().items()
-        if block_of(key) is None or block_of(key) in blocks
+        if block_of(key) is None or block_of(key) in blocks  # None: no block, as the embedding
     }
     num_bytes = sum(tensor.nbytes for tensor in needed.values())
 
@@ -65,7 +63,7 @@ def measure(path: Path, *, name: str, last_block: int, blocks: range) -> Load:
     evict(path)
     resident, before, start = _memory("VmRSS"), _io(), time.perf_counter()
     weights = open_weights(path, "mae")
-    parts = fill(
+    filled = fill(
         vit,
         weights,
         whole_blocks=last_block,
@@ -81,7 +79,7 @@ def measure(path: Path, *, name: str, last_block: int, blocks: range) -> Load:
         needed=num_bytes,
         read=after["rchar"] - before["rchar"],
         disk=after["read_bytes"] - before["read_bytes"],
-        kept=parts.kept_bytes,
+        kept=filled.kept_bytes,
         peak=_memory("VmHWM") - resident,
         load_s=load_s,
         floor_s=floor_s,
@@ -90,7 +88,7 @@ def measure(path: Path, *, name: str, last_block: int, blocks: range) -> Load:
 
 
 def evict(path: Path) -> None:
-    """Ask the page cache to let go of a file: pages that are on the disk go, where nobody maps them."""
+    """Remove a file from the page cache, except for pages that a process maps."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,12 +105,12 @@ def _read_plainly(path: Path, num_bytes: int) -> None:
 
 
 def _io() -> dict[str, int]:
-    """Bytes of this process so far: `rchar` is what it asked for, `read_bytes` what the disk gave."""
+    """Bytes of this process so far: `rchar` were requested, `read_bytes` came from the disk."""
     with open("/proc/self/io") as file:
         return {key: int(value) for key, value in (line.split(":") for line in file)}
 
 
 def _memory(field: str) -> int:
-    """VmRSS, resident now, or VmHWM, the most that ever was; bytes."""
+    """Resident bytes of this process: VmRSS now, VmHWM at most so far."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))

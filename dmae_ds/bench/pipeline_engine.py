@@ -1,8 +1,8 @@
-"""The rival of `bench stream`: the same blocks under DeepSpeed's own PipelineModule and PipelineEngine.eval_batch.
+"""A teacher's blocks under DeepSpeed's own PipelineEngine.eval_batch, for comparison in `bench stream`.
 
-Its inputs are read on the first stage alone and its outputs come out of the last, so every rank's tokens are gathered
-there and scattered home again, as a student beside it would need. Its default axes do not put
-a pipeline's stages on consecutive ranks, so the topology is given.
+DeepSpeed reads inputs on the first stage and returns outputs on the last, so all ranks' tokens are gathered
+on the first and scattered from the last, as a student on every rank needs. Its default axes do not put a
+pipeline's stages on consecutive ranks, so the topology is given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dmae_ds.teacher.pipeline import StageGroup
 
 
 class EvalBatch:
-    """This rank's stage of the blocks of `vit`, which must be a plain one; afterwards `vit` holds this stage's alone. Collective."""
+    """This rank's stage of the blocks of `vit`, a plain ViT that keeps only these blocks. Collective."""
 
     def __init__(self, vit: MaskedViT, group: StageGroup):
         deepspeed = import_deepspeed(vit.patch_embed.proj.weight.device)
@@ -36,35 +36,35 @@ class EvalBatch:
             "steps_per_print": 10**9,
         }
         self.engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
-        own = set(map(id, module.modules()))
+        kept = set(map(id, module.modules()))
         for block in vit.blocks:
-            if id(block) not in own:
+            if id(block) not in kept:
                 block.to("meta")
 
     @torch.no_grad()
     def features(self, tokens: list[Tensor]) -> list[Tensor]:
-        """This rank's embedded micro-batches [N, 1 + K, D], equally many on every rank -> the last block's outputs. Collective."""
+        """Compute the last block's outputs for embedded micro-batches, each [N, 1 + K, D]. Collective.
+
+        All ranks must give the same number of micro-batches.
+        """
         from deepspeed.runtime.pipe import p2p
 
-        p2p.init_process_groups(
-            self.engine.grid
-        )  # a global of DeepSpeed's: with two engines the last one's, and the first hangs
-        mine = torch.stack(tokens)
-        group, is_first, is_last = (
-            self.group,
-            self.group.stage == 0,
-            self.group.stage == self.group.num_stages - 1,
-        )
+        # A global of DeepSpeed's: with two engines it is the last one's, and the first would hang.
+        p2p.init_process_groups(self.engine.grid)
+        group, mine = self.group, torch.stack(tokens)
+        is_first, is_last = group.stage == 0, group.stage == group.num_stages - 1
         gathered = [torch.empty_like(mine) for _ in range(group.num_stages)] if is_first else None
         distributed.gather(mine, gathered, dst=self.first, group=group.handle)
         flat = [(batch, batch) for owner in gathered for batch in owner] if is_first else []
         count = group.num_stages * len(tokens)
-        # Only its first stage looks at the data; the last one asks for labels, which nothing here has.
+        # Only the first stage uses the data; the others iterate over it, the last one for labels.
         data = iter(flat) if is_first else iter([(mine[0], mine[0])] * count)
         outputs = self.engine.eval_batch(
             data, compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=count
         )
-        home = torch.empty_like(mine)
+        outputs_here = torch.empty_like(mine)
         scattered = list(torch.stack(list(outputs)).split(len(tokens))) if is_last else None
-        distributed.scatter(home, scattered, src=self.first + group.num_stages - 1, group=group.handle)
-        return list(home)
+        distributed.scatter(
+            outputs_here, scattered, src=self.first + group.num_stages - 1, group=group.handle
+        )
+        return list(outputs_here)

@@ -1,4 +1,4 @@
-"""Whole MAE files of random weights, encoder and decoder, as the published ones are laid out: {"model": {name: tensor}}."""
+"""MAE files of random weights, with encoder and decoder, in the published layout."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.output.durable import replacing
 from dmae_ds.weights.containers import open_container
 
-DECODER_DEPTH, DECODER_DIM, DECODER_HEADS = 8, 512, 16  # of every published MAE, ViT-B to ViT-H
+DECODER_DEPTH, DECODER_DIM, DECODER_HEADS = 8, 512, 16  # in all published MAEs, ViT-B to ViT-H
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def make_files(folder: Path, name: str, shapes: Shapes) -> list[Path]:
-    """A .pth and a .safetensors of the same random tensors; whole ones that are there already stay as they are.
+    """Make a .pth and a .safetensors of the same random tensors; complete files from earlier are kept.
 
-    Raises OSError where the folder can't be written or has no room.
+    Raises OSError where the folder can't be written or is too small.
     """
     stem = f"random-mae-{name.replace('/', '_').replace(':', '_')}"
     safetensors, pth = folder / f"{stem}.safetensors", folder / f"{stem}.pth"
@@ -32,14 +32,13 @@ def make_files(folder: Path, name: str, shapes: Shapes) -> list[Path]:
         _write_safetensors(safetensors, shapes)
     if not is_whole(pth, shapes):
         with _writing(pth) as file:
-            torch.save(
-                {"model": dict(open_container(safetensors))}, file
-            )  # the one moment that all of it is in memory
+            # The only time that all tensors are in memory.
+            torch.save({"model": dict(open_container(safetensors))}, file)
     return [pth, safetensors]
 
 
 def mae_shapes(name: str) -> Shapes:
-    """{name in the file: shape} of a published MAE: timm's names for the encoder and its norm, decoder_* beside them."""
+    """Shapes of a published MAE by name in its file: timm's names for the encoder, decoder_* for the rest."""
     vit = build_timm_vit(name, {}, where="teacher")
     shapes = {key: tuple(tensor.shape) for key, tensor in vit.state_dict().items()}
     patch, tokens = vit.patch_embed.patch_size[0], 1 + vit.patch_embed.num_patches
@@ -57,12 +56,12 @@ def mae_shapes(name: str) -> Shapes:
 
 
 def num_bytes(shapes: Shapes) -> int:
-    """In float32, headers left out."""
+    """Bytes of all tensors in float32, without the file's header."""
     return 4 * sum(map(math.prod, shapes.values()))
 
 
 def is_whole(path: Path, shapes: Shapes) -> bool:
-    """Whether the file is there, not cut off, and holds these tensors."""
+    """Whether the file exists, is complete, and holds these tensors."""
     try:
         return {key: place.shape for key, place in open_container(path, ("model",)).places.items()} == shapes
     except UserError:
@@ -71,18 +70,18 @@ def is_whole(path: Path, shapes: Shapes) -> bool:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[BinaryIO]:
-    """As `replacing`; where it fails, gigabytes of half a file don't stay."""
+    """Like `replacing`, but an incomplete file is removed, since it may have gigabytes."""
     try:
         with replacing(path) as file:
             yield file
-    except RuntimeError:  # how torch.save tells of a full disk
-        raise OSError(f"'{path}' could not be written to its end") from None
+    except RuntimeError:  # raised by torch.save on a full disk
+        raise OSError(f"'{path}' could not be written completely") from None
     finally:
         path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
 
 
 def _write_safetensors(path: Path, shapes: Shapes) -> None:
-    """With one tensor in memory at a time (safetensors' own writer wants them all)."""
+    """Write with one tensor in memory at a time (safetensors' own writer needs all)."""
     header, end = {}, 0
     for key, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)

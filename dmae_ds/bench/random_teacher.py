@@ -37,7 +37,7 @@ def random_teacher(
 
 
 def random_top(config: RunConfig, objective: Objective, *, device: torch.device) -> Top | None:
-    """The decoder or classifier on top of the teacher's encoder, with random weights; None where nothing taps it."""
+    """The teacher's decoder or classifier, with random weights; None where the objective taps neither."""
     vit = meta_teacher(config.teacher.name, config.teacher.overrides(), keep_norm=True)
     _, decoder_depth = needed_depths(objective.taps, vit.depth, config.teacher.decoder_depth)
     top = meta_top(

@@ -1,11 +1,12 @@
 """Bytes and seconds of a checkpoint, against the bytes that must be kept and a plain write of as many.
 
-    deepspeed --num_gpus 2 --module dmae_ds bench save RECIPE [key=value] [--steps 3] [--rounds 5] [--folder F]
+    deepspeed --num_gpus 2 --module dmae_ds bench save RECIPE [key=value] [--steps 3] [--rounds 5] [--folder
+    F]
 
-The recipe gives the trained networks, the DeepSpeed file, the micro-batch and how often a run saves; weights, pixels and
-the teacher's features are random, and no teacher computes, so a real step is longer and the share of saving smaller.
-Steps, saves and plain writes (all ranks write their part of the bytes at the same time, to the disk) take turns. Seconds
-belong to one disk; ratios and bytes are what to look at.
+The recipe gives the trained networks, the DeepSpeed file, the micro-batch and how often a run saves; weights,
+pixels and the teacher's features are random, and no teacher computes, so a real step is longer and the share
+of saving smaller. Steps, saves and plain writes (all ranks write their part of the bytes at the same time, to
+the disk) take turns. Seconds belong to one disk; ratios and bytes are what to look at.
 """
 
 from __future__ import annotations
@@ -83,10 +84,11 @@ class _Result:
 
 
 def bench_save(config: RunConfig, world: World, *, steps: int, rounds: int, folder: Path | None) -> str:
-    """Measure and return the text, to print on rank 0. Collective; the process group is made here.
+    """Measure and return the text, to print on rank 0. Collective; makes the process group.
 
     steps: optimiser steps in a round
-    folder: a folder on the disk that is to be measured, in which nothing stays; None: the system's temporary one
+    folder: a folder on the disk that is to be measured, in which nothing stays; None: the system's temporary
+      one
     Raises UserError for a recipe that can't be built.
     """
     with (
@@ -173,11 +175,14 @@ def _report(config: RunConfig, result: _Result, num_parameters: int) -> list[str
     without = "" if config.teacher is None else " without its teacher"
     return [
         f"bytes   {total / MIB:.1f} MiB = {result.deepspeed_bytes / MIB:.1f} in DeepSpeed's files + "
-        f"{result.plain_bytes / MIB:.1f} in the plain ones; {total / needed:.3f} of the {needed / MIB:.1f} that must be "
+        f"{result.plain_bytes / MIB:.1f} in the plain ones; {total / needed:.3f} of the {needed / MIB:.1f} "
+        "that must be "
         "kept (weights and two moments in fp32, and the weights as plain files)",
-        f"seconds {result.save_s:.3f} a save, {result.write_s:.3f} for a plain write of as many bytes by the same ranks: "
+        f"seconds {result.save_s:.3f} a save, {result.write_s:.3f} for a plain write of as many bytes by "
+        "the same ranks: "
         f"{result.save_s / result.write_s:.2f}",
-        f"share   a step takes {result.step_s:.3f} s{without}, so a save is {result.save_s / result.step_s:.2f} steps; "
+        f"share   a step takes {result.step_s:.3f} s{without}, so a save is "
+        f"{result.save_s / result.step_s:.2f} steps; "
         f"{_share_of_run(config.checkpoint, result)}",
     ]
 

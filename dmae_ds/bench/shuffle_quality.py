@@ -1,13 +1,14 @@
-"""How well batches are mixed, by order and by the shuffles that others use: `python -m dmae_ds.bench.shuffle_quality`.
+"""Measures how well our order and other shuffles mix batches: `python -m dmae_ds.bench.shuffle_quality`.
 
-The worst case: a set whose shards hold one class each (shards shuffled when they were made hide every weakness). Two
-figures of merit. Of batches: the chi-square of classes per degree of freedom (1: as from a uniform shuffle without
-regard to the epoch, slightly less: as from one without replacement; larger: batches repeat classes) and the number of
-different classes. Of epochs: how often two samples that met in a batch meet in one of the next epoch, against chance.
+The worst case is a data set whose shards hold one class each (if shards were shuffled when they were made,
+every weakness is hidden). Three figures: the number of different classes in a batch; the chi-square of the
+classes per degree of freedom (1: as from a uniform shuffle with replacement, slightly less: without
+replacement, larger: classes repeat within a batch); and how often two samples of a batch are together again
+in the next epoch, relative to chance.
 
-The other shuffles are written down from what they publish: webdataset's shard shuffle, split over readers, and its
-buffer per reader; MosaicML streaming's py1e over canonical nodes (shards in a random order, cut into node spans, each
-sample moved by up to half a block within its span).
+The other shuffles are written from their documentation: webdataset's shuffle of shards, split over readers,
+with a buffer for each reader; MosaicML streaming's py1e over canonical nodes (shards in a random order, cut
+into spans of nodes, each sample moved by up to half a block within its span).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ Epochs = Callable[[int], np.ndarray]  # epoch -> [batches, global batch] of ids
 
 
 def ours(num_samples: int, batch: int, *, block: int) -> Epochs:
+    """The order of dmae_ds/data/order.py."""
+
     def epoch(number: int) -> np.ndarray:
         first = number * num_samples // batch + 1
         steps = range(first, first + num_samples // batch - 1)
@@ -52,6 +55,8 @@ def ours(num_samples: int, batch: int, *, block: int) -> Epochs:
 
 
 def uniform(num_samples: int, batch: int) -> Epochs:
+    """A uniform permutation in every epoch."""
+
     def epoch(number: int) -> np.ndarray:
         return _cut(np.random.default_rng(number).permutation(num_samples), batch)
 
@@ -59,7 +64,7 @@ def uniform(num_samples: int, batch: int) -> Epochs:
 
 
 def webdataset(num_samples: int, batch: int, *, shard_size: int, readers: int, buffer: int) -> Epochs:
-    """Shards shuffled and dealt to readers; each reader draws from a buffer that it keeps full."""
+    """Shards are shuffled and split over readers; each reader draws from a buffer that it keeps full."""
 
     def read(shards: list[int], rng: random.Random) -> Iterator[int]:
         held: list[int] = []
@@ -80,8 +85,8 @@ def webdataset(num_samples: int, batch: int, *, shard_size: int, readers: int, b
         ]
         shortest = min(map(len, streams)) // (batch // readers) * (batch // readers)
         # [readers, batches, batch / readers] -> [batches, batch]
-        parts = np.stack([stream[:shortest] for stream in streams]).reshape(readers, -1, batch // readers)
-        return parts.swapaxes(0, 1).reshape(-1, batch)
+        blocks = np.stack([stream[:shortest] for stream in streams]).reshape(readers, -1, batch // readers)
+        return blocks.swapaxes(0, 1).reshape(-1, batch)
 
     return epoch
 
@@ -89,7 +94,7 @@ def webdataset(num_samples: int, batch: int, *, shard_size: int, readers: int, b
 def streaming_py1e(
     num_samples: int, batch: int, *, shard_size: int, nodes: int, block: int = 2**18
 ) -> Epochs:
-    """A sample's place in its node's span is moved by up to half a block; batches take from all nodes in turn."""
+    """Each sample moves by up to half a block in its node's span; batches take from all nodes in turn."""
 
     def epoch(number: int) -> np.ndarray:
         rng = np.random.default_rng(number)
@@ -108,7 +113,7 @@ def streaming_py1e(
 
 
 def measure(epochs: Epochs, *, num_classes: int, shard_size: int) -> tuple[float, float, float]:
-    """(different classes a batch, chi-square per degree of freedom, pairs that meet again against chance)."""
+    """Compute (classes in a batch, chi-square per degree of freedom, pairs that meet again over chance)."""
     first, second = epochs(0), epochs(1)
     counts = np.stack([np.bincount(batch // shard_size, minlength=num_classes) for batch in first])
     expected = first.shape[1] / num_classes
@@ -117,11 +122,13 @@ def measure(epochs: Epochs, *, num_classes: int, shard_size: int) -> tuple[float
     where[second.reshape(-1)] = np.repeat(np.arange(len(second)), second.shape[1])
     again = pairs = 0
     for batch in first:
-        found = where[batch]
-        found = np.bincount(found[found >= 0])
-        again += (found * (found - 1) // 2).sum()
-        pairs += found.sum() * (found.sum() - 1) // 2
-    return float((counts > 0).sum(axis=1).mean()), float(chi_square), float(again / pairs * len(second))
+        batches = where[batch]
+        counts_again = np.bincount(batches[batches >= 0])
+        num = counts_again.sum()
+        again += (counts_again * (counts_again - 1) // 2).sum()
+        pairs += num * (num - 1) // 2
+    classes = (counts > 0).sum(axis=1).mean()
+    return float(classes), float(chi_square), float(again / pairs * len(second))
 
 
 def main() -> None:
@@ -131,7 +138,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--shard-size", type=int, default=1281)
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--readers", type=int, default=64, help="of webdataset: ranks x workers")
+    parser.add_argument("--readers", type=int, default=64, help="readers of webdataset: ranks x workers")
     args = parser.parse_args()
     n, batch, size = args.classes * args.shard_size, args.batch, args.shard_size
     ways = {

@@ -1,12 +1,17 @@
-"""Where a training step's time goes, and how near it is to the fastest matrix product of this device.
+"""Time of a training step by parts, compared with the fastest matrix product of this device.
 
     dmae-ds bench step RECIPE [key=value] [--against mae] [--against key=value] [--data] [--rounds 7] [--json]
 
-The step is training's own: the recipe's objective in its DeepSpeed engine, the cut teacher, the mask drawn on the device;
-weights and pixels are random, so no file is needed. With --data the pictures are read, and waited for, as in training. On
-several ranks one more step is taken in which every collective is timed: "exchange", a share of the other parts. Contestants and the matrix products take turns, round after round; a figure is the median of its rounds. "ema" is what an EMA teacher makes of a batch, "update" its following the student.
-Work is counted by torch's own FLOP counter on fake tensors (plan/trace.py). Seconds belong to one machine; shares and
-ratios are what to look at.
+The step is training's own: the recipe's objective in its DeepSpeed engine, the cut teacher, the mask drawn on
+the device. Weights and pixels are random, so no file is needed; with --data images are read and waited for as
+in training.
+
+Contestants and the matrix products take turns, round after round; a figure is the median of its rounds. The
+part "ema" is the forward pass of an EMA teacher, "update" the update of its weights. On several ranks one
+more step is taken in which
+every collective is timed: "exchange", which overlaps the other parts. Work is counted by torch's FLOP counter
+  on fake
+tensors (plan/trace.py). Seconds belong to one machine; shares and ratios are what to look at.
 """
 
 from __future__ import annotations
@@ -38,17 +43,14 @@ PARTS = ("data", "prepare", "teacher", "ema", "forward", "backward", "optimizer"
 
 @dataclass
 class Contestant:
-    """One recipe's step.
-
-    work: {part: (FLOP of a step on this rank, dtype of its products)}; first: seconds of the first step; peak: bytes, nothing else being built
-    """
+    """A recipe's step and its measurements."""
 
     name: str
     step: TrainingStep
-    work: Work
+    work: Work  # {part: (FLOP of a step on this rank, dtype of its products)}
     images: int
-    first: float
-    peak: int | None
+    first: float  # seconds of the first step
+    peak: int | None  # bytes of memory, measured before anything else is built
     rounds: list[dict[str, float]] = field(default_factory=list)
     exchange: float | None = None  # seconds
 
@@ -63,28 +65,28 @@ def bench_step(
     rounds: int,
     as_json: bool,
 ) -> str:
-    """Measure and return the table, or JSON, to print on rank 0. Collective; the process group is made here.
+    """Measure and return the table, or JSON, to print on rank 0. Collective; makes the process group.
 
-    against_mae: measure plain MAE's step of the same student beside it; variants: {name: recipe} of further steps beside it; data: read the recipe's pictures
-    Raises UserError for a recipe that can't be built, and for plain MAE beside itself.
+    against_mae: also measure plain MAE's step of the same student
+    variants: {name: recipe} of further steps to measure
+    data: read the recipe's images
+    Raises UserError for a recipe that can't be built, and for plain MAE compared with itself.
     """
     if against_mae and config.objective.name == "mae":
         raise UserError(
-            "--against mae compares a recipe with plain mae, and this recipe is that; take one of another objective"
+            "--against mae compares a recipe with plain mae, and this recipe has objective mae; "
+            "use a recipe of another objective"
         )
     with process_group.joined(world, timeout_s=config.dist.timeout_s) as device:
         import_deepspeed(device)  # before memory is counted
-        recipes = (
-            {config.objective.name: config}
-            | (variants or {})
-            | ({"mae": as_plain_mae(config)} if against_mae else {})
-        )
+        recipes = {config.objective.name: config} | (variants or {})
+        if against_mae:
+            recipes["mae"] = as_plain_mae(config)
         contestants = [contestant(name, recipe, world, device, data=data) for name, recipe in recipes.items()]
         dtypes = {dtype for one in contestants for _, dtype in one.work.values()}
-        rates = take_turns(
-            contestants, {dtype: gemm_rate(dtype, device) for dtype in dtypes}, rounds=rounds, device=device
-        )
-        found = {
+        gemms = {dtype: gemm_rate(dtype, device) for dtype in dtypes}
+        rates = take_turns(contestants, gemms, rounds=rounds, device=device)
+        results = {
             "recipe": describe(config, world, contestants[0]),
             "device": hardware_name(device),
             "threads": torch.get_num_threads(),
@@ -92,22 +94,22 @@ def bench_step(
             "gemm_gflops": {_short(dtype): rate / 1e9 for dtype, rate in rates.items()},
             "steps": [figures(one, rates) for one in contestants],
         }
-        return json.dumps(found) if as_json else table(found)
+        return json.dumps(results) if as_json else table(results)
 
 
 def as_plain_mae(config: RunConfig) -> RunConfig:
-    """The same student and batch under plain MAE, with the objective's own mask and decoder where it has them, else MAE's."""
-    optim = config.optim.model_copy(update={"layer_decay": 1.0})  # it tells no layers apart
+    """The same student and batch under plain MAE, with the objective's mask and decoder where it has them."""
+    optim = config.optim.model_copy(update={"layer_decay": 1.0})  # MAE doesn't tell layers apart
     return config.model_copy(
         update={"objective": plain_mae(config.objective), "teacher": None, "optim": optim}
     )
 
 
 def contestant(name: str, config: RunConfig, world: World, device: torch.device, *, data: bool) -> Contestant:
-    """Build one step, take it twice, and read off its memory."""
+    """Build one step, take it twice, and read its peak memory."""
     watch = PeakMemory(device)
     step = TrainingStep(config, world=world, device=device, data=data)
-    first = sum(step.take().values())  # allocates Adam's moments, and compiles
+    first = sum(step.take().values())  # allocates AdamW's moments, and compiles
     step.take()
     peak = watch.peak() if watch.can_measure else None
     work = step_work(config, measure_geometry(config, step.micro_batch), step.accumulation)
@@ -117,11 +119,11 @@ def contestant(name: str, config: RunConfig, world: World, device: torch.device,
 def take_turns(
     contestants: list[Contestant], gemms: dict[torch.dtype, object], *, rounds: int, device: torch.device
 ) -> dict[torch.dtype, float]:
-    """Measure everybody in every round; returns the rate of matrix products by dtype, in FLOP/s."""
-    found: dict[torch.dtype, list[float]] = {dtype: [] for dtype in gemms}
+    """Measure every contestant in every round; returns the rate of matrix products by dtype, in FLOP/s."""
+    measured: dict[torch.dtype, list[float]] = {dtype: [] for dtype in gemms}
     for _ in range(rounds):
         for dtype, rate in gemms.items():
-            found[dtype].append(rate())
+            measured[dtype].append(rate())
         for one in contestants:
             collectives.barrier()
             one.rounds.append(one.step.take())
@@ -130,16 +132,16 @@ def take_turns(
         with logged_collectives() as exchanged:
             one.step.take()
         one.exchange = exchanged()
-    return {dtype: statistics.median(rates) for dtype, rates in found.items()}
+    return {dtype: statistics.median(rates) for dtype, rates in measured.items()}
 
 
 def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
-    """A contestant's plain numbers: seconds (the median, and of each round), GFLOP, share of the peak by part and for the step."""
-    each = [sum(found.values()) for found in one.rounds]
-    seconds = statistics.median(each)
+    """Compute a contestant's seconds, GFLOP and share of the peak, by part and for the step."""
+    round_seconds = [sum(times.values()) for times in one.rounds]
+    seconds = statistics.median(round_seconds)
     parts = {}
     for part in (part for part in PARTS if part in one.rounds[0]):
-        spent = statistics.median(found[part] for found in one.rounds)
+        spent = statistics.median(times[part] for times in one.rounds)
         parts[part] = {"seconds": spent}
         if part in one.work:
             flops, dtype = one.work[part]
@@ -152,7 +154,7 @@ def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
     return {
         "name": one.name,
         "seconds": seconds,
-        "round_seconds": each,
+        "round_seconds": round_seconds,
         "first_seconds": one.first,
         "exchange_seconds": one.exchange,
         "images_per_s": one.images / seconds,
@@ -164,57 +166,60 @@ def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
     }
 
 
-def table(found: dict) -> str:
-    """For a person: a table a contestant, then the ratios."""
-    rates = ", ".join(f"{dtype} {rate:,.0f}" for dtype, rate in found["gemm_gflops"].items())
+def table(results: dict) -> str:
+    """Text for a person: a table for each contestant, then the ratios to the last one."""
+    rates = ", ".join(f"{dtype} {rate:,.0f}" for dtype, rate in results["gemm_gflops"].items())
     lines = [
-        f"{found['recipe']}; {found['device']}, {found['threads']} threads; median of {found['rounds']} rounds",
+        f"{results['recipe']}; {results['device']}, {results['threads']} threads; median of "
+        f"{results['rounds']} rounds",
         f"matrix products here: {rates} GFLOP/s",
     ]
-    for step in found["steps"]:
-        rows = [(step["name"], "seconds", "share", "GFLOP", "dtype", "of peak")]
-        for part, row in step["parts"].items():
-            counted = (
-                (f"{row['gflop']:.1f}", row["dtype"], f"{row['of_peak']:.0%}")
-                if "gflop" in row
-                else ("", "", "")
-            )
-            rows.append((part, f"{row['seconds']:.3f}", f"{row['seconds'] / step['seconds']:.1%}", *counted))
-        rows.append(
-            ("step", f"{step['seconds']:.3f}", "100.0%", f"{step['gflop']:.1f}", "", f"{step['of_peak']:.0%}")
-        )
-        lines += ["", *text_table(rows)]
-        memory = "" if step["peak_gib"] is None else f", peak memory {step['peak_gib']:.2f} GiB a rank"
-        exchange = (
-            f"; exchange {step['exchange_seconds']:.3f} s, within these parts"
-            if step["exchange_seconds"]
-            else ""
-        )
-        lines.append(
-            f"{step['images_per_s']:.2f} images/s{memory}; floor {step['floor_seconds']:.3f} s; first step {step['first_seconds']:.1f} s{exchange}"
-        )
-    *others, last = found["steps"]
-    lines += [""] if others else []
+    for step in results["steps"]:
+        lines += ["", *_step_lines(step)]
+    *others, last = results["steps"]
+    if others:
+        lines.append("")
     for one in others:
-        seconds = [mine / its for mine, its in zip(one["round_seconds"], last["round_seconds"])]
+        pairs = zip(one["round_seconds"], last["round_seconds"], strict=True)
+        ratios = [one_s / last_s for one_s, last_s in pairs]
         lines.append(
-            f"{one['name']} / {last['name']}: {statistics.median(seconds):.3f} of the time ({min(seconds):.3f} to {max(seconds):.3f} in a round), "
-            f"{one['gflop'] / last['gflop']:.3f} of the work"
+            f"{one['name']} / {last['name']}: {statistics.median(ratios):.3f} of the time "
+            f"({min(ratios):.3f} to {max(ratios):.3f} in a round), {one['gflop'] / last['gflop']:.3f} of "
+            "the work"
         )
     return "\n".join(lines)
 
 
+def _step_lines(step: dict) -> list[str]:
+    """A contestant's table, and a line for what has no part."""
+    rows = [(step["name"], "seconds", "share", "GFLOP", "dtype", "of peak")]
+    for part, row in step["parts"].items():
+        counted = ("", "", "")
+        if "gflop" in row:
+            counted = (f"{row['gflop']:.1f}", row["dtype"], f"{row['of_peak']:.0%}")
+        rows.append((part, f"{row['seconds']:.3f}", f"{row['seconds'] / step['seconds']:.1%}", *counted))
+    total = (f"{step['seconds']:.3f}", "100.0%", f"{step['gflop']:.1f}", "", f"{step['of_peak']:.0%}")
+    rows.append(("step", *total))
+    memory = "" if step["peak_gib"] is None else f", peak memory {step['peak_gib']:.2f} GiB a rank"
+    exchange = ""
+    if step["exchange_seconds"]:
+        exchange = f"; exchange {step['exchange_seconds']:.3f} s, within these parts"
+    return [
+        *text_table(rows),
+        f"{step['images_per_s']:.2f} images/s{memory}; floor {step['floor_seconds']:.3f} s; "
+        f"first step {step['first_seconds']:.1f} s{exchange}",
+    ]
+
+
 def describe(config: RunConfig, world: World, one: Contestant) -> str:
     """What was measured, in one line."""
-    teacher = (
-        "no teacher"
-        if config.teacher is None
-        else f"{config.teacher.name} ({one.step.teacher}, {config.teacher.dtype})"
-    )
-    kernels = "".join(f"; {text}" for text in (one.step.kernels,) if text)
+    teacher = "no teacher"
+    if config.teacher is not None:
+        teacher = f"{config.teacher.name} ({one.step.teacher}, {config.teacher.dtype})"
+    kernels = f"; {one.step.kernels}" if one.step.kernels else ""
     return (
-        f"{teacher} -> {config.student.name}, {one.step.objective.describe()}; {one.images} images a step on {world.size} ranks; "
-        f"{config.precision}, {config.deepspeed}{kernels}"
+        f"{teacher} -> {config.student.name}, {one.step.objective.describe()}; {one.images} images a step "
+        f"on {world.size} ranks; {config.precision}, {config.deepspeed}{kernels}"
     )
 
 

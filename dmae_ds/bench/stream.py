@@ -2,10 +2,10 @@
 
     deepspeed --num_gpus 4 --module dmae_ds bench stream RECIPE [key=value] [--stages 2 4] [--sleep-ms 20]
 
-The recipe gives the teacher's geometry, the tapped blocks, the student's patches and the micro-batch; weights and pixels
-are random. Contestants take turns, round after round, in steady state (the stream is full before it is timed); a row is
-the median of its rounds. Blocks that sleep show the schedule apart from the cores, of which ranks on one machine share
-too few. Seconds belong to one machine; the ratios are what to look at.
+The recipe gives the teacher's geometry, the tapped blocks, the student's patches and the micro-batch; weights
+and pixels are random. Contestants take turns, round after round, in steady state (the stream is full before
+it is timed); a row is the median of its rounds. Blocks that sleep show the schedule apart from the cores, of
+which ranks on one machine share too few. Seconds belong to one machine; the ratios are what to look at.
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ def bench_stream(
     ticks: int,
     rounds: int,
 ) -> str:
-    """Measure every contestant and return the table, to print on rank 0. Collective; the process group is made here.
+    """Measure every contestant and return the table, to print on rank 0. Collective; makes the process group.
 
     ticks: micro-batches a rank and round, rounded up to twice the longest pipeline
     stages: pipeline lengths; None: all that the ranks and the blocks allow
     sleep_ms: blocks sleep so long instead of computing
-    Raises UserError for a recipe without a teacher, lengths that the ranks or the blocks don't allow, and one rank.
+    Raises UserError for a recipe without a teacher, lengths that the ranks or the blocks don't allow, and one
+    rank.
     """
     if config.teacher is None:
         raise UserError("bench stream needs a recipe with a teacher, such as dmae_vit_large_to_base")
@@ -103,7 +104,8 @@ def bench_stream(
         blocks = f"blocks sleep {sleep_ms:g} ms" if sleep_ms else "blocks are real"
         title = (
             f"{config.teacher.name}: {depth} of {shape.depth} blocks, taps {', '.join(objective.taps)}, "
-            f"{config.teacher.dtype}; {world.size} ranks x {micro_batch} images, {patches} patches; {blocks}; "
+            f"{config.teacher.dtype}; {world.size} ranks x {micro_batch} images, {patches} patches; "
+            f"{blocks}; "
             f"{device.type}; median of {rounds} rounds of {ticks} micro-batches a rank"
         )
         return title + "\n\n" + table(contestants, seconds, waited, images=world.size * micro_batch * ticks)
@@ -114,7 +116,8 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Time all contestants in turns.
 
-    Returns ({name: median seconds of a round}, {name: share of all rounds spent waiting for an exchange, mean over ranks}).
+    Returns ({name: median seconds of a round}, {name: share of all rounds spent waiting for an exchange, mean
+    over ranks}).
     """
     bar = tqdm(total=rounds * len(contestants), unit="turn", disable=not collectives.is_main())
     for contestant in contestants:
@@ -198,7 +201,7 @@ def _contestants(
     batches: list[PatchBatch],
     common: dict,
 ) -> Iterator[Contestant]:
-    """The replicated teacher, then for every pipeline length two streams and, where it can run them, eval_batch."""
+    """Yield the replicated teacher, then two streams for each length, and eval_batch where it can run."""
     replicated = FrozenTeacher(build(None), taps, None, **common)
     turns = itertools.cycle(batches)
 

@@ -1,9 +1,9 @@
-"""What the load of a cut teacher costs on this machine, as ratios to what it can't do without.
+"""Bytes, memory and seconds of loading a cut teacher on this machine, compared with the least that it needs.
 
     dmae-ds bench teacher-load [--name vit_huge_patch14_224] [--stages 1 2 4] [--folder DIR]
 
-A whole MAE file is made once as .pth and once as .safetensors; then every stage of every pipeline length is loaded by
-a process of its own. Seconds belong to one machine and one minute; the ratios are what to look at. Takes minutes.
+A whole MAE file is made as .pth and as .safetensors; then every stage of every pipeline length is loaded by
+its own process. This takes minutes. Seconds belong to one machine; the ratios are what to look at.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dmae_ds.bench.measure import Load, measure
 from dmae_ds.bench.random_files import mae_shapes, make_files, num_bytes
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.output.table import text_table
+from dmae_ds.output.units import MIB
 from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.teacher.stages import held_blocks
 
-MIB = 1 << 20
-MAX_READ = 1.02  # of the bytes needed: what the file says of itself (names, shapes, places) is read too
-MAX_PEAK = 1.10  # of the bytes kept, once PEAK_CONSTANT is taken off
-PEAK_CONSTANT = 64 * MIB  # allocator and thread pools, whatever the teacher's size
+MAX_READ = 1.02  # bytes read / bytes needed: the file's header (names, shapes, places) is read too
+MAX_PEAK = 1.10  # (peak - PEAK_CONSTANT) / bytes kept
+PEAK_CONSTANT = 64 * MIB  # allocator and thread pools, for a teacher of any size
 
 Loads = dict[tuple[str, int, int, str], Load]  # (container, P, stage, its blocks), both counted from 1
 
@@ -36,34 +36,36 @@ Loads = dict[tuple[str, int, int, str], Load]  # (container, P, stage, its block
 def bench_teacher_load(name: str, *, last_block: int | None, stages: list[int], folder: Path | None) -> str:
     """Measure every stage of every length in `stages`; returns the table and the two verdicts, to print.
 
-    last_block: the deepest tapped block, counted from 1 (default: three quarters of the depth, as in a recipe)
-    folder: where the two files are made and left, or found from an earlier time; None: made and removed again
-    Raises UserError for a network or a cut that there isn't, a folder that can't be written, and off Linux.
+    last_block: the deepest tapped block, counted from 1; None: three quarters of the depth, as in recipes
+    folder: a folder for the two files, which stay there and are used again; None: a temporary one
+    Raises UserError for an unknown network, an impossible cut, a folder that can't be written, and off Linux.
     """
     if sys.platform != "linux" or not os.access("/proc/self/io", os.R_OK):
         raise UserError(
-            "bench teacher-load reads Linux's /proc/self/io, which is not to be read here; run it on Linux"
+            "bench teacher-load requires Linux's /proc/self/io, which can't be read here; run it on Linux"
         )
     shapes, depth = mae_shapes(name), meta_teacher(name, {}).depth
     last_block = max(1, depth * 3 // 4) if last_block is None else last_block
     if not 1 <= last_block <= depth:
-        raise UserError(f"--last-block {last_block} is not a block of {name}, which has 1 to {depth}")
+        raise UserError(f"--last-block {last_block} is not a block of {name}; choose from 1 to {depth}")
     cuts = {num_stages: held_blocks(last_block, num_stages) for num_stages in stages}
     loads = {}
     with _open_folder(folder) as place:
         for path in make_files(place, name, shapes):
             for num_stages, cut in cuts.items():
                 for stage, blocks in enumerate(cut, start=1):
-                    loads[path.suffix, num_stages, stage, f"{blocks.start + 1}-{blocks.stop}"] = (
-                        _measure_apart(path, name, last_block, blocks)
-                    )
-    about = f"{name}: blocks 1-{last_block} of {depth} in fp32, from a whole MAE file of {num_bytes(shapes) / MIB:.0f} MiB"
-    return "\n\n".join([about, table(loads), verdicts(loads)])
+                    row = (path.suffix, num_stages, stage, f"{blocks.start + 1}-{blocks.stop}")
+                    loads[row] = _measure_in_process(path, name, last_block, blocks)
+    title = (
+        f"{name}: blocks 1-{last_block} of {depth} in fp32, from a whole MAE file of "
+        f"{num_bytes(shapes) / MIB:.0f} MiB"
+    )
+    return "\n\n".join([title, table(loads), verdicts(loads)])
 
 
 @contextmanager
 def _open_folder(folder: Path | None) -> Iterator[Path]:
-    """Where the files lie. Whatever the system refuses there is the user's to mend."""
+    """Give the folder of the files. Raises UserError for every error of the file system in it."""
     try:
         if folder is None:
             with TemporaryDirectory(prefix="dmae-ds-bench-") as temporary:
@@ -73,12 +75,12 @@ def _open_folder(folder: Path | None) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise UserError(
-            f"the weights files can't be made: {error}; choose a --folder that can be written and has the room"
+            f"the weights files can't be written: {error}; choose a writable --folder with enough space"
         ) from None
 
 
-def _measure_apart(path: Path, name: str, last_block: int, blocks: range) -> Load:
-    """`measure` in a fresh process, whose memory has not been higher before."""
+def _measure_in_process(path: Path, name: str, last_block: int, blocks: range) -> Load:
+    """Run `measure` in a new process, so that its peak memory is that of the load."""
     words = json.dumps([str(path), name, last_block, blocks.start, blocks.stop])
     command = [
         sys.executable,
@@ -89,13 +91,15 @@ def _measure_apart(path: Path, name: str, last_block: int, blocks: range) -> Loa
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RunFailed(
-            f"measuring blocks {blocks.start + 1}-{blocks.stop} of {path} ended with exit code {done.returncode}; its own words stand above"
+            f"measuring blocks {blocks.start + 1}-{blocks.stop} of {path} ended with exit code "
+            f"{done.returncode}; "
+            "its own message is above"
         )
     return Load(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure_here() -> None:
-    """The fresh process's side of `_measure_apart`."""
+    """Run `measure` in the new process of `_measure_in_process`."""
     path, name, last_block, first, stop = json.loads(sys.argv[1])
     print(
         json.dumps(asdict(measure(Path(path), name=name, last_block=last_block, blocks=range(first, stop))))
@@ -108,62 +112,42 @@ def _ratios(load: Load) -> tuple[float, ...]:
 
 def table(loads: Loads) -> str:
     """One row a stage, then the worst of each ratio for every container and length, in aligned columns."""
-    rows = [
-        (
-            "file",
-            "P",
-            "stage",
-            "blocks",
-            "needed",
-            "read",
-            "disk",
-            "kept",
-            "peak",
-            "load",
-            "floor",
-            "read/needed",
-            "disk/needed",
-            "peak/kept",
-            "load/floor",
-        )
-    ]
+    heads = ("file", "P", "stage", "blocks")
+    sizes = ("needed", "read", "disk", "kept", "peak")
+    ratios = ("read/needed", "disk/needed", "peak/kept", "load/floor")
+    rows = [(*heads, *sizes, "load", "floor", *ratios)]
     rows += [("", "", "", "", *["MiB"] * 5, "s", "s", *[""] * 4)]
     worst: dict[tuple[str, int], tuple[float, ...]] = {}
     for (container, num_stages, stage, blocks), load in loads.items():
         sizes = [f"{size / MIB:.1f}" for size in (load.needed, load.read, load.disk, load.kept, load.peak)]
         seconds = [f"{load.load_s:.2f}", f"{load.floor_s:.2f}"]
-        rows.append(
-            (
-                container,
-                f"{num_stages}",
-                f"{stage}",
-                blocks,
-                *sizes,
-                *seconds,
-                *(f"{ratio:.3f}" for ratio in _ratios(load)),
-            )
-        )
-        worst[container, num_stages] = tuple(
-            map(max, _ratios(load), worst.get((container, num_stages), _ratios(load)))
-        )
+        ratios = _ratios(load)
+        cells = [*sizes, *seconds, *(f"{ratio:.3f}" for ratio in ratios)]
+        rows.append((container, f"{num_stages}", f"{stage}", blocks, *cells))
+        highest = worst.get((container, num_stages), ratios)
+        worst[container, num_stages] = tuple(map(max, ratios, highest))
     for (container, num_stages), ratios in worst.items():
         rows.append((container, f"{num_stages}", "worst", *[""] * 8, *(f"{ratio:.3f}" for ratio in ratios)))
     return "\n".join(text_table(rows))
 
 
 def verdicts(loads: Loads) -> str:
-    """The two promises, kept or not; and a warning where the disk's columns mean nothing."""
+    """Whether both limits are kept, and a warning where the columns of the disk are meaningless."""
     reads = {row: load.read / load.needed for row, load in loads.items()}
     peaks = {row: (load.peak - PEAK_CONSTANT) / load.kept for row, load in loads.items()}
     most, highest = max(reads, key=reads.get), max(peaks, key=peaks.get)
+    is_read, is_peak = reads[most] <= MAX_READ, peaks[highest] <= MAX_PEAK
     lines = [
-        f"bytes read within 2% of needed: {'yes' if reads[most] <= MAX_READ else 'NO'}, {reads[most]:.4f} at most ({_name(most)})",
-        f"peak within 10% of kept plus 64 MiB: {'yes' if peaks[highest] <= MAX_PEAK else 'NO'}, "
-        f"{loads[highest].peak / MIB:.0f} MiB for {loads[highest].kept / MIB:.0f} kept where it is closest ({_name(highest)})",
+        f"bytes read within 2% of needed: {'yes' if is_read else 'NO'}, {reads[most]:.4f} at most "
+        f"({_name(most)})",
+        f"peak within 10% of kept plus 64 MiB: {'yes' if is_peak else 'NO'}, "
+        f"{loads[highest].peak / MIB:.0f} MiB for "
+        f"{loads[highest].kept / MIB:.0f} kept where it is closest ({_name(highest)})",
     ]
     if not all(load.was_cold for load in loads.values()):
         lines.append(
-            "the page cache did not let go of the files: the columns disk, load and floor mean nothing here (a file system in memory?)"
+            "the files stayed in the page cache (a file system in memory?): the columns disk, load and "
+            "floor mean nothing"
         )
     return "\n".join(lines)
 

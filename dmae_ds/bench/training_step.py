@@ -1,4 +1,4 @@
-"""One optimiser step of a recipe as training takes it, on random weights, with the time of its parts. For `bench step`."""
+"""Training's own optimiser step of a recipe, on random weights, timed by parts for `bench step`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from dmae_ds.train.kernels import choose_kernels
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.speed import wait_for
 
-NUM_STEPS = 100_000  # of data that is read: more than anybody measures
+NUM_STEPS = 100_000  # length of the run that data is read for: more than is ever measured
 
 
 class TrainingStep:
-    """Build it, then `take` as many as you like. Collective.
+    """A step that is built once and taken with `take` as often as needed. Collective.
 
-    data: read the recipe's data.train, as training does; otherwise random pixels lie on the device
+    data: read the recipe's data.train, as training does; otherwise random pixels are on the device
     Raises UserError for a recipe that can't be built.
     """
 
@@ -69,15 +69,15 @@ class TrainingStep:
         self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
         self.engine.set_lr(0.0)
         self.normalize = Normalize(config.data.mean, config.data.std).to(device)
-        self._read = data
+        self._reads_data = data
         self._batches = self._loaded(config, world) if data else self._random(world.rank)
 
     def take(self) -> dict[str, float]:
-        """Do it; returns {part: seconds}."""
+        """Take one step; returns {part: seconds}."""
         laps = _Laps(self.device)
         for _ in range(self.accumulation):
             batch = next(self._batches)
-            if self._read:
+            if self._reads_data:
                 laps("data")
             masked = self.objective.prepare(batch, self.normalize)
             laps("prepare")
@@ -121,10 +121,11 @@ class TrainingStep:
 def _random_teacher(
     config: RunConfig, objective: Objective, whole_blocks: int, device: torch.device
 ) -> FrozenTeacher:
-    """The cut teacher with random weights, replicated."""
+    """Build the cut teacher with random weights, replicated."""
     if config.teacher.placement != "replicated":
         raise UserError(
-            f"bench step takes teacher.placement=replicated, found {config.teacher.placement}; `dmae-ds bench stream` compares placements, `dmae-ds plan` chooses one"
+            f"bench step requires teacher.placement=replicated, found {config.teacher.placement}; "
+            "`dmae-ds bench stream` compares placements, `dmae-ds plan` chooses one"
         )
     if config.teacher.dtype == "fp8":
         check_fp8(device)
@@ -132,7 +133,7 @@ def _random_teacher(
     vit = random_teacher(config, depth, None, device=device, sleep_ms=None)
     if config.teacher.dtype == "fp8":
         quantize_blocks(vit.blocks)
-    return _Cut(
+    return _RandomTeacher(
         vit,
         objective.taps,
         None,
@@ -142,15 +143,15 @@ def _random_teacher(
     )
 
 
-class _Cut(FrozenTeacher):
-    """A teacher of random weights: there is no file to give an account of."""
+class _RandomTeacher(FrozenTeacher):
+    """A teacher of random weights, described without a file."""
 
     def __str__(self) -> str:
         return f"{self.vit.depth} blocks"
 
 
 class _Laps:
-    """Time between marks, added up by name; on a GPU by events, so that nothing is waited for before the end."""
+    """Time between marks, added up by name. On a GPU marks are events, so that only the end is waited for."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -168,8 +169,8 @@ class _Laps:
 
     def seconds(self) -> dict[str, float]:
         wait_for(self.device)
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for (_, before), (name, after) in itertools.pairwise(self._marks):
             spent = after - before if isinstance(after, float) else before.elapsed_time(after) / 1000
-            found[name] = found.get(name, 0.0) + spent
-        return found
+            seconds[name] = seconds.get(name, 0.0) + spent
+        return seconds
