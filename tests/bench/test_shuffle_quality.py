@@ -1,4 +1,4 @@
-"""dmae_ds/bench/shuffle_quality.py: its figures tell a good shuffle from a bad one, and ours is a good one."""
+"""dmae_ds/bench/shuffle_quality.py: the figures tell a good shuffle from a bad one, and ours is good."""
 
 import numpy as np
 import pytest
@@ -17,21 +17,20 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_shuffles_a_set_without_repeating_itself(way):
+def test_every_way_shuffles_a_set_without_repeats(way):
     for epoch in (0, 1):
         ids = WAYS[way](epoch).reshape(-1)
         assert ids.min() >= 0 and ids.max() < N and ids.size > 0.8 * N
-        assert (
-            way.startswith("block") or len(np.unique(ids)) == ids.size
-        )  # ours are cut at batches, not at epochs
+        # Ours are cut at batches, not at epochs.
+        assert way.startswith("block") or len(np.unique(ids)) == ids.size
 
 
-def test_figures_of_ours_are_a_uniform_shuffle_s_and_those_of_buffers_are_not():
-    found = {way: measure(epochs, num_classes=CLASSES, shard_size=SIZE) for way, epochs in WAYS.items()}
+def test_our_figures_are_those_of_a_uniform_shuffle_and_those_of_buffers_are_not():
+    figures = {way: measure(epochs, num_classes=CLASSES, shard_size=SIZE) for way, epochs in WAYS.items()}
     for way in ("uniform", "block 1"):
-        assert 0.85 < found[way][1] < 1.1 and 0.9 < found[way][2] < 1.1
-    assert found["block 16"][1] < 2.5 and 0.9 < found["block 16"][2] < 1.1
-    assert found["webdataset"][1] > 5 and found["streaming"][1] > 5
+        assert 0.85 < figures[way][1] < 1.1 and 0.9 < figures[way][2] < 1.1
+    assert figures["block 16"][1] < 2.5 and 0.9 < figures["block 16"][2] < 1.1
+    assert figures["webdataset"][1] > 5 and figures["streaming"][1] > 5
 
 
 def test_it_prints_a_table(capsys, monkeypatch):

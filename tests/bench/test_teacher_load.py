@@ -1,4 +1,4 @@
-"""The bench measures what it says, and the loader keeps its promises: a cut teacher costs its own bytes and no more."""
+"""`dmae-ds bench teacher-load` measures correctly, and a cut teacher costs its own bytes and no more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from dmae_ds.bench.teacher_load import MAX_PEAK, MAX_READ, PEAK_CONSTANT, table,
 from dmae_ds.cli.main import main
 
 MIB = 1 << 20
-ROUNDING = 0.1  # MiB, of the table's own figures
+ROUNDING = 0.1  # MiB, of the figures in the table
+COLUMNS = ("needed", "read", "disk", "kept", "peak", "load", "floor")
 
 
 def run_bench(tmp_path, *options: str) -> str:
@@ -33,17 +34,16 @@ def run_bench(tmp_path, *options: str) -> str:
 
 def rows_of(printed: str) -> dict[tuple[str, int, int], dict[str, float]]:
     """{(container, P, stage): {"needed", "read", "disk", "kept", "peak": MiB, "load", "floor": seconds}}."""
-    found = {}
+    rows = {}
     for words in (line.split() for line in printed.splitlines() if line.startswith(".")):
         if words[2] != "worst":
-            found[words[0], int(words[1]), int(words[2])] = dict(
-                zip(("needed", "read", "disk", "kept", "peak", "load", "floor"), map(float, words[4:11]))
-            )
-    return found
+            numbers = map(float, words[4:11])
+            rows[words[0], int(words[1]), int(words[2])] = dict(zip(COLUMNS, numbers, strict=True))
+    return rows
 
 
-def check_promises(printed: str, *, lengths: list[int], block: int, embedding: int, last_block: int) -> None:
-    """Every stage of every length has its row, needs exactly its blocks and the embedding, and costs hardly more.
+def check_limits(printed: str, *, lengths: list[int], block: int, embedding: int, last_block: int) -> None:
+    """Check that every stage has a row, needs exactly its blocks and the embedding, and costs little more.
 
     block, embedding: entries of one block, and of the patch projection, CLS and the position codes
     """
@@ -55,9 +55,8 @@ def check_promises(printed: str, *, lengths: list[int], block: int, embedding: i
         for stage in range(1, length + 1)
     }
     for (_, length, stage), row in rows.items():
-        num_blocks = (
-            -(-stage * last_block // length) - (stage - 1) * last_block // length
-        )  # neighbours share a block that the border cuts
+        # Two stages both hold a block that the border between them cuts.
+        num_blocks = -(-stage * last_block // length) - (stage - 1) * last_block // length
         assert row["needed"] == pytest.approx(4 * (num_blocks * block + embedding) / MIB, abs=ROUNDING)
         assert row["kept"] == row["needed"]
         assert row["needed"] - ROUNDING <= row["read"] <= MAX_READ * row["needed"] + ROUNDING
@@ -69,7 +68,7 @@ def check_promises(printed: str, *, lengths: list[int], block: int, embedding: i
 def test_a_stage_of_a_base_teacher_reads_and_holds_its_own_bytes(tmp_path):
     printed = run_bench(tmp_path, "--name", "vit_base_patch16_224", "--stages", "1", "2")
     # A block: qkv, projection, two MLP matrices = 12 D^2; their biases 9 D; two norms 4 D.
-    check_promises(
+    check_limits(
         printed,
         lengths=[1, 2],
         block=12 * 768**2 + 13 * 768,
@@ -82,7 +81,7 @@ def test_a_stage_of_a_base_teacher_reads_and_holds_its_own_bytes(tmp_path):
 def test_a_stage_of_a_huge_teacher_reads_and_holds_its_own_bytes(tmp_path):
     printed = run_bench(tmp_path)
     print(f"\n{printed}")
-    check_promises(
+    check_limits(
         printed,
         lengths=[1, 2, 4],
         block=12 * 1280**2 + 13 * 1280,
@@ -94,13 +93,13 @@ def test_a_stage_of_a_huge_teacher_reads_and_holds_its_own_bytes(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--name", "vit_bas_patch16_224"], "'vit_bas_patch16_224' is unknown to timm"),
-        (["--name", "resnet18"], "is a ResNet"),
-        (["--last-block", "0"], "--last-block 0 is not a block of vit_tiny_patch16_224, which has 1 to 12"),
-        (["--last-block", "13"], "--last-block 13 is not a block"),
-        (["--stages", "1", "10"], "9 blocks can't be cut into 10 stages"),
-        (["--stages", "0"], "9 blocks can't be cut into 0 stages"),
-        (["--folder", "{tmp_path}/file/folder"], "choose a --folder that can be written"),
+        (["--name", "vit_bas_patch16_224"], ["vit_bas_patch16_224", "timm"]),
+        (["--name", "resnet18"], ["resnet18"]),
+        (["--last-block", "0"], ["--last-block 0", "vit_tiny_patch16_224", "1 to 12"]),
+        (["--last-block", "13"], ["--last-block 13", "1 to 12"]),
+        (["--stages", "1", "10"], ["9 blocks", "10 stages"]),
+        (["--stages", "0"], ["9 blocks", "0 stages"]),
+        (["--folder", "{tmp_path}/file/folder"], ["--folder", "file/folder"]),
     ],
 )
 def test_bad_input_is_one_line_and_makes_no_file(tmp_path, capsys, options, words):
@@ -112,37 +111,36 @@ def test_bad_input_is_one_line_and_makes_no_file(tmp_path, capsys, options, word
     assert main(["bench", "teacher-load", *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert (
-        words in printed.err and printed.err.startswith("dmae-ds: error: ") and printed.err.count("\n") == 1
-    )
+    assert printed.err.startswith("dmae-ds: error: ") and printed.err.count("\n") == 1
+    assert [word for word in words if word not in printed.err] == []
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_off_linux_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert main(["bench", "teacher-load"]) == 2
-    assert capsys.readouterr().err.endswith("run it on Linux\n")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Linux" in line
 
 
-def test_a_measurement_that_breaks_is_one_line(monkeypatch, capsys):
+def test_a_measurement_that_fails_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(teacher_load, "make_files", lambda folder, name, shapes: [folder / "teacher.pth"])
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert main(["bench", "teacher-load", "--name", "vit_tiny_patch16_224"]) == 1
     error = capsys.readouterr().err
-    assert "measuring blocks 1-9 of" in error and error.count("\n") == 1
+    assert "blocks 1-9" in error and "exit code 1" in error and error.count("\n") == 1
 
 
-def test_files_are_made_once_and_again_where_they_are_not_whole(tmp_path):
+def test_files_are_made_once_and_again_where_they_are_incomplete(tmp_path):
     shapes = {"cls_token": (1, 1, 8), "blocks.0.norm1.weight": (8,), "blocks.0.attn.qkv.weight": (24, 8)}
     pth, safetensors = make_files(tmp_path, "module:vit/x", shapes)
     assert {path.parent for path in (pth, safetensors)} == {tmp_path} and len(list(tmp_path.iterdir())) == 2
     first = load_file(safetensors)
     assert {name: tuple(tensor.shape) for name, tensor in first.items()} == shapes
-    assert sum(tensor.nbytes for tensor in first.values()) == num_bytes(shapes) and all(
-        tensor.std() > 0 for tensor in first.values()
-    )
-    ema = torch.load(pth, weights_only=True)["model"]
-    assert list(ema) == list(shapes) and all(torch.equal(ema[name], first[name]) for name in shapes)
+    assert sum(tensor.nbytes for tensor in first.values()) == num_bytes(shapes)
+    assert all(tensor.std() > 0 for tensor in first.values())
+    same = torch.load(pth, weights_only=True)["model"]
+    assert list(same) == list(shapes) and all(torch.equal(same[name], first[name]) for name in shapes)
 
     made = [path.stat().st_ino for path in (pth, safetensors)]
     assert make_files(tmp_path, "module:vit/x", shapes) == [pth, safetensors]
@@ -150,22 +148,16 @@ def test_files_are_made_once_and_again_where_they_are_not_whole(tmp_path):
     for path in (pth, safetensors):
         path.write_bytes(path.read_bytes()[:-100])
     make_files(tmp_path, "module:vit/x", shapes)
-    assert all(
-        torch.equal(load_file(safetensors)[name], torch.load(pth, weights_only=True)["model"][name])
-        for name in shapes
-    )
+    again = torch.load(pth, weights_only=True)["model"]
+    assert all(torch.equal(load_file(safetensors)[name], again[name]) for name in shapes)
     make_files(tmp_path, "module:vit/x", {"cls_token": (1, 1, 9)})
-    assert (
-        load_file(safetensors)["cls_token"].shape
-        == torch.load(pth, weights_only=True)["model"]["cls_token"].shape
-        == (1, 1, 9)
-    )
+    assert load_file(safetensors)["cls_token"].shape == (1, 1, 9)
+    assert torch.load(pth, weights_only=True)["model"]["cls_token"].shape == (1, 1, 9)
 
 
-@pytest.mark.parametrize(
-    "room, left", [(-1000, []), (300, ["random-mae-vit.safetensors"])]
-)  # bytes beside the tensors; a .pth wants more
-def test_a_full_disk_is_an_os_error_and_leaves_no_half_file(tmp_path, room, left):
+# Bytes of space beyond the tensors; a .pth needs more.
+@pytest.mark.parametrize("room, left", [(-1000, []), (300, ["random-mae-vit.safetensors"])])
+def test_a_full_disk_is_an_os_error_and_leaves_no_incomplete_file(tmp_path, room, left):
     shapes = {"cls_token": (1, 1, 50_000)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes(shapes) + room, limits[1]))
@@ -179,48 +171,40 @@ def test_a_full_disk_is_an_os_error_and_leaves_no_half_file(tmp_path, room, left
 
 def test_a_random_file_has_the_published_mae_s_names_and_size():
     shapes = mae_shapes("vit_base_patch16_224")
-    assert (
-        num_bytes(shapes) == 4 * 111_907_840
-    )  # mae_vit_base_patch16 with its decoder, fixed position codes counted
-    assert (
-        shapes["decoder_blocks.7.attn.qkv.weight"] == (1536, 512)
-        and "decoder_blocks.8.norm1.weight" not in shapes
-    )
+    # mae_vit_base_patch16 with its decoder and its fixed position codes.
+    assert num_bytes(shapes) == 4 * 111_907_840
+    assert shapes["decoder_blocks.7.attn.qkv.weight"] == (1536, 512)
+    assert "decoder_blocks.8.norm1.weight" not in shapes
     assert shapes["decoder_pos_embed"] == (1, 197, 512) and shapes["decoder_pred.weight"] == (768, 512)
 
 
 def load_of(**changes) -> Load:
-    return Load(
-        **{
-            "needed": 1000 * MIB,
-            "read": 1000 * MIB,
-            "disk": 1000 * MIB,
-            "kept": 500 * MIB,
-            "peak": 500 * MIB,
-            "load_s": 2.0,
-            "floor_s": 1.0,
-            "floor_disk": 1000 * MIB,
-        }
-        | changes
-    )
+    sizes = {
+        "needed": 1000 * MIB,
+        "read": 1000 * MIB,
+        "disk": 1000 * MIB,
+        "kept": 500 * MIB,
+        "peak": 500 * MIB,
+    }
+    seconds = {"load_s": 2.0, "floor_s": 1.0, "floor_disk": 1000 * MIB}
+    return Load(**(sizes | seconds | changes))
 
 
-def test_a_broken_promise_is_said_and_where():
+def test_a_limit_that_is_exceeded_is_named_with_its_stage():
     kept = {(".pth", 2, 1, "1-5"): load_of(), (".pth", 2, 2, "6-9"): load_of(read=1020 * MIB, peak=614 * MIB)}
-    assert verdicts(kept) == (
-        "bytes read within 2% of needed: yes, 1.0200 at most (.pth, P 2, stage 2)\n"
-        "peak within 10% of kept plus 64 MiB: yes, 614 MiB for 500 kept where it is closest (.pth, P 2, stage 2)"
-    )
+    read, peak = verdicts(kept).splitlines()
+    assert "yes" in read and "1.0200" in read and "(.pth, P 2, stage 2)" in read
+    assert "yes" in peak and "614 MiB for 500" in peak and "(.pth, P 2, stage 2)" in peak
     broken = {**kept, (".safetensors", 1, 1, "1-9"): load_of(read=1021 * MIB, peak=615 * MIB)}
-    assert "2% of needed: NO, 1.0210 at most (.safetensors, P 1, stage 1)" in verdicts(broken)
-    assert "64 MiB: NO, 615 MiB for 500 kept" in verdicts(broken)
+    read, peak = verdicts(broken).splitlines()
+    assert "NO" in read and "1.0210" in read and "(.safetensors, P 1, stage 1)" in read
+    assert "NO" in peak and "615 MiB for 500" in peak
 
 
-def test_a_page_cache_that_kept_the_file_is_said():
-    assert "page cache" not in verdicts({(".pth", 1, 1, "1-9"): load_of()})
-    assert "page cache did not let go" in verdicts(
-        {(".pth", 1, 1, "1-9"): load_of(), (".pth", 2, 1, "1-5"): load_of(floor_disk=0)}
-    )
+def test_a_file_that_stayed_in_the_page_cache_is_reported():
+    cold, warm = {(".pth", 1, 1, "1-9"): load_of()}, {(".pth", 2, 1, "1-5"): load_of(floor_disk=0)}
+    assert "page cache" not in verdicts(cold)
+    assert "page cache" in verdicts(cold | warm)
 
 
 def test_the_table_ends_with_the_worst_of_every_ratio():
@@ -229,22 +213,7 @@ def test_the_table_ends_with_the_worst_of_every_ratio():
         (".pth", 2, 2, "6-9"): load_of(disk=1100 * MIB, peak=550 * MIB),
     }
     lines = table(loads).splitlines()
-    assert lines[2].split() == [
-        ".pth",
-        "2",
-        "1",
-        "1-5",
-        "1000.0",
-        "1010.0",
-        "1000.0",
-        "500.0",
-        "500.0",
-        "3.00",
-        "1.00",
-        "1.010",
-        "1.000",
-        "1.000",
-        "3.000",
-    ]
+    sizes = ["1000.0", "1010.0", "1000.0", "500.0", "500.0", "3.00", "1.00"]
+    assert lines[2].split() == [".pth", "2", "1", "1-5", *sizes, "1.010", "1.000", "1.000", "3.000"]
     assert lines[-1].split() == [".pth", "2", "worst", "1.010", "1.100", "1.100", "3.000"]
     assert len({len(line) for line in lines[2:]} | {len(lines[0])}) == 1
