@@ -260,7 +260,9 @@ def _backward(
             # distance.
             ahead = max(zero.reuse_distance // 2 + zero.prefetch, gradient.numel)
             gathered = precision.weight * min(n - done, ahead)
-        whole = precision.gradient * (n if accumulation > 1 else done) if in_grad else 0
+        whole = 0
+        if in_grad:
+            whole = precision.gradient * (n if accumulation > 1 else done)
         moments.append(
             Memory(activations=gradient.before, parameters=gathered, gradients=whole + buckets + waiting)
         )

@@ -42,31 +42,31 @@ def plan(
     """
     check_machine(machine)
     num_images, source = count_images(config.data.train, images)
-    found = search(config, machine)
-    micro_batch, accumulation = found.split
+    result = search(config, machine)
+    micro_batch, accumulation = result.split
     steps = num_steps(config.optim.epochs, num_images, config.optim.global_batch)
     lines = [
         f"{recipe} on {machine.gpus} GPUs of {machine.memory_gib:g} GiB, {machine.gpus_per_node} a node; "
         "predicted; never measured on a GPU",
-        *_describe(config, found.geometry, accumulation=accumulation),
+        *_describe(config, result.geometry, accumulation=accumulation),
         f"data: {num_images:,} images ({source}); {steps:,} steps of {config.optim.global_batch} = "
         f"{machine.gpus} x {micro_batch} x {accumulation} accumulated",
         "",
-        *_table(found.rows, config, steps=steps, gpus=machine.gpus),
+        *_table(result.rows, config, steps=steps, gpus=machine.gpus),
         "",
     ]
-    lines += _verdict(config, machine, found, recipe=recipe, overrides=overrides)
+    lines += _verdict(config, machine, result, recipe=recipe, overrides=overrides)
     lines += ["", _assumptions(machine)]
     return "\n".join(lines)
 
 
 def _verdict(
-    config: RunConfig, machine: Machine, found: Plan, *, recipe: str, overrides: list[str]
+    config: RunConfig, machine: Machine, result: Plan, *, recipe: str, overrides: list[str]
 ) -> list[str]:
     """Lines that name the fastest and its command; where nothing fits, the least memory that is needed."""
-    first, micro_batch, best = found.first.micro_batch, found.split.micro_batch, found.best
+    first, micro_batch, best = result.first.micro_batch, result.split.micro_batch, result.best
     if best is None:
-        least = min(found.rows, key=lambda row: row.memory.total)
+        least = min(result.rows, key=lambda row: row.memory.total)
         lines = [
             f"nothing fits, down to optim.micro_batch={micro_batch}: the least is {least.name} with "
             f"{least.deepspeed}, "
@@ -80,7 +80,7 @@ def _verdict(
             )
         return lines
     lines = []
-    if found.is_smaller:
+    if result.is_smaller:
         lines.append(
             f"nothing fits with optim.micro_batch={first}; {micro_batch} is the largest that does, of those "
             "tried by halving"
@@ -95,7 +95,7 @@ def _verdict(
         recipe=recipe,
         overrides=overrides,
         has_teacher=config.teacher is not None,
-        micro_batch=micro_batch if found.is_smaller else None,
+        micro_batch=micro_batch if result.is_smaller else None,
     )
     return [*lines, start]
 
