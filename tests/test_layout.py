@@ -17,9 +17,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ROOTS = ("dmae_ds", "data_prep", "ds_configs", "launch", "tests")
 SUFFIXES = {".py", ".sh", ".yaml", ".json", ".sbatch", ".md"}
 
-# Red while the rooms are being cleaned; gone when they are done.
-RED = pytest.mark.xfail(strict=False)
-
 MAX_LINE = 120  # the formatter folds at 110
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 80
@@ -70,7 +67,6 @@ def functions_of(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
-@RED
 @pytest.mark.parametrize("arguments", [["format", "--check"], ["check"]], ids=["format", "check"])
 def test_ruff_has_nothing_to_change(arguments):
     if importlib.util.find_spec("ruff") is None:
@@ -80,7 +76,6 @@ def test_ruff_has_nothing_to_change(arguments):
     assert done.returncode == 0, f"run `ruff {arguments[0]} .`\n{done.stdout}{done.stderr}"
 
 
-@RED
 def test_no_line_is_wide_and_none_is_kept_from_the_formatter():
     skip = re.compile(r"#\s*fmt:\s*(skip|off)")
     bad = []
@@ -126,7 +121,6 @@ def test_there_are_enough_lines_of_tests():
     assert num_lines(tests) >= MIN_TESTS_PER_SOURCE * num_lines(source)
 
 
-@RED
 def test_words_are_plain():
     bad = []
     for path in FILES:
@@ -150,7 +144,6 @@ def test_the_root_readme_is_short_and_names_every_room():
     assert not [room for room in rooms if not re.search(rf"`{room}/?`|\]\({room}/", text)]
 
 
-@RED
 @pytest.mark.parametrize("room", ROOMS_WITH_A_README)
 def test_every_room_that_users_touch_has_a_readme(room):
     readme = REPOSITORY / room / "README.md"

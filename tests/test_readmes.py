@@ -17,9 +17,6 @@ ROOTS = ("dmae_ds", "ds_configs", "data_prep", "launch", "tests")
 READMES = sorted(
     [*REPOSITORY.glob("*.md"), *(path for root in ROOTS for path in (REPOSITORY / root).rglob("*.md"))]
 )
-# Red while the rooms are being cleaned; gone when they are done.
-RED = pytest.mark.xfail(strict=False)
-
 RECIPES = REPOSITORY / "launch" / "recipes"
 TAKE_A_RECIPE = ("train", "plan", "doctor", "bench step", "bench stream", "bench save", "teacher stats")
 PATH = re.compile(r"(?<![\w/.:-])((?:dmae_ds|ds_configs|data_prep|launch|tests|\.ci|\.github)/[\w./-]*\w)")
@@ -87,7 +84,6 @@ def problem_with(program: str, line: str) -> str | None:
     return None
 
 
-@RED
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
 def test_every_path_and_link_exists(readme):
     text = readme.read_text(encoding="utf-8")
