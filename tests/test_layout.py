@@ -44,8 +44,8 @@ ROOMS_WITH_A_README = [
     "dmae_ds/weights",
     "launch",
 ]
-# Names that files and options had before, and under which they are still taken.
-OLD_NAMES = ("twin.safetensors", "--ledger")
+# Names that files had before, and under which they are still read.
+OLD_NAMES = ("twin.safetensors",)
 
 
 def all_files() -> list[Path]:

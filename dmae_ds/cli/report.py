@@ -25,8 +25,6 @@ def add_report(subcommands) -> None:
         action="store_true",
         help="write RESULTS.md instead: the papers' tables, these runs, and each setting over its seeds",
     )
-    # The option's old name.
-    report.add_argument("--ledger", action="store_true", dest="results", help=argparse.SUPPRESS)
     report.set_defaults(command=_report)
 
 

@@ -18,7 +18,10 @@ NOT_WATCHED = "not watched"
 
 @dataclass(frozen=True)
 class Column:
-    """One kind of number in the table. settings: those of the evaluation, as JSON."""
+    """A column of the study's table: one metric under one group of settings.
+
+    settings: those of the evaluation, as JSON
+    """
 
     metric: str
     labels: str

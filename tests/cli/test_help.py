@@ -116,11 +116,6 @@ def test_a_recipe_is_asked_for_and_the_objectives_are_listed(capsys):
     assert "recipe" in output.err
 
 
-def test_an_old_option_is_still_taken():
-    old, new = (build_parser().parse_args(["report", option]) for option in ("--ledger", "--results"))
-    assert old == new and old.results
-
-
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "many"])
 def test_a_count_is_at_least_one(text):
     assert at_least_one("3") == 3

@@ -138,9 +138,9 @@ class Checkpoints:
         self.folder.prune(self.config.keep)
 
     def _gather_written(self, files: SafeCheckpointEngine, step: int) -> dict[str, Written]:
-        """{path in the checkpoint: Written} of all ranks' files; aborts the save if a rank had a problem.
+        """Collect the sizes and checksums of all ranks' files; a rank's problem aborts the save. Collective.
 
-        Collective.
+        Returns {path in the checkpoint: Written}.
         """
         mine = (socket.gethostname(), files.problem, self._written_here(files, step))
         written: dict[str, Written] = {}
