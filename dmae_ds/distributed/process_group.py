@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0  # default of dist.timeout_s
 _watch: Heartbeat | None = None
 _timeout_s = TIMEOUT_S
+# Set for a group of one, which libraries ask the environment about; removed when it ends.
+_OF_ONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_environment_before: dict[str, str | None] = {}
 
 
 def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
@@ -81,7 +84,8 @@ def _join(world: World, device: torch.device) -> str:
     if world.size == 1:
         # One rank meets no other: no port is opened.
         options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        _environment_before.update((name, os.environ.get(name)) for name in _OF_ONE)
+        os.environ.update(_OF_ONE)
     try:
         if world.size > 1 and agent_serves():
             store, life = open_own_store(rank=world.rank, size=world.size, timeout=timeout())
@@ -174,7 +178,7 @@ def stop() -> None:
         _watch = None
         # The rank that serves the store must leave after the others have stopped reading.
         distributed.barrier()
-    distributed.destroy_process_group()
+    _leave()
 
 
 def abort(reason: str) -> None:
@@ -186,7 +190,20 @@ def abort(reason: str) -> None:
         _watch.fail(reason)
         _watch = None
     elif distributed.is_initialized() and distributed.get_world_size() == 1:
-        distributed.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    """Destroy the process group, and restore the environment that it was started in."""
+    from torch import distributed
+
+    distributed.destroy_process_group()
+    for name, value in _environment_before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _environment_before.clear()
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
