@@ -8,20 +8,21 @@ Files whose name ends like an image's are listed whatever they are: a dangling l
 image, not another file. Everything else is counted by suffix. Names are bytes, and sorted as such.
 """
 
+import difflib
 import hashlib
 import os
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.class_list import read_classes
+from data_prep.label_list import match_labels
 from dmae_ds.data.shards import ShardError
 
 SUFFIXES = (b".jpg", b".jpeg", b".jpe", b".png")
 MAX_DEPTH = 100
-MAX_LABEL = 10**6  # a larger one is a mistake; the table of classes is a list
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Listing:
     ignored: Counter = field(default_factory=Counter)  # suffix -> files
     # files that could not be listed: {number: None, source, reason}
     skipped: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # for the user: what was left out of a list
     _paths: bytearray = field(default_factory=bytearray)
     _ends: array = field(default_factory=lambda: array("Q"))
 
@@ -68,14 +70,13 @@ def find_images(
     if not src.is_dir():
         raise ShardError(f"SRC '{src}' is not a folder")
     listing = Listing()
-    names = None if classes_file is None else read_lines(classes_file, "--classes")
     if labels_file is not None:
-        _find_by_list(src, listing, labels_file, names)
+        _find_by_list(src, listing, labels_file, classes_file)
     elif unlabelled:
         for path in _walk(src, b"", listing, []):
             listing.add(path, -1)
     else:
-        _find_by_folder(src, listing, names, classes_file)
+        _find_by_folder(src, listing, classes_file)
     if not len(listing):
         where = f"its {len(listing.classes)} class folders" if listing.classes else "it"
         suffixes = ", ".join(suffix.decode() for suffix in SUFFIXES)
@@ -83,7 +84,7 @@ def find_images(
     return listing
 
 
-def _find_by_folder(src: Path, listing: Listing, names: list[str] | None, classes_file: Path | None) -> None:
+def _find_by_folder(src: Path, listing: Listing, classes_file: Path | None) -> None:
     """Add the images of class folders."""
     folders, num_outside = [], 0
     for entry in _scan(src, b"", listing):
@@ -98,14 +99,16 @@ def _find_by_folder(src: Path, listing: Listing, names: list[str] | None, classe
             f"--unlabelled for a flat folder (it has {num_outside:,} images)"
         )
     folder_names = [os.fsdecode(folder) for folder in folders]
-    if names is None:
+    if classes_file is None:
         listing.classes = folder_names
     else:
-        listing.classes = _match_classes(names, set(folder_names), classes_file)
+        listing.classes = read_classes(classes_file, folder_names, listing.notes)
         unknown = sorted(set(folder_names) - set(listing.classes))
         if unknown:
+            near = difflib.get_close_matches(unknown[0], listing.classes, 1)
             raise ShardError(
                 f"--classes '{classes_file}' has no line for the folder '{unknown[0]}' ({len(unknown)} such)"
+                f"{f', but one for {near[0]!r}' if near else ''}; add a line, or remove the folder"
             )
     label_of = {name: label for label, name in enumerate(listing.classes)}
     ancestors = [_identity(src)]
@@ -114,67 +117,20 @@ def _find_by_folder(src: Path, listing: Listing, names: list[str] | None, classe
             listing.add(path, label_of[name])
 
 
-def _find_by_list(src: Path, listing: Listing, labels_file: Path, names: list[str] | None) -> None:
-    """Add the images of a flat folder, by `<name> <label>` lines.
-
-    A name may lack its suffix; a label is the name of a class or its number.
-    """
-    words: dict[bytes, str] = {}
-    for number, line in enumerate(read_lines(labels_file, "--labels"), start=1):
-        match = re.fullmatch(r"(.*\S)[\t, ]+(\S+)", line)
-        if match is None:
-            raise ShardError(
-                f"--labels '{labels_file}' line {number}: found {line[:80]!r}, expected `<image> <label>`"
-            )
-        if words.setdefault(os.fsencode(match[1].rstrip(" \t,")), match[2]) != match[2]:
-            raise ShardError(f"--labels '{labels_file}' line {number}: '{match[1]}' has two labels")
-    used = set(words.values())
-    if names is not None:
-        listing.classes = [name.split()[0] for name in names]
-    elif all(re.fullmatch("[0-9]+", word) for word in used):
-        largest = max(map(int, used))
-        if largest > MAX_LABEL:
-            raise ShardError(f"--labels '{labels_file}': the label {largest} is larger than {MAX_LABEL:,}")
-        listing.classes = [str(label) for label in range(largest + 1)]
-    else:
-        listing.classes = sorted(used)
-    label_of = {name: label for label, name in enumerate(listing.classes)}
-    for word in used - set(label_of):
-        if not re.fullmatch("[0-9]{1,7}", word) or int(word) >= len(listing.classes):
-            raise ShardError(
-                f"--labels '{labels_file}': the label '{word}' is neither one of the "
-                f"{len(listing.classes):,} classes nor the number of one; name the classes with --classes "
-                f"FILE"
-            )
-        label_of[word] = int(word)
-    for path in _walk(src, b"", listing, []):
-        word = words.get(path) or words.get(os.path.splitext(path)[0])
-        if word is None:
-            listing.skip(path, f"no label in {labels_file.name}")
+def _find_by_list(src: Path, listing: Listing, labels_file: Path, classes_file: Path | None) -> None:
+    """Add the images of a flat folder, by `<name> <label>` lines (`data_prep/label_list.py`)."""
+    paths = list(_walk(src, b"", listing, []))
+    if not paths:
+        return
+    matched = match_labels(labels_file, paths, src, classes_file)
+    listing.classes = matched.classes
+    listing.notes += matched.notes
+    for number, path in enumerate(paths):
+        label = matched.labels.get(number)
+        if label is None:
+            listing.skip(path, matched.reason(os.fsdecode(path), labels_file.name))
         else:
-            listing.add(path, label_of[word])
-
-
-def _match_classes(names: list[str], folders: set[str], classes_file: Path | None) -> list[str]:
-    """Classes by the lines of --classes; a line is a folder's name or begins with it (`n01440764 tench`)."""
-    classes = [name if name in folders else name.split()[0] for name in names]
-    twice = [name for name, count in Counter(classes).items() if count > 1]
-    if twice:
-        raise ShardError(f"--classes '{classes_file}' names '{twice[0]}' twice")
-    return classes
-
-
-def read_lines(path: Path, option: str) -> list[str]:
-    """Lines of a text file that are not empty, stripped. Raises ShardError."""
-    try:
-        lines = os.fsdecode(path.read_bytes()).split("\n")
-    except OSError as error:
-        raise ShardError(f"{option} '{path}' cannot be read: {error.strerror}") from None
-    lines = [line.strip() for line in lines]
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ShardError(f"{option} '{path}' is empty")
-    return lines
+            listing.add(path, label)
 
 
 def _walk(src: Path, folder: bytes, listing: Listing, ancestors: list[tuple[int, int]]) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.find import read_lines
+from data_prep.class_list import read_classes
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
 from data_prep.workers import Workers, check_parent
 from dmae_ds.data.shards import (
@@ -284,7 +284,10 @@ def _name_classes(classes: Path | None, labels: set[int]) -> list[str]:
         return []
     if classes is None:
         return [str(label) for label in range(max(labels) + 1)]
-    names = read_lines(classes, "--classes")
+    notes: list[str] = []
+    names = read_classes(classes, notes=notes)
+    for note in notes:
+        print(note)
     if max(labels) >= len(names):
         raise ShardError(
             f"--classes '{classes}' has {len(names):,} lines, but the largest label is {max(labels)}; "

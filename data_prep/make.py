@@ -125,6 +125,8 @@ def _make(
     ignored = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(listing.ignored.items()))
     ignored = f"{listing.ignored.total():,} other files ignored" + (f" ({ignored})" if ignored else "")
     print(f"{len(listing):,} images in {len(listing.classes):,} classes; {ignored}")
+    for note in listing.notes:
+        print(note)
     if len(listing) > options.samples_per_shard * MAX_SHARDS:
         raise ShardError(
             f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard"
