@@ -11,11 +11,12 @@ import json
 import os
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.header import read_header
+from data_prep.header import MAX_SHRUNK_PIXELS, find_mode, read_header
 from data_prep.workers import check_parent
 from dmae_ds.data.shards import SOURCES, NewSample, ShardError, draft_shard, index_name
 
@@ -56,8 +57,10 @@ def work(job: Job) -> tuple[dict, Callable[[], None]]:
         return job.entry, _do_nothing
     skipped: list[dict] = []
     kept, left = array("q"), array("q")  # size and time of each file in the shard, and of each skipped file
+    modes: Counter = Counter()
+    samples = _samples(job, paths, skipped, kept, left, modes)
     try:
-        shard, commit = draft_shard(job.settings.dst, job.name, _samples(job, paths, skipped, kept, left))
+        shard, commit = draft_shard(job.settings.dst, job.name, samples)
     except OSError as error:
         raise _cannot_write(job, error) from None
     entry = {
@@ -67,15 +70,17 @@ def work(job: Job) -> tuple[dict, Callable[[], None]]:
         "source_bytes": sum(kept[::2]),
         "kept": _digest(kept),
         "left": _digest(left),
+        "modes": dict(modes),
     }
     return entry, functools.partial(_commit, job, commit)
 
 
 def _samples(
-    job: Job, paths: list[bytes], skipped: list[dict], kept: array, left: array
+    job: Job, paths: list[bytes], skipped: list[dict], kept: array, left: array, modes: Counter
 ) -> Iterator[NewSample]:
     """Read the images of a shard; files that cannot be used are added to `skipped`."""
     settings = job.settings
+    max_pixels = None if settings.resize is None else MAX_SHRUNK_PIXELS
     decode = settings.decode or settings.resize is not None
     for number, (path, label) in enumerate(zip(paths, job.labels, strict=True), start=job.first):
         check_parent()
@@ -83,7 +88,8 @@ def _samples(
             buffer, size, time_ns = read_file(b"%b/%b" % (settings.src, path))
             if not size:
                 raise ValueError("empty")
-            extension, width, height = read_header(buffer, size)
+            extension, width, height = read_header(buffer, size, max_pixels=max_pixels)
+            mode = find_mode(buffer, size) if extension == "png" else None
             data: bytes | memoryview = memoryview(buffer)[:size]
             if decode:
                 data, extension, width, height = _decode(settings, data, extension, width, height)
@@ -92,6 +98,8 @@ def _samples(
             skipped.append({"number": number, "source": os.fsdecode(path), "reason": reason})
             left.extend(_size_and_time(settings, path))
             continue
+        if mode is not None:
+            modes[mode] += 1
         kept.append(size)
         kept.append(time_ns)
         meta = _describe(settings, path, label, width, height) if settings.json else None

@@ -6,6 +6,7 @@ import warnings
 from PIL import Image, ImageOps
 
 from data_prep.header import EXTENSIONS
+from dmae_ds.data.pixels import check_size, to_rgb
 
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 
@@ -31,11 +32,13 @@ def shrink(
     if orientation in range(2, 9):
         image = ImageOps.exif_transpose(image)
     elif min(image.size) <= short_side:
+        check_size(*image.size)
         return data, EXTENSIONS[image.format], image.width, image.height
-    image = image.convert("RGB")
+    image = to_rgb(image)
     if min(image.size) > short_side:
         width, height = (max(1, round(short_side * side / min(image.size))) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
+    check_size(*image.size)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality, exif=b"", icc_profile=None)
     return file.getvalue(), "jpg", image.width, image.height

@@ -8,7 +8,9 @@ import io
 import struct
 import warnings
 
-MAX_PIXELS = 178_956_970  # PIL refuses to decode more
+from dmae_ds.data.pixels import check_size, count_scans
+
+MAX_SHRUNK_PIXELS = 178_956_970  # of an image that --resize makes smaller: PIL refuses to decode more
 # by PIL's format; MPO is a JPEG with further images appended
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 
@@ -19,10 +21,11 @@ SKIPPED_MARKERS = {0xFFC4, 0xFFCC, *range(0xFFDB, 0xFFFF)}  # tables, applicatio
 SEGMENT, FRAME = struct.Struct(">HH").unpack_from, struct.Struct(">BHH").unpack_from
 
 
-def read_header(data: bytes | bytearray, size: int) -> tuple[str, int, int]:
+def read_header(data: bytes | bytearray, size: int, *, max_pixels: int | None = None) -> tuple[str, int, int]:
     """Read the header of the image in data[:size]; returns (extension by content, width, height).
 
-    Raises ValueError with a reason if it is not a whole JPEG or PNG, or too large to be decoded.
+    max_pixels: default, what training reads
+    Raises ValueError with a reason if it is not a whole JPEG or PNG, or has too many pixels.
     """
     start, header = data[: min(8, size)], None
     if start[:3] == JPEG_START:
@@ -35,9 +38,23 @@ def read_header(data: bytes | bytearray, size: int) -> tuple[str, int, int]:
     # harmless
     if not data.endswith(end, position, size) and data.rfind(end, position, size) < 0:
         raise ValueError("truncated: it has no end marker")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+    scans = count_scans(data, width * height, size) if extension == "jpg" else 1
+    check_size(width, height, scans=scans, max_pixels=max_pixels)
     return extension, width, height
+
+
+def find_mode(data: bytes | bytearray, size: int) -> str | None:
+    """`alpha` for a PNG with transparency, `grey16` for one with 16-bit grey, else None."""
+    if size < 33 or data[:8] != PNG_START or data[12:16] != b"IHDR":
+        return None
+    depth, colour, position = data[24], data[25], 33
+    if colour in (4, 6):  # grey or RGB, with alpha
+        return "alpha"
+    while position + 8 <= size and (kind := data[position + 4 : position + 8]) != b"IDAT":
+        if kind == b"tRNS":
+            return "alpha"
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return "grey16" if (depth, colour) == (16, 0) else None
 
 
 def _read_jpeg(data: bytes | bytearray, size: int) -> tuple[str, int, int, int] | None:

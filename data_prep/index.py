@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.class_list import read_classes
+from data_prep.skip_limit import SkipLimit
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
 from data_prep.workers import Workers, check_parent
 from dmae_ds.data.shards import (
@@ -80,13 +81,13 @@ def index_tars(
     base, names = find_tars(tars)
     dst = _prepare_folder(tars, dst, overwrite=overwrite)
     jobs = [Job(number, base, name, image, label) for number, name in enumerate(names)]
+    limit = SkipLimit(max_skip)
     progress = tqdm(total=len(jobs), unit=" shards", disable=None)
     with Workers(_work, workers) as pool, _IndexWriter(dst) as written, progress:
         for result in _in_order(pool.run(jobs)):
             written.add(result)
             progress.update()
-            if len(written.skipped) > max_skip:
-                break
+            limit.check(written.skipped)
     write_skipped(dst, written.skipped)
     num_samples, num_skipped = written.num_samples, len(written.skipped)
     if num_skipped > max_skip or not num_samples:
@@ -181,13 +182,15 @@ class _IndexWriter:
 
 
 def _too_few(written: _IndexWriter, dst: Path, *, max_skip: int) -> ShardError:
-    first = ""
-    if written.skipped:
-        source, reason = written.skipped[0]["source"], written.skipped[0]["reason"]
-        first = f", first {source!r} ({reason}), all in {dst / SKIPPED}"
+    if not written.skipped:
+        return ShardError("the tars have no samples; expected members such as KEY.jpg and KEY.cls")
+    source, reason = written.skipped[0]["source"], written.skipped[0]["reason"]
+    remedy = "pack the tars again"
+    if written.num_samples:
+        remedy += f", or leave these out with --max-skip {len(written.skipped)} (now {max_skip})"
     return ShardError(
-        f"{written.num_samples:,} samples are usable, {len(written.skipped):,} are not so far{first}; "
-        f"allow more with --max-skip (now {max_skip})"
+        f"{written.num_samples:,} samples are usable, {len(written.skipped):,} are not, first {source!r} "
+        f"({reason}), all in {dst / SKIPPED}; {remedy}"
     )
 
 

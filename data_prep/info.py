@@ -4,10 +4,12 @@ import io
 import json
 import os
 import random
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from dmae_ds.data.pixels import to_rgb
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import MANIFEST, ShardError
 from dmae_ds.output.units import GIB
@@ -57,7 +59,7 @@ def write_sheet(shard_set: ShardSet, path: Path) -> None:
             data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
         left, top = place % COLUMNS * TILE, place // COLUMNS * (TILE + CAPTION)
         try:
-            tile = Image.open(io.BytesIO(data), formats=("JPEG", "PNG")).convert("RGB")
+            tile = _open(data)
             tile.thumbnail((TILE - 2, TILE - 2))
             image.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
         except Exception as error:  # PIL's decoders raise nearly anything
@@ -69,3 +71,10 @@ def write_sheet(shard_set: ShardSet, path: Path) -> None:
         image.save(path)
     except (OSError, ValueError) as error:  # ValueError: PIL has no format for the suffix
         raise ShardError(f"--sheet '{path}' cannot be written: {error}") from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image as training sees it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PIL, for images that training reads
+        return to_rgb(Image.open(io.BytesIO(data), formats=("JPEG", "PNG")))

@@ -11,13 +11,14 @@ dmae_ds/data/shards.py. Unusual files:
     a link to a file; to a folder         kept; followed, but not into a folder that contains it
     hidden; another suffix                ignored; counted by suffix
     empty, truncated, not JPEG or PNG     skipped (truncated: no end marker; --verify full decodes each image)
-    more than 178,956,970 pixels, 256 MiB skipped, by header and size alone
+    transparent PNG; 16-bit grey PNG      kept, counted; training sees white below, and the upper byte
+    more than 67,108,864 pixels, 256 MiB  skipped by header and size alone, as training refuses them
     unreadable, dangling, a pipe, a loop  skipped
     in no class folder, without a label   skipped
 
 With --resize N an image is rotated upright as its EXIF data require and shrunk to a short side of N; an image
-that needs neither keeps its bytes. Skipped files are listed in skipped.jsonl with their reasons; their
-numbers stay unused.
+that needs neither keeps its bytes. It may have up to 178,956,970 pixels then. Skipped files are listed in
+skipped.jsonl with their reasons; their numbers stay unused.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ import os
 import random
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ from pathlib import Path
 from data_prep.convert import Job, Settings, work
 from data_prep.find import Listing, find_images
 from data_prep.journal import Journal
+from data_prep.skip_limit import SkipLimit
 from data_prep.workers import Workers
 from dmae_ds.data.shards import (
     JOURNAL,
@@ -49,6 +52,10 @@ from dmae_ds.data.shards import (
 from dmae_ds.output.durable import replacing, sync_folder
 
 MAX_SHARDS = 10**6  # the six digits of a shard's name
+MODES = {
+    "alpha": "images have an alpha channel: what is transparent becomes white",
+    "grey16": "images have 16-bit grey: scaled to 8 bits, 65535 becomes white",
+}
 PLAIN_PATH = re.compile(rb"[ !#-\[\]-~]*")  # what JSON leaves as it is
 
 
@@ -153,6 +160,7 @@ def _make(
     sources = _write_sources(dst, listing, options)
     skipped = _convert(listing, sources, settings, journal, workers, max_skip=max_skip)
     shards = [journal.done[number]["shard"] for number in sorted(journal.done)]
+    modes = sum((Counter(entry.get("modes")) for entry in journal.done.values()), Counter())
     images = "original"
     if options.resize is not None:
         images = f"short side {options.resize}, JPEG quality {settings.quality}"
@@ -163,10 +171,12 @@ def _make(
         seed=options.seed,
         shards=shards,
         images=images,
-        made=plan | {"num_skipped": len(skipped), "sources_sha256": sources.sha256},
+        made=plan | {"num_skipped": len(skipped), "sources_sha256": sources.sha256, "modes": dict(modes)},
     )
     journal.remove()
     sync_folder(dst)
+    for mode, number in sorted(modes.items()):
+        print(f"{number:,} {MODES[mode]}")
     total = sum(shard.num_samples for shard in shards)
     print(f"{total:,} images in {len(shards):,} shards in {dst}; {len(skipped):,} skipped")
 
@@ -183,7 +193,9 @@ def _convert(
     """Make every shard that is not done. Returns the skipped files, after writing skipped.jsonl."""
     dst, before, done = settings.dst, dict(journal.done), {}
     skipped = list(listing.skipped)
-    entries = workers.run(_jobs(listing, sources, settings, before) if len(skipped) <= max_skip else ())
+    entries = workers.run(_jobs(listing, sources, settings, before))
+    limit = SkipLimit(max_skip)
+    limit.check(skipped)
     from tqdm import tqdm  # takes 50 ms, while the workers are busy
 
     # disable=None: shown only on a terminal
@@ -198,17 +210,23 @@ def _convert(
             progress.update(entry["shard"].num_samples + len(entry["skipped"]))
             elapsed_s = progress.format_dict["elapsed"] + 1e-9
             progress.set_postfix_str(f"{source_bytes / 1e6 / elapsed_s:,.0f} MB/s")
-            if len(skipped) > max_skip:
-                break
+            limit.check(skipped)
     skipped.sort(key=lambda item: (item["number"] is None, item["number"], item["source"]))
     write_skipped(dst, skipped)
     if len(skipped) > max_skip or not any(entry["shard"].num_samples for entry in done.values()):
-        raise ShardError(
-            f"{len(skipped):,} files were skipped so far, first {skipped[0]['source']!r} "
-            f"({skipped[0]['reason']}), all in {dst / SKIPPED}; fix them, or allow more with --max-skip (now "
-            f"{max_skip}), and run the same command to continue"
-        )
+        raise _too_many(skipped, len(listing), dst, max_skip=max_skip)
     return skipped
+
+
+def _too_many(skipped: list[dict], num_images: int, dst: Path, *, max_skip: int) -> ShardError:
+    """The error for too many skipped files, with their whole number."""
+    remedy = "fix them"
+    if sum(item["number"] is not None for item in skipped) < num_images:
+        remedy += f", or allow them with --max-skip {len(skipped)} (now {max_skip})"
+    return ShardError(
+        f"{len(skipped):,} files cannot be used, first {skipped[0]['source']!r} ({skipped[0]['reason']}), "
+        f"all in {dst / SKIPPED}; {remedy}, and run the same command to continue"
+    )
 
 
 def _write_sources(dst: Path, listing: Listing, options: MakeOptions) -> Sources:

@@ -65,6 +65,7 @@ TORCH_FREE = [
     "dmae_ds/data/cache.py",
     "dmae_ds/data/corrupt.py",
     "dmae_ds/data/order.py",
+    "dmae_ds/data/pixels.py",
     "dmae_ds/data/reader.py",
     "dmae_ds/data/shard_set.py",
     "dmae_ds/data/shards.py",
@@ -137,7 +138,7 @@ def test_the_shard_tool_knows_the_shard_format_alone(path):
     known = (
         ("dmae_ds.data.",)
         if path.name == "bench_reading.py"
-        else ("dmae_ds.data.shards.", "dmae_ds.data.shard_set.", "dmae_ds.output.")
+        else ("dmae_ds.data.shards.", "dmae_ds.data.shard_set.", "dmae_ds.data.pixels.", "dmae_ds.output.")
     )
     assert all(name.startswith(known) for name in imports_of(path) if name.startswith("dmae_ds"))
 

@@ -1,10 +1,11 @@
 """Decode the bytes of a JPEG or PNG to uint8 RGB, as the official recipe's PIL does, in half of the time.
 
 simplejpeg (its own libjpeg-turbo) decodes plain JPEGs, strictly: at its first warning PIL decodes the image,
-and an image that PIL refuses is corrupt. PIL also decodes CMYK, which simplejpeg inverts, and PNG. Images are
-not rotated by
-their EXIF orientation: the recipe (PIL's loader) does not either, and `dmae-shards make --resize` stores them
-upright. BENCHMARKS.md, "Decoding", compares the alternatives.
+and an image that PIL refuses is corrupt. PIL also decodes CMYK, which simplejpeg inverts, and PNG. Other than
+in the recipe, transparency is laid on white and 16-bit grey is scaled (`dmae_ds/data/pixels.py`): PIL's RGB
+has whatever colour lies under the transparency, mostly black, and clips nearly every 16-bit pixel to white.
+Images are not rotated by their EXIF orientation: the recipe (PIL's loader) does not either, and
+`dmae-shards make --resize` stores them upright. BENCHMARKS.md, "Decoding", compares the alternatives.
 """
 
 import io
@@ -14,15 +15,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from dmae_ds.data.pixels import TooLarge, check_size, count_scans, to_rgb
 from dmae_ds.data.reader import CorruptSample, Sample
 from dmae_ds.data.shards import SOURCES
 
-MAX_PIXELS = 2**26  # 67 M: 200 MB of RGB, under 1 GiB in every decoder; a photograph has 1 to 50 M
-# pixels x scans of a progressive JPEG: ten scans are usual, thousands are an attack
-MAX_SCANNED_PIXELS = 2**30
-# pixels x bytes from which scans are counted: below, no number of them takes seconds; counting costs 5% of
-# decoding
-COUNT_FROM = 2**36
 PLAIN = {"YCbCr", "Gray", "RGB"}
 
 
@@ -36,7 +32,7 @@ def decode_bytes(data: bytes) -> np.ndarray:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         except (ValueError, OSError):
             return _decode_with_pil(data)
-        _check_size(width, height, scans=_count_scans(data, width * height))
+        check_size(width, height, scans=count_scans(data, width * height))
         if colorspace in PLAIN:
             try:
                 return simplejpeg.decode_jpeg(data)
@@ -50,9 +46,9 @@ def _decode_with_pil(data: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of images that are within our own limits
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                scans = 1 if image.format == "PNG" else _count_scans(data, image.width * image.height)
-                _check_size(image.width, image.height, scans=scans)
-                return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+                scans = 1 if image.format == "PNG" else count_scans(data, image.width * image.height)
+                check_size(image.width, image.height, scans=scans)
+                return np.array(to_rgb(image))
     except TooLarge:
         raise
     except UnidentifiedImageError:  # its own text contains a memory address
@@ -79,19 +75,3 @@ def decode(sample: Sample) -> np.ndarray:
             shard=sample.shard,
             reason=str(error),
         ) from None
-
-
-class TooLarge(ValueError):
-    """An image with more pixels than any photograph has."""
-
-
-def _count_scans(data: bytes, num_pixels: int) -> int:
-    return data.count(b"\xff\xda") if num_pixels * len(data) > COUNT_FROM else 1
-
-
-def _check_size(width: int, height: int, *, scans: int) -> None:
-    if width * height > MAX_PIXELS or width * height * scans > MAX_SCANNED_PIXELS:
-        raise TooLarge(
-            f"{width}x{height} pixels in {scans} scans; at most {MAX_PIXELS:,} pixels are read, and at most "
-            f"{MAX_SCANNED_PIXELS:,} pixels x scans"
-        )

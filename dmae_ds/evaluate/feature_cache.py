@@ -26,7 +26,7 @@ from dmae_ds.evaluate.features import FeatureOptions, Processes, extract_feature
 from dmae_ds.output.durable import replace_tensors
 from dmae_ds.output.units import GIB
 
-VERSION = 1  # of the features' definition; files of another version are not read
+VERSION = 2  # of the features' definition (2: transparency on white); other files are not read
 
 
 class FeatureCache:

@@ -28,6 +28,10 @@ from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.build import build_objective
 
 NUM_INPUTS = 3
+# Python for a card: the pixels that training saw, which `convert("RGB")` of a transparent image does not give
+OPEN_IMAGE = """import PIL.Image
+image = PIL.Image.open("image.png").convert("RGBA")  # what is transparent becomes white, as in training
+image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")"""
 CLASSIFIER_FILE = "last.safetensors"  # of the epoch that results.jsonl reports
 
 

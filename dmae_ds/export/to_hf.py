@@ -5,7 +5,8 @@ classifier. Tensors are written under the names of the published files (google/v
 facebook/vit-mae-base), which every version of transformers reads: version 5 renames them as it loads. `qkv`
 is cut into query, key and value. MAE's positional embeddings are kept. Its decoder's tokens are in the order
 of the grid there and in the order of the mask here, on which attention does not depend. The images' processor
-is CLIP's (short side, central crop), because ViT's changes the aspect ratio.
+is CLIP's (short side, central crop), because ViT's changes the aspect ratio. In transformers 5 it lays
+transparency on white as training does; the card's Python does so for every version.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
-from dmae_ds.export.source import Inputs, Source
+from dmae_ds.export.source import OPEN_IMAGE, Inputs, Source
 
 ACTIVATIONS = {nn.GELU: "gelu", QuickGELU: "quick_gelu"}
 BICUBIC = 3  # PIL's number
@@ -206,7 +207,8 @@ def explain_hf(source: Source, name: str) -> str:
         "classifier": "logits = model(**inputs).logits",
         "mae": "out = model(**inputs)  # out.loss, out.logits [N, L, P * P * 3], out.mask",
     }[source.what]
-    return f"""from transformers import AutoImageProcessor, {CLASSES[source.what]}
+    return f"""{OPEN_IMAGE}
+from transformers import AutoImageProcessor, {CLASSES[source.what]}
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = {CLASSES[source.what]}.from_pretrained("{name}"{option}).eval()
 inputs = processor(images=image, return_tensors="pt")

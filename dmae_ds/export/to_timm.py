@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
-from dmae_ds.export.source import Inputs, Source
+from dmae_ds.export.source import OPEN_IMAGE, Inputs, Source
 
 WEIGHTS = "model.safetensors"  # timm's name, and transformers'
 OLDEST = (1, 0, 26)  # before it, timm unpickled any weights in a local folder
@@ -73,10 +73,12 @@ def run_timm(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
 def explain_timm(source: Source, name: str) -> str:
     """Return Python that loads it."""
     by_name = f'"{_architecture(source)}", checkpoint_path="{name}/{WEIGHTS}"{_arguments(source)}'
-    return f"""import timm
+    return f"""{OPEN_IMAGE}
+import timm
 model = timm.create_model("local-dir:{name}", pretrained=True).eval()
-{_call(source)}
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+pixels = transform(image)[None]
+{_call(source)}
 # the same by name: timm.create_model({by_name})"""
 
 

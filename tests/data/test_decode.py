@@ -11,8 +11,9 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
-from dmae_ds.data import decode as decode_module
-from dmae_ds.data.decode import MAX_PIXELS, decode, decode_bytes
+from dmae_ds.data import pixels
+from dmae_ds.data.decode import decode, decode_bytes
+from dmae_ds.data.pixels import MAX_PIXELS
 from dmae_ds.data.reader import CorruptSample, SampleReader
 from dmae_ds.data.transforms import CROP_RATIO, crop_box, sample_rng, train_view
 from tests.messages import refused
@@ -154,7 +155,7 @@ def test_bombs_are_refused_by_their_header(bomb):
 def test_thousands_of_scans_are_refused(photos, monkeypatch):
     data = encode(photos[0].resize((64, 64)), progressive=True)
     decode_bytes(data)
-    monkeypatch.setattr(decode_module, "COUNT_FROM", 0)
-    monkeypatch.setattr(decode_module, "MAX_SCANNED_PIXELS", 64 * 64 * 9)  # it has ten scans
+    monkeypatch.setattr(pixels, "COUNT_FROM", 0)
+    monkeypatch.setattr(pixels, "MAX_SCANNED_PIXELS", 64 * 64 * 9)  # it has ten scans
     with refused("64x64", "10 scans", error=ValueError):
         decode_bytes(data)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from data_prep import header
-from data_prep.header import read_header
+from data_prep.header import MAX_SHRUNK_PIXELS, find_mode, read_header
+from dmae_ds.data import pixels
 from tests.messages import refused
 
 
@@ -78,8 +79,61 @@ def test_the_end_marker_of_a_thumbnail_does_not_count():
 def test_bombs_are_refused_by_their_header():
     png = bytearray(encode("PNG", "L"))
     png[16:24] = (100_000).to_bytes(4, "big") * 2
-    with refused("100000 x 100000", "178,956,970", error=ValueError):
+    with refused("100000x100000", "67,108,864", "--resize", error=ValueError):
         read_header(bytes(png), len(png))
+    with refused("100000x100000", "178,956,970", error=ValueError):
+        read_header(bytes(png), len(png), max_pixels=MAX_SHRUNK_PIXELS)
+
+
+@pytest.mark.parametrize(
+    "side, accepted", [(8191, (True, True)), (8193, (False, True)), (13_378, (False, False))]
+)
+def test_an_image_is_accepted_where_training_reads_it(side, accepted):
+    png = bytearray(encode("PNG", "L"))
+    png[16:24] = side.to_bytes(4, "big") * 2
+    for max_pixels, is_accepted in zip((None, MAX_SHRUNK_PIXELS), accepted, strict=True):
+        if is_accepted:
+            assert read_header(bytes(png), len(png), max_pixels=max_pixels) == ("png", side, side)
+        else:
+            with refused("pixels", error=ValueError):
+                read_header(bytes(png), len(png), max_pixels=max_pixels)
+
+
+def test_scans_are_limited_as_in_training(monkeypatch):
+    data = encode("JPEG", progressive=True)
+    monkeypatch.setattr(pixels, "COUNT_FROM", 0)
+    assert read_header(data + b"\xff\xda" * 99, len(data)) == ("jpg", 31, 17)  # behind the file
+    monkeypatch.setattr(pixels, "MAX_SCANNED_PIXELS", 31 * 17 * 9)  # it has ten scans
+    with refused("31x17", "10 scans", error=ValueError):
+        read_header(data, len(data))
+
+
+GREY16 = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+FORMS = [
+    (Image.new("RGBA", (8, 8)), {}, "alpha"),
+    (Image.new("LA", (8, 8)), {}, "alpha"),
+    (Image.new("P", (8, 8)), {"transparency": bytes([0, 99])}, "alpha"),
+    (Image.new("RGB", (8, 8)), {"transparency": (1, 2, 3), "dpi": (72, 72)}, "alpha"),
+    (GREY16, {"transparency": 2000}, "alpha"),
+    (GREY16, {}, "grey16"),
+    (Image.new("P", (8, 8)), {}, None),
+    (Image.new("1", (8, 8)), {"dpi": (72, 72)}, None),
+    (Image.new("RGB", (8, 8)), {}, None),
+]
+
+
+@pytest.mark.parametrize("image, options, expected", FORMS)
+def test_modes_are_read_from_the_header(image, options, expected):
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    data = file.getvalue()
+    assert find_mode(data, len(data)) == expected
+    assert find_mode(data[:40], 40) in ("alpha", "grey16", None)  # cut: no error
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n" + bytes(60), encode("JPEG", "CMYK")])
+def test_other_bytes_have_no_mode(data):
+    assert find_mode(data, len(data)) is None
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of PIL about broken EXIF data

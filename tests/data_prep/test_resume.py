@@ -186,7 +186,7 @@ def test_changed_sources_are_refused(begun, many):
 def test_a_repaired_image_is_included(many, tmp_path):
     src, dst = tmp_path / "src", tmp_path / "dst"
     shutil.copytree(many / "src", src)
-    with refused("skipped.jsonl", "--max-skip (now 0)", error=ShardError):
+    with refused("skipped.jsonl", "--max-skip 3 (now 0)", error=ShardError):
         make_shards(src, dst, MakeOptions(samples_per_shard=4), max_skip=0)
     for number in (0, 150, 300):
         path = src / f"class-{number % 5}" / f"{number}.jpg"

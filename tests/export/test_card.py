@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.evaluate.results import append_result
@@ -148,6 +149,7 @@ def test_the_code_on_the_card_runs(shared_run, tmp_path, monkeypatch, to):
         pytest.skip(f"timm {timm.__version__} reads no safetensors out of a folder")
     out, _ = export(shared_run, to=to, out=tmp_path / "export")
     monkeypatch.chdir(tmp_path)
+    Image.new("RGBA", (50, 40)).save("image.png")
     names = {"pixels": torch.zeros(1, 3, 24, 24)}
     exec((out / "README.md").read_text().split("```")[1].removeprefix("python"), names)
     assert names["tokens"].shape == (1, 17, 24)

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
+from dmae_ds.data.decode import decode_bytes
 from dmae_ds.data.transforms import eval_view
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.export import export as exporter
 from dmae_ds.export import to_hf
 from dmae_ds.export.export import LIMIT, TARGETS, compare, export
-from dmae_ds.export.source import open_source
+from dmae_ds.export.source import OPEN_IMAGE, open_source
 from dmae_ds.export.to_hf import truncating_ratio
 from dmae_ds.export.to_timm import reads_folders
 from dmae_ds.models.masking import num_visible
@@ -167,6 +169,30 @@ def test_transformers_prepares_an_image_as_our_evaluation_does(shared_run, tmp_p
     ours = eval_view(image, img_size=24, crop_pct=0.8)
     mean, std = (np.array(values)[:, None, None] for values in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
     assert theirs.shape == ours.shape and np.abs((theirs * std + mean) * 255 - ours).mean() < 1.5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_white_for_the_processor_and_the_card_s_python(
+    shared_run, tmp_path, mode, monkeypatch
+):
+    import transformers
+
+    out, _ = export(shared_run, to="hf", out=tmp_path / "hf")
+    image = Image.new(mode, (48, 30))  # nothing but transparency, above black
+    image.save(tmp_path / "image.png", **({"transparency": bytes([0])} if mode == "P" else {}))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(OPEN_IMAGE, names)
+    ours = decode_bytes((tmp_path / "image.png").read_bytes())
+    assert np.array_equal(np.asarray(names["image"]), ours) and ours.min() == 255
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    images = [names["image"]]
+    if int(transformers.__version__.split(".")[0]) >= 5:  # its processor knows the rule itself
+        images.append(Image.open(tmp_path / "image.png"))
+    for given in images:
+        theirs = processor(given, return_tensors="pt")["pixel_values"][0].numpy()
+        mean, std = (np.array(values)[:, None, None] for values in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+        assert np.abs((theirs * std + mean) - 1).max() < 1e-5
 
 
 def build_network(**kwargs):
