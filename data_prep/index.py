@@ -1,10 +1,11 @@
 """Index and manifest for existing WebDataset tars, which stay unchanged: `dmae-shards index TARS [DST]`.
 
 Each tar is read once from front to back, since the index holds the crc32 of every image; a remote one is
-streamed. A
-sample is what webdataset takes for one: consecutive members with equal names up to the first dot. Its image
-is the first .jpg, .jpeg or .png (or --image EXT), its label the number in .cls (or --label EXT, or json:KEY);
-pickled labels are not read. Samples without a usable image are skipped and listed, a damaged tar is an error.
+streamed. A sample is what webdataset takes for one: consecutive members with equal names up to the first dot.
+In addition, links to other members are followed and members that stand apart are joined (data_prep/tars.py).
+Its image is the first .jpg, .jpeg or .png (or --image EXT), its label the number in .cls (or --label EXT, or
+json:KEY); pickled labels are not read. Samples without a usable image are skipped and listed, a damaged tar
+is an error.
 """
 
 import hashlib
@@ -19,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.class_list import read_classes
+from data_prep.scan import NotRead
 from data_prep.skip_limit import SkipLimit
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
-from data_prep.workers import Workers, check_parent
+from data_prep.workers import Workers
 from dmae_ds.data.shards import (
     MANIFEST,
     RECORD,
@@ -36,6 +38,8 @@ from dmae_ds.data.shards import (
     write_skipped,
 )
 from dmae_ds.output.durable import replacing
+
+COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Result:
     names: list[str]
     skipped: list[tuple[str, str]]  # (key, reason)
     num_unlabelled: int
+    first_unlabelled: str  # its image's name
 
 
 def index_tars(
@@ -95,8 +100,9 @@ def index_tars(
     extension = label or "cls"
     if 0 < written.num_unlabelled < num_samples:
         raise ShardError(
-            f"{written.num_unlabelled:,} of {num_samples:,} samples have no .{extension}; choose another "
-            f"--label"
+            f"{written.num_unlabelled:,} of {num_samples:,} samples have no .{extension}, first "
+            f"{written.first_unlabelled!r}; add the missing members, or choose another --label (one that no "
+            f"sample has, such as --label none, makes the set unlabelled)"
         )
     write_manifest(
         dst,
@@ -152,6 +158,7 @@ class _IndexWriter:
         self.labels: set[int] = set()
         self.num_samples = 0
         self.num_unlabelled = 0
+        self.first_unlabelled = ""
         self.sources_digest = hashlib.sha256()
         self._sources = replacing(dst / SOURCES)
 
@@ -168,6 +175,8 @@ class _IndexWriter:
         records["number"] = np.arange(self.num_samples, self.num_samples + len(records))
         self.num_samples += len(records)
         self.num_unlabelled += result.num_unlabelled
+        if result.num_unlabelled and not self.first_unlabelled:
+            self.first_unlabelled = f"{result.name}/{result.first_unlabelled}"
         self.labels.update(np.unique(records["label"]).tolist())
         for key, reason in result.skipped:
             self.skipped.append({"number": None, "source": f"{result.name}/{key}", "reason": reason})
@@ -209,9 +218,17 @@ def find_tars(tars: str) -> tuple[str, list[str]]:
         names = list(_expand(pattern))
     else:
         base, names = tars.rstrip("/"), _list_remote(tars)
+    compressed = [name for name in names if COMPRESSED.search(name)]
     names = [name for name in names if name.endswith(".tar")]
+    left_out = ""
+    if compressed:
+        left_out = (
+            f"{len(compressed):,} compressed tars cannot be read, first {compressed[0]}; unpack to .tar"
+        )
     if not names:
-        raise ShardError(f"TARS '{tars}' has no .tar files")
+        raise ShardError(f"TARS '{tars}' has no .tar files{left_out and '; ' + left_out}")
+    if left_out:
+        print(f"left out: {left_out}")
     bad = next((name for name in names if not is_shard_name(name)), None)
     if bad is not None:
         raise ShardError(
@@ -247,18 +264,21 @@ def _work(job: Job) -> tuple[Result, Callable[[], None]]:
     """Read one tar, in a worker."""
     labels = Labels(job.label or "cls")
     rows, names, skipped = [], [], []
-    num_unlabelled = 0
+    num_unlabelled, first_unlabelled = 0, ""
     try:
         with open_tar(job.base, job.name) as file:
             counted = _Counter(file)
             for sample in read_samples(counted, image=job.image, labels=labels):
-                check_parent()
                 if sample.reason is not None:
                     skipped.append((sample.key, sample.reason))
                     continue
                 rows.append(sample.record(0))
                 names.append(sample.name)
-                num_unlabelled += sample.label is None
+                if sample.label is None:
+                    first_unlabelled = first_unlabelled or sample.name
+                    num_unlabelled += 1
+    except NotRead as error:
+        raise ShardError(f"{job.base}/{job.name} {error}") from None
     except ValueError as error:
         raise ShardError(
             f"{job.base}/{job.name} is damaged: {error}; copy it again, or leave it out"
@@ -267,7 +287,9 @@ def _work(job: Job) -> tuple[Result, Callable[[], None]]:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise ShardError(f"{job.base}/{job.name} cannot be read: {reason}") from None
     records = np.array(rows, dtype=RECORD)
-    result = Result(job.number, job.name, counted.total, records, names, skipped, num_unlabelled)
+    result = Result(
+        job.number, job.name, counted.total, records, names, skipped, num_unlabelled, first_unlabelled
+    )
     return result, lambda: None
 
 

@@ -52,7 +52,7 @@ def verify_shards(dst: Path, *, sample: float = 1.0, workers: int = 1) -> None:
         more = f", the first {MAX_SHOWN} above" if len(differences) > MAX_SHOWN else " above"
         raise ShardError(
             f"DST '{dst}' differs from its manifest in {len(differences):,} places{more}; copy these shards "
-            f"again"
+            f"again, or repeat `{made.get('by', 'dmae-shards make')}` with --overwrite"
         )
     print(
         f"{dst}: read {num_read:,} of {shard_set.num_samples:,} samples in {len(jobs):,} shards, no "
@@ -120,7 +120,6 @@ def _read_all(
     differences, rows = [], iter(records)
     try:
         for sample in read_samples(_Counted(file, size), image=made.get("image"), labels=labels):
-            check_parent()
             if sample.reason is not None and not is_ours:
                 continue  # `index` skipped it, too
             row = next(rows, None)

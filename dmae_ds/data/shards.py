@@ -53,6 +53,27 @@ RECORD = np.dtype(
 UNPACK_RECORD = struct.Struct("<QQIIIIi").unpack_from
 
 
+# first bytes of files that are found under the name of a tar
+FORMATS = {
+    b"\x1f\x8b": "compressed by gzip; unpack it with gunzip -c",
+    b"BZh": "compressed by bzip2; unpack it with bunzip2 -c",
+    b"\xfd7zXZ": "compressed by xz; unpack it with xz -dc",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it with zstd -dc",
+    b"\x04\x22\x4d\x18": "compressed by lz4; unpack it with lz4 -dc",
+    b"PK\x03\x04": "a zip archive; pack its files into a tar",
+    b"Rar!": "a rar archive; pack its files into a tar",
+    b"7z\xbc\xaf": "a 7z archive; pack its files into a tar",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file with git lfs pull",
+    b"<": "a web page, probably an error of the server; download it again",
+    b"\xff\xd8\xff": "a JPEG image; pack images into a tar",
+}
+
+
+def name_format(start: bytes) -> str | None:
+    """What a file is that should be a tar, and what to do; None: unknown."""
+    return next((text for magic, text in FORMATS.items() if start.startswith(magic)), None)
+
+
 class ShardError(UserError):
     """A shard folder, a shard or a sample that cannot be used; the message has place, finding and remedy."""
 

@@ -26,7 +26,7 @@ from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.corrupt import Corrupt, CorruptLog
 from dmae_ds.data.decode import decode_bytes
 from dmae_ds.data.reader import MAX_SAMPLE_BYTES
-from dmae_ds.data.shards import ShardError
+from dmae_ds.data.shards import ShardError, name_format
 from dmae_ds.data.storage import LocalFile, RemoteFile
 from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.data.worker import end_with_parent
@@ -146,9 +146,12 @@ def _samples_of(tars: list, number: int, corrupt: list[Corrupt]) -> Iterator[dic
             with _open(folder, name, size) as file:
                 for sample in group_by_keys(_members(file, url, number, corrupt)):
                     images = [sample[extension] for extension in EXTENSIONS if extension in sample]
-                    if not images:
-                        continue
                     key = sample["__key__"]
+                    if not images:
+                        if "cls" in sample:
+                            reason = "a label without an image next to it; `dmae-shards index` joins them"
+                            corrupt.append(Corrupt(url, key, -1, reason, number, -1))
+                        continue
                     path = f"{url}/{key}".encode(errors="replace")
                     digest = hashlib.blake2b(path, digest_size=8).digest()
                     yield {
@@ -169,18 +172,35 @@ def _members(file: BinaryIO, url: str, number: int, corrupt: list[Corrupt]) -> I
     """Members that are images or labels, in the form that webdataset groups by keys."""
     with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
         for member in tar:
+            is_used = member.name.lower().endswith((*EXTENSIONS, ".cls"))
             if not member.isreg() or member.issparse():
+                if is_used and not member.isdir():
+                    kind = f"a link to {member.linkname!r}" if member.linkname else "no plain file"
+                    reason = f"{kind}, which streaming cannot follow; `dmae-shards index` does"
+                    corrupt.append(Corrupt(url, member.name, -1, reason, number, -1))
                 continue
             if member.size > MAX_SAMPLE_BYTES:
                 corrupt.append(Corrupt(url, member.name, -1, f"{member.size:,} bytes", number, -1))
                 continue
-            if member.name.lower().endswith((*EXTENSIONS, ".cls")):
+            if is_used:
                 yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": url}
             tar.members = []  # tarfile would keep an object for every member
+        while piece := tar.fileobj.read(READ_BYTES):
+            if piece.strip(b"\0"):
+                raise ValueError(
+                    "bytes follow the end of the tar; if it is several, `dmae-shards index` reads it"
+                )
 
 
 class _StrictTarInfo(tarfile.TarInfo):
     """Header of a member, where a damaged or missing one is an error; tarfile takes it for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:
+            raise tarfile.InvalidHeaderError(name_format(buf) or str(error)) from None
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:

@@ -1,5 +1,6 @@
 """dmae_ds/data/open.py, unindexed.py and unindexed_stream.py: batches of tars without an index."""
 
+import gzip
 import io
 import tarfile
 
@@ -145,6 +146,29 @@ def test_a_damaged_header_is_counted_as_corrupt(tars):
     content[content.index(b"../up/6")] ^= 1
     path.write_bytes(content)
     with refused("part-01.tar", "the rest of the tar", "ReadError", "at byte", error=ShardError):
+        batches(open_train(data(tars), allow_pipe=False), num_steps=9)
+
+
+@pytest.mark.parametrize(
+    "kind, word", [("link", "a link to"), ("apart", "without an image"), ("two", "several")]
+)
+def test_what_streaming_cannot_read_is_counted(tars, kind, word):
+    path = tars / "part-01.tar"
+    if kind == "two":
+        path.write_bytes(path.read_bytes() * 2)
+    else:
+        with tarfile.open(path, "a", format=tarfile.USTAR_FORMAT) as tar:
+            info = tarfile.TarInfo("../up/5.jpg" if kind == "link" else "../up/5.cls")
+            info.type, info.linkname = (tarfile.LNKTYPE, "../up/6.jpg") if kind == "link" else (b"0", "")
+            tar.addfile(info)
+    with refused("part-01.tar", word, "`dmae-shards index`", error=ShardError):
+        batches(open_train(data(tars), allow_pipe=False), num_steps=9)
+
+
+def test_a_compressed_tar_named_tar_is_called_so(tars):
+    path = tars / "part-01.tar"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with refused("part-01.tar", "gunzip", error=ShardError):
         batches(open_train(data(tars), allow_pipe=False), num_steps=9)
 
 
