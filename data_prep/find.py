@@ -5,7 +5,8 @@
     --unlabelled              SRC/**/<image>, every label -1
 
 Files whose name ends like an image's are listed whatever they are: a dangling link named x.jpg is a lost
-image, not another file. Everything else is counted by suffix. Names are bytes, and sorted as such.
+image, not another file. Everything else is counted by suffix, folders of the system by name. Names are bytes,
+and sorted as such.
 """
 
 import difflib
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.class_list import read_classes
+from data_prep.folders import ClassFolder, check_classes, check_level, is_system_folder
 from data_prep.label_list import match_labels
 from dmae_ds.data.shards import ShardError
 
@@ -80,7 +82,11 @@ def find_images(
     if not len(listing):
         where = f"its {len(listing.classes)} class folders" if listing.classes else "it"
         suffixes = ", ".join(suffix.decode() for suffix in SUFFIXES)
-        raise ShardError(f"SRC '{src}' has no {suffixes} files in {where}")
+        others = ", ".join(f"{number:,} {kind}" for kind, number in listing.ignored.most_common(3))
+        others = f" (but {others}); convert the images to one of these" if others else ""
+        raise ShardError(f"SRC '{src}' has no {suffixes} files in {where}{others}")
+    if listing.classes:
+        listing.notes += check_classes(listing.classes, set(listing.labels))
     return listing
 
 
@@ -112,9 +118,14 @@ def _find_by_folder(src: Path, listing: Listing, classes_file: Path | None) -> N
             )
     label_of = {name: label for label, name in enumerate(listing.classes)}
     ancestors = [_identity(src)]
+    walked = []
     for folder, name in zip(folders, folder_names, strict=True):
+        walked.append(ClassFolder(name))
         for path in _walk(src, folder, listing, ancestors):
             listing.add(path, label_of[name])
+            walked[-1].add(path)
+    if classes_file is None:
+        listing.notes += check_level(src, walked)
 
 
 def _find_by_list(src: Path, listing: Listing, labels_file: Path, classes_file: Path | None) -> None:
@@ -161,7 +172,9 @@ def _scan(src: Path, folder: bytes, listing: Listing) -> list[bytes]:
     with os.scandir(os.path.join(os.fsencode(src), folder)) as entries:
         for entry in entries:
             name = entry.name
-            if name.startswith(b"."):
+            if is_system_folder(name) and _is_folder(entry):
+                listing.ignored[f"folder {os.fsdecode(name)}"] += 1
+            elif name.startswith(b"."):
                 listing.ignored["hidden"] += 1
             elif name.lower().endswith(SUFFIXES) and not _is_folder(entry):
                 names.append(name)

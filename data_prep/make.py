@@ -9,7 +9,7 @@ dmae_ds/data/shards.py. Unusual files:
     a PNG named .JPEG, or the reverse     kept, under the extension of its content
     equal base names, odd, long names     kept: a key is a number, and sources.txt has the name
     a link to a file; to a folder         kept; followed, but not into a folder that contains it
-    hidden; another suffix                ignored; counted by suffix
+    hidden; system folder; another suffix ignored; counted by suffix
     empty, truncated, not JPEG or PNG     skipped (truncated: no end marker; --verify full decodes each image)
     transparent PNG; 16-bit grey PNG      kept, counted; training sees white below, and the upper byte
     more than 67,108,864 pixels, 256 MiB  skipped by header and size alone, as training refuses them
@@ -130,7 +130,9 @@ def _make(
         src, classes_file=options.classes, labels_file=options.labels, unlabelled=options.unlabelled
     )
     ignored = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(listing.ignored.items()))
-    ignored = f"{listing.ignored.total():,} other files ignored" + (f" ({ignored})" if ignored else "")
+    ignored = f"{listing.ignored.total():,} other files or folders ignored" + (
+        f" ({ignored})" if ignored else ""
+    )
     print(f"{len(listing):,} images in {len(listing.classes):,} classes; {ignored}")
     for note in listing.notes:
         print(note)

@@ -12,7 +12,9 @@ inside 5-shot. The drawn keys are kept in RUN/subsets.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +59,26 @@ def open_labelled(data: DataConfig) -> tuple[ShardSet, ShardSet]:
     if sets[0].classes != sets[1].classes:
         raise UserError(
             f"data.train and data.val have different classes ({len(sets[0].classes)} and "
-            f"{len(sets[1].classes)} of them); make both from the same class folders"
+            f"{len(sets[1].classes)} of them): {first_difference(*(one.classes for one in sets))}; make both "
+            f"with the same `--classes FILE`"
         )
     return sets
+
+
+def first_difference(train: list[str], val: list[str]) -> str:
+    """The first label whose class is another one in the two sets, and a class that one of them lacks."""
+    pairs = list(itertools.zip_longest(train, val))
+    label, (one, other) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
+    forms = {unicodedata.normalize("NFC", name or "") for name in (one, other)}
+    show = ascii if len(forms) == 1 else repr  # other bytes for the same letters are shown as escapes
+    shown = ["no class" if name is None else show(name) for name in (one, other)]
+    text = f"label {label} is {shown[0]} in data.train and {shown[1]} in data.val"
+    for here, there, name in ((train, val, "data.val"), (val, train, "data.train")):
+        known = set(there)
+        missing = next((each for each in here if each not in known), None)
+        if missing is not None and len(forms) > 1:
+            return f"{text}; {name} has no {missing!r}"
+    return text
 
 
 def check_labels(labels: str, seed: int | None) -> int | None:

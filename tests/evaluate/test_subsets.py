@@ -8,7 +8,7 @@ import pytest
 
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import Shard
-from dmae_ds.evaluate.subsets import check_labels, draw_subset, open_subset
+from dmae_ds.evaluate.subsets import check_labels, draw_subset, first_difference, open_subset
 from tests.evaluate.conftest import make_shards
 from tests.messages import refused
 
@@ -156,3 +156,23 @@ def test_a_draw_of_real_shards_has_the_labels_of_its_images(tmp_path):
     assert sorted(ids * 7 % 3) == [0, 0, 1, 1, 2, 2]  # as make_shards assigns them
     keys = (tmp_path / "subsets" / "2-shot-seed1.txt").read_text().splitlines()[1:]
     assert keys == [f"shard-00000{int(number >= 7)}.tar/{number:09d}" for number in ids]
+
+
+@pytest.mark.parametrize(
+    "train, val, words",
+    [
+        (
+            ["ant", "bee", "cat"],
+            ["ant", "cat"],
+            ("label 1 is 'bee'", "'cat' in data.val", "data.val has no 'bee'"),
+        ),
+        (["ant", "bee"], ["ant", "bee", "cow"], ("label 2 is no class", "data.train has no 'cow'")),
+        (["bee", "ant"], ["ant", "bee"], ("label 0 is 'bee'", "'ant' in data.val")),
+        (["Cat"], ["cat"], ("label 0 is 'Cat'", "'cat'")),
+        (["L\u00f6we"], ["Lo\u0308we"], (r"'L\xf6we'", r"'Lo\u0308we'")),
+        (["0"], ["n01440764"], ("'0'", "'n01440764'")),
+    ],
+)
+def test_the_first_class_that_differs_is_named(train, val, words):
+    text = first_difference(train, val)
+    assert all(word in text for word in words), text
