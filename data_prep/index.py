@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.class_list import read_classes
+from data_prep.folders import check_classes
 from data_prep.scan import NotRead
 from data_prep.skip_limit import SkipLimit
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
@@ -104,9 +105,12 @@ def index_tars(
             f"{written.first_unlabelled!r}; add the missing members, or choose another --label (one that no "
             f"sample has, such as --label none, makes the set unlabelled)"
         )
+    class_names, notes = _name_classes(classes, written.labels)
+    for note in notes:
+        print(note)
     write_manifest(
         dst,
-        classes=_name_classes(classes, written.labels),
+        classes=class_names,
         seed=None,
         shards=written.shards,
         base=None if base == str(dst.resolve()) else base,
@@ -303,22 +307,21 @@ def _in_order(results: Iterator[Result]) -> Iterator[Result]:
             following += 1
 
 
-def _name_classes(classes: Path | None, labels: set[int]) -> list[str]:
-    """Names of labels 0, 1, ...; none where every label is -1."""
-    if labels == {-1}:
-        return []
-    if classes is None:
-        return [str(label) for label in range(max(labels) + 1)]
+def _name_classes(classes: Path | None, labels: set[int]) -> tuple[list[str], list[str]]:
+    """(names of labels 0, 1, ..., notes for the user); no names where every label is -1."""
     notes: list[str] = []
+    if labels == {-1}:
+        return [], notes
+    if classes is None:
+        names = [str(label) for label in range(max(labels) + 1)]
+        return names, check_classes(names, labels)
     names = read_classes(classes, notes=notes)
-    for note in notes:
-        print(note)
     if max(labels) >= len(names):
         raise ShardError(
             f"--classes '{classes}' has {len(names):,} lines, but the largest label is {max(labels)}; "
             f"add the missing names"
         )
-    return names
+    return names, notes + check_classes(names, labels)
 
 
 class _Counter:

@@ -180,3 +180,17 @@ def test_all_unusable_samples_are_told_at_once(tmp_path, capsys):
         index(tmp_path, max_skip=1)
     assert capsys.readouterr().out.count("going on") == 1
     assert len(read(tmp_path, max_skip=6)) == 3
+
+
+def test_names_of_classes_are_read_from_a_list_and_empty_ones_are_told(tmp_path, capsys):
+    write(tmp_path / "a.tar", ("0.jpg", A), ("0.cls", b"0"), ("1.jpg", B), ("1.cls", b"2"))
+    (tmp_path / "list.csv").write_text("id,name\n0,ant\n1,bee\n2,polar bear\n3,Bee\n")
+    shard_set = index(tmp_path, classes=tmp_path / "list.csv")
+    out = capsys.readouterr().out
+    assert shard_set.classes == ["ant", "bee", "polar bear", "Bee"]
+    assert all(
+        word in out for word in ("header", "2 of 4 classes are without an image: 'bee', 'Bee'", "2 classes")
+    )
+    (tmp_path / "list.csv").write_text("name\nant\nbee\n")  # with the header there would be enough lines
+    with refused("--classes", "2 lines", "the largest label is 2", error=ShardError):
+        index(tmp_path, classes=tmp_path / "list.csv", overwrite=True)
