@@ -14,6 +14,7 @@ from dmae_ds.weights.containers import open_container
 from dmae_ds.weights.hub import locate
 from dmae_ds.weights.label import WEIGHTS
 from dmae_ds.weights.metadata import own_network_if_readable
+from dmae_ds.weights.safetensors_file import is_safetensors
 
 Config = TypeVar("Config", bound=ClassifierConfig)
 _IN_RUN = "?"  # run.dir of a run folder's evaluation, until its labels are known
@@ -67,7 +68,7 @@ def find_source(
         }
     else:
         file = _find_file(word)
-        in_file = own_network_if_readable(open_container(file)) if file.suffix == ".safetensors" else None
+        in_file = own_network_if_readable(open_container(file)) if _has_metadata(file) else None
         network = {} if in_file is None else {"name": in_file[0], **in_file[1]}
         below |= {"run": {}, "data": {}, "network": network}
     config = load_config(recipe, overrides, schema=schema, kind="evaluation recipe", below=below)
@@ -77,6 +78,10 @@ def find_source(
         config = config.model_copy(update={"run": run_section})
     folder = Path(config.run.dir).expanduser()
     return Source(config, stem, file, run if run is not None else folder)
+
+
+def _has_metadata(file: Path) -> bool:
+    return file.is_file() and is_safetensors(file)
 
 
 def _find_file(word: str) -> Path:

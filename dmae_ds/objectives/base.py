@@ -48,6 +48,7 @@ class Objective(nn.Module):
         reconstructs_pixels: whether `decoder` predicts the pixels of masked patches. Such an objective also
             has `mask_ratio`, `pixel_loss`, `visible_at` and `reconstruct`, as `Mae` does
         norm_pix: whether the part "pixel" of the loss compares normalised patches
+        initial_notes: what was changed or not read of the file of `student.weights`, set after building
     """
 
     taps: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Objective(nn.Module):
     pairs: Sequence[tuple[int, int]] = ()
     reconstructs_pixels: bool = False
     norm_pix: bool = False
+    initial_notes: str = ""
 
     def __init__(self, student: MaskedViT):
         super().__init__()

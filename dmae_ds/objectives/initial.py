@@ -12,11 +12,12 @@ from dmae_ds.weights.label import STUDENT
 from dmae_ds.weights.load import load_network
 
 
-def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> None:
+def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> str:
     """Read every tensor of a student on the CPU; heads and decoders stay in the file.
 
     weights: a run folder, a file of any known format, or a hub id
-    Positional embeddings of another grid are fitted. Raises UserError where the file is missing or doesn't
+    Positional embeddings of another grid are fitted. Returns what was changed or not read of the file, in one
+    line; empty where nothing was. Raises UserError where the file is missing or doesn't
     fit.
     """
     if not Path(weights).expanduser().exists() and not looks_like_hub_id(weights):
@@ -34,3 +35,4 @@ def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> None
         label=STUDENT,
     )
     student.load_state_dict(loaded.tensors)
+    return "; ".join(loaded.notes)

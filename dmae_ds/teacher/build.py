@@ -162,10 +162,11 @@ def _build_view(
 
 
 def _describe_choices(config: TeacherConfig, weights: Weights, view: PatchView) -> list[str]:
-    """Lines for the start of a run: the format that was chosen, and the teacher's own pixel statistics."""
+    """Lines for the start of a run: format and network of the file, the teacher's pixel statistics."""
     notes = []
     if config.format == "auto":
         notes.append(f"format {weights.format} (chosen by auto)")
+    notes.append(weights.container.note)
     if not view.same_pixels:
         notes.append(
             f"pixels normalised for the teacher: mean {list(view.teacher_mean)}, std {list(view.teacher_std)}"

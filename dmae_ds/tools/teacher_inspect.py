@@ -54,6 +54,7 @@ def inspect(
     rows = {
         "file": _describe_file(weights),
         "format": _describe_format(weights),
+        "content": weights.container.note,
         "kind": describe_kind(weights.container),
         "network": _describe_network(network),
         "fits too": ", ".join(network.others),

@@ -23,6 +23,8 @@ from dmae_ds.weights.metadata import own_network
 from dmae_ds.weights.named import Weights, open_weights
 from dmae_ds.weights.places import Container
 from dmae_ds.weights.positions import square_side
+from dmae_ds.weights.roots import SeveralNetworks
+from dmae_ds.weights.safetensors_file import is_safetensors
 
 # Tried in this order where no --name is given. The image size is that of the file's positional embedding.
 NETWORKS = (
@@ -116,7 +118,7 @@ def _read_overrides(name: str | None, overrides: list[str]) -> dict:
 
 def _open_own(path: Path) -> Container | None:
     """Open a file or folder of ours, which names its network; None for others."""
-    if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".json"):
+    if path.is_file() and not is_safetensors(path) and not path.name.endswith(".json"):
         return None
     container = open_container(path, label=TEACHER)
     return container if "timm_name" in container.metadata else None
@@ -139,10 +141,13 @@ def _open_all(path: Path, format: str) -> list[Weights]:
     for chosen in FORMATS if format == "auto" else [format]:
         try:
             opened.append(open_weights(path, chosen, label=TEACHER))
+        except SeveralNetworks:
+            raise
         except UserError as error:
             first_error = first_error or error
     if not opened:
         raise first_error
+    opened.sort(key=lambda weights: not weights.in_own_entry)
     return [weights for weights in opened if weights.format != "dmae_ds"]  # a file of ours names its network
 
 

@@ -31,7 +31,7 @@ def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objectiv
         check_precision(config.precision, device)
         objective, shape = build_objective(config, num_classes=num_classes)
         if config.student.weights is not None and preflight.resume_from is None:
-            fill_student(objective.student, config.student.weights, config.student)
+            objective.initial_notes = fill_student(objective.student, config.student.weights, config.student)
         teacher = build_teacher(config, shape, objective.taps, device, group, num_classes=num_classes)
         return objective, teacher
 

@@ -54,6 +54,7 @@ def describe_student(config: RunConfig, objective: Objective) -> str:
     text = f"{config.student.name}, {student / 1e6:.1f} M parameters; decoder and heads {rest / 1e6:.1f} M"
     if config.student.weights:
         text += f"; begins with {config.student.weights}"
+        text += f" ({objective.initial_notes})" if objective.initial_notes else ""
     return text
 
 

@@ -11,6 +11,7 @@ from dmae_ds.weights.fit import fits
 from dmae_ds.weights.formats import FORMATS
 from dmae_ds.weights.label import WEIGHTS, Label
 from dmae_ds.weights.named import Weights, open_weights
+from dmae_ds.weights.roots import SeveralNetworks
 
 
 def choose_format(
@@ -31,11 +32,17 @@ def choose_format(
             errors.append(error)
             continue
         opened.append(weights)
-        known = any(_same_names(weights, other) for other in fitting)
-        if not known and fits(needed, weights, depth=depth, may_resize=may_resize):
+        same = next((number for number, other in enumerate(fitting) if _same_names(weights, other)), None)
+        if same is not None:
+            # Of formats with the same names, the one that keeps them in this entry.
+            fitting[same] = max(fitting[same], weights, key=lambda one: one.in_own_entry)
+        elif fits(needed, weights, depth=depth, may_resize=may_resize):
             fitting.append(weights)
     if len(fitting) == 1:
         return fitting[0]
+    several = next((error for error in errors if isinstance(error, SeveralNetworks)), None)
+    if several is not None and not fitting:
+        raise several
     if not opened:
         raise errors[0]
     if fitting:

@@ -1,20 +1,26 @@
 """Open a weights file of any known kind as a table of tensors; no code in it is ever run.
 
-.safetensors               a JSON header with every tensor's place (safetensors_file.py)
-.pth .pt .bin              torch's zip files, opened with weights_only=True (torch_file.py)
+safetensors                a JSON header with every tensor's place (safetensors_file.py)
+torch.save's zip files     opened with weights_only=True (torch_file.py)
 *.index.json, or a folder  several files of either kind, joined
+
+A file is known by its first bytes, whatever its name: .pth, .pth.tar, .ckpt, .bin, .pt, or none. What other
+files are and what to do with them is in unreadable.py.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from dmae_ds.errors import UserError
 from dmae_ds.weights.label import WEIGHTS, Label
 from dmae_ds.weights.places import Container
-from dmae_ds.weights.safetensors_file import open_safetensors
-from dmae_ds.weights.torch_file import open_torch
+from dmae_ds.weights.roots import narrow
+from dmae_ds.weights.safetensors_file import is_safetensors, open_safetensors
+from dmae_ds.weights.torch_file import is_zip, open_torch
+from dmae_ds.weights.unreadable import describe_folder, describe_unreadable
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Files that are looked for in a folder, the first that exists wins: our own name, then those of transformers.
@@ -32,11 +38,15 @@ def open_container(
     entries: tuple[str, ...] = (),
     formats: dict[str, list[str]] | None = None,
     *,
+    anchor: re.Pattern | None = None,
     label: Label = WEIGHTS,
 ) -> Container:
     """Open a weights file, an index of several files, or a folder that holds one of IN_A_FOLDER.
 
-    entries: names under which a .pth may hold its weights; the first that is there wins, else the top level
+    anchor: finds the network in the file by its patch projection, see roots.py; None: names are left as they
+    are
+    entries: where no anchor is found, names under which a .pth may hold its weights; the first that is there
+    wins, else the top level
     formats: {entry: the formats that read it}, to suggest one where another entry is found
     label: the keys that messages name
     Raises UserError where the file is missing, damaged, of an unknown kind, or would run code.
@@ -44,10 +54,7 @@ def open_container(
     if path.is_dir():
         inside = next((path / name for name in IN_A_FOLDER if (path / name).is_file()), None)
         if inside is None:
-            raise UserError(
-                f"{label.weights} '{path}' is a folder with none of {', '.join(IN_A_FOLDER)}; give the "
-                "weights file itself"
-            )
+            raise UserError(f"{label.weights} '{path}' {describe_folder(path, IN_A_FOLDER)}")
         path = inside
     if not path.is_file():
         raise UserError(
@@ -55,14 +62,20 @@ def open_container(
             "index, or a folder"
         )
     if path.name.endswith(".index.json"):
-        return _open_index(path, entries, formats, label)
-    if path.suffix == ".safetensors":
-        return open_safetensors(path, label)
-    if path.suffix in SUFFIXES:
-        return open_torch(path, entries, formats or {}, label)
-    raise UserError(
-        f"{label.weights} '{path}' ends in '{path.suffix}'; known are {', '.join(SUFFIXES)} and .index.json"
-    )
+        container = _open_index(path, entries, formats, label)
+    elif path.suffix == ".safetensors" and is_zip(path):  # torch.load would go by the name
+        raise UserError(
+            f"{label.weights} '{path}' is a file of torch.save, whatever its name; rename it: "
+            f"mv {path.name} {path.stem}.pth"
+        )
+    elif is_safetensors(path) or path.suffix == ".safetensors":
+        container = open_safetensors(path, label)
+    else:
+        reason = describe_unreadable(path)
+        if reason:
+            raise UserError(f"{label.weights} '{path}' {reason}")
+        container = open_torch(path, entries, formats or {}, label, anchor)
+    return container if anchor is None else narrow(container, anchor)
 
 
 def _open_index(

@@ -13,7 +13,7 @@ from torch import Tensor
 from dmae_ds.errors import UserError
 from dmae_ds.weights.formats import FORMATS
 from dmae_ds.weights.kinds import describe_kind
-from dmae_ds.weights.named import Weights, map_names
+from dmae_ds.weights.named import Weights, open_weights
 from dmae_ds.weights.positions import square_side
 
 # Parts of a checkpoint above the blocks, which a truncated encoder doesn't need.
@@ -75,13 +75,20 @@ def _compare(
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
     """Compare names and shapes.
 
-    Returns {"missing" | "misshapen" | "unexpected": names}, and what is left out as {part: {name: entries}}.
+    Returns {"missing" | "misshapen" | "unreadable" | "unexpected": names}, and what is left out as {part:
+    {name: entries}}.
     """
     missing = [name for name in needed if name not in weights]
     misshapen = [
         f"{name} {_shape_of(name, weights)} instead of {list(tensor.shape)}"
         for name, tensor in needed.items()
-        if name in weights and not _same_shape(name, weights, tensor, may_resize)
+        if name in weights
+        and not _unreadable(name, weights)
+        and not _same_shape(name, weights, tensor, may_resize)
+    ]
+    # A number that was rounded to an integer means nothing without its scale.
+    unreadable = [
+        f"{name} {why}" for name in needed if name in weights and (why := _unreadable(name, weights))
     ]
     dropped: dict[str, dict[str, int]] = {"blocks": {}, "decoder": {}, "rest": {}}
     unexpected = []
@@ -99,7 +106,19 @@ def _compare(
             dropped[part][name] = _num_entries(name, weights)
         elif not (_MAY_BE_ZERO.match(name) and not weights[name].any()):
             unexpected.append(name)
-    return {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}, dropped
+    problems = {"missing": missing, "misshapen": misshapen, "unreadable": unreadable}
+    return {**problems, "unexpected": unexpected}, dropped
+
+
+def _unreadable(name: str, weights: Weights) -> str:
+    """Why the values of a needed tensor can't be used; empty where they can."""
+    for key in weights.sources[name].names:
+        place = weights.container.places[key]
+        if place.problem:
+            return place.problem
+        if not place.dtype.is_floating_point:
+            return f"is {str(place.dtype).removeprefix('torch.')}, not floating-point"
+    return ""
 
 
 def _same_shape(name: str, weights: Weights, tensor: Tensor, may_resize: bool) -> bool:
@@ -181,9 +200,11 @@ def _better_format(
     others = []
     for format in FORMATS:
         try:
-            others.append(map_names(weights.container, format))
+            # Opened again: another format may find its network elsewhere in the file.
+            others.append(open_weights(weights.path, format, label=weights.label))
         except UserError:
             continue
+    others.sort(key=lambda other: not other.in_own_entry)
     fitting = [other.format for other in others if fits(needed, other, depth=depth, may_resize=may_resize)]
     naming = [other.format for other in others if names_are_missing and needed.keys() <= other.keys()]
     return next(iter(fitting + naming), None)

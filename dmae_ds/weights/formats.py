@@ -34,19 +34,31 @@ class Source:
 Sources = dict[str, Source]
 
 
+# The patch projection under timm's and Meta's names, and under transformers'.
+_TIMM_ANCHOR = re.compile(r"(?P<root>(.*\.)?)patch_embed\.proj\.weight$")
+_HF_ANCHOR = re.compile(
+    r"(?P<root>(.*?\.)??)((vit|dinov2|dinov2_with_registers|dinov3_vit|model)\.)?"
+    r"embeddings\.patch_embeddings\.(projection\.)?weight$"
+)
+
+
 @dataclass(frozen=True)
 class Format:
     """One way of naming a vision transformer's tensors.
 
     about: the files that have it, in words
     rename: takes a name of the file to timm's (see the module's docstring)
-    entries: names under which a .pth may hold the weights; where none of them is there, the top level does
+    anchor: matches the patch projection, and as its group `root` what stands in front of every name of the
+    network (roots.py); None: names are taken as they are
+    entries: names under which a .pth holds the weights. With an anchor they only tell formats with the same
+    names apart; without one the first that is there is read, else the top level
     finish: changes the whole map where renaming is not enough
     """
 
     about: str
     rename: Callable[[str], str | None]
     entries: tuple[str, ...] = ()
+    anchor: re.Pattern | None = None
     finish: Callable[[Sources], Sources] = lambda sources: sources
 
 
@@ -110,7 +122,10 @@ def _split_masked_bias(sources: Sources) -> Sources:
 # transformers' ViT, ViTMAE, DINOv2 (with or without registers) and DINOv3, published or saved by version 5.
 _rename_hf = _rules(
     # timm's own names are another format.
-    (r"^(?=(blocks|patch_embed)\.|(pos_embed|cls_token|reg_token)$)", "not_transformers."),
+    (
+        r"^(?=(\w+\.)?((blocks|patch_embed)\.|(pos_embed|reg_token)$)|(model\.)?cls_token$)",
+        "not_transformers.",
+    ),
     (r"^decoder\.mask_token$", "mask_token"),
     (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder_blocks."),
     (r"^decoder\.(decoder_)?", "decoder_"),
@@ -158,14 +173,20 @@ def _finish_hf(sources: Sources) -> Sources:
 
 
 FORMATS: dict[str, Format] = {
-    "timm": Format("timm's own names", keep, entries=("state_dict",)),
+    "timm": Format(
+        "timm's own names", keep, entries=("state_dict_ema", "model_ema", "state_dict"), anchor=_TIMM_ANCHOR
+    ),
     "mae": Format(
         "the published MAE and DMAE files (timm's names in an entry `model`, decoder_* next to them)",
         keep,
         entries=("model",),
+        anchor=_TIMM_ANCHOR,
     ),
     "hf": Format(
-        "transformers' ViT-MAE, ViT, DINOv2 and DINOv3, a folder or a hub id", _rename_hf, finish=_finish_hf
+        "transformers' ViT-MAE, ViT, DINOv2 and DINOv3, a folder or a hub id",
+        _rename_hf,
+        anchor=_HF_ANCHOR,
+        finish=_finish_hf,
     ),
     "dinov2": Format(
         "the published dinov2_*_pretrain.pth, and the teacher of a DINOv2 run",
@@ -178,6 +199,7 @@ FORMATS: dict[str, Format] = {
             (r"mlp\.w3\.", "mlp.fc2."),
         ),
         entries=("teacher",),
+        anchor=_TIMM_ANCHOR,
         finish=_add_position_to_cls,
     ),
     "dinov3": Format(
@@ -194,12 +216,14 @@ FORMATS: dict[str, Format] = {
             (r"mlp\.w3\.", "mlp.fc2."),
         ),
         entries=("teacher",),
+        anchor=_TIMM_ANCHOR,
         finish=_split_masked_bias,
     ),
     "dmae_ds": Format(
         "our own student.safetensors, a run folder that holds one, or a folder made by `dmae-ds teacher "
         "slice`",
         keep,
+        anchor=_TIMM_ANCHOR,
     ),
 }
 

@@ -23,7 +23,6 @@ _KINDS = (
         r"^student\.|^decoder\.blocks\.",
         "a file of ours without an encoder of its own; use student.safetensors",
     ),
-    (r"^module\.", "a DataParallel state dict; strip `module.` from its names"),
     (r"^decoder_embed\.", "a whole MAE, encoder and decoder (format mae)"),
     (r"^(fc_norm|head)\.", "a classifier (format timm or mae): encoder and head, no decoder"),
     (r"^blocks\.0\.", "an encoder without a decoder"),

@@ -68,6 +68,7 @@ def load_network(
         dtype=torch.float32,
         fit_dtype=torch.float32,
     )
+    notes += [weights.container.note] if weights.container.note else []
     return LoadedNetwork(tensors, weights, dropped, notes)
 
 

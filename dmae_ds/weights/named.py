@@ -32,6 +32,12 @@ class Weights(Mapping):
         return self.container.path
 
     @property
+    def in_own_entry(self) -> bool:
+        """Whether the file keeps them in an entry that tells this format from others with the same names."""
+        known = FORMATS.get(self.format)
+        return known is not None and self.container.root.split(".")[0] in known.entries
+
+    @property
     def label(self) -> Label:
         return self.container.label
 
@@ -68,8 +74,9 @@ def open_weights(path: Path, format: str, *, label: Label = WEIGHTS) -> Weights:
     for name, known in FORMATS.items():
         for entry in known.entries:
             formats.setdefault(entry, []).append(name)
-    entries = find_format(format, label=label).entries
-    return map_names(open_container(path, entries, formats, label=label), format)
+    chosen = find_format(format, label=label)
+    container = open_container(path, chosen.entries, formats, anchor=chosen.anchor, label=label)
+    return map_names(container, format)
 
 
 def map_names(container: Container, format: str) -> Weights:
@@ -120,6 +127,6 @@ def with_own_decoder(weights: Weights) -> Weights:
     places = {name: decoder.places[name] for name in names}
     parts = [weights.container, Container(file, places, label=weights.label)]
     joined = join_containers(weights.path, parts, label=weights.label)
-    joined.absent = weights.container.absent
+    joined.absent, joined.note = weights.container.absent, weights.container.note
     sources = {published: Source((name,), keep) for name, published in names.items()}
     return Weights(joined, weights.format, weights.sources | sources, weights.ignored)

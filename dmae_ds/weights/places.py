@@ -26,13 +26,17 @@ _READ_AT_ONCE = 1 << 26  # bytes
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor in a file: `offset` in bytes, `strides` in entries."""
+    """One tensor in a file: `offset` in bytes, `strides` in entries.
+
+    problem: why its values can't be read (a dtype that torch lacks, a sparse tensor); empty where they can
+    """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
+    problem: str = ""
 
     @property
     def num_entries(self) -> int:
@@ -53,6 +57,8 @@ class Container(Mapping):
     places: {name: where it is}; metadata: the file's own text entries (safetensors)
     absent: files that an index names and that are not on this machine; a rank may do without those whose
     tensors it doesn't need
+    entries: names of a .pth's top level that hold other names
+    root, note: what stood in front of the names in the file, and what was not read for it (roots.py)
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class Container(Mapping):
         self.metadata = metadata or {}
         self.label = label
         self.absent: list[str] = []
+        self.entries: frozenset[str] = frozenset()
+        self.root = self.note = ""
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -82,10 +90,21 @@ class Container(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor into memory of its own: contiguous, in the file's dtype."""
         place = self.places[name]
+        if place.problem:
+            raise UserError(
+                f"{self.label.weights} '{place.path}': '{name}' {place.problem}; save the file again with it "
+                "as a plain tensor of float32, float16 or bfloat16"
+            )
         flat = _allocate(place)
         if place.num_bytes:
             self.bytes_read += _read_into(place, memoryview(flat.view(torch.uint8).numpy()), self.label)
         return flat.as_strided(place.shape, place.strides).contiguous()
+
+    def with_places(self, places: dict[str, Place]) -> Container:
+        """The same file with other names or fewer of them."""
+        changed = Container(self.path, places, self.metadata, label=self.label)
+        changed.absent, changed.entries = self.absent, self.entries
+        return changed
 
     def like(self, name: str) -> Tensor:
         """Return the tensor on the meta device: its shape and dtype, without reading it."""

@@ -12,19 +12,38 @@ from dmae_ds.errors import UserError
 from dmae_ds.weights.label import Label
 from dmae_ds.weights.places import Container, Place, describe_error, open_unbuffered
 
+_SHORTEST = 10  # bytes: the header's length and an empty JSON object
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+# {the header's word: torch's name}; torch of this machine may lack some.
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 _DAMAGED = (OSError, struct.error, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as this format does, whatever its name: a length, then a JSON object."""
+    with open_unbuffered(path) as file:
+        start = file.read(_SHORTEST)
+    if len(start) < _SHORTEST or start[8:9] != b"{":
+        return False
+    return struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER
 
 
 def open_safetensors(path: Path, label: Label) -> Container:
@@ -49,12 +68,8 @@ def _read_header(path: Path, label: Label) -> Container:
     places: dict[str, Place] = {}
     end = 0  # tensors follow each other without a gap, by the format
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        shape = tuple(entry["shape"])
         first, last = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} is {entry['dtype']}, known are {', '.join(_DTYPES)}")
-        strides = torch.empty(shape, device="meta").stride()
-        place = Place(path, _DTYPES[entry["dtype"]], shape, strides, 8 + length + end)
+        place = _place(path, entry, 8 + length + end)
         if (first, last) != (end, end + place.num_bytes):
             raise ValueError(f"{name} is at {first}-{last} instead of {end}-{end + place.num_bytes}")
         places[name] = place
@@ -63,3 +78,14 @@ def _read_header(path: Path, label: Label) -> Container:
     if size != 8 + length + end:
         raise ValueError(f"{size} bytes instead of {8 + length + end}")
     return Container(path, places, metadata, label=label)
+
+
+def _place(path: Path, entry: dict, offset: int) -> Place:
+    shape = tuple(entry["shape"])
+    dtype = getattr(torch, _DTYPES.get(entry["dtype"], "unknown"), None)
+    if dtype is None:
+        # Its bytes are skipped; that matters only where the tensor is needed.
+        first, last = entry["data_offsets"]
+        problem = f"is {entry['dtype']}, readable are {', '.join(_DTYPES)}"
+        return Place(path, torch.uint8, (last - first,), (1,), offset, problem)
+    return Place(path, dtype, shape, torch.empty(shape, device="meta").stride(), offset)

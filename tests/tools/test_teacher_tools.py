@@ -69,6 +69,15 @@ def rows_of(text):
     return {line[:12].strip(): line[12:] for line in text.splitlines()}
 
 
+def test_inspect_says_which_network_of_a_training_checkpoint_it_describes(tmp_path):
+    state = noisy(timm.create_model(NAME, num_classes=0, **TINY).state_dict())
+    wrapped = {f"module.backbone.{name}": tensor for name, tensor in state.items()}
+    averaged = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    torch.save({"student": wrapped, "teacher": averaged, "epoch": 3}, tmp_path / "checkpoint0100.pth")
+    content = rows_of(inspect(tmp_path / "checkpoint0100.pth", name=NAME, overrides=NUMBERS))["content"]
+    assert "`teacher.backbone.`" in content and "`student.module.backbone.`" in content
+
+
 def test_inspect_describes_a_file(file):
     rows = rows_of(inspect(file, name=NAME, overrides=NUMBERS))
     assert rows["format"].startswith("mae")

@@ -69,7 +69,7 @@ def without_weights(path: Path) -> None:
 
 
 def of_another_format(path: Path) -> None:
-    torch.save({f"net.{name}": tensor for name, tensor in student().state_dict().items()}, path)
+    torch.save({f"net_{name}": tensor for name, tensor in student().state_dict().items()}, path)
 
 
 def of_another_size(path: Path) -> None:
@@ -121,6 +121,23 @@ def test_a_student_begins_with_the_files_tensors_and_fitted_positions(tmp_path):
         if name != "pos_embed":
             assert torch.equal(larger.state_dict()[name], tensor), name
     assert torch.equal(larger.pos_embed, expected)
+
+
+def test_what_was_read_of_a_checkpoint_with_an_ema_is_said(tmp_path):
+    good = student().state_dict()
+    raw = {name: tensor * 0.5 for name, tensor in good.items()}
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"state_dict": raw, "state_dict_ema": good, "arch": NAME}, path)
+    begun = student()
+    note = fill_student(begun, str(path), NETWORK)
+    assert torch.equal(begun.cls_token, good["cls_token"])
+    config = TeacherConfig(name=NAME, **SHAPE, weights=str(path))
+    teacher = load_frozen_teacher(
+        config, taps=("block/2",), whole_blocks=2, device=torch.device("cpu"), **PIXELS
+    )
+    assert torch.equal(teacher.vit.cls_token, good["cls_token"])
+    for text in (note, *teacher.parts.notes):
+        assert "state_dict_ema" in text and "EMA" in text
 
 
 def test_a_student_without_weights_anywhere_names_its_key():

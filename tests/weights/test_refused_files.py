@@ -182,7 +182,7 @@ def test_the_hand_written_header_is_a_good_one(tmp_path):
         ({"a": entry(0, 16, shape="four")}, ["safetensors"]),
         ({"a": entry(0, 8)}, ["bytes instead of"]),
         ({"a": entry(0, 32)}, ["bytes instead of"]),
-        ({"a": entry(0, 16, shape=[32], dtype="F4")}, ["a is F4", "F64"]),
+        ({"a": entry(0, 16, shape=[32], dtype="F4")}, ["'a' is F4", "F64"]),
         ({"a": {"dtype": "F32"}}, ["data_offsets"]),
         ({"a": 5}, ["safetensors"]),
         ({"__metadata__": 5}, ["safetensors"]),
