@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
+from dmae_ds.output.units import size_text
 from dmae_ds.teacher.frozen import meta_teacher
-from dmae_ds.weights.fit import fits
+from dmae_ds.weights.fit import check_fit, fits
 from dmae_ds.weights.kinds import describe_kind
 from dmae_ds.weights.named import map_names, open_weights
 from tests.messages import refused
 from tests.teacher.layouts import OTHERS
-from tests.teacher.reference import IDS, SHAPE, Reference, as_safetensors
+from tests.teacher.reference import IDS, SHAPE, TAP, Reference, as_safetensors
 from tests.teacher.references import (
     IMAGES,
     ONE_OF_EACH,
@@ -23,6 +24,7 @@ from tests.teacher.references import (
     features,
     fit,
     load,
+    needed_by,
 )
 
 
@@ -198,6 +200,33 @@ def test_what_stays_in_the_file_is_described_part_by_part(tmp_path):
         reference = build_reference(what)
         teacher = load(reference, reference.save(tmp_path, reference.tensors))
         assert teacher.parts.describe_dropped().startswith(parts)
+
+
+@pytest.mark.parametrize(
+    ("what", "more"),
+    [
+        ("timm", {}),
+        ("mae", {"head.weight": torch.ones(7, 32)}),
+        (
+            "timm-pth",
+            {"head.bias": torch.ones(7, dtype=torch.bfloat16), "norm.weight": torch.ones(32).double()},
+        ),
+        ("hf-vit", {"pooler.dense.weight": torch.ones(32, 32).half()}),
+        ("dinov2", {"ibot_head.last": torch.ones(5)}),
+    ],
+)
+def test_the_bytes_that_stay_in_the_file_are_those_of_the_tensors_that_are_not_needed(tmp_path, what, more):
+    """By hand: what the file holds less what the teacher's tensors are made of, in the file's dtypes."""
+    reference = build_reference(what)
+    tensors = reference.tensors | more
+    weights = open_weights(reference.save(tmp_path, tensors), reference.format)
+    needed = needed_by(reference.name, tuple(reference.overrides.items()))
+    used = {key for name in needed for key in weights.sources[name].names}
+    left = sum(tensor.numel() * tensor.element_size() for key, tensor in tensors.items() if key not in used)
+    dropped = check_fit(needed, weights, depth=TAP, may_resize=False)
+    assert dropped.num_bytes == left > 0
+    text = load(reference, weights.path).parts.describe_dropped()
+    assert text.endswith(f"{dropped.parameters / 1e6:.1f} M parameters, {size_text(left)}")
 
 
 def test_a_missing_file_matters_where_a_needed_tensor_is_in_it(tmp_path):

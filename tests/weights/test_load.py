@@ -123,6 +123,37 @@ def test_a_student_begins_with_the_files_tensors_and_fitted_positions(tmp_path):
     assert torch.equal(larger.pos_embed, expected)
 
 
+@pytest.mark.parametrize("img_size", [64, 16, 48])
+def test_a_student_begins_with_learned_positions_of_another_grid(tmp_path, img_size):
+    """Those of patches interpolated, that of CLS as it was; nothing of the student's own is left."""
+    source = student()
+    learned = torch.randn(1, 17, 32, generator=torch.Generator().manual_seed(3))
+    torch.save({"model": {**source.state_dict(), "pos_embed": learned}}, tmp_path / "student.pth")
+    shape = {**SHAPE, "img_size": img_size}
+    begun = build_student(NAME, shape, generator=torch.Generator().manual_seed(1))
+    note = fill_student(begun, str(tmp_path / "student.pth"), ModelConfig(name=NAME, **shape))
+    side = img_size // 8
+    # [1, 16, D] -> [1, D, 4, 4] -> [1, D, side, side] -> [1, side^2, D]
+    square = learned[:, 1:].transpose(1, 2).reshape(1, 32, 4, 4)
+    resized = torch.nn.functional.interpolate(square, (side, side), mode="bicubic", antialias=True)
+    expected = torch.cat([learned[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+    torch.testing.assert_close(begun.pos_embed, expected)
+    assert torch.equal(begun.pos_embed[:, 0], learned[:, 0])
+    assert torch.equal(begun.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    assert f"4x4 -> {side}x{side}" in note and "interpolated" in note
+
+
+def test_a_student_of_the_same_grid_keeps_its_positions_and_one_without_a_square_is_refused(tmp_path):
+    learned = torch.randn(1, 17, 32)
+    torch.save({**student().state_dict(), "pos_embed": learned}, tmp_path / "same.pth")
+    begun = student()
+    assert fill_student(begun, str(tmp_path / "same.pth"), NETWORK) == ""
+    assert torch.equal(begun.pos_embed, learned)
+    torch.save({**student().state_dict(), "pos_embed": torch.randn(1, 13, 32)}, tmp_path / "odd.pth")
+    with refused("student.weights", "odd.pth", "student.name"):
+        fill_student(student(), str(tmp_path / "odd.pth"), NETWORK)
+
+
 def test_what_was_read_of_a_checkpoint_with_an_ema_is_said(tmp_path):
     good = student().state_dict()
     raw = {name: tensor * 0.5 for name, tensor in good.items()}

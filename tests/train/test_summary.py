@@ -1,0 +1,60 @@
+"""The summary's rows of the teacher: what is saved of its compute, with and without a mask."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from dmae_ds.objectives.build import build_objective
+from dmae_ds.teacher.build import load_frozen_teacher
+from dmae_ds.train.summary import describe_teacher
+from tests.objectives import small
+
+WIDTH, BLOCK, NUM_PATCHES = 12, 12 * 12 * 12 + 13 * 12, 16  # parameters of a block: 12 D^2 + 13 D
+DECODER = {"decoder_embed.weight": (8, 12), "decoder_blocks.0.attn.qkv.weight": (240, 80)}
+IN_DECODER = 8 * 12 + 240 * 80
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A whole MAE of the small teacher's size, whose decoder is about as large as its encoder."""
+    torch.manual_seed(0)
+    numbers = {
+        key: small.TEACHER[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+    }
+    state = timm.create_model(small.TEACHER["name"], num_classes=0, **numbers).state_dict()
+    state |= {name: torch.zeros(shape) for name, shape in DECODER.items()}
+    path = tmp_path_factory.mktemp("teacher") / "mae.pth"
+    torch.save({"model": state}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("section", "sees", "tokens"),
+    [
+        ({"name": "dmae", "decoder": small.DECODER}, "visible", 1 + 4),
+        ({"name": "dmae", "decoder": small.DECODER}, "all", 1 + NUM_PATCHES),
+        ({"name": "dmae", "decoder": small.DECODER, "mask_ratio": 0.5}, "visible", 1 + 8),
+        ({"name": "mocov3", "hidden_dim": 8, "output_dim": 4, "distill": {}}, "visible", 1 + NUM_PATCHES),
+    ],
+)
+def test_the_saved_share_of_the_teachers_compute_by_hand(file, section, sees, tokens):
+    config = small.config_for(section, teacher=True)
+    teacher = config.teacher.model_copy(update={"weights": str(file), "format": "mae", "sees": sees})
+    config = config.model_copy(update={"teacher": teacher})
+    objective, _ = build_objective(config)
+    built = load_frozen_teacher(
+        teacher,
+        taps=objective.taps,
+        whole_blocks=8,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=torch.device("cpu"),
+    )
+    rows = describe_teacher(config, objective, built)
+    above = tokens * 2 * BLOCK + (1 + NUM_PATCHES) * IN_DECODER  # blocks 7 and 8 of 8; the decoder sees all
+    share = above / (above + tokens * 6 * BLOCK)
+    assert rows["left out"].startswith("blocks 7-8, decoder")
+    assert f"; {share:.0%} of" in rows["left out"]
+    assert f"sees {sees} patches" in rows["teacher"]
