@@ -28,6 +28,7 @@ class ObjectiveSection(Section):
     mix_group_size: consecutive images of the global batch that are mixed together and stay in one micro-batch
     judged_by: where a collapse of the features shows: in the mean of the patch tokens, or in CLS, where the
         loss reads nothing else of the last block
+    trains_positions: the student's positional embedding
     distillation_key: the section that holds the settings of feature distillation
     """
 
@@ -36,6 +37,7 @@ class ObjectiveSection(Section):
     needs_whole_batch: ClassVar[bool] = False
     mix_group_size: ClassVar[int] = 1
     judged_by: ClassVar[Literal["mean", "cls"]] = "mean"
+    trains_positions: ClassVar[bool] = False
     distillation_key: ClassVar[str] = "objective.distill"
 
     @property

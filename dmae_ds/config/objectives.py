@@ -239,6 +239,7 @@ class G2sdSpecificConfig(ObjectiveSection):
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
     judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
+    trains_positions: ClassVar[bool] = True
     name: Literal["g2sd_specific"]
     augment: AugmentConfig = AugmentConfig()
 

@@ -111,7 +111,8 @@ class MaskedViT(nn.Module):
     """The encoder on visible patches: embed, add positions, prepend CLS, run the blocks (MAE, Sec. 3).
 
     It takes over the modules of a timm network; `keep_norm=False` leaves the final norm out. `pos_embed` is a
-    buffer: fixed, saved, never trained. Tokens have timm's order: CLS, registers, patches.
+    buffer, fixed and saved, unless an objective makes it a parameter. Tokens have timm's order: CLS,
+    registers, patches.
     R: number of tokens in front of the patches (1 for a plain ViT, 0 for SigLIP, 5 for DINOv2 with registers)
 
     A backward pass stores in `gradient_norms` the norms of the gradients at each tapped block: {block:

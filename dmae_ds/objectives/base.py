@@ -42,6 +42,12 @@ class Objective(nn.Module):
         lr_scales: {prefix of parameter names: factor of the coming step's learning rate}; such parameters
             have groups of their own. The prefixes are fixed by the constructor, `start_step` may set factors
         no_weight_decay: names of parameters without weight decay, besides all one-dimensional ones
+        positions: the student's positional embedding is a buffer, fixed sin-cos, as in the published code of
+            MAE (so of DMAE, G2SD's generic stage and SdAE) and of MoCo-v3. DINO's is learned in its published
+            code; here it is fixed, so that methods start alike and the grids of small crops are exact.
+            `g2sd_specific` alone trains it (`train_positions`): it fine-tunes on labels, and the published
+            code trains it there. A schema tells by `trains_positions`, so that no older checkpoint, which has
+            no optimizer state for it, is continued
     What cards, reports and plans show
         num_visible: patches of an image that the student's encoder sees
         pairs: distilled (student block, teacher block), counted from 1
@@ -168,6 +174,13 @@ def freeze(module: nn.Module) -> None:
         for name, parameter in list(submodule.named_parameters(recurse=False)):
             delattr(submodule, name)
             submodule.register_buffer(name, parameter.detach())
+
+
+def train_positions(student: MaskedViT) -> None:
+    """Turn a student's positional embedding from a buffer into a parameter of the same name."""
+    positions = student.pos_embed
+    del student.pos_embed
+    student.pos_embed = nn.Parameter(positions.detach().clone())
 
 
 def with_zero_gradient(weight: Tensor) -> Tensor:

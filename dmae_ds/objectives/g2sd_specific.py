@@ -1,6 +1,8 @@
 """G2SD's specific stage, which is DeiT's hard distillation (G2SD, supplement, Sec. 1.1; DeiT, Eq. 3).
 
-CLS learns from the labels, a second token from the decisions of a fine-tuned teacher.
+CLS learns from the labels, a second token from the decisions of a fine-tuned teacher. The positional
+embedding is trained, as in the published code and in MAE's fine-tuning (layer 0 of the layer decay, no weight
+decay). All other objectives keep it fixed; why is in `Objective` (base.py).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.augment import LabelledBatch, MixedImages
-from dmae_ds.objectives.base import Objective, all_places
+from dmae_ds.objectives.base import Objective, all_places, train_positions
 from dmae_ds.objectives.classifier import Classifier, distilled_classifier
 from dmae_ds.objectives.feature_distillation import TeacherShape
 
@@ -32,7 +34,7 @@ class G2sdSpecific(Objective):
     taps = ("logits",)
     labels = True
     # As in timm's classifiers; the distillation token decays, as published.
-    no_weight_decay = ("student.cls_token",)
+    no_weight_decay = ("student.cls_token", "student.pos_embed")
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class G2sdSpecific(Objective):
         num_classes: int,
     ):
         super().__init__(student)
+        train_positions(student)
         self.num_classes, self.rand_augment = num_classes, config.augment.rand_augment
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         self.mixed = MixedImages(config.augment, num_classes=num_classes, seed=seed)
@@ -73,7 +76,8 @@ class G2sdSpecific(Objective):
     def layer_of(self, name: str) -> int:
         """Return the layer of a parameter, as MAE's published fine-tuning counts them.
 
-        0: embedding and CLS; i: block i; depth + 1: final norm, distillation token and heads
+        0: patch projection, positional embedding and CLS; i: block i; depth + 1: final norm, distillation
+        token and heads
         """
         if name.startswith("student.blocks."):
             return 1 + int(name.split(".")[2])

@@ -129,6 +129,7 @@ def identity_of(
         "teacher": None if teacher is None else teacher.model_dump(mode="json", exclude=TEACHER_MAY_CHANGE),
         "student": config.student.model_dump(mode="json", exclude={"weights"}),
         "objective": config.objective.model_dump(mode="json"),
+        "positions": "trained" if config.objective.trains_positions else "fixed",
     }
 
 

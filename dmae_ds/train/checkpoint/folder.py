@@ -37,10 +37,12 @@ MUST_AGREE = {
     "student": "set the student section back, or choose another run.dir",
     "teacher": "set the teacher section back, or choose another run.dir",
     "objective": "set the objective section back, or choose another run.dir",
+    "positions": "the version that wrote it kept the positional embedding fixed and has no optimizer state "
+    "for it; finish the run with that version, or begin another run.dir with student.weights of this one",
 }
 
 # Values that a state.json from before a key existed stands for.
-OLDER = {"order": {"version": 1, "block": 1}, "repeat": 1}
+OLDER = {"order": {"version": 1, "block": 1}, "repeat": 1, "positions": "fixed"}
 
 _CHUNK = 16 * MIB
 

@@ -222,6 +222,16 @@ def test_a_state_without_the_keys_of_today_is_read_as_what_it_meant(folder):
         folder.check_same_run(folder.latest(), {**IDENTITY, **OLDER, "order": {"version": 1, "block": 2}})
 
 
+def test_an_older_checkpoint_without_optimizer_state_for_the_positions_is_refused(folder):
+    save(folder, 5)
+    path = folder.path / folder.tag(5) / "state.json"
+    state = {key: value for key, value in json.loads(path.read_text()).items() if key != "positions"}
+    path.write_text(json.dumps(state))
+    folder.check_same_run(folder.latest(), {**IDENTITY, "positions": "fixed"})
+    with refused("positional embedding", "fixed", "optimizer state", "student.weights"):
+        folder.check_same_run(folder.latest(), {**IDENTITY, "positions": "trained"})
+
+
 def test_an_old_name_of_a_file_is_checked_like_any_other(folder):
     """Before December 2026 the EMA teacher's file was twin.safetensors; state.json lists files by name."""
     folder.begin(5)
