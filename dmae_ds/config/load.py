@@ -1,12 +1,10 @@
 """Reads a YAML recipe with `key=value` overrides into a checked RunConfig. Each mistake is one line.
 
-Both `1e-3` and `1.0e-3` are numbers (in YAML 1.1 the first is a string). A key that is given twice is an
-error.
+What a spelling means (`1e-3`, `off`, 2024-05-01) is decided in yaml_text.py.
 """
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -16,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.config.shipped import find_file
+from dmae_ds.config.yaml_text import OverrideText, Plain, read_yaml, settle
 from dmae_ds.errors import UserError
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -36,9 +35,13 @@ def load_config(
     Raises UserError with one line for every key that is unknown, missing or out of range.
     """
     path = find_file(kind, recipe)
-    values = _read_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as YAML: {error}; save it as UTF-8") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: found {type(values).__name__}, expected sections such as `student:`")
+        found = type(values.value if isinstance(values, Plain) else values).__name__
+        raise UserError(f"{path}: found {found}, expected sections such as `student:`")
     values = _lay_over(below or {}, values)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -46,9 +49,9 @@ def load_config(
             raise UserError(
                 f"'{override}' is not an override; write key=value, for example objective.mask_ratio=0.9"
             )
-        _set(values, key, _read_yaml(text, where=f"override {key}"))
+        _set(values, key, OverrideText(key, text))
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(settle(values, [schema]))
     except ValidationError as error:
         raise UserError("\n".join(_explain(item, schema) for item in error.errors())) from None
 
@@ -67,43 +70,14 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a number and refuses keys that are given twice."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key '{key}' is given twice", node.start_mark
-            )
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-
-
-def _read_yaml(text: str, *, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{where}{line}: not readable as YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
-
-
 def _set(values: dict, dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
         child = values.get(parent)
+        if isinstance(child, OverrideText):  # objective={name: mae} objective.mask_ratio=.9
+            child = values[parent] = child.as_yaml()
+        if isinstance(child, Plain):
+            child = child.value
         if child is None:
             child = values[parent] = {}
         if not isinstance(child, dict):

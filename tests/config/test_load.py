@@ -175,3 +175,80 @@ def test_a_key_given_twice_is_an_error(tmp_path):
 def test_an_unknown_recipe_lists_the_shipped_ones():
     with refused("digits_dmea", "digits_dmae?", "dmae_vit_large_to_base"):
         load_config("digits_dmea")
+
+
+TEXTS = [
+    "exp #2",
+    "2024-05-01",
+    "2024-13-45",
+    "off",
+    "007",
+    "1e5",
+    "12:30:00",
+    "0b_",
+    "a: b",
+    "[x",
+    "*best",
+    "&x",
+    "!run",
+    "~",
+    "@home",
+    "- x",
+    "a=b",
+    "'s",
+    ".nan",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["run.dir", "teacher.weights", "deepspeed"])
+def test_where_a_string_is_wanted_the_text_counts_as_it_stands(recipe, tmp_path, key, text):
+    config = load_config(recipe, [f"{key}={text}"])
+    place = config
+    for name in key.split("."):
+        place = getattr(place, name)
+    assert place == text
+    (tmp_path / "copy.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "copy.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [("run.dir='exp #2'", "exp #2"), ('run.dir="007"', "007"), ("run.dir=  exp \r", "exp")],
+)
+def test_quotes_and_white_space_around_a_text_are_not_part_of_it(recipe, override, expected):
+    assert load_config(recipe, [override]).run.dir == expected
+
+
+def test_null_removes_an_optional_text_and_is_refused_elsewhere(recipe):
+    assert load_config(recipe, ["data.val=x", "data.val=null"]).data.val is None
+    with refused("run.dir", "None"):
+        load_config(recipe, ["run.dir=null"])
+    with refused("objective.head", "'off'", "mlp2"):
+        load_config(recipe, ["objective.head=off"])
+
+
+def test_texts_inside_a_section_a_list_and_a_recipe_count_as_well(recipe, tmp_path):
+    config = load_config(recipe, ["data={train: 2024-05-01, val: 007}", "run={dir: off}", "run.seed=007"])
+    assert (config.data.train, config.data.val, config.run.dir) == ("2024-05-01", "007", "off")
+    assert config.run.seed == 7
+    with refused("log.trackers", "'off'", "tensorboard"):
+        load_config(recipe, ["log.trackers=[off]"])
+    path = tmp_path / "dates.yaml"
+    path.write_text(RECIPE.replace("somewhere", "2024-05-01").replace("shards", "1e3"))
+    config = load_config(str(path))
+    assert (config.run.dir, config.data.train) == ("2024-05-01", "1e3")
+
+
+def test_the_name_of_an_objective_decides_which_of_its_keys_are_strings(recipe):
+    config = load_config(recipe, ["objective.head=mlp3", "objective={name: sdae}", "objective.folds=2"])
+    assert (config.objective.name, config.objective.folds) == ("sdae", 2)
+    own = ["objective={name: 'tests.train.toy:Toy'}", "run.dir=1_000"]
+    assert load_config(recipe, own).run.dir == "1_000"
+
+
+def test_a_recipe_that_is_not_utf_8_is_one_line(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("run: {dir: Größe}".encode("latin-1"))
+    with refused("latin.yaml", "UTF-8"):
+        load_config(str(path))
