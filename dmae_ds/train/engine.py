@@ -25,6 +25,34 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise UserError("precision fp16 requires a GPU; on CPUs use fp32, bf16_autocast or bf16")
 
 
+def check_ops(config: dict, device: torch.device) -> None:
+    """Raise UserError where a loaded DeepSpeed config needs a compiled op that this machine cannot have."""
+    zero = config.get("zero_optimization", {})
+    quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
+    if quantized and device.type == "cpu":
+        raise UserError(f"zero_optimization.{quantized[0]} requires a GPU; remove it from the DeepSpeed file")
+    if not _offloads_to_disk(config):
+        return
+    builder = get_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        raise UserError(
+            "zero_optimization offloads to nvme, which requires DeepSpeed's async_io op, and it cannot be "
+            "built on this machine (`ds_report` says why: mostly libaio is missing); offload to cpu"
+        )
+
+
+def get_op_builder(name: str):
+    """DeepSpeed's builder of a compiled op, for this machine's accelerator; None where it has none."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().create_op_builder(name)
+
+
+def _offloads_to_disk(config: dict) -> bool:
+    zero = config.get("zero_optimization", {})
+    return any(zero.get(key, {}).get("device") == "nvme" for key in ("offload_param", "offload_optimizer"))
+
+
 @contextlib.contextmanager
 def logged_collectives() -> Iterator[Callable[[], float]]:
     """Turn on DeepSpeed's log of collectives, which waits for each; gives a function for their seconds."""
@@ -58,10 +86,7 @@ class Engine:
         self.objective, self.device = objective, device
         self._fp32_weights = not (config["bf16"]["enabled"] or config["fp16"]["enabled"])
         self._deepspeed = deepspeed
-        zero = config.get("zero_optimization", {})
-        self._offloads_to_disk = any(
-            zero.get(key, {}).get("device") == "nvme" for key in ("offload_param", "offload_optimizer")
-        )
+        self._offloads_to_disk = _offloads_to_disk(config)
         names = {parameter: name for name, parameter in objective.named_parameters()}
         self._groups = [
             [names[parameter] for parameter in group["params"]] for group in optimizer.param_groups

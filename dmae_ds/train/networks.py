@@ -12,7 +12,7 @@ from dmae_ds.objectives.initial import fill_student
 from dmae_ds.teacher.build import load_frozen_teacher, verify
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.teacher.pipeline import StageGroup, join_group
-from dmae_ds.train.engine import check_precision
+from dmae_ds.train.engine import check_ops, check_precision
 from dmae_ds.train.preflight import Preflight
 
 
@@ -29,6 +29,7 @@ def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objectiv
 
     def build():
         check_precision(config.precision, device)
+        check_ops(preflight.deepspeed, device)
         objective, shape = build_objective(config, num_classes=num_classes)
         if config.student.weights is not None and preflight.resume_from is None:
             objective.initial_notes = fill_student(objective.student, config.student.weights, config.student)
