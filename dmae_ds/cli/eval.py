@@ -7,9 +7,13 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmae_ds.cli.arguments import add_labels
 from dmae_ds.cli.ranks import same_on_every_rank
+
+if TYPE_CHECKING:
+    from dmae_ds.distributed.world import World
 
 
 def add_eval(subcommands) -> None:
@@ -141,12 +145,13 @@ def _probe(args: argparse.Namespace) -> None:
 def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -> None:
     """Evaluate every run with every share of labels, in one process."""
     options |= {"pool": args.pool, "batch_size": args.batch_size, "cache_gib": args.cache_gib}
-    with same_on_every_rank():
+    with same_on_every_rank() as world:
+        _share_cpus(world)
         for run, labels in itertools.product(args.runs, args.labels):
             # The seed draws a share of the labels; `all` needs none. Where `all` is the only share, a seed is
             # passed on and refused.
             seed = args.subset_seed if labels != "all" or len(args.labels) == 1 else None
-            if len(args.runs) > 1 and int(os.environ.get("RANK", 0)) == 0:
+            if len(args.runs) > 1 and world.is_main:
                 print(f"{run}: ", end="", flush=True)
             evaluate_run(Path(run), labels=labels, subset_seed=seed, **options)
 
@@ -154,7 +159,8 @@ def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -
 def _classifier(args: argparse.Namespace) -> None:
     from dmae_ds.finetune.run import evaluate
 
-    with same_on_every_rank():
+    with same_on_every_rank() as world:
+        _share_cpus(world)
         evaluate(
             args.name,
             args.weights,
@@ -164,3 +170,11 @@ def _classifier(args: argparse.Namespace) -> None:
             subset_seed=args.subset_seed,
             resume=args.resume,
         )
+
+
+def _share_cpus(world: World) -> None:
+    """Let accelerate join ranks on CPUs: unless it is told that there are no GPUs, each rank works alone."""
+    import torch
+
+    if world.size > 1 and not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"

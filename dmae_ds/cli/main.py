@@ -19,6 +19,7 @@ from dmae_ds.cli.plan import add_plan
 from dmae_ds.cli.report import add_report
 from dmae_ds.cli.teacher import add_teacher
 from dmae_ds.cli.train import add_train
+from dmae_ds.distributed.tasks import rank_in_env
 from dmae_ds.distributed.world import whole_lines
 from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError
 
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _print_error(error: UserError | RunFailed, *, code: int) -> int:
     """Print the error on rank 0, or on the one rank that met it; returns the exit code."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = rank_in_env()
     if rank == 0 or not error.on_every_rank:
         kind = "stopped" if code == os.EX_TEMPFAIL else "error"
         place = f" (rank {rank})" if rank else ""

@@ -62,7 +62,8 @@ def _set_device(world: World) -> torch.device:
     num_gpus = torch.cuda.device_count()
     if world.local_rank >= num_gpus:
         raise UserError(
-            f"{world.name()} has no GPU of its own: {num_gpus} here; start at most one rank for each GPU"
+            f"{world.name()} has no GPU of its own: {num_gpus} here; start at most one rank for each GPU, "
+            "and let every rank see all GPUs of its node (srun: --gpus-per-node, not --gpus-per-task)"
         )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)

@@ -18,7 +18,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import IO
 
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
@@ -32,6 +34,7 @@ from dmae_ds.finetune.evaluation import Evaluation, open_evaluation
 from dmae_ds.finetune.loop import LoopSettings, train, validate
 from dmae_ds.finetune.record import Progress, metric_of, save_epoch, settings_of, summary, write_text
 from dmae_ds.finetune.source import find_source
+from dmae_ds.train.checkpoint.run_lock import hold
 from dmae_ds.train.optim import learning_rate
 
 SCHEMAS = {"finetune": FinetuneConfig, "linear": LinearConfig}
@@ -67,6 +70,10 @@ def evaluate(
     identity = evaluation.identity(command)
     progress = _start_or_resume(evaluation, identity, resume)
     batches = evaluation.train_batches(start_step=progress.step)
+    lock = _claim(evaluation)
+    now = _start_or_resume(evaluation, identity, resume)
+    if now.step != progress.step:  # another job worked here while this one waited for the folder
+        progress, batches = now, evaluation.train_batches(start_step=now.step)
     accelerator.wait_for_everyone()  # every process has looked at the folder before it is written to
     if accelerator.is_main_process:
         _write_start(evaluation, progress)
@@ -83,7 +90,26 @@ def evaluate(
         print(_describe(evaluation, progress, result), flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if lock is not None:
+        lock.close()
     return result
+
+
+def _claim(evaluation: Evaluation) -> IO[str] | None:
+    """Own the evaluation's folder: two jobs that write into one would mix their epochs. Collective.
+
+    Raises UserError on every process if another job has it.
+    """
+    lock, problem = None, None
+    if evaluation.accelerator.is_main_process:
+        try:
+            lock = hold(evaluation.out)
+        except UserError as error:
+            problem = str(error)
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        raise UserError(problem)
+    return lock
 
 
 def _start_or_resume(evaluation: Evaluation, identity: dict, resume: str) -> Progress:

@@ -29,6 +29,7 @@ class Preflight:
 
     identity: what a checkpoint must agree with (`folder.MUST_AGREE`), with world_size, zero_stage and
         micro_batch
+    resume: `auto` or `never`, as `prepare` was told
     resume_from: the checkpoint to continue from; None for a new run
     """
 
@@ -41,6 +42,7 @@ class Preflight:
     num_steps: int
     folder: CheckpointFolder
     identity: dict
+    resume: str
     resume_from: Path | None
 
     @property
@@ -91,11 +93,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     )
     if resume_from is not None:
         folder.check_same_run(resume_from, identity)
-    if resume == "never" and (folder.run_dir / "config.yaml").exists():
-        raise UserError(
-            f"run.dir '{folder.run_dir}' holds a run already; continue it with --resume auto, "
-            "or choose another run.dir"
-        )
+    if resume == "never":
+        check_is_new(folder.run_dir)
     return Preflight(
         config=config,
         world=world,
@@ -106,8 +105,18 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         num_steps=num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch),
         folder=folder,
         identity=identity,
+        resume=resume,
         resume_from=resume_from,
     )
+
+
+def check_is_new(run_dir: Path) -> None:
+    """Raise UserError where a folder holds a run already."""
+    if (run_dir / "config.yaml").exists():
+        raise UserError(
+            f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, "
+            "or choose another run.dir"
+        )
 
 
 def identity_of(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Callable, Iterator
 
 import torch
@@ -36,7 +37,7 @@ from dmae_ds.train.metrics import MetricLogger, build_trackers
 from dmae_ds.train.networks import build_networks
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.peak_memory import PeakMemory
-from dmae_ds.train.preflight import Preflight
+from dmae_ds.train.preflight import Preflight, check_is_new
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import measure_speed
 from dmae_ds.train.step_timer import StepTimer
@@ -213,15 +214,23 @@ def stream(built: BuiltRun, start_step: int) -> Iterator[tuple[Batch, PatchBatch
 
 
 def with_newest_checkpoint(preflight: Preflight) -> Preflight:
-    """Look for the newest checkpoint again, now that the run folder is ours; a new run stays as it is.
+    """Look at the run folder again, now that it is ours: another job may have trained in it meanwhile.
 
-    Each rank looked by itself before, and the job before this one may have saved once more since. Collective.
+    Collective. A run that resumes takes the newest checkpoint, which rank 0 names; raises UserError, on every
+    rank, where a new run finds the folder taken.
     """
-    if not any(collectives.gather_objects(preflight.resume_from is not None)):
-        return preflight
-    newest = collectives.raise_on_all_ranks(
-        lambda: preflight.folder.latest() if preflight.world.is_main else None
-    )
+
+    def look() -> Path | None:
+        if not preflight.world.is_main:
+            return None
+        if preflight.resume == "never":
+            return check_is_new(preflight.run_dir)
+        newest = preflight.folder.latest()
+        if newest is not None:
+            preflight.folder.check_same_run(newest, preflight.identity)
+        return newest
+
+    newest = collectives.raise_on_all_ranks(look)
     return dataclasses.replace(preflight, resume_from=collectives.broadcast_from_main(newest))
 
 

@@ -22,7 +22,8 @@ LONGER = ["optim.epochs=12"]  # thirty steps; files are saved every two or three
 
 def start(launcher, run, *overrides):
     arguments = [*launcher, "-m", "dmae_ds", "eval", "finetune", str(run), *QUICK, *overrides]
-    alone = {**environment(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    alone = {**environment(), "OMP_NUM_THREADS": "1"}
+    alone.pop("ACCELERATE_USE_CPU", None)  # as users start it
     return subprocess.Popen(
         arguments,
         env=alone,

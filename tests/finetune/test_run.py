@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -18,6 +20,7 @@ from dmae_ds.evaluate.results import read_results
 from dmae_ds.finetune import checkpoint, network, record
 from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.run import evaluate
+from dmae_ds.train.checkpoint import run_lock
 from tests.evaluate.conftest import STEP, make_shards
 from tests.finetune.conftest import PLAIN, finetune
 from tests.messages import refused
@@ -262,6 +265,22 @@ def test_an_evaluation_is_neither_overwritten_nor_continued_as_another(run, monk
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with refused("--mixed_precision fp16", "precision fp32"):
         finetune(run, f"run.dir={run / 'other'}")
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_second_job_in_the_same_folder_is_refused(run, monkeypatch, resume):
+    monkeypatch.setattr(run_lock, "WAIT_S", 0.1)
+    out = run / "finetune_mae"
+    out.mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-uc", hold, str(out / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with refused(out, "in use"):
+            finetune(run, resume=resume)
+        other.kill()
+    assert [path.name for path in out.iterdir()] == ["lock"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run):

@@ -35,7 +35,7 @@ def claim(run_dir: Path) -> IO[str] | None:
     child processes do not inherit it. Returns None on other ranks, and where the file system has no locks.
     Raises UserError, on every rank, if another process holds it or a rank sees another folder.
     """
-    held = collectives.raise_on_all_ranks(lambda: _lock(run_dir) if collectives.is_main() else None)
+    held = collectives.raise_on_all_ranks(lambda: hold(run_dir) if collectives.is_main() else None)
     token = collectives.raise_on_all_ranks(lambda: _write_token(run_dir) if collectives.is_main() else None)
     host, name = collectives.broadcast_from_main((socket.gethostname(), token))
     try:
@@ -46,7 +46,8 @@ def claim(run_dir: Path) -> IO[str] | None:
     return held
 
 
-def _lock(run_dir: Path) -> IO[str] | None:
+def hold(run_dir: Path) -> IO[str] | None:
+    """Make a run folder and hold its lock, on one rank alone. Raises UserError if another process has it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     file = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115
     end = time.monotonic() + WAIT_S

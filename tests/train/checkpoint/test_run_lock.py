@@ -7,10 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from dmae_ds.distributed.world import World
+from dmae_ds.train import run
 from dmae_ds.train.checkpoint import run_lock
+from dmae_ds.train.checkpoint.folder import MUST_AGREE, CheckpointFolder
 from tests.messages import refused
 
 HOLD = """
@@ -99,3 +104,40 @@ def test_where_nothing_can_be_locked_a_warning_is_printed(tmp_path, monkeypatch,
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
     assert run_lock.claim(tmp_path) is None
     assert "Operation not supported" in capsys.readouterr().err
+
+
+def looked_at(folder, resume, **identity):
+    """What a job finds that has waited for the lock; `identity` differs from that of the job before it."""
+
+    @dataclass(frozen=True)
+    class Waiting:
+        resume: str
+        identity: dict
+        folder: CheckpointFolder
+        run_dir: Path
+        world: World
+        resume_from: Path | None = None
+
+    job = Waiting(resume, {**IDENTITY, **identity}, CheckpointFolder(folder), folder, World())
+    return run.with_newest_checkpoint(job).resume_from
+
+
+IDENTITY = {name: 0 for name in MUST_AGREE} | {"world_size": 1, "zero_stage": 2}
+
+
+def test_a_job_that_waited_does_not_start_over_the_run_of_the_job_before_it(tmp_path):
+    assert looked_at(tmp_path, "never") is None  # nobody was here
+    (tmp_path / "config.yaml").write_text("finished")
+    with refused("run.dir", tmp_path, "--resume auto"):
+        looked_at(tmp_path, "never")
+    assert (tmp_path / "config.yaml").read_text() == "finished"
+
+
+def test_a_job_that_waited_with_resume_auto_continues_what_it_finds(tmp_path):
+    assert looked_at(tmp_path, "auto") is None
+    folder = CheckpointFolder(tmp_path)
+    folder.begin(7)
+    folder.commit(7, {"step": 7, "position": 7, **IDENTITY}, {})
+    assert looked_at(tmp_path, "auto") == folder.path / "step-00000007"
+    with refused("seed", "run.seed"):
+        looked_at(tmp_path, "auto", seed=1)
