@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values are final once read."""
+    """A part of the recipe: unknown keys are refused, numbers are finite, values are final once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ObjectiveSection(Section):

@@ -258,7 +258,8 @@ class LogConfig(Section):
 class DistConfig(Section):
     """How ranks notice that one of them is lost (dmae_ds/distributed/heartbeat.py)."""
 
-    timeout_s: PositiveFloat = 600.0  # longest wait for a rank, in any collective; more than the slowest save
+    # Longest wait for a rank, in any collective; more than the slowest save, and at most a year.
+    timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] = 600.0
 
 
 class EvalConfig(Section):

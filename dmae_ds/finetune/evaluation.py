@@ -27,6 +27,7 @@ from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.build import Classifier, build
 from dmae_ds.finetune.source import Source
 from dmae_ds.models.patches import Normalize
+from dmae_ds.train.learning_rate import check_rates
 
 # Keys that may differ between a run and its continuation: locations, and settings that only change the speed.
 _FREE = {
@@ -34,6 +35,7 @@ _FREE = {
     "weights",
     "format",
     "optim.micro_batch",
+    "precision",
     "distill.teacher",
     "data.train",
     "data.val",
@@ -179,6 +181,8 @@ def open_evaluation(source: Source) -> Evaluation:
         config.optim.global_batch, config.optim.micro_batch, accelerator.num_processes, exact=True
     )
     _check_micro_batch(config, micro_batch)
+    steps = num_steps(config.optim.epochs, len(ids), config.optim.global_batch)
+    check_rates(config.optim, num_steps=steps, num_images=len(ids))
     num_classes, device = len(train_set.classes), accelerator.device
     prepare = Prepare(
         config.augment if isinstance(config, FinetuneConfig) else None,

@@ -75,13 +75,24 @@ class Losses:
         means = sums.float().to(self.accelerator.device) / max(1, self.steps)
         loss, norm = self.accelerator.reduce(means, reduction="mean").tolist()
         if not math.isfinite(loss):
-            error = RunFailed(
-                f"the loss of one of the {self.steps} steps up to {step} is not finite; "
-                "the last checkpoint is unchanged: lower optim.base_lr, or set precision=fp32"
-            )
-            error.on_every_rank = True
-            raise error
+            raise _failure(f"the loss of one of the {self.steps} steps up to {step} is not finite")
         return {"loss": loss, "grad_norm": norm}
+
+
+def raise_unless_finite(tensors: Iterable[Tensor], step: int, *, accelerator: Accelerator) -> None:
+    """Raise RunFailed, on every process, where a step has left weights that are not finite. Collective."""
+    broken = sum(not bool(tensor.isfinite().all()) for tensor in tensors)
+    if accelerator.reduce(torch.tensor(broken, device=accelerator.device), reduction="sum").item():
+        raise _failure(f"weights are not finite after step {step}")
+
+
+def _failure(what: str) -> RunFailed:
+    error = RunFailed(
+        f"{what}; the files of the epoch before are unchanged: after precision=bf16, continue with "
+        "precision=fp32 and --resume auto; else start again with a lower optim.base_lr and another run.dir"
+    )
+    error.on_every_rank = True
+    return error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from timm.optim import Lars, param_groups_layer_decay
 from torch import nn
 
 from dmae_ds.config.evaluation import FinetuneOptimConfig, LinearOptimConfig
-from dmae_ds.train.optim import peak_lr
+from dmae_ds.train.learning_rate import peak_lr
 
 
 def build_adamw(

@@ -13,7 +13,7 @@ from dmae_ds.finetune.evaluation import Evaluation
 from dmae_ds.finetune.network import save_classifier
 from dmae_ds.finetune.source import Source
 from dmae_ds.output.durable import replacing
-from dmae_ds.train.optim import peak_lr
+from dmae_ds.train.learning_rate import describe_repeats, peak_lr
 
 
 @dataclass
@@ -126,5 +126,6 @@ def summary(evaluation: Evaluation, *, start_step: int) -> str:
         "batch": f"{config.optim.global_batch} = {ranks} x {images}",
         "schedule": schedule + (f", from step {start_step}" if start_step else ""),
         "out": config.run.dir,
+        "WARNING": describe_repeats(config.optim.global_batch, len(evaluation.ids)),
     }
-    return "\n".join(f"{name:<10}{text}" for name, text in rows.items())
+    return "\n".join(f"{name:<10}{text}" for name, text in rows.items() if text)

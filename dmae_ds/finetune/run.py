@@ -31,11 +31,11 @@ from dmae_ds.evaluate.results import append_result, make_result
 from dmae_ds.evaluate.subsets import open_subset
 from dmae_ds.finetune.checkpoint import RESUME_FILE, read_resume, restore
 from dmae_ds.finetune.evaluation import Evaluation, open_evaluation
-from dmae_ds.finetune.loop import LoopSettings, train, validate
+from dmae_ds.finetune.loop import LoopSettings, raise_unless_finite, train, validate
 from dmae_ds.finetune.record import Progress, metric_of, save_epoch, settings_of, summary, write_text
 from dmae_ds.finetune.source import find_source
 from dmae_ds.train.checkpoint.run_lock import hold
-from dmae_ds.train.optim import learning_rate
+from dmae_ds.train.learning_rate import learning_rate
 
 SCHEMAS = {"finetune": FinetuneConfig, "linear": LinearConfig}
 
@@ -160,6 +160,7 @@ def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch],
 
     def after_epoch(step: int, losses: dict[str, float]) -> None:
         nonlocal since
+        raise_unless_finite(classifier.tensors().values(), step, accelerator=accelerator)
         top1, top5 = validate(
             classifier.judged,
             evaluation.val_batches(),

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.output.durable import write_atomically
+from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.collapse import CollapseMonitor
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import Speed
@@ -227,7 +228,7 @@ class MetricLogger:
         samples = "; ".join(f"rank {rank}: {_short(ids)}" for rank, ids in enumerate(ids_by_rank) if ids)
         error = RunFailed(
             f"the loss of step {row.step} is not finite; sample ids of the micro-batches: {samples}; "
-            "the last checkpoint is untouched"
+            f"{CheckpointFolder(self.path.parent).ways_on()}"
         )
         error.on_every_rank = True
         raise error

@@ -1,23 +1,23 @@
-"""AdamW as MAE uses it: its weight-decay groups, its learning-rate rule, and layer-wise decay on request."""
+"""AdamW as MAE uses it: its weight-decay groups, and layer-wise decay on request."""
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from dmae_ds.config.run import OptimConfig, ScheduleConfig
+from dmae_ds.config.run import OptimConfig
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.base import Objective
+from dmae_ds.train.learning_rate import peak_lr
 
 
 def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.AdamW:
     """Build AdamW without weight decay on 1-D tensors and biases; tokens do decay (MAE's published groups).
 
-    The learning rate is set before every step, see `learning_rate` and `Engine.set_lr`. Raises UserError
-    for a layer decay where the objective has no layers.
+    The learning rate is set before every step, see `learning_rate.py` and `Engine.set_lr`. Raises
+    UserError for a layer decay where the objective has no layers.
     """
     groups = parameter_groups(objective, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
     return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.betas, fused=True)
@@ -64,17 +64,3 @@ def _layer_groups(objective: Objective, *, weight_decay: float, layer_decay: flo
         group_matcher=lambda coarse: lambda name: top if layers[name] is None else layers[name],
     )
     return param_groups_layer_decay(view, weight_decay, objective.no_weight_decay, layer_decay=layer_decay)
-
-
-def peak_lr(config: ScheduleConfig) -> float:
-    """Learning rate after warm-up: base_lr * global_batch / 256 (MAE, A.1)."""
-    return config.base_lr * config.global_batch / 256
-
-
-def learning_rate(config: ScheduleConfig, epoch: float) -> float:
-    """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine to min_lr (MAE, A.1)."""
-    peak = peak_lr(config)
-    if epoch < config.warmup_epochs:
-        return peak * epoch / config.warmup_epochs
-    progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
-    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

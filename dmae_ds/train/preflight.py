@@ -17,6 +17,7 @@ from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
+from dmae_ds.train.learning_rate import check_rates
 
 # Keys of the teacher section that may change when a run is resumed: they change neither features nor
 # positions.
@@ -93,6 +94,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     )
     if resume_from is not None:
         folder.check_same_run(resume_from, identity)
+    steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
+    check_rates(config.optim, num_steps=steps, num_images=shards.num_samples)
     if resume == "never":
         check_is_new(folder.run_dir)
     return Preflight(
@@ -102,7 +105,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         deepspeed=deepspeed,
         micro_batch=split.micro_batch,
         accumulation=split.accumulation,
-        num_steps=num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch),
+        num_steps=steps,
         folder=folder,
         identity=identity,
         resume=resume,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dmae_ds.config.run import OptimConfig
 from dmae_ds.objectives.needs import Progress
-from dmae_ds.train.optim import learning_rate
+from dmae_ds.train.learning_rate import learning_rate
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dmae_ds.objectives.needs import View
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.teacher.grid import explain_grids
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher
-from dmae_ds.train.optim import peak_lr
+from dmae_ds.train.learning_rate import describe_repeats, peak_lr
 from dmae_ds.train.preflight import Preflight
 
 
@@ -26,11 +26,13 @@ def summary(
     placement: why the teacher is placed where it is; kernels: see kernels.py; either may be empty
     """
     config, shards = preflight.config, preflight.shards
+    of_teacher = describe_teacher(config, objective, teacher)
+    repeats = describe_repeats(config.optim.global_batch, shards.num_samples, repeat=config.data.repeat)
     rows = {
         "run": f"{preflight.run_dir} {_describe_start(preflight)}, seed {config.run.seed}",
         "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; {shards.order_guarantee}",
         "student": describe_student(config, objective),
-        **describe_teacher(config, objective, teacher),
+        **of_teacher,
         "objective": f"{config.objective.name}: {objective.describe()}",
         "ema": str(ema),
         "views": describe_views(objective.views),
@@ -39,6 +41,7 @@ def summary(
         "engine": f"DeepSpeed {config.deepspeed}, {config.precision}",
         "kernels": kernels,
         "placement": placement,
+        "WARNING": "; ".join(filter(None, [of_teacher.get("WARNING"), repeats])),
     }
     return "\n".join(f"{name:<10}{text}" for name, text in rows.items() if text)
 

@@ -19,7 +19,7 @@ from dmae_ds.finetune.loop import take_step
 from dmae_ds.finetune.network import build_classifier, classifier_kwargs
 from dmae_ds.finetune.optim import build_adamw, build_lars, layer_groups
 from dmae_ds.finetune.tasks import build_task
-from dmae_ds.train.optim import learning_rate, peak_lr
+from dmae_ds.train.learning_rate import learning_rate, peak_lr
 
 TINY = ModelConfig(name="vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3)
 STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

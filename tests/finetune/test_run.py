@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dmae_ds.data import shards as shard_format
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.evaluate.results import read_results
-from dmae_ds.finetune import checkpoint, network, record
+from dmae_ds.finetune import checkpoint, loop, network, record
 from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.run import evaluate
 from dmae_ds.train.checkpoint import run_lock
@@ -287,6 +287,35 @@ def test_a_loss_that_is_not_finite_ends_the_run(run):
     with refused("finite", "optim.base_lr", error=RunFailed):
         finetune(run, *PLAIN, "optim.base_lr=1e30")
     assert not (run / "results.jsonl").exists()
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(run, monkeypatch):
+    """The loss before it was finite."""
+    take_step = loop.take_step
+
+    def break_a_weight(model, optimizer, *args, **kwargs):
+        result = take_step(model, optimizer, *args, **kwargs)
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].view(-1)[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(loop, "take_step", break_a_weight)
+    with refused("weights", "step 1", "--resume auto", "optim.base_lr", error=RunFailed):
+        finetune(run, *PLAIN, "optim.global_batch=20", "optim.epochs=1")
+    assert not (run / "results.jsonl").exists() and not list((run / "finetune_mae").glob("*.safetensors"))
+
+
+def test_an_evaluation_in_bf16_continues_in_fp32(run):
+    """The way on that the message of a loss that is not finite names."""
+    finetune(run, *PLAIN, "precision=bf16", "optim.epochs=1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    result = finetune(run, *PLAIN, "precision=fp32", "optim.epochs=1", resume="auto")
+    assert result["settings"]["precision"] == "fp32"
+
+
+def test_an_evaluation_in_which_nothing_can_be_learned_is_refused(run):
+    with refused("optim.global_batch 80", "1 step", "optim.warmup_epochs"):
+        finetune(run, "optim.global_batch=80", "optim.warmup_epochs=1")
 
 
 def test_bf16_trains_with_autocast_and_saves_fp32(run):

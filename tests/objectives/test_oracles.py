@@ -17,8 +17,9 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.positions import sincos_positions
+from dmae_ds.train.learning_rate import learning_rate
 from dmae_ds.train.networks import build_objective, build_teacher
-from dmae_ds.train.optim import build_optimizer, learning_rate
+from dmae_ds.train.optim import build_optimizer
 
 PAIRS = {"single": [(3, 6)], "multi": [(2, 4), (4, 8)]}  # the oracles count blocks from 0
 HEAD = {"fc-1layer": "linear", "mlp-1layer": "mlp2"}

@@ -28,7 +28,7 @@ READABLE = (2, 3)  # version 2 had no crc32
 # What must be equal for a checkpoint's weights and position to mean the same, and what to do where it is not.
 # World size and ZeRO stage may differ: such a checkpoint is resharded when it is loaded (reshard.py).
 MUST_AGREE = {
-    "precision": "set precision back",
+    "precision": "set precision back (fp32 and bf16_autocast continue each other)",
     "seed": "set run.seed back",
     "fingerprint": "set data.train to the shards that the run was trained on",
     "order": "set data.block back",
@@ -40,6 +40,9 @@ MUST_AGREE = {
     "positions": "the version that wrote it kept the positional embedding fixed and has no optimizer state "
     "for it; finish the run with that version, or begin another run.dir with student.weights of this one",
 }
+
+# Different precisions that hold the same state: fp32 weights and moments.
+SAME_STATE = ("fp32", "bf16_autocast")
 
 # Values that a state.json from before a key existed stands for.
 OLDER = {"order": {"version": 1, "block": 1}, "repeat": 1, "positions": "fixed"}
@@ -123,6 +126,19 @@ class CheckpointFolder:
             "or delete this run's checkpoints to start again"
         )
 
+    def ways_on(self) -> str:
+        """How to go on after a step that broke the run: from the newest checkpoint, or from an older one."""
+        lower = "lower optim.base_lr, or set precision=fp32 instead of bf16_autocast"
+        pointer = self.path / "latest"
+        if not pointer.is_file():
+            return f"no checkpoint was saved before; start again with --resume auto, and {lower}"
+        newest = pointer.read_text().strip()
+        older = [path.name for path in self.all() if path.name < newest]
+        text = f"{newest} is untouched: --resume auto continues from it; {lower}"
+        if not older:
+            return f"{text}. It is the only one that {pointer} could name"
+        return f"{text}. To go further back ({', '.join(older)}): echo {older[-1]} > {pointer}"
+
     def check_same_run(self, folder: Path, identity: dict) -> None:
         """Raise UserError unless a checkpoint can continue as the run with this identity.
 
@@ -131,7 +147,8 @@ class CheckpointFolder:
         state = self.read_state(folder)
         for key, way_out in MUST_AGREE.items():
             saved = state[key] if key in state else OLDER[key]
-            if saved != identity[key]:
+            is_same_state = key == "precision" and {saved, identity[key]} <= set(SAME_STATE)
+            if saved != identity[key] and not is_same_state:
                 raise UserError(
                     f"checkpoint '{folder}' has {key} {_short(saved)}, "
                     f"this run {_short(identity[key])}; {way_out}"

@@ -25,6 +25,8 @@ from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher
 from dmae_ds.train.engine import Engine
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
 
@@ -64,14 +66,16 @@ class Checkpoints:
     def save(self, engine: Engine, *, step: int, position: int) -> None:
         """Save everything at a step, unless that step is saved already. Collective.
 
-        Raises RunFailed on every rank when the disk of one rank refused; earlier checkpoints are untouched.
+        Raises RunFailed on every rank when weights are not finite or the disk of one rank refused; earlier
+        checkpoints are untouched.
         """
         if step == self._last_step:
             return
         started = time.perf_counter()
+        weights = engine.full_weights()
+        self._raise_unless_finite(weights, step)
         self._abort_if(self._on_main(lambda: self.folder.begin(step)), step)
         files = engine.save(str(self.folder.path), self.folder.tag(step))
-        weights = engine.full_weights()
         if collectives.is_main():
             self.student_files.write(weights, step, attempt=files.attempt)
             save_ema(self.ema.tensors(), self.folder.path / self.folder.tag(step), files)
@@ -118,6 +122,20 @@ class Checkpoints:
         self._restore_student_files(engine, step)
         self._last_step = step
         return step
+
+    def _raise_unless_finite(self, weights: dict[str, Tensor], step: int) -> None:
+        """Raise RunFailed, on every rank, for weights that are not finite. weights: on rank 0. Collective."""
+        tensors = {**weights, **(self.ema.tensors() if collectives.is_main() else {})}
+        broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        text = None
+        if broken:
+            text = (
+                f"step {step} is not saved: {len(broken)} of {len(tensors)} tensors are not finite after its "
+                f"update (the first: {broken[0]}); {self.folder.ways_on()}"
+            )
+        text = collectives.broadcast_from_main(text)
+        if text is not None:
+            raise _failure(text)
 
     def _restore_student_files(self, engine: Engine, step: int) -> None:
         """Rewrite the exported student where a kill left that of another step than `latest`. Collective."""
