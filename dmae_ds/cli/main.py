@@ -15,6 +15,7 @@ from dmae_ds.cli.checkpoint import add_checkpoint
 from dmae_ds.cli.doctor import add_doctor
 from dmae_ds.cli.eval import add_eval
 from dmae_ds.cli.export import add_export
+from dmae_ds.cli.library_warnings import hide_library_warnings
 from dmae_ds.cli.plan import add_plan
 from dmae_ds.cli.report import add_report
 from dmae_ds.cli.teacher import add_teacher
@@ -39,6 +40,7 @@ GROUPS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     whole_lines()
+    hide_library_warnings()
     root = build_parser()
     args, extra = root.parse_known_args(argv)
     # argparse stops at positionals behind an option: `train RECIPE --resume auto key=value`.

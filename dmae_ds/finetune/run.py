@@ -145,8 +145,9 @@ def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch],
         total=evaluation.num_steps,
         initial=progress.step,
         unit="step",
-        disable=not accelerator.is_main_process,
-        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        # In a log file the line of each epoch has to do.
+        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        mininterval=0.5,
     )
     since = time.monotonic()
 

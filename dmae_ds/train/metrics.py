@@ -1,4 +1,4 @@
-"""Logs of a run: losses are read off the device in batches and go to JSON lines, trackers and a progress bar.
+"""Logs of a run: losses are read off the device in batches and go to JSON lines, trackers and stderr.
 
 Losses stay on the device until `flush`, so the loop never waits for one. A flush averages over ranks, so
 every rank learns of a non-finite loss at the same moment.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +24,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.output.durable import write_atomically
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.collapse import CollapseMonitor
+from dmae_ds.train.progress import Progress
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import Speed
 from dmae_ds.train.step_timer import StepTimer
@@ -76,7 +75,7 @@ class MetricLogger:
         self._notes: dict[int, dict[str, float]] = {}
         self._ids: list[Tensor] = []
         self._since = time.perf_counter()
-        self._bar: tqdm | None = None
+        self._progress: Progress | None = None
         # Trackers take time (TensorBoard a millisecond a step), which the loop need not wait for.
         self._tracker_thread, self._tracked = ThreadPoolExecutor(max_workers=1), None
 
@@ -90,13 +89,7 @@ class MetricLogger:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
-        self._bar = tqdm(
-            total=self.schedule.num_steps,
-            initial=step,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-            dynamic_ncols=True,
-        )
+        self._progress = Progress(total=self.schedule.num_steps, initial=step)
 
     def add(self, scalars: dict[str, Tensor], sample_ids: Tensor) -> None:
         """Take one micro-batch's scalars, still on the device."""
@@ -120,8 +113,8 @@ class MetricLogger:
         self._rows.append(_Row(step, lr, names, values, self.timer.lap(), self._ids))
         self._sums, self._ids = None, []
         self._activate_monitor()
-        if self._bar is not None:
-            self._bar.update()
+        if self._progress is not None:
+            self._progress.advance()
 
     def note(self, numbers: dict[str, float], *, seconds: float) -> None:
         """Add numbers that all ranks agree on to the line of the step that has just ended.
@@ -180,8 +173,8 @@ class MetricLogger:
 
     def close(self) -> None:
         """Finish trackers and the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
         self._tracker_thread.shutdown()  # waits until everything is tracked
         if self._tracked is not None:
             self._tracked.result()
@@ -195,10 +188,13 @@ class MetricLogger:
             if self._tracked is not None:
                 self._tracked.result()  # raises what went wrong in the thread
             self._tracked = self._tracker_thread.submit(self._track, records)
-        if self._bar is not None and records:
-            self._bar.set_postfix(self._bar_numbers(records), refresh=False)
+        if self._progress is None or not records:
+            return
+        step = records[-1]["step"]
+        if step % self.schedule.log_every == 0 or step == self.schedule.num_steps:  # not where it only saves
+            self._progress.show(self._shown(records))
 
-    def _bar_numbers(self, records: list[dict]) -> dict[str, str]:
+    def _shown(self, records: list[dict]) -> dict[str, str]:
         last = records[-1]
         shown = {name: f"{last[name]:.4f}" for name in self._names if not name.startswith("share/")}
         data_s = sum(record.get("seconds/data", 0.0) for record in records)

@@ -1,0 +1,45 @@
+"""Progress of a run on stderr: a bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts steps from `initial` to `total`.
+
+    On a terminal tqdm draws it; elsewhere a bar would become one line of thousands of columns.
+    """
+
+    def __init__(self, *, total: int, initial: int):
+        self.total, self.initial, self.step = total, initial, initial
+        self._since = time.monotonic()
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=initial, unit="step", mininterval=0.5, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Count one more step."""
+        self.step += 1
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, numbers: dict[str, str]) -> None:
+        """Show numbers next to the bar, or print them as a line of the step that was counted last."""
+        if self._bar is not None:
+            self._bar.set_postfix(numbers, refresh=False)
+            return
+        per_s = (self.step - self.initial) / max(1e-9, time.monotonic() - self._since)
+        left = tqdm.format_interval((self.total - self.step) / per_s) if per_s > 0 else "?"
+        text = ", ".join(f"{name} {value}" for name, value in numbers.items())
+        share = f"{self.step / self.total:.0%}"
+        place = f"step {self.step:,} of {self.total:,} ({share}), {per_s:.3g} step/s, {left} left"
+        print(f"{place}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self._bar is not None:
+            self._bar.close()
