@@ -36,7 +36,7 @@ def available() -> str | None:
     """Why two nodes cannot be built here, or None. For ssh, see `ssh_available`."""
     if os.geteuid() != 0:
         return "not root: namespaces and veth links cannot be made"
-    for program in ("unshare", "nsenter", "ip", "mount", "setpriv"):
+    for program in ("unshare", "nsenter", "ip", "mount", "setpriv", "taskset"):
         if shutil.which(program) is None:
             return f"no `{program}`"
     tried = subprocess.run(
@@ -110,7 +110,11 @@ class Node:
 
         It is killed with the returned process; processes that it started end with the node.
         """
-        enter = ["nsenter", "--target", str(self.pid), "--net", "--pid", "--mount", "--uts", "--ipc"]
+        # One core for each node: as many threads, and so the same rounding, as for two ranks of one node.
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[list(NAMES).index(self.name) % len(cores)]
+        enter = ["taskset", "--cpu-list", str(core)]
+        enter += ["nsenter", "--target", str(self.pid), "--net", "--pid", "--mount", "--uts", "--ipc"]
         # env -C inside the node: nsenter's --wd would open the folder outside, without this node's mounts.
         enter += ["setpriv", "--pdeathsig", "KILL", "--"]
         enter += ["env", "-C", str(options.pop("cwd", self.folder.parent))]
