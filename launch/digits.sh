@@ -1,5 +1,6 @@
 # Sourced by quickstart.sh, g2sd.sh and study.sh: an environment in $VENV, first on PATH, the digits as tar
 # shards under $OUT/shards, and `train`.
+. launch/environment.sh
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 
@@ -31,7 +32,13 @@ train() { # NAME RECIPE [key=value ...]: into $OUT/NAME, on two ranks; on GPUs o
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu
     [ "$gpus" != 1 ] || ranks=1
+    if gpus_are_plain; then
+        deepspeed_here "$ranks"
+        start+=(-q --module)
+    else
+        start=(torchrun --standalone --nproc_per_node "$ranks" -m)
+    fi
     echo "== train $1 ($2)"
-    deepspeed -q --num_gpus "$ranks" --module dmae_ds train "$2" --resume auto "run.dir=$OUT/$1" \
+    "${start[@]}" dmae_ds train "$2" --resume auto "run.dir=$OUT/$1" \
         "run.seed=$SEED" "data.train=$OUT/shards/train" "data.val=$OUT/shards/val" "${@:3}"
 }

@@ -8,6 +8,7 @@
 # RESTARTS=3   how often a run that broke is restarted (default 0; for torchrun, its --max_restarts)
 # GPUS=8       of this node, without a hostfile (default: all); no_ssh then requires it, and NODES
 # PORT=29500   on the first node; two jobs that share a node need two
+# CUDA_VISIBLE_DEVICES is respected without a hostfile; a hostfile's slots are GPUs 0, 1, ... of its nodes.
 # Over ssh the nodes get variables that begin with PYTHON, NCCL, UCX or MV2, and the lines NAME=value of
 # ./.deepspeed_env.
 #
@@ -16,6 +17,7 @@
 # with the same command; anything else: it broke.
 # Run by tests/multi_node/test_scripts.py, on CPUs.
 set -uo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 LAUNCHER=${LAUNCHER:-$([ -n "${HOSTFILE:-}" ] && echo pdsh || echo one_node)}
 RESTARTS=${RESTARTS:-0}
 PORT=${PORT:-29500}
@@ -32,10 +34,31 @@ gpus() {
     local code='from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_count())'
     python -c "$code" | tail -1
 }
+too_few() {
+    mistake "CUDA_VISIBLE_DEVICES=$visible lists fewer GPUs than GPUS=$GPUS; lower GPUS"
+}
 
 [ $# -gt 0 ] || mistake "no recipe was given; name a recipe"
+visible=${CUDA_VISIBLE_DEVICES-}
 case $LAUNCHER in
-one_node) start=(deepspeed --num_gpus "${GPUS:-$(gpus)}" --master_port "$PORT" --module) ;;
+one_node) # by UUID or MIG, or none: torchrun leaves the variable alone, DeepSpeed's launcher does not
+    gpus_are_plain || LAUNCHER=torchrun NODES=1 MASTER_ADDR=127.0.0.1
+    ;;
+pdsh | no_ssh)
+    [ -z "$visible" ] || [ -z "${HOSTFILE:-}" ] ||
+        mistake "CUDA_VISIBLE_DEVICES=$visible cannot be combined with HOSTFILE, whose slots are GPUs" \
+            "0, 1, ... of each node; unset it, or use LAUNCHER=torchrun on every node"
+    [ -z "$visible" ] || gpus_are_plain ||
+        mistake "CUDA_VISIBLE_DEVICES=$visible is no list of numbers, which LAUNCHER=$LAUNCHER requires;" \
+            "use LAUNCHER=torchrun on every node"
+    ;;
+esac
+case $LAUNCHER in
+one_node)
+    GPUS=${GPUS:-$(gpus)}
+    deepspeed_here "$GPUS" || too_few
+    start+=(--master_port "$PORT" --module)
+    ;;
 pdsh)
     needs HOSTFILE
     start=(deepspeed --hostfile "$HOSTFILE" --master_port "$PORT"
@@ -47,10 +70,18 @@ no_ssh)
         needs NODES GPUS
         HOSTFILE=$(mktemp)
         trap 'rm -f "$HOSTFILE"' EXIT
-        for ((node = 0; node < NODES; node++)); do echo "node$node slots=$GPUS"; done >"$HOSTFILE"
+        include='' slots=$GPUS
+        if [ -n "$visible" ]; then # by their numbers, which each node reads for itself
+            chosen=$(first_gpus "$GPUS") || too_few
+            slots=$(($(tr , '\n' <<<"$chosen" | sort -n | tail -1) + 1))
+        fi
+        for ((node = 0; node < NODES; node++)); do
+            echo "node$node slots=$slots"
+            include+=${chosen:+@node$node:$chosen}
+        done >"$HOSTFILE"
     fi
-    start=(deepspeed --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
-        --master_port "$PORT" --module)
+    start=(deepspeed --hostfile "$HOSTFILE" ${include:+--include "${include#@}"} --no_ssh
+        --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$PORT" --module)
     ;;
 torchrun)
     needs NODES MASTER_ADDR
