@@ -125,6 +125,7 @@ def judge(
     needs = find_needs(facts, "batches")
     if needs:
         needs = {**needs, "batches_a_node": needs["batches"] * max(node.slots for node in target.nodes)}
+    table.add(*machines.judge_cores(facts, needs.get("workers"), target))
     table.add(machines.judge_limits(facts, needs, _count_shards(facts)))
     if len(target.nodes) > 1:
         table.add(machines.judge_clocks(clocks))

@@ -135,7 +135,7 @@ def prepare_start(config: RunConfig, request: dict) -> dict:
 
 
 def estimate_needs(config: RunConfig, world: int) -> dict:
-    """Bytes of one checkpoint, of a gradient all-reduce, and of a rank's prefetched batches."""
+    """Bytes of one checkpoint, of a gradient all-reduce and of a rank's prefetched batches; loader workers."""
     from dmae_ds.objectives.build import build_objective
 
     objective, _ = build_objective(config, device="meta")
@@ -150,5 +150,6 @@ def estimate_needs(config: RunConfig, world: int) -> dict:
         "save": 20 * num_parameters,
         "keep": config.checkpoint.keep,
         "gradients": 4 * num_parameters,
+        "workers": config.data.num_workers,
         "batches": 2 * config.data.num_workers * micro_batch * bytes_per_sample,
     }

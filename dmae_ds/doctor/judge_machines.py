@@ -190,6 +190,30 @@ def _list_used_gpus(node: str, devices: dict, slots: int) -> list[str]:
     ]
 
 
+def judge_cores(facts: Facts, workers: int | None, target: Target) -> list[Check]:
+    """Check that ranks on GPUs and their loader workers have a core each; [] without GPUs or a recipe.
+
+    workers: of a rank
+    """
+    cores, needed = {}, {}
+    for node in target.nodes:
+        part = facts.get(node.name, {})
+        if part.get("devices", {}).get("gpus") and "cores" in part.get("machine", {}):
+            cores[node.name] = part["machine"]["cores"]
+            needed[node.name] = node.slots * (1 + (workers or 0))
+    if workers is None or not cores:
+        return []
+    short = {name: f"{cores[name]} for {needed[name]}" for name in cores if cores[name] < needed[name]}
+    if not short:
+        return [Check("cores", OK, list_values(cores))]
+    detail = f"cores for ranks x (1 + {workers} loader workers): {list_values(short)}"
+    fix = (
+        f"give the job more cores (Slurm: --cpus-per-task={max(needed.values())}, for srun too; docker: --cpus), "
+        "or lower data.num_workers"
+    )
+    return [Check("cores", WARN, detail, fix)]
+
+
 def judge_limits(facts: Facts, needs: dict, max_shards: int) -> Check:
     """Check the limit of open files and the shared memory, which the loader's workers need."""
     if errors := list_errors(facts, "machine"):

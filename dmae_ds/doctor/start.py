@@ -60,8 +60,14 @@ class Launch:
                 *("--nproc_per_node", str(self.nodes[0].slots)),
                 *("--master_addr", str(self.address), "--master_port", str(self.port), "-m", *module),
             ]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        are_numbers = all(number.isdecimal() for number in visible)
+        if self.kind == "alone" and visible[0] and not are_numbers:  # UUIDs, which the launcher cannot read
+            return ["torchrun", "--standalone", "--nproc_per_node", str(self.world), "-m", *module]
         words = ["deepspeed", *(["-q"] if quiet else [])]
-        if self.kind == "alone":
+        if self.kind == "alone" and are_numbers:  # with --num_gpus the launcher would ignore the variable
+            words += ["--include", f"localhost:{','.join(visible[: self.world])}"]
+        elif self.kind == "alone":
             words += ["--num_gpus", str(self.world)]
         else:
             words += ["--hostfile", str(self.hostfile), "--master_addr", str(self.address)]

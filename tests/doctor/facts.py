@@ -38,7 +38,7 @@ def _node(index: int, gpus: int) -> dict:
     part = {"fingerprint": "abc", "samples": 1400, "shards": 3}
     facts = {
         "hostname": f"node{index}",
-        "machine": {"cores": 8, "memory": 64 * GIB, "shm": 32 * GIB, "open_files": 65536},
+        "machine": {"cores": 32, "memory": 64 * GIB, "shm": 32 * GIB, "open_files": 65536},
         "code": {
             "folder": "/code/dmae_ds",
             "files": {"dmae_ds/cli/main.py": "1", "dmae_ds/train/loop.py": "2"},
@@ -68,7 +68,7 @@ def _node(index: int, gpus: int) -> dict:
     if index == 0:
         facts |= {
             "port": {"busy": None},
-            "needs": {"save": 2 * GIB, "keep": 3, "gradients": 2**29, "batches": 2**28},
+            "needs": {"save": 2 * GIB, "keep": 3, "gradients": 2**29, "batches": 2**28, "workers": 3},
         }
     return copy.deepcopy(facts)
 

@@ -31,7 +31,8 @@ def test_healthy_nodes_pass_every_check(num, gpus):
     facts, where = healthy(num, gpus=gpus), target(num, slots=max(1, gpus))
     checks = judge_all(facts, meetings(num), where, clocks)
     assert {check.verdict for check in checks.values()} == {OK}
-    assert set(checks) == OF_EVERY_RUN | OF_A_RECIPE | (OF_SEVERAL_NODES if num > 1 else set())
+    of_these = (OF_SEVERAL_NODES if num > 1 else set()) | ({"cores"} if gpus else set())
+    assert set(checks) == OF_EVERY_RUN | OF_A_RECIPE | of_these
     assert all(len(render(check)) < 250 and not check.fix for check in checks.values())
 
 
@@ -92,6 +93,17 @@ def test_gpus_are_counted_and_compared(changes, verdict, detail, fix):
     for path, value in changes.items():
         put(facts, path, value)
     assert_check(judge_all(facts, meetings(), target(slots=2))["devices"], verdict, detail, fix)
+
+
+@pytest.mark.parametrize("cores, verdict", [(8, OK), (7, WARN), (1, WARN)])
+def test_ranks_and_loader_workers_have_a_core_each(cores, verdict):
+    facts = healthy(gpus=2)
+    put(facts, "node1:machine:cores", cores)
+    check = judge_all(facts, meetings(), target(slots=2))["cores"]
+    assert check.verdict == verdict
+    if verdict == WARN:
+        assert_check(check, WARN, f"node1|{cores} for 8", "--cpus-per-task=8|data.num_workers")
+        assert "node0" not in check.detail
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ COMMANDS = [
 @pytest.mark.parametrize("launch, command", COMMANDS, ids=[launch.kind for launch, _ in COMMANDS])
 def test_the_command_for_a_terminal(monkeypatch, launch, command):
     monkeypatch.delenv("PDSH_SSH_ARGS_APPEND", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert launch.command("r", ["a=1"]) == command
     if launch.kind in ("alone", "pdsh", "no_ssh") and launch.world > 1:
         from deepspeed.launcher.runner import parse_args
@@ -48,6 +49,15 @@ def test_the_command_for_a_terminal(monkeypatch, launch, command):
         parsed = parse_args(command.split()[1:])
         assert parsed.module and parsed.user_script == "dmae_ds"
         assert parsed.user_args == ["train", "r", "a=1", "--resume", "auto"]
+
+
+@pytest.mark.parametrize(
+    "visible, words",
+    [("", "--num_gpus 2 "), ("4,6,7", "--include localhost:4,6 "), ("GPU-a,GPU-b", "torchrun --standalone ")],
+)
+def test_the_command_takes_the_visible_gpus_alone(monkeypatch, visible, words):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert words in Launch("alone", [Node("here", 2)], 29500).command("r", [])
 
 
 def test_private_ssh_arguments_are_part_of_the_command(monkeypatch):
