@@ -135,7 +135,7 @@ def prepare_start(config: RunConfig, request: dict) -> dict:
 
 
 def estimate_needs(config: RunConfig, world: int) -> dict:
-    """Bytes of one checkpoint, of a gradient all-reduce and of a rank's prefetched batches; loader workers."""
+    """Bytes of one checkpoint, of a gradient all-reduce and of a rank's prefetched batches; its workers."""
     from dmae_ds.objectives.build import build_objective
 
     objective, _ = build_objective(config, device="meta")

@@ -208,8 +208,8 @@ def judge_cores(facts: Facts, workers: int | None, target: Target) -> list[Check
         return [Check("cores", OK, list_values(cores))]
     detail = f"cores for ranks x (1 + {workers} loader workers): {list_values(short)}"
     fix = (
-        f"give the job more cores (Slurm: --cpus-per-task={max(needed.values())}, for srun too; docker: --cpus), "
-        "or lower data.num_workers"
+        f"give the job more cores (Slurm: --cpus-per-task={max(needed.values())}, for srun too; docker: "
+        "--cpus), or lower data.num_workers"
     )
     return [Check("cores", WARN, detail, fix)]
 
