@@ -6,12 +6,12 @@ The step is training's own: the recipe's objective in its DeepSpeed engine, the 
 the device. Weights and pixels are random, so no file is needed; with --data images are read and waited for as
 in training.
 
-Contestants and the matrix products take turns, round after round; a figure is the median of its rounds. The
-part "ema" is the forward pass of an EMA teacher, "update" the update of its weights. On several ranks one
-more step is taken in which
-every collective is timed: "exchange", which overlaps the other parts. Work is counted by torch's FLOP counter
-  on fake
-tensors (plan/trace.py). Seconds belong to one machine; shares and ratios are what to look at.
+Contestants and the matrix products take turns, round after round; a figure is the median of its rounds, and
+the peak is the fastest product of all rounds, by any kernel that a step uses (train/speed.py). The part "ema"
+is the forward pass of an EMA teacher, "update" the update of its weights. On several ranks one more step is
+taken in which every collective is timed: "exchange", which overlaps the other parts. Work is counted by
+torch's FLOP counter on fake tensors (plan/trace.py). Seconds belong to one machine; shares and ratios are
+what to look at.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dmae_ds.plan.geometry import measure as measure_geometry
 from dmae_ds.plan.work import Work, step_work
 from dmae_ds.train.engine import logged_collectives
 from dmae_ds.train.peak_memory import PeakMemory
-from dmae_ds.train.speed import Speed, gemm_rate
+from dmae_ds.train.speed import Speed, Yardstick
 
 PARTS = ("data", "prepare", "teacher", "ema", "forward", "backward", "optimizer", "update")
 
@@ -84,14 +84,16 @@ def bench_step(
             recipes["mae"] = as_plain_mae(config)
         contestants = [contestant(name, recipe, world, device, data=data) for name, recipe in recipes.items()]
         dtypes = {dtype for one in contestants for _, dtype in one.work.values()}
-        gemms = {dtype: gemm_rate(dtype, device) for dtype in dtypes}
-        rates = take_turns(contestants, gemms, rounds=rounds, device=device)
+        yardsticks = {dtype: Yardstick(dtype, device) for dtype in dtypes}
+        take_turns(contestants, yardsticks, rounds=rounds)
+        rates = {dtype: yardstick.rate for dtype, yardstick in yardsticks.items()}
         results = {
             "recipe": describe(config, world, contestants[0]),
             "device": hardware_name(device),
             "threads": torch.get_num_threads(),
             "rounds": rounds,
             "gemm_gflops": {_short(dtype): rate / 1e9 for dtype, rate in rates.items()},
+            "gemm_kernel": {_short(dtype): yardstick.kernel for dtype, yardstick in yardsticks.items()},
             "steps": [figures(one, rates) for one in contestants],
         }
         return json.dumps(results) if as_json else table(results)
@@ -117,13 +119,12 @@ def contestant(name: str, config: RunConfig, world: World, device: torch.device,
 
 
 def take_turns(
-    contestants: list[Contestant], gemms: dict[torch.dtype, object], *, rounds: int, device: torch.device
-) -> dict[torch.dtype, float]:
-    """Measure every contestant in every round; returns the rate of matrix products by dtype, in FLOP/s."""
-    measured: dict[torch.dtype, list[float]] = {dtype: [] for dtype in gemms}
+    contestants: list[Contestant], yardsticks: dict[torch.dtype, Yardstick], *, rounds: int
+) -> None:
+    """Measure every contestant and the matrix products in every round."""
     for _ in range(rounds):
-        for dtype, rate in gemms.items():
-            measured[dtype].append(rate())
+        for yardstick in yardsticks.values():
+            yardstick.measure()
         for one in contestants:
             collectives.barrier()
             one.rounds.append(one.step.take())
@@ -132,7 +133,6 @@ def take_turns(
         with logged_collectives() as exchanged:
             one.step.take()
         one.exchange = exchanged()
-    return {dtype: statistics.median(rates) for dtype, rates in measured.items()}
 
 
 def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
@@ -168,11 +168,14 @@ def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
 
 def table(results: dict) -> str:
     """Text for a person: a table for each contestant, then the ratios to the last one."""
-    rates = ", ".join(f"{dtype} {rate:,.0f}" for dtype, rate in results["gemm_gflops"].items())
+    rates = ", ".join(
+        f"{dtype} {rate:,.0f} GFLOP/s by {results['gemm_kernel'][dtype]}"
+        for dtype, rate in results["gemm_gflops"].items()
+    )
     lines = [
         f"{results['recipe']}; {results['device']}, {results['threads']} threads; median of "
         f"{results['rounds']} rounds",
-        f"matrix products here: {rates} GFLOP/s",
+        f"fastest matrix products here: {rates}",
     ]
     for step in results["steps"]:
         lines += ["", *_step_lines(step)]

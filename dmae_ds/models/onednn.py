@@ -68,7 +68,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(tokens, weight)
-        return _product(tokens, weight, bias)
+        return product(tokens, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -76,12 +76,12 @@ class _Product(torch.autograd.Function):
         wants_tokens, wants_weight, wants_bias = ctx.needs_input_grad
         gradient = gradient.contiguous()
         return (
-            _product(gradient, weight.t()) if wants_tokens else None,
-            _product(gradient.t(), tokens.t()) if wants_weight else None,
+            product(gradient, weight.t()) if wants_tokens else None,
+            product(gradient.t(), tokens.t()) if wants_weight else None,
             gradient.sum(0) if wants_bias else None,
         )
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product left [m, k] @ right [n, k]^T + bias [n]."""
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by oneDNN: left [m, k] @ right [n, k]^T + bias [n] -> [m, n], in fp32 on a CPU."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")

@@ -1,7 +1,8 @@
 """Speed of a step compared with the fastest matrix product that this process gets out of this device.
 
 The shortest possible time of a step is its counted work (plan/work.py) at the measured rate of matrix
-products in the same dtype.
+products in the same dtype, by the fastest of all kernels that steps use: on some processors torch's own
+choice in fp32 reaches half of what the linear layers get from oneDNN (models/onednn.py).
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.models.onednn import onednn_operator
+from dmae_ds.models.onednn import product as onednn_product
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.work import PRODUCTS, Work, step_work
 from dmae_ds.teacher.frozen import DTYPES
 
-# Rows, columns and inner dimension of the products: larger ones are not faster, and these take a fraction
-# of a second.
-SIZES = {"cpu": 1024, "cuda": 8192}
+# Rows, inner dimension and columns of the products: larger ones are not faster, and these take a fraction of
+# a second. On a CPU also a small batch in the MLP of a ViT-B.
+SHAPES = {"cpu": ((1024, 1024, 1024), (400, 3072, 768)), "cuda": ((8192, 8192, 8192),)}
 REPEATS = 3
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,27 +61,47 @@ def measure_speed(
     dtypes = {PRODUCTS[config.precision]}
     if config.teacher is not None:
         dtypes.add(DTYPES[config.teacher.dtype])
-    rates = {dtype: gemm_rate(dtype, device)() for dtype in dtypes}
+    rates = {dtype: Yardstick(dtype, device).measure() for dtype in dtypes}
     return None if geometry is None else Speed(step_work(config, geometry, accumulation), rates)
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
-    """Prepare a measurement that can be repeated: FLOP/s of the fastest of a few square matrix products."""
-    size = SIZES[device.type]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
+class Yardstick:
+    """The fastest matrix product in a dtype that this process has got out of this device so far.
 
-    def measure() -> float:
-        seconds = []
+    Every kernel by which a step may multiply takes its turn (`product_kernels`), on every shape of SHAPES.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.device = device
+        self.rate, self.kernel = 0.0, ""  # FLOP/s, and what reached them
+        self._products = []
+        for rows, inner, columns in SHAPES[device.type]:
+            # [m, k], [n, k] -> [m, n]
+            left, right = (torch.randn(num, inner, device=device).to(dtype) for num in (rows, columns))
+            for name, multiply in product_kernels(dtype, device).items():
+                text = f"{name} {rows} x {inner} x {columns}"
+                self._products.append((text, 2 * rows * inner * columns, multiply, left, right))
+
+    def measure(self) -> float:
+        """Let every kernel multiply a few times; returns the highest rate since the start, in FLOP/s."""
         for _ in range(REPEATS):
-            wait_for(device)
-            since = time.perf_counter()
-            torch.mm(left, right, out=out)
-            wait_for(device)
-            seconds.append(time.perf_counter() - since)
-        return 2 * size**3 / min(seconds)
+            for text, flops, multiply, left, right in self._products:
+                wait_for(self.device)
+                since = time.perf_counter()
+                multiply(left, right)
+                wait_for(self.device)
+                rate = flops / (time.perf_counter() - since)
+                if rate > self.rate:
+                    self.rate, self.kernel = rate, text
+        return self.rate
 
-    return measure
+
+def product_kernels(dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
+    """Kernels that a step multiplies with: {name: left [m, k], right [n, k] -> left @ right^T}."""
+    kernels = {"torch.mm": lambda left, right: torch.mm(left, right.t()), "torch's linear": linear}
+    if dtype == torch.float32 and device.type == "cpu" and onednn_operator():
+        kernels["oneDNN's linear"] = onednn_product
+    return kernels
 
 
 def wait_for(device: torch.device) -> None:

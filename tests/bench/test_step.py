@@ -47,7 +47,7 @@ def test_parts_add_up_to_the_step_and_the_work_to_the_floor(tmp_path):
     assert names == ["dmae", "objective.mask_ratio=0.9", "mae"]
     assert sparse["gflop"] < dmae["gflop"]
     assert "6 blocks" in found["recipe"] and "8 images a step on 1 ranks" in found["recipe"]
-    assert found["rounds"] == 3
+    assert found["rounds"] == 3 and set(found["gemm_kernel"]) == {"fp32"} and found["gemm_kernel"]["fp32"]
     assert set(dmae["parts"]) == {"prepare", "teacher", "forward", "backward", "optimizer"}
     assert set(mae["parts"]) == set(dmae["parts"]) - {"teacher"}
     for step in (dmae, sparse, mae):
@@ -112,11 +112,13 @@ def test_figures_are_medians_of_rounds_and_shares_of_the_measured_rate():
             "threads": 1,
             "rounds": 3,
             "gemm_gflops": {"fp32": 1.0},
+            "gemm_kernel": {"fp32": "kernel 1 x 2 x 3"},
             "steps": [result, {**result, **changes}],
         }
     )
     line = printed.splitlines()[-1]
     assert line.startswith("dmae / mae: 1.500 ")
+    assert "kernel 1 x 2 x 3" in printed.splitlines()[1]
     assert "1.000 to 9.000" in line and "2.000" in line  # of the rounds; of the work
 
 

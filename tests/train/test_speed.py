@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
-from dmae_ds.train.speed import Speed, gemm_rate
+from dmae_ds.models import onednn
+from dmae_ds.train import speed as speed_module
+from dmae_ds.train.speed import Speed, Yardstick, product_kernels
 from tests.train.conftest import command, run
 
 
@@ -20,13 +22,27 @@ def test_the_share_is_the_shortest_possible_time_over_the_time():
     assert speed.at(8.0) == {"tflops": 50 / 8e12, "of_peak": 0.5}
 
 
-def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
-    from dmae_ds.train import speed
+def test_the_yardstick_is_the_fastest_product_so_far_by_any_kernel(monkeypatch):
+    clock, seconds = [0.0], {"slow": 4.0, "fast": 2.0}
+    kernels = {name: lambda *_, name=name: clock.append(clock[-1] + seconds[name]) for name in seconds}
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: clock[-1])
+    monkeypatch.setattr(speed_module, "product_kernels", lambda *_: kernels)
+    monkeypatch.setitem(speed_module.SHAPES, "cpu", ((2, 3, 4), (8, 8, 8)))
+    yardstick = Yardstick(torch.float32, torch.device("cpu"))
+    assert yardstick.measure() == 2 * 8**3 / 2.0 and yardstick.kernel == "fast 8 x 8 x 8"
+    seconds["fast"] = 9.0
+    assert yardstick.measure() == 2 * 8**3 / 2.0  # a slower round changes nothing
+    seconds["slow"] = 1.0
+    assert yardstick.measure() == 2 * 8**3 / 1.0 and yardstick.kernel == "slow 8 x 8 x 8"
 
-    times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(times))
-    monkeypatch.setitem(speed.SIZES, "cpu", 8)
-    assert gemm_rate(torch.float32, torch.device("cpu"))() == 2 * 8**3 / 1.0
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_of_a_step_is_measured_and_multiplies(dtype):
+    kernels = product_kernels(dtype, torch.device("cpu"))
+    assert (onednn.product in kernels.values()) == (dtype == torch.float32 and onednn.onednn_operator())
+    left, right = (torch.randn(rows, 16).to(dtype) for rows in (8, 12))
+    for name, multiply in kernels.items():
+        torch.testing.assert_close(multiply(left, right), left @ right.t(), msg=name)
 
 
 def test_a_run_of_a_large_network_shows_its_speed(tiny_recipe, tmp_path):
