@@ -34,6 +34,18 @@ def load_full_state(engine, parameters: dict[str, nn.Parameter], state: FullStat
         _load_stage_1_or_2(engine.optimizer, parameters, state)
     else:
         _load_stage_3(engine.optimizer, parameters, state)
+    check_devices(engine.optimizer if stage == 0 else engine.optimizer.optimizer)
+
+
+def check_devices(optimizer: torch.optim.Optimizer) -> None:
+    """Assert that every state of an optimizer is on its parameter's device.
+
+    On CUDA the fused AdamW stops in its first step otherwise; on CPUs nothing would show.
+    """
+    for parameter, states in optimizer.state.items():
+        for name, value in states.items():
+            place = value.device if isinstance(value, Tensor) else "the host"
+            assert place == parameter.device, f"{name} is on {place}, its parameter on {parameter.device}"
 
 
 def _load_stage_0(
@@ -43,7 +55,7 @@ def _load_stage_0(
         values = state.read(name)
         parameter.data.copy_(values["fp32"])
         moments = {moment: values[moment].to(parameter.device) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(state.step), **moments}
+        optimizer.state[parameter] = {"step": _counter(state.step, parameter.device), **moments}
 
 
 def _load_stage_1_or_2(optimizer, parameters: dict[str, nn.Parameter], state: FullState) -> None:
@@ -79,7 +91,12 @@ def _load_stage_3(optimizer, parameters: dict[str, nn.Parameter], state: FullSta
 def _make_moments(optimizer: torch.optim.Optimizer, flats: list[Tensor], step: float) -> None:
     for flat in flats:
         moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-        optimizer.state[flat] = {"step": torch.tensor(step), **moments}
+        optimizer.state[flat] = {"step": _counter(step, flat.device), **moments}
+
+
+def _counter(step: float, device: torch.device) -> Tensor:
+    """Adam's counter as torch's fused AdamW makes it: float32, on the parameter's device."""
+    return torch.tensor(step, dtype=torch.float32, device=device)
 
 
 def cut_piece(value: Tensor, rank: int, world_size: int) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
+from torch import nn
 
 from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint.deepspeed_files import load_file
 from dmae_ds.train.checkpoint.full_state import MOMENTS, STATES, FullState
-from dmae_ds.train.checkpoint.reshard import cut_piece
+from dmae_ds.train.checkpoint.reshard import check_devices, cut_piece, load_full_state
 from tests.messages import refused
 
 
@@ -48,3 +51,45 @@ def test_parameters_that_the_ranks_do_not_divide_are_cut_and_joined(tmp_path):
     assert joined.names == ["a", "b", "c"] and joined.step == 4
     for name in joined.names:
         assert all(torch.equal(value, whole[name, state]) for state, value in joined.read(name).items())
+
+
+class StageZero:
+    """An engine of stage 0 with one parameter on torch's meta device, which stands in for a GPU."""
+
+    def __init__(self):
+        self.parameter = nn.Parameter(torch.empty(3, device="meta"))
+        self.optimizer = torch.optim.AdamW([self.parameter])
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+
+class StageOne(StageZero):
+    """Its optimizer wraps torch's, whose only group is one flat tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.optimizer = SimpleNamespace(
+            optimizer=self.optimizer, _lazy_init_hp_params_optimizer_state=lambda: None
+        )
+
+    def zero_optimization_stage(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("engine", [StageZero(), StageOne()], ids=["stage 0", "stage 1"])
+def test_resharded_optimizer_state_is_on_its_parameters_device(engine, monkeypatch):
+    for name in ("safe_set_full_fp32_param", "safe_set_full_optimizer_state"):
+        monkeypatch.setattr(f"dmae_ds.train.checkpoint.reshard.{name}", lambda *_: None)
+    values = {state: torch.ones(3) for state in STATES}
+    saved = SimpleNamespace(names=["a"], step=4.0, read=lambda name: values)
+    load_full_state(engine, {"a": engine.parameter}, saved)
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    (states,) = optimizer.state.values()
+    assert {name: value.device.type for name, value in states.items()} == dict.fromkeys(
+        ("step", *MOMENTS), "meta"
+    )
+    assert states["step"].dtype == torch.float32
+    states["step"] = torch.tensor(4.0)
+    with pytest.raises(AssertionError, match="step is on cpu"):
+        check_devices(optimizer)
