@@ -16,8 +16,8 @@ from typing import get_args
 import pytest
 
 from dmae_ds.config import evaluation as evaluation_schemas
+from dmae_ds.config import networks as network_schemas
 from dmae_ds.config import objectives as objective_schemas
-from dmae_ds.config import run as run_schemas
 from dmae_ds.config.objectives import Section
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -179,6 +179,7 @@ def test_what_a_recipe_is_checked_with_is_imported_without_torch():
 
 SCHEMA_MODULES = [
     "dmae_ds.config.evaluation",
+    "dmae_ds.config.networks",
     "dmae_ds.config.objective_base",
     "dmae_ds.config.objectives",
     "dmae_ds.config.run",
@@ -202,7 +203,7 @@ def test_every_config_field_is_read_somewhere():
                 node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
             }
     # ModelConfig.overrides passes all of them on.
-    overrides = set(run_schemas.ModelConfig.model_fields) - {"name"}
+    overrides = set(network_schemas.ModelConfig.model_fields) - {"name"}
     assert "overrides" in read
     fields = {field for cls in schema_classes() for field in cls.model_fields}
     assert len(fields) > 30
@@ -233,8 +234,8 @@ def test_the_tables_are_the_schemas():
     )
     assert set(HEADS) == choices(objective_schemas.DmaeConfig, "head")
     assert set(DISTANCES) == choices(objective_schemas.DmaeConfig, "distance")
-    assert set(FORMATS) == set(run_schemas.TEACHER_FORMATS)
-    assert set(DTYPES) == choices(run_schemas.TeacherConfig, "dtype")
+    assert set(FORMATS) == set(network_schemas.TEACHER_FORMATS)
+    assert set(DTYPES) == choices(network_schemas.TeacherConfig, "dtype")
     assert set(TASKS) == choices(evaluation_schemas.DistillConfig, "method")
     assert set(GLOBAL_POOLS) == choices(evaluation_schemas.ClassifierConfig, "pool")
 

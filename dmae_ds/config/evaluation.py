@@ -19,15 +19,14 @@ from pydantic import (
     model_validator,
 )
 
+from dmae_ds.config.networks import ModelConfig, known_format
 from dmae_ds.config.objectives import AugmentConfig, Section
 from dmae_ds.config.run import (
     DataConfig,
-    ModelConfig,
     OptimConfig,
     RunSection,
     ScheduleConfig,
     Unit,
-    known_format,
 )
 
 

@@ -6,8 +6,6 @@ decay .05, betas .9/.95, batch 4096, 100 epochs with 20 of warm-up, cosine, no c
 
 from __future__ import annotations
 
-import re
-from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -16,134 +14,14 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
+from dmae_ds.config.networks import StudentConfig, TeacherConfig
 from dmae_ds.config.objectives import ObjectiveConfig, Section
 from dmae_ds.errors import UserError
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ModelConfig(Section):
-    """A timm vision transformer by name; the other keys replace timm's numbers."""
-
-    name: str
-    img_size: PositiveInt | None = None
-    patch_size: PositiveInt | None = None
-    embed_dim: PositiveInt | None = None
-    depth: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
-    mlp_ratio: PositiveFloat | None = None
-
-    def overrides(self) -> dict:
-        """Keyword arguments for `timm.create_model`: the keys that were set."""
-        keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-
-
-class StudentConfig(ModelConfig):
-    """The network that is trained, from random weights or from those of an earlier run."""
-
-    weights: str | None = None  # a run folder, or a file in one of TEACHER_FORMATS; null: random, by run.seed
-
-
-TEACHER_FORMATS = ("timm", "mae", "hf", "dinov2", "dinov3", "dmae_ds")  # see dmae_ds/weights/formats.py
-IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
-
-
-def known_format(value: str) -> str:
-    """Return the name of a key map unchanged. Raises ValueError for a name that can't be one."""
-    if value not in (*TEACHER_FORMATS, "auto") and not re.fullmatch(IMPORT_PATH, value):
-        near = get_close_matches(value, TEACHER_FORMATS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        choices = ", ".join(TEACHER_FORMATS)
-        raise ValueError(f"'{value}' is unknown; {hint}choose {choices}, auto, or module:function")
-    return value
-
-
-def looks_like_hub_id(weights: str) -> bool:
-    """Whether the name is `owner/name`, and can't be the path of a weights file."""
-    suffixes = (".safetensors", ".pth", ".pt", ".bin", ".json")
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights)) and not weights.endswith(suffixes)
-
-
-class TeacherConfig(ModelConfig):
-    """A frozen vision transformer with weights from a file, from the hub, or from timm.
-
-    `name` may also be `module:function` of your own that returns a timm VisionTransformer or Eva.
-    """
-
-    # A file, an index of parts, a folder, or a hub id such as facebook/vit-mae-large.
-    weights: str | None = None
-    pretrained: bool = False  # the weights that timm has for a tagged name: vit_large_patch16_224.mae
-    # One of TEACHER_FORMATS; auto: the only one that fits; or module:function of your own.
-    format: str = "timm"
-    # fp8: matrix products in float8, by torchao (dmae_ds/teacher/fp8.py).
-    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
-    # visible: the student's patches, as masked autoencoders were trained; all: the whole image, for teachers
-    # that were not trained with dropped tokens. The loss takes the student's patches either way.
-    sees: Literal["visible", "all"] = "visible"
-    # Pixel statistics that the teacher was trained with; null: those of the tag in its name, else data.mean
-    # and data.std.
-    mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    # replicated: every rank holds the needed blocks; pipeline: `stages` consecutive ranks share them, whole
-    # blocks each; zero3: every rank holds a part of every block and fetches a block when it runs; auto: the
-    # fastest by `dmae-ds plan`.
-    placement: Literal["replicated", "pipeline", "zero3", "auto"] = "replicated"
-    stages: PositiveInt | None = None
-    # Decoder of a masked autoencoder, where the objective taps it. Depth and width are compared with the
-    # file; the number of heads is not in any file.
-    decoder_depth: PositiveInt = 8
-    decoder_embed_dim: PositiveInt = 512
-    decoder_num_heads: PositiveInt = 16
-    # Input of a classifier, where the objective taps its logits: the mean of the patch tokens, or CLS.
-    pool: Literal["mean", "cls"] = "mean"
-    # Standardisation of its features before they are compared; zscore and phi_s need `dmae-ds teacher stats`
-    # once.
-    standardize: Literal["none", "layer_norm", "zscore", "phi_s"] = "none"
-    stats: str | None = None  # the file that `dmae-ds teacher stats` wrote; null: the one next to the weights
-    # Licence of the weights, for the cards of exports, where neither timm nor a card next to the weights has
-    # it: cc-by-nc-4.0.
-    license: str | None = None
-
-    @model_validator(mode="after")
-    def _weights_from_one_place(self):
-        if self.pretrained == (self.weights is not None):
-            raise ValueError(
-                "give either teacher.weights, or teacher.pretrained=true with a tagged name such as "
-                "vit_large_patch16_224.mae"
-            )
-        if self.pretrained and ("." not in self.name or self.format != "timm"):
-            raise ValueError(
-                "teacher.pretrained requires a name with timm's tag, such as vit_large_patch16_224.mae, "
-                f"and format timm; found {self.name}, {self.format}"
-            )
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("give both teacher.mean and teacher.std, or neither")
-        if (self.placement == "pipeline") != (self.stages is not None):
-            raise ValueError(
-                f"teacher.placement {self.placement} does not go with teacher.stages {self.stages}; "
-                "placement=pipeline requires a number of stages, other placements have none"
-            )
-        if self.dtype == "fp8" and self.placement != "replicated":
-            raise ValueError(
-                f"teacher.dtype fp8 requires teacher.placement=replicated, found {self.placement}; "
-                "set that, or teacher.dtype=bf16"
-            )
-        if self.stats is not None and self.standardize not in ("zscore", "phi_s"):
-            raise ValueError(
-                f"teacher.stats requires teacher.standardize=zscore or phi_s, found {self.standardize}; "
-                "set one of them, or remove teacher.stats"
-            )
-        return self
-
-    @field_validator("format")
-    @classmethod
-    def _format_is_known(cls, value: str) -> str:
-        return known_format(value)
 
 
 class RunSection(Section):

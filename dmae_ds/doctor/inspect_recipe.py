@@ -66,7 +66,7 @@ def inspect_shards(config: RunConfig, *, allow_pipe: bool) -> dict:
 
 def inspect_teacher(config: RunConfig) -> dict:
     """Path and size of the weights; {} without a local file (no weights, or timm's or the hub's)."""
-    from dmae_ds.config.run import looks_like_hub_id
+    from dmae_ds.config.networks import looks_like_hub_id
     from dmae_ds.errors import UserError
 
     if config.teacher is None or config.teacher.weights is None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dmae_ds.config.run import ModelConfig
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.evaluate.record import RunRecord
 from dmae_ds.evaluate.results import METRICS, headline, headline_score
 from dmae_ds.objectives.feature_distillation import TeacherShape

@@ -23,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmae_ds.config.load import read_saved_config
-from dmae_ds.config.run import DataConfig, ModelConfig
+from dmae_ds.config.networks import ModelConfig
+from dmae_ds.config.run import DataConfig
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError

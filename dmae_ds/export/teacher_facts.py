@@ -14,7 +14,8 @@ import timm
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from dmae_ds.config.load import read_saved_config
-from dmae_ds.config.run import RunConfig, TeacherConfig, looks_like_hub_id
+from dmae_ds.config.networks import TeacherConfig, looks_like_hub_id
+from dmae_ds.config.run import RunConfig
 from dmae_ds.teacher.identity import read_sidecar
 
 UNKNOWN = "unknown"

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from dmae_ds.config.evaluation import LinearConfig
-from dmae_ds.config.run import ModelConfig
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.finetune.linear import LinearProbe
 from dmae_ds.finetune.network import (
     build_classifier,

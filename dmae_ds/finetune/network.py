@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dmae_ds.config.evaluation import DistillConfig
-from dmae_ds.config.run import ModelConfig
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_timm_vit
 from dmae_ds.output.durable import replacing

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from dmae_ds.config.evaluation import ClassifierConfig
 from dmae_ds.config.load import load_config, read_saved_config
-from dmae_ds.config.run import looks_like_hub_id
+from dmae_ds.config.networks import looks_like_hub_id
 from dmae_ds.errors import UserError
 from dmae_ds.weights.containers import open_container
 from dmae_ds.weights.hub import locate

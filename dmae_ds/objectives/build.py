@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dmae_ds.config.run import DataConfig, RunConfig, TeacherConfig
+from dmae_ds.config.networks import TeacherConfig
+from dmae_ds.config.run import DataConfig, RunConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import build_student

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmae_ds.config.run import ModelConfig, looks_like_hub_id
+from dmae_ds.config.networks import ModelConfig, looks_like_hub_id
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.weights.hub import locate

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmae_ds.config.run import ModelConfig, RunConfig
+from dmae_ds.config.networks import ModelConfig
+from dmae_ds.config.run import RunConfig
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.facts import rank_of
 from dmae_ds.evaluate.record import RunRecord, read_record

@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 from dmae_ds.config.load import flatten, read_saved_config
+from dmae_ds.config.networks import StudentConfig, TeacherConfig
 from dmae_ds.config.objective_base import NULL_WORDS
-from dmae_ds.config.run import RunConfig, StudentConfig, TeacherConfig
+from dmae_ds.config.run import RunConfig
 from dmae_ds.report.runs import Run
 
 # Sections and keys that don't change what is trained.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dmae_ds.config.run import TeacherConfig
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.errors import UserError
 from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.fill import fill

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dmae_ds.config.run import TeacherConfig
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.decoder import TeacherDecoder, meta_decoder
 from dmae_ds.teacher.head import TeacherHead, meta_head

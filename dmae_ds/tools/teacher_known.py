@@ -9,7 +9,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from dmae_ds.config.run import ModelConfig
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.teacher.frozen import meta_teacher

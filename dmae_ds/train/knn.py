@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmae_ds.config.run import DataConfig, EvalConfig, ModelConfig
+from dmae_ds.config.networks import ModelConfig
+from dmae_ds.config.run import DataConfig, EvalConfig
 from dmae_ds.distributed import collectives
 from dmae_ds.distributed.device import device_name
 from dmae_ds.distributed.world import World

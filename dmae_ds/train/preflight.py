@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dmae_ds.config.batch import split_recipe
 from dmae_ds.config.deepspeed import check_compile, load_deepspeed, zero_stage
-from dmae_ds.config.run import RunConfig, TeacherConfig, looks_like_hub_id
+from dmae_ds.config.networks import TeacherConfig, looks_like_hub_id
+from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
 from dmae_ds.data.order import ORDER_VERSION, num_steps
 from dmae_ds.data.shard_set import ShardSet

@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 from timm.models import PretrainedCfg
 
-from dmae_ds.config.run import looks_like_hub_id
+from dmae_ds.config.networks import looks_like_hub_id
 from dmae_ds.errors import UserError
 from dmae_ds.weights.containers import read_index
 from dmae_ds.weights.label import WEIGHTS, Label

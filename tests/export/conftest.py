@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dmae_ds.config.load import dump_config
-from dmae_ds.config.run import ModelConfig, RunConfig
+from dmae_ds.config.networks import ModelConfig
+from dmae_ds.config.run import RunConfig
 from dmae_ds.finetune.network import build_classifier, classifier_kwargs, save_classifier
 from dmae_ds.objectives.build import build_objective
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.evaluation import DistillConfig
-from dmae_ds.config.run import ModelConfig
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.evaluate.features import load_student
 from dmae_ds.finetune.network import (
     build_classifier,

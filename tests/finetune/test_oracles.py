@@ -13,7 +13,7 @@ from torch import nn
 
 from dmae_ds.config.evaluation import FinetuneConfig, FinetuneOptimConfig, LinearConfig, LinearOptimConfig
 from dmae_ds.config.load import load_config
-from dmae_ds.config.run import ModelConfig
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.finetune.linear import LinearProbe
 from dmae_ds.finetune.loop import take_step
 from dmae_ds.finetune.network import build_classifier, classifier_kwargs

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dmae_ds.config.evaluation import DistillConfig, FinetuneOptimConfig
-from dmae_ds.config.run import ModelConfig
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.finetune.network import build_classifier, classifier_kwargs, with_distillation_token
 from dmae_ds.finetune.optim import build_adamw, set_lr
 from dmae_ds.finetune.tasks import TASKS, build_task, set_training

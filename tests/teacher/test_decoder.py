@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from dmae_ds.config.run import TeacherConfig
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.models.decoder import Decoder, TokenDecoder
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_student

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.objectives import MaeConfig
-from dmae_ds.config.run import TeacherConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.models.patches import Normalize
 from dmae_ds.models.positions import sincos_positions

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmae_ds.config.run import TeacherConfig
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.models.vit import build_student
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.build import build_frozen_teacher

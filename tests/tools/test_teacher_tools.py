@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmae_ds.cli.main import main
-from dmae_ds.config.run import TeacherConfig
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import build_student
 from dmae_ds.teacher.build import build_frozen_teacher

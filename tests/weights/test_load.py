@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from dmae_ds.config.evaluation import DistillConfig
-from dmae_ds.config.run import ModelConfig, TeacherConfig
+from dmae_ds.config.networks import ModelConfig, TeacherConfig
 from dmae_ds.finetune.network import build_classifier, classifier_kwargs, fill_trunk, load_teacher
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.initial import fill_student
