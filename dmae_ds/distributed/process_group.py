@@ -53,11 +53,12 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
 
 
 def _set_device(world: World) -> torch.device:
-    """Make this rank's GPU the current device, or on CPUs set its number of threads. Raises UserError."""
+    """Set the number of threads, and make this rank's GPU the current device. Raises UserError."""
     import torch
 
+    # On GPUs too: an optimizer that is offloaded to the host would take all cores in every rank.
+    torch.set_num_threads(threads_per_rank(world))
     if not torch.cuda.is_available():
-        torch.set_num_threads(threads_per_rank(world))
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
     if world.local_rank >= num_gpus:
