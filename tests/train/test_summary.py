@@ -53,8 +53,13 @@ def test_the_saved_share_of_the_teachers_compute_by_hand(file, section, sees, to
         device=torch.device("cpu"),
     )
     rows = describe_teacher(config, objective, built)
+    assert "WARNING" not in rows
     above = tokens * 2 * BLOCK + (1 + NUM_PATCHES) * IN_DECODER  # blocks 7 and 8 of 8; the decoder sees all
     share = above / (above + tokens * 6 * BLOCK)
     assert rows["left out"].startswith("blocks 7-8, decoder")
     assert f"; {share:.0%} of" in rows["left out"]
     assert f"sees {sees} patches" in rows["teacher"]
+    for compiled in (False, True):
+        float8 = {"teacher": teacher.model_copy(update={"dtype": "fp8"}), "compile": compiled}
+        rows = describe_teacher(config.model_copy(update=float8), objective, built)
+        assert ("compile=true" in rows.get("WARNING", "")) == (not compiled)
