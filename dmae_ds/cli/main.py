@@ -14,9 +14,11 @@ from dmae_ds.cli.bench import add_bench
 from dmae_ds.cli.checkpoint import add_checkpoint
 from dmae_ds.cli.doctor import add_doctor
 from dmae_ds.cli.eval import add_eval
+from dmae_ds.cli.examples import add_examples
 from dmae_ds.cli.export import add_export
 from dmae_ds.cli.library_warnings import hide_library_warnings
 from dmae_ds.cli.plan import add_plan
+from dmae_ds.cli.recipes import add_recipes
 from dmae_ds.cli.report import add_report
 from dmae_ds.cli.teacher import add_teacher
 from dmae_ds.cli.train import add_train
@@ -26,6 +28,7 @@ from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError
 
 GROUPS = {
     "train": add_train,
+    "recipes": add_recipes,
     "doctor": add_doctor,
     "checkpoint": add_checkpoint,
     "plan": add_plan,
@@ -74,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     subcommands = root.add_subparsers(required=True, metavar=" | ".join(GROUPS))
     for add in GROUPS.values():
         add(subcommands)
+    add_examples(root)
     return root
 
 

@@ -27,6 +27,11 @@ def add_train(subcommands) -> None:
         action="store_true",
         help="allow data.train to be a pipe: URL, whose command is run by a shell",
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build the networks, print the summary that a run begins with, and stop; nothing is written",
+    )
     train.set_defaults(command=_train)
 
 
@@ -44,6 +49,11 @@ def _train(args: argparse.Namespace) -> None:
     with same_on_every_rank() as world:
         config = load_config(args.recipe, args.overrides)
         preflight = prepare(config, world, resume=args.resume, allow_pipe=args.allow_pipe)
+    if args.dry_run:
+        from dmae_ds.train.dry_run import print_summary
+
+        print_summary(preflight)
+        return
     from dmae_ds.train.run import run
 
     run(preflight)

@@ -39,7 +39,7 @@ class ClassifierConfig(Section):
     network: ModelConfig
     data: DataConfig
     labels: str = "all"  # all, 1%, 10%, 5-shot (dmae_ds/evaluate/subsets.py)
-    subset_seed: NonNegativeInt | None = None
+    subset_seed: NonNegativeInt | None = None  # draws the labelled images; null: 0, or none with all
     pool: Literal["mean", "cls"] = "mean"  # input of the classifier: the mean of the patch tokens, or CLS
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay in fp32
 
@@ -76,7 +76,7 @@ class DistillConfig(Section):
     # distill.name.
     teacher: str
     name: str | None = None  # timm name of the classifier, for files without it: mae_finetuned_vit_large.pth
-    format: str = "auto"
+    format: str = "auto"  # key map of the teacher's file
     pool: Literal["mean", "cls"] = "mean"  # input of the classifier, where the file doesn't have it
     task_weight: NonNegativeFloat = 0.5  # weight of the labels' loss
     weight: PositiveFloat = 0.5  # weight of the teacher's loss
@@ -125,8 +125,8 @@ class LinearOptimConfig(ScheduleConfig):
     base_lr: PositiveFloat = 0.1
     epochs: PositiveFloat = 90.0
     warmup_epochs: NonNegativeFloat = 10.0
-    momentum: Unit = 0.9
-    trust: PositiveFloat = 0.001
+    momentum: Unit = 0.9  # of the update
+    trust: PositiveFloat = 0.001  # LARS's coefficient
 
 
 class LinearConfig(ClassifierConfig):

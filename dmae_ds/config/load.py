@@ -122,7 +122,7 @@ def _known_keys(location: tuple, schema: type[BaseModel]) -> list[str]:
             child
             for model in models
             if part in model.model_fields
-            for child in _models_in(model.model_fields[part].annotation)
+            for child in models_in(model.model_fields[part].annotation)
         ]
         # Part of a location may be the tag of a discriminated union, which is no field.
         models = children or [
@@ -135,10 +135,11 @@ class _NoField:
     annotation = None
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Schemas of sections in an annotation; [] for a single value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
 def read_saved_config(run_dir: Path) -> RunConfig:

@@ -14,13 +14,13 @@ from dmae_ds.config.objective_base import Section
 class ModelConfig(Section):
     """A timm vision transformer by name; the other keys replace timm's numbers."""
 
-    name: str
-    img_size: PositiveInt | None = None
-    patch_size: PositiveInt | None = None
-    embed_dim: PositiveInt | None = None
-    depth: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
-    mlp_ratio: PositiveFloat | None = None
+    name: str  # timm's name, such as vit_base_patch16_224
+    img_size: PositiveInt | None = None  # px, of a square image; null, here and below: that of the name
+    patch_size: PositiveInt | None = None  # px
+    embed_dim: PositiveInt | None = None  # width of a token
+    depth: PositiveInt | None = None  # number of blocks
+    num_heads: PositiveInt | None = None  # attention heads of a block
+    mlp_ratio: PositiveFloat | None = None  # width of the MLP's hidden layer, in multiples of embed_dim
 
     def overrides(self) -> dict:
         """Keyword arguments for `timm.create_model`: the keys that were set."""
@@ -73,17 +73,17 @@ class TeacherConfig(ModelConfig):
     # Pixel statistics that the teacher was trained with; null: those of the tag in its name, else data.mean
     # and data.std.
     mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
     # replicated: every rank holds the needed blocks; pipeline: `stages` consecutive ranks share them, whole
     # blocks each; zero3: every rank holds a part of every block and fetches a block when it runs; auto: the
     # fastest by `dmae-ds plan`.
     placement: Literal["replicated", "pipeline", "zero3", "auto"] = "replicated"
-    stages: PositiveInt | None = None
+    stages: PositiveInt | None = None  # ranks that share one teacher; with placement pipeline
     # Decoder of a masked autoencoder, where the objective taps it. Depth and width are compared with the
     # file; the number of heads is not in any file.
     decoder_depth: PositiveInt = 8
-    decoder_embed_dim: PositiveInt = 512
-    decoder_num_heads: PositiveInt = 16
+    decoder_embed_dim: PositiveInt = 512  # its width
+    decoder_num_heads: PositiveInt = 16  # its attention heads
     # Input of a classifier, where the objective taps its logits: the mean of the patch tokens, or CLS.
     pool: Literal["mean", "cls"] = "mean"
     # Standardisation of its features before they are compared; zscore and phi_s need `dmae-ds teacher stats`

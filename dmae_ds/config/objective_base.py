@@ -72,15 +72,15 @@ class ObjectiveSection(Section):
 class DecoderConfig(Section):
     """MAE's pixel decoder (MAE, Sec. 3; DMAE, Table 3b: depth 8)."""
 
-    depth: PositiveInt = 8
-    embed_dim: PositiveInt = 512
-    num_heads: PositiveInt = 16
+    depth: PositiveInt = 8  # number of blocks
+    embed_dim: PositiveInt = 512  # width of a token
+    num_heads: PositiveInt = 16  # attention heads of a block
 
 
 class MaskedPatches(ObjectiveSection):
     """Settings of every objective that masks patches and has a decoder predict something of them."""
 
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # share of the patches that are masked
     # How many patches stay visible: `round` gives the paper's ten at .95 and four at .98, `int` the published
     # code's nine and three.
     patch_count: Literal["round", "int"] = "round"
@@ -93,7 +93,7 @@ class MaskedPatches(ObjectiveSection):
 class MaskedPixels(MaskedPatches):
     """Settings of the pixel loss."""
 
-    norm_pix: bool = False
+    norm_pix: bool = False  # reconstruct each patch with its own mean and variance (MAE, Table 1d)
 
 
 class FeatureDistillationConfig(Section):
@@ -104,10 +104,12 @@ class FeatureDistillationConfig(Section):
 
     # [student block, teacher block], counted from 1; null: both at three quarters of their depth (Sec. 4.1).
     pairs: Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)] | None = None
-    head: Literal["linear", "mlp2", "mlp3"] = "mlp2"
-    distance: Literal["l1", "l2", "smooth_l1", "cosine"] = "l1"
-    normalize: Literal["none", "l2"] = "none"
-    alpha: Annotated[float, Field(ge=0)] = 1.0
+    head: Literal["linear", "mlp2", "mlp3"] = (
+        "mlp2"  # from the student's width to the teacher's; 1 to 3 layers
+    )
+    distance: Literal["l1", "l2", "smooth_l1", "cosine"] = "l1"  # between both features
+    normalize: Literal["none", "l2"] = "none"  # l2: features of length 1, as the published code
+    alpha: Annotated[float, Field(ge=0)] = 1.0  # weight of the term
 
 
 # How `null` of a setting reads in the name of a run, where null has a meaning of its own.

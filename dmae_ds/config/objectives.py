@@ -68,11 +68,11 @@ class MoCoV3Config(ObjectiveSection):
     needs_whole_batch: ClassVar[bool] = True
     judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
     name: Literal["mocov3"]
-    temperature: PositiveFloat = 0.2
+    temperature: PositiveFloat = 0.2  # of the contrastive loss
     momentum: Momentum = 0.99  # at the first step; rises to 1 by half a cosine
     hidden_dim: PositiveInt = 4096  # width of projector and predictor
-    output_dim: PositiveInt = 256
-    freeze_patch_projection: bool = True
+    output_dim: PositiveInt = 256  # width of what is compared
+    freeze_patch_projection: bool = True  # keep the random patch embedding, against instability
     photometric: bool = True  # colours, blur and solarisation as in BYOL; false: crops and flips only
     distill: FeatureDistillationConfig | None = None
 
@@ -120,20 +120,20 @@ class DinoConfig(ObjectiveSection):
 
     judged_by: ClassVar[Literal["mean", "cls"]] = "cls"
     name: Literal["dino"]
-    num_prototypes: Annotated[int, Field(ge=2)] = 65536
+    num_prototypes: Annotated[int, Field(ge=2)] = 65536  # outputs of the head
     hidden_dim: PositiveInt = 2048  # width of the head's three layers
-    bottleneck_dim: PositiveInt = 256
+    bottleneck_dim: PositiveInt = 256  # width before the prototypes
     # The two global crops have the student's img_size and data.crop_scale ([.25, 1] in the published script).
     local_crops: NonNegativeInt = 10
     local_size: PositiveInt = 96  # px
     local_scale: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.25)  # shares of the image's area
     photometric: bool = True  # colours, blur and solarisation as in BYOL; false: crops and flips only
-    student_temperature: PositiveFloat = 0.1
+    student_temperature: PositiveFloat = 0.1  # of the softmax over prototypes
     teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)  # first step; after the warm-up
-    teacher_temperature_warmup_epochs: NonNegativeFloat = 50.0
+    teacher_temperature_warmup_epochs: NonNegativeFloat = 50.0  # linear, from the first to the second
     momentum: Momentum = 0.996  # at the first step; rises to 1 by half a cosine
-    center_momentum: Momentum = 0.9
-    freeze_last_layer_epochs: NonNegativeFloat = 1.0
+    center_momentum: Momentum = 0.9  # of the mean that is subtracted from the EMA teacher's outputs
+    freeze_last_layer_epochs: NonNegativeFloat = 1.0  # at the start, in which the prototypes stay
     distill: FeatureDistillationConfig | None = None
 
     @property
@@ -180,7 +180,7 @@ class AugmentConfig(Section):
     erase: Annotated[float, Field(ge=0, le=1)] = 0.25  # probability that a rectangle is replaced by noise
     mixup: NonNegativeFloat = 0.8  # alpha of the Beta distribution; 0: never
     cutmix: NonNegativeFloat = 1.0  # likewise; where both are set, one is drawn at random
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the label spread over all classes
 
     @property
     def mixes(self) -> bool:

@@ -27,16 +27,16 @@ Unit = Annotated[float, Field(ge=0, lt=1)]
 class RunSection(Section):
     """The run's folder, and the seed of everything random."""
 
-    dir: str
-    seed: NonNegativeInt = 0
+    dir: str  # the run folder; with several nodes on a file system that all of them share
+    seed: NonNegativeInt = 0  # of weights, order, crops and masks
 
 
 class DataConfig(Section):
     """Shard folders written by `dmae-shards make`, how they are read, and the crops that are taken."""
 
     train: str  # a folder here or behind a URL
-    val: str | None = None
-    num_workers: NonNegativeInt = 8
+    val: str | None = None  # held-out images, for k-NN and accuracy; null: none are measured
+    num_workers: NonNegativeInt = 8  # processes of each rank that decode images
     # Samples that are read at once. 1: an exact global shuffle; 16 or 64: for URLs and hard disks
     # (dmae_ds/data/order.py).
     block: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -54,11 +54,11 @@ class DataConfig(Section):
     # Samples of an epoch, for tars without an index, which are then streamed; `dmae-shards index` is better.
     num_samples: PositiveInt | None = None
     shuffle_buffer: PositiveInt = 5000  # samples, of each worker that streams
-    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)
-    flip: bool = True
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)  # a crop's share of the image's area
+    flip: bool = True  # mirror half of the crops
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: share of the short side, centred
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of pixels from 0 to 1; ImageNet's
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)  # likewise
 
     @model_validator(mode="after")
     def _scale_is_a_range(self):
@@ -90,12 +90,12 @@ class DataConfig(Section):
 class ScheduleConfig(Section):
     """Batch and learning rate: base_lr * global_batch / 256, linear warm-up, half a cosine to min_lr."""
 
-    global_batch: PositiveInt = 4096
+    global_batch: PositiveInt = 4096  # images of an optimizer step, over all ranks
     micro_batch: PositiveInt | None = None  # most images of a rank at once; null: global_batch / ranks
-    base_lr: PositiveFloat = 1.5e-4
-    min_lr: NonNegativeFloat = 0.0
-    epochs: PositiveFloat = 100.0
-    warmup_epochs: NonNegativeFloat = 20.0
+    base_lr: PositiveFloat = 1.5e-4  # learning rate of 256 images; the peak is base_lr * global_batch / 256
+    min_lr: NonNegativeFloat = 0.0  # learning rate at the end
+    epochs: PositiveFloat = 100.0  # length of the run, in passes over data.train; may be a fraction
+    warmup_epochs: NonNegativeFloat = 20.0  # linear rise of the learning rate from 0, part of epochs
 
     @model_validator(mode="after")
     def _warmup_ends(self):
@@ -110,8 +110,8 @@ class ScheduleConfig(Section):
 class OptimConfig(ScheduleConfig):
     """AdamW with its schedule."""
 
-    weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.05  # of matrices; biases and norms have none
+    betas: tuple[Unit, Unit] = (0.9, 0.95)  # of Adam's moments
     # Learning rate of a layer divided by that of the layer above it; below 1 only for objectives that know
     # their layers.
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -121,16 +121,16 @@ class OptimConfig(ScheduleConfig):
 class CheckpointConfig(Section):
     """When to save, and how many saves to keep. The end of a run is always saved."""
 
-    every_steps: PositiveInt | None = None
-    every_minutes: PositiveFloat | None = 30.0
-    keep: PositiveInt = 3
+    every_steps: PositiveInt | None = None  # save after so many steps; null: by time alone
+    every_minutes: PositiveFloat | None = 30.0  # save after so many minutes; null: by steps alone
+    keep: PositiveInt = 3  # newest saves that stay
 
 
 class LogConfig(Section):
     """How often losses are read from the device, and the trackers that they are sent to."""
 
-    every_steps: PositiveInt = 20
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"])
+    every_steps: PositiveInt = 20  # steps between two reads of the losses
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"])  # []: metrics.jsonl alone
 
 
 class DistConfig(Section):
@@ -148,9 +148,9 @@ class EvalConfig(Section):
     """
 
     knn_every: PositiveFloat | None = None  # epochs, as optim.epochs; the end of the run is measured too
-    knn_k: PositiveInt = 20
-    knn_temperature: PositiveFloat = 0.07
-    knn_pool: Literal["mean", "cls"] = "mean"
+    knn_k: PositiveInt = 20  # number of neighbours
+    knn_temperature: PositiveFloat = 0.07  # of a neighbour's weight exp(cosine / temperature)
+    knn_pool: Literal["mean", "cls"] = "mean"  # the feature: mean of the patch tokens, or CLS
     # Training images that vote: all, 10%, 5-shot (dmae_ds/evaluate/subsets.py, seed 0). 10% costs about a
     # tenth.
     knn_labels: str = "all"

@@ -6,13 +6,17 @@ setup.cfg installs `launch/recipes` as `dmae_ds/shipped_recipes` and `ds_configs
 
 from __future__ import annotations
 
+import re
+import textwrap
 from difflib import get_close_matches
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from dmae_ds.config.objectives import ObjectiveSection, ShippedObjective
 from dmae_ds.errors import UserError
 from dmae_ds.output.table import text_table
+
+if TYPE_CHECKING:
+    from dmae_ds.config.objectives import ObjectiveSection
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RECIPES = (_PACKAGE.parent / "launch" / "recipes", _PACKAGE / "shipped_recipes", ".yaml")
@@ -56,8 +60,43 @@ def find_file(kind: str, name: str) -> Path:
     )
 
 
+def recipe_list() -> str:
+    """Names of all shipped recipes, each with the first sentence of its file."""
+    lines: list[str] = []
+    for kind, command in (("recipe", "train"), ("evaluation recipe", "eval finetune|linear RUN --recipe")):
+        files = shipped_files(kind)
+        width = max(map(len, files))
+        lines += [
+            f"dmae-ds {command} ...",
+            *(f"  {n:<{width}}  {_first_sentence(files[n])}" for n in files),
+            "",
+        ]
+    return "\n".join([*lines, "a recipe: dmae-ds recipes NAME; every key: dmae-ds recipes --all"])
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a shipped recipe of any kind, or of a file. Raises UserError where there is none."""
+    kind = "evaluation recipe" if name in shipped_files("evaluation recipe") else "recipe"
+    return find_file(kind, name).read_text(encoding="utf-8").rstrip("\n")
+
+
+def _first_sentence(path: Path) -> str:
+    """First sentence of the comment at the top of a recipe, on one line of at most 100 characters."""
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    sentence = re.split(r"(?<!Sec)(?<!Eq)\.\s", " ".join(comment))[0].rstrip(".")
+    return textwrap.shorten(sentence, width=100, placeholder=" ...")
+
+
 def shipped_objectives() -> dict[str, type[ObjectiveSection]]:
     """Schemas of the shipped objectives by name, in the order of `ShippedObjective`."""
+    from dmae_ds.config.objectives import (
+        ShippedObjective,
+    )  # late: pydantic takes most of the time of `recipes`
+
     union, _ = get_args(ShippedObjective)
     return {
         name: schema
@@ -78,6 +117,7 @@ def objective_table() -> str:
             *text_table(rows, left=range(4)),
             "",
             f"recipes: {', '.join(shipped_files('recipe'))}",
+            "what each of them is: dmae-ds recipes; every key: dmae-ds recipes --all",
             "train one: dmae-ds train RECIPE [key=value ...]",
         ]
     )

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from dmae_ds.cli.arguments import at_least_one
+from dmae_ds.cli.examples import EXAMPLES, commands_below
 from dmae_ds.cli.main import GROUPS, build_parser, main
 from dmae_ds.errors import Requeue, RunFailed, UserError
 from tests.messages import banned_words
 
-
-def subparsers_of(command: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    actions = [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
-    return actions[0].choices if actions else {}
-
-
-def all_commands() -> dict[str, argparse.ArgumentParser]:
-    """Every command as it is typed after `dmae-ds`, and its parser."""
-    commands, todo = {}, [("", build_parser())]
-    while todo:
-        name, command = todo.pop()
-        commands[name] = command
-        todo += [(f"{name} {word}".strip(), child) for word, child in subparsers_of(command).items()]
-    return commands
-
-
-COMMANDS = all_commands()
+COMMANDS = commands_below(build_parser())
+ALONE = [
+    name for name in COMMANDS if not any(other.startswith(f"{name} ".lstrip()) for other in COMMANDS if other)
+]
 
 
 def test_the_commands_are_those_of_the_table():
@@ -47,7 +36,8 @@ def test_every_help_page_is_shown_without_torch():
         "        main([*name.split(), '--help'])\n"
         "    except SystemExit as end:\n"
         "        assert end.code == 0, name\n"
-        "heavy = {'torch', 'timm', 'deepspeed', 'accelerate', 'torchvision'} & set(sys.modules)\n"
+        "assert main(['recipes']) == 0\n"
+        "heavy = {'torch', 'timm', 'deepspeed', 'accelerate', 'pydantic'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, *COMMANDS], capture_output=True, text=True)
@@ -63,6 +53,17 @@ def test_every_option_is_explained_in_plain_words(name):
             continue
         assert action.help, f"{action.dest} has no help"
     assert not banned_words(command.format_help())
+
+
+def test_every_command_has_examples_that_it_takes():
+    assert sorted(EXAMPLES) == sorted(ALONE)
+    root = build_parser()
+    for name, examples in EXAMPLES.items():
+        for example in examples:
+            assert f"dmae-ds {name} {example}".rstrip() in COMMANDS[name].format_help()
+            args, extra = root.parse_known_args([*name.split(), *shlex.split(example)])
+            assert hasattr(args, "overrides") or not extra
+            assert not [word for word in extra if word.startswith("-")]
 
 
 @pytest.mark.parametrize(

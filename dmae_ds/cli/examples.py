@@ -1,0 +1,66 @@
+"""Examples below the help of every command, in one place: tests/cli/test_help.py parses each of them."""
+
+from __future__ import annotations
+
+import argparse
+
+RECIPE = "dmae_vit_large_to_base"
+RUN = f"runs/{RECIPE}"
+WEIGHTS = "teacher.weights=mae_pretrain_vit_large.pth"
+
+# {command: its examples, without `dmae-ds` and the command}
+EXAMPLES = {
+    "train": (
+        "digits_dmae",
+        f"{RECIPE} {WEIGHTS} --dry-run",
+        f"{RECIPE} {WEIGHTS} objective.mask_ratio=0.9 run.dir=runs/mask90 --resume auto",
+    ),
+    "recipes": ("", "digits_dmae", "--all knn"),
+    "doctor": (f"{RECIPE} {WEIGHTS}", f"{RECIPE} {WEIGHTS} --hostfile hostfile"),
+    "checkpoint inspect": (RUN,),
+    "checkpoint verify": (RUN,),
+    "checkpoint convert": (f"{RUN} universal",),
+    "plan": (
+        f"{RECIPE} --gpus 8 --gpu-memory-gib 24",
+        f"{RECIPE} precision=bf16_autocast optim.micro_batch=32 --gpus 16 --gpus-per-node 8",
+    ),
+    "eval knn": (RUN, f"{RUN} runs/mask90 --k 10 20 --labels all 10%"),
+    "eval probe": (RUN, f"{RUN} --pool cls"),
+    "eval finetune": (
+        f"{RUN} --recipe finetune_dmae",
+        "student.safetensors network.name=vit_base_patch16_224 data.train=shards/train data.val=shards/val "
+        "run.dir=runs/tuned",
+    ),
+    "eval linear": (f"{RUN} --labels 10%", "runs/digits/dmae --recipe linear_digits"),
+    "export": (f"{RUN} --to hf --license cc-by-nc-4.0", f"{RUN} --to onnx --out student_onnx"),
+    "report": (RUN, f"{RUN} runs/mask90 --out mask.html", "--results runs"),
+    "teacher inspect": ("mae_pretrain_vit_large.pth",),
+    "teacher slice": ("mae_pretrain_vit_large.pth teacher_in_4 --stages 4 --last-block 18 --dtype bf16",),
+    "teacher stats": (f"{RECIPE} {WEIGHTS} --images 2000",),
+    "bench step": (f"{RECIPE} optim.global_batch=8 --against mae",),
+    "bench teacher-load": ("--name vit_base_patch16_224 --stages 1 2",),
+    "bench stream": ("digits_dmae --stages 2",),
+    "bench save": ("digits_dmae --folder /tmp",),
+    "bench knn": ("--train 100000 --queries 512",),
+}
+
+
+def add_examples(root: argparse.ArgumentParser) -> None:
+    """Show the examples at the end of each command's help, as they stand."""
+    for name, parser in commands_below(root).items():
+        lines = [f"  {root.prog} {name} {example}".rstrip() for example in EXAMPLES.get(name, ())]
+        if lines:
+            parser.formatter_class = argparse.RawDescriptionHelpFormatter
+            parser.epilog = "\n".join(["examples:", *lines])
+
+
+def commands_below(root: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Parsers of all commands by what is typed after the program's name, the root's own under ""."""
+    commands, todo = {}, [("", root)]
+    while todo:
+        name, command = todo.pop()
+        commands[name] = command
+        for action in command._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                todo += [(f"{name} {word}".strip(), child) for word, child in action.choices.items()]
+    return commands
