@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from dmae_ds.cli.arguments import add_recipe
 from dmae_ds.cli.ranks import same_on_every_rank
@@ -39,7 +40,7 @@ def _train(args: argparse.Namespace) -> None:
     # Set before torch is imported: its C++ code would add stack frames to the one line about a lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dmae_ds.config.load import load_config
-    from dmae_ds.train.preflight import prepare
+    from dmae_ds.train.preflight import describe_finished, prepare
 
     if args.recipe is None:
         from dmae_ds.config.shipped import objective_table
@@ -49,6 +50,10 @@ def _train(args: argparse.Namespace) -> None:
     with same_on_every_rank() as world:
         config = load_config(args.recipe, args.overrides)
         preflight = prepare(config, world, resume=args.resume, allow_pipe=args.allow_pipe)
+    if preflight.is_finished:
+        if world.is_main:
+            print(describe_finished(preflight), file=sys.stderr, flush=True)
+        return
     if args.dry_run:
         from dmae_ds.train.dry_run import print_summary
 

@@ -18,6 +18,7 @@ from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
+from dmae_ds.train.checkpoint.student_file import STUDENT, StudentFiles
 from dmae_ds.train.learning_rate import check_rates
 
 # Keys of the teacher section that may change when a run is resumed: they change neither features nor
@@ -51,6 +52,13 @@ class Preflight:
     def run_dir(self) -> Path:
         """The run folder."""
         return self.folder.run_dir
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run that is resumed has made its last step, and its exported files are of that step."""
+        if self.resume_from is None or self.folder.read_state(self.resume_from)["step"] < self.num_steps:
+            return False
+        return StudentFiles(self.run_dir, {}).are_of(self.num_steps)
 
     @property
     def num_classes(self) -> int | None:
@@ -111,6 +119,15 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         identity=identity,
         resume=resume,
         resume_from=resume_from,
+    )
+
+
+def describe_finished(preflight: Preflight) -> str:
+    """Say that there is nothing to do in a finished run, where its student is, and how to go on."""
+    return (
+        f"'{preflight.run_dir}' is finished: step {preflight.num_steps:,} of {preflight.num_steps:,}; "
+        f"nothing was done. Its student is {preflight.run_dir / STUDENT}; to train longer raise "
+        "optim.epochs, to train again choose another run.dir"
     )
 
 

@@ -17,6 +17,7 @@ from dmae_ds.config.load import dump_config
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
+from dmae_ds.distributed.device import device_name
 from dmae_ds.errors import RunFailed
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.objectives.base import Objective
@@ -40,6 +41,7 @@ from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight, check_is_new
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import measure_speed
+from dmae_ds.train.starts import append_start, changes, describe_environment
 from dmae_ds.train.step_timer import StepTimer
 from dmae_ds.train.stop import StopRequest
 from dmae_ds.train.summary import summary
@@ -193,12 +195,21 @@ def load(built: BuiltRun) -> int:
         start_step = built.checkpoints.load(built.engine, preflight.resume_from)
     collectives.barrier()  # every rank has checked the run folder: rank 0 may write into it
     if preflight.world.is_main:
-        preflight.run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(preflight.run_dir / "config.yaml", dump_config(preflight.config).encode())
+        changed = record_start(preflight, built.device, start_step)
         built.metric_logger.trackers = build_trackers(preflight.config.log.trackers, preflight.run_dir)
-        print(built.summary, file=sys.stderr, flush=True)
+        print("\n".join([*changed, built.summary]), file=sys.stderr, flush=True)
     built.metric_logger.start(start_step)
     return start_step
+
+
+def record_start(preflight: Preflight, device: torch.device, step: int) -> list[str]:
+    """Write config.yaml and a line of starts.jsonl; returns what a resumed run changes, a line each."""
+    config, run_dir = preflight.config, preflight.run_dir
+    environment = describe_environment(device=device_name(device), world_size=preflight.world.size)
+    changed = [] if preflight.resume_from is None else changes(run_dir, config, environment)
+    append_start(run_dir, config, environment, step=step)
+    write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+    return changed
 
 
 def stream(built: BuiltRun, start_step: int) -> Iterator[tuple[Batch, PatchBatch, dict[str, Tensor]]]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from isal.isal_zlib import crc32
 
+from dmae_ds.config.load import flatten
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.output.durable import sync_folder, write_atomically
 from dmae_ds.output.units import MIB
@@ -40,6 +41,10 @@ MUST_AGREE = {
     "positions": "the version that wrote it kept the positional embedding fixed and has no optimizer state "
     "for it; finish the run with that version, or begin another run.dir with student.weights of this one",
 }
+
+# Names of their keys in a recipe, where they have others.
+IN_RECIPE = {"seed": "run.seed", "repeat": "data.repeat", "global_batch": "optim.global_batch"}
+UNSET, SHOWN = "unset", 3  # how a missing key reads; how many differing keys are shown
 
 # Different precisions that hold the same state: fp32 weights and moments.
 SAME_STATE = ("fp32", "bf16_autocast")
@@ -149,10 +154,7 @@ class CheckpointFolder:
             saved = state[key] if key in state else OLDER[key]
             is_same_state = key == "precision" and {saved, identity[key]} <= set(SAME_STATE)
             if saved != identity[key] and not is_same_state:
-                raise UserError(
-                    f"checkpoint '{folder}' has {key} {_short(saved)}, "
-                    f"this run {_short(identity[key])}; {way_out}"
-                )
+                raise UserError(f"checkpoint '{folder}' {_difference(key, saved, identity[key])}; {way_out}")
         if not self.must_reshard(state, identity):
             return
         if state["version"] < 3 and state["zero_stage"] == 0:
@@ -275,6 +277,19 @@ def crc32_of(path: Path) -> int:
         while piece := file.read(_CHUNK):
             crc = crc32(piece, crc)
     return crc
+
+
+def _difference(key: str, saved: object, here: object) -> str:
+    """`has objective.decoder.depth 2, this run 4`, for the first keys that differ, and how many more do."""
+    key = IN_RECIPE.get(key, key)
+    old, new = flatten({key: saved}), flatten({key: here})
+    differing = [name for name in {**old, **new} if old.get(name, UNSET) != new.get(name, UNSET)]
+    texts = [
+        f"has {name} {_short(old.get(name, UNSET))}, this run {_short(new.get(name, UNSET))}"
+        for name in differing[:SHOWN]
+    ]
+    more = f", and {len(differing) - SHOWN} more keys" if len(differing) > SHOWN else ""
+    return "; ".join(texts) + more
 
 
 def _short(value: object, limit: int = 80) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 from safetensors import safe_open
-from torch import Tensor
 
 from dmae_ds.output.durable import sync_folder, temporary_name, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STUDENT, DECODER = "student.safetensors", "decoder.safetensors"
 NAMES = (STUDENT, DECODER)
@@ -68,7 +70,7 @@ class StudentFiles:
 def step_of(path: Path) -> int | None:
     """The step that a plain file was written at; None when the file is missing or broken."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             return int(file.metadata()["step"])
     except (
         Exception

@@ -168,6 +168,17 @@ def test_several_readers_check_every_file_once(folder, monkeypatch):
     assert sorted(seen) == list("abcde")
 
 
+def test_a_refusal_names_the_keys_that_differ_inside_a_section(folder):
+    save(folder, 5, objective={"name": "a", "decoder": {"depth": 2, "embed_dim": 8}}, teacher=None)
+    here = {
+        "objective": {"name": "a", "decoder": {"depth": 4, "embed_dim": 8}, "alpha": 1.0},
+        "teacher": None,
+    }
+    with refused("objective.decoder.depth 2", "this run 4", "objective.alpha unset", "1.0") as raised:
+        folder.check_same_run(folder.latest(), {**IDENTITY, **here})
+    assert "embed_dim" not in str(raised.value)
+
+
 @pytest.mark.parametrize("key", MUST_AGREE)
 def test_another_run_s_checkpoint_is_refused(folder, key):
     save(folder, 5)
