@@ -1,12 +1,14 @@
 """Entry point of `dmae-ds`: parse arguments, run a command, turn its errors into one line and an exit code.
 
-Exit codes: 0 done; 2 a mistake of the user; 1 the run broke; 75 a signal stopped the run, which has saved.
+Exit codes: 0 done; 2 a mistake of the user; 1 the run broke; 75 a signal stopped the run, which has saved;
+130 ended by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from dmae_ds import __version__
@@ -62,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(_print_error(error, code=1))
     except RunFailed as error:
         return _print_error(error, code=1)
+    except KeyboardInterrupt:
+        print("\ndmae-ds: ended by Ctrl-C", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     return 0
 
 

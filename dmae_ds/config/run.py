@@ -122,7 +122,8 @@ class CheckpointConfig(Section):
     """When to save, and how many saves to keep. The end of a run is always saved."""
 
     every_steps: PositiveInt | None = None  # save after so many steps; null: by time alone
-    every_minutes: PositiveFloat | None = 30.0  # save after so many minutes; null: by steps alone
+    # Save after so many minutes, and for the first time after 5 at the latest; null: by steps alone.
+    every_minutes: PositiveFloat | None = 30.0
     keep: PositiveInt = 3  # newest saves that stay
 
 

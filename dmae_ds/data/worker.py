@@ -3,8 +3,8 @@
 An orphaned worker holds copies of the dead rank's sockets. The other ranks would learn of the death only when
 torch's watchdog ends the orphan, 5 seconds later; by then a launcher may have stopped them without a message.
 Launchers also
-send SIGTERM to all processes of a rank: a worker that ended then would break the step that the rank finishes
-before it saves.
+send SIGTERM to all processes of a rank, and a terminal sends Ctrl-C to all of a command: a worker that ended
+then would break the step that the rank finishes before it saves.
 """
 
 import ctypes
@@ -19,8 +19,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def end_with_parent(_: int) -> None:
     """Tie this worker to its parent process; DataLoader's `worker_init_fn`.
 
-    Only on Linux: elsewhere torch's watchdog ends workers, and signals keep their usual meaning.
+    Only on Linux: elsewhere torch's watchdog ends workers, and SIGTERM keeps its usual meaning.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signals = {signal.SIGTERM, signal.SIGUSR1}

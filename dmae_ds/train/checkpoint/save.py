@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
 
+# A new run's first save comes early: it shows that the disk takes it, and an early stop loses little.
+FIRST_MINUTES = 5.0
+
+
 class Checkpoints:
     """Saves and loads the checkpoints of one run.
 
@@ -61,6 +65,8 @@ class Checkpoints:
     def due_by_time(self) -> bool:
         """Whether checkpoint.every_minutes have passed here; clocks of ranks differ, so rank 0 decides."""
         minutes = self.config.every_minutes
+        if minutes is not None and self._last_step is None:
+            minutes = min(minutes, FIRST_MINUTES)
         return minutes is not None and time.monotonic() - self._last_save_s > 60 * minutes
 
     def save(self, engine: Engine, *, step: int, position: int) -> None:
