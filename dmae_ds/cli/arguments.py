@@ -23,6 +23,16 @@ def add_recipe(
     )
 
 
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add `--quiet`."""
+    parser.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="leave out the summary, progress and lines about saves; results, warnings and errors stay",
+    )
+
+
 def add_labels(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
     """Add `--labels` and `--subset-seed`, which `evaluate.subsets.open_subset` takes."""
     parser.add_argument(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmae_ds.cli.arguments import add_labels
+from dmae_ds.cli.arguments import add_labels, add_quiet
 from dmae_ds.cli.ranks import same_on_every_rank
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def _add_frozen(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-cache", action="store_const", const=0.0, dest="cache_gib", help="neither read nor keep features"
     )
+    add_quiet(parser)
 
 
 def _add_classifier(kinds, name: str, *, help: str, recipe: str) -> None:
@@ -127,6 +128,7 @@ def _add_classifier(kinds, name: str, *, help: str, recipe: str) -> None:
         help="auto: continue an interrupted evaluation if there is one (default never)",
     )
     add_labels(classifier)
+    add_quiet(classifier)
     classifier.set_defaults(command=_classifier, name=name)
 
 
@@ -147,13 +149,21 @@ def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -
     options |= {"pool": args.pool, "batch_size": args.batch_size, "cache_gib": args.cache_gib}
     with same_on_every_rank() as world:
         _share_cpus(world)
+        rows: list[tuple[str, dict]] = []
         for run, labels in itertools.product(args.runs, args.labels):
             # The seed draws a share of the labels; `all` needs none. Where `all` is the only share, a seed is
             # passed on and refused.
             seed = args.subset_seed if labels != "all" or len(args.labels) == 1 else None
             if len(args.runs) > 1 and world.is_main:
                 print(f"{run}: ", end="", flush=True)
-            evaluate_run(Path(run), labels=labels, subset_seed=seed, **options)
+            results = evaluate_run(Path(run), labels=labels, subset_seed=seed, **options)
+            # k-NN gives a list, one result for each k; other ranks than the main one have none.
+            results = results if isinstance(results, list) else [results]
+            rows += [(run, result) for result in results if result is not None]
+        if len(rows) > 1 and world.is_main:
+            from dmae_ds.evaluate.results import results_table
+
+            print("\n".join(["", *results_table(rows)]))
 
 
 def _classifier(args: argparse.Namespace) -> None:

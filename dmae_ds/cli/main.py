@@ -27,6 +27,7 @@ from dmae_ds.cli.train import add_train
 from dmae_ds.distributed.tasks import rank_in_env
 from dmae_ds.distributed.world import whole_lines
 from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError
+from dmae_ds.output.lines import be_quiet
 
 GROUPS = {
     "train": add_train,
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         root.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:
         args.overrides += extra
+    if getattr(args, "quiet", False):
+        be_quiet()
     try:
         args.command(args)
     except UserError as error:

@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 
-from dmae_ds.cli.arguments import add_recipe
+from dmae_ds import __version__
+from dmae_ds.cli.arguments import add_quiet, add_recipe
 from dmae_ds.cli.ranks import same_on_every_rank
+from dmae_ds.distributed.tasks import rank_in_env
 from dmae_ds.errors import UserError
+from dmae_ds.output.lines import say
 
 
 def add_train(subcommands) -> None:
@@ -33,6 +36,7 @@ def add_train(subcommands) -> None:
         action="store_true",
         help="build the networks, print the summary that a run begins with, and stop; nothing is written",
     )
+    add_quiet(train)
     train.set_defaults(command=_train)
 
 
@@ -47,13 +51,18 @@ def _train(args: argparse.Namespace) -> None:
 
         print(objective_table())
         raise UserError("no recipe was given; name one of those listed above, or a YAML file")
+    on_terminal = sys.stderr.isatty() and rank_in_env() == 0
+    if on_terminal:
+        say(f"dmae-ds {__version__}: reading {args.recipe}")
     with same_on_every_rank() as world:
         config = load_config(args.recipe, args.overrides)
         preflight = prepare(config, world, resume=args.resume, allow_pipe=args.allow_pipe)
     if preflight.is_finished:
         if world.is_main:
-            print(describe_finished(preflight), file=sys.stderr, flush=True)
+            say(describe_finished(preflight))
         return
+    if on_terminal:
+        say("recipe and data are checked; starting torch and DeepSpeed")
     if args.dry_run:
         from dmae_ds.train.dry_run import print_summary
 

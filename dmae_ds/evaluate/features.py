@@ -29,6 +29,7 @@ from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
+from dmae_ds.output.lines import is_quiet
 
 # Tokens after the final norm, [N, 1 + L, D] with CLS first -> features [N, D], or [N, L, D] of the patches.
 POOLS = {
@@ -150,7 +151,7 @@ def extract_features(
         num_workers=options.num_workers,
         subset=subset,
     )
-    silent = title is None or not processes.is_main_process
+    silent = title is None or not processes.is_main_process or is_quiet()
     stop = 0
     with tqdm(total=num_rows * num_processes, desc=title, unit="img", disable=silent) as bar:
         for batch in batches:

@@ -20,7 +20,7 @@ from dmae_ds.evaluate.features import (
     precision_of,
     read_step,
 )
-from dmae_ds.evaluate.results import MeasuredOn
+from dmae_ds.evaluate.results import MeasuredOn, interval_text
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
 
 
@@ -35,11 +35,11 @@ class FrozenFeatures:
     num_classes: int
     measured_on: MeasuredOn
 
-    def describe(self) -> str:
-        """The numbers of images, and the share of the labels if it is not all, for printed lines."""
+    def describe(self, top1: float) -> str:
+        """The numbers of images, the share of the labels if it is not all, and the 95% interval of top-1."""
         on = self.measured_on
         share = "" if on.labels == ALL else f", {on.labels} of the labels, seed {on.subset_seed}"
-        return f"{on.num_train} train, {on.num_val} val{share}"
+        return f"{on.num_train} train, {on.num_val} val{share}; {interval_text(top1, on.num_val)}"
 
 
 def open_frozen(

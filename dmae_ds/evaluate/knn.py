@@ -67,7 +67,7 @@ def evaluate_run(
         results.append(append_result(run, result))
         second = "" if top5 is None else f", top-5 {top5:.1f}%"
         settings = f"k {k}, T {temperature:g}, {pool} pool"
-        print(f"knn top-1 {top1:.1f}%{second} ({settings}, {frozen.describe()})", flush=True)
+        print(f"knn top-1 {top1:.1f}%{second} ({settings}, {frozen.describe(top1)})", flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results

@@ -85,7 +85,7 @@ def evaluate_run(
         second = "" if top5 is None else f", top-5 {top5:.1f}%"
         origin = "from a tenth held out" if l2 is None else "given"
         settings = f"l2 {chosen:g} {origin}, {pool} pool"
-        print(f"probe top-1 {top1:.1f}%{second} ({settings}, {frozen.describe()})", flush=True)
+        print(f"probe top-1 {top1:.1f}%{second} ({settings}, {frozen.describe(top1)})", flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result

@@ -24,6 +24,7 @@ from typing import Iterator
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import check_labels
 from dmae_ds.output.durable import replacing
+from dmae_ds.output.table import text_table
 
 RESULTS_FILE = "results.jsonl"
 
@@ -108,6 +109,38 @@ def make_result(
         "seconds": seconds,
         **asdict(measured_on),
     }
+
+
+def interval_95(percent: float, num_images: int) -> tuple[float, float]:
+    """The 95% confidence interval of a share of right answers, in percent (Wilson 1927)."""
+    z, share = 1.96, percent / 100
+    middle = share + z * z / (2 * num_images)
+    half = z * math.sqrt(share * (1 - share) / num_images + (z / (2 * num_images)) ** 2)
+    scale = 100 / (1 + z * z / num_images)
+    return max(0.0, scale * (middle - half)), min(100.0, scale * (middle + half))
+
+
+def interval_text(percent: float, num_images: int) -> str:
+    """The 95% interval as text: `95%: 77.1 to 84.7`."""
+    low, high = interval_95(percent, num_images)
+    return f"95%: {low:.1f} to {high:.1f}"
+
+
+def results_table(rows: list[tuple[str, dict]]) -> list[str]:
+    """A table of (run, result), a row each: labels, settings that differ, top-1 and its 95% interval."""
+    varying = [
+        name
+        for name in dict.fromkeys(name for _, result in rows for name in result["settings"])
+        if len({json.dumps(result["settings"].get(name)) for _, result in rows}) > 1
+    ]
+    cells = [("run", "labels", *varying, "top-1", "95% interval", "images")]
+    for run, result in rows:
+        top1, num_val = headline(result), result["num_val"]
+        low, high = interval_95(top1, num_val)
+        settings = [str(result["settings"].get(name, "")) for name in varying]
+        scores = (f"{top1:.1f}%", f"{low:.1f} to {high:.1f}", f"{num_val:,}")
+        cells.append((run, result["labels"], *settings, *scores))
+    return text_table(cells, left=(0, 1))
 
 
 def headline(result: dict) -> float:

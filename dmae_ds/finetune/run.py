@@ -27,13 +27,14 @@ from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import dump_config
 from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.results import append_result, make_result
+from dmae_ds.evaluate.results import append_result, interval_text, make_result
 from dmae_ds.evaluate.subsets import open_subset
 from dmae_ds.finetune.checkpoint import RESUME_FILE, read_resume, restore
 from dmae_ds.finetune.evaluation import Evaluation, open_evaluation
 from dmae_ds.finetune.loop import LoopSettings, raise_unless_finite, train, validate
 from dmae_ds.finetune.record import Progress, metric_of, save_epoch, settings_of, summary, write_text
 from dmae_ds.finetune.source import find_source
+from dmae_ds.output.lines import is_quiet, say
 from dmae_ds.train.checkpoint.run_lock import hold
 from dmae_ds.train.learning_rate import learning_rate
 
@@ -135,7 +136,7 @@ def _write_start(evaluation: Evaluation, progress: Progress) -> None:
     open_subset(
         source.results, evaluation.train_set, labels=config.labels, seed=config.subset_seed, write=True
     )
-    print(summary(evaluation, start_step=progress.step), file=sys.stderr, flush=True)
+    say(summary(evaluation, start_step=progress.step), dated=False)
 
 
 def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch], *, identity: dict) -> None:
@@ -146,7 +147,7 @@ def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch],
         initial=progress.step,
         unit="step",
         # In a log file the line of each epoch has to do.
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        disable=not (accelerator.is_main_process and sys.stderr.isatty()) or is_quiet(),
         mininterval=0.5,
     )
     since = time.monotonic()
@@ -185,7 +186,7 @@ def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch],
             save_epoch(evaluation.out, classifier, config, progress, identity=identity, is_best=is_best)
             second = "" if top5 is None else f", top-5 {top5:.2f}%"
             text = f"epoch {row['epoch']:.4g}: loss {row['loss']:.4f}, top-1 {top1:.2f}%{second}"
-            tqdm.write(text, file=sys.stderr)
+            say(text)
         accelerator.wait_for_everyone()
 
     settings = LoopSettings(
@@ -214,5 +215,6 @@ def _describe(evaluation: Evaluation, progress: Progress, result: dict) -> str:
     best = max(row["top1"] for row in progress.epochs)
     epochs = f"last of {evaluation.config.optim.epochs:g} epochs; best {best:.1f}%"
     images = f"{result['num_train']} train, {result['num_val']} val"
-    top1 = f"{result['metric']} top-1 {result['scores']['top1']:.1f}%"
+    score = result["scores"]["top1"]
+    top1 = f"{result['metric']} top-1 {score:.1f}%, {interval_text(score, result['num_val'])}"
     return f"{top1} ({evaluation.source.recipe}, {epochs}), {images}: {evaluation.out}"

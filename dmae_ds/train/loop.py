@@ -43,7 +43,7 @@ def train(
     Raises RunFailed when a loss is not finite; nothing is saved after such a step. Raises Requeue, on every
     rank, after a stop.
     """
-    flags = AsyncFlags(2, engine.device)
+    flags = AsyncFlags(3, engine.device)
     process_group.report(start_step, "waiting for data")
     for index, (batch, masked, features) in enumerate(stream):
         finished, micro_batch = divmod(index, schedule.accumulation)
@@ -63,11 +63,12 @@ def train(
         process_group.report(step, "after the step")
         after_step(step)
         is_last = step == schedule.num_steps
-        must_stop, is_due = flags.result()
+        must_stop, is_due, is_late = flags.result()
         save = is_last or must_stop or is_due or checkpoints.due_by_steps(step)
         if not is_last and not must_stop:  # a request that comes now takes effect after the next step
-            flags.reduce([bool(stop), collectives.is_main() and not save and checkpoints.due_by_time()])
-        if save or step % schedule.log_every == 0:
+            time_to_save = collectives.is_main() and not save and checkpoints.due_by_time()
+            flags.reduce([bool(stop), time_to_save, metric_logger.is_late()])
+        if save or is_late or step % schedule.log_every == 0:
             metric_logger.flush()
         if save:
             process_group.report(step, "saving")

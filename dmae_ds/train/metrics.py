@@ -28,8 +28,11 @@ from torch import Tensor
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.output.durable import write_atomically
+from dmae_ds.output.lines import say
+from dmae_ds.output.units import size_text
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.collapse import CollapseMonitor
+from dmae_ds.train.peak_memory import memory_now
 from dmae_ds.train.progress import Progress
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import Speed
@@ -72,6 +75,7 @@ class MetricLogger:
         self._names: list[str] = []
         self._sums: Tensor | None = None  # over the micro-batches of the current step
         self._rows: list[_Row] = []
+        self._device = torch.device("cpu")  # of the scalars
         self._notes: dict[int, dict[str, float]] = {}
         self._ids: list[Tensor] = []
         self._since = time.perf_counter()
@@ -110,6 +114,7 @@ class MetricLogger:
             ]
         )
         names = [*self._names, *observed]
+        self._device = values.device
         self._rows.append(_Row(step, lr, names, values, self.timer.lap(), self._ids))
         self._sums, self._ids = None, []
         self._activate_monitor()
@@ -122,8 +127,15 @@ class MetricLogger:
         seconds: spent on measuring them; they are left out of every step's time
         """
         self._notes[self.step] = numbers
+        if self.is_main:
+            text = ", ".join(f"{name} {value:.1f}%" for name, value in numbers.items())
+            say(f"step {self.step:,}: {text} ({seconds:.1f} s)")
         self._since += seconds
         self.timer.lap()
+
+    def is_late(self) -> bool:
+        """Whether rank 0 should log now, although log.every_steps have not passed; False on other ranks."""
+        return self._progress is not None and self._progress.is_late()
 
     def flush(self) -> None:
         """Average the collected steps over ranks and write them. Collective.
@@ -191,17 +203,21 @@ class MetricLogger:
         if self._progress is None or not records:
             return
         step = records[-1]["step"]
-        if step % self.schedule.log_every == 0 or step == self.schedule.num_steps:  # not where it only saves
+        # Not where it only saves.
+        is_logged = step % self.schedule.log_every == 0 or step == self.schedule.num_steps
+        if is_logged or self._progress.is_late():
             self._progress.show(self._shown(records))
 
     def _shown(self, records: list[dict]) -> dict[str, str]:
         last = records[-1]
-        shown = {name: f"{last[name]:.4f}" for name in self._names if not name.startswith("share/")}
+        shown = {"epoch": f"{last['epoch']:.3g} of {self.schedule.optim.epochs:g}"}
+        shown |= {name: f"{last[name]:.4f}" for name in self._names if not name.startswith("share/")}
         data_s = sum(record.get("seconds/data", 0.0) for record in records)
         all_s = sum(
             seconds for record in records for name, seconds in record.items() if name.startswith("seconds/")
         )
-        shown |= {"img/s": f"{last['images_per_s']:.0f}", "data": f"{data_s / all_s:.0%}"}
+        shown |= {"lr": f"{last['lr']:.2g}", "img/s": f"{last['images_per_s']:.0f}"}
+        shown |= {"data": f"{data_s / all_s:.0%}", "memory": size_text(memory_now(self._device))}
         if self.speed is not None:
             shown |= {"TFLOP/s": f"{last['tflops']:.3g}", "of peak": f"{last['of_peak']:.0%}"}
         return shown

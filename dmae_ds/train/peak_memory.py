@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux only
@@ -36,6 +37,13 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return max(0, _status_bytes("VmHWM") - self._before)
+
+
+def memory_now(device: torch.device) -> int:
+    """Bytes that this process uses: the allocator's peak so far on a GPU, elsewhere the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def _status_bytes(field: str) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Callable, Iterator
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.load import dump_config
@@ -23,10 +24,12 @@ from dmae_ds.models.masking import PatchBatch
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.classifier import Classifier
 from dmae_ds.output.durable import write_atomically
+from dmae_ds.output.lines import say
 from dmae_ds.plan.geometry import measure
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.checkpoint.save import Checkpoints
+from dmae_ds.train.checkpoint.student_file import STUDENT
 from dmae_ds.train.collapse import CollapseMonitor
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher, build_ema_teacher
 from dmae_ds.train.engine import Engine
@@ -58,7 +61,7 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
 
     The process group must exist.
     """
-    stop = StopRequest()
+    stop, since = StopRequest(), time.monotonic()
     built = build(preflight, device)
     start_step = load(built)
     batches = stream(built, start_step)
@@ -95,6 +98,19 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         built.metric_logger.close()
         if built.lock is not None:
             built.lock.close()
+    if preflight.world.is_main:
+        say(describe_done(built.preflight, seconds=time.monotonic() - since))
+
+
+def describe_done(preflight: Preflight, *, seconds: float) -> str:
+    """The last line of a run: that it is done, where its student is, and what comes next."""
+    run_dir = preflight.run_dir
+    steps = "dmae-ds export" if preflight.config.data.val is None else "dmae-ds eval knn"
+    more = " --to timm" if preflight.config.data.val is None else ""
+    return (
+        f"done: {preflight.num_steps:,} steps, this start {tqdm.format_interval(seconds)}; the student is "
+        f"{run_dir / STUDENT}; next: {steps} {run_dir}{more}, or dmae-ds report {run_dir}"
+    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +213,7 @@ def load(built: BuiltRun) -> int:
     if preflight.world.is_main:
         changed = record_start(preflight, built.device, start_step)
         built.metric_logger.trackers = build_trackers(preflight.config.log.trackers, preflight.run_dir)
-        print("\n".join([*changed, built.summary]), file=sys.stderr, flush=True)
+        say("\n".join([*changed, built.summary]), dated=False)
     built.metric_logger.start(start_step)
     return start_step
 

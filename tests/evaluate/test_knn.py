@@ -120,7 +120,7 @@ def test_a_line_is_printed_and_written_for_every_k(run, capsys):
     results = evaluate_run(run, ks=[7, 3], batch_size=4)
     # Even a random student separates red, green and blue.
     assert capsys.readouterr().out == "".join(
-        f"knn top-1 100.0% (k {k}, T 0.07, mean pool, 20 train, 11 val)\n" for k in (3, 7)
+        f"knn top-1 100.0% (k {k}, T 0.07, mean pool, 20 train, 11 val; 95%: 74.1 to 100.0)\n" for k in (3, 7)
     )
     assert results == read_results(run) and [result["settings"]["k"] for result in results] == [3, 7]
     assert results[0]["settings"] == {"k": 3, "temperature": 0.07, "pool": "mean", "precision": "fp32"}
@@ -145,7 +145,7 @@ def test_only_the_drawn_labels_vote_and_their_keys_are_kept(run, capsys):
     (result,) = evaluate_run(run, ks=[2], labels="2-shot", subset_seed=1)
     line = capsys.readouterr().out
     assert line.startswith(f"knn top-1 {result['scores']['top1']:.1f}% (k 2, ") and line.count("\n") == 1
-    assert line.endswith("6 train, 11 val, 2-shot of the labels, seed 1)\n")
+    assert "6 train, 11 val, 2-shot of the labels, seed 1; 95%: " in line
     assert (result["labels"], result["subset_seed"], result["num_train"]) == ("2-shot", 1, 6)
     assert len((run / "subsets" / "2-shot-seed1.txt").read_text().splitlines()) == 7
     with refused(7, "2-shot", 6):

@@ -153,7 +153,8 @@ def test_a_tenth_of_each_class_is_held_out_but_never_all_of_it(counts):
 
 def test_a_line_is_printed_and_written(run, capsys):
     result = evaluate_run(run, l2=0.1)
-    assert capsys.readouterr().out == "probe top-1 100.0% (l2 0.1 given, mean pool, 20 train, 11 val)\n"
+    expected = "probe top-1 100.0% (l2 0.1 given, mean pool, 20 train, 11 val; 95%: 74.1 to 100.0)\n"
+    assert capsys.readouterr().out == expected
     assert read_results(run) == [result] and result["metric"] == "probe" and set(result["scores"]) == {"top1"}
     assert result["settings"] == {"l2": 0.1, "pool": "mean", "precision": "fp32"}
     result = evaluate_run(run, labels="3-shot", pool="cls")

@@ -12,9 +12,11 @@ from dmae_ds.evaluate.results import (
     append_result,
     headline,
     headline_score,
+    interval_95,
     make_result,
     read_history,
     read_results,
+    results_table,
 )
 from tests.evaluate.conftest import knn_result
 from tests.messages import refused
@@ -45,6 +47,29 @@ def test_the_newest_of_each_kind_counts_and_the_history_keeps_a_line_per_step(tm
     assert results[0]["when"].endswith("+00:00") and list(results[0]) == list(FIELDS)
     append_result(tmp_path, {**lines[0], "when": "2026-01-02T03:04:05+00:00"})
     assert read_results(tmp_path)[-1]["when"] == "2026-01-02T03:04:05+00:00"
+
+
+@pytest.mark.parametrize(
+    ("percent", "num_images", "expected"),
+    # Wilson's interval without continuity correction: Newcombe 1998, Table I, and its limits at 0 and 1.
+    [(100 * 81 / 263, 263, (25.53, 36.62)), (100 * 15 / 148, 148, (6.24, 16.05)), (0.0, 20, (0.0, 16.11))],
+)
+def test_the_interval_is_wilsons(percent, num_images, expected):
+    assert interval_95(percent, num_images) == pytest.approx(expected, abs=0.01)
+    low, high = interval_95(100 - percent, num_images)
+    assert (100 - high, 100 - low) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_table_has_a_row_for_each_run_and_share_and_the_settings_that_differ():
+    rows = [("runs/a", knn_result(20.0, k=1)), ("runs/b", knn_result(30.0, k=20))]
+    rows += [("runs/b", knn_result(29.0, k=20, labels="10%", subset_seed=0))]
+    heading, *lines = results_table(rows)
+    assert heading.split()[:3] == ["run", "labels", "k"] and "temperature" not in heading
+    assert [line.split()[:4] for line in lines] == [
+        ["runs/a", "all", "1", "20.0%"],
+        ["runs/b", "all", "20", "30.0%"],
+        ["runs/b", "10%", "20", "29.0%"],
+    ]
 
 
 def test_a_result_is_put_together_from_what_it_was_measured_on():

@@ -53,7 +53,9 @@ def test_a_run_of_a_large_network_shows_its_speed(tiny_recipe, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "large" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["of_peak"] > 0 and line["tflops"] > 0 for line in lines)
-    assert "of peak" in done.stderr and "data " in done.stderr
+    last = [line for line in done.stderr.splitlines() if " of peak" in line][-1]
+    assert all(f" {name} " in last for name in ("epoch", "loss", "lr", "img/s", "data", "memory")), last
+    assert "saved step-" in done.stderr and "done: " in done.stderr.splitlines()[-1]
     # work of a step / time of a step
     assert lines[-1]["tflops"] * 1e12 / lines[-1]["images_per_s"] == pytest.approx(
         lines[0]["tflops"] * 1e12 / lines[0]["images_per_s"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Callable
 from dmae_ds.config.run import CheckpointConfig
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
-from dmae_ds.output.units import MIB
+from dmae_ds.output.lines import say
+from dmae_ds.output.units import MIB, size_text
 from dmae_ds.train.checkpoint.ema_file import load_ema, save_ema
 from dmae_ds.train.checkpoint.folder import CheckpointFolder, Written, crc32_of
 from dmae_ds.train.checkpoint.student_file import StudentFiles
@@ -90,6 +90,9 @@ class Checkpoints:
         state = {"step": step, "position": position, **self.identity, "seconds": seconds}
         self._abort_if(self._on_main(lambda: self.folder.commit(step, state, written)), step)
         self._last_save_s, self._last_step = time.monotonic(), step
+        if collectives.is_main():
+            spent, num_bytes = time.perf_counter() - started, sum(file.bytes for file in written.values())
+            say(f"saved {self.folder.tag(step)} in {spent:.1f} s, {size_text(num_bytes)}")
         problem = self._on_main(self._publish_and_prune)
         if problem is not None:
             raise _failure(
@@ -116,11 +119,9 @@ class Checkpoints:
                 global_batch=self.identity["global_batch"],
             )
             if collectives.is_main():
-                print(
+                say(
                     f"checkpoint {checkpoint.name} resharded: written by {_layout(state)}; "
-                    f"this run has {_layout(self.identity)}",
-                    file=sys.stderr,
-                    flush=True,
+                    f"this run has {_layout(self.identity)}"
                 )
         else:
             engine.load(str(self.folder.path), checkpoint.name)
