@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.config.saved import with_paths_from_here
 from dmae_ds.config.shipped import find_file
 from dmae_ds.config.yaml_text import OverrideText, Plain, read_yaml, settle
 from dmae_ds.errors import UserError
@@ -143,14 +144,14 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def read_saved_config(run_dir: Path) -> RunConfig:
-    """Read the config of a run folder. Raises UserError where there is none."""
+    """Read the config of a run folder, its paths as found from here. Raises UserError where there is none."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(
             f"'{run_dir}' is not a run folder: it has no config.yaml; name a folder that `dmae-ds train` "
             "wrote"
         )
-    return load_config(str(path))
+    return with_paths_from_here(load_config(str(path)), run_dir)
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:

@@ -21,13 +21,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dmae_ds import __version__
-from dmae_ds.config.load import flatten, read_saved_config
+from dmae_ds.config.load import flatten, load_config
 from dmae_ds.config.run import RunConfig
+from dmae_ds.config.saved import FILE, read_starts
 from dmae_ds.output.durable import sync_folder
 
-FILE = "starts.jsonl"
 # What a resumed run is compared in; the command may differ every time.
-COMPARED = ("version", "commit", "python", "torch", "deepspeed", "timm", "host", "device", "world_size")
+COMPARED = (
+    "version",
+    "commit",
+    "python",
+    "torch",
+    "deepspeed",
+    "timm",
+    "host",
+    "device",
+    "world_size",
+    "folder",
+)
 _PACKAGES = ("torch", "deepspeed", "timm")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -66,18 +77,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def read_starts(run_dir: Path) -> list[dict]:
-    """The starts of a run, the oldest first; [] where none is recorded. Half a line of a kill is left out."""
-    path = run_dir / FILE
-    starts = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            starts.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return starts
-
-
 def append_start(run_dir: Path, config: RunConfig, environment: dict, *, step: int) -> None:
     """Record a start after `step` finished steps. Call it on rank 0 alone."""
     start = {
@@ -94,7 +93,7 @@ def append_start(run_dir: Path, config: RunConfig, environment: dict, *, step: i
 def changes(run_dir: Path, config: RunConfig, environment: dict) -> list[str]:
     """What differs from the last start of a run, a line each: `changed optim.base_lr 0.006 -> 0.001`."""
     starts = read_starts(run_dir)
-    before = flatten(read_saved_config(run_dir).model_dump(mode="json"))
+    before = flatten(load_config(str(run_dir / "config.yaml")).model_dump(mode="json"))
     lines = _changed(before, flatten(config.model_dump(mode="json")))
     if starts:
         old = starts[-1]["environment"]

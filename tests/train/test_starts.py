@@ -9,17 +9,16 @@ import torch
 
 from dmae_ds.cli.main import main
 from dmae_ds.config.load import dump_config, load_config
+from dmae_ds.config.saved import FILE, read_starts
 from dmae_ds.distributed.world import World
 from dmae_ds.train.checkpoint.student_file import StudentFiles
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.starts import (
     COMPARED,
-    FILE,
     append_start,
     changes,
     commit,
     describe_environment,
-    read_starts,
 )
 
 
