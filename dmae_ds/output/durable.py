@@ -5,6 +5,7 @@ Without torch, which `write_tensors` imports when it is called.
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,25 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         if "os error" not in str(error).lower():
             raise
         raise OSError(str(error)) from None
+    _sort_metadata(path)
     settle(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, so that equal content is an equal file.
+
+    The package writes them in an order of its own, another one each time. The header keeps its length.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length, f"the header of {path} grew from {length} to {len(text)} bytes"
+        file.seek(8)
+        file.write(text)
 
 
 def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
