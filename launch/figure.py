@@ -20,7 +20,7 @@ def main() -> None:
     """Read every seed's k-NN and the first seed's reconstructions; write one PNG."""
     out, *seeds = sys.argv[1:]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1.6, 1], layout="constrained")
-    reconstructions = plt.imread(Path(seeds[0]) / "dmae" / "figures" / "pictures-dmae.png")
+    reconstructions = plt.imread(Path(seeds[0]) / "dmae" / "comparison-figures" / "pictures-dmae.png")
     left.imshow(reconstructions, interpolation="nearest")
     left.set_axis_off()
     for row, (label, run) in enumerate(RUNS.items()):

@@ -18,7 +18,9 @@ def add_report(subcommands) -> None:
         help="run folders; the page is written into the first one; with --results also folders of runs",
     )
     report.add_argument(
-        "--out", metavar="FILE", help="the file to write (default RUN/report.html, or RESULTS.md)"
+        "--out",
+        metavar="FILE",
+        help="the file to write (default RUN/report.html; of several runs comparison.html; RESULTS.md)",
     )
     report.add_argument(
         "--results",

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dmae_ds import __version__
+from dmae_ds.config.saved import read_starts
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import read_results
@@ -15,6 +16,7 @@ from dmae_ds.export.teacher_facts import UNKNOWN, describe_teacher
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
 CARD_VERSION = 1
+TRAINED_ON = ("version", "commit", "python", "torch", "deepspeed", "timm", "device", "world_size")
 LIBRARIES = ("torch", "timm", "safetensors", "transformers", "onnx", "onnxruntime", "onnxscript")
 
 
@@ -58,6 +60,8 @@ def make_card(
             "limits": limits,
             "inputs": "standard normal pixels, float32, on the CPU",
         },
+        "trained_on": _trained_on(source),
+        "pixels": _pixels(source),
         "versions": {
             "dmae-ds": __version__,
             "python": platform.python_version(),
@@ -65,6 +69,27 @@ def make_card(
         },
         "config": None if source.config is None else source.config.model_dump(mode="json"),
         "evaluation": source.evaluation,
+    }
+
+
+def _trained_on(source: Source) -> dict | None:
+    """Versions, commit, device and ranks of the training's last start; None where none was recorded."""
+    starts = [] if source.run is None else read_starts(source.run)
+    return {name: starts[-1]["environment"].get(name) for name in TRAINED_ON} if starts else None
+
+
+def _pixels(source: Source) -> dict:
+    """What the network takes, and which of its tokens the objective is judged by."""
+    pixels, pool = source.pixels, None
+    if source.what != "classifier":
+        pool = source.config.objective.judged_by
+    return {
+        "shape": [3, source.img_size, source.img_size],
+        "channels": "RGB, from 0 to 1 before mean and std",
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "crop_pct": pixels.crop_pct,
+        "pool": pool,
     }
 
 

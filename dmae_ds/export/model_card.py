@@ -55,7 +55,9 @@ def _facts(card: dict) -> dict[str, str]:
         "network": f"{network}, {student['parameters'] / 1e6:.3g} M parameters, "
         f"{student['img_size']} px, patches of {student['patch_size']} px",
         "part": card["what"],
-        "trained by": f"dmae-ds {card['versions']['dmae-ds']}, {_training(card)}",
+        "trained by": f"{_trainer(card['trained_on'])}; {_training(card)}",
+        "exported by": f"dmae-ds {card['versions']['dmae-ds']}",
+        "pixels": _pixels(card["pixels"]),
         "teacher": _teacher(card["teacher"]),
         "teacher's licence": _licence(card["teacher"]),
         "training data": f"{data['train']}, fingerprint {data['fingerprint']}",
@@ -80,6 +82,22 @@ def _results(results: list[dict]) -> list[str]:
         cells = [result["metric"], labels, scores, settings, str(result["step"]), result["device"]]
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
     return lines
+
+
+def _trainer(trained_on: dict | None) -> str:
+    """Return the versions of the training, which may be older than those of the export."""
+    if trained_on is None:
+        return "dmae-ds (version not recorded)"
+    commit = f" ({trained_on['commit']})" if trained_on["commit"] else ""
+    libraries = ", ".join(f"{name} {trained_on[name]}" for name in ("torch", "deepspeed", "timm"))
+    return f"dmae-ds {trained_on['version']}{commit}, {libraries}"
+
+
+def _pixels(pixels: dict) -> str:
+    mean, std = (", ".join(f"{value:g}" for value in pixels[name]) for name in ("mean", "std"))
+    size = "x".join(map(str, pixels["shape"][1:]))
+    pool = {None: "", "mean": "; pool the mean of the patch tokens", "cls": "; pool CLS"}[pixels["pool"]]
+    return f"RGB, {size}, centre crop {pixels['crop_pct']:g}, mean {mean}, std {std}{pool}"
 
 
 def _training(card: dict) -> str:

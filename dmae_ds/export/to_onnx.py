@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -16,6 +17,8 @@ from dmae_ds.models.vit import build_timm_vit
 
 FILE = "model.onnx"
 MAX_ONE_FILE = 1_500_000_000  # bytes; larger weights go into model.onnx.data, as protobuf is limited to 2 GB
+# Python for the image's feature, by what an objective is judged by.
+POOLED = {"mean": "tokens[:, 1:].mean(axis=1)", "cls": "tokens[:, 0]"}
 OPSET = 18  # the first one that torch's exporter writes without conversion
 
 
@@ -53,7 +56,21 @@ def write_onnx(source: Source, folder: Path) -> None:
             opset_version=OPSET,
             verbose=False,
         )
+        program.model.metadata_props.update(_facts(source))
         program.save(folder / FILE, external_data=size > MAX_ONE_FILE)
+
+
+def _facts(source: Source) -> dict[str, str]:
+    """Strings in the file's metadata: how pixels are prepared, and which token is the image's feature."""
+    facts = {
+        "img_size": str(source.img_size),
+        "mean": json.dumps(list(source.pixels.mean)),
+        "std": json.dumps(list(source.pixels.std)),
+        "crop_pct": str(source.pixels.crop_pct),
+    }
+    if source.what != "classifier":
+        facts["pool"] = source.config.objective.judged_by
+    return facts
 
 
 def run_onnx(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
@@ -73,7 +90,13 @@ def explain_onnx(source: Source, name: str) -> str:
     shape = f"[N, {1 + source.num_patches}, {source.vit.embed_dim}]"
     if source.what == "classifier":
         shape = f"[N, {source.keys['num_classes']}]"
-    pixels = f"float32 [N, 3, {source.img_size}, {source.img_size}]"
-    return f"""import onnxruntime
+    size, pool = source.img_size, ""
+    if source.what != "classifier":
+        feature = POOLED[source.config.objective.judged_by]
+        pool = f"\nfeature = {feature}  # [N, {source.vit.embed_dim}]"
+    return f"""import numpy as np, onnxruntime
+# image: uint8 [N, {size}, {size}, 3], RGB, short side to {size} / {source.pixels.crop_pct:g}, centre crop
+mean, std = np.float32({list(source.pixels.mean)}), np.float32({list(source.pixels.std)})
+pixels = ((np.float32(image) / 255 - mean) / std).transpose(0, 3, 1, 2)
 session = onnxruntime.InferenceSession("{name}/{FILE}")
-({_output(source)},) = session.run(None, {{"pixel_values": pixels}})  # {pixels} -> {shape}"""
+({_output(source)},) = session.run(None, {{"pixel_values": pixels}})  # {shape}{pool}"""

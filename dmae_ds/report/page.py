@@ -20,11 +20,16 @@ class Section:
 
 
 def render_page(
-    names: list[str], alarms: list[tuple[str, str]], columns: list[dict[str, Fact]], sections: list[Section]
+    names: list[str],
+    alarms: list[tuple[str, str]],
+    columns: list[dict[str, Fact]],
+    sections: list[Section],
+    differing: dict[str, list[str]],
 ) -> str:
     """Render the whole page.
 
     alarms: (kind, sentence); columns: the facts of each run, in the order of names
+    differing: values of each run by the keys in which they differ; these stand first
     Bodies of sections are HTML, all other text is escaped here.
     """
     title = escape(", ".join(names)) if len(names) < 4 else f"{len(names)} runs"
@@ -43,7 +48,7 @@ def render_page(
 <meta name="color-scheme" content="light dark"><title>{title} - dmae-ds report</title>
 <style>{style()}</style></head>
 <body><header><p>dmae-ds report</p><h1>{title}</h1></header>{warnings}
-<section><div class="scroll">{_table(names, columns)}</div>
+{_differences(names, differing)}<section><div class="scroll">{_table(names, columns)}</div>
 <p class="note">Losses, shares and ranks are means over the last tenth of the steps that have them.</p>
 </section>
 {bodies}
@@ -78,6 +83,21 @@ def _table(names: list[str], columns: list[dict[str, Fact]]) -> str:
         rows.append(f'<tr><th scope="row">{escape(question)}</th>{"".join(cells)}</tr>')
     head = f"<thead><tr><td></td>{''.join(heads)}</tr></thead>"
     return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+
+
+def _differences(names: list[str], differing: dict[str, list[str]]) -> str:
+    """A table of the keys in which the runs differ; nothing for one run or equal ones."""
+    if not differing:
+        return ""
+    heads = "".join(f'<th scope="col">{_dot(place)}{escape(name)}</th>' for place, name in enumerate(names))
+    rows = []
+    for key, values in differing.items():
+        cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+        rows.append(f'<tr><th scope="row">{escape(key)}</th>{cells}</tr>')
+    return (
+        f'<section><h2>Keys that differ</h2><div class="scroll"><table class="keys">'
+        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>\n"
+    )
 
 
 def _cell(fact: Fact) -> str:
@@ -115,6 +135,7 @@ th[scope=row]{color:var(--soft);font-weight:400;min-width:7rem;max-width:14rem}
 td{min-width:8rem;max-width:24rem;overflow-wrap:anywhere}
 thead th{overflow-wrap:anywhere}
 tbody tr:first-child td{font-size:1.7rem;font-weight:600;line-height:1.3}
+.keys tbody tr td{font-size:1rem;font-weight:400}
 small{display:block;font-weight:400;line-height:1.4}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(22rem,100%),1fr));gap:1.5rem 2.5rem}
 figure{margin:0}
@@ -128,7 +149,7 @@ svg{display:block;width:100%;height:auto} svg text{font-family:inherit!important
 .board img{width:100%;aspect-ratio:1;image-rendering:pixelated} footer{margin-top:3rem}
 @media(max-width:40rem){th,td{padding-right:.7rem} td{min-width:6.6rem}
  th[scope=row]{min-width:0;width:5.2rem;font-size:.85rem}
- tbody tr:first-child td{font-size:1.2rem}
+ tbody tr:first-child td{font-size:1.2rem} .keys tbody tr td{font-size:.9rem}
  .board{grid-template-columns:repeat(var(--columns),minmax(0,1fr))}
  .board span{grid-column:1/-1;margin-top:.4rem} .board span:empty{display:none}}
 """

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dmae_ds.config.load import flatten
+from dmae_ds.config.run import RunConfig
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.facts import Fact, find_collapses, find_dead_terms, list_facts
 from dmae_ds.evaluate.record import RunRecord, read_record
@@ -75,14 +79,18 @@ NO_TEACHER = "No run of this page has a teacher"
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
-    """Write the page (default: report.html in the first run's folder) and its figures; returns its path.
+    """Write the page and its figures; returns its path.
 
+    out: None is report.html in the run's folder; of several runs comparison.html in the first one's
+    The figures of one run are in RUN/figures, those of several in a folder next to the page, such as
+    comparison-figures: a run's own stay. What a run lacks is also said on stderr.
     Raises UserError if a folder is not a run, a run has no metrics or is named twice, or the page's folder is
     missing. Other gaps of a run (weights, images, its teacher's file, columns of an older version) are
     sentences on the page.
     """
     records = {name: read_record(path) for name, path in zip(name_runs(runs), runs, strict=True)}
-    out, folder = out or runs[0] / "report.html", runs[0] / "figures"
+    out = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    folder = runs[0] / "figures" if len(runs) == 1 else out.with_name(f"{out.stem}-figures")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: folder '{out.parent}' not found; create it, or choose another")
     folder.mkdir(exist_ok=True)
@@ -103,9 +111,31 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
         _board_section("patches", views, columns, folder),
         _board_section("attention", views, columns, folder),
     ]
-    page = render_page(list(records), _find_alarms(records), list(columns.values()), sections)
+    _say_what_is_missing(views)
+    differing = differing_keys([record.config for record in records.values()])
+    page = render_page(list(records), _find_alarms(records), list(columns.values()), sections, differing)
     _save(out, page.encode())
     return out
+
+
+def differing_keys(configs: list[RunConfig]) -> dict[str, list[str]]:
+    """Values of each run by the keys of the recipe in which runs differ, but for run.dir."""
+    flat = [flatten(config.model_dump(mode="json")) for config in configs]
+    keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key != "run.dir"]
+    texts = {key: [_value_text(values.get(key)) for values in flat] for key in keys}
+    return {key: values for key, values in texts.items() if len(set(values)) > 1}
+
+
+def _value_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _say_what_is_missing(views: dict[str, Views]) -> None:
+    """Print what the page lacks, a line for each reason."""
+    for name, views_of_run in views.items():
+        for sentence in dict.fromkeys(views_of_run.missing.values()):
+            sections = [key for key, reason in views_of_run.missing.items() if reason == sentence]
+            print(f"{name}: no {', '.join(sections)}: {sentence}", file=sys.stderr)
 
 
 def _find_alarms(records: dict[str, RunRecord]) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from dmae_ds.export.export import export
 from dmae_ds.export.teacher_facts import describe_teacher
 from dmae_ds.export.to_timm import reads_folders
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
+from dmae_ds.train.starts import append_start, describe_environment
 from tests.export.conftest import DECODER, STUDENT, make_classifier, make_run
 
 TEACHER = {**STUDENT, "embed_dim": 36}
@@ -87,7 +88,11 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
             "world_size": 1,
         },
     )
+    environment = describe_environment(device="cpu", world_size=4)
+    trained_on = {**environment, "version": "0.0.9", "torch": "2.6.1", "commit": "0123456789ab"}
+    append_start(run, read_saved_config(run), trained_on, step=0)
     out, card = export(run, to="safetensors", license="cc-by-nc-4.0")
+    assert card["trained_on"]["world_size"] == 4 and card["pixels"]["pool"] == "mean"
     stored = json.loads((out / "card.json").read_text())
     assert stored == json.loads(json.dumps(card))
     assert (
@@ -107,6 +112,7 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
         == 1e-5
     )
     text = (out / "README.md").read_text()
+    assert all(words in text for words in ("dmae-ds 0.0.9 (0123456789ab)", "torch 2.6.1"))
     front = yaml.safe_load(text.split("---")[1])
     assert front == {
         "license": "cc-by-nc-4.0",
@@ -125,6 +131,7 @@ def test_unknown_facts_are_named(shared_run, tmp_path):
     assert card["data"]["fingerprint"] == card["license"] == "unknown"
     assert card["data"]["fingerprint_from"] == "no checkpoint"
     text = (out / "README.md").read_text()
+    assert card["trained_on"] is None and "not recorded" in text
     assert "license: unknown" in text and "| teacher | none |" in text
     assert "| metric |" not in text
 

@@ -14,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 
+from dmae_ds.config.load import read_saved_config
 from dmae_ds.data.decode import decode_bytes
 from dmae_ds.data.transforms import eval_view
 from dmae_ds.errors import RunFailed, UserError
@@ -72,6 +73,26 @@ def needs_folders(exports):
         pytest.skip(f"timm {timm.__version__} reads no safetensors out of a folder")
 
 
+def run_the_code_on_the_card(out: Path, run: Path) -> None:
+    """The file says how pixels are prepared, and the card's Python does that and pools the right token."""
+    import onnxruntime
+
+    data = read_saved_config(run).data
+    facts = onnxruntime.InferenceSession(out / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(facts["mean"]) == list(data.mean) and json.loads(facts["std"]) == list(data.std)
+    assert facts["img_size"] == "24"
+    image = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
+    names = {"image": image}
+    code = (out / "README.md").read_text().split("```")[1].removeprefix("python")
+    exec(code.replace(f'"{out.name}/', f'"{out}/'), names)
+    expected = (image / 255 - data.mean) / data.std
+    assert np.allclose(names["pixels"], expected.transpose(0, 3, 1, 2), atol=1e-5)
+    if "pool" in facts:
+        tokens = names["tokens"]
+        pooled = {"mean": tokens[:, 1:].mean(axis=1), "cls": tokens[:, 0]}[facts["pool"]]
+        assert np.array_equal(names["feature"], pooled)
+
+
 @pytest.mark.parametrize(
     "library, exports",
     [*EXPORTS.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())],
@@ -85,6 +106,8 @@ def test_the_other_library_alone_gives_the_trained_network_s_outputs(shared_run,
         out, card = export(folder, to=to, what=what, out=tmp_path / f"{to}-{what}")
         assert card["check"]["largest"] <= LIMIT and card["step"] == 1234
         arguments += [out, expect(folder, what, tmp_path / f"{what}.npz")]
+        if library == "onnxruntime":
+            run_the_code_on_the_card(out, shared_run)
     if library in WRONG:  # and one wrong weight shows: the first folder again, one tensor a little off
         wrong = shutil.copytree(arguments[0], tmp_path / "wrong")
         disturb(wrong / "model.safetensors", WRONG[library])

@@ -44,5 +44,5 @@ def reported(tmp_path_factory, shards, teacher):
     )
     append_result(plain, knn_result(71.25))
     out = write_report([dead, plain])
-    assert out == dead / "report.html" and not list(folder.rglob("*.tmp"))
+    assert out == dead / "comparison.html" and not list(folder.rglob("*.tmp"))
     return out.read_text(encoding="utf-8"), folder

@@ -69,7 +69,7 @@ def open_page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(reported):
-    return reported[1] / ODD_NAME / "report.html"
+    return reported[1] / ODD_NAME / "comparison.html"
 
 
 def test_a_page_with_errors_and_requests_would_be_caught(open_page, tmp_path):

@@ -179,7 +179,8 @@ def test_both_runs_are_compared_with_the_one_teacher(reported):
 
 
 def test_figures_are_written_next_to_the_page_and_are_not_empty(reported):
-    figures = reported[1] / ODD_NAME / "figures"
+    figures = reported[1] / ODD_NAME / "comparison-figures"
+    assert not (reported[1] / ODD_NAME / "figures").exists()
     charts = {
         "loss",
         "pixel",
@@ -237,10 +238,22 @@ def test_a_run_of_an_older_version_shows_what_it_measured(tmp_path, shards):
     assert boards(page, "Attention of CLS")
 
 
-def test_a_page_without_images_is_written(tmp_path, shards):
+def test_the_keys_that_differ_stand_before_everything_else(reported):
+    page, _ = reported
+    table = page[page.index('class="keys"') : page.index("k-NN top-1")]
+    rows = dict(re.findall('<th scope="row">([^<]*)</th>(.*?)</tr>', table))
+    assert re.findall("<td>([^<]*)</td>", rows["objective.name"]) == ["dmae", "mae"]
+    assert re.findall("<td>([^<]*)</td>", rows["objective.norm_pix"]) == ["false", "true"]
+    assert "run.dir" not in rows and "optim.base_lr" not in rows
+
+
+def test_a_page_without_images_is_written_and_says_so(tmp_path, shards, capsys):
     run = make_run(tmp_path / "run", train=shards[0], val=shards[1])
     (run / "student.safetensors").unlink()
     page = write_report([run]).read_text()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in ("run:", "pictures", "cka", "student.safetensors"))
+    assert 'class="keys"' not in page
     assert page.count('class="missing"') == 5 and "student.safetensors" in page
     assert "data:image" not in page and page.count("<svg") == 4 + 4 + 2
 
