@@ -133,15 +133,31 @@ def _add_classifier(kinds, name: str, *, help: str, recipe: str) -> None:
 
 
 def _knn(args: argparse.Namespace) -> None:
+    _check_early(args)
     from dmae_ds.evaluate.knn import evaluate_run
 
     _for_each_run(args, evaluate_run, ks=args.k, temperature=args.temperature, memory_gib=args.memory_gib)
 
 
 def _probe(args: argparse.Namespace) -> None:
+    _check_early(args)
     from dmae_ds.evaluate.probe import evaluate_run
 
     _for_each_run(args, evaluate_run, l2=args.l2, max_iterations=args.max_iterations)
+
+
+def _check_early(args: argparse.Namespace) -> None:
+    """Raise UserError for what can be known of the runs without torch."""
+    from dmae_ds.evaluate.early import check_run
+
+    with same_on_every_rank():
+        for run, labels in itertools.product(args.runs, args.labels):
+            check_run(Path(run), labels=labels, subset_seed=_seed_of(args, labels))
+
+
+def _seed_of(args: argparse.Namespace, labels: str) -> int | None:
+    """The seed of a share of the labels; `all` needs none, and refuses one where it is the only share."""
+    return args.subset_seed if labels != "all" or len(args.labels) == 1 else None
 
 
 def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -> None:
@@ -151,12 +167,9 @@ def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -
         _share_cpus(world)
         rows: list[tuple[str, dict]] = []
         for run, labels in itertools.product(args.runs, args.labels):
-            # The seed draws a share of the labels; `all` needs none. Where `all` is the only share, a seed is
-            # passed on and refused.
-            seed = args.subset_seed if labels != "all" or len(args.labels) == 1 else None
             if len(args.runs) > 1 and world.is_main:
                 print(f"{run}: ", end="", flush=True)
-            results = evaluate_run(Path(run), labels=labels, subset_seed=seed, **options)
+            results = evaluate_run(Path(run), labels=labels, subset_seed=_seed_of(args, labels), **options)
             # k-NN gives a list, one result for each k; other ranks than the main one have none.
             results = results if isinstance(results, list) else [results]
             rows += [(run, result) for result in results if result is not None]

@@ -38,8 +38,11 @@ def add_export(subcommands) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from dmae_ds.export.export import describe, export
+    from dmae_ds.export.early import choose_out
 
     out = Path(args.out) if args.out else None
+    choose_out(Path(args.run), to=args.to, what=args.what, out=out)
+    from dmae_ds.export.export import describe, export
+
     exported = export(Path(args.run), to=args.to, what=args.what, out=out, license=args.license)
     print(describe(*exported))

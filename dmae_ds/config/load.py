@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dmae_ds.config.own_file import with_numbers_of_own_file
 from dmae_ds.config.run import RunConfig
 from dmae_ds.config.saved import with_paths_from_here
 from dmae_ds.config.shipped import find_file
@@ -52,9 +53,10 @@ def load_config(
             )
         _set(values, key, OverrideText(key, text))
     try:
-        return schema.model_validate(settle(values, [schema]))
+        config = schema.model_validate(settle(values, [schema]))
     except ValidationError as error:
         raise UserError("\n".join(_explain(item, schema) for item in error.errors())) from None
+    return with_numbers_of_own_file(config) if isinstance(config, RunConfig) else config
 
 
 def _lay_over(below: dict, above: dict) -> dict:

@@ -28,6 +28,7 @@ from dmae_ds.config.run import DataConfig
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
+from dmae_ds.evaluate.early import find_student
 from dmae_ds.models.patches import Normalize
 from dmae_ds.output.lines import is_quiet
 
@@ -98,12 +99,7 @@ def load_student(run: Path) -> VisionTransformer:
     Raises UserError where the file is missing, damaged, or holds another network than config.yaml names.
     """
     config = read_saved_config(run).student
-    path = run / "student.safetensors"
-    if not path.is_file():
-        raise UserError(
-            f"'{path}' not found; a run writes it with its first checkpoint: "
-            "wait for one, or lower checkpoint.every_steps"
-        )
+    path = find_student(run)
     student = build_timm(config)
     try:
         student.load_state_dict(load_file(path), strict=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.export import to_hf, to_onnx, to_timm
 from dmae_ds.export.card import make_card
+from dmae_ds.export.early import choose_out
 from dmae_ds.export.model_card import LIBRARY, write_card
 from dmae_ds.export.source import Inputs, Source, open_source
 from dmae_ds.output.durable import settle
@@ -80,9 +81,7 @@ def export(
     """
     target = TARGETS[to]
     _check_target(target, to=to, what=what)
-    out = out or run / "export" / (f"{to}-mae" if what == "mae" else to)
-    if out.exists():
-        raise UserError(f"'{out}' exists already; delete it, or choose another --out")
+    out = choose_out(run, to=to, what=what, out=out)
     source = open_source(run, what)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed

@@ -10,11 +10,11 @@ from dmae_ds.config.evaluation import ClassifierConfig
 from dmae_ds.config.load import load_config, read_saved_config
 from dmae_ds.config.networks import looks_like_hub_id
 from dmae_ds.errors import UserError
+from dmae_ds.output.safetensors_header import is_safetensors
 from dmae_ds.weights.containers import open_container
 from dmae_ds.weights.hub import locate
 from dmae_ds.weights.label import WEIGHTS
 from dmae_ds.weights.metadata import own_network_if_readable
-from dmae_ds.weights.safetensors_file import is_safetensors
 
 Config = TypeVar("Config", bound=ClassifierConfig)
 _IN_RUN = "?"  # run.dir of a run folder's evaluation, until its labels are known

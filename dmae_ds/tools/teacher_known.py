@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from dmae_ds.config.networks import ModelConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
+from dmae_ds.output.safetensors_header import is_safetensors
 from dmae_ds.teacher.frozen import meta_teacher
 from dmae_ds.weights.containers import open_container
 from dmae_ds.weights.fit import block_of, check_fit, fits
@@ -24,7 +25,6 @@ from dmae_ds.weights.named import Weights, open_weights
 from dmae_ds.weights.places import Container
 from dmae_ds.weights.positions import square_side
 from dmae_ds.weights.roots import SeveralNetworks
-from dmae_ds.weights.safetensors_file import is_safetensors
 
 # Tried in this order where no --name is given. The image size is that of the file's positional embedding.
 NETWORKS = (

@@ -15,10 +15,11 @@ import re
 from pathlib import Path
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.safetensors_header import is_safetensors
 from dmae_ds.weights.label import WEIGHTS, Label
 from dmae_ds.weights.places import Container
 from dmae_ds.weights.roots import narrow
-from dmae_ds.weights.safetensors_file import is_safetensors, open_safetensors
+from dmae_ds.weights.safetensors_file import open_safetensors
 from dmae_ds.weights.torch_file import is_zip, open_torch
 from dmae_ds.weights.unreadable import describe_folder, describe_unreadable
 

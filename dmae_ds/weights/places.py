@@ -12,12 +12,13 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Iterator, Mapping
+from typing import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.safetensors_header import open_unbuffered
 from dmae_ds.weights.label import WEIGHTS, Label
 
 _OWN_PAGES = 1 << 20  # bytes; larger tensors get pages of their own
@@ -136,18 +137,6 @@ def _read_into(place: Place, buffer: memoryview, label: Label) -> int:
                 )
             done += count
     return done
-
-
-def open_unbuffered(path: Path) -> BinaryIO:
-    """Open a file for positional reads, unbuffered and without the kernel's read-ahead.
-
-    Read-ahead would fetch what is not needed, and leave marks next to a header at which every later read, by
-    whatever descriptor, reads ahead once more (8 MB each, on one disk).
-    """
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 (the caller closes it)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    return file
 
 
 def describe_error(error: Exception) -> str:

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.safetensors_header import MAX_HEADER
 from dmae_ds.weights.label import Label
 from dmae_ds.weights.places import Container, Place, describe_error, open_unbuffered
 
-_SHORTEST = 10  # bytes: the header's length and an empty JSON object
-_MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # {the header's word: torch's name}; torch of this machine may lack some.
 _DTYPES = {
     "F64": "float64",
@@ -37,15 +36,6 @@ _DTYPES = {
 _DAMAGED = (OSError, struct.error, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as this format does, whatever its name: a length, then a JSON object."""
-    with open_unbuffered(path) as file:
-        start = file.read(_SHORTEST)
-    if len(start) < _SHORTEST or start[8:9] != b"{":
-        return False
-    return struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER
-
-
 def open_safetensors(path: Path, label: Label) -> Container:
     """Read the header and nothing else. Raises UserError unless its places fill the file exactly.
 
@@ -63,7 +53,7 @@ def open_safetensors(path: Path, label: Label) -> Container:
 def _read_header(path: Path, label: Label) -> Container:
     with open_unbuffered(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(min(length, _MAX_HEADER)))
+        header = json.loads(file.read(min(length, MAX_HEADER)))
     metadata = dict(header.pop("__metadata__", {}))
     places: dict[str, Place] = {}
     end = 0  # tensors follow each other without a gap, by the format

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from dmae_ds.weights.safetensors_file import is_safetensors
+from dmae_ds.output.safetensors_header import is_safetensors
 
 _SAVE = "save its state dict with torch.save, or as .safetensors with safetensors.torch.save_file"
 # (bytes, where they stand, what such a file is and what to do); the first that matches wins.

@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmae_ds.config.load import load_config
+from dmae_ds.config.load import dump_config, load_config
 from dmae_ds.distributed.world import World
 from dmae_ds.train.preflight import prepare
 from tests.messages import refused
@@ -59,26 +60,48 @@ def test_a_ranks_line_and_its_end_are_one_write(tmp_path):
     assert packet.startswith("dmae-ds: error: ") and packet.endswith("\n")
 
 
-def test_mistakes_in_a_recipe_are_found_without_torch(tiny_recipe, tmp_path):
+def test_mistakes_are_found_without_torch(tiny_recipe, tmp_path):
     """They take less than two seconds, because torch and timm, slow to import, are not imported."""
     code = """
-import sys
+import json, sys
 from dmae_ds.cli.main import main
-code = main(sys.argv[1:])
-heavy = {"torch", "timm", "deepspeed", "accelerate", "webdataset"} & set(sys.modules)
-assert not heavy, heavy
-sys.exit(code)
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 2, arguments
+    heavy = {"torch", "timm", "deepspeed", "accelerate", "webdataset"} & set(sys.modules)
+    assert not heavy, (heavy, arguments)
 """
-    arguments = ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "deepspeed=zero4"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "zero4" in done.stderr
+    run = tmp_path / "made"
+    (run / "export" / "timm").mkdir(parents=True)
+    config = load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={run}", "data.val=null"])
+    (run / "config.yaml").write_text(dump_config(config))
+    np.savez(tmp_path / "arrays.npz", np.zeros(3))
+    train = ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"]
+    wanted = {
+        "zero4": [*train, "deepspeed=zero4"],
+        "[1, 1, 48], expected [1, 1, 96]": [*train, "teacher.embed_dim=96"],
+        ".npz": [*train, f"teacher.weights={tmp_path / 'arrays.npz'}"],
+        "student.weights": [*train, f"student.weights={tmp_path / 'arrays.npz'}"],
+        "student.safetensors": ["eval", "knn", str(run)],
+        "exists already": ["export", str(run), "--to", "timm"],
+        "is not a folder": ["export", str(tmp_path / "nowhere"), "--to", "timm"],
+    }
+
+    def refuse(wanted: dict[str, list[str]]) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(list(wanted.values()))],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        for word, line in zip(wanted, done.stderr.splitlines(), strict=True):
+            assert word in line, line
+
+    refuse(wanted)
+    (run / "student.safetensors").touch()
+    refuse({"data.val is null": ["eval", "probe", str(run)]})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

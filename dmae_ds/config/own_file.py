@@ -1,0 +1,41 @@
+"""Numbers of a teacher that was trained here, from the metadata of its file (no torch)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dmae_ds.config.networks import ModelConfig, TeacherConfig
+from dmae_ds.config.run import RunConfig
+from dmae_ds.output.safetensors_header import read_header
+
+_FORMATS = ("dmae_ds", "auto")
+_STUDENT = "student.safetensors"  # in a run folder
+
+
+def with_numbers_of_own_file(config: RunConfig) -> RunConfig:
+    """The config with `teacher.depth` and so on of a file that was written here, if the recipe gives none.
+
+    A file of another network than `teacher.name`, and one that can't be read, change nothing here: they are
+    refused where the teacher is built.
+    """
+    teacher = config.teacher
+    if teacher is None or teacher.weights is None or teacher.format not in _FORMATS or teacher.overrides():
+        return config
+    numbers = _numbers_in(Path(teacher.weights).expanduser(), teacher)
+    if not set(numbers) - {"img_size"}:
+        return config
+    return config.model_copy(update={"teacher": teacher.model_copy(update=numbers)})
+
+
+def _numbers_in(path: Path, teacher: TeacherConfig) -> dict[str, object]:
+    path = path / _STUDENT if path.is_dir() else path
+    header = read_header(path) if path.is_file() else None
+    if header is None or header.metadata.get("timm_name", "").split(".")[0] != teacher.name.split(".")[0]:
+        return {}
+    try:
+        overrides = json.loads(header.metadata["timm_overrides"])
+        model = ModelConfig.model_validate({"name": teacher.name, **overrides})
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return model.overrides()
