@@ -46,18 +46,20 @@ def with_paths_from_here(config: RunConfig, run_dir: Path) -> RunConfig:
     for name, keys in PATHS.items():
         section = getattr(config, name)
         if section is not None:
-            values = {key: find_path(getattr(section, key), folder) for key in keys}
+            values = {
+                key: find_path(getattr(section, key), folder, may_be_hub_id=key == "weights") for key in keys
+            }
             changed[name] = section.model_copy(update=values)
     if config.deepspeed.endswith(".json"):
         changed["deepspeed"] = find_path(config.deepspeed, folder)
     return config.model_copy(update=changed)
 
 
-def find_path(text: str | None, folder: Path) -> str | None:
+def find_path(text: str | None, folder: Path, *, may_be_hub_id: bool = False) -> str | None:
     """A path that was written in `folder`, as it is found from the current folder; URLs and hub ids stay."""
     if text is None or "://" in text or text.startswith("pipe:") or Path(text).expanduser().is_absolute():
         return text
     there = folder / text
-    if not there.exists() and (Path(text).exists() or looks_like_hub_id(text)):
+    if not there.exists() and (Path(text).exists() or (may_be_hub_id and looks_like_hub_id(text))):
         return text
     return str(there)
