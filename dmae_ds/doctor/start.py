@@ -52,7 +52,7 @@ class Launch:
         """Whether the output of rank 0 arrives on this machine."""
         return self.node_rank == 0 or self.kind in ("alone", "pdsh")
 
-    def words(self, module: list[str], *, quiet: bool = False) -> list[str]:
+    def words(self, module: list[str]) -> list[str]:
         """The command line for a Python module and its arguments."""
         if self.kind == "torchrun":
             return [
@@ -64,7 +64,7 @@ class Launch:
         are_numbers = all(number.isdecimal() for number in visible)
         if self.kind == "alone" and visible[0] and not are_numbers:  # UUIDs, which the launcher cannot read
             return ["torchrun", "--standalone", "--nproc_per_node", str(self.world), "-m", *module]
-        words = ["deepspeed", *(["-q"] if quiet else [])]
+        words = ["deepspeed", "-q"]
         if self.kind == "alone" and are_numbers:  # with --num_gpus the launcher would ignore the variable
             words += ["--include", f"localhost:{','.join(visible[: self.world])}"]
         elif self.kind == "alone":
@@ -100,7 +100,7 @@ def survives_pdsh(argument: str) -> bool:
 def try_start(launch: Launch, *, num_bytes: int, word: str, limit_s: float, cwd: Path) -> Check:
     """Start every rank as a run would, and let them all-reduce."""
     options = ["--word", word, "--bytes", str(num_bytes), "--limit_s", f"{limit_s:g}"]
-    words = launch.words([ALLREDUCE, *options], quiet=True)
+    words = launch.words([ALLREDUCE, *options])
     launcher = words[0]
     in_environment = Path(sys.executable).with_name(launcher)  # also where the environment is not activated
     words[0] = str(in_environment) if in_environment.exists() else shutil.which(launcher) or launcher

@@ -153,7 +153,7 @@ def command(
     kept = [override for override in overrides if override.partition("=")[0] not in replaced]
     where = f"--num_gpus {machine.gpus}" if machine.gpus == machine.gpus_per_node else "--hostfile hostfile"
     settings = [f"{key}={value}" for key, value in chosen.items()]
-    return " ".join(["deepspeed", where, "--module dmae_ds train", recipe, *kept, *settings])
+    return " ".join(["deepspeed -q", where, "--module dmae_ds train", recipe, *kept, *settings])
 
 
 def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> list[str]:

@@ -27,7 +27,7 @@ def test_two_ranks_on_this_machine_pass_and_the_command_is_printed(tiny_recipe, 
     assert verdicts == dict.fromkeys(of_machines | of_recipe, "ok")
     assert "2 ranks all-reduce" in done.stdout
     command = done.stdout.splitlines()[-1]
-    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "dmae_ds"]
+    launcher = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", port, "--module", "dmae_ds"]
     train = ["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}", "--resume", "auto"]
     assert shlex.split(command) == [*launcher, *train]
     assert list(tmp_path.iterdir()) == []  # no file remains, and no empty run folder

@@ -15,13 +15,13 @@ from tests.doctor.facts import assert_check
 
 TWO = [Node("node1", 8), Node("node2", 8)]
 TRAIN = "dmae_ds train r a=1 --resume auto"
-DEEPSPEED = "deepspeed --hostfile hosts --master_addr 10.0.0.1"
+DEEPSPEED = "deepspeed -q --hostfile hosts --master_addr 10.0.0.1"
 TORCHRUN = "torchrun --nnodes 2 --node_rank 1 --nproc_per_node 8 --master_addr 10.0.0.1"
 COMMANDS = [
     (Launch("alone", [Node("here", 1)], 29500), "dmae-ds train r a=1 --resume auto"),
     (
         Launch("alone", [Node("here", 8)], 29501),
-        f"deepspeed --num_gpus 8 --master_port 29501 --module {TRAIN}",
+        f"deepspeed -q --num_gpus 8 --master_port 29501 --module {TRAIN}",
     ),
     (
         Launch("pdsh", TWO, 29500, "10.0.0.1", "hosts"),
@@ -85,7 +85,7 @@ def test_bandwidth_is_what_a_link_of_the_ring_carries(ranks, gbit):
 
 
 TERMINATED = "node1: terminate called without an active exception"
-YOURSELF = "deepspeed --hostfile hosts|dmae_ds.doctor.allreduce"
+YOURSELF = "deepspeed -q --hostfile hosts|dmae_ds.doctor.allreduce"
 
 
 @pytest.mark.parametrize(

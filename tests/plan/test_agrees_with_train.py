@@ -62,7 +62,7 @@ def train(recipe: str, overrides: list[str], gpus: int) -> Preflight:
 
 def command_in(text: str) -> tuple[str, list[str]] | None:
     """(recipe, overrides) of the command that a plan proposes; None where nothing fits."""
-    lines = [line for line in text.splitlines() if line.startswith("deepspeed --")]
+    lines = [line for line in text.splitlines() if line.startswith("deepspeed -q --")]
     if not lines:
         return None
     args = build_parser().parse_args(shlex.split(lines[0].partition("--module dmae_ds ")[2]))
