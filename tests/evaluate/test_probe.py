@@ -159,7 +159,7 @@ def test_a_line_is_printed_and_written(run, capsys):
     assert result["settings"] == {"l2": 0.1, "pool": "mean", "precision": "fp32"}
     result = evaluate_run(run, labels="3-shot", pool="cls")
     line = capsys.readouterr().out
-    assert "held out, cls pool" in line and "9 train, 11 val, 3-shot of the labels, seed 0)\n" in line
+    assert "held out, cls pool" in line and "9 train, 11 val, 3-shot of the labels, seed 0; 95%: " in line
     assert result["settings"]["l2"] == "held-out" and len(read_results(run)) == 2
     assert (result["num_train"], result["labels"]) == (9, "3-shot")
 
