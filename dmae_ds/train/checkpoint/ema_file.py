@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import write_tensors
-from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 from dmae_ds.train.checkpoint.folder import Written, crc32_of
+
+if TYPE_CHECKING:  # its import of DeepSpeed would come before that of deepspeed_import.py, and be loud
+    from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
 FILE = "ema.safetensors"
 OLD_FILE = "twin.safetensors"  # its name in checkpoints from before December 2026; still read
