@@ -23,3 +23,14 @@ class RankLost(RunFailed):
 
 class Requeue(RunFailed):
     """The run was stopped by a signal and has saved; --resume auto continues it. Exit code 75."""
+
+
+def worker_failure(error: RuntimeError, *, where: str = "this machine") -> RunFailed | None:
+    """Return what to say of a loader's worker process that ended; None if the error is about something else.
+
+    torch raises such an error from its handler of SIGCHLD, wherever the main thread is at that moment.
+    """
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    first_line = str(error).splitlines()[0].rstrip(". ")
+    return RunFailed(f"{first_line} on {where}; if the machine is out of memory, lower data.num_workers")

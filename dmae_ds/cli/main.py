@@ -26,7 +26,7 @@ from dmae_ds.cli.teacher import add_teacher
 from dmae_ds.cli.train import add_train
 from dmae_ds.distributed.tasks import rank_in_env
 from dmae_ds.distributed.world import whole_lines
-from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError
+from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, worker_failure
 from dmae_ds.output.lines import be_quiet
 
 GROUPS = {
@@ -70,6 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ndmae-ds: ended by Ctrl-C", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+    except RuntimeError as error:
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        return _print_error(failure, code=1)
     return 0
 
 

@@ -8,6 +8,7 @@ was resumed.
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.data.worker import end_with_parent
 from dmae_ds.errors import UserError
 from dmae_ds.output.units import GIB
+
+WORKER_ENDS_S = 2.0  # from the loss of a worker's connection to its end, at most
 
 
 def train_batches(
@@ -157,10 +160,20 @@ def _iterate(
         generator=torch.Generator(),  # else DataLoader draws from, and so advances, the global one
     )
     items = iter(loader)
-    while group := list(itertools.islice(items, num_pieces)):
+    while group := _receive(items, num_pieces):
         for item in group:
             if isinstance(item, ShardError):
                 raise item
             log.add(item.corrupt)
         batch = Batch.join([item.batch for item in group])
         yield batch.pin_memory() if pin_memory and num_pieces > 1 else batch
+
+
+def _receive(items: Iterator[Loaded | ShardError], num: int) -> list[Loaded | ShardError]:
+    """Take the next `num` items, or those that are left."""
+    try:
+        return list(itertools.islice(items, num))
+    except (ConnectionError, EOFError) as error:
+        # A worker ended while it handed over a batch. torch's handler of SIGCHLD says which, and how.
+        time.sleep(WORKER_ENDS_S)
+        raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}") from None

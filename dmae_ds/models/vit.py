@@ -18,6 +18,7 @@ from timm.layers import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.positions import sincos_positions
@@ -197,7 +198,8 @@ class MaskedViT(nn.Module):
             tokens = tokens.to(self.cls_token.dtype)
         positions = self.positions(grid, tokens)
         if positions is not None:
-            tokens = tokens + positions[ids_keep]
+            # Not positions[ids_keep]: on CPUs its gradient is summed in whatever order threads come.
+            tokens = tokens + F.embedding(ids_keep, positions)
         in_front = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if in_front:
             prefix = torch.cat(in_front, dim=1)

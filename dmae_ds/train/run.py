@@ -19,7 +19,7 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.distributed.device import device_name
-from dmae_ds.errors import RunFailed
+from dmae_ds.errors import worker_failure
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.classifier import Classifier
@@ -87,13 +87,10 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
             after_step=after_step,
         )
     except RuntimeError as error:
-        # torch's SIGCHLD handler raises it, wherever the rank is at that moment.
-        if not str(error).startswith("DataLoader worker"):
+        failure = worker_failure(error, where=built.preflight.world.name())
+        if failure is None:
             raise
-        raise RunFailed(
-            f"{str(error).splitlines()[0]} on {built.preflight.world.name()}; "
-            "if the machine is out of memory, lower data.num_workers"
-        ) from None
+        raise failure from None
     finally:
         built.metric_logger.close()
         if built.lock is not None:

@@ -8,6 +8,7 @@ from dmae_ds.data import loader
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shards import ShardError
+from dmae_ds.errors import RunFailed, worker_failure
 from tests.data.batches import NUM_STEPS, assert_same, damage, global_batches, train
 from tests.messages import refused
 
@@ -139,3 +140,20 @@ def test_a_batch_moves_to_a_device_without_its_keys(shard_set):
     assert isinstance(batch, Batch)
     assert all(tensor.device.type == "meta" for tensor in (*batch.views, batch.noise, batch.labels))
     assert batch.sample_ids.device.type == batch.epochs.device.type == "cpu"  # they key draws on the host
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_worker_that_ends_while_it_hands_over_a_batch_is_one_line(monkeypatch, error):
+    def items():
+        yield "first"
+        raise error
+
+    monkeypatch.setattr(loader, "WORKER_ENDS_S", 0.0)
+    batches = items()
+    assert loader._receive(batches, 1) == ["first"]
+    with pytest.raises(RuntimeError) as raised:
+        loader._receive(batches, 1)
+    failure = worker_failure(raised.value, where="rank 3")
+    assert isinstance(failure, RunFailed)
+    assert all(word in str(failure) for word in ("rank 3", "data.num_workers", type(error).__name__))
+    assert worker_failure(RuntimeError("something else")) is None

@@ -86,6 +86,21 @@ def test_a_kept_patch_keeps_its_own_position():
     )
 
 
+def test_trained_positions_get_their_gradient_in_a_fixed_order():
+    student = build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(0))
+    positions = student.pos_embed
+    del student.pos_embed
+    student.pos_embed = torch.nn.Parameter(positions.clone())
+    tokens = student.embed(torch.rand(4, 16, 8, 8, 3), torch.arange(16).expand(4, -1))
+    names, rest = set(), [tokens.grad_fn]
+    while rest:
+        node = rest.pop()
+        names.add(node.name())
+        rest += [next_node for next_node, _ in node.next_functions if next_node is not None]
+    assert "EmbeddingBackward0" in names
+    assert "IndexBackward0" not in names  # adds with atomics, in the order in which threads come
+
+
 def test_a_smaller_image_covers_the_extent_of_the_whole_grid():
     """A patch of the small grid covers several of the large one, and its position is the mean of theirs."""
     student = build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(0))
