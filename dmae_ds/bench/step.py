@@ -32,9 +32,12 @@ from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.output.table import text_table
 from dmae_ds.output.units import GIB
+from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.geometry import measure as measure_geometry
+from dmae_ds.plan.memory import Zero, rank_memory
 from dmae_ds.plan.work import Work, step_work
 from dmae_ds.train.engine import logged_collectives
+from dmae_ds.train.forecast import counted_parts
 from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.speed import Speed, Yardstick
 
@@ -51,6 +54,7 @@ class Contestant:
     images: int
     first: float  # seconds of the first step
     peak: int | None  # bytes of memory, measured before anything else is built
+    predicted: float | None = None  # bytes that the planner expects
     rounds: list[dict[str, float]] = field(default_factory=list)
     exchange: float | None = None  # seconds
 
@@ -77,26 +81,36 @@ def bench_step(
             "--against mae compares a recipe with plain mae, and this recipe has objective mae; "
             "use a recipe of another objective"
         )
+    recipes = {config.objective.name: config} | (variants or {})
+    if against_mae:
+        recipes["mae"] = as_plain_mae(config)
     with process_group.joined(world, timeout_s=config.dist.timeout_s) as device:
-        import_deepspeed(device)  # before memory is counted
-        recipes = {config.objective.name: config} | (variants or {})
-        if against_mae:
-            recipes["mae"] = as_plain_mae(config)
-        contestants = [contestant(name, recipe, world, device, data=data) for name, recipe in recipes.items()]
-        dtypes = {dtype for one in contestants for _, dtype in one.work.values()}
-        yardsticks = {dtype: Yardstick(dtype, device) for dtype in dtypes}
-        take_turns(contestants, yardsticks, rounds=rounds)
-        rates = {dtype: yardstick.rate for dtype, yardstick in yardsticks.items()}
-        results = {
-            "recipe": describe(config, world, contestants[0]),
-            "device": hardware_name(device),
-            "threads": torch.get_num_threads(),
-            "rounds": rounds,
-            "gemm_gflops": {_short(dtype): rate / 1e9 for dtype, rate in rates.items()},
-            "gemm_kernel": {_short(dtype): yardstick.kernel for dtype, yardstick in yardsticks.items()},
-            "steps": [figures(one, rates) for one in contestants],
-        }
+        results = measure_steps(recipes, world, device, data=data, rounds=rounds)
         return json.dumps(results) if as_json else table(results)
+
+
+def measure_steps(
+    recipes: dict[str, RunConfig], world: World, device: torch.device, *, data: bool, rounds: int
+) -> dict:
+    """Measure the steps of recipes {name: recipe} within a process group; returns what `table` takes.
+
+    Collective.
+    """
+    import_deepspeed(device)  # before memory is counted
+    contestants = [contestant(name, recipe, world, device, data=data) for name, recipe in recipes.items()]
+    dtypes = {dtype for one in contestants for _, dtype in one.work.values()}
+    yardsticks = {dtype: Yardstick(dtype, device) for dtype in dtypes}
+    take_turns(contestants, yardsticks, rounds=rounds)
+    rates = {dtype: yardstick.rate for dtype, yardstick in yardsticks.items()}
+    return {
+        "recipe": describe(next(iter(recipes.values())), world, contestants[0]),
+        "device": hardware_name(device),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "gemm_gflops": {_short(dtype): rate / 1e9 for dtype, rate in rates.items()},
+        "gemm_kernel": {_short(dtype): yardstick.kernel for dtype, yardstick in yardsticks.items()},
+        "steps": [figures(one, rates) for one in contestants],
+    }
 
 
 def as_plain_mae(config: RunConfig) -> RunConfig:
@@ -114,8 +128,25 @@ def contestant(name: str, config: RunConfig, world: World, device: torch.device,
     first = sum(step.take().values())  # allocates AdamW's moments, and compiles
     step.take()
     peak = watch.peak() if watch.can_measure else None
-    work = step_work(config, measure_geometry(config, step.micro_batch), step.accumulation)
-    return Contestant(name, step, work, config.optim.global_batch, first, peak)
+    geometry = measure_geometry(config, step.micro_batch)
+    work = step_work(config, geometry, step.accumulation)
+    predicted = _predict(config, world, step, geometry, gpu=device.type == "cuda")
+    return Contestant(name, step, work, config.optim.global_batch, first, peak, predicted)
+
+
+def _predict(config: RunConfig, world: World, step: TrainingStep, geometry: Geometry, *, gpu: bool) -> float:
+    """Bytes that the planner expects this step to take, counted as PeakMemory counts them."""
+    memory = rank_memory(
+        geometry,
+        Zero.of(step.deepspeed),
+        precision=config.precision,
+        ranks=world.size,
+        accumulation=step.accumulation,
+        placement="replicated",
+        stages=None,
+        gpu=gpu,
+    )
+    return sum(getattr(memory, part) for part in counted_parts(gpu=gpu))
 
 
 def take_turns(
@@ -162,6 +193,7 @@ def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
         "floor_seconds": speed.floor_s,
         "of_peak": speed.at(seconds)["of_peak"],
         "peak_gib": None if one.peak is None else one.peak / GIB,
+        "predicted_gib": None if one.predicted is None else one.predicted / GIB,
         "parts": parts,
     }
 
@@ -203,7 +235,9 @@ def _step_lines(step: dict) -> list[str]:
         rows.append((part, f"{row['seconds']:.3f}", f"{row['seconds'] / step['seconds']:.1%}", *counted))
     total = (f"{step['seconds']:.3f}", "100.0%", f"{step['gflop']:.1f}", "", f"{step['of_peak']:.0%}")
     rows.append(("step", *total))
-    memory = "" if step["peak_gib"] is None else f", peak memory {step['peak_gib']:.2f} GiB a rank"
+    memory = ""
+    if step["peak_gib"] is not None:
+        memory = f", peak memory {step['peak_gib']:.2f} GiB a rank ({step['predicted_gib']:.2f} predicted)"
     exchange = ""
     if step["exchange_seconds"]:
         exchange = f"; exchange {step['exchange_seconds']:.3f} s, within these parts"

@@ -51,7 +51,7 @@ class TrainingStep:
         self.teacher = NoTeacher()
         if config.teacher is not None:
             self.teacher = _random_teacher(config, self.objective, shape.depth, device)
-        deepspeed = load_deepspeed(
+        self.deepspeed = deepspeed = load_deepspeed(
             config.deepspeed,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,

@@ -1,4 +1,4 @@
-"""`dmae-ds bench step | teacher-load | stream | save | knn`: arguments; torch is imported late."""
+"""`dmae-ds bench step | teacher-load | stream | save | knn | gpu`: arguments; torch is imported late."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 def add_bench(subcommands) -> None:
     """Add `bench` and its subcommands to the root parser."""
     bench = subcommands.add_parser("bench", help="measure ratios of times and bytes on this machine")
-    kinds = bench.add_subparsers(required=True, metavar="step | teacher-load | stream | save | knn")
+    kinds = bench.add_subparsers(required=True, metavar="step | teacher-load | stream | save | knn | gpu")
     _add_step(kinds)
     _add_teacher_load(kinds)
     _add_stream(kinds)
     _add_save(kinds)
     _add_knn(kinds)
+    _add_gpu(kinds)
 
 
 def _add_step(kinds) -> None:
@@ -156,6 +157,13 @@ def _add_knn(kinds) -> None:
     knn.set_defaults(command=_knn)
 
 
+def _add_gpu(kinds) -> None:
+    gpu = kinds.add_parser("gpu", help="the figures of launch/gpu_check.sh: steps at real size on one GPU")
+    gpu.add_argument("out", type=Path, metavar="OUT", help="a folder; what it holds is not measured again")
+    gpu.add_argument("--rehearse", action="store_true", help="small networks, also on a CPU")
+    gpu.set_defaults(command=_gpu)
+
+
 def _add_rounds(command: argparse.ArgumentParser, default: int) -> None:
     command.add_argument(
         "--rounds",
@@ -242,3 +250,9 @@ def _knn(args: argparse.Namespace) -> None:
         memory_gib=args.memory_gib,
     )
     print(text, flush=True)
+
+
+def _gpu(args: argparse.Namespace) -> None:
+    from dmae_ds.bench.gpu_figures import measure_gpu
+
+    print(measure_gpu(args.out, rehearse=args.rehearse), flush=True)

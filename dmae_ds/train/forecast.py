@@ -93,17 +93,19 @@ class MemoryReport:
 
 
 def compare(predicted: Memory, measured: int, *, gpu: bool) -> str:
-    """One line: predicted memory with its parts, and measured memory.
-
-    On a GPU the memory of libraries is outside torch's count, so it is left out of both.
-    """
-    names = [name for name in PARTS if not (gpu and name == "libraries")]
+    """One line: predicted memory with its parts, and measured memory."""
+    names = counted_parts(gpu=gpu)
     total = sum(getattr(predicted, name) for name in names)
     part_texts = ", ".join(f"{name} {getattr(predicted, name) / GIB:.2f}" for name in names)
     return (
         f"memory    {total / GIB:.2f} GiB a rank predicted ({part_texts}), {measured / GIB:.2f} measured "
         f"on the rank that took most: {measured / total - 1:+.1%}"
     )
+
+
+def counted_parts(*, gpu: bool) -> list[str]:
+    """Names of the parts of predicted memory that PeakMemory counts: on a GPU, not those of libraries."""
+    return [name for name in PARTS if not (gpu and name == "libraries")]
 
 
 def _choose(preflight: Preflight, free: float, *, gpu: bool) -> tuple[str, int | None, str]:

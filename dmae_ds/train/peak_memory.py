@@ -1,8 +1,8 @@
 """Peak memory of a run, to compare with the prediction of the planner (dmae_ds/plan).
 
-On a GPU it is the peak of torch's allocator. On a CPU it is the process's largest resident set less what was
-resident before the run was built: the interpreter and its libraries are left out, and loader workers are
-other processes.
+On a GPU it is the peak of torch's allocator, on a CPU the process's largest resident set; both less what was
+there before the run was built: other runs of a bench, the interpreter and its libraries are left out, and
+loader workers are other processes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class PeakMemory:
         self.can_measure = device.type == "cuda" or (_STATUS.exists() and os.access(_CLEAR, os.W_OK))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
         elif self.can_measure:
             _CLEAR.write_text("5")  # resets the largest resident set
             self._before = _status_bytes("VmRSS")
@@ -35,7 +36,7 @@ class PeakMemory:
     def peak(self) -> int:
         """Largest number of bytes since the start."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self._before
         return max(0, _status_bytes("VmHWM") - self._before)
 
 

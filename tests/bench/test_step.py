@@ -21,6 +21,7 @@ RECIPE = [
 ]
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_step_and_the_work_to_the_floor(tmp_path):
     done = run(
         command(
@@ -93,6 +94,7 @@ def test_figures_are_medians_of_rounds_and_shares_of_the_measured_rate():
         images=4,
         first=9.0,
         peak=1 << 30,
+        predicted=1 << 29,
     )
     one.rounds = [{"teacher": 1.0, "forward": 1.0, "backward": 2.0, "optimizer": 0.5} for _ in range(2)] + [
         dict.fromkeys(("teacher", "forward", "backward", "optimizer"), 9.0)

@@ -61,7 +61,7 @@ VARIANTS = [
 KILLED = ["g2sd_generic", "g2sd_specific", "sdae", "dino_dmae", "mocov3_dmae"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipes(digits, tmp_path_factory) -> dict[str, Path]:
     """A recipe for each: 20 steps of 16 images, a student of 32 x 4 blocks, a teacher of 48 x 4.
 
