@@ -261,4 +261,5 @@ def describe(config: RunConfig, world: World, one: Contestant) -> str:
 
 
 def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
+    return names[dtype]

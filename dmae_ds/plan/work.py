@@ -16,6 +16,8 @@ PRODUCTS = {
     "fp16": torch.float16,
 }
 
+TEACHER_PRODUCTS = DTYPES | {"fp8": torch.float8_e4m3fn}
+
 Work = dict[str, tuple[int, torch.dtype]]
 
 
@@ -30,7 +32,7 @@ def step_work(config: RunConfig, geometry: Geometry, accumulation: int) -> Work:
         "backward": (geometry.student.backward_flops, products),
     }
     if geometry.teacher is not None:
-        work["teacher"] = (geometry.teacher.flops, DTYPES[config.teacher.dtype])
+        work["teacher"] = (geometry.teacher.flops, TEACHER_PRODUCTS[config.teacher.dtype])
     if geometry.ema is not None:
         work["ema"] = (geometry.ema.flops, products)
     return {part: (flops * accumulation, dtype) for part, (flops, dtype) in work.items()}

@@ -19,8 +19,7 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.models.onednn import onednn_operator
 from dmae_ds.models.onednn import product as onednn_product
 from dmae_ds.plan.geometry import Geometry
-from dmae_ds.plan.work import PRODUCTS, Work, step_work
-from dmae_ds.teacher.frozen import DTYPES
+from dmae_ds.plan.work import PRODUCTS, TEACHER_PRODUCTS, Work, step_work
 
 # Rows, inner dimension and columns of the products: larger ones are not faster, and these take a fraction of
 # a second. On a CPU also a small batch in the MLP of a ViT-B.
@@ -60,7 +59,7 @@ def measure_speed(
     """
     dtypes = {PRODUCTS[config.precision]}
     if config.teacher is not None:
-        dtypes.add(DTYPES[config.teacher.dtype])
+        dtypes.add(TEACHER_PRODUCTS[config.teacher.dtype])
     rates = {dtype: Yardstick(dtype, device).measure() for dtype in dtypes}
     return None if geometry is None else Speed(step_work(config, geometry, accumulation), rates)
 
@@ -98,6 +97,10 @@ class Yardstick:
 
 def product_kernels(dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
     """Kernels that a step multiplies with: {name: left [m, k], right [n, k] -> left @ right^T}."""
+    if dtype == torch.float8_e4m3fn:
+        one = torch.ones((), device=device)  # the scale of both
+        options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
+        return {"torch._scaled_mm": lambda left, right: torch._scaled_mm(left, right.t(), **options)}
     kernels = {"torch.mm": lambda left, right: torch.mm(left, right.t()), "torch's linear": linear}
     if dtype == torch.float32 and device.type == "cpu" and onednn_operator():
         kernels["oneDNN's linear"] = onednn_product
