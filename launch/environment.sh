@@ -2,8 +2,8 @@
 # node DeepSpeed's launcher may take. Told a number of ranks, it drops CUDA_VISIBLE_DEVICES and takes GPUs
 # from 0 on.
 
-# Segments that grow: batches of several sizes would leave holes. Under this name, because torch 2.9 ignores
-# PYTORCH_ALLOC_CONF on CUDA.
+# As in dmae_ds/cli/environment.py, which says why.
+[ -n "${OMP_WAIT_POLICY+set}" ] || export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
 if [ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]; then
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 fi

@@ -15,6 +15,7 @@ from dmae_ds import __version__
 from dmae_ds.cli.bench import add_bench
 from dmae_ds.cli.checkpoint import add_checkpoint
 from dmae_ds.cli.doctor import add_doctor
+from dmae_ds.cli.environment import prepare_environment
 from dmae_ds.cli.eval import add_eval
 from dmae_ds.cli.examples import add_examples
 from dmae_ds.cli.export import add_export
@@ -45,6 +46,7 @@ GROUPS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    prepare_environment()
     whole_lines()
     hide_library_warnings()
     root = build_parser()

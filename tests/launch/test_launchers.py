@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-RECORDED = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "OMP_WAIT_POLICY")
+RECORDED = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # Records its words, the variables and the hostfile; the run is then finished.
 LAUNCHER = f"""#!/usr/bin/env bash
 {{
@@ -121,6 +121,16 @@ def test_gpus_that_a_launcher_would_ignore_are_refused(start, variables, words):
 def test_memory_comes_in_segments_that_grow_unless_someone_chose(start, variables, expected):
     _, _, lines = start("train.sh", **variables)
     assert [line for line in lines if "ALLOC_CONF" in line] == expected
+
+
+@pytest.mark.parametrize(
+    "chosen, expected",
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_spin_for_a_moment_unless_someone_chose(start, chosen, expected):
+    _, _, lines = start("train.sh", **chosen)
+    found = [line.partition("=")[2] for line in lines if line.startswith("GOMP_SPINCOUNT")]
+    assert found == ([] if expected is None else [expected])
 
 
 @pytest.mark.parametrize("cores", ["64", None])
