@@ -19,9 +19,12 @@ def is_quiet() -> bool:
     return _quiet
 
 
-def say(text: str, *, dated: bool = True) -> None:
-    """Print a line, in a log file behind the date and time unless `dated` is false."""
-    if _quiet:
+def say(text: str, *, dated: bool = True, always: bool = False) -> None:
+    """Print a line, in a log file behind the date and time unless `dated` is false.
+
+    always: also with `--quiet`, for warnings
+    """
+    if _quiet and not always:
         return
     from tqdm import tqdm
 

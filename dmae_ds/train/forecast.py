@@ -6,13 +6,12 @@ The prediction is in the summary; after the first steps it is compared with meas
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import psutil
 import torch
-from tqdm import tqdm
 
 from dmae_ds.distributed import collectives
+from dmae_ds.output.lines import say
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.choose import HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
@@ -89,7 +88,7 @@ class MemoryReport:
             return
         measured = max(collectives.gather_objects(self.peak_memory.peak()))
         if self.predicted is not None:
-            tqdm.write(compare(self.predicted, measured, gpu=self.gpu), file=sys.stderr)
+            say(compare(self.predicted, measured, gpu=self.gpu))
 
 
 def compare(predicted: Memory, measured: int, *, gpu: bool) -> str:

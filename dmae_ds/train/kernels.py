@@ -5,7 +5,6 @@ Names of weights stay, and results stay up to rounding; the recipe's keys are `c
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import NamedTuple, Sequence
 
@@ -13,12 +12,12 @@ import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
-from tqdm import tqdm
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
 from dmae_ds.models.onednn import FASTER, onednn_operator, onednn_speedup, use_onednn
+from dmae_ds.output.lines import say
 
 
 class Kernels(NamedTuple):
@@ -105,7 +104,7 @@ class WarmUp:
             self._seconds = None
             if collectives.is_main():
                 text = f"compile   the first step took {first:.1f} s, the third {third:.3g} s"
-                tqdm.write(text, file=sys.stderr)
+                say(text)
 
 
 def compile_blocks(network: nn.Module) -> int:

@@ -210,7 +210,8 @@ def load(built: BuiltRun) -> int:
     if preflight.world.is_main:
         changed = record_start(preflight, built.device, start_step)
         built.metric_logger.trackers = build_trackers(preflight.config.log.trackers, preflight.run_dir)
-        say("\n".join([*changed, built.summary]), dated=False)
+        for line in [*changed, *built.summary.splitlines()]:
+            say(line, dated=False, always=line.startswith("WARNING"))
     built.metric_logger.start(start_step)
     return start_step
 

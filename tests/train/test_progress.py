@@ -73,6 +73,8 @@ def test_quiet_leaves_out_lines_and_bars(monkeypatch):
     bar.close()
     say("saved a checkpoint")
     assert sys.stderr.getvalue() == ""
+    say("WARNING", always=True)
+    assert sys.stderr.getvalue() == "WARNING\n"
 
 
 def test_a_resumed_run_without_steps_left_is_closed_quietly(monkeypatch):
