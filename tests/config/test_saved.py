@@ -35,7 +35,9 @@ def test_paths_are_taken_from_the_folder_of_the_start(run, tmp_path, monkeypatch
     # Found nowhere: the message about it names the folder of the start.
     assert config.data.val == str(tmp_path / "start/shards/val")
     assert (config.teacher.weights, config.student.weights) == ("owner/name", "/absolute/file.pth")
-    (tmp_path / "elsewhere/shards/val").mkdir(parents=True)
+    for name in ("train", "val"):
+        (tmp_path / "elsewhere/shards" / name).mkdir(parents=True)
+    assert read_saved_config(run).data.train == config.data.train
     assert read_saved_config(run).data.val == "shards/val"
     monkeypatch.chdir(tmp_path / "start")
     assert read_saved_config(run).data.train == "shards/train"

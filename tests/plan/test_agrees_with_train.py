@@ -10,6 +10,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dmae_ds.cli.main import build_parser
 from dmae_ds.config.load import load_config
@@ -28,7 +29,7 @@ MEMORY_GIB = (2, 6, 12, 24, 80, 1000)
 
 @pytest.fixture
 def overrides(digits, tmp_path, monkeypatch) -> list[str]:
-    """What a shipped recipe needs here: a data set and files of weights, which preflight only looks for."""
+    """What a shipped recipe needs here: a data set, and files whose first bytes are those of weights."""
 
     def measure(config, micro_batch):
         geometry = geometry_of(activations=3 * 10**9)  # of 16 images
@@ -37,7 +38,7 @@ def overrides(digits, tmp_path, monkeypatch) -> list[str]:
         return scaled(geometry, micro_batch)
 
     monkeypatch.setattr(search, "measure", measure)
-    (tmp_path / "weights.pth").touch()
+    torch.save({}, tmp_path / "weights.pth")
     return [f"run.dir={tmp_path / 'run'}", f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
 
 

@@ -68,9 +68,11 @@ def decide(tiny_recipe, tmp_path, monkeypatch):
     return decide
 
 
-def test_auto_takes_a_pipeline_where_the_replicated_teacher_is_too_large(decide):
-    # A teacher of 20 MB a block, whose weights are more than the stream's messages.
-    large = ("teacher.embed_dim=1536", "teacher.depth=8", "teacher.num_heads=8")
+def test_auto_takes_a_pipeline_where_the_replicated_teacher_is_too_large(decide, tmp_path):
+    # A teacher of 20 MB a block, whose weights are more than the stream's messages; its file is not read.
+    torch.save({}, tmp_path / "large.pth")
+    numbers = ("teacher.embed_dim=1536", "teacher.depth=8", "teacher.num_heads=8")
+    large = (*numbers, f"teacher.weights={tmp_path / 'large.pth'}")
     teacher, reason, needed = decide(free=2**34, more=large)
     assert (teacher.placement, teacher.stages) == ("replicated", None)
     assert reason.startswith("replicated (chosen by auto")
