@@ -262,6 +262,9 @@ class TwoNodes:
                 node.join()
                 if self.ssh:
                     self._start_sshd(node)
+            for node in self.nodes:  # the kernel may say "running" a second later; the doctor looks for it
+                wait = f"until ip link show {INTERFACE} | grep -q 'state UP'; do sleep .05; done"
+                node.run(["bash", "-c", wait], timeout=30, check=True)
             for node in self.nodes if self.ssh else ():
                 wait = f"until (exec 3<>/dev/tcp/{node.address}/22) 2>/dev/null; do sleep .05; done"
                 node.run(["bash", "-c", wait], timeout=30, check=True)
