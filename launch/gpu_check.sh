@@ -56,6 +56,7 @@ elif [ "$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 
     marked='gpu or not slow'
 fi
 failed=0
-"$PYTHON" -m pytest -q -p tests.gpu.record -p no:cacheprovider -m "$marked" "${checks[@]}" || failed=1
+# Without TF32: fp32 is compared with the CPU's.
+NVIDIA_TF32_OVERRIDE=0 "$PYTHON" -m pytest -q -p tests.gpu.record -p no:cacheprovider -m "$marked" "${checks[@]}" || failed=1
 "$PYTHON" -m dmae_ds bench gpu "$out" "${rehearse[@]}" || failed=1
 exit $failed

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dmae_ds.bench import gpu_figures
 from dmae_ds.errors import RunFailed, UserError
@@ -124,3 +127,37 @@ def test_figures_that_a_gpu_cannot_have_are_no_failure(tmp_path, monkeypatch):
 def test_without_a_gpu_only_a_rehearsal_runs(tmp_path):
     with refused("GPU", "--rehearse"):
         gpu_figures.measure_gpu(tmp_path, rehearse=False)
+
+
+def requirements_of(names: set[str]) -> set[str]:
+    """These packages and all that they require, as installed here."""
+    found, todo = set(), list(names)
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        requirements = [Requirement(line) for line in lines]
+        todo += [one.name for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_list_of_wheels_holds_whatever_the_check_needs_next_to_torch_and_timm():
+    lines = (REPOSITORY / "launch" / "wheels.txt").read_text().splitlines()
+    listed = {canonicalize_name(Requirement(line).name) for line in lines if not line.startswith("#")}
+    there = requirements_of({"torch", "timm", "torchvision"})
+    wanted = {
+        "accelerate",
+        "deepspeed",
+        "isal",
+        "pydantic",
+        "pytest",
+        "scikit-learn",
+        "simplejpeg",
+        "webdataset",
+    }
+    assert not requirements_of(wanted) - there - listed
