@@ -33,10 +33,10 @@ def load_deepspeed(
     path = find_file("DeepSpeed file", name)
     config = _read(path)
     stage = zero_stage(config)
-    if precision == "bf16" and stage == 0:
-        # Measured with DeepSpeed 0.19.8: its first Adam update is about 3/4 of the right one.
+    if precision in ("bf16", "fp16") and stage == 0:
+        # Measured on CPUs with DeepSpeed 0.19.8: its first Adam updates are 2/3 to 3/4 of the right ones.
         raise UserError(
-            f"precision bf16 gives wrong updates in DeepSpeed under ZeRO 0 ({path.name}); "
+            f"precision {precision} gives wrong updates in DeepSpeed under ZeRO 0 ({path.name}); "
             "use precision=bf16_autocast, or deepspeed=zero1 or higher"
         )
     for key, value, owner in _owned_by_recipe(micro_batch, accumulation, world_size, clip_grad, precision):

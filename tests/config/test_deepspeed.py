@@ -184,9 +184,11 @@ def test_compile_under_zero_3_is_refused():
         check_compile(True, "zero3", load_deepspeed("zero3", **RECIPE))
 
 
-def test_bf16_at_stage_0_is_refused_with_the_way_out():
-    with refused("bf16", "zero0", "precision=bf16_autocast", "deepspeed=zero1"):
-        load_deepspeed("zero0", **{**RECIPE, "precision": "bf16"})
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_at_stage_0_is_refused_with_the_way_out(precision):
+    with refused(precision, "zero0", "precision=bf16_autocast", "deepspeed=zero1"):
+        load_deepspeed("zero0", **{**RECIPE, "precision": precision})
+    assert load_deepspeed("zero1", **{**RECIPE, "precision": precision})[precision]["enabled"]
 
 
 def test_garbage_is_one_line(tmp_path):

@@ -11,12 +11,17 @@ from torch.distributed import distributed_c10d
 
 from dmae_ds.config.load import load_config
 from dmae_ds.distributed import process_group
+from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.distributed.world import world_from_env
+from dmae_ds.train import networks
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.run import train_recipe
 
 world = world_from_env()
 device = process_group.start(world)
+# fp16 is refused on CPUs, for it is slow; DeepSpeed's engine runs it there once it is told that it may.
+networks.check_precision = lambda *_: None
+type(import_deepspeed(device).accelerator.get_accelerator()).is_fp16_supported = lambda self: True
 for recipe, *overrides in json.loads(sys.argv[-1]):
     train_recipe(prepare(load_config(recipe, overrides), world, resume="never"), device)
     # Also ZeRO's own groups, which would wait half an hour by default.
