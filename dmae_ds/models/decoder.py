@@ -52,9 +52,11 @@ class TokenDecoder(nn.Module):
         latent: [N, 1 + K, D], CLS first
         Returns tokens [N, 1 + L, D_d] after the last block, in the order CLS, ids_keep, ids_masked.
         """
-        visible = self.embed(latent)
-        masks = self.mask_token.to(visible.dtype).expand(len(visible), ids_masked.shape[1], -1)
-        positions = self.pos_embed[0].to(visible.dtype)
+        # In the dtype of the weights, which is float32 under autocast: see MaskedViT.token_dtype.
+        dtype = self.mask_token.dtype
+        visible = self.embed(latent).to(dtype)
+        masks = self.mask_token.expand(len(visible), ids_masked.shape[1], -1)
+        positions = self.pos_embed[0].to(dtype)
         # CLS has row 0 of the positional embedding, patch l has row 1 + l.
         places = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_masked], dim=1)
         tokens = torch.cat([visible, masks], dim=1) + positions[places]

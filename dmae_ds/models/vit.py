@@ -169,8 +169,18 @@ class MaskedViT(nn.Module):
             and self.rope is None
         )
 
-    def positions(self, grid: tuple[int, int] | None, like: Tensor) -> Tensor | None:
-        """Positional embedding of the patches [L, D], in the dtype of `like`.
+    @property
+    def token_dtype(self) -> torch.dtype:
+        """Dtype of the tokens between blocks: that of the weights, float32 under autocast.
+
+        Autocast makes the patch projection's output bfloat16; position codes and the sums of all blocks would
+        keep three digits in it, where timm and MAE's published code keep float32.
+        """
+        # A frozen projection is a buffer, and DeepSpeed casts only parameters.
+        return (self.patch_embed.proj.weight if self.cls_token is None else self.cls_token).dtype
+
+    def positions(self, grid: tuple[int, int] | None, device: torch.device) -> Tensor | None:
+        """Positional embedding of the patches [L, D], in `token_dtype`.
 
         grid: of images of another size, for plain students only. Sin-cos embeddings are computed for the
         smaller grid, which covers the extent of the network's own: like DINO's interpolation of learned
@@ -179,11 +189,12 @@ class MaskedViT(nn.Module):
         if self.pos_embed is None:
             return None
         if grid is None or grid == self.grid:
-            return self.pos_embed[0, self.num_prefix_positions :].to(like.dtype)
+            return self.pos_embed[0, self.num_prefix_positions :].to(self.token_dtype)
         assert self.is_plain, "only a plain student has positions for other grids"
-        key = (grid, like.device, like.dtype)
+        key = (grid, device, self.token_dtype)
         if key not in self._other_grids:
-            self._other_grids[key] = sincos_positions(self.embed_dim, grid, span=self.grid)[0, 1:].to(like)
+            codes = sincos_positions(self.embed_dim, grid, span=self.grid)[0, 1:]
+            self._other_grids[key] = codes.to(device, self.token_dtype)
         return self._other_grids[key]
 
     def embed(self, visible: Tensor, ids_keep: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -191,12 +202,9 @@ class MaskedViT(nn.Module):
 
         grid: by default the network's own
         """
-        tokens = self.patch_embed.proj(visible)
+        tokens = self.patch_embed.proj(visible).to(self.token_dtype)
         split = self.num_prefix_positions
-        if self.cls_token is not None and self.cls_token.dtype != self.patch_embed.proj.weight.dtype:
-            # A frozen projection is a buffer, and DeepSpeed casts only parameters.
-            tokens = tokens.to(self.cls_token.dtype)
-        positions = self.positions(grid, tokens)
+        positions = self.positions(grid, tokens.device)
         if positions is not None:
             # Not positions[ids_keep]: on CPUs its gradient is summed in whatever order threads come.
             tokens = tokens + F.embedding(ids_keep, positions)

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+from dmae_ds.models.decoder import Decoder
 from dmae_ds.models.masking import gather_patches, keep_random, num_visible
 from dmae_ds.models.patches import Normalize, patchify, unpatchify
 from dmae_ds.models.positions import sincos_positions
@@ -71,6 +72,44 @@ def test_a_student_with_every_patch_visible_is_timms_model():
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
     for block, (patch_tokens, cls) in zip((1, 3), intermediates, strict=True):
         torch.testing.assert_close(tapped[block], torch.cat([cls, patch_tokens], dim=1), rtol=1e-5, atol=1e-5)
+
+
+def input_dtypes(blocks) -> list[torch.dtype]:
+    """A list that gets the dtype of every block's input."""
+    dtypes = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
+    return dtypes
+
+
+def test_under_autocast_tokens_stay_float32_between_blocks_as_timms_do():
+    student = build_student("vit_tiny_patch16_224", TINY, generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(
+        encoder_dim=32,
+        patch_size=8,
+        grid=(4, 4),
+        depth=2,
+        embed_dim=16,
+        num_heads=2,
+        generator=torch.Generator().manual_seed(1),
+    )
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY)
+    reference.load_state_dict(student.state_dict(), strict=True)
+    networks = (student, reference, decoder)
+    dtypes = [input_dtypes(network.blocks) for network in networks]
+    images, everything = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, -1)
+    visible, masked = everything[:, :4], everything[:, 4:]
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = student(patchify(images, 8), everything)
+        expected = reference.forward_features(images)
+        decoder(tokens[:, :5], visible, masked)
+    assert dtypes == [[torch.float32] * len(network.blocks) for network in networks]
+    torch.testing.assert_close(tokens, expected, rtol=1e-2, atol=2e-2)
+    for network, found in zip((student, decoder), (dtypes[0], dtypes[2]), strict=True):
+        network.bfloat16()
+        found.clear()
+    decoder(student(patchify(images, 8), everything)[0][:, :5], visible, masked)
+    assert set(dtypes[0] + dtypes[2]) == {torch.bfloat16}
 
 
 def test_a_kept_patch_keeps_its_own_position():
