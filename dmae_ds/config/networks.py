@@ -32,6 +32,9 @@ class StudentConfig(ModelConfig):
     """The network that is trained, from random weights or from those of an earlier run."""
 
     weights: str | None = None  # a run folder, or a file in one of TEACHER_FORMATS; null: random, by run.seed
+    # Activation checkpointing: backward runs each block of the student and of its decoder a second time. A
+    # third more work, and a fraction of the activations (`dmae-ds plan` counts both).
+    checkpoint_blocks: bool = False
 
 
 TEACHER_FORMATS = ("timm", "mae", "hf", "dinov2", "dinov3", "dmae_ds")  # see dmae_ds/weights/formats.py

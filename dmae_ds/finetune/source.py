@@ -63,7 +63,9 @@ def find_source(
         trained = read_saved_config(run)
         below |= {
             "run": {"dir": _IN_RUN, "seed": trained.run.seed},
-            "network": trained.student.model_dump(exclude_none=True, exclude={"weights"}),
+            "network": trained.student.model_dump(
+                exclude_none=True, exclude={"weights", "checkpoint_blocks"}
+            ),
             "data": trained.data.model_dump(mode="json"),
         }
     else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.positions import sincos_positions
+from dmae_ds.models.recompute import run_twice
 from dmae_ds.models.vit import initialize_as_mae
 
 
@@ -44,6 +45,7 @@ class TokenDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )
+        self.checkpoint_blocks = False  # see recompute.py
         initialize_as_mae(self, generator)
 
     def forward(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class TokenDecoder(nn.Module):
         places = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_masked], dim=1)
         tokens = torch.cat([visible, masks], dim=1) + positions[places]
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = run_twice(block, tokens) if self.checkpoint_blocks else block(tokens)
         return tokens
 
 

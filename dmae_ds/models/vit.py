@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.positions import sincos_positions
+from dmae_ds.models.recompute import run_twice
 
 
 def build_timm_vit(
@@ -150,6 +151,7 @@ class MaskedViT(nn.Module):
         self.norm_pre = vit.norm_pre
         self.blocks = nn.ModuleList(vit.blocks)
         self.norm = vit.norm if keep_norm else None
+        self.checkpoint_blocks = False  # see recompute.py
         self._other_grids: dict[tuple, Tensor] = {}  # positional embeddings of smaller images
 
     @property
@@ -244,7 +246,10 @@ class MaskedViT(nn.Module):
             tokens = torch.cat([tokens, appended.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):
-            tokens = self.run_block(block, tokens, ids_keep)
+            if self.checkpoint_blocks:
+                tokens = run_twice(self.run_block, block, tokens, ids_keep)
+            else:
+                tokens = self.run_block(block, tokens, ids_keep)
             if number in taps:
                 tapped[number], tokens = self._fork(number, tokens)
         return (tokens if self.norm is None else self.norm(tokens)), tapped

@@ -10,7 +10,8 @@ from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.run import DataConfig, RunConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
-from dmae_ds.models.vit import build_student
+from dmae_ds.models.decoder import TokenDecoder
+from dmae_ds.models.vit import MaskedViT, build_student
 from dmae_ds.objectives import find_objective
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.feature_distillation import TeacherShape
@@ -57,6 +58,9 @@ def build_objective(
         kwargs["teacher"] = shape
     with torch.device(device):
         objective = find_objective(config.objective.name)(config.objective, **kwargs)
+    for module in objective.modules():
+        if isinstance(module, (MaskedViT, TokenDecoder)):
+            module.checkpoint_blocks = config.student.checkpoint_blocks
     if config.teacher is not None:
         check_teacher_keys(config.teacher, objective.taps)
     return objective, shape

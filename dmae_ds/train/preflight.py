@@ -27,8 +27,10 @@ from dmae_ds.weights.unreadable import describe_unreadable
 # Widths of timm's plain ViTs by the size in their names.
 WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}
 
-# Keys of the teacher section that may change when a run is resumed: they change neither features nor
-# positions.
+# Keys of the student section that may change when a run is resumed: initial weights are not read again, and
+# blocks that run twice compute the same.
+STUDENT_MAY_CHANGE = {"weights", "checkpoint_blocks"}
+# Keys of the teacher section that may: they change neither features nor positions.
 TEACHER_MAY_CHANGE = {"weights", "format", "stats", "license", "placement", "stages"}
 
 
@@ -165,7 +167,7 @@ def identity_of(
         "global_batch": config.optim.global_batch,
         "micro_batch": micro_batch,
         "teacher": None if teacher is None else teacher.model_dump(mode="json", exclude=TEACHER_MAY_CHANGE),
-        "student": config.student.model_dump(mode="json", exclude={"weights"}),
+        "student": config.student.model_dump(mode="json", exclude=STUDENT_MAY_CHANGE),
         "objective": config.objective.model_dump(mode="json"),
         "positions": "trained" if config.objective.trains_positions else "fixed",
     }

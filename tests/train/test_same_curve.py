@@ -30,6 +30,8 @@ TWO_RANKS = {
     "zero3_offload": ["deepspeed=zero3_offload"],
     "zero2_accumulated": ["deepspeed=zero2", "optim.micro_batch=2"],
     "zero3_accumulated": ["deepspeed=zero3", "optim.micro_batch=2"],
+    "zero1_checkpointed": ["deepspeed=zero1", "student.checkpoint_blocks=true"],
+    "zero3_checkpointed": ["deepspeed=zero3", "student.checkpoint_blocks=true"],
     "zero2_clipped": ["optim.clip_grad=0.5"],
     "zero2_onednn": ["linear=onednn"],
     "zero2_bf16": ["precision=bf16"],
@@ -70,17 +72,22 @@ def compiled(tiny_recipe, tmp_path_factory) -> Path:
             [*compiled, f"run.dir={folder / f'{ranks}_zero{stage}'}", f"deepspeed=zero{stage}"]
             for stage in stages
         ]
+        recipes += [
+            [*compiled, f"run.dir={folder / f'{ranks}_checkpointed'}", "student.checkpoint_blocks=true"]
+        ]
         done = run([*map(str, start), json.dumps(recipes)], cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = (done.stdout + done.stderr).splitlines()
-        assert sum("compile" in line and "first step took" in line for line in lines) == len(stages)
+        assert sum("compile" in line and "first step took" in line for line in lines) == len(recipes)
         # 4 blocks of the student, 3 of its teacher, 2 of the decoder.
-        assert sum("9 blocks" in line for line in lines) == len(stages)
+        assert sum("9 blocks" in line for line in lines) == len(recipes)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1_zero0", "1_zero1", "1_zero2", "2_zero0", "2_zero2"])
+@pytest.mark.parametrize(
+    "name", ["1_zero0", "1_zero1", "1_zero2", "1_checkpointed", "2_zero0", "2_zero2", "2_checkpointed"]
+)
 def test_compiled_blocks_give_the_same_curve_and_weights(compiled, curves, name):
     assert losses(compiled / name) == pytest.approx(losses(curves / "alone"), rel=1e-4)
     expected = load_file(curves / "alone" / "student.safetensors")
