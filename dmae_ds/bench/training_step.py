@@ -17,6 +17,7 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.data.open import open_train
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
+from dmae_ds.models.numerics import choose_determinism, choose_tf32
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
@@ -41,6 +42,8 @@ class TrainingStep:
     """
 
     def __init__(self, config: RunConfig, *, world: World, device: torch.device, data: bool):
+        choose_determinism(config.run.deterministic)
+        choose_tf32(config.tf32, device)
         check_precision(config.precision, device)
         self.device = device
         self.micro_batch, self.accumulation = split_recipe(config, world.size)

@@ -42,6 +42,7 @@ class ClassifierConfig(Section):
     subset_seed: NonNegativeInt | None = None  # draws the labelled images; null: 0, or none with all
     pool: Literal["mean", "cls"] = "mean"  # input of the classifier: the mean of the patch tokens, or CLS
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay in fp32
+    tf32: bool = True  # fp32 matrix products on GPUs in TF32; false: exact
 
     @field_validator("format")
     @classmethod

@@ -29,6 +29,8 @@ class RunSection(Section):
 
     dir: str  # the run folder; with several nodes on a file system that all of them share
     seed: NonNegativeInt = 0  # of weights, order, crops and masks
+    # Deterministic kernels, with which a GPU repeats a run bit for bit, more slowly; CPUs do so without.
+    deterministic: bool = False
 
 
 class DataConfig(Section):
@@ -185,6 +187,8 @@ class RunConfig(Section):
     # products.
     precision: Literal["fp32", "bf16", "bf16_autocast", "fp16"] = "fp32"
     compile: bool = False  # torch.compile for each block of student, decoder and teacher
+    # fp32 matrix products on GPUs in TF32, which keeps 10 bits of a mantissa; false: exact, and slow.
+    tf32: bool = True
     # Linear layers in fp32 on CPUs. auto: oneDNN where it is clearly faster than torch
     # (dmae_ds/models/onednn.py).
     linear: Literal["auto", "torch", "onednn"] = "auto"

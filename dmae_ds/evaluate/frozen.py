@@ -22,6 +22,7 @@ from dmae_ds.evaluate.features import (
 )
 from dmae_ds.evaluate.results import MeasuredOn, interval_text
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
+from dmae_ds.models.numerics import fp32_products
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def open_frozen(
             f"batch size {batch_size}, cache {cache_gib:g} GiB: expected at least 1 image and at least 0 GiB"
         )
     seed = check_labels(labels, subset_seed)
-    data = read_saved_config(run).data
+    config = read_saved_config(run)
+    data = config.data
     train, val = open_labelled(data)
     ids = open_subset(run, train, labels=labels, seed=seed, write=processes.is_main_process)
     if len(ids) < least_train:
@@ -80,10 +82,11 @@ def open_frozen(
     student.to(processes.device)
     options = FeatureOptions.of(data, pool=pool, batch_size=batch_size)
     subset = None if labels == ALL else ids
-    train_rows = cache.embed(
-        student, train, options, processes=processes, title="train features", subset=subset
-    )
-    val_rows = cache.embed(student, val, options, processes=processes, title="val features")
+    with fp32_products(processes.device, tf32=config.tf32):
+        train_rows = cache.embed(
+            student, train, options, processes=processes, title="train features", subset=subset
+        )
+        val_rows = cache.embed(student, val, options, processes=processes, title="val features")
     measured_on = MeasuredOn(
         labels=labels,
         subset_seed=seed,

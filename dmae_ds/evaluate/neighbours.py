@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dmae_ds.errors import UserError
+from dmae_ds.models.numerics import fp32_products
 from dmae_ds.output.units import GIB
 
 # Candidates beyond k. Rounding in float32 is about 1e-6 of a cosine; it affects the choice only if more rows
@@ -93,7 +94,8 @@ def nearest(train: Tensor, queries: Tensor, *, k: int, blocks: Blocks) -> Iterat
     scale = (1 / norms).float()
     candidates = min(k + MARGIN, len(train))
     for block in queries.split(blocks.queries):
-        best = _candidates(train, scale, block, num=candidates, rows=blocks.train)  # [B, candidates]
+        with fp32_products(train.device, tf32=False):  # near neighbours differ by less than TF32 keeps
+            best = _candidates(train, scale, block, num=candidates, rows=blocks.train)  # [B, candidates]
         for some, rows in zip(block.split(TILE.queries), best.split(TILE.queries), strict=True):
             yield _decide(train, norms, some, rows, k=k)
 

@@ -26,6 +26,7 @@ from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subs
 from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.build import Classifier, build
 from dmae_ds.finetune.source import Source
+from dmae_ds.models.numerics import choose_determinism, choose_tf32
 from dmae_ds.models.patches import Normalize
 from dmae_ds.train.learning_rate import check_rates
 
@@ -36,6 +37,8 @@ _FREE = {
     "format",
     "optim.micro_batch",
     "precision",
+    "tf32",
+    "run.deterministic",
     "distill.teacher",
     "data.train",
     "data.val",
@@ -176,7 +179,9 @@ def open_evaluation(source: Source) -> Evaluation:
     config = source.config
     train_set, val_set = open_labelled(config.data)
     ids = open_subset(source.results, train_set, labels=config.labels, seed=config.subset_seed, write=False)
+    choose_determinism(config.run.deterministic)
     accelerator = _accelerator(config.precision)
+    choose_tf32(config.tf32, accelerator.device)
     micro_batch, accumulation = split_batch(
         config.optim.global_batch, config.optim.micro_batch, accelerator.num_processes, exact=True
     )

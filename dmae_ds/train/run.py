@@ -21,6 +21,7 @@ from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.distributed.device import device_name
 from dmae_ds.errors import worker_failure
 from dmae_ds.models.masking import PatchBatch
+from dmae_ds.models.numerics import choose_determinism, choose_tf32
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.classifier import Classifier
 from dmae_ds.output.durable import write_atomically
@@ -137,9 +138,14 @@ class BuiltRun:
 def build(preflight: Preflight, device: torch.device) -> BuiltRun:
     """Build the networks, the engine and everything around them, and take possession of the run folder.
 
-    Collective. The order matters: DeepSpeed is imported before memory is counted; the classifier, the EMA
-    teacher, kernels and hooks come before the engine, which flattens the weights.
+    Collective. The order matters: numerics come before the first matrix product; DeepSpeed is imported before
+    memory is counted; the classifier, the EMA teacher, kernels and hooks come before the engine, which
+    flattens the weights.
     """
+    numerics = [
+        choose_determinism(preflight.config.run.deterministic),
+        choose_tf32(preflight.config.tf32, device),
+    ]
     import_deepspeed(device)
     preflight, placement_reason = resolve_placement(preflight, device)
     peak_memory = PeakMemory(device)
@@ -161,7 +167,8 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
         is_large=is_large,
         previous=previous_linear(preflight),
     )
-    start_text = summary(preflight, objective, teacher, ema, placement=placement_reason, kernels=kernels.text)
+    texts = {"placement": placement_reason, "kernels": "; ".join(filter(None, [*numerics, kernels.text]))}
+    start_text = summary(preflight, objective, teacher, ema, **texts)
     schedule = Schedule(
         config.optim,
         num_steps=preflight.num_steps,

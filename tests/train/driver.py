@@ -7,6 +7,7 @@ import json
 import sys
 from datetime import timedelta
 
+import torch
 from torch.distributed import distributed_c10d
 
 from dmae_ds.config.load import load_config
@@ -23,7 +24,9 @@ device = process_group.start(world)
 networks.check_precision = lambda *_: None
 type(import_deepspeed(device).accelerator.get_accelerator()).is_fp16_supported = lambda self: True
 for recipe, *overrides in json.loads(sys.argv[-1]):
-    train_recipe(prepare(load_config(recipe, overrides), world, resume="never"), device)
+    config = load_config(recipe, overrides)
+    train_recipe(prepare(config, world, resume="never"), device)
+    assert torch.are_deterministic_algorithms_enabled() == config.run.deterministic
     # Also ZeRO's own groups, which would wait half an hour by default.
     waits = [group._get_backend(device).options._timeout for group in distributed_c10d._world.pg_map]
     assert len(waits) > 1 and set(waits) == {timedelta(seconds=process_group.TIMEOUT_S)}, waits

@@ -19,6 +19,7 @@ ALONE = {
     "alone": ["log.trackers=[tensorboard]"],
     "alone_accumulated": ["optim.micro_batch=4"],
     "alone_zero0": ["deepspeed=zero0"],
+    "alone_deterministic": ["run.deterministic=true"],
     "alone_onednn": ["linear=onednn"],
     "alone_saved_by_time": ["checkpoint.every_minutes=1e-6", "checkpoint.keep=9"],
 }
@@ -44,6 +45,7 @@ ROUNDED = [name for name in TWO_RANKS if "bf16" in name or "fp16" in name or "au
 SAME = [
     "alone_accumulated",
     "alone_zero0",
+    "alone_deterministic",
     "alone_onednn",
     *[name for name in TWO_RANKS if name not in ROUNDED and "clip" not in name],
 ]
