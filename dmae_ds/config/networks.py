@@ -68,8 +68,9 @@ class TeacherConfig(ModelConfig):
     pretrained: bool = False  # the weights that timm has for a tagged name: vit_large_patch16_224.mae
     # One of TEACHER_FORMATS; auto: the only one that fits; or module:function of your own.
     format: str = "timm"
+    # auto: the recipe's precision (bf16_autocast: bf16), or what it was when a resumed run began.
     # fp8: matrix products in float8, by torchao (dmae_ds/teacher/fp8.py).
-    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     # visible: the student's patches, as masked autoencoders were trained; all: the whole image, for teachers
     # that were not trained with dropped tokens. The loss takes the student's patches either way.
     sees: Literal["visible", "all"] = "visible"
@@ -132,3 +133,14 @@ class TeacherConfig(ModelConfig):
     @classmethod
     def _format_is_known(cls, value: str) -> str:
         return known_format(value)
+
+    @property
+    def dtype_is_auto(self) -> bool:
+        """Whether `dtype` follows something else: nobody set it, or to auto."""
+        return "dtype" not in self.model_fields_set or self.dtype == "auto"
+
+    def following(self, dtype: str) -> TeacherConfig:
+        """The same section with a dtype that it follows."""
+        copy = self.model_copy(update={"dtype": dtype})
+        copy.model_fields_set.discard("dtype")
+        return copy

@@ -199,6 +199,13 @@ class RunConfig(Section):
     dist: DistConfig = DistConfig()
 
     @model_validator(mode="after")
+    def _teacher_follows_the_precision(self):
+        if self.teacher is not None and self.teacher.dtype == "auto":
+            dtype = "bf16" if self.precision == "bf16_autocast" else self.precision
+            object.__setattr__(self, "teacher", self.teacher.following(dtype))  # values are final to others
+        return self
+
+    @model_validator(mode="after")
     def _objective_fits_into_the_run(self):
         self.objective.check_epochs(self.optim.epochs)
         return self

@@ -21,8 +21,10 @@ from dmae_ds.teacher.top import Top
 from dmae_ds.weights.fit import Dropped
 
 DTYPES = {
+    "auto": torch.float32,  # of a teacher by itself; a recipe replaces it by what its precision asks for
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
+    "fp16": torch.float16,
     "fp8": torch.bfloat16,  # of everything but the matrix products (fp8.py)
 }
 

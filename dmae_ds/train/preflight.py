@@ -84,8 +84,9 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     """
     folder = CheckpointFolder(Path(config.run.dir).expanduser())
     resume_from = folder.latest() if resume == "auto" else None
-    fitted = None if resume_from is None else folder.read_state(resume_from).get("micro_batch")
-    split = split_recipe(config, world.size, fitted=fitted)
+    saved = {} if resume_from is None else folder.read_state(resume_from)
+    config = as_it_began(config, saved)
+    split = split_recipe(config, world.size, fitted=saved.get("micro_batch"))
     deepspeed = load_deepspeed(
         config.deepspeed,
         micro_batch=split.micro_batch,
@@ -139,6 +140,18 @@ def describe_finished(preflight: Preflight) -> str:
         f"nothing was done. Its student is {preflight.run_dir / STUDENT}; to train longer raise "
         "optim.epochs, to train again choose another run.dir"
     )
+
+
+def as_it_began(config: RunConfig, saved: dict) -> RunConfig:
+    """Return the recipe with `teacher.dtype: auto` as the run that is resumed began.
+
+    Its precision may have changed since, and runs from before December 2026 had fp32.
+    saved: the checkpoint's state.json; {} for a new run
+    """
+    dtype = (saved.get("teacher") or {}).get("dtype")
+    if config.teacher is None or dtype is None or not config.teacher.dtype_is_auto:
+        return config
+    return config.model_copy(update={"teacher": config.teacher.following(dtype)})
 
 
 def check_is_new(run_dir: Path) -> None:

@@ -34,6 +34,26 @@ def test_every_shipped_recipe_is_valid(name):
     assert reread["run"]["dir"].startswith("runs/")
 
 
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", "fp32"), ("bf16_autocast", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")]
+)
+def test_the_teachers_dtype_follows_the_precision_unless_it_is_set(recipe, tmp_path, precision, dtype):
+    for more in ([], ["teacher.dtype=auto"]):
+        config = load_config(recipe, [f"precision={precision}", *more])
+        assert config.teacher.dtype == dtype and config.teacher.dtype_is_auto
+    # The run folder has what was chosen, and keeps it at another precision.
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    later = load_config(str(tmp_path / "config.yaml"), ["precision=fp32"]).teacher
+    assert later.dtype == dtype and not later.dtype_is_auto
+    placed = config.teacher.model_copy(update={"placement": "zero3"})
+    assert placed.dtype_is_auto  # what chooses a placement doesn't set the dtype
+    for other in ("fp32", "bf16", "fp8"):
+        assert (
+            load_config(recipe, [f"precision={precision}", f"teacher.dtype={other}"]).teacher.dtype == other
+        )
+
+
 @pytest.mark.parametrize("name", shipped_files("evaluation recipe"))
 def test_every_shipped_evaluation_recipe_is_valid(name):
     schema = LinearConfig if name.startswith("linear") else FinetuneConfig

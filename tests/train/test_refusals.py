@@ -165,3 +165,18 @@ def test_the_micro_batch_of_a_resumed_run_is_at_most_the_previous_one(tiny_recip
         after = prepare(config, World(size=ranks, local_size=ranks), resume="auto")
         assert (after.micro_batch, after.accumulation) == expected
     assert prepare(config, World(), resume="never").micro_batch == 16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
+def test_a_resumed_run_keeps_the_teachers_dtype_with_which_it_began(tiny_recipe, tmp_path, precision):
+    def prepared(*overrides, resume):
+        config = load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", *overrides])
+        return prepare(config, World(), resume=resume)
+
+    began = prepared("precision=fp32", resume="never")
+    began.folder.begin(3)
+    began.folder.commit(3, {"step": 3, "position": 48, **began.identity}, {})
+    again = prepared(f"precision={precision}", resume="auto")
+    assert again.resume_from is not None and again.config.teacher.dtype == "fp32"
+    with refused("teacher.dtype fp32", "bf16"):
+        prepared(f"precision={precision}", "teacher.dtype=bf16", resume="auto")
