@@ -93,7 +93,8 @@ class ScheduleConfig(Section):
     """Batch and learning rate: base_lr * global_batch / 256, linear warm-up, half a cosine to min_lr."""
 
     global_batch: PositiveInt = 4096  # images of an optimizer step, over all ranks
-    micro_batch: PositiveInt | None = None  # most images of a rank at once; null: global_batch / ranks
+    # Most images of a rank at once; null: on GPUs what fits (train/forecast.py), on CPUs a rank's share.
+    micro_batch: PositiveInt | None = None
     base_lr: PositiveFloat = 1.5e-4  # learning rate of 256 images; the peak is base_lr * global_batch / 256
     min_lr: NonNegativeFloat = 0.0  # learning rate at the end
     epochs: PositiveFloat = 100.0  # length of the run, in passes over data.train; may be a fraction
@@ -192,7 +193,7 @@ class RunConfig(Section):
     # Linear layers in fp32 on CPUs. auto: oneDNN where it is clearly faster than torch
     # (dmae_ds/models/onednn.py).
     linear: Literal["auto", "torch", "onednn"] = "auto"
-    deepspeed: str = "zero2"  # name of a file in ds_configs/, or the path of your own JSON
+    deepspeed: str = "zero1"  # name of a file in ds_configs/, or the path of your own JSON
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 def run_twice(run: Callable[..., Tensor], *inputs: object) -> Tensor:
     """Return run(*inputs); backward calls it again for what is in between. Without gradients: once.
 
-    torch ends the second pass inside its last layer. ZeRO-3 requires that: at the layer's end it would release
-    the weights that backward has just gathered.
+    torch ends the second pass inside its last layer. ZeRO-3 requires that: at that layer's end it would
+    release the weights that backward has just gathered.
     """
     if not torch.is_grad_enabled():
         return run(*inputs)

@@ -1,6 +1,7 @@
-"""The planner at the start of a run: it places the teacher (`teacher.placement: auto`) and predicts memory.
+"""The planner at the start of a run: it chooses what the recipe leaves open, and predicts memory.
 
-The prediction is in the summary; after the first steps it is compared with measured memory (peak_memory.py).
+Left open are the micro-batch on GPUs (no `optim.micro_batch`) and `teacher.placement: auto`. The prediction
+is in the summary; after the first steps it is compared with measured memory (peak_memory.py).
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import dataclasses
 import psutil
 import torch
 
+from dmae_ds.config.batch import BatchSplit, smaller_split
 from dmae_ds.distributed import collectives
+from dmae_ds.errors import UserError
 from dmae_ds.output.lines import say
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.choose import HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
-from dmae_ds.plan.geometry import Geometry, measure
+from dmae_ds.plan.geometry import Geometry, measure, scaled
 from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory
 from dmae_ds.train.peak_memory import PeakMemory
-from dmae_ds.train.preflight import Preflight
+from dmae_ds.train.preflight import Preflight, with_split
 
 AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 has learned in which order it needs the weights
 MIN_PARAMETERS = 5_000_000  # below, memory belongs to libraries and not to tensors: nothing is predicted
@@ -44,6 +47,60 @@ def resolve_placement(preflight: Preflight, device: torch.device) -> tuple[Prefl
     placed = teacher.model_copy(update={"placement": placement, "stages": stages})
     config = preflight.config.model_copy(update={"teacher": placed})
     return dataclasses.replace(preflight, config=config), reason
+
+
+def resolve_micro_batch(preflight: Preflight, device: torch.device) -> tuple[Preflight, str]:
+    """On GPUs, replace a missing `optim.micro_batch` by the largest that fits; returns the reason too.
+
+    A run that resumes keeps what it began with. On CPUs, and where an objective needs its whole batch, a rank
+    takes its whole share at once. The recipe of the run folder records the choice. Collective: rank 0 decides
+    for all, by the memory of the rank that has least. Raises UserError where nothing fits.
+    """
+    config = preflight.config
+    if device.type != "cuda" or config.optim.micro_batch or config.objective.needs_whole_batch:
+        return preflight, ""
+    if preflight.resume_from is not None:
+        return with_split(preflight, preflight.split), ""
+    free = min(collectives.gather_objects(free_bytes(device, preflight.world.local_size)))
+    split = collectives.raise_on_all_ranks(
+        lambda: largest_split(preflight, free) if preflight.world.is_main else None
+    )
+    preflight = with_split(preflight, collectives.broadcast_from_main(split))
+    reason = f"the largest micro-batch that the planner fits into {free / GIB:.1f} GiB a rank"
+    return preflight, reason
+
+
+def largest_split(preflight: Preflight, room: float) -> BatchSplit:
+    """The first of training's own cut and its halves with which a rank's predicted memory is within `room`.
+
+    Raises UserError where none is.
+    """
+    geometry, is_scaled = measure(preflight.config, preflight.micro_batch), False
+    while True:
+        needed = least_bytes(preflight, geometry)
+        if needed <= room and not is_scaled:
+            return preflight.split
+        if needed <= room:  # measured once more, because scaling is an estimate
+            geometry, is_scaled = measure(preflight.config, preflight.micro_batch), False
+            continue
+        smaller = smaller_split(preflight.config, preflight.world.size, preflight.split)
+        if smaller is None:
+            raise UserError(
+                f"nothing fits into {room / GIB:.1f} GiB a rank, down to optim.micro_batch="
+                f"{preflight.micro_batch} with {needed / GIB:.1f} GiB predicted; use more ranks, a higher "
+                "ZeRO stage or student.checkpoint_blocks=true, or set optim.micro_batch to try it"
+            )
+        preflight = with_split(preflight, smaller)
+        geometry, is_scaled = scaled(geometry, smaller.micro_batch), True
+
+
+def least_bytes(preflight: Preflight, geometry: Geometry) -> float:
+    """Memory of a GPU with the teacher's placement, or with the one that needs least where it is auto."""
+    teacher = preflight.config.teacher
+    if teacher is None or teacher.placement != "auto":
+        return predict(preflight, geometry, gpu=True).total
+    machine = _machine(preflight, 1.0, gpu=True)
+    return min(row.memory.total for row in _candidates(preflight, geometry, machine, gpu=True, room=0))
 
 
 def free_bytes(device: torch.device, local_ranks: int) -> float:
@@ -113,19 +170,29 @@ def _choose(preflight: Preflight, free: float, *, gpu: bool) -> tuple[str, int |
     if world.size == 1:
         return "replicated", None, "replicated (chosen by auto: one rank)"
     geometry = measure(config, preflight.micro_batch)
-    rates = {} if gpu else CPU
-    machine = Machine(gpus=world.size, gpus_per_node=world.local_size, memory_gib=free / GIB, **rates)
-    rows = candidates(
-        geometry,
-        machine,
-        {config.deepspeed: Zero.of(preflight.deepspeed)},
-        precision=config.precision,
-        accumulation=preflight.accumulation,
-        gpu=gpu,
-        room=free,
-    )
+    rows = _candidates(preflight, geometry, _machine(preflight, free, gpu=gpu), gpu=gpu, room=free)
     best = choose(rows, room=free)
     return best.placement, best.stages, _reason(best, rows, free)
+
+
+def _machine(preflight: Preflight, free: float, *, gpu: bool) -> Machine:
+    world, rates = preflight.world, {} if gpu else CPU
+    return Machine(gpus=world.size, gpus_per_node=world.local_size, memory_gib=free / GIB, **rates)
+
+
+def _candidates(
+    preflight: Preflight, geometry: Geometry, machine: Machine, *, gpu: bool, room: float
+) -> list[Candidate]:
+    """Every placement under the run's own DeepSpeed file."""
+    return candidates(
+        geometry,
+        machine,
+        {preflight.config.deepspeed: Zero.of(preflight.deepspeed)},
+        precision=preflight.config.precision,
+        accumulation=preflight.accumulation,
+        gpu=gpu,
+        room=room,
+    )
 
 
 def _reason(best: Candidate, rows: list[Candidate], free: float) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dmae_ds.config.batch import split_recipe
+from dmae_ds.config.batch import BatchSplit, split_recipe
 from dmae_ds.config.deepspeed import check_compile, load_deepspeed, zero_stage
 from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
@@ -57,6 +57,11 @@ class Preflight:
     resume_from: Path | None
 
     @property
+    def split(self) -> BatchSplit:
+        """How a rank's share of the batch is cut."""
+        return BatchSplit(self.micro_batch, self.accumulation)
+
+    @property
     def run_dir(self) -> Path:
         """The run folder."""
         return self.folder.run_dir
@@ -87,14 +92,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     saved = {} if resume_from is None else folder.read_state(resume_from)
     config = as_it_began(config, saved)
     split = split_recipe(config, world.size, fitted=saved.get("micro_batch"))
-    deepspeed = load_deepspeed(
-        config.deepspeed,
-        micro_batch=split.micro_batch,
-        accumulation=split.accumulation,
-        world_size=world.size,
-        clip_grad=config.optim.clip_grad,
-        precision=config.precision,
-    )
+    deepspeed = _deepspeed(config, split, world)
     check_compile(config.compile, config.deepspeed, deepspeed)
     config.check_teacher()
     shards = open_train(config.data, allow_pipe=allow_pipe)
@@ -139,6 +137,31 @@ def describe_finished(preflight: Preflight) -> str:
         f"'{preflight.run_dir}' is finished: step {preflight.num_steps:,} of {preflight.num_steps:,}; "
         f"nothing was done. Its student is {preflight.run_dir / STUDENT}; to train longer raise "
         "optim.epochs, to train again choose another run.dir"
+    )
+
+
+def with_split(preflight: Preflight, split: BatchSplit) -> Preflight:
+    """Cut the batch in another way, and record it in the recipe. Raises UserError as `prepare` does."""
+    optim = preflight.config.optim.model_copy(update={"micro_batch": split.micro_batch})
+    config = preflight.config.model_copy(update={"optim": optim})
+    return replace(
+        preflight,
+        config=config,
+        deepspeed=_deepspeed(config, split, preflight.world),
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        identity={**preflight.identity, "micro_batch": split.micro_batch},
+    )
+
+
+def _deepspeed(config: RunConfig, split: BatchSplit, world: World) -> dict:
+    return load_deepspeed(
+        config.deepspeed,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        world_size=world.size,
+        clip_grad=config.optim.clip_grad,
+        precision=config.precision,
     )
 
 

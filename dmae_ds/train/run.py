@@ -34,7 +34,12 @@ from dmae_ds.train.checkpoint.student_file import STUDENT
 from dmae_ds.train.collapse import CollapseMonitor
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher, build_ema_teacher
 from dmae_ds.train.engine import Engine
-from dmae_ds.train.forecast import MIN_PARAMETERS, MemoryReport, resolve_placement
+from dmae_ds.train.forecast import (
+    MIN_PARAMETERS,
+    MemoryReport,
+    resolve_micro_batch,
+    resolve_placement,
+)
 from dmae_ds.train.inputs import input_stream
 from dmae_ds.train.kernels import Kernels, WarmUp, choose_kernels
 from dmae_ds.train.loop import train
@@ -147,6 +152,7 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
         choose_tf32(preflight.config.tf32, device),
     ]
     import_deepspeed(device)
+    preflight, batch_reason = resolve_micro_batch(preflight, device)
     preflight, placement_reason = resolve_placement(preflight, device)
     peak_memory = PeakMemory(device)
     config, is_main = preflight.config, preflight.world.is_main
@@ -167,7 +173,11 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
         is_large=is_large,
         previous=previous_linear(preflight),
     )
-    texts = {"placement": placement_reason, "kernels": "; ".join(filter(None, [*numerics, kernels.text]))}
+    texts = {
+        "placement": placement_reason,
+        "kernels": "; ".join(filter(None, [*numerics, kernels.text])),
+        "batch": batch_reason,
+    }
     start_text = summary(preflight, objective, teacher, ema, **texts)
     schedule = Schedule(
         config.optim,

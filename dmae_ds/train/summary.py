@@ -20,10 +20,12 @@ def summary(
     *,
     placement: str,
     kernels: str,
+    batch: str,
 ) -> str:
     """Write the summary, one row a line. Call it before ZeRO partitions the parameters.
 
-    placement: why the teacher is placed where it is; kernels: see kernels.py; either may be empty
+    placement, batch: why the teacher is placed and the batch is cut as they are; kernels: see kernels.py;
+        each may be empty
     """
     config, shards = preflight.config, preflight.shards
     of_teacher = describe_teacher(config, objective, teacher)
@@ -36,7 +38,7 @@ def summary(
         "objective": f"{config.objective.name}: {objective.describe()}",
         "ema": str(ema),
         "views": describe_views(objective.views),
-        "batch": describe_batch(preflight),
+        "batch": "; ".join(filter(None, [describe_batch(preflight), batch])),
         "schedule": describe_schedule(preflight),
         "engine": f"DeepSpeed {config.deepspeed}, {config.precision}",
         "kernels": kernels,

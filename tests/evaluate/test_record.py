@@ -81,7 +81,7 @@ def test_facts_describe_the_run(run, tmp_path, shards):
     assert facts["teacher"].note.startswith("cut after block 3 of 4; fp32")
     assert facts["steps"] == ("30", "9 of 9 epochs, 6 images a step")
     assert facts["images/s, median"].text == "101"
-    assert facts["DeepSpeed, precision"].text == "zero2, fp32"
+    assert facts["DeepSpeed, precision"].text == "zero1, fp32"
     assert facts["align/1-3 at the end"].text == "2.0000"
     assert facts["pixel at the end"].text == f"{(1 / 28 + 1 / 29 + 1 / 30) / 3:.4f}"
     alone = read_record(make_run(tmp_path / "mae", train=shards[0], val=shards[1], objective="mae"))

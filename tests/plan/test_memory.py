@@ -149,8 +149,11 @@ def test_a_deepspeed_file_is_read_with_deepspeed_s_defaults(tmp_path):
             load_deepspeed(name, micro_batch=1, accumulation=1, world_size=2, clip_grad=0, precision="fp32")
         )
 
-    assert read("zero0") == Zero(0) and read("zero1") == Zero(1) and read("zero2") == Zero(2, overlap=True)
-    assert read("zero3_offload") == Zero(3, overlap=True, offload_optimizer=True, offload_parameters=True)
+    bucket = 5 * 10**7
+    assert read("zero0") == Zero(0) and read("zero1") == Zero(1, bucket)
+    assert read("zero2") == Zero(2, bucket, overlap=True)
+    offload = {"offload_optimizer": True, "offload_parameters": True}
+    assert read("zero3_offload") == Zero(3, bucket, overlap=True, **offload)
     own = tmp_path / "own.json"
     own.write_text(
         '{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1e6, '

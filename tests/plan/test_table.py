@@ -55,7 +55,7 @@ def test_a_micro_batch_that_fits_is_found_and_set_by_the_command(capsys):
         "--gpus",
         "2",
         "--gpu-memory-gib",
-        "3.2",
+        "1.8",
     )
     assert "nothing fits with optim.micro_batch=1024" in out
     command = next(line for line in out.splitlines() if line.startswith("deepspeed "))

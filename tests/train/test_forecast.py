@@ -10,10 +10,11 @@ import torch
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.distributed.world import World
-from dmae_ds.plan.geometry import measure
+from dmae_ds.plan.geometry import measure, scaled
 from dmae_ds.plan.memory import Memory
 from dmae_ds.train import forecast
 from tests.messages import refused
+from tests.plan.conftest import geometry_of
 from tests.train.conftest import command, environment, losses, run
 
 
@@ -85,6 +86,52 @@ def test_auto_on_one_rank_and_on_a_machine_that_is_too_small(decide):
     assert decide(free=2**30, ranks=1)[0].placement == "replicated"
     with refused("0.0 GiB", "GiB"):
         decide(free=2**20)
+
+
+@pytest.fixture
+def cut(tiny_recipe, tmp_path, monkeypatch):
+    """Prepare a recipe and choose its micro-batch, on a GPU with so many free bytes."""
+    from dmae_ds.config.load import load_config
+    from dmae_ds.train.preflight import prepare
+
+    monkeypatch.setattr(forecast, "collectives", OneRank)
+    monkeypatch.setattr(forecast, "measure", lambda _, micro_batch: scaled(geometry_of(), micro_batch))
+
+    def cut(*more: str, free: float, device: str = "cuda", resume: str = "never"):
+        monkeypatch.setattr(forecast, "free_bytes", lambda device, local_ranks: free)
+        words = [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", "optim.global_batch=64", *more]
+        preflight = prepare(load_config(tiny_recipe[0], words), World(), resume=resume)
+        return forecast.resolve_micro_batch(preflight, torch.device(device))[0]
+
+    return cut
+
+
+@pytest.mark.parametrize("placement", ["replicated", "auto"])
+def test_a_gpu_takes_the_largest_micro_batch_that_fits_and_the_run_records_it(cut, placement):
+    words = (f"teacher.placement={placement}",)
+    whole = cut(*words, free=2**40)
+    needed = forecast.least_bytes(whole, scaled(geometry_of(), 64))
+    for free, expected in ((needed, (64, 1)), (needed - 1, (32, 2))):
+        preflight = cut(*words, free=free)
+        assert preflight.split == expected
+        assert preflight.config.optim.micro_batch == preflight.identity["micro_batch"] == expected[0]
+        assert preflight.deepspeed["train_micro_batch_size_per_gpu"] == expected[0]
+        assert preflight.deepspeed["gradient_accumulation_steps"] == expected[1]
+    with refused("0.0 GiB", "optim.micro_batch=1", "student.checkpoint_blocks"):
+        cut(*words, free=1)
+
+
+def test_a_micro_batch_that_is_given_or_began_stays_and_so_does_a_cpus(cut):
+    assert cut(free=1, device="cpu").config.optim.micro_batch is None
+    assert cut("optim.micro_batch=16", free=1).split == (16, 4)
+    began = cut("optim.micro_batch=8", free=1)
+    began.folder.begin(3)
+    began.folder.commit(3, {"step": 3, "position": 192, **began.identity}, {})
+    again = cut(free=2**40, resume="auto")
+    assert again.resume_from is not None
+    assert again.split == (8, 8) and again.config.optim.micro_batch == 8
+    whole = cut("objective={name: mocov3}", "teacher=null", free=1)
+    assert whole.split == (64, 1) and whole.config.optim.micro_batch is None
 
 
 def test_other_placements_than_auto_stay(tiny_recipe, tmp_path):

@@ -33,12 +33,12 @@ TWO_RANKS = {
     "zero3_accumulated": ["deepspeed=zero3", "optim.micro_batch=2"],
     "zero1_checkpointed": ["deepspeed=zero1", "student.checkpoint_blocks=true"],
     "zero3_checkpointed": ["deepspeed=zero3", "student.checkpoint_blocks=true"],
-    "zero2_clipped": ["optim.clip_grad=0.5"],
-    "zero2_onednn": ["linear=onednn"],
-    "zero2_bf16": ["precision=bf16"],
+    "zero2_clipped": ["deepspeed=zero2", "optim.clip_grad=0.5"],
+    "zero2_onednn": ["deepspeed=zero2", "linear=onednn"],
+    "zero2_bf16": ["deepspeed=zero2", "precision=bf16"],
     "zero3_bf16": ["precision=bf16", "deepspeed=zero3"],
     "zero1_fp16": ["precision=fp16", "deepspeed=zero1"],
-    "zero2_fp16": ["precision=fp16"],
+    "zero2_fp16": ["deepspeed=zero2", "precision=fp16"],
     "zero0_autocast": ["precision=bf16_autocast", "deepspeed=zero0"],
 }
 ROUNDED = [name for name in TWO_RANKS if "bf16" in name or "fp16" in name or "autocast" in name]
