@@ -6,15 +6,17 @@ the operator that makes it until Python and autograd release it. Scratch memory 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
 from torch import nn
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 # The CPU's fused attention, which FlopCounterMode doesn't know before torch 2.13; fake CPU tensors use no
 # other kernel.
@@ -86,6 +88,23 @@ def trace_inference(forward: Callable[[], object]) -> tuple[int, int]:
     with torch.no_grad(), live, FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops:
         forward()
     return flops.get_total_flops(), live.peak
+
+
+class _OneModule(contextlib.nullcontext):
+    """Stands for torch's ModuleTracker, and finds nothing."""
+
+    parents = ("Global",)
+
+
+class FlopCounterMode(flop_counter.FlopCounterMode):
+    """torch's counter of a whole pass, without its parts.
+
+    The hooks that tell modules apart would keep alive what checkpointed blocks compute a second time.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mod_tracker = _OneModule()
 
 
 class _Live(TorchDispatchMode):
