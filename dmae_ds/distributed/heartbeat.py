@@ -11,6 +11,7 @@ first that any rank wrote, with which every rank ends.
     the next rank of its node   a rank whose process has ended                              a second or two
     rank 0, once a collective   the same, if it was alone on its node                       GONE_S
     broke
+    the next rank of its node   who an aborted rank waited for: NCCL's watchdog aborts one   GONE_S
     every rank                  rank 0, which judges, or the store that it serves           as above
     the rank itself             its own exception                                           at once
 
@@ -21,8 +22,6 @@ first one's last round.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import os
 import signal
@@ -31,16 +30,15 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 
-from dmae_ds.distributed.missing import GONE_S, Report, judge
+from dmae_ds.distributed.missing import ABORTED, GONE_S, Report, is_victim, judge, judge_alone
 from dmae_ds.distributed.parent_process import ParentProcess
+from dmae_ds.distributed.waiting import WaitDetector
 
 BEAT_S = 1.0
 CONTINUE = "continue with --resume auto"
-# Calls in which the host waits for a collective; on a GPU, for the kernels before it too.
-_WAITING_CALLS = (".wait(", ".synchronize(", ".item()", ".tolist()", ".cpu()")
-_COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 
 
 class Heartbeat:
@@ -48,10 +46,19 @@ class Heartbeat:
     The store must be up. Call `stop` before the process group is destroyed.
     life: a name that the ranks of this start share and that no earlier start had (rendezvous.py)
     timeout_s: bound on silence, and on waiting for a rank
+    on_gpu: whether this rank's tensors are on a GPU (waiting.py)
     """
 
     def __init__(
-        self, *, rank: int, size: int, local_rank: int, local_size: int, life: str, timeout_s: float
+        self,
+        *,
+        rank: int,
+        size: int,
+        local_rank: int,
+        local_size: int,
+        life: str,
+        timeout_s: float,
+        on_gpu: bool = False,
     ):
         self.rank = rank
         self.size = size
@@ -62,7 +69,7 @@ class Heartbeat:
         self._parent = ParentProcess()
         self._place = f"{self._host}/{_pid_namespace()}"  # process ids can be compared within it
         self._neighbour = rank - local_rank + (local_rank + 1) % local_size
-        self._main = threading.main_thread().ident
+        self._detector = WaitDetector(main=threading.main_thread().ident, on_gpu=on_gpu)
         # Written by the rank's own thread, read by these two.
         self._step = 0
         self._doing = "starting"
@@ -76,6 +83,8 @@ class Heartbeat:
         self._rounds = 0
         self._zero = Report(0)
         self._waits_since: tuple[float, float] | None = None
+        self._waited_s = 0.0
+        self._aborted: dict[int, float] = {}  # rank -> when it was found
         self._last_beats: dict[int, tuple[int, float]] = {}  # rank -> (its last beat, when it came)
         self._threads = [
             threading.Thread(target=target, name=f"heartbeat-{target.__name__}", daemon=True)
@@ -150,13 +159,13 @@ class Heartbeat:
     def _write(self, beats: int) -> None:
         """Write this rank's report; -1 beats mean that it has ended."""
         now = time.monotonic()
-        waits_s = 0.0
-        if not self._waits():
+        self._waited_s = 0.0
+        if not self._detector.waits(sys._current_frames(), now=now):
             self._waits_since = None
         elif self._waits_since is None or self._waits_since[0] != self._since:
             self._waits_since = (self._since, now)
         else:
-            waits_s = now - self._waits_since[1]
+            self._waited_s = now - self._waits_since[1]
         report = {
             "beats": beats,
             "host": self._host,
@@ -165,22 +174,10 @@ class Heartbeat:
             "step": self._step,
             "doing": self._doing,
             "idle_s": now - self._since,
-            "waits_s": waits_s,
+            "waits_s": self._waited_s,
             "broken": self._broken,
         }
         self._store.set(str(self.rank), json.dumps(report))
-
-    def _waits(self) -> bool:
-        """Whether this rank is inside a collective, judged by its stack frames."""
-        for thread, frame in sys._current_frames().items():
-            filename = frame.f_code.co_filename
-            if any(folder in filename for folder in _COLLECTIVES):
-                return True
-            if thread == self._main and any(
-                call in _line(filename, frame.f_lineno) for call in _WAITING_CALLS
-            ):
-                return True
-        return False
 
     def _read(self) -> None:
         """Look for a verdict, or for a reason to write one."""
@@ -189,7 +186,28 @@ class Heartbeat:
         verdict = self._get("verdict")
         if verdict is not None:
             return self._end(verdict, own=False, num_lost=1)
-        watched = range(self.size) if self.rank == 0 else sorted({0, self._neighbour})
+        reports = self._read_reports()
+        if reports is None:
+            return
+        if self.rank == 0 or self._aborted:
+            reports[self.rank] = self._report(self.rank, json.loads(self._get(str(self.rank))))
+        elif 0 in reports:
+            self._zero = reports[0]
+            # Rank 0 judges its own waiting. What it cannot judge is its own silence.
+            reports = {0: Report(**{**vars(reports[0]), "waits_s": 0.0, "idle_s": 0.0})}
+            if self._broken:
+                reports[self.rank] = Report(self.rank, broken="closed")
+        verdict = judge(list(reports.values()), timeout_s=self.timeout_s) if reports else None
+        if verdict is not None:
+            num_lost = max(int(not verdict.startswith("rank 0 ")), len(self._aborted))
+            self._end(verdict, own=True, num_lost=num_lost)
+
+    def _read_reports(self) -> dict[int, Report] | None:
+        """Reports of the ranks that this one watches; None where it has published a verdict, or looks on.
+
+        Once a watched rank was aborted, all others are watched: one of them is the cause.
+        """
+        watched = range(self.size) if self.rank == 0 or self._aborted else sorted({0, self._neighbour})
         reports = {}
         for rank in watched:
             text = self._get(str(rank)) if rank != self.rank else None
@@ -199,19 +217,20 @@ class Heartbeat:
             if fields["beats"] == -1:  # has ended
                 continue
             report = reports[rank] = self._report(rank, fields)
-            if rank == self._neighbour and fields["place"] == self._place and _is_gone(fields["pid"]):
-                return self._end(f"{report.name()} is gone; {report.last()}", own=True, num_lost=1)
-        if self.rank == 0:
-            reports[0] = self._report(0, json.loads(self._get("0")))
-        elif 0 in reports:
-            self._zero = reports[0]
-            # Rank 0 judges its own waiting. What it cannot judge is its own silence.
-            reports = {0: Report(**{**vars(reports[0]), "waits_s": 0.0, "idle_s": 0.0})}
-            if self._broken:
-                reports[self.rank] = Report(self.rank, broken="closed")
-        verdict = judge(list(reports.values()), timeout_s=self.timeout_s) if reports else None
-        if verdict is not None:
-            self._end(verdict, own=True, num_lost=int(not verdict.startswith("rank 0 ")))
+            is_near = rank == self._neighbour or bool(self._aborted)
+            if not is_near or fields["place"] != self._place or not _is_gone(fields["pid"]):
+                continue
+            # Its parent may have collected it. On NCCL, its watchdog is the usual end of a rank that waits.
+            killed_by = _killed_by(fields["pid"]) or ("SIGABRT" if self._detector.on_gpu else "")
+            is_known = rank in self._aborted
+            if not is_known and not is_victim(report, killed_by=killed_by, timeout_s=self.timeout_s):
+                self._end(f"{report.name()} is gone; {report.last()}", own=True, num_lost=1)
+                return None
+            self._aborted.setdefault(rank, time.monotonic())
+            reports[rank] = replace(report, broken=ABORTED)
+        if self._aborted and time.monotonic() - min(self._aborted.values()) <= GONE_S + 2 * BEAT_S:
+            return None  # the others' silence is not known yet
+        return reports
 
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
@@ -247,7 +266,12 @@ class Heartbeat:
         if self._done:
             return
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            self._exit(f"{self._zero.name()} is gone ({error}); {self._zero.last()}", own=True)
+            own = Report(self.rank, self._host, self._step, self._doing, waits_s=self._waited_s)
+            own = replace(own, idle_s=time.monotonic() - self._since)
+            verdict = judge_alone(
+                self._zero, own, error=error, has_watchdog=self._detector.on_gpu, timeout_s=self.timeout_s
+            )
+            self._exit(verdict, own=True)
         # All ranks may be alive: they may save until the second thread's time is up.
         self._stop_soon(f"torchrun's agent at {os.environ['MASTER_ADDR']} is gone ({error})")
 
@@ -290,18 +314,6 @@ def _pid_namespace() -> int:
     return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
-@functools.lru_cache(maxsize=1024)
-def _line(filename: str, number: int | None) -> str:
-    """A line of a source file, "" where there is none; linecache is not safe in a second thread."""
-    if not number:  # a frame that is just being entered
-        return ""
-    try:
-        with open(filename, encoding="utf-8", errors="replace") as file:
-            return next(itertools.islice(file, number - 1, None), "")
-    except OSError:
-        return ""
-
-
 def _is_gone(pid: int) -> bool:
     """Whether a process of this machine has ended, also if its parent has not collected it yet."""
     try:
@@ -311,3 +323,13 @@ def _is_gone(pid: int) -> bool:
         return os.path.exists("/proc/self/stat")
     except ProcessLookupError:
         return True
+
+
+def _killed_by(pid: int) -> str:
+    """Name of the signal that ended a process; "" where its parent has collected it, or none is known."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            number = int(file.read().split()[-1]) & 0x7F  # the last field is the exit status
+        return signal.Signals(number).name
+    except (OSError, ValueError):
+        return ""

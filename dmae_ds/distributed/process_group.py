@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 TIMEOUT_S = 600.0  # default of dist.timeout_s
+# NCCL's watchdog aborts a rank whose collective takes longer than the group's time-out, and the rank says
+# nothing. The heartbeat, which can name the missing rank, must come first.
+WATCHDOG_LATER_S = 120.0
 _watch: Heartbeat | None = None
 _timeout_s = TIMEOUT_S
+_backend = "gloo"
 # Set for a group of one, which libraries ask the environment about; removed when it ends.
 _OF_ONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _environment_before: dict[str, str | None] = {}
@@ -32,11 +36,12 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
 
     timeout_s: how long a rank may be waited for; then the run ends with a line that names it (heartbeat.py)
     """
-    global _watch, _timeout_s
+    global _watch, _timeout_s, _backend
     from torch import distributed
 
     device = _set_device(world)
     _timeout_s = timeout_s
+    _backend = "nccl" if device.type == "cuda" else "gloo"
     life = "0"
     if not distributed.is_initialized():
         life = _join(world, device)
@@ -48,6 +53,7 @@ def start(world: World, *, timeout_s: float = TIMEOUT_S) -> torch.device:
             local_size=world.local_size,
             life=life,
             timeout_s=timeout_s,
+            on_gpu=device.type == "cuda",
         )
     return device
 
@@ -79,10 +85,7 @@ def _join(world: World, device: torch.device) -> str:
     from torch import distributed
 
     life = "0"
-    options: dict[str, Any] = {
-        "backend": "nccl" if device.type == "cuda" else "gloo",
-        "timeout": timeout(),
-    }
+    options: dict[str, Any] = {"backend": _backend, "timeout": timeout()}
     if world.size == 1:
         # One rank meets no other: no port is opened.
         options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
@@ -98,7 +101,8 @@ def _join(world: World, device: torch.device) -> str:
             raise
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunFailed(
-            f"{world.name()} did not meet all {world.size} ranks at {place} within {_timeout_s:g} s: "
+            f"{world.name()} did not meet all {world.size} ranks at {place} within "
+            f"{timeout().total_seconds():g} s: "
             f"{reason_of(error)}"
         ) from None
     return life
@@ -133,8 +137,8 @@ def joined(world: World, *, timeout_s: float) -> Iterator[torch.device]:
 
 
 def timeout() -> timedelta:
-    """The bound on every wait, in the type that process groups take."""
-    return timedelta(seconds=_timeout_s)
+    """The bound on every wait, in the type that process groups take: on NCCL, later than the heartbeat's."""
+    return timedelta(seconds=_timeout_s + (WATCHDOG_LATER_S if _backend == "nccl" else 0.0))
 
 
 def bound_every_wait() -> None:

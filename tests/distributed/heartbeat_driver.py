@@ -1,5 +1,7 @@
 """One rank without a trainer. Arguments: timeout_s, rank, what this rank does once all ranks have begun."""
 
+import contextlib
+import functools
 import os
 import signal
 import sys
@@ -28,6 +30,17 @@ with process_group.joined(world, timeout_s=timeout_s):
         time.sleep(600)
     if fate == "fails":
         raise RunFailed("no space left")
+    process_group._watch._detector.on_gpu = fate in ("reads a GPU", "evaluates", "is aborted")
+    if fate == "reads a GPU":
+        torch.cuda._lazy_init, torch.cuda.device = (lambda: None), contextlib.nullcontext
+        torch._C._cuda_synchronize = functools.partial(time.sleep, 600)
+        torch.cuda.synchronize()
+    if fate == "evaluates":
+        process_group.report(3, "evaluating")
+        time.sleep(600)
+    if fate == "is aborted":  # by NCCL's watchdog, after it has waited too long
+        time.sleep(timeout_s)
+        os.kill(os.getpid(), signal.SIGABRT)
     if fate == "computes":  # and never sees a broken collective, as on a GPU
         time.sleep(600)
     distributed.all_reduce(torch.ones(1))

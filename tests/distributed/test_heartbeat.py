@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 from torch import distributed
 
 from dmae_ds.distributed import heartbeat
-from dmae_ds.distributed.missing import GONE_S, Report, judge
+from dmae_ds.distributed.missing import GONE_S, Report, judge, judge_alone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("heartbeat_driver.py")
@@ -78,6 +79,48 @@ def test_of_ranks_that_all_wait_the_one_furthest_behind_is_named():
     assert verdict.startswith("rank 1 (b) is stuck")
 
 
+ABORTED = {"step": 7, "doing": "training", "idle_s": 720, "broken": "aborted"}
+
+
+@pytest.mark.parametrize(
+    ("others", "named", "words"),
+    [
+        (
+            [Report(0, "a", 7, "evaluating", idle_s=719), Report(1, "a", 7, waits_s=9)],
+            0,
+            "evaluating, 719 s ago",
+        ),
+        ([Report(0, "a", 7, silent_s=GONE_S + 1), Report(1, "a", 7)], 0, "not reported"),
+        # Silent, and has waited too long before: aborted too.
+        ([Report(0, "a", 7, idle_s=700, silent_s=GONE_S + 1), Report(1, "a", 7, "saving")], 1, "saving"),
+        ([Report(0, "a", 7, waits_s=9), Report(1, "a", 6, "training", waits_s=9)], 1, "step 6, training"),
+        ([], 2, "SIGABRT"),
+    ],
+)
+def test_an_aborted_rank_leads_to_the_one_it_waited_for(others, named, words):
+    verdict = judge([*others, Report(2, "b", **ABORTED)], timeout_s=600)
+    assert verdict.startswith(f"rank {named} (") and words in verdict
+    assert ("SIGABRT" in verdict) == ("not reported" not in verdict)
+
+
+@pytest.mark.parametrize(
+    ("zero", "own", "has_watchdog", "named"),
+    [
+        ({"idle_s": 720}, {}, True, 1),
+        ({"idle_s": 720}, {"waits_s": 700}, True, 0),
+        ({"idle_s": 10}, {}, True, 0),
+        ({"idle_s": 720}, {}, False, 0),
+    ],
+)
+def test_a_rank_that_is_left_without_rank_0_asks_whether_itself_was_waited_for(
+    zero, own, has_watchdog, named
+):
+    verdict = judge_alone(
+        Report(0, **zero), Report(1, **own), error="closed", has_watchdog=has_watchdog, timeout_s=600
+    )
+    assert verdict.startswith(f"rank {named} (")
+
+
 def start(fates: list[str], *, timeout_s: float) -> list[subprocess.Popen]:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -117,6 +160,8 @@ STUCK = r"is stuck: others have waited \d+ s"
         pytest.param(["dies", "computes"], 0, GONE, marks=pytest.mark.slow),
         pytest.param(["computes", "is stopped"], 1, SILENT, marks=pytest.mark.slow),
         pytest.param(["hangs", "continues"], 0, STUCK, marks=pytest.mark.slow),
+        pytest.param(["evaluates", "reads a GPU"], 0, STUCK + ".*evaluating", marks=pytest.mark.slow),
+        pytest.param(["reads a GPU", "evaluates"], 1, STUCK + ".*evaluating", marks=pytest.mark.slow),
         pytest.param(
             ["computes", "fails"], 1, "ended after step 2, training: no space left", marks=pytest.mark.slow
         ),
@@ -143,6 +188,23 @@ def test_the_other_rank_ends_with_a_line_that_names_the_lost_one(fates, lost, ve
             process.kill()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fates", "stuck"), [(["evaluates", "is aborted"], 0), (["is aborted", "evaluates"], 1)]
+)
+def test_an_aborted_rank_is_not_accused(fates, stuck):
+    ranks = start(fates, timeout_s=5)
+    try:
+        output = ranks[stuck].communicate(timeout=LIMIT_S)[1]
+        (line,) = [text for text in output.splitlines() if text.startswith("dmae-ds: error")]
+        name = rf"rank {stuck} \({re.escape(socket.gethostname())}\)"
+        assert re.search(f"{name} is stuck: rank {1 - stuck} .*step 3, evaluating", line), output
+        assert ranks[1 - stuck].wait() == -signal.SIGABRT
+    finally:
+        for process in ranks:
+            process.kill()
+
+
 def test_ranks_that_end_together_accuse_no_rank():
     ranks = start(["continues", "continues", "continues"], timeout_s=5)
     try:
@@ -154,21 +216,70 @@ def test_ranks_that_end_together_accuse_no_rank():
             process.kill()
 
 
-def test_a_stopped_heartbeat_has_left_the_store(monkeypatch):
-    class Slow(dict):
-        def set(self, key, value):
-            time.sleep(0.5)  # beyond GONE_S
-            self[key] = value.encode()
+class Store(dict):
+    """The launcher's store, in this process; `set` takes a while."""
 
-        def check(self, keys):
-            return all(key in self for key in keys)
+    def __init__(self, takes_s: float = 0.0):
+        self.takes_s = takes_s
 
+    def set(self, key, value):
+        time.sleep(self.takes_s)
+        self[key] = value.encode()
+
+    def get(self, key):
+        return self[key]
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def compare_set(self, key, _, value):
+        return self.setdefault(key, value.encode())
+
+    def add(self, key, number):
+        return 0
+
+
+def watch_over(store: Store, monkeypatch, **kwargs) -> heartbeat.Heartbeat:
     monkeypatch.setattr(heartbeat, "GONE_S", 0.01)
-    monkeypatch.setattr(distributed, "TCPStore", lambda *_, **__: Slow())
+    monkeypatch.setattr(distributed, "TCPStore", lambda *_, **__: store)
     monkeypatch.setattr(distributed, "PrefixStore", lambda _, store: store)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-    watch = heartbeat.Heartbeat(rank=0, size=1, local_rank=0, local_size=1, life="0", timeout_s=60)
+    return heartbeat.Heartbeat(rank=0, local_rank=0, life="0", timeout_s=60, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("killed_by", "idle_s", "verdict"),
+    [
+        (signal.SIGABRT, 720, "rank 0 .*is stuck: rank 1 .*SIGABRT"),
+        (signal.SIGABRT, 3, "rank 1 .*is gone"),
+        (signal.SIGKILL, 720, "rank 1 .*is gone"),
+    ],
+)
+def test_how_a_rank_ended_tells_whether_it_is_the_cause(monkeypatch, killed_by, idle_s, verdict):
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    verdicts = queue.Queue()
+    monkeypatch.setattr(
+        heartbeat.Heartbeat, "_exit", lambda self, text, **_: verdicts.put(text) or self.stop()
+    )
+    monkeypatch.setattr(heartbeat.Heartbeat, "stop", lambda self: setattr(self, "_done", True))
+    store = Store()
+    neighbour = subprocess.Popen(["sleep", "600"])  # its end is seen only after `wait`
+    try:
+        watch = watch_over(store, monkeypatch, size=2, local_size=2)
+        fields = {"beats": 1, "host": "a", "place": watch._place, "pid": neighbour.pid}
+        fields |= {"step": 7, "doing": "training", "idle_s": idle_s, "waits_s": 0, "broken": ""}
+        store.set("1", json.dumps(fields))
+        time.sleep(0.2)
+        neighbour.send_signal(killed_by)
+        assert re.match(verdict, verdicts.get(timeout=LIMIT_S))
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+
+
+def test_a_stopped_heartbeat_has_left_the_store(monkeypatch):
+    watch = watch_over(Store(takes_s=0.5), monkeypatch, size=1, local_size=1)  # beyond GONE_S
     watch.stop()
     assert not watch._threads[0].is_alive() and json.loads(watch._store["0"])["beats"] == -1
 

@@ -1,8 +1,10 @@
-"""A process group of one in this process: it is left as it was found."""
+"""The process group: one of one rank leaves no trace, and on GPUs each rank has its own."""
 
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,3 +45,29 @@ def test_ranks_of_a_node_share_its_cores_with_and_without_gpus(monkeypatch, has_
     assert device == torch.device("cuda:3" if has_gpus else "cpu") and current == (
         [device] if has_gpus else []
     )
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch):
+    """Let one GPU be found; gives the options with which a process group would be made."""
+    options = {}
+    uuid = SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda num: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: uuid)
+    monkeypatch.setattr(distributed, "init_process_group", lambda **given: options.update(given))
+    monkeypatch.setattr(process_group, "Heartbeat", lambda **given: options.update(watch=given))
+    monkeypatch.setattr(process_group, "_watch", None)
+    monkeypatch.setattr(process_group, "_backend", "gloo")
+    monkeypatch.setattr(process_group, "_environment_before", {})
+    return options
+
+
+def test_nccl_s_watchdog_comes_after_the_heartbeat(monkeypatch, fake_gpus):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    device = process_group.start(World(), timeout_s=30)
+    assert device == torch.device("cuda", 0) and fake_gpus["backend"] == "nccl"
+    assert fake_gpus["timeout"] == process_group.timeout() > timedelta(seconds=90)
