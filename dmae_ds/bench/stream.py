@@ -138,9 +138,9 @@ def measure(
             bar.update()
     bar.close()
     shares = {name: waited[name] / sum(times) for name, times in spent.items()}
-    means = collectives.mean_over_ranks(torch.tensor(list(shares.values()))).tolist()
-    medians = {name: statistics.median(times) for name, times in spent.items()}
-    return medians, dict(zip(shares, means, strict=True))
+    shares_of_ranks = collectives.gather_objects(shares)
+    means = {name: statistics.fmean(of_rank[name] for of_rank in shares_of_ranks) for name in shares}
+    return {name: statistics.median(times) for name, times in spent.items()}, means
 
 
 def table(

@@ -6,8 +6,11 @@ import re
 from dataclasses import dataclass
 
 import pytest
+import torch
+from torch import distributed
 
-from dmae_ds.bench.stream import table
+from dmae_ds.bench.stream import Contestant, measure, table
+from dmae_ds.distributed import collectives
 from tests.train.conftest import command, run
 
 RECIPE = [
@@ -70,6 +73,29 @@ def test_ratios_compare_contestants_of_the_same_run():
     rows = rows_of(printed)
     assert rows["stream", 2][2:5] == ["8.0", "0.800", "1.60"]
     assert rows["eval_batch", 2][2:5] == ["5.0", "0.500", "1.00"]
+
+
+def test_shares_of_all_ranks_are_averaged_in_a_group_that_takes_no_cpu_tensors(monkeypatch):
+    """As NCCL's group is, which this one stands in for."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    class Teacher:
+        waited_s = 0.0
+
+    def advance(count: int) -> None:
+        Teacher.waited_s += 1.0
+
+    monkeypatch.setattr(collectives, "barrier", lambda: None)
+    monkeypatch.setattr(collectives, "gather_objects", lambda shares: [shares, dict.fromkeys(shares, 0.0)])
+    distributed.init_process_group("cuda:fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(RuntimeError):
+            collectives.mean_over_ranks(torch.ones(1))
+        one = Contestant("stream", 2, Teacher, advance, 0, 0.0)
+        seconds, waited = measure([one], ticks=1, rounds=1, device=torch.device("cpu"))
+    finally:
+        distributed.destroy_process_group()
+    assert waited["stream"] == pytest.approx(1.0 / seconds["stream"] / 2)
 
 
 @pytest.mark.parametrize(
