@@ -53,6 +53,7 @@ COMMUNICATES = {
     "dmae_ds/distributed/collectives.py",
     "dmae_ds/distributed/process_group.py",
     "dmae_ds/distributed/heartbeat.py",
+    "dmae_ds/distributed/own_gpu.py",
     "dmae_ds/distributed/rendezvous.py",
     "dmae_ds/teacher/pipeline.py",
     "dmae_ds/bench/pipeline_engine.py",

@@ -26,7 +26,7 @@ from dmae_ds.cli.report import add_report
 from dmae_ds.cli.teacher import add_teacher
 from dmae_ds.cli.train import add_train
 from dmae_ds.distributed.tasks import rank_in_env
-from dmae_ds.distributed.world import whole_lines
+from dmae_ds.distributed.world import check_device_variable, whole_lines
 from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, worker_failure
 from dmae_ds.output.lines import be_quiet
 
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(args, "quiet", False):
         be_quiet()
     try:
+        check_device_variable()
         args.command(args)
     except UserError as error:
         return _print_error(error, code=2)

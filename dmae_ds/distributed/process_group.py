@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Iterator
 
 from dmae_ds.distributed.heartbeat import CONTINUE, Heartbeat
+from dmae_ds.distributed.own_gpu import check_own_gpu, choose_gpu
 from dmae_ds.distributed.rendezvous import agent_serves, open_own_store
 from dmae_ds.distributed.world import World, threads_per_rank
 from dmae_ds.errors import RankLost, RunFailed, UserError
@@ -66,13 +67,7 @@ def _set_device(world: World) -> torch.device:
     torch.set_num_threads(threads_per_rank(world))
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    num_gpus = torch.cuda.device_count()
-    if world.local_rank >= num_gpus:
-        raise UserError(
-            f"{world.name()} has no GPU of its own: {num_gpus} here; start at most one rank for each GPU, "
-            "and let every rank see all GPUs of its node (srun: --gpus-per-node, not --gpus-per-task)"
-        )
-    device = torch.device("cuda", world.local_rank)
+    device = torch.device("cuda", choose_gpu(world, num_visible=torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
 
@@ -80,12 +75,15 @@ def _set_device(world: World) -> torch.device:
 def _join(world: World, device: torch.device) -> str:
     """Initialise the process group; returns the name of this start.
 
-    Raises RunFailed where the ranks do not meet.
+    Raises RunFailed where the ranks do not meet, UserError where two of a node use one GPU.
     """
     from torch import distributed
 
     life = "0"
     options: dict[str, Any] = {"backend": _backend, "timeout": timeout()}
+    if device.type == "cuda":
+        # NCCL connects at once, and a barrier need not guess the GPU by the rank's number.
+        options["device_id"] = device
     if world.size == 1:
         # One rank meets no other: no port is opened.
         options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
@@ -95,6 +93,11 @@ def _join(world: World, device: torch.device) -> str:
         if world.size > 1 and agent_serves():
             store, life = open_own_store(rank=world.rank, size=world.size, timeout=timeout())
             options |= {"store": store, "rank": world.rank, "world_size": world.size}
+        elif world.size > 1 and device.type == "cuda":
+            store, _, _ = next(distributed.rendezvous("env://", world.rank, world.size, timeout=timeout()))
+            options |= {"store": store, "rank": world.rank, "world_size": world.size}
+        if world.size > 1 and device.type == "cuda":
+            check_own_gpu(store, world, uuid=_uuid(device))
         distributed.init_process_group(**options)
     except (RuntimeError, TimeoutError) as error:
         if not isinstance(error, TimeoutError) and not lost_a_rank(error):
@@ -106,6 +109,12 @@ def _join(world: World, device: torch.device) -> str:
             f"{reason_of(error)}"
         ) from None
     return life
+
+
+def _uuid(device: torch.device) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 @contextmanager

@@ -97,6 +97,13 @@ def _number(name: str, *, at_least: int = 0, below: int | None = None) -> int:
     return int(text)
 
 
+def check_device_variable() -> None:
+    """Raise UserError for a DMAE_DS_DEVICE other than cpu, which keeps this program off the GPUs."""
+    value = os.environ.get("DMAE_DS_DEVICE", "cpu")
+    if value != "cpu":
+        raise UserError(f"DMAE_DS_DEVICE is {value!r}, expected cpu; remove it to use GPUs")
+
+
 def whole_lines() -> None:
     """Make this process print whole lines.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import torch
 from torch import distributed
 
 from dmae_ds.distributed import process_group
+from dmae_ds.distributed.own_gpu import choose_gpu
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 
@@ -65,9 +68,47 @@ def fake_gpus(monkeypatch):
     return options
 
 
-def test_nccl_s_watchdog_comes_after_the_heartbeat(monkeypatch, fake_gpus):
+def test_nccl_knows_its_gpu_and_its_watchdog_comes_after_the_heartbeat(monkeypatch, fake_gpus):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     device = process_group.start(World(), timeout_s=30)
-    assert device == torch.device("cuda", 0) and fake_gpus["backend"] == "nccl"
+    assert device == fake_gpus["device_id"] == torch.device("cuda", 0) and fake_gpus["backend"] == "nccl"
     assert fake_gpus["timeout"] == process_group.timeout() > timedelta(seconds=90)
+
+
+@pytest.mark.parametrize("other_gpu", ["GPU-1", "GPU-2"])
+def test_a_rank_takes_the_only_gpu_that_it_sees_unless_another_has_it(monkeypatch, fake_gpus, other_gpu):
+    store = distributed.HashStore()
+    store.set("gpu/2", other_gpu)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 3, 4)]))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    world = World(rank=3, size=4, local_rank=1, local_size=2)
+    if other_gpu == "GPU-1":
+        with pytest.raises(UserError, match=r"rank 3 .* rank 2 .*GPU-1"):
+            process_group.start(world)
+        return
+    assert process_group.start(world) == torch.device("cuda", 0)
+    assert os.environ["LOCAL_RANK"] == "0"  # DeepSpeed takes the GPU of this number
+    assert fake_gpus["store"] is store and fake_gpus["watch"]["local_rank"] == 1
+    assert store.get("gpu/3") == b"GPU-1" and fake_gpus["watch"]["on_gpu"]
+
+
+def test_a_rank_beyond_the_visible_gpus_is_refused():
+    assert choose_gpu(World(5, 8, 1, 4), num_visible=2) == 1
+    with pytest.raises(UserError, match=r"rank 7 .*2 here"):
+        choose_gpu(World(7, 8, 3, 4), num_visible=2)
+
+
+@pytest.mark.parametrize("value", ["cpu", "gpu"])
+def test_a_variable_hides_the_gpus(value):
+    """Also where a launcher lists them, as DeepSpeed's does."""
+    program = (
+        "import os, sys; from dmae_ds.cli.main import main;"
+        "print(repr(os.environ['CUDA_VISIBLE_DEVICES'])); sys.exit(main(['train']))"  # without a recipe
+    )
+    environment = {**os.environ, "DMAE_DS_DEVICE": value, "CUDA_VISIBLE_DEVICES": "0,1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout.startswith("''" if value == "cpu" else "'0,1'")
+    assert ("DMAE_DS_DEVICE" in done.stderr) == (value == "gpu")
