@@ -7,9 +7,7 @@ any resume, and on any number of ranks that cut the global batch into the same m
 
 from __future__ import annotations
 
-import torch
 from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from dmae_ds.config.objectives import AugmentConfig
@@ -36,14 +34,12 @@ class Prepare:
         *,
         num_classes: int,
         seed: int,
-        device: torch.device,
     ):
         self.normalize, self.seed = normalize, seed
-        self.erasing, self.mix, self.label_smoothing = None, None, 0.0
+        self.erase, self.mix, self.label_smoothing = 0.0, None, 0.0
         if augment is None:
             return
-        if augment.erase:
-            self.erasing = RandomErasing(augment.erase, mode="pixel", device=device)
+        self.erase = augment.erase
         if augment.mixes:  # which smooths the labels, too
             self.mix = Mixup(
                 augment.mixup,
@@ -64,8 +60,8 @@ class Prepare:
         Returns images [N, 3, H, W] float32 and labels [N] int64, or [N, C] float32 if they are mixed.
         """
         images = normalized(batch.images, self.normalize)
-        if self.erasing is not None:
-            erase_rectangles(self.erasing, images, batch, seed=self.seed)
+        if self.erase:
+            erase_rectangles(self.erase, images, batch, seed=self.seed)
         if self.mix is None:
             return images, batch.labels
         seed_globals(sample_rng(self.seed, step, piece, MIX_STREAM))

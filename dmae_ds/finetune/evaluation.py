@@ -194,7 +194,6 @@ def open_evaluation(source: Source) -> Evaluation:
         Normalize(config.data.mean, config.data.std).to(device),
         num_classes=num_classes,
         seed=config.run.seed,
-        device=device,
     )
     classifier = build(source, prepare.criterion(), num_classes=num_classes, device=device)
     return Evaluation(

@@ -28,9 +28,7 @@ def batch(ids, epoch=0):
 def prepare(**changes):
     off = {"rand_augment": None, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
     normalize = Normalize((0.5,) * 3, (0.25,) * 3)
-    return Prepare(
-        AugmentConfig(**{**off, **changes}), normalize, num_classes=4, seed=1, device=torch.device("cpu")
-    )
+    return Prepare(AugmentConfig(**{**off, **changes}), normalize, num_classes=4, seed=1)
 
 
 def test_rand_augment_is_a_function_of_its_key():
