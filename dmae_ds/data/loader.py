@@ -101,11 +101,13 @@ def eval_batches(
     rank: int,
     world_size: int,
     num_workers: int,
+    pin_memory: bool = False,
     limit: int | None = None,
     subset: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Every sample once (or the first `limit`), in id order; this rank's are rank, rank + world_size, ...
 
+    pin_memory: for copies to a GPU that do not wait
     subset: ids [n] of the samples that are used, in their order; None: all
     The last batch may be short, and ranks may differ by one sample. Raises ShardError as train_batches does.
     """
@@ -120,7 +122,7 @@ def eval_batches(
         crop_pct=crop_pct,
     )
     numbers = range(math.ceil(len(ids) / batch_size))
-    return _iterate(load, numbers, num_workers=num_workers, pin_memory=False)
+    return _iterate(load, numbers, num_workers=num_workers, pin_memory=pin_memory)
 
 
 @dataclass(frozen=True)

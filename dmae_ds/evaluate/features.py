@@ -1,13 +1,14 @@
 """A run's student as plain timm, and its frozen features of a shard folder's images, in the order of ids.
 
 Works alone and under `accelerate launch --multi_gpu -m dmae_ds eval knn RUN` or torchrun: each of P processes
-embeds every P-th image, and the rows are put back in order. accelerate's `--mixed_precision bf16` takes
-effect; features are float32.
+embeds every P-th image, and the rows are put back in order. Features are float32; on a GPU the passes are in
+the run's precision, unless `accelerate launch` gives another.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import timm
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -82,6 +84,17 @@ def precision_of(processes: Processes) -> str:
     return {"no": "fp32"}.get(processes.mixed_precision, processes.mixed_precision)
 
 
+def start_processes(run: Path) -> Accelerator:
+    """Start accelerate. On a GPU, passes are in the run's precision unless `accelerate launch` gives one.
+
+    Raises UserError where the run's config.yaml cannot be read.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
+        return Accelerator()
+    precision = read_saved_config(run).precision
+    return Accelerator(mixed_precision={"fp32": "no", "bf16_autocast": "bf16"}.get(precision, precision))
+
+
 def read_step(run: Path) -> int:
     """The step of RUN/student.safetensors; 0 where the file does not have it."""
     with safe_open(run / "student.safetensors", framework="pt") as file:
@@ -145,6 +158,7 @@ def extract_features(
         rank=processes.process_index,
         world_size=num_processes,
         num_workers=options.num_workers,
+        pin_memory=device.type == "cuda",
         subset=subset,
     )
     silent = title is None or not processes.is_main_process or is_quiet()

@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.features import Processes
+from dmae_ds.evaluate.features import Processes, start_processes
 from dmae_ds.evaluate.frozen import FrozenFeatures, open_frozen, settings_of
 from dmae_ds.evaluate.neighbours import Blocks, choose_blocks, nearest
 from dmae_ds.evaluate.results import append_result, make_result
@@ -43,7 +42,7 @@ def evaluate_run(
     of range.
     """
     ks = check_vote(ks, temperature)
-    start, accelerator = time.monotonic(), Accelerator()
+    start, accelerator = time.monotonic(), start_processes(run)
     frozen = open_frozen(
         run,
         labels=labels,

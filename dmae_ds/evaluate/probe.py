@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.features import Processes
+from dmae_ds.evaluate.features import Processes, start_processes
 from dmae_ds.evaluate.frozen import open_frozen, settings_of
 from dmae_ds.evaluate.logistic import ALONE, BLOCK, Alone, Probe, fit_probe
 from dmae_ds.evaluate.results import append_result, make_result
@@ -49,7 +48,7 @@ def evaluate_run(
         raise UserError(f"l2 {l2:g}: must be above 0")
     if max_iterations < 1:
         raise UserError(f"iterations {max_iterations}: must be above 0")
-    start, accelerator = time.monotonic(), Accelerator()
+    start, accelerator = time.monotonic(), start_processes(run)
     frozen = open_frozen(
         run,
         labels=labels,

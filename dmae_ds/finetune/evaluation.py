@@ -168,6 +168,7 @@ class Evaluation:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             num_workers=self.config.data.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
 
 

@@ -184,7 +184,7 @@ def validate(
         best = logits.float().topk(min(5, num_classes), dim=1).indices  # [N, 5]
         hits = best == batch.labels[:, None]
         counts += torch.stack(
-            [hits[:, 0].sum(), hits.any(dim=1).sum(), torch.tensor(len(hits), device=hits.device)]
+            [hits[:, 0].sum(), hits.any(dim=1).sum(), torch.full((), len(hits), device=hits.device)]
         )
     right, among_five, num_images = accelerator.reduce(counts, reduction="sum").tolist()
     top5 = 100 * among_five / num_images if num_classes > 5 else None

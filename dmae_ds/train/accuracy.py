@@ -158,6 +158,7 @@ def measure(
         rank=ranks.process_index,
         world_size=ranks.num_processes,
         num_workers=data.num_workers,
+        pin_memory=ranks.device.type == "cuda",
     )
     # Images that are right with one guess and with five, and all images.
     counts = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -166,7 +167,7 @@ def measure(
         with ranks.autocast():
             logits = network(normalized(batch.images, normalize))
         hits = logits.float().topk(min(5, num_classes), dim=1).indices == batch.labels[:, None]  # [N, 5]
-        num_images = torch.tensor(len(hits), device=hits.device)
+        num_images = torch.full((), len(hits), device=hits.device)
         counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), num_images])
     num_top1, num_top5, num_images = ranks.reduce(counts).tolist()
     return 100 * num_top1 / num_images, (100 * num_top5 / num_images if num_classes > 5 else None)

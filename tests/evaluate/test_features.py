@@ -18,6 +18,7 @@ from dmae_ds.data.decode import decode
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.transforms import eval_view
+from dmae_ds.evaluate import features
 from dmae_ds.evaluate.features import FeatureOptions, extract_features, load_student
 from dmae_ds.models.patches import Normalize, patchify
 from dmae_ds.objectives.build import build_objective
@@ -163,3 +164,23 @@ def test_a_student_that_is_missing_damaged_or_another_network_is_refused(run):
         break_it()
         with refused(path, word):
             load_student(run)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "precision", "given", "expected"),
+    [
+        (True, "bf16_autocast", None, {"mixed_precision": "bf16"}),
+        (True, "bf16", None, {"mixed_precision": "bf16"}),
+        (True, "fp32", None, {"mixed_precision": "no"}),
+        (True, "bf16", "no", {}),  # accelerate reads it
+        (False, "bf16", None, {}),
+    ],
+)
+def test_on_a_gpu_passes_are_in_the_run_s_precision(monkeypatch, on_gpu, precision, given, expected):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if given is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(features, "Accelerator", lambda **kwargs: kwargs)
+    monkeypatch.setattr(features, "read_saved_config", lambda run: SimpleNamespace(precision=precision))
+    assert features.start_processes(Path("run")) == expected
