@@ -10,11 +10,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.task import (
     ClassificationTask,
+    DistillationTeacher,
     FeatureDistillationTask,
     LogitDistillationTask,
     TokenDistillationTask,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from dmae_ds.config.evaluation import DistillConfig
 
@@ -55,15 +56,33 @@ def build_task(
         # Built on the CPU, so that a projection is the same on every device.
         task = task_class(
             network.cpu(),
-            teacher.cpu(),
+            _Teacher(teacher.cpu()),
             criterion=criterion,
             distill_loss_weight=distill.weight,
             task_loss_weight=distill.task_weight,
             verbose=False,
             **kwargs,
         )
+    task.teacher.compare(task.student_mean, task.student_std)
     task.teacher.requires_grad_(False)
     return task.to(device)
+
+
+class _Teacher(DistillationTeacher):
+    """timm's teacher, which compares its statistics of pixels with the student's once.
+
+    timm compares them on the device at each micro-batch, and waits for it twice.
+    """
+
+    def compare(self, student_mean: Tensor, student_std: Tensor) -> None:
+        """Note whether both networks take the same images. Call it on the CPU."""
+        self._is_alike = torch.equal(student_mean, self.mean_kd) and torch.equal(student_std, self.std_kd)
+
+    def normalize_input(self, images: Tensor, student_mean: Tensor, student_std: Tensor) -> Tensor:
+        """Return images that are normalised for the student as the teacher takes them."""
+        if self._is_alike:
+            return images
+        return (images * student_std + student_mean - self.mean_kd) / self.std_kd
 
 
 def set_training(task: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.task import DistillationTeacher
 from torch import nn
 
 from dmae_ds.config.evaluation import DistillConfig, FinetuneOptimConfig
@@ -136,3 +137,18 @@ def test_the_distillation_token_is_added_next_to_cls():
     model = build_classifier(dinov2, classifier_kwargs("cls", 3), seed=0, **STATISTICS)
     with refused("plain ViT", "distill.method"):
         with_distillation_token(model, seed=0)
+
+
+@pytest.mark.parametrize("statistics", [STATISTICS, OTHER], ids=["alike", "unlike"])
+@pytest.mark.parametrize("method", TASKS)
+def test_a_micro_batch_compares_nothing_on_the_device_and_the_teacher_sees_its_own_images(
+    method, statistics, monkeypatch
+):
+    _, task = build(method, teacher=network(32, statistics=statistics, seed=1))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = task.student_mean, task.student_std
+    expected = DistillationTeacher(task.teacher.model).normalize_input(images, *given)
+    assert (expected is images) == (statistics is STATISTICS)
+    monkeypatch.setattr(torch, "equal", None)
+    assert (task.teacher.normalize_input(images, *given) == expected).all()
+    assert torch.isfinite(task(images, torch.tensor([0, 1]))["loss"])
