@@ -44,7 +44,6 @@ KNOWS_DEEPSPEED = {
     "dmae_ds/train/checkpoint/full_state.py",
     "dmae_ds/train/checkpoint/reshard.py",
     "dmae_ds/tools/checkpoint_convert.py",
-    "dmae_ds/teacher/sharded.py",
     "dmae_ds/bench/pipeline_engine.py",
     "dmae_ds/distributed/deepspeed_import.py",
 }
@@ -56,6 +55,7 @@ COMMUNICATES = {
     "dmae_ds/distributed/own_gpu.py",
     "dmae_ds/distributed/rendezvous.py",
     "dmae_ds/teacher/pipeline.py",
+    "dmae_ds/teacher/sharded.py",
     "dmae_ds/bench/pipeline_engine.py",
     "dmae_ds/doctor/meeting.py",  # before the ranks are started
 }

@@ -143,7 +143,7 @@ def rank_memory(
 def teacher_bytes(teacher: TeacherGeometry | None, placement: str, stages: int | None, ranks: int) -> float:
     """Bytes of the teacher's weights on the rank that holds most.
 
-    In zero3 it holds a share of all blocks and the block that runs (teacher/sharded.py).
+    In zero3 it holds a share of all blocks, the one that runs and the next one (teacher/sharded.py).
     """
     if teacher is None:
         return 0
@@ -154,7 +154,8 @@ def teacher_bytes(teacher: TeacherGeometry | None, placement: str, stages: int |
         ]
         return teacher.embedding_bytes + max(shares)
     if placement == "zero3":
-        return teacher.embedding_bytes + sum(teacher.block_bytes) / ranks + max(teacher.block_bytes)
+        whole = min(2, teacher.depth) * max(teacher.block_bytes)
+        return teacher.embedding_bytes + sum(teacher.block_bytes) / ranks + whole
     return teacher.weight_bytes
 
 

@@ -1,26 +1,33 @@
-"""Shard a teacher over all ranks by DeepSpeed's ZeRO-3: a rank keeps a share of each block.
+"""Shard a teacher over all ranks as ZeRO-3 does: a rank keeps a share of each block.
 
-For teachers that fit nowhere else: it needs the least memory and the most traffic (all bytes of the blocks
-for every micro-batch, with no work to hide them). It has no engine, whose hooks and prefetching would
-interfere with the student's. Parameters are partitioned by `deepspeed.zero.Init` and fetched by
-`GatheredParameters`, both on the world's group, from the host thread that also issues the student's
-collectives, so their order is the same on every rank. Features are those of the replicated teacher up to
-rounding: fetched weights have other addresses, by which matrix products choose their kernels.
+For teachers that fit nowhere else: it needs little memory and the most traffic, all bytes of the blocks for
+every micro-batch. A block's tensors are one flat tensor, cut into equal shares; ONE all-gather makes it whole
+when the block is to run, and the next block's travels meanwhile. Two blocks are whole at a time, in two
+buffers that all blocks share. On NCCL the host waits for nothing: a gather begins behind the work that was
+queued before it, so behind the block that used its buffer last, and a block's work is queued behind its
+gather.
+
+Gathers are on the world's group, from the host thread that also issues the student's collectives, so their
+order is the same on every rank; each is waited for before the features are used, so none is in flight when
+the student's begin. Each tensor lies at a multiple of 64 bytes, as by itself: matrix products choose their
+kernels by that, and features are those of the replicated teacher.
 """
 
 from __future__ import annotations
 
 import copy
+from math import ceil, prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from dmae_ds.distributed import collectives
-from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.teacher.fill import move_buffers
 from dmae_ds.teacher.frozen import FrozenTeacher
 from dmae_ds.teacher.identity import Probe, is_pristine, probe
 from dmae_ds.weights.named import Weights
+
+ALIGNMENT = 64  # bytes, as torch allocates on CPUs
 
 
 class ShardedTeacher(FrozenTeacher):
@@ -30,49 +37,53 @@ class ShardedTeacher(FrozenTeacher):
     weights: already checked against the network; only rank 0 reads the blocks
     """
 
-    # DeepSpeed's fetched weights outlive a call, and would stay inference tensors for ever.
-    without_gradients = torch.no_grad
-
     def __init__(self, *args, weights: Weights, dtype: torch.dtype, device: torch.device, **kwargs):
         super().__init__(*args, **kwargs)
         self._weights, self._dtype, self._device = weights, dtype, device
         self.blocks: list[_Fetched] = []
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, spread over {collectives.world_size()} ranks by ZeRO-3"
+        return f"{super().__str__()}, spread over {collectives.world_size()} ranks as by ZeRO-3"
 
     def spread(self) -> None:
         """Read each block on rank 0 and leave every rank its share. Collective.
 
-        The peak of memory is the share and one block.
+        The peak of memory is the share and two blocks; on rank 0, a third one.
         """
-        deepspeed = import_deepspeed(self._device)
-        deepspeed.init_distributed(dist_init_required=False)
-        config = {"zero_optimization": {"stage": 3}, "train_batch_size": collectives.world_size()}
-        for number in range(len(self.vit.blocks)):
-            block = self._read_block(number)
+        num_ranks = collectives.world_size()
+        places = [_Places.of(block, self._dtype, num_ranks) for block in self.vit.blocks]
+        largest = max(place.size for place in places)
+        buffers = [
+            torch.zeros(largest, dtype=self._dtype, device=self._device) for _ in range(min(2, len(places)))
+        ]
+        for number, place in enumerate(places):
+            block = copy.deepcopy(self.vit.blocks[number])
+            whole = buffers[number % len(buffers)][: place.size]
+            block.load_state_dict(place.views(whole), assign=True)
+            move_buffers(block, self._dtype, self._device)
+            block.eval().requires_grad_(False)
+            collectives.raise_on_all_ranks(lambda block=block, number=number: self._read(number, block))
             pristine = is_pristine(block) if collectives.is_main() else False
-            deepspeed.zero.Init(module=block, dtype=self._dtype, config_dict_or_path=config)
             pristine = collectives.broadcast_from_main(pristine)
-            self.blocks.append(_Fetched(block, pristine, deepspeed.zero.GatheredParameters))
+            share = torch.empty(place.size // num_ranks, dtype=self._dtype, device=self._device)
+            shares = list(_bytes(whole).split(share.nbytes)) if collectives.is_main() else None
+            distributed.scatter(_bytes(share), shares, src=0)
+            self.blocks.append(_Fetched(block, share, whole, pristine))
 
-    def _read_block(self, number: int) -> nn.Module:
-        block = copy.deepcopy(self.vit.blocks[number])
-        tensors = collectives.raise_on_all_ranks(lambda: self._read_tensors(number, block))
-        block.load_state_dict(tensors, assign=True)
-        move_buffers(block, self._dtype, self._device)
-        return block.eval().requires_grad_(False)
-
-    def _read_tensors(self, number: int, block: nn.Module) -> dict[str, Tensor]:
-        """One block's tensors on rank 0; empty ones elsewhere, which DeepSpeed's broadcast fills."""
-        kwargs = {"dtype": self._dtype, "device": self._device}
+    def _read(self, number: int, block: nn.Module) -> None:
+        """Read a block's tensors on rank 0 into their places."""
         if not collectives.is_main():
-            return {name: torch.empty(tensor.shape, **kwargs) for name, tensor in block.state_dict().items()}
-        return {name: self._weights[f"blocks.{number}.{name}"].to(**kwargs) for name in block.state_dict()}
+            return
+        with torch.no_grad():
+            for name, tensor in block.state_dict().items():
+                tensor.copy_(self._weights[f"blocks.{number}.{name}"])
 
     def run(self, patches: Tensor, ids: Tensor) -> dict[int, Tensor]:
         tokens, tapped = self.vit.embed(patches, ids), {}
+        self.blocks[0].fetch()
         for number, block in enumerate(self.blocks, start=1):
+            if number < len(self.blocks):
+                self.blocks[number].fetch()  # the next one
             tokens = self.vit.run_block(block, tokens, ids)
             tapped[number] = tokens
         return {number: tapped[number] for number in self.tapped}
@@ -82,17 +93,59 @@ class ShardedTeacher(FrozenTeacher):
         return Probe(probe(self.vit, self.blocks).features, all(block.pristine for block in self.blocks))
 
 
-class _Fetched(nn.Module):
-    """A block whose weights are whole while it runs.
+class _Places:
+    """Where a block's tensors lie in its flat tensor: {name: (start, shape)}, and the flat tensor's size.
 
-    The block is not a child of this module, so that nothing finds its empty parameters.
+    Counted in entries. The size is a multiple of the ranks.
     """
 
-    def __init__(self, block: nn.Module, pristine: bool, gathered):
+    def __init__(self, places: dict[str, tuple[int, torch.Size]], size: int):
+        self.places, self.size = places, size
+
+    @classmethod
+    def of(cls, block: nn.Module, dtype: torch.dtype, num_ranks: int) -> _Places:
+        unit = ALIGNMENT // dtype.itemsize
+        places, end = {}, 0
+        for name, tensor in block.state_dict().items():
+            places[name] = (end, tensor.shape)
+            end += ceil(tensor.numel() / unit) * unit
+        return cls(places, ceil(end / (unit * num_ranks)) * unit * num_ranks)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The block's tensors as views of the flat one."""
+        return {
+            name: flat[start : start + prod(shape)].view(shape)
+            for name, (start, shape) in self.places.items()
+        }
+
+
+class _Fetched(nn.Module):
+    """A block whose weights are whole from `fetch` until the block after the next one is fetched.
+
+    The block is not a child of this module, so that nothing finds its parameters.
+    share: this rank's part [size / ranks]; whole: [size], the buffer that the block's tensors are views of
+    """
+
+    def __init__(self, block: nn.Module, share: Tensor, whole: Tensor, pristine: bool):
         super().__init__()
-        self._block, self.pristine, self._gathered = (block,), pristine, gathered
+        self._block, self.share, self._whole, self.pristine = (block,), share, whole, pristine
+        self._work: distributed.Work | None = None
+
+    def fetch(self) -> None:
+        """Start to gather the weights. Collective."""
+        self._work = distributed.all_gather_into_tensor(
+            _bytes(self._whole), _bytes(self.share), async_op=True
+        )
 
     def forward(self, tokens: Tensor, **kwargs) -> Tensor:
+        if self._work is None:
+            self.fetch()
+        self._work.wait()
+        self._work = None
         (block,) = self._block
-        with self._gathered(list(block.parameters())):
-            return block(tokens, **kwargs)
+        return block(tokens, **kwargs)
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    """The same memory, for backends that know few dtypes."""
+    return flat.view(torch.uint8)

@@ -76,8 +76,8 @@ def test_the_rank_that_holds_most_is_planned():
     assert teacher_bytes(teacher, "pipeline", 2, 2) == 10
 
 
-def test_a_sharded_teacher_is_a_share_and_one_block(geometry):
-    assert teacher_bytes(geometry.teacher, "zero3", None, 8) == 10**7 + 18 * 10**8 / 8 + 10**8
+def test_a_sharded_teacher_is_a_share_and_two_blocks(geometry):
+    assert teacher_bytes(geometry.teacher, "zero3", None, 8) == 10**7 + 18 * 10**8 / 8 + 2 * 10**8
     assert teacher_bytes(None, "replicated", None, 8) == 0
 
 

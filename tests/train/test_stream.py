@@ -47,13 +47,10 @@ def runs(request, tiny_recipe, tmp_path_factory):
 @pytest.mark.parametrize("placement", ["pipeline", "zero3"])
 def test_losses_and_student_are_those_of_a_replicated_teacher(runs, placement):
     folder, stderr = runs
-    assert "2 stages" in stderr and "blocks 1-2" in stderr and "2 ranks by ZeRO-3" in stderr
+    assert "2 stages" in stderr and "blocks 1-2" in stderr and "2 ranks as by ZeRO-3" in stderr
     assert len(losses(folder / "replicated")) == 30
-    # Gathered weights are elsewhere in memory, which may change rounding; on a GPU attention's backward adds
-    # up in any order.
-    if placement == "zero3" or torch.cuda.is_available():
-        rel = 1e-3 if torch.cuda.is_available() else 1e-5
-        assert losses(folder / placement) == pytest.approx(losses(folder / "replicated"), rel=rel)
+    if torch.cuda.is_available():  # attention's backward adds up in any order
+        assert losses(folder / placement) == pytest.approx(losses(folder / "replicated"), rel=1e-3)
         return
     assert losses(folder / placement) == losses(folder / "replicated")
     one, other = (load_file(folder / name / "student.safetensors") for name in ("replicated", placement))
