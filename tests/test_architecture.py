@@ -56,6 +56,7 @@ COMMUNICATES = {
     "dmae_ds/distributed/rendezvous.py",
     "dmae_ds/teacher/pipeline.py",
     "dmae_ds/teacher/sharded.py",
+    "dmae_ds/train/full_parameters.py",
     "dmae_ds/bench/pipeline_engine.py",
     "dmae_ds/doctor/meeting.py",  # before the ranks are started
 }

@@ -14,6 +14,7 @@ from dmae_ds.distributed import collectives
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.base import Objective
+from dmae_ds.train.full_parameters import full_parameters
 
 if TYPE_CHECKING:
     from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
@@ -150,24 +151,25 @@ class Engine:
         Collective: every rank must go through all of them. A weight may only be read, and only before the
         next one is requested.
         """
-        for name, parameter in self.objective.named_parameters():
-            if not parts or name.startswith(tuple(f"{part}." for part in parts)):
-                with self._gathered(parameter) as full:
-                    yield name, full
+        prefixes = tuple(f"{part}." for part in parts) or ("",)
+        named = [item for item in self.objective.named_parameters() if item[0].startswith(prefixes)]
+        if not self._offloads_to_disk:
+            yield from full_parameters(named, stage=self.stage, has_masters=not self._fp32_weights)
+            return
+        for name, parameter in named:
+            with self._read_from_disk(parameter) as full:
+                yield name, full
 
     @contextlib.contextmanager
-    def _gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
-        if not self._fp32_weights:
-            from deepspeed.utils import safe_get_full_fp32_param
+    def _read_from_disk(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        """A full fp32 weight under ZeRO-3 with NVMe."""
+        from deepspeed.utils import safe_get_full_fp32_param
 
-            master = safe_get_full_fp32_param(parameter)
-            if master is not None:
-                yield master.detach().float()
-                return
-        gathered = contextlib.nullcontext()
-        if self.stage == 3:
-            gathered = self._deepspeed.zero.GatheredParameters([parameter])
-        with gathered:
+        master = None if self._fp32_weights else safe_get_full_fp32_param(parameter)
+        if master is not None:
+            yield master.detach().float()
+            return
+        with self._deepspeed.zero.GatheredParameters([parameter]):
             yield parameter.detach().float()
 
     def save(self, folder: str, tag: str) -> SafeCheckpointEngine:
