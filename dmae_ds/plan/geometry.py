@@ -10,7 +10,6 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
@@ -22,6 +21,7 @@ from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.ema import EmaModule, ema_features
 from dmae_ds.objectives.needs import Progress
+from dmae_ds.plan.fake_cuda import fake_device, obstacle
 from dmae_ds.plan.trace import Trace, trace_inference, trace_training
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths, needs_top
 from dmae_ds.teacher.grid import PatchView
@@ -47,6 +47,8 @@ class TeacherGeometry:
     token_bytes: int  # [N, R + T, D_t], sent from stage to stage
     id_bytes: int  # [N, T] int64, sent with the tokens
     feature_bytes: int  # features of all taps, as the student gets them
+    kernels: int = 0  # that it launches for one micro-batch
+    products: str = "bf16"  # dtype of its matrix products: "fp32" or "bf16"
 
     @property
     def depth(self) -> int:
@@ -65,6 +67,7 @@ class EmaGeometry:
     flops: int
     working_bytes: int  # most bytes alive while it runs, on top of the weights
     feature_bytes: int
+    kernels: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,35 +81,43 @@ class Geometry:
     batch_bytes: int  # a prepared micro-batch without features, as it waits for the student
     teacher: TeacherGeometry | None
     ema: EmaGeometry | None = None
+    device_type: str = "cpu"  # whose kernels and autocast were measured
 
 
-def measure(config: RunConfig, micro_batch: int) -> Geometry:
-    """Measure a recipe. Raises UserError for numbers that don't fit together, as training does."""
+def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") -> Geometry:
+    """Measure a recipe. Raises UserError for numbers that don't fit together, as training does.
+
+    device_type: "cpu" or "cuda", whether or not there is a GPU. Their kernels differ, and what their autocast
+      keeps in fp32. Where torch cannot fake CUDA, a CPU's are measured, and the geometry says so.
+    """
+    if device_type == "cuda" and obstacle():
+        device_type = "cpu"
     objective, _ = build_objective(config, device="meta")
     dtype = WEIGHTS[config.precision]
     student = objective.student
     student_parameters = sum(parameter.numel() for parameter in student.parameters())
-    built = None if config.teacher is None else _meta_teacher(config, objective)
+    built = None if config.teacher is None else meta_frozen_teacher(config, objective)
     ids = torch.zeros(micro_batch, dtype=torch.int64)  # real tensors: they key draws on the host
     ema = None if objective.ema is None else EmaModule(objective)
     objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
-    autocast = (
-        torch.autocast("cpu", torch.bfloat16)
-        if config.precision == "bf16_autocast"
-        else contextlib.nullcontext()
-    )
     objective.to(dtype)
-    with collectives.alone(), FakeTensorMode(allow_non_fake_inputs=True):
-        objective.to_empty(device="cpu")
-        batch, pixel_bytes = _batch(objective, config, ids)
+    with collectives.alone(), fake_device(device_type) as device:
+        objective.to_empty(device=device)
+        batch, pixel_bytes = _batch(objective, config, ids, device)
         teacher, features = None, {}
         if built is not None:
-            teacher, features = _measure_teacher(*built, objective.taps, batch, sees=config.teacher.sees)
+            teacher, features = _measure_teacher(
+                *built, objective.taps, batch, sees=config.teacher.sees, device=device
+            )
         batch_bytes = _bytes(vars(batch).values()) + pixel_bytes
         ema_geometry = None
         if ema is not None:
+            ema.to_empty(device=device)
             ema_geometry, ema_outputs = _measure_ema(objective, ema, batch, precision=config.precision)
             features |= ema_outputs
+        autocast = contextlib.nullcontext()
+        if config.precision == "bf16_autocast":
+            autocast = torch.autocast(device_type, torch.bfloat16)
 
         def forward() -> torch.Tensor:
             with autocast:
@@ -121,6 +132,7 @@ def measure(config: RunConfig, micro_batch: int) -> Geometry:
         batch_bytes,
         teacher,
         ema_geometry,
+        device_type,
     )
 
 
@@ -143,7 +155,12 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
         ema = replace(
             ema, **{name: scale(getattr(ema, name)) for name in ("flops", "working_bytes", "feature_bytes")}
         )
-    student = Trace(scale(student.forward_flops), scale(student.backward_flops), gradients)
+    student = replace(
+        student,
+        forward_flops=scale(student.forward_flops),
+        backward_flops=scale(student.backward_flops),
+        gradients=gradients,
+    )
     return replace(
         geometry,
         micro_batch=micro_batch,
@@ -154,34 +171,39 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
     )
 
 
-def _batch(objective: Objective, config: RunConfig, ids: torch.Tensor) -> tuple[PatchBatch, int]:
+def _batch(
+    objective: Objective, config: RunConfig, ids: torch.Tensor, device: torch.device
+) -> tuple[PatchBatch, int]:
     """A prepared batch, and the bytes of the images and random draws that it is made from."""
     student_size = objective.student.grid[0] * objective.student.patch_size
     views = []
     for view in objective.views:
         size = view.size or student_size
-        views.append(torch.zeros(len(ids), 3, size, size, dtype=torch.uint8))
-    noise = torch.zeros(len(ids), objective.student.num_patches)
-    labels = torch.zeros(len(ids), dtype=torch.int64)
+        views.append(torch.zeros(len(ids), 3, size, size, dtype=torch.uint8, device=device))
+    noise = torch.zeros(len(ids), objective.student.num_patches, device=device)
+    labels = torch.zeros(len(ids), dtype=torch.int64, device=device)
     batch = Batch(views[0], noise, labels, ids, ids, more_views=tuple(views[1:]))
-    prepared = objective.prepare(batch, Normalize(config.data.mean, config.data.std))
+    normalize = Normalize(config.data.mean, config.data.std).to_empty(device=device)
+    prepared = objective.prepare(batch, normalize)
     return prepared, _bytes([*batch.views, batch.noise])
 
 
 def _measure_ema(
     objective: Objective, ema: EmaModule, batch: PatchBatch, *, precision: str
 ) -> tuple[EmaGeometry, dict[str, torch.Tensor]]:
-    ema.to_empty(device="cpu")
-    ema.state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in ema.state.items()}
+    ema.state = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype, device=batch.visible.device)
+        for name, tensor in ema.state.items()
+    }
     features: dict[str, torch.Tensor] = {}
-    flops, working = trace_inference(
+    flops, working, kernels = trace_inference(
         lambda: features.update(ema_features(objective, ema, batch, precision=precision))
     )
     weight_bytes = _bytes(ema.state_dict().values())
-    return EmaGeometry(weight_bytes, flops, working, _bytes(features.values())), features
+    return EmaGeometry(weight_bytes, flops, working, _bytes(features.values()), kernels), features
 
 
-def _meta_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, Top | None]:
+def meta_frozen_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, Top | None]:
     """Build the needed part of the teacher, in its dtype, on the meta device."""
     name, overrides, taps = config.teacher.name, config.teacher.overrides(), objective.taps
     depth, decoder_depth = needed_depths(
@@ -199,16 +221,23 @@ def _meta_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, T
 
 
 def _measure_teacher(
-    vit: MaskedViT, top: Top | None, taps: tuple[str, ...], batch: PatchBatch, *, sees: str
+    vit: MaskedViT,
+    top: Top | None,
+    taps: tuple[str, ...],
+    batch: PatchBatch,
+    *,
+    sees: str,
+    device: torch.device,
 ) -> tuple[TeacherGeometry, dict[str, torch.Tensor]]:
     for part in (vit,) if top is None else (vit, top):
-        part.to_empty(device="cpu")
+        part.to_empty(device=device)
     block_bytes = tuple(_bytes(block.state_dict().values()) for block in vit.blocks)
     zeros, ones = (0.0,) * 3, (1.0,) * 3
     view = PatchView(vit.patch_size, mean=zeros, std=ones, teacher_mean=zeros, teacher_std=ones)
+    view.to_empty(device=device)
     teacher = FrozenTeacher(vit, taps, None, view=view, sees=sees, top=top)
     features: dict[str, torch.Tensor] = {}
-    flops, working = trace_inference(lambda: features.update(teacher.features(batch)))
+    flops, working, kernels = trace_inference(lambda: features.update(teacher.features(batch)))
     patches, ids = teacher.inputs(batch)
     with torch.no_grad():
         tokens = vit.embed(teacher.view(patches), ids)
@@ -221,6 +250,8 @@ def _measure_teacher(
         token_bytes=_bytes([tokens]),
         id_bytes=_bytes([ids]),
         feature_bytes=_bytes(features.values()),
+        kernels=kernels,
+        products="fp32" if tokens.dtype == torch.float32 else "bf16",
     )
     return geometry, features
 

@@ -42,7 +42,7 @@ def search(config: RunConfig, machine: Machine) -> Plan:
     """
     config.check_teacher()
     first = split = split_recipe(config, machine.gpus)
-    geometry = measure(config, split.micro_batch)
+    geometry = measure(config, split.micro_batch, device_type="cuda")
     rows = _rows(config, machine, geometry, split, is_first=True)
     smaller = smaller_split(config, machine.gpus, split)
     while fastest(rows) is None and smaller is not None:
@@ -50,7 +50,7 @@ def search(config: RunConfig, machine: Machine) -> Plan:
         # Scaling costs nothing; the networks are measured again only where something may fit.
         expected = _rows(config, machine, scaled(geometry, split.micro_batch), split)
         if smaller is None or fastest(expected) is not None:
-            geometry = measure(config, split.micro_batch)
+            geometry = measure(config, split.micro_batch, device_type="cuda")
             rows = _rows(config, machine, geometry, split)
     return Plan(first, split, geometry, rows)
 

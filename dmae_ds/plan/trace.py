@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 from torch import nn
@@ -47,6 +47,8 @@ class Trace:
     forward_flops: int
     backward_flops: int
     gradients: tuple[Gradient, ...]  # in the order in which backward makes them
+    forward_kernels: int = 0
+    backward_kernels: int = 0
 
     @property
     def parameters(self) -> int:
@@ -74,20 +76,42 @@ def trace_training(objective: nn.Module, forward: Callable[[], torch.Tensor]) ->
     with live:
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as forward_flops:
             loss = forward()
+        forward_kernels = live.kernels
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as backward_flops:
             loss.backward()
     for handle in handles:
         handle.remove()
     assert len(gradients) == len(handles), f"{len(handles) - len(gradients)} parameters without a gradient"
-    return Trace(forward_flops.get_total_flops(), backward_flops.get_total_flops(), tuple(gradients))
+    return Trace(
+        forward_flops.get_total_flops(),
+        backward_flops.get_total_flops(),
+        tuple(gradients),
+        forward_kernels,
+        live.kernels - forward_kernels,
+    )
 
 
-def trace_inference(forward: Callable[[], object]) -> tuple[int, int]:
-    """Run a pass without gradients on fake tensors; returns (FLOPs, most bytes alive at one moment)."""
+def trace_inference(forward: Callable[[], object]) -> tuple[int, int, int]:
+    """Run a pass without gradients on fake tensors.
+
+    Returns (FLOPs, most bytes alive at one moment, kernels).
+    """
     live = _Live()
     with torch.no_grad(), live, FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops:
         forward()
-    return flops.get_total_flops(), live.peak
+    return flops.get_total_flops(), live.peak, live.kernels
+
+
+def launches_kernel(function, inputs: set[int], outputs: Iterable[torch.Tensor]) -> bool:
+    """Whether an operator computes something: it changes a tensor, or fills one that it makes.
+
+    inputs: addresses (`_cdata`) of the storages of its arguments
+    """
+    if "empty" in function.__name__:
+        return False
+    if function._schema.is_mutable:
+        return not function.__name__.startswith(("detach_", "set_", "resize_"))
+    return any(tensor.untyped_storage()._cdata not in inputs for tensor in outputs)
 
 
 class _OneModule(contextlib.nullcontext):
@@ -108,11 +132,14 @@ class FlopCounterMode(flop_counter.FlopCounterMode):
 
 
 class _Live(TorchDispatchMode):
-    """Counts bytes of the storages that operators make: `now`, and the `peak` since it was last reset."""
+    """Counts kernels, and bytes of the storages that operators make.
+
+    Bytes: `now`, and their `peak` since it was last reset.
+    """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.kernels = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -122,9 +149,10 @@ class _Live(TorchDispatchMode):
             for tensor in tree_iter((args, kwargs))
             if isinstance(tensor, torch.Tensor)
         }
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage(), inputs)
+        outputs = [tensor for tensor in tree_iter(out) if isinstance(tensor, torch.Tensor)]
+        self.kernels += launches_kernel(function, inputs, outputs)
+        for tensor in outputs:
+            self._follow(tensor.untyped_storage(), inputs)
         return out
 
     def _follow(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:

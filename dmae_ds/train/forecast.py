@@ -27,7 +27,7 @@ AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 has learned in which 
 MIN_PARAMETERS = 5_000_000  # below, memory belongs to libraries and not to tensors: nothing is predicted
 # For the choice between placements on CPUs: a core's TFLOP/s, gloo's Gbit/s between and inside nodes
 # (guesses).
-CPU = {"tflops": 0.2, "link_gbps": 10.0, "node_link_gbps": 20.0}
+CPU = {"tflops": 0.2, "fp32_tflops": 0.2, "link_gbps": 10.0, "node_link_gbps": 20.0}
 
 
 def resolve_placement(preflight: Preflight, device: torch.device) -> tuple[Preflight, str]:
@@ -75,13 +75,13 @@ def largest_split(preflight: Preflight, room: float) -> BatchSplit:
 
     Raises UserError where none is.
     """
-    geometry, is_scaled = measure(preflight.config, preflight.micro_batch), False
+    geometry, is_scaled = measure(preflight.config, preflight.micro_batch, device_type="cuda"), False
     while True:
         needed = least_bytes(preflight, geometry)
         if needed <= room and not is_scaled:
             return preflight.split
         if needed <= room:  # measured once more, because scaling is an estimate
-            geometry, is_scaled = measure(preflight.config, preflight.micro_batch), False
+            geometry, is_scaled = measure(preflight.config, preflight.micro_batch, device_type="cuda"), False
             continue
         smaller = smaller_split(preflight.config, preflight.world.size, preflight.split)
         if smaller is None:
@@ -169,7 +169,7 @@ def _choose(preflight: Preflight, free: float, *, gpu: bool) -> tuple[str, int |
     world, config = preflight.world, preflight.config
     if world.size == 1:
         return "replicated", None, "replicated (chosen by auto: one rank)"
-    geometry = measure(config, preflight.micro_batch)
+    geometry = measure(config, preflight.micro_batch, device_type="cuda" if gpu else "cpu")
     rows = _candidates(preflight, geometry, _machine(preflight, free, gpu=gpu), gpu=gpu, room=free)
     best = choose(rows, room=free)
     return best.placement, best.stages, _reason(best, rows, free)

@@ -162,7 +162,9 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
     lock = claim(preflight.run_dir)
     preflight = with_newest_checkpoint(preflight)
     is_large = sum(parameter.numel() for parameter in objective.parameters()) >= MIN_PARAMETERS
-    geometry = measure(config, preflight.micro_batch) if is_large and is_main else None
+    geometry = None
+    if is_large and is_main:
+        geometry = measure(config, preflight.micro_batch, device_type=device.type)
     memory = MemoryReport(peak_memory, preflight, geometry) if is_large and peak_memory.can_measure else None
     speed = measure_speed(config, geometry, preflight.accumulation, device) if is_large else None
     kernels = choose_kernels(

@@ -31,7 +31,8 @@ MEMORY_GIB = (2, 6, 12, 24, 80, 1000)
 def overrides(digits, tmp_path, monkeypatch) -> list[str]:
     """What a shipped recipe needs here: a data set, and files whose first bytes are those of weights."""
 
-    def measure(config, micro_batch):
+    def measure(config, micro_batch, *, device_type):
+        assert device_type == "cuda"
         geometry = geometry_of(activations=3 * 10**9)  # of 16 images
         if config.teacher is None:
             geometry = replace(geometry, teacher=None)
@@ -101,6 +102,9 @@ def test_train_accepts_the_command_that_plan_proposes(recipe, overrides, tmp_pat
         ("mae_vit_base", ["data.repeat=4", "optim.micro_batch=30"]),
         ("mocov3_vit_base", ["optim.micro_batch=512"]),
         ("mocov3_vit_base", ["optim.micro_batch=100"]),
+        ("mocov3_dmae_vit_base", ["precision=bf16_autocast"]),
+        ("mae_vit_base", ["precision=fp16", "deepspeed=zero0"]),
+        ("dmae_vit_large_to_base", ["precision=fp16", "optim.clip_grad=1"]),
         ("g2sd_specific_from_scratch", ["optim.micro_batch=31"]),
         ("g2sd_specific_from_scratch", ["data.repeat=2"]),
         ("mae_vit_base", ["compile=true"]),

@@ -75,6 +75,15 @@ def test_activations_grow_with_the_micro_batch_and_shrink_in_bf16():
     assert bytes_of(64, "precision=bf16") < 0.7 * large
 
 
+def test_a_gpu_s_autocast_keeps_more_in_fp32_than_a_cpu_s():
+    def bytes_of(device_type, precision):
+        config = load_config("digits_dmae", [*TINY, f"precision={precision}"])
+        return measure(config, 32, device_type=device_type).student.activations
+
+    assert bytes_of("cuda", "fp32") == pytest.approx(bytes_of("cpu", "fp32"), rel=0.02)
+    assert bytes_of("cuda", "bf16_autocast") > 1.03 * bytes_of("cpu", "bf16_autocast")
+
+
 def test_a_recipe_without_a_teacher_and_one_whose_patches_do_not_fit():
     assert measure(load_config("digits_mae", ["data.train=nowhere"]), 4).teacher is None
     with refused("patch"):

@@ -95,7 +95,7 @@ def cut(tiny_recipe, tmp_path, monkeypatch):
     from dmae_ds.train.preflight import prepare
 
     monkeypatch.setattr(forecast, "collectives", OneRank)
-    monkeypatch.setattr(forecast, "measure", lambda _, micro_batch: scaled(geometry_of(), micro_batch))
+    monkeypatch.setattr(forecast, "measure", lambda _, micro_batch, **__: scaled(geometry_of(), micro_batch))
 
     def cut(*more: str, free: float, device: str = "cuda", resume: str = "never"):
         monkeypatch.setattr(forecast, "free_bytes", lambda device, local_ranks: free)

@@ -1,0 +1,51 @@
+"""Every shipped recipe's step at full size on a fake GPU: nothing waits, copies, reads or mixes devices.
+
+Not run on a GPU; what fake CUDA can and cannot show is in dmae_ds/plan/fake_cuda.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmae_ds.config.shipped import shipped_files
+from dmae_ds.objectives import mae
+from tests.fake_cuda.step import watch_step
+
+PRECISIONS = ("fp32", "bf16_autocast", "bf16", "fp16")
+REPRESENTATIVE = "dmae_vit_large_to_base"
+RECIPES = shipped_files("recipe")
+# Most kernels of a step of one micro-batch of 8 images, in any precision: about 5% above those counted.
+MOST_KERNELS = json.loads(Path(__file__).with_name("kernels.json").read_text())
+
+
+def cases() -> list:
+    """(recipe, precision): all in one precision and one in all of them, the rest slow."""
+    made = []
+    for recipe in RECIPES:
+        for precision in PRECISIONS:
+            fast = precision == "bf16_autocast" or recipe == REPRESENTATIVE
+            made.append(pytest.param(recipe, precision, marks=[] if fast else pytest.mark.slow))
+    return made
+
+
+@pytest.mark.parametrize("recipe, precision", cases())
+def test_a_step_neither_waits_nor_copies_nor_reads_nor_mixes_devices(recipe, precision):
+    report = watch_step(recipe, precision=precision)
+    assert report.findings == {}
+    assert 100 < report.kernels <= MOST_KERNELS[recipe]
+
+
+def test_a_loop_over_images_exceeds_the_bound(monkeypatch):
+    def one_by_one(patches):
+        return torch.cat([(image - image.mean()) / image.std() for image in patches.split(1)])
+
+    monkeypatch.setattr(mae, "normalize_patches", one_by_one)
+    assert watch_step("digits_mae").kernels > MOST_KERNELS["digits_mae"]
+
+
+def test_every_recipe_has_a_bound_of_kernels():
+    assert set(MOST_KERNELS) == set(RECIPES)
