@@ -24,7 +24,13 @@ def add_plan(subcommands) -> None:
         "--tflops",
         type=float,
         default=300.0,
-        help="peak TFLOP/s of one GPU in the recipe's precision (default 300)",
+        help="peak TFLOP/s of one GPU in bf16 and fp16 (default 300)",
+    )
+    plan.add_argument(
+        "--fp32-tflops",
+        type=float,
+        metavar="TFLOPS",
+        help="peak TFLOP/s of one GPU in fp32 products (default: half of --tflops, as TF32)",
     )
     plan.add_argument(
         "--link-gbps",
@@ -46,6 +52,14 @@ def add_plan(subcommands) -> None:
         metavar="N",
         help="images of an epoch (default: those of data.train, or ImageNet-1k's 1,281,167)",
     )
+    plan.add_argument(
+        "--worker-images-s",
+        type=float,
+        default=500.0,
+        metavar="N",
+        help="images/s that one loader worker decodes and crops; `dmae-shards bench` measures it "
+        "(default 500, measured on one core)",
+    )
     plan.set_defaults(command=_plan)
 
 
@@ -59,6 +73,8 @@ def _plan(args: argparse.Namespace) -> None:
         gpus_per_node=args.gpus_per_node or args.gpus,
         memory_gib=args.gpu_memory_gib,
         tflops=args.tflops,
+        fp32_tflops=args.fp32_tflops,
+        worker_images_s=args.worker_images_s,
         link_gbps=args.link_gbps,
         node_link_gbps=args.node_link_gbps,
     )

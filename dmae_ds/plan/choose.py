@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from dmae_ds.errors import UserError
 from dmae_ds.output.units import GIB
-from dmae_ds.plan.cost import Cost, Machine, step_cost
+from dmae_ds.plan.cost import BAND, EFFICIENCY, Cost, Machine, step_cost
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.memory import PRECISIONS, Memory, Zero, rank_memory
 
-EQUAL = 0.02  # relative difference of seconds that count as equal: the guesses in cost.py are no better
+EQUAL = 0.1  # relative difference of seconds that count as equal: the guesses in cost.py are no better
 HEADROOM = 0.05  # share of a device's memory left for the allocator's fragmentation; a guess
 
 
@@ -28,6 +28,7 @@ class Candidate:
     micro_batch: int
     memory: Memory
     cost: Cost
+    band: tuple[float, ...]  # seconds of a step at the efficiencies of cost.BAND
     fits: bool
 
     @property
@@ -81,17 +82,30 @@ def candidates(
                 stages=stages,
                 gpu=gpu,
             )
-            cost = step_cost(
-                geometry,
-                zero,
-                PRECISIONS[precision],
-                machine,
-                accumulation=accumulation,
-                placement=placement,
-                stages=stages,
-            )
+            costs = {
+                efficiency: step_cost(
+                    geometry,
+                    zero,
+                    PRECISIONS[precision],
+                    machine,
+                    accumulation=accumulation,
+                    placement=placement,
+                    stages=stages,
+                    efficiency=efficiency,
+                )
+                for efficiency in BAND
+            }
             rows.append(
-                Candidate(placement, stages, name, geometry.micro_batch, memory, cost, memory.total <= room)
+                Candidate(
+                    placement,
+                    stages,
+                    name,
+                    geometry.micro_batch,
+                    memory,
+                    costs[EFFICIENCY],
+                    tuple(cost.seconds for cost in costs.values()),
+                    memory.total <= room,
+                )
             )
     return rows
 

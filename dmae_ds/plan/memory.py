@@ -48,12 +48,15 @@ class Zero:
     offload_parameters: bool = False
     # Reduce a bucket to its owner instead of all-reducing it (use_multi_rank_bucket_allreduce=false).
     reduce_once: bool = False
+    persistence: int = 100_000  # ZeRO-3 keeps tensors up to this size whole
+    reduce_fp32: bool = False  # gradients cross the ranks in fp32, whatever the precision
 
     @classmethod
     def of(cls, config: dict) -> Zero:
         """Read a DeepSpeed config as `config.deepspeed.load_deepspeed` returns it."""
-        section = config.get("zero_optimization", {})
+        section, autocast = config.get("zero_optimization", {}), config.get("torch_autocast", {})
         stage = section.get("stage", 0)
+        in_fp32 = autocast.get("enabled") and autocast.get("lower_precision_safe_modules") == []
         return cls(
             stage=stage,
             reduce_bucket=int(section.get("reduce_bucket_size", cls.reduce_bucket)),
@@ -63,23 +66,27 @@ class Zero:
             offload_optimizer=section.get("offload_optimizer", {}).get("device", "none") != "none",
             offload_parameters=section.get("offload_param", {}).get("device", "none") != "none",
             reduce_once=not section.get("use_multi_rank_bucket_allreduce", True),
+            persistence=int(section.get("stage3_param_persistence_threshold", cls.persistence)),
+            reduce_fp32=bool(in_fp32) or config.get("communication_data_type") == "fp32",
         )
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a weight and of a gradient."""
+    """Bytes of a weight, of a gradient, and of a matrix's gradient on its way to the other ranks."""
 
     weight: int
     gradient: int
+    reduced: int
+    products: str  # dtype of the student's matrix products, a key of `Machine.peak`
     comm_dtypes: int = 1  # sets of buckets; under autocast one for bf16 products and one for the rest
 
 
 PRECISIONS = {
-    "fp32": Precision(4, 4),
-    "bf16_autocast": Precision(4, 4, 2),
-    "bf16": Precision(2, 2),
-    "fp16": Precision(2, 2),
+    "fp32": Precision(4, 4, 4, "fp32"),
+    "bf16_autocast": Precision(4, 4, 2, "bf16", 2),
+    "bf16": Precision(2, 2, 2, "bf16"),
+    "fp16": Precision(2, 2, 2, "bf16"),
 }
 
 

@@ -14,12 +14,27 @@ from dmae_ds.errors import UserError
 from dmae_ds.output.table import text_table
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.choose import EQUAL, HEADROOM, Candidate
-from dmae_ds.plan.cost import DEVICE_GB_S, EFFICIENCY, HOST_GB_S, LINK_EFFICIENCY, Machine
+from dmae_ds.plan.cost import (
+    BAND,
+    COLLECTIVE_S,
+    DEVICE_GB_S,
+    EFFICIENCY,
+    HOOK_S,
+    HOST_GB_S,
+    LAUNCH_S,
+    LINK_EFFICIENCY,
+    Machine,
+)
+from dmae_ds.plan.fake_cuda import obstacle
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS
 from dmae_ds.plan.search import Plan, search
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
+PUBLISHED = (
+    "published shares of the peak: ViT-5-S on one H100, compiled, 22.9%; ViT-g/14 on 8 H100 28.9%, on 8 A100 "
+    "44.5% (NeMo); Llama 8B on H100 33-39% (torchtitan)"
+)
 _HEADS = {
     "parameters": "weights",
     "gradients": "gradients",
@@ -56,6 +71,8 @@ def plan(
         "",
     ]
     lines += _verdict(config, machine, result, recipe=recipe, overrides=overrides)
+    if result.best is not None:
+        lines += ["", *_speed(config, machine, result.best, steps=steps)]
     lines += ["", _assumptions(machine)]
     return "\n".join(lines)
 
@@ -100,6 +117,31 @@ def _verdict(
     return [*lines, start]
 
 
+def _speed(config: RunConfig, machine: Machine, best: Candidate, *, steps: int) -> list[str]:
+    """Seconds of the fastest at each share of the peak, published shares, and whether the loader keeps up."""
+    images = config.optim.global_batch
+    shares = " / ".join(f"{share:.0%}" for share in BAND)
+    seconds = " / ".join(f"{value:.3g}" for value in best.band)
+    rates = " / ".join(f"{images / value:,.0f}" for value in best.band)
+    hours = " / ".join(f"{steps * value * machine.gpus / 3600:,.0f}" for value in best.band)
+    workers = machine.gpus * max(1, config.data.num_workers)  # without workers each rank loads by itself
+    loaded, needed = workers * machine.worker_images_s, images / best.band[-1]
+    loader = (
+        f"loader: {workers} workers (data.num_workers {config.data.num_workers} a rank) at "
+        f"{machine.worker_images_s:g} images/s each give {loaded:,.0f} images/s, "
+    )
+    if loaded < needed:
+        per_gpu = -(-needed // (machine.gpus * machine.worker_images_s))
+        loader += f"the limit at {BAND[-1]:.0%} of the peak; {per_gpu:.0f} workers a GPU would keep up"
+    else:
+        loader += f"enough at {BAND[-1]:.0%} of the peak"
+    return [
+        f"at {shares} of the peak rates: {seconds} s a step, {rates} images/s, {hours} GPU h",
+        PUBLISHED,
+        loader,
+    ]
+
+
 def check_machine(machine: Machine) -> None:
     """Raise UserError for numbers that no machine can have."""
     numbers = {
@@ -107,6 +149,8 @@ def check_machine(machine: Machine) -> None:
         "--gpus-per-node": machine.gpus_per_node,
         "--gpu-memory-gib": machine.memory_gib,
         "--tflops": machine.tflops,
+        "--fp32-tflops": machine.tflops if machine.fp32_tflops is None else machine.fp32_tflops,
+        "--worker-images-s": machine.worker_images_s,
         "--link-gbps": machine.link_gbps,
         "--node-link-gbps": machine.node_link_gbps,
     }
@@ -170,7 +214,13 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
             f"in {config.teacher.dtype}"
         )
         work = f"teacher {teacher.flops * tera:.3g}, {work}"
-    return [*lines, f"TFLOP a step and rank: {work}"]
+    lines.append(f"TFLOP a step and rank: {work}")
+    if geometry.device_type == "cpu":
+        lines.append(
+            f"traced with a CPU's kernels, for torch cannot fake CUDA here ({obstacle()}): under "
+            "bf16_autocast activations may be a tenth higher; use a newer torch"
+        )
+    return lines
 
 
 def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -> list[str]:
@@ -203,13 +253,15 @@ def _assumptions(machine: Machine) -> str:
         "equal and the "
         "first row wins; GB sent a step by the busiest rank inside its node, and by the busiest node to "
         "others.",
-        f"Guesses: {EFFICIENCY:.0%} of {machine.tflops:g} TFLOP/s, {LINK_EFFICIENCY:.0%} of "
+        f"Guesses: {EFFICIENCY:.0%} of {machine.tflops:g} TFLOP/s in bf16 and of "
+        f"{machine.peak('fp32'):g} in fp32, {LAUNCH_S * 1e6:g} us of the host a kernel, "
+        f"{HOOK_S * 1e6:g} us a module and pass under ZeRO-3, {COLLECTIVE_S * 1e6:g} us a collective, "
+        f"{LINK_EFFICIENCY:.0%} of "
         f"{machine.node_link_gbps:g} Gbit/s a GPU inside a node and of {machine.link_gbps:g} Gbit/s a node "
         "between, "
         f"{DEVICE_GB_S:g} GB/s of device memory for AdamW, {HOST_GB_S:g} GB/s a rank for offloading, "
         f"{LIBRARIES_GPU / GIB:g} GiB for CUDA and NCCL.",
         "Overlap is assumed: stream with the stage's work, ZeRO-3 gathers with their pass, reductions with "
-        "backward "
-        "where overlap_comm is set.",
+        "backward where overlap_comm is set, up to the last bucket.",
     ]
     return " ".join(sentences)

@@ -8,7 +8,17 @@ from itertools import product
 import pytest
 
 from dmae_ds.plan.choose import candidates, choose, fastest, placements
-from dmae_ds.plan.cost import Machine, ring, step_cost, stream_traffic
+from dmae_ds.plan.cost import (
+    BAND,
+    COLLECTIVE_S,
+    LAUNCH_S,
+    Machine,
+    Traffic,
+    reduced_bytes,
+    ring,
+    step_cost,
+    stream_traffic,
+)
 from dmae_ds.plan.memory import PRECISIONS, Zero
 from tests.messages import refused
 from tests.plan.conftest import geometry_of
@@ -51,14 +61,13 @@ def test_the_fastest_that_fits_is_no_slower_than_any_other(geometry):
         best = fastest(rows)
         assert (best is None) == (not any(row.fits for row in rows))
         if best is not None:
-            assert best.fits and all(best.cost.seconds <= 1.02 * row.cost.seconds for row in rows if row.fits)
+            assert best.fits and all(best.cost.seconds <= 1.1 * row.cost.seconds for row in rows if row.fits)
 
 
 def test_equals_choose_the_replicated_teacher_and_little_memory_the_pipeline():
     geometry = geometry_of(blocks=60)  # 6 GB of teacher
     assert choose(rows_for(geometry, NODE, room=24e9), room=24e9).placement == "replicated"
-    needed = {row.name: row.memory.total for row in rows_for(geometry, NODE) if row.deepspeed == "zero3"}
-    room = needed["replicated"] - 1
+    room = min(row.memory.total for row in rows_for(geometry, NODE) if row.placement == "replicated") - 1
     assert choose(rows_for(geometry, NODE, room=room), room=room).placement == "pipeline"
 
 
@@ -70,10 +79,10 @@ def test_where_nothing_fits_one_line_has_the_least_that_is_needed(geometry):
 
 
 def test_a_ring_sends_all_but_one_share_and_a_node_as_much_as_a_rank():
-    assert ring(800, NODE).inside == 700 and ring(800, NODE).between == 0
-    two = ring(1600, replace(NODE, gpus=16))
+    assert ring(800, NODE, calls=1).inside == 700 and ring(800, NODE, calls=1).between == 0
+    two = ring(1600, replace(NODE, gpus=16), calls=1)
     assert two.inside == two.between == 1500
-    assert ring(800, replace(NODE, gpus=1, gpus_per_node=1)).inside == 0
+    assert ring(800, replace(NODE, gpus=1, gpus_per_node=1), calls=1) == Traffic()
 
 
 def test_a_pipeline_inside_a_node_sends_nothing_between_nodes(geometry):
@@ -105,7 +114,8 @@ def test_teacher_flops_do_not_depend_on_the_placement_and_links_only_slow():
             )
             for rate in (1e15, 1.0)
         )
-        assert fast.teacher_s == pytest.approx(2 * 10**12 / (300e12 * 0.4))
+        exchanges = 0 if placement == "replicated" else 2 * 18 * COLLECTIVE_S  # one a block, at most
+        assert 0 <= fast.teacher_s - 2 * 10**12 / (300e12 * 0.35) <= exchanges
         assert slow.teacher_s >= fast.teacher_s
         assert slow.student_s > fast.student_s and slow.traffic == fast.traffic
 
@@ -119,3 +129,69 @@ def test_twice_the_accumulation_is_twice_the_work(geometry):
         assert two.teacher_s == 2 * one.teacher_s
         assert one.student_s < two.student_s <= 2 * one.student_s * 1.0001
     assert one.traffic.times(2) == two.traffic  # ZeRO-3 gathers and scatters for every micro-batch
+
+
+def cost_of(geometry, zero=ZEROS["zero2"], precision="bf16", machine=NODE, **more):
+    settings = {"accumulation": 1, "placement": "replicated", **more}
+    return step_cost(geometry, zero, PRECISIONS[precision], machine, **settings)
+
+
+def test_fp32_products_have_a_rate_of_their_own(geometry):
+    teacher = replace(geometry, teacher=replace(geometry.teacher, products="fp32"))
+    assert cost_of(teacher).teacher_s == pytest.approx(2 * cost_of(geometry).teacher_s)
+    slow = replace(NODE, fp32_tflops=20.0)  # products without TF32
+    assert cost_of(teacher, machine=slow).teacher_s == pytest.approx(15 * cost_of(geometry).teacher_s)
+    assert cost_of(geometry, machine=slow).seconds == cost_of(geometry).seconds
+    assert cost_of(geometry, precision="fp32").student_s > 1.9 * cost_of(geometry).student_s
+
+
+def test_the_band_is_that_of_the_published_shares(geometry):
+    for row in rows_for(geometry, NODE):
+        assert list(row.band) == sorted(row.band, reverse=True) and len(row.band) == len(BAND)
+        assert row.band[1] == row.cost.seconds
+
+
+def test_a_bucket_that_holds_all_gradients_hides_nothing(geometry):
+    """Backward takes long enough for all but the last bucket."""
+    n, bucket = geometry.student.parameters, 20_000_000
+    whole, cut = (cost_of(geometry, Zero(2, overlap=True, reduce_bucket=size)) for size in (n, bucket))
+    never = cost_of(geometry, Zero(2, reduce_bucket=n))
+    assert whole.student_s == never.student_s
+    exposed, hidden = whole.student_s, cut.student_s
+    compute = 3 * 10**12 / (300e12 * 0.35)
+    assert compute < hidden < exposed
+    assert hidden - compute == pytest.approx((exposed - compute) * bucket / n, rel=0.2)
+
+
+def test_gradients_are_counted_in_the_dtype_in_which_they_travel(geometry):
+    vectors = tuple(
+        replace(gradient, is_matrix=number % 2 == 0)
+        for number, gradient in enumerate(geometry.student.gradients)
+    )
+    student, n = replace(geometry.student, gradients=vectors), geometry.student.parameters
+    sizes = {
+        precision: reduced_bytes(student, Zero(2), PRECISIONS[precision]) / n for precision in PRECISIONS
+    }
+    assert sizes == {"fp32": 4, "bf16_autocast": 3, "bf16": 2, "fp16": 2}
+    assert reduced_bytes(student, Zero(2, reduce_fp32=True), PRECISIONS["bf16_autocast"]) == 4 * n
+
+
+def test_small_micro_batches_wait_for_the_host(geometry):
+    """A step of 8 micro-batches launches eight times as many kernels as one of all images."""
+    small = replace(
+        geometry,
+        student=replace(
+            geometry.student, forward_flops=0, backward_flops=0, forward_kernels=700, backward_kernels=1000
+        ),
+        teacher=None,
+    )
+    zero = Zero(1)
+    one, eight = (cost_of(small, zero, accumulation=count, placement="no teacher") for count in (1, 8))
+    assert eight.student_s - one.student_s == pytest.approx(7 * 1700 * LAUNCH_S)
+
+
+def test_a_student_of_80_million_parameters_is_not_sharded_for_its_speed():
+    """ZeRO-3's hooks run on the host, twice for each of its 125 modules."""
+    geometry = geometry_of(layers=250)
+    for machine in (NODE, replace(NODE, gpus=64, memory_gib=80)):
+        assert choose(rows_for(geometry, machine, room=80e9), room=80e9).deepspeed != "zero3"

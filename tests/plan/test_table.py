@@ -9,6 +9,7 @@ import pytest
 
 from dmae_ds.cli.main import build_parser, main
 from dmae_ds.config.load import load_config
+from dmae_ds.plan import geometry, table
 
 TINY = [
     "digits_dmae",
@@ -88,6 +89,29 @@ def test_without_a_teacher_only_the_student_is_planned_and_images_may_be_given(c
     assert "6,400 images (--images); " in out and "--hostfile" in out
 
 
+def test_seconds_come_with_a_band_and_are_compared_with_the_loader(capsys):
+    for rate, workers in (("1", 2), ("1e9", 2)):
+        _, out, _ = run(capsys, *TINY, "data.num_workers=1", "--gpus", "2", "--worker-images-s", rate)
+        (band,) = [line for line in out.splitlines() if line.startswith("at 25% / 35% / 45%")]
+        seconds, images, _ = [
+            [float(number.replace(",", "")) for number in part.split(" ")[::2]]
+            for part in re.findall(r"[\d.,]+ / [\d.,]+ / [\d.,]+", band)
+        ]
+        assert seconds == sorted(seconds, reverse=True) and images == sorted(images)
+        (loader,) = [line for line in out.splitlines() if line.startswith("loader: ")]
+        assert f"{workers} workers" in loader and f"{float(rate):g} images/s" in loader
+        assert ("a GPU would keep up" in loader) == (rate == "1")
+
+
+def test_where_torch_cannot_fake_cuda_the_plan_says_so(capsys, monkeypatch):
+    code, before, _ = run(capsys, *TINY, "--gpus", "2")
+    for module in (geometry, table):
+        monkeypatch.setattr(module, "obstacle", lambda: "no guard for CUDA")
+    assert code == 0 and "CPU's kernels" not in before
+    code, out, _ = run(capsys, *TINY, "--gpus", "2")
+    assert code == 0 and "no guard for CUDA" in out and "deepspeed --num_gpus 2" in out
+
+
 def test_images_are_counted_from_the_manifest(capsys, digits):
     _, out, _ = run(capsys, "digits_mae", f"data.train={digits / 'train'}", "--gpus", "2")
     assert f"1,400 images (the manifest of {digits / 'train'})" in out
@@ -100,6 +124,8 @@ def test_images_are_counted_from_the_manifest(capsys, digits):
         ([*TINY, "--gpus", "0"], ["--gpus", 0]),
         ([*TINY, "--gpu-memory-gib", "-1"], ["--gpu-memory-gib", -1]),
         ([*TINY, "--tflops", "0"], ["--tflops", 0]),
+        ([*TINY, "--fp32-tflops", "-1"], ["--fp32-tflops", -1]),
+        ([*TINY, "--worker-images-s", "0"], ["--worker-images-s", 0]),
         ([*TINY, "--link-gbps", "0"], ["--link-gbps", 0]),
         (["digits_mae", "--images", "0"], ["--images", 0]),
         ([*TINY, "--gpus", "3"], ["optim.global_batch 64", 3]),
