@@ -30,7 +30,8 @@ def add_plan(subcommands) -> None:
         "--fp32-tflops",
         type=float,
         metavar="TFLOPS",
-        help="peak TFLOP/s of one GPU in fp32 products (default: half of --tflops, as TF32)",
+        help="peak TFLOP/s of one GPU in fp32 products (default: half of --tflops, as TF32; a 16th with "
+        "tf32=false)",
     )
     plan.add_argument(
         "--link-gbps",

@@ -5,6 +5,7 @@ dmae-ds plan RECIPE [key=value] --gpus 16 --gpus-per-node 8 --gpu-memory-gib 80
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dmae_ds.config.run import RunConfig
@@ -56,6 +57,7 @@ def plan(
     Raises UserError where training would, and for impossible machines.
     """
     check_machine(machine)
+    machine = replace(machine, tf32=config.tf32)
     num_images, source = count_images(config.data.train, images)
     result = search(config, machine)
     micro_batch, accumulation = result.split
@@ -217,8 +219,8 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
     lines.append(f"TFLOP a step and rank: {work}")
     if geometry.device_type == "cpu":
         lines.append(
-            f"traced with a CPU's kernels, for torch cannot fake CUDA here ({obstacle()}): under "
-            "bf16_autocast activations may be a tenth higher; use a newer torch"
+            f"traced with a CPU's kernels, for torch cannot fake CUDA here ({obstacle()}): activations "
+            "may differ; use a newer torch"
         )
     return lines
 

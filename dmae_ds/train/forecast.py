@@ -177,7 +177,13 @@ def _choose(preflight: Preflight, free: float, *, gpu: bool) -> tuple[str, int |
 
 def _machine(preflight: Preflight, free: float, *, gpu: bool) -> Machine:
     world, rates = preflight.world, {} if gpu else CPU
-    return Machine(gpus=world.size, gpus_per_node=world.local_size, memory_gib=free / GIB, **rates)
+    return Machine(
+        gpus=world.size,
+        gpus_per_node=world.local_size,
+        memory_gib=free / GIB,
+        tf32=preflight.config.tf32,
+        **rates,
+    )
 
 
 def _candidates(

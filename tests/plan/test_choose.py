@@ -139,7 +139,9 @@ def cost_of(geometry, zero=ZEROS["zero2"], precision="bf16", machine=NODE, **mor
 def test_fp32_products_have_a_rate_of_their_own(geometry):
     teacher = replace(geometry, teacher=replace(geometry.teacher, products="fp32"))
     assert cost_of(teacher).teacher_s == pytest.approx(2 * cost_of(geometry).teacher_s)
-    slow = replace(NODE, fp32_tflops=20.0)  # products without TF32
+    exact = replace(NODE, tf32=False)
+    assert cost_of(teacher, machine=exact).teacher_s == pytest.approx(16 * cost_of(geometry).teacher_s)
+    slow = replace(NODE, fp32_tflops=20.0)
     assert cost_of(teacher, machine=slow).teacher_s == pytest.approx(15 * cost_of(geometry).teacher_s)
     assert cost_of(geometry, machine=slow).seconds == cost_of(geometry).seconds
     assert cost_of(geometry, precision="fp32").student_s > 1.9 * cost_of(geometry).student_s

@@ -75,13 +75,14 @@ def test_activations_grow_with_the_micro_batch_and_shrink_in_bf16():
     assert bytes_of(64, "precision=bf16") < 0.7 * large
 
 
-def test_a_gpu_s_autocast_keeps_more_in_fp32_than_a_cpu_s():
+def test_a_gpu_s_autocast_is_on_and_keeps_no_less_in_fp32_than_a_cpu_s():
     def bytes_of(device_type, precision):
         config = load_config("digits_dmae", [*TINY, f"precision={precision}"])
         return measure(config, 32, device_type=device_type).student.activations
 
     assert bytes_of("cuda", "fp32") == pytest.approx(bytes_of("cpu", "fp32"), rel=0.02)
-    assert bytes_of("cuda", "bf16_autocast") > 1.03 * bytes_of("cpu", "bf16_autocast")
+    assert 0.999 * bytes_of("cpu", "bf16_autocast") < bytes_of("cuda", "bf16_autocast")
+    assert bytes_of("cuda", "bf16_autocast") < 0.8 * bytes_of("cuda", "fp32")
 
 
 def test_a_recipe_without_a_teacher_and_one_whose_patches_do_not_fit():

@@ -109,7 +109,7 @@ def test_where_torch_cannot_fake_cuda_the_plan_says_so(capsys, monkeypatch):
         monkeypatch.setattr(module, "obstacle", lambda: "no guard for CUDA")
     assert code == 0 and "CPU's kernels" not in before
     code, out, _ = run(capsys, *TINY, "--gpus", "2")
-    assert code == 0 and "no guard for CUDA" in out and "deepspeed --num_gpus 2" in out
+    assert code == 0 and "no guard for CUDA" in out and "deepspeed -q --num_gpus 2" in out
 
 
 def test_images_are_counted_from_the_manifest(capsys, digits):
