@@ -18,7 +18,8 @@ from tests.fake_cuda.step import watch_step
 PRECISIONS = ("fp32", "bf16_autocast", "bf16", "fp16")
 REPRESENTATIVE = "dmae_vit_large_to_base"
 RECIPES = shipped_files("recipe")
-# Most kernels of a step of one micro-batch of 8 images, in any precision: about 5% above those counted.
+# Most kernels of a step of one micro-batch of 8 images, in any precision: about 5% above those counted. The
+# bounds of recipes that run their blocks twice are estimates.
 MOST_KERNELS = json.loads(Path(__file__).with_name("kernels.json").read_text())
 
 
