@@ -93,7 +93,7 @@ class ScheduleConfig(Section):
     """Batch and learning rate: base_lr * global_batch / 256, linear warm-up, half a cosine to min_lr."""
 
     global_batch: PositiveInt = 4096  # images of an optimizer step, over all ranks
-    # Most images of a rank at once; null: on GPUs what fits (train/forecast.py), on CPUs a rank's share.
+    # Most images of a rank at once; null: its share, but on GPUs `dmae-ds train` takes what fits.
     micro_batch: PositiveInt | None = None
     base_lr: PositiveFloat = 1.5e-4  # learning rate of 256 images; the peak is base_lr * global_batch / 256
     min_lr: NonNegativeFloat = 0.0  # learning rate at the end
