@@ -1,5 +1,6 @@
 """dmae_ds/data/loader.py: the content of a global batch depends on the seed alone."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -7,8 +8,10 @@ from torch.utils.data import DataLoader
 from dmae_ds.data import loader
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.loader import eval_batches
+from dmae_ds.data.order import block_spans, sample_ids
 from dmae_ds.data.shards import ShardError
 from dmae_ds.errors import RunFailed, worker_failure
+from dmae_ds.data.storage import LocalFile
 from tests.data.batches import NUM_STEPS, assert_same, damage, global_batches, train
 from tests.messages import refused
 
@@ -117,6 +120,41 @@ def test_global_batches_of_blocks_do_not_depend_on_ranks_accumulation_or_workers
     for epoch in (0, 1):
         assert sorted(ids[epochs == epoch].tolist()) == list(range(23))
     assert_same(global_batches(shard_set, block=block, start_step=4, **division), reference[4:])
+
+
+@pytest.mark.parametrize("block, global_batch", [(1, 4), (2, 23), (4, 4), (4, 23), (16, 23), (64, 4)])
+def test_a_local_epoch_reads_every_block_once(shard_set, monkeypatch, block, global_batch):
+    """Four epochs: a block that crosses the end of a shard is a read in each; no byte is read twice.
+
+    Only where two epochs overlap in a step and have an equal block, one of its samples may be read alone.
+    """
+    num_epochs, images, reads = 4, [], []
+    for shard in range(3):
+        images += [(shard, int(row["offset"]), int(row["size"])) for row in shard_set.open_index(shard)]
+    read = LocalFile.read
+
+    def counted(file, offset, size):
+        reads.append((int(file.path[-5]), offset, size))  # shard-00000N.tar
+        return read(file, offset, size)
+
+    monkeypatch.setattr(LocalFile, "read", counted)
+    num_steps = num_epochs * 23 // global_batch
+    list(train(shard_set, block=block, global_batch=global_batch, stop_step=num_steps))
+    positions = np.arange(num_epochs * 23)
+    epochs, ids = sample_ids(positions, num_samples=23, seed=5, block=block)
+    spans = block_spans(epochs, ids, num_samples=23, seed=5, block=block)
+    # A piece of a block is in one shard, and before or behind the end of the set.
+    places = [
+        (shard_set.locate(id)[0], id < first) for id, (first, _) in zip(ids.tolist(), spans, strict=True)
+    ]
+    assert len(reads) == len(set(zip(epochs.tolist(), spans, places, strict=True)))
+    assert len(reads) <= num_epochs * (-(-23 // block) + 3)  # three borders
+    for image in images:
+        inside = [
+            image[0] == shard and offset <= image[1] and image[1] + image[2] <= offset + size
+            for shard, offset, size in reads
+        ]
+        assert sum(inside) == num_epochs
 
 
 def test_blocks_that_do_not_fit_the_buffer_are_refused(shard_set):

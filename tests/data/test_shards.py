@@ -87,6 +87,26 @@ def test_equal_samples_give_equal_bytes(shard_folder, tmp_path, make_sample):
         assert (tmp_path / name).read_bytes() == (shard_folder / name).read_bytes()
 
 
+@pytest.mark.parametrize("at_once", [0, 1, 511, 512, 700, 5_000])
+def test_a_write_that_the_kernel_cuts_short_is_continued(tmp_path, make_sample, monkeypatch, at_once):
+    samples = [make_sample(number) for number in (0, 1, 2)]
+    samples[1] = samples[1]._replace(json=b'{"source": "x"}')
+    whole = write_shard(tmp_path, "shard-000000.tar", samples)
+    write, sizes = os.write, []
+
+    def writev_short(descriptor, buffers):
+        sizes.append(write(descriptor, b"".join(buffers)[:at_once]))
+        return sizes[-1]
+
+    monkeypatch.setattr(os, "writev", writev_short)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:900]))
+    (tmp_path / "short").mkdir()
+    assert write_shard(tmp_path / "short", "shard-000000.tar", samples) == whole
+    for name in ("shard-000000.tar", "shard-000000.index.npy"):
+        assert (tmp_path / "short" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert sizes == [at_once] * 3 or at_once == 5_000
+
+
 def test_fingerprint_follows_content(shard_folder, shard_set, make_sample):
     shards = [write_shard(shard_folder, "shard-000000.tar", [make_sample(99)]), *shard_set.shards[1:]]
     assert compute_fingerprint(shard_set.classes, shard_set.shards) == shard_set.fingerprint

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import make as make_module
 from data_prep.find import find_images
 from data_prep.make import MakeOptions, make_shards
 from dmae_ds.data.reader import SampleReader
@@ -54,6 +55,16 @@ def test_extension_and_size_come_from_the_content(src, tmp_path):
         extension = "png" if "png" in names[number] else "jpg"
         header = tar[int(record["offset"]) - 512 :][:13]
         assert header == f"{number:09d}.{extension}".encode()
+
+
+def test_more_shards_than_a_name_has_digits_are_refused(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_module, "MAX_SHARDS", 12)
+    assert len(make(src, tmp_path / "all", samples_per_shard=1).shards) == 12
+    monkeypatch.setattr(make_module, "MAX_SHARDS", 11)
+    with refused("12 images", "11 shards", "--samples-per-shard", error=ShardError):
+        make(src, tmp_path / "none", samples_per_shard=1)
+    assert not (tmp_path / "none").exists()
+    assert len(make(src, tmp_path / "two", samples_per_shard=2).shards) == 6
 
 
 @pytest.mark.parametrize("max_skip", [0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dmae_ds.config.load import load_config
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shards import write_manifest
 from dmae_ds.distributed.world import World
 from dmae_ds.models.decoder import Decoder
 from dmae_ds.models.vit import build_student
@@ -157,3 +159,25 @@ def test_images_that_are_mixed_stay_in_one_micro_batch(recipes, tmp_path):
     with refused("g2sd_specific", "data.repeat", 2):
         check("data.repeat=2")
     assert check().num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda names: [*names[:3], "x", *names[4:]], ["label 3", "'3'", "'x'"]),
+        (lambda names: [names[1], names[0], *names[2:]], ["label 0", "'0'", "'1'"]),
+        (lambda names: names[:9], ["10 and 9", "label 9", "no class"]),
+        (lambda names: [*names, "10"], ["10 and 11", "label 10", "'10'"]),
+        (lambda names: [], ["data.val", "0 classes"]),
+    ],
+)
+def test_validation_images_of_other_classes_are_refused_before_training(recipes, tmp_path, changed, words):
+    """Every accuracy that is measured after days of training would be of other classes."""
+    recipe, *overrides = [*recipes["specific"], f"run.dir={tmp_path / 'run'}"]
+    (val,) = [Path(text.partition("=")[2]) for text in overrides if text.startswith("data.val=")]
+    shutil.copytree(val, tmp_path / "val")
+    shards = ShardSet.open(val, label="data.val")
+    write_manifest(tmp_path / "val", classes=changed(shards.classes), seed=0, shards=shards.shards)
+    with refused("data.val", *words):
+        prepare(load_config(recipe, [*overrides, f"data.val={tmp_path / 'val'}"]), World(), resume="never")
+    assert not (tmp_path / "run").exists()
