@@ -67,7 +67,7 @@ def scan_tar(file: BinaryIO) -> Iterator[Member]:
             fields = global_pax | pax
             if any(key.startswith("GNU.sparse") for key in fields) or kind == b"S":
                 raise NotRead(f"has a sparse file at byte {position}; pack it again without --sparse")
-            if kind == b"M":
+            if kind == b"M" or "GNU.volume.offset" in fields:
                 raise NotRead("is a part of an archive in several volumes; pack it again as one tar")
             size = _parse_count(fields["size"], position) if "size" in fields else size
             name = fields.get("path")

@@ -72,6 +72,80 @@ def test_links_out_of_the_tar_and_loops_are_told(tmp_path, target):
     assert read(tmp_path, max_skip=2) == [(A, -1)]
 
 
+def test_links_and_folders_have_no_data_whatever_their_header_says(tmp_path):
+    """Old tar programs write the size of the target into the header of a link."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        members = [
+            ("x", tarfile.DIRTYPE, 700),
+            ("x/0.jpg", tarfile.REGTYPE, A),
+            ("x/0.cls", tarfile.REGTYPE, b"3"),
+            ("x/1.jpg", HARD, len(A)),
+            ("x/1.cls", SYMBOLIC, 1),
+            ("y", tarfile.DIRTYPE, 10**6),  # more than the tar has
+            ("y/2.jpg", tarfile.REGTYPE, B),
+            ("y/2.txt", tarfile.FIFOTYPE, 2000),
+            ("y/2.cls", tarfile.REGTYPE, b"4"),
+        ]
+        for name, kind, content in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "x/0.jpg" if kind == HARD else "0.cls"
+            is_file = isinstance(content, bytes)
+            info.size = len(content) if is_file else content
+            tar.addfile(info, io.BytesIO(content) if is_file else None)
+    assert read(tmp_path) == [(A, 3), (A, 3), (B, 4)]
+
+
+SPARSE = {
+    "0.0": {"GNU.sparse.size": "9", "GNU.sparse.numblocks": "1", "GNU.sparse.offset": "0"},
+    "0.1": {"GNU.sparse.size": "9", "GNU.sparse.map": "0,9"},
+    "1.0": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "1.jpg"},
+}
+
+
+@pytest.mark.parametrize("pax", [{}, *SPARSE.values()], ids=["GNU", *SPARSE])
+def test_sparse_files_are_refused(tmp_path, pax):
+    """Their bytes in the tar are not those of the image."""
+    info = tarfile.TarInfo("1.jpg")
+    info.size, info.type, info.pax_headers = len(B), tarfile.REGTYPE if pax else tarfile.GNUTYPE_SPARSE, pax
+    form = tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT
+    write_one_more(tmp_path / "a.tar", info, form=form)
+    with refused("a.tar", "sparse file", "--sparse", error=ShardError) as raised:
+        index(tmp_path)
+    assert "copy it again" not in str(raised.value)
+
+
+PARTS = {"GNU.volume.filename": "1.jpg", "GNU.volume.size": "500", "GNU.volume.offset": "7680"}
+
+
+@pytest.mark.parametrize("parts", [{}, PARTS], ids=["GNU", "pax"])
+def test_a_part_of_several_volumes_is_refused(tmp_path, parts):
+    """It begins with the rest of a file whose start is in another one."""
+    info = tarfile.TarInfo("GNUFileParts/1.jpg.2" if parts else "1.jpg")
+    info.size, info.type = len(B), tarfile.REGTYPE if parts else b"M"
+    form = tarfile.PAX_FORMAT if parts else tarfile.GNU_FORMAT
+    write_one_more(tmp_path / "a.tar", info, form=form, pax_headers=parts)
+    with refused("a.tar", "several volumes", "one tar", error=ShardError) as raised:
+        index(tmp_path)
+    assert "copy it again" not in str(raised.value)
+
+
+def test_a_label_of_a_volume_is_no_part_of_several(tmp_path):
+    info = tarfile.TarInfo("1.jpg")
+    info.size = len(B)
+    label = {"GNU.volume.label": "digits"}
+    write_one_more(tmp_path / "a.tar", info, form=tarfile.PAX_FORMAT, pax_headers=label)
+    assert read(tmp_path) == [(A, -1), (B, -1)]
+
+
+def write_one_more(path, info, **options):
+    """A tar of 0.jpg and a member that has the bytes of B."""
+    with tarfile.open(path, "w", format=options.pop("form"), **options) as tar:
+        first = tarfile.TarInfo("0.jpg")
+        first.size = len(A)
+        tar.addfile(first, io.BytesIO(A))
+        tar.addfile(info, io.BytesIO(B))
+
+
 def test_special_members_are_told(tmp_path):
     write(tmp_path / "a.tar", ("0.jpg", A), ("1.jpg", "", tarfile.FIFOTYPE), ("2.jpg", "", b"Z"))
     with refused("2 are not", "'1.jpg' is a pipe", error=ShardError):
