@@ -1,4 +1,4 @@
-"""The training loop: steps of accumulated micro-batches, and validation. All draws are keyed (augment.py)."""
+"""The training loop: steps of accumulated micro-batches. All draws are keyed (augment.py)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from dmae_ds.errors import RunFailed
 from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.optim import set_lr
 from dmae_ds.finetune.tasks import set_training
-from dmae_ds.models.patches import Normalize
-from dmae_ds.objectives.augment import normalized
 
 CHECK_EVERY = 50  # steps between checks that the loss is finite; a check waits for the device
 
@@ -159,33 +157,3 @@ def train(
             set_training(task)
         elif (step + 1) % CHECK_EVERY == 0:
             losses.mean(step + 1)
-
-
-@torch.inference_mode()
-def validate(
-    network: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    normalize: Normalize,
-    num_classes: int,
-    accelerator: Accelerator,
-) -> tuple[float, float | None]:
-    """Top-1 and top-5 in percent over all ranks' batches, every image once. Collective.
-
-    Top-5 is None with five classes or fewer.
-    """
-    network.eval()
-    # Images whose class is first, among the first five, and all images.
-    counts = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for batch in batches:
-        batch = batch.to(accelerator.device)
-        with accelerator.autocast():
-            logits = network(normalized(batch.images, normalize))
-        best = logits.float().topk(min(5, num_classes), dim=1).indices  # [N, 5]
-        hits = best == batch.labels[:, None]
-        counts += torch.stack(
-            [hits[:, 0].sum(), hits.any(dim=1).sum(), torch.full((), len(hits), device=hits.device)]
-        )
-    right, among_five, num_images = accelerator.reduce(counts, reduction="sum").tolist()
-    top5 = 100 * among_five / num_images if num_classes > 5 else None
-    return 100 * right / num_images, top5

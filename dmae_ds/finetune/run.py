@@ -27,11 +27,12 @@ from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import dump_config
 from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
+from dmae_ds.evaluate.accuracy import measure_accuracy
 from dmae_ds.evaluate.results import append_result, interval_text, make_result
 from dmae_ds.evaluate.subsets import open_subset
 from dmae_ds.finetune.checkpoint import RESUME_FILE, read_resume, restore
 from dmae_ds.finetune.evaluation import Evaluation, open_evaluation
-from dmae_ds.finetune.loop import LoopSettings, raise_unless_finite, train, validate
+from dmae_ds.finetune.loop import LoopSettings, raise_unless_finite, train
 from dmae_ds.finetune.record import Progress, metric_of, save_epoch, settings_of, summary, write_text
 from dmae_ds.finetune.source import find_source
 from dmae_ds.output.lines import is_quiet, say
@@ -163,12 +164,12 @@ def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch],
     def after_epoch(step: int, losses: dict[str, float]) -> None:
         nonlocal since
         raise_unless_finite(classifier.tensors().values(), step, accelerator=accelerator)
-        top1, top5 = validate(
+        top1, top5 = measure_accuracy(
             classifier.judged,
             evaluation.val_batches(),
             normalize=evaluation.prepare.normalize,
             num_classes=len(evaluation.train_set.classes),
-            accelerator=accelerator,
+            processes=accelerator,
         )
         now = time.monotonic()
         seconds, since = progress.seconds + now - since, now

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import Batch
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.distributed.device import device_name
+from dmae_ds.evaluate.accuracy import measure_accuracy
 from dmae_ds.evaluate.results import MeasuredOn, append_result, make_result
 from dmae_ds.evaluate.subsets import ALL
 from dmae_ds.models.patches import Normalize
-from dmae_ds.objectives.augment import normalized
 from dmae_ds.objectives.classifier import Classifier
 from dmae_ds.output.durable import replace_tensors, write_atomically
 from dmae_ds.train.engine import Engine
@@ -71,18 +72,31 @@ class FinalAccuracy:
         if data.val is None:
             return
         val = ShardSet.open(data.val, label="data.val", access=Access.of(data))
-        top1, top5 = measure(
-            network.eval().to(device),
-            val,
-            self.config,
-            ranks=self.ranks,
-            img_size=self.classifier.numbers["img_size"],
+        top1, top5 = measure_accuracy(
+            network.to(device),
+            self._val_batches(val),
+            normalize=Normalize(data.mean, data.std).to(device),
+            num_classes=len(val.classes),
+            processes=self.ranks,
         )
         seconds = time.monotonic() - start
         if self.ranks.is_main_process:
             self._write_results(val, top1=top1, top5=top5, step=step, seconds=seconds)
         numbers = {"accuracy/top1": top1} if top5 is None else {"accuracy/top1": top1, "accuracy/top5": top5}
         self.metric_logger.note(numbers, seconds=seconds)
+
+    def _val_batches(self, val: ShardSet) -> Iterator[Batch]:
+        """This rank's images of data.val."""
+        return eval_batches(
+            val,
+            img_size=self.classifier.numbers["img_size"],
+            crop_pct=self.config.data.crop_pct,
+            batch_size=BATCH_SIZE,
+            rank=self.ranks.process_index,
+            world_size=self.ranks.num_processes,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.ranks.device.type == "cuda",
+        )
 
     def _write_results(
         self, val: ShardSet, *, top1: float, top5: float | None, step: int, seconds: float
@@ -138,36 +152,3 @@ class FinalAccuracy:
             "classifier": json.dumps(classifier),
             "step": str(step),
         }
-
-
-@torch.no_grad()
-def measure(
-    network: nn.Module, val: ShardSet, config: RunConfig, *, ranks: TrainingRanks, img_size: int
-) -> tuple[float, float | None]:
-    """Measure top-1 and top-5 in percent over all ranks' images, each seen once. Collective.
-
-    top-5 is None with five classes or fewer.
-    """
-    data, num_classes = config.data, len(val.classes)
-    normalize = Normalize(data.mean, data.std).to(ranks.device)
-    batches = eval_batches(
-        val,
-        img_size=img_size,
-        crop_pct=data.crop_pct,
-        batch_size=BATCH_SIZE,
-        rank=ranks.process_index,
-        world_size=ranks.num_processes,
-        num_workers=data.num_workers,
-        pin_memory=ranks.device.type == "cuda",
-    )
-    # Images that are right with one guess and with five, and all images.
-    counts = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    for batch in batches:
-        batch = batch.to(ranks.device)
-        with ranks.autocast():
-            logits = network(normalized(batch.images, normalize))
-        hits = logits.float().topk(min(5, num_classes), dim=1).indices == batch.labels[:, None]  # [N, 5]
-        num_images = torch.full((), len(hits), device=hits.device)
-        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), num_images])
-    num_top1, num_top5, num_images = ranks.reduce(counts).tolist()
-    return 100 * num_top1 / num_images, (100 * num_top5 / num_images if num_classes > 5 else None)

@@ -10,8 +10,8 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.order import block_spans, sample_ids
 from dmae_ds.data.shards import ShardError
-from dmae_ds.errors import RunFailed, worker_failure
 from dmae_ds.data.storage import LocalFile
+from dmae_ds.errors import RunFailed, worker_failure
 from tests.data.batches import NUM_STEPS, assert_same, damage, global_batches, train
 from tests.messages import refused
 
