@@ -29,8 +29,11 @@ from dmae_ds.objectives.build import build_objective
 
 NUM_INPUTS = 3
 # Python for a card: the pixels that training saw, which `convert("RGB")` of a transparent image does not give
-OPEN_IMAGE = """import PIL.Image
-image = PIL.Image.open("image.png").convert("RGBA")  # what is transparent becomes white, as in training
+OPEN_IMAGE = """import numpy, PIL.Image
+image = PIL.Image.open("image.png")
+if image.mode.startswith("I"):  # 16-bit grey: the upper byte stays, as in training
+    image = PIL.Image.fromarray((numpy.asarray(image) >> 8).astype("uint8"))
+image = image.convert("RGBA")  # what is transparent becomes white
 image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")"""
 CLASSIFIER_FILE = "last.safetensors"  # of the epoch that results.jsonl reports
 

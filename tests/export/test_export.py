@@ -218,6 +218,17 @@ def test_transparency_is_white_for_the_processor_and_the_card_s_python(
         assert np.abs((theirs * std + mean) - 1).max() < 1e-5
 
 
+def test_16_bit_grey_is_scaled_by_the_card_s_python(tmp_path, monkeypatch):
+    grey = np.array([[0, 255, 256, 2000], [40_000, 60_000, 65_279, 65_535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(OPEN_IMAGE, names)
+    ours = decode_bytes((tmp_path / "image.png").read_bytes())
+    assert np.array_equal(np.asarray(names["image"]), ours)
+    assert ours[..., 0].tolist() == [[0, 0, 1, 7], [156, 234, 254, 255]]
+
+
 def build_network(**kwargs):
     return timm.create_model("vit_tiny_patch16_224", **{**STUDENT_SHAPE, **kwargs})
 
