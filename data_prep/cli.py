@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dmae_ds.data.shards import ShardError
+from dmae_ds.output.library_warnings import hide_library_warnings
 
 PROG = "dmae-shards"
 
@@ -22,6 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    hide_library_warnings()
     args = vars(build_parser().parse_args(argv))
     command = args.pop("run")
     try:

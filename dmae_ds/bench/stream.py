@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dmae_ds.bench.pipeline_engine import EvalBatch
 from dmae_ds.bench.random_batch import random_batches
@@ -31,6 +30,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.build import build_objective
+from dmae_ds.output.progress import LINE_EVERY_S, Progress
 from dmae_ds.output.table import text_table
 from dmae_ds.output.units import MIB
 from dmae_ds.teacher.frozen import FrozenTeacher, needed_depths
@@ -119,14 +119,15 @@ def measure(
     Returns ({name: median seconds of a round}, {name: share of all rounds spent waiting for an exchange, mean
     over ranks}).
     """
-    bar = tqdm(total=rounds * len(contestants), unit="turn", disable=not collectives.is_main())
+    progress = Progress(
+        total=rounds * len(contestants), unit="turn", every_s=LINE_EVERY_S, is_shown=collectives.is_main()
+    )
     for contestant in contestants:
         contestant.advance(max(1, contestant.ahead))  # fills a stream, and lets every one allocate
     spent: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     waited = dict.fromkeys(spent, 0.0)
     for _ in range(rounds):
         for contestant in contestants:
-            bar.set_postfix_str(contestant.name)
             before = contestant.waited_s
             collectives.barrier()
             since = time.perf_counter()
@@ -135,8 +136,8 @@ def measure(
             collectives.barrier()
             spent[contestant.name].append(time.perf_counter() - since)
             waited[contestant.name] += contestant.waited_s - before
-            bar.update()
-    bar.close()
+            progress.advance()
+    progress.close()
     shares = {name: waited[name] / sum(times) for name, times in spent.items()}
     shares_of_ranks = collectives.gather_objects(shares)
     means = {name: statistics.fmean(of_rank[name] for of_rank in shares_of_ranks) for name in shares}

@@ -19,7 +19,6 @@ from dmae_ds.cli.environment import prepare_environment
 from dmae_ds.cli.eval import add_eval
 from dmae_ds.cli.examples import add_examples
 from dmae_ds.cli.export import add_export
-from dmae_ds.cli.library_warnings import hide_library_warnings
 from dmae_ds.cli.plan import add_plan
 from dmae_ds.cli.recipes import add_recipes
 from dmae_ds.cli.report import add_report
@@ -28,6 +27,7 @@ from dmae_ds.cli.train import add_train
 from dmae_ds.distributed.tasks import rank_in_env
 from dmae_ds.distributed.world import check_device_variable, whole_lines
 from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, worker_failure
+from dmae_ds.output.library_warnings import hide_library_warnings
 from dmae_ds.output.lines import be_quiet
 
 GROUPS = {

@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from tqdm import tqdm
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.config.networks import ModelConfig
@@ -32,7 +31,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.early import find_student
 from dmae_ds.models.patches import Normalize
-from dmae_ds.output.lines import is_quiet
+from dmae_ds.output.progress import LINE_EVERY_S, Progress
 
 # Tokens after the final norm, [N, 1 + L, D] with CLS first -> features [N, D], or [N, L, D] of the patches.
 POOLS = {
@@ -138,7 +137,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Embed the central crop of every image with a student that is on the processes' device. Collective.
 
-    title: of the progress bar, None for no bar; subset: rising sample ids [n], None for all samples
+    title: of the progress that is shown, None for none; subset: rising sample ids [n], None for all samples
     Returns features after the final norm, [n, D] or [n, L, D] float32 as the pool says, and labels [n] int64.
     Row i belongs to the i-th id; every process gets all rows on its device.
     """
@@ -161,9 +160,15 @@ def extract_features(
         pin_memory=device.type == "cuda",
         subset=subset,
     )
-    silent = title is None or not processes.is_main_process or is_quiet()
+    progress = Progress(
+        total=num_rows * num_processes,
+        unit="img",
+        title=title,
+        every_s=LINE_EVERY_S,
+        is_shown=title is not None and processes.is_main_process,
+    )
     stop = 0
-    with tqdm(total=num_rows * num_processes, desc=title, unit="img", disable=silent) as bar:
+    with progress:
         for batch in batches:
             batch = batch.to(device)
             rows = slice(stop, stop := stop + len(batch.labels))
@@ -172,7 +177,7 @@ def extract_features(
                 pixels = normalize(batch.images.movedim(1, -1)).movedim(-1, 1)
                 features[rows] = pool(student.forward_features(pixels).float())
             labels[rows] = batch.labels
-            bar.update(len(batch.labels) * num_processes)
+            progress.advance(len(batch.labels) * num_processes)
     return tuple(
         _in_id_order(processes.gather(rows), num_processes)[:num_samples] for rows in (features, labels)
     )

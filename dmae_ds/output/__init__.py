@@ -1,1 +1,1 @@
-"""Output of commands: text tables, sizes in text, durable files."""
+"""Output of commands: text tables, sizes in text, progress, durable files; hidden warnings of libraries."""

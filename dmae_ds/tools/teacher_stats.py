@@ -13,7 +13,6 @@ from typing import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
@@ -25,6 +24,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
 from dmae_ds.output.durable import replace_tensors
+from dmae_ds.output.progress import LINE_EVERY_S, Progress
 from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.build import build_frozen_teacher, locate_teacher
 from dmae_ds.train.networks import build_objective
@@ -131,9 +131,11 @@ def _batches(
         pin_memory=device.type == "cuda",
     )
     num_seen = 0
-    for batch in tqdm(batches, total=num_batches, unit="batch"):
-        yield batch.to(device).first(num_images - num_seen)
-        num_seen += batch_size
+    with Progress(total=num_batches, unit="batch", every_s=LINE_EVERY_S) as progress:
+        for batch in batches:
+            yield batch.to(device).first(num_images - num_seen)
+            num_seen += batch_size
+            progress.advance()
 
 
 def _write(path: Path, tensors: dict[str, Tensor], description: dict) -> None:

@@ -29,11 +29,11 @@ from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.output.durable import write_atomically
 from dmae_ds.output.lines import say
+from dmae_ds.output.progress import Progress
 from dmae_ds.output.units import size_text
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.collapse import CollapseMonitor
 from dmae_ds.train.peak_memory import memory_now
-from dmae_ds.train.progress import Progress
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import Speed
 from dmae_ds.train.step_timer import StepTimer

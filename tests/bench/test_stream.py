@@ -40,7 +40,7 @@ def test_every_contestant_has_a_row_and_a_stage_holds_its_blocks(tmp_path):
         command(["bench", "stream", *RECIPE, "--sleep-ms", "2", "--rounds", "1", "--clocks", "3"], ranks=2),
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and "\r" not in done.stderr, done.stderr[-3000:]
     rows = rows_of(done.stdout)
     streams = ("stream", "stream without overlap", "eval_batch", "eval_batch looking ahead")
     assert set(rows) == {("replicated", 1), *((name, 2) for name in streams)}

@@ -53,7 +53,7 @@ def _images(run):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "patches"])
-def test_features_equal_those_of_one_image_at_a_time_in_the_order_of_ids(run, accelerator, pool):
+def test_features_equal_those_of_one_image_at_a_time_in_the_order_of_ids(run, accelerator, pool, capsys):
     data, student = read_saved_config(run).data, load_student(run)
     expected, labels = [], []
     for image, label in _images(run):
@@ -64,6 +64,7 @@ def test_features_equal_those_of_one_image_at_a_time_in_the_order_of_ids(run, ac
         expected.append({"mean": tokens[1:].mean(0), "cls": tokens[0], "patches": tokens[1:]}[pool])
         labels.append(label)
     features, features_labels = _extract(run, accelerator, pool=pool)
+    assert capsys.readouterr().err == ""  # in a log file there is no bar
     assert features.dtype == torch.float32 and features_labels.tolist() == labels and set(labels) == {0, 1, 2}
     torch.testing.assert_close(features, torch.stack(expected), rtol=1e-4, atol=1e-5)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr
 
 import pytest
 import torch
@@ -144,8 +146,9 @@ def measured(tiny_recipe, tmp_path_factory):
         f"teacher.stats={stats}",
         "teacher.standardize=zscore",
     ]
-    text = write_stats(load_config(recipe[0], [*recipe[1:], "run.dir=unused"]), num_images=100, out=stats)
-    assert "100 images" in text
+    with redirect_stderr(io.StringIO()) as printed:
+        text = write_stats(load_config(recipe[0], [*recipe[1:], "run.dir=unused"]), num_images=100, out=stats)
+    assert "100 images" in text and printed.getvalue() == ""
     return recipe
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # Also of warnings that a library attributes to the line that called it.
 _PACKAGES = ("site-packages", "dist-packages")
-_OWN = str(Path(__file__).parents[1])
+_OWN = tuple(str(Path(__file__).parents[2] / name) for name in ("dmae_ds", "data_prep"))
 
 
 def hide_library_warnings() -> None:

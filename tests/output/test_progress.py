@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import math
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from dmae_ds.output import lines
+from dmae_ds.output import lines, progress
 from dmae_ds.output.lines import say
-from dmae_ds.train import progress
-from dmae_ds.train.progress import Progress
+from dmae_ds.output.progress import Progress
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Terminal(io.StringIO):
@@ -36,6 +40,36 @@ def test_in_a_log_file_each_report_is_a_line(monkeypatch, initial, shown_at):
         day, clock, text = line.split(" ", 2)
         time.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M:%S")
         assert text.startswith(f"step {step} of 10 ({step * 10}%)") and "loss 0.5" in text and len(line) < 110
+
+
+@pytest.mark.parametrize("every_s, lines", [(0.0, [4, 8, 10]), (1e6, []), (math.inf, [])])
+def test_a_command_without_reports_prints_a_line_now_and_then(monkeypatch, every_s, lines):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Progress(total=10, unit="img", title="val features", every_s=every_s) as bar:
+        for count in (4, 4, 2):
+            bar.advance(count)
+    printed = sys.stderr.getvalue().splitlines()
+    assert len(printed) == len(lines) and "\r" not in sys.stderr.getvalue()
+    for line, step in zip(printed, lines, strict=True):
+        assert f" val features: img {step} of 10 ({step * 10}%)" in line and len(line) < 110
+
+
+@pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
+def test_what_is_not_shown_prints_nothing(monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr())
+    with Progress(total=10, every_s=0.0, is_shown=False) as bar:
+        bar.advance()
+        bar.show({"loss": "0.5"})
+    assert sys.stderr.getvalue() == "" and bar.step == 1
+
+
+def test_every_other_bar_is_silent_in_a_log_file():
+    for path in [*(REPOSITORY / "dmae_ds").rglob("*.py"), *(REPOSITORY / "data_prep").rglob("*.py")]:
+        if path == Path(progress.__file__):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "tqdm":
+                assert "disable" in [keyword.arg for keyword in node.keywords], f"{path}:{node.lineno}"
 
 
 def test_on_a_terminal_it_is_a_bar(monkeypatch):
