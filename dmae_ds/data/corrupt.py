@@ -36,7 +36,7 @@ class Corrupt:
 def replacements(sample_id: int, *, epoch: int, num_samples: int, seed: int) -> Iterator[int]:
     """Ids that may replace a sample, the preferred one first; none if it is the only sample."""
     key = epoch_key(~seed, np.array(epoch))  # ~: another permutation than that of the order
-    for number in range(1, min(MAX_TRIES + 1, num_samples)):
+    for number in range(1, min(MAX_TRIES, num_samples) + 1):
         candidate = int(permute(np.array([(sample_id + number) % num_samples]), num_samples, key)[0])
         if candidate != sample_id:
             yield candidate

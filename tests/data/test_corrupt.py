@@ -1,10 +1,12 @@
 """dmae_ds/data/corrupt.py: corrupt samples are replaced and logged, and too many of them end the run."""
 
+import itertools
 import json
 
 import pytest
 import torch
 
+from dmae_ds.data.corrupt import MAX_TRIES, replacements
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError, write_manifest, write_shard
 from tests.data.batches import NUM_STEPS, assert_same, damage, global_batches, train
@@ -35,6 +37,15 @@ def test_corrupt_samples_are_replaced_alike_on_every_rank_and_logged_once(shard_
         assert torch.equal(before[1], after[1])  # the mask noise belongs to the place
         numbers = [id if id < 5 else id + 1 for id in after[3].tolist()]
         assert after[2].tolist() == [number % 3 for number in numbers]
+
+
+@pytest.mark.parametrize("num_samples", range(1, 7))
+def test_every_other_sample_may_stand_in_for_a_corrupt_one(num_samples):
+    for sample_id, epoch in itertools.product(range(num_samples), range(4)):
+        found = list(replacements(sample_id, epoch=epoch, num_samples=num_samples, seed=3))
+        assert sorted(found) == [other for other in range(num_samples) if other != sample_id]
+    many = list(replacements(7, epoch=0, num_samples=10**6, seed=3))
+    assert len(set(many)) == len(many) == MAX_TRIES and 7 not in many
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
