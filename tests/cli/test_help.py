@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
 
 import pytest
 
+from data_prep import cli
 from dmae_ds.cli.arguments import at_least_one
 from dmae_ds.cli.examples import EXAMPLES, commands_below
 from dmae_ds.cli.main import GROUPS, build_parser, main
@@ -19,6 +21,9 @@ COMMANDS = commands_below(build_parser())
 ALONE = [
     name for name in COMMANDS if not any(other.startswith(f"{name} ".lstrip()) for other in COMMANDS if other)
 ]
+SHARD_COMMANDS = {
+    f"dmae-shards {name}": parser for name, parser in commands_below(cli.build_parser()).items()
+}
 
 
 def test_the_commands_are_those_of_the_table():
@@ -64,6 +69,24 @@ def test_every_command_has_examples_that_it_takes():
             args, extra = root.parse_known_args([*name.split(), *shlex.split(example)])
             assert hasattr(args, "overrides") or not extra
             assert not [word for word in extra if word.startswith("-")]
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *SHARD_COMMANDS])
+def test_a_default_in_a_help_text_is_the_option_s(name):
+    for action in {**COMMANDS, **SHARD_COMMANDS}[name]._actions:
+        told = re.search(r"default ([^;:)]+)", (action.help or "").replace("%%", "%"))
+        if told is None or action.default is None:
+            continue
+        values = action.default if isinstance(action.default, list) else [action.default]
+        words = told[1].split(", ")[0].replace(",", "").split()
+        assert list(map(number_or_text, words)) == list(map(number_or_text, values)), action.option_strings
+
+
+def number_or_text(value: object) -> object:
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ def test_ops_that_this_machine_cannot_have_are_one_line(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     plain = load_deepspeed("zero3", **RECIPE)
     engine.check_ops(plain, cpu)
+    assert engine.get_op_builder("CPUAdamBuilder").NAME == "cpu_adam"
     quantized = write(tmp_path, zero(stage=3, zero_quantized_weights=True))
     with refused("zero_quantized_weights", "GPU"):
         engine.check_ops(load_deepspeed(quantized, **RECIPE), cpu)

@@ -127,6 +127,11 @@ def test_an_override_makes_the_section_it_needs(recipe):
         ("objective={name: mae, alpha: 2}", ["objective.alpha"]),  # an option of another objective
         ("teacher.format=mea", ["teacher.format", "'mea'", "mae?", "hf"]),
         ("teacher.pretrained=true", ["teacher.weights", "teacher.pretrained"]),
+        (
+            "teacher={name: vit_small_patch16_224, pretrained: true}",
+            ["teacher.pretrained", "vit_small", "tag"],
+        ),
+        ("teacher={name: vit_x.mae, pretrained: true, format: hf}", ["teacher.pretrained", "hf", "timm"]),
         ("teacher.mean=[0, 0, 0]", ["teacher.mean", "teacher.std"]),
         ("teacher.stages=2", ["teacher.placement replicated", "teacher.stages 2"]),
         ("teacher.placement=pipeline", ["teacher.placement pipeline", "teacher.stages None"]),

@@ -1,5 +1,8 @@
-"""data_prep/timing.py: rows take turns, and the figures of a table are medians of ratios."""
+"""data_prep/{bench,timing}.py: sections and images that are chosen; rows take turns; medians of ratios."""
 
+import pytest
+
+from data_prep import bench
 from data_prep.timing import Row, Section, Timing, format_table, time_interleaved
 
 
@@ -24,3 +27,38 @@ def test_table_gives_medians_of_ratios_within_a_round():
     assert lines[0] == "reading (100 images, median of 3 rounds)"
     assert lines[2].split() == ["first", "50", "10000.0", "1.00", "1.00"]
     assert lines[3].split() == ["second", "100", "40000.0", "2.00", "0.25"]
+
+
+@pytest.mark.parametrize(
+    "only, limit, expected",
+    [
+        (None, 5, ["conversion", "reading", "decoding"]),
+        ("reading", 5, ["reading"]),
+        ("conversion", 12, ["conversion"]),
+    ],
+)
+def test_the_named_section_or_all_run_on_some_images(
+    src, tmp_path, monkeypatch, capsys, only, limit, expected
+):
+    calls = []
+
+    def section(name):
+        def build(images, scratch):
+            files = [path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+            assert (images == src) == (limit == 12)
+            assert limit == 12 or (len(files) == 5 and len({path.parent for path in files}) == 2)
+            return Section(name, "images", limit, [Row("first", lambda: calls.append(name))])
+
+        return build
+
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(bench, "conversion", section("conversion"))
+    monkeypatch.setattr(
+        bench,
+        "load_sections",
+        lambda: {name: section(name) for name in ("conversion", "reading", "decoding")},
+    )
+    bench.run_bench(src, limit=limit, rounds=2, scratch=tmp_path / "scratch", only=only)
+    assert calls == [name for name in expected for _ in range(2)]
+    assert capsys.readouterr().out.count("median of 2 rounds") == len(expected)
+    assert not list((tmp_path / "scratch").iterdir())

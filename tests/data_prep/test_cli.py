@@ -88,6 +88,7 @@ def test_unusable_sources_and_destinations(src, tmp_path):
         (["make", "a", "b", "--workers", "0"], "0 is less than 1"),
         (["make", "a", "b", "--max-skip", "x"], "invalid integer value: 'x'"),
         (["burn"], "invalid choice: 'burn'"),
+        (["bench", "a", "--rounds", "0"], "0 is less than 1"),
         (["make", "a", "b", "--quality", "101"], "101 is more than 100"),
         (["make", "a", "b", "--labels", "x", "--unlabelled"], "not allowed with"),
         (["verify", "a", "--sample", "1"], "expected a percentage such as 1%"),

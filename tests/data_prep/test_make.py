@@ -169,10 +169,11 @@ def test_unusual_files_are_kept_or_skipped_by_the_stated_rules(src, tmp_path):
     with refused("10 files", "--max-skip 10 (now 1)", error=ShardError):
         make(src, tmp_path / "dst", max_skip=1)
     shard_set = make(src, tmp_path / "dst", max_skip=10)
-    reasons = {
-        item["source"]: item["reason"]
-        for item in map(json.loads, (tmp_path / "dst" / "skipped.jsonl").open())
-    }
+    items = [json.loads(line) for line in (tmp_path / "dst" / "skipped.jsonl").open()]
+    reasons = {item["source"]: item["reason"] for item in items}
+    numbers = [item["number"] for item in items]
+    numbered = [number for number in numbers if number is not None]
+    assert numbered and numbers == sorted(numbered) + [None] * (len(numbers) - len(numbered))
     expected = {f"bee/{name}": reason for name, (_, reason) in bad.items()}
     expected |= {
         "bee/dangling.jpg": "No such file",

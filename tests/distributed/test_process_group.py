@@ -16,6 +16,7 @@ from dmae_ds.distributed import process_group
 from dmae_ds.distributed.own_gpu import choose_gpu
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
+from tests.messages import refused
 
 
 @pytest.mark.parametrize("error", [None, UserError("a mistake")])
@@ -32,6 +33,17 @@ def test_a_group_of_one_leaves_no_trace_in_the_environment(monkeypatch, error):
     except UserError as raised:
         assert raised is error
     assert dict(os.environ) == before and not distributed.is_initialized()
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    assert process_group._set_device(World(rank=1, size=4, local_rank=1, local_size=4)).index == 1
+    for local_rank in (2, 3):
+        with refused("2 here", "--gpus-per-node"):
+            process_group._set_device(World(rank=local_rank, size=4, local_rank=local_rank, local_size=4))
 
 
 @pytest.mark.parametrize("has_gpus", [False, True])

@@ -67,6 +67,7 @@ CASES = [
     ({f"node1:code:files:{NEW}": "9"}, "code", NEW, "node1"),
     ({"node1:machine:shm": 64 * 2**20}, "limits", "/dev/shm|64 MiB on node1", "--shm-size"),
     ({"node1:machine:open_files": 256}, "limits", "256 on node1|262", "ulimit -n"),
+    ({"node1:machine": {"error": "OSError: /dev/shm"}}, "limits", "node1: OSError: /dev/shm", "node"),
 ]
 
 

@@ -58,7 +58,10 @@ def test_a_student_as_teacher_has_its_own_teacher_s_licence(tmp_path):
     second = distilled(tmp_path / "second", weights=str(first / "student.safetensors"))
     described = describe_teacher(read_saved_config(second))
     assert described["license"] == "none of others" and described["teacher"] is None
-    assert len(described["sha256"]) == 64
+    assert len(described["sha256"]) == 64 and described["fingerprint"] is None
+    known = {"fingerprint": {"block/1": [1.0, 2.0]}}
+    (first / "student.safetensors.teacher.json").write_text(json.dumps(known))
+    assert describe_teacher(read_saved_config(second))["fingerprint"] == known["fingerprint"]
     limited = distilled(tmp_path / "limited", weights=str(tmp_path / "gone.pth"), license="cc-by-nc-4.0")
     third = describe_teacher(read_saved_config(distilled(tmp_path / "third", weights=str(limited))))
     assert third["license"] == "cc-by-nc-4.0"

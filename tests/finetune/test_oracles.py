@@ -201,6 +201,13 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before(numbers):
     assert 0 < (model.head.weight - before).norm().item() <= 1e-3
 
 
+def test_the_linear_probe_begins_with_small_weights():
+    """Those of the published main_linprobe.py: normal with deviation 0.01, no bias."""
+    model = build_classifier(TINY, classifier_kwargs("cls", 1000, norm_first=True), seed=0, **STATISTICS)
+    head = LinearProbe(model, seed=0).head
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.02) and not head.bias.any()  # 48,000 draws
+
+
 def test_three_steps_of_the_linear_probe(numbers):
     model = build_classifier(TINY, classifier_kwargs("cls", 10, norm_first=True), seed=0, **STATISTICS)
     probe = LinearProbe(model, seed=0)

@@ -8,7 +8,7 @@ import torch
 
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.teacher.build import load_frozen_teacher
-from dmae_ds.train.summary import describe_teacher
+from dmae_ds.train.summary import describe_student, describe_teacher
 from tests.objectives import small
 
 WIDTH, BLOCK, NUM_PATCHES = 12, 12 * 12 * 12 + 13 * 12, 16  # parameters of a block: 12 D^2 + 13 D
@@ -63,3 +63,21 @@ def test_the_saved_share_of_the_teachers_compute_by_hand(file, section, sees, to
         float8 = {"teacher": teacher.model_copy(update={"dtype": "fp8"}), "compile": compiled}
         rows = describe_teacher(config.model_copy(update=float8), objective, built)
         assert ("compile=true" in rows.get("WARNING", "")) == (not compiled)
+
+
+@pytest.mark.parametrize(
+    "weights, notes, words",
+    [
+        (None, "", []),
+        ("old.pth", "", ["begins with old.pth"]),
+        ("old.pth", "4x4 -> 8x8", ["begins with old.pth", "(4x4 -> 8x8)"]),
+    ],
+)
+def test_the_student_s_size_and_what_it_begins_with(weights, notes, words):
+    config = small.config_for({"name": "mae", "decoder": small.DECODER}, teacher=False)
+    config = config.model_copy(update={"student": config.student.model_copy(update={"weights": weights})})
+    objective, _ = build_objective(config)
+    objective.initial_notes = notes
+    row = describe_student(config, objective)
+    assert row.startswith(config.student.name) and ("begins" in row) == bool(words) and "()" not in row
+    assert all(word in row for word in words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -203,6 +204,16 @@ def test_a_larger_crop_all_patches_and_z_scores_train(measured, tmp_path):
         assert words in done.stderr
     assert "UNTRAINED" in done.stderr  # it has random weights
     assert len(losses(tmp_path / "run")) == 5
+
+
+def test_statistics_are_written_next_to_the_weights_unless_a_file_is_named(tiny_recipe, tmp_path):
+    weights = next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2]
+    shutil.copy(weights, tmp_path / "teacher.safetensors")
+    overrides = [*tiny_recipe[1:], "run.dir=unused", f"teacher.weights={tmp_path / 'teacher.safetensors'}"]
+    config = load_config(tiny_recipe[0], overrides)
+    for out, name in ((None, "teacher.safetensors.stats.safetensors"), (tmp_path / "named", "named")):
+        assert name in write_stats(config, num_images=8, out=out) and (tmp_path / name).is_file()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_statistics_of_other_weights_are_refused(measured, tiny_recipe, tmp_path):
