@@ -89,3 +89,20 @@ def test_a_recipe_without_a_teacher_and_one_whose_patches_do_not_fit():
     assert measure(load_config("digits_mae", ["data.train=nowhere"]), 4).teacher is None
     with refused("patch"):
         measure(load_config("digits_dmae", [*TINY, "teacher.patch_size=8"]), 4)
+
+
+def test_a_checkpointed_block_keeps_its_input_alone():
+    def activations(depth: int, checkpointed: bool) -> int:
+        overrides = [
+            f"student.depth={depth}",
+            f"student.checkpoint_blocks={checkpointed}",
+            "data.train=nowhere",
+        ]
+        return measure(load_config("digits_mocov3", overrides), 16).student.activations
+
+    more = {
+        checkpointed: activations(8, checkpointed) - activations(4, checkpointed) for checkpointed in (0, 1)
+    }
+    tokens = 2 * 16 * 65 * 64 * 4  # two views of 16 images, CLS and 64 patches, width 64, fp32
+    assert more[1] == pytest.approx(4 * tokens, rel=0.01)
+    assert more[0] > 10 * more[1]
