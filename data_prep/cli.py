@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dmae_ds.data.shards import ShardError
+from dmae_ds.errors import UserError
 from dmae_ds.output.library_warnings import hide_library_warnings
+from dmae_ds.output.local_path import check_arguments, looks_like_url
 
 PROG = "dmae-shards"
 
@@ -25,10 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     hide_library_warnings()
     args = vars(build_parser().parse_args(argv))
-    command = args.pop("run")
+    command, may_be_url = args.pop("run"), args.pop("may_be_url", ())
     try:
+        check_arguments(args, command=PROG, may_be_url=may_be_url)
         command(**args)
-    except (ShardError, OSError) as error:  # OSError: no space, no permission
+    except (UserError, OSError) as error:  # OSError: no space, no permission
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -37,19 +39,36 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _make(*, src: Path, dst: Path, workers: int, max_skip: int, overwrite: bool, **options: object) -> None:
+def _make(
+    *,
+    src: Path,
+    dst: Path | str,
+    staging: Path | None,
+    workers: int,
+    max_skip: int,
+    overwrite: bool,
+    **options: object,
+) -> None:
     from data_prep.make import MakeOptions, make_shards
 
-    make_shards(src, dst, MakeOptions(**options), num_workers=workers, max_skip=max_skip, overwrite=overwrite)
+    make_shards(
+        src,
+        dst,
+        MakeOptions(**options),
+        staging=staging,
+        num_workers=workers,
+        max_skip=max_skip,
+        overwrite=overwrite,
+    )
 
 
-def _verify(*, dst: Path, **options: object) -> None:
+def _verify(*, dst: Path | str, **options: object) -> None:
     from data_prep.verify import verify_shards
 
     verify_shards(dst, **options)
 
 
-def _info(*, dst: Path, **options: object) -> None:
+def _info(*, dst: Path | str, **options: object) -> None:
     from data_prep.info import print_info
 
     print_info(dst, **options)
@@ -83,7 +102,9 @@ def _add_make(commands: Any) -> None:
     )
     add = command.add_argument
     add("src", metavar="SRC", type=Path, help="SRC/<class>/<image>, or a flat folder")
-    add("dst", metavar="DST", type=Path, help="the shard folder")
+    add("dst", metavar="DST", type=_place, help="the shard folder, or an s3:// or gs:// URL of one")
+    add("--staging", type=Path, metavar="FOLDER", help="for a URL: where shards are made; continues from it")
+    command.set_defaults(may_be_url=["dst"])
     add("--samples-per-shard", type=_at_least(1), default=1000, metavar="N", help="default 1000")
     _add_workers(command)
     add("--seed", type=int, default=0, metavar="N", help="seed of the shuffle into shards; default 0")
@@ -114,7 +135,8 @@ def _add_make(commands: Any) -> None:
 def _add_verify(commands: Any) -> None:
     text = "read a shard folder again, and list what differs from manifest and index"
     command = _add_command(commands, "verify", _verify, text)
-    command.add_argument("dst", metavar="DST", type=Path, help="the shard folder")
+    command.add_argument("dst", metavar="DST", type=_place, help="the shard folder, or its URL")
+    command.set_defaults(may_be_url=["dst"])
     command.add_argument(
         "--sample",
         type=_share,
@@ -127,7 +149,8 @@ def _add_verify(commands: Any) -> None:
 
 def _add_info(commands: Any) -> None:
     command = _add_command(commands, "info", _info, "show what a shard folder holds")
-    command.add_argument("dst", metavar="DST", type=Path, help="the shard folder")
+    command.add_argument("dst", metavar="DST", type=_place, help="the shard folder, or its URL")
+    command.set_defaults(may_be_url=["dst"])
     command.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet")
 
 
@@ -136,6 +159,7 @@ def _add_index(commands: Any) -> None:
     add = command.add_argument
     source = "a folder, or a URL (http, s3, gs, hf) with {000..146} or of a bucket's folder"
     add("tars", metavar="TARS", help=source)
+    command.set_defaults(may_be_url=["tars"])
     target = "where index and manifest go; default: the folder itself"
     add("dst", metavar="DST", type=Path, nargs="?", help=target)
     add("--image", metavar="EXT", help="the member that is the image; default: the first jpg, jpeg or png")
@@ -175,6 +199,11 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=_at_least(1), default=num_cores, metavar="N", help="processes; default: all cores"
     )
+
+
+def _place(text: str) -> Path | str:
+    """A path, or a URL as it is: pathlib would join its slashes."""
+    return text if looks_like_url(text) else Path(text)
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.header import MAX_SHRUNK_PIXELS, find_mode, read_header
+from data_prep.target import open_bucket
 from data_prep.workers import check_parent
 from dmae_ds.data.shards import SOURCES, NewSample, ShardError, draft_shard, index_name
 
@@ -29,7 +30,8 @@ class Settings:
     """Settings of a conversion that every worker needs."""
 
     src: bytes
-    dst: Path
+    dst: Path  # where shards are made
+    url: str | None  # where they are uploaded to
     classes: list[str]
     decode: bool
     resize: int | None
@@ -187,7 +189,11 @@ def _is_done(job: Job, paths: list[bytes]) -> bool:
             f"{job.first + len(paths)} of {SOURCES}); restore them, or start again with --overwrite"
         )
     try:
-        has_size = os.stat(settings.dst / job.name).st_size == entry["shard"].bytes
+        if settings.url is None:
+            num_bytes = os.stat(settings.dst / job.name).st_size
+        else:
+            num_bytes = open_bucket(settings.url).size(job.name)
+        has_size = num_bytes == entry["shard"].bytes
         index = (settings.dst / index_name(job.name)).read_bytes()
     except FileNotFoundError:
         return False
@@ -207,6 +213,11 @@ def _commit(job: Job, commit: Callable[[], None]) -> None:
         commit()
     except OSError as error:
         raise _cannot_write(job, error) from None
+    if job.settings.url is not None:
+        bucket, tar = open_bucket(job.settings.url), job.settings.dst / job.name
+        bucket.put(tar.with_name(index_name(job.name)))
+        bucket.put(tar)
+        tar.unlink()
 
 
 def _cannot_write(job: Job, error: OSError) -> ShardError:

@@ -25,6 +25,7 @@ from data_prep.scan import NotRead
 from data_prep.skip_limit import SkipLimit
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
 from data_prep.workers import Workers
+from dmae_ds.data.refusals import describe, describe_refusal
 from dmae_ds.data.shards import (
     MANIFEST,
     RECORD,
@@ -249,9 +250,9 @@ def _list_remote(url: str) -> list[str]:
         system, path = fsspec.core.url_to_fs(url)
         return sorted(item.rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False))
     except Exception as error:  # each file system has its own
-        raise ShardError(
-            f"TARS '{url}' cannot be listed ({type(error).__name__}: {error}); try URL/NAME-{{000..146}}.tar"
-        ) from None
+        refusal = describe_refusal(error, url.partition("://")[0])
+        way_out = refusal or f"{describe(error)}; try URL/NAME-{{000..146}}.tar"
+        raise ShardError(f"TARS '{url}' cannot be listed: {way_out}") from None
 
 
 def _expand(pattern: str) -> Iterator[str]:

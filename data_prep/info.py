@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 import warnings
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dmae_ds.data.pixels import to_rgb
-from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.reader import CorruptSample, SampleReader
+from dmae_ds.data.shard_set import MANIFEST_BYTES, ShardSet
 from dmae_ds.data.shards import MANIFEST, ShardError
 from dmae_ds.output.units import GIB
 
@@ -18,10 +18,10 @@ COLUMNS, ROWS = 8, 6
 TILE, CAPTION = 128, 16  # pixels
 
 
-def print_info(dst: Path, *, sheet: Path | None = None) -> None:
-    """Print the table, and write the contact sheet."""
+def print_info(dst: Path | str, *, sheet: Path | None = None) -> None:
+    """Print the table, and write the contact sheet. dst: a folder, or its URL as a str."""
     shard_set = ShardSet.open(dst, label="DST")
-    made = json.loads((dst / MANIFEST).read_bytes())["made"] or {}
+    made = json.loads(shard_set.indexes.read_all(MANIFEST, limit=MANIFEST_BYTES))["made"] or {}
     rows = {
         "samples": f"{shard_set.num_samples:,}",
         "skipped": f"{made.get('num_skipped', 0):,}",
@@ -43,28 +43,23 @@ def print_info(dst: Path, *, sheet: Path | None = None) -> None:
 
 def write_sheet(shard_set: ShardSet, path: Path) -> None:
     """Write a sheet of up to 48 images with their classes; the same images each time."""
-    if shard_set.base is not None and not shard_set.base.startswith("/"):
-        raise ShardError(
-            f"--sheet requires local tars, and these are at {shard_set.base}; copy some to a folder and "
-            f"index it"
-        )
-    folder = Path(shard_set.base or shard_set.folder)
     chosen = random.Random(0).sample(range(shard_set.num_samples), min(COLUMNS * ROWS, shard_set.num_samples))
     image = Image.new("RGB", (COLUMNS * TILE, ROWS * (TILE + CAPTION)), "white")
-    draw = ImageDraw.Draw(image)
+    draw, reader = ImageDraw.Draw(image), SampleReader(shard_set)
     for place, sample_id in enumerate(sorted(chosen)):
         shard, row = shard_set.locate(sample_id)
-        record = shard_set.open_index(shard)[row]
-        with open(folder / shard_set.shards[shard].name, "rb") as file:
-            data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+        label = int(shard_set.open_index(shard)[row]["label"])
         left, top = place % COLUMNS * TILE, place // COLUMNS * (TILE + CAPTION)
         try:
-            tile = _open(data)
+            tile = _open(reader.read(sample_id).data)
             tile.thumbnail((TILE - 2, TILE - 2))
             image.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+        except CorruptSample as error:
+            draw.text((left + 2, top + TILE // 2), error.reason[:20], fill="red")
+        except ShardError:
+            raise
         except Exception as error:  # PIL's decoders raise nearly anything
             draw.text((left + 2, top + TILE // 2), type(error).__name__, fill="red")
-        label = int(record["label"])
         name = shard_set.classes[label] if 0 <= label < len(shard_set.classes) else str(label)
         draw.text((left + 2, top + TILE + 2), name.encode("ascii", "replace").decode()[:20], fill="black")
     try:

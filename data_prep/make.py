@@ -37,11 +37,11 @@ from data_prep.convert import Job, Settings, work
 from data_prep.find import Listing, find_images
 from data_prep.journal import Journal
 from data_prep.skip_limit import SkipLimit
+from data_prep.target import BucketTarget, LocalTarget, find_finished, find_target
 from data_prep.workers import Workers
 from dmae_ds.data.shards import (
     JOURNAL,
     MANIFEST,
-    SHARD_NAME,
     SKIPPED,
     SOURCES,
     ShardError,
@@ -86,16 +86,22 @@ class Sources:
 
 def make_shards(
     src: Path,
-    dst: Path,
+    dst: Path | str,
     options: MakeOptions = MakeOptions(),
     *,
+    staging: Path | None = None,
     num_workers: int = 1,
     max_skip: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Convert the images of SRC into DST, or continue to. Raises ShardError, and then DST has no manifest."""
+    """Convert the images of SRC into DST, or continue to. Raises ShardError, and then DST has no manifest.
+
+    dst: a folder, or a URL as a str, whose shards are made in `staging` (target.py)
+    """
     if options.quality is not None and options.resize is None:
         raise ShardError("--quality requires --resize; add --resize N, or remove --quality")
+    target = find_target(dst, staging)
+    dst = target.folder
     _check_folders(src, dst)
     is_new = not dst.exists()
     dst.mkdir(parents=True, exist_ok=True)
@@ -105,20 +111,20 @@ def make_shards(
             stack.callback(journal.close)
             stack.callback(_remove_temporary, dst)
             workers = stack.enter_context(Workers(work, num_workers))  # before the listing fills the memory
-            _make(src, dst, options, journal, workers, max_skip=max_skip, overwrite=overwrite)
+            _make(src, target, options, journal, workers, max_skip=max_skip, overwrite=overwrite)
     except OSError as error:
         raise ShardError(
             f"{error.filename or dst} cannot be written: {error.strerror}; solve this, then run the same "
             f"command to continue"
         ) from None
     finally:
-        if is_new and not any(dst.iterdir()):
+        if (is_new or target.url is not None) and not any(dst.iterdir()):
             dst.rmdir()
 
 
 def _make(
     src: Path,
-    dst: Path,
+    target: LocalTarget | BucketTarget,
     options: MakeOptions,
     journal: Journal,
     workers: Workers,
@@ -141,9 +147,11 @@ def _make(
             f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard"
         )
     plan = _make_plan(listing, options)
-    if _is_complete(dst, plan, journal, overwrite=overwrite):
+    dst = target.folder
+    if _is_complete(target, plan, journal, overwrite=overwrite):
         journal.remove()
-        print(f"{dst} is already complete; add --overwrite to make it again")
+        target.clear()
+        print(f"{target.shown} is already complete; add --overwrite to make it again")
         return
     if journal.plan is None:
         journal.begin(plan)
@@ -153,6 +161,7 @@ def _make(
     settings = Settings(
         src=os.fsencode(src),
         dst=dst,
+        url=target.url,
         classes=listing.classes,
         decode=options.verify == "full",
         resize=options.resize,
@@ -175,12 +184,15 @@ def _make(
         images=images,
         made=plan | {"num_skipped": len(skipped), "sources_sha256": sources.sha256, "modes": dict(modes)},
     )
+    for name in (SOURCES, SKIPPED, MANIFEST):
+        target.publish(name)
     journal.remove()
     sync_folder(dst)
+    target.clear()
     for mode, number in sorted(modes.items()):
         print(f"{number:,} {MODES[mode]}")
     total = sum(shard.num_samples for shard in shards)
-    print(f"{total:,} images in {len(shards):,} shards in {dst}; {len(skipped):,} skipped")
+    print(f"{total:,} images in {len(shards):,} shards in {target.shown}; {len(skipped):,} skipped")
 
 
 def _convert(
@@ -282,45 +294,22 @@ def _make_plan(listing: Listing, options: MakeOptions) -> dict:
     return plan
 
 
-def _is_complete(dst: Path, plan: dict, journal: Journal, *, overwrite: bool) -> bool:
+def _is_complete(
+    target: LocalTarget | BucketTarget, plan: dict, journal: Journal, *, overwrite: bool
+) -> bool:
     """Whether DST holds the set of `plan`; `overwrite` removes an old set.
 
     Raises ShardError if DST holds another set.
     """
-    old = [path for path in list_files(dst) if path.name != JOURNAL]
-    if overwrite:
-        for path in old:  # the manifest first, so that a partly removed set does not look finished
+    if not overwrite:
+        return find_finished(target, plan, journal.plan)
+    # the manifest first, so that a partly removed set does not look finished
+    for name in target.names():
+        target.remove(name)
+    for path in list_files(target.folder):
+        if path.name != JOURNAL:
             path.unlink()
-        return False
-    if (dst / MANIFEST).exists():
-        state, old_plan = "a finished shard set", _read_made(dst)
-    elif journal.plan is not None:
-        state, old_plan = "an unfinished shard set", journal.plan
-    elif any(SHARD_NAME.fullmatch(path.name) for path in old):
-        raise ShardError(
-            f"DST '{dst}' holds files of a shard set ({old[0].name}) but no {JOURNAL}; add --overwrite to "
-            f"replace it"
-        )
-    else:
-        return False
-    for key in plan:
-        if old_plan.get(key) != plan[key]:
-            difference = f"{key}: found {old_plan.get(key)!r}, requested {plan[key]!r}"
-            if key in ("num_sources", "listing_sha256"):
-                difference = "the files of SRC or their labels changed"
-            raise ShardError(
-                f"DST '{dst}' holds {state} that was made differently ({difference}); use the same options, "
-                f"or add --overwrite to replace it"
-            )
-    return (dst / MANIFEST).exists()
-
-
-def _read_made(dst: Path) -> dict:
-    """The plan in a manifest; empty if it cannot be read."""
-    try:
-        return dict(json.loads((dst / MANIFEST).read_bytes())["made"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    return False
 
 
 def _check_folders(src: Path, dst: Path) -> None:

@@ -19,7 +19,7 @@ from data_prep.header import read_header
 from data_prep.scan import BLOCK
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
 from data_prep.workers import Workers, check_parent
-from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.shard_set import HEADER_BYTES, MANIFEST_BYTES, ShardSet
 from dmae_ds.data.shards import (
     MANIFEST,
     RECORD,
@@ -30,15 +30,21 @@ from dmae_ds.data.shards import (
     index_name,
     ustar_header,
 )
+from dmae_ds.data.storage import LocalFolder, RemoteFolder
 
 MAX_SHOWN = 20
+PIECE_BYTES = 2**24
+_opened: dict[str, ShardSet] = {}  # of a worker, with its connections: each job brings the set again
 
 
-def verify_shards(dst: Path, *, sample: float = 1.0, workers: int = 1) -> None:
-    """Compare a folder with its manifest; print the differences. Raises ShardError if there are any."""
+def verify_shards(dst: Path | str, *, sample: float = 1.0, workers: int = 1) -> None:
+    """Compare a folder with its manifest; print the differences. Raises ShardError if there are any.
+
+    dst: a folder, or its URL as a str
+    """
     shard_set = ShardSet.open(dst, label="DST")
-    made = json.loads((dst / MANIFEST).read_bytes())["made"] or {}
-    differences = _check_lists(dst, made)
+    made = json.loads(shard_set.indexes.read_all(MANIFEST, limit=MANIFEST_BYTES))["made"] or {}
+    differences = _check_lists(shard_set.indexes, made)
     jobs = [(shard_set, made, number, sample) for number in range(len(shard_set.shards))]
     num_read = 0
     with Workers(_work, workers) as pool, tqdm(total=len(jobs), unit=" shards", disable=None) as progress:
@@ -61,37 +67,44 @@ def verify_shards(dst: Path, *, sample: float = 1.0, workers: int = 1) -> None:
 
 
 def _work(job: tuple) -> tuple[tuple[list[str], int], Callable[[], None]]:
-    return _check_shard(*job), lambda: None
+    shard_set, *rest = job
+    shard_set = _opened.setdefault(str(shard_set.folder), shard_set)
+    return _check_shard(shard_set, *rest), lambda: None
 
 
-def _check_lists(dst: Path, made: dict) -> list[str]:
+def _check_lists(folder: LocalFolder | RemoteFolder, made: dict) -> list[str]:
     """Differences of sources.txt and skipped.jsonl."""
     differences = []
+    sizes = folder.sizes([SOURCES, SKIPPED])
     if "sources_sha256" in made:
         digest, lines = hashlib.sha256(), 0
-        try:
-            with open(dst / SOURCES, "rb") as file:
-                while piece := file.read(2**20):
-                    digest.update(piece)
-                    lines += piece.count(b"\n")
-            if digest.hexdigest() != made["sources_sha256"] or lines != made["num_sources"]:
-                differences.append(f"{SOURCES}: not the list that the set was made with")
-        except FileNotFoundError:
+        for piece in _pieces(folder, SOURCES, sizes.get(SOURCES, 0)):
+            digest.update(piece)
+            lines += piece.count(b"\n")
+        if SOURCES not in sizes:
             differences.append(f"{SOURCES}: missing")
+        elif digest.hexdigest() != made["sources_sha256"] or lines != made["num_sources"]:
+            differences.append(f"{SOURCES}: not the list that the set was made with")
     if "num_skipped" in made:
-        try:
-            lines = (dst / SKIPPED).read_bytes().count(b"\n")
-        except FileNotFoundError:
-            lines = 0
+        lines = sum(piece.count(b"\n") for piece in _pieces(folder, SKIPPED, sizes.get(SKIPPED, 0)))
         if lines != made["num_skipped"]:
             differences.append(f"{SKIPPED}: found {lines:,} files, expected {made['num_skipped']:,}")
     return differences
 
 
+def _pieces(folder: LocalFolder | RemoteFolder, name: str, size: int) -> Iterator[bytes]:
+    """The content of a file, piece by piece; nothing for an empty or missing one."""
+    if size:
+        file = folder.open(name, size=size)
+        for offset in range(0, size, PIECE_BYTES):
+            yield file.read(offset, min(PIECE_BYTES, size - offset))
+
+
 def _check_shard(shard_set: ShardSet, made: dict, number: int, sample: float) -> tuple[list[str], int]:
     """Compare one shard with its index and manifest; returns (differences, samples read)."""
     shard = shard_set.shards[number]
-    text = (shard_set.folder / index_name(shard.name)).read_bytes()
+    limit = HEADER_BYTES + shard.num_samples * RECORD.itemsize
+    text = shard_set.indexes.read_all(index_name(shard.name), limit=limit)
     if hashlib.sha256(text).hexdigest() != shard.index_sha256:
         return [f"{index_name(shard.name)}: not the index of the manifest"], 0
     try:

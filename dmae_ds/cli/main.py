@@ -29,6 +29,7 @@ from dmae_ds.distributed.world import check_device_variable, whole_lines
 from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, worker_failure
 from dmae_ds.output.library_warnings import hide_library_warnings
 from dmae_ds.output.lines import be_quiet
+from dmae_ds.output.local_path import check_arguments
 
 GROUPS = {
     "train": add_train,
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         be_quiet()
     try:
         check_device_variable()
+        check_arguments(vars(args), command="dmae-ds", may_be_url=["license"])
         args.command(args)
     except UserError as error:
         return _print_error(error, code=2)

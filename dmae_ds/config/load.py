@@ -18,6 +18,10 @@ from dmae_ds.config.saved import with_paths_from_here
 from dmae_ds.config.shipped import find_file
 from dmae_ds.config.yaml_text import OverrideText, Plain, read_yaml, settle
 from dmae_ds.errors import UserError
+from dmae_ds.output.local_path import check_local
+
+# Keys that may hold a URL. Every other key with one is refused, but for the options of an own objective.
+TAKES_URL = ("data.train", "data.val", "teacher.license")
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -56,7 +60,25 @@ def load_config(
         config = schema.model_validate(settle(values, [schema]))
     except ValidationError as error:
         raise UserError("\n".join(_explain(item, schema) for item in error.errors())) from None
+    check_places(config)
     return with_numbers_of_own_file(config) if isinstance(config, RunConfig) else config
+
+
+def check_places(config: BaseModel) -> None:
+    """Raise UserError where a key holds a URL and means a file or folder of this machine."""
+    for key, value in flatten(config.model_dump(mode="json")).items():
+        if not isinstance(value, str) or key in TAKES_URL or key.startswith("objective."):
+            continue
+        instead = "copy it here, and give its path"
+        if key == "run.dir":
+            instead = (
+                "checkpoints are renamed, locked and synced, which a bucket can't do: give a folder on a "
+                "disk that outlives the job, and copy it meanwhile with a command such as "
+                f"`aws s3 sync FOLDER {value}`"
+            )
+        elif key == "data.cache_dir":
+            instead = "give a folder on a local disk"
+        check_local(key, value, instead=instead)
 
 
 def _lay_over(below: dict, above: dict) -> dict:

@@ -244,13 +244,14 @@ def compute_fingerprint(classes: list[str], shards: list[Shard]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def is_file_of_set(name: str) -> bool:
+    """Whether a file name is one of this format, or of such a file that is being written."""
+    name = name.removesuffix(".tmp")
+    tar_name = name.removesuffix(".index.npy") + ".tar" if name.endswith(".index.npy") else name
+    return name in (MANIFEST, SOURCES, SKIPPED, JOURNAL) or SHARD_NAME.fullmatch(tar_name) is not None
+
+
 def list_files(folder: Path) -> list[Path]:
     """List the files in `folder` that have a name of this format, the manifest first."""
-
-    def is_ours(name: str) -> bool:
-        name = name.removesuffix(".tmp")
-        tar_name = name.removesuffix(".index.npy") + ".tar" if name.endswith(".index.npy") else name
-        return name in (MANIFEST, SOURCES, SKIPPED, JOURNAL) or SHARD_NAME.fullmatch(tar_name) is not None
-
-    files = [path for path in folder.iterdir() if is_ours(path.name) and not path.is_dir()]
+    files = [path for path in folder.iterdir() if is_file_of_set(path.name) and not path.is_dir()]
     return sorted(files, key=lambda path: (path.name != MANIFEST, path.name))

@@ -5,6 +5,7 @@ A local folder (also NFS, Lustre, a mounted bucket) is read by `pread`; `http(s)
 local disk (cache.py). Without torch; fsspec is imported only when a URL is opened.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from dmae_ds.data.cache import ChunkCache, make_cache
+from dmae_ds.data.refusals import describe, describe_refusal
 from dmae_ds.data.shards import ShardError
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 # URL scheme -> the package that it requires besides fsspec
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 LISTED = ("s3", "gs", "hf")  # schemes in which one listing gives the sizes of a whole folder
-PERMANENT_STATUS = (400, 401, 403, 404, 405, 410, 416)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
+SLOWEST_BYTES_PER_S = 2**19  # of an upload
 NUM_THREADS = 16  # parallel requests of one process
 
 T = TypeVar("T")
@@ -174,6 +176,11 @@ class RemoteFolder:
                     f"{self.label} '{self.url}': {self.scheme}:// requires {PACKAGES[self.scheme]} "
                     f"({error}); install dmae-ds[remote]"
                 ) from None
+            except Exception as error:  # such as a profile of AWS that does not exist
+                refusal = describe_refusal(error, self.scheme)
+                if refusal is None:
+                    raise
+                raise ShardError(f"{self.label} '{self.url}': {refusal}") from None
             logging.getLogger("fsspec").setLevel(logging.ERROR)
             if self.scheme == "s3":
                 system.retries = 1  # its own retries do not respect our limits
@@ -204,6 +211,14 @@ class RemoteFolder:
         """Names of the files in the folder; only for the schemes in LISTED. Raises ShardError."""
         return list(self._listing())
 
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes; None where it does not exist. Raises ShardError."""
+        try:
+            info = self._retry(self.path(name), lambda: self._call(self.system().info, self.path(name)))
+        except FileNotFoundError:
+            return None
+        return info.get("size")
+
     def _listing(self) -> dict[str, int]:
         entries = self._retry(self.url, lambda: self._call(self.system().ls, self.url, detail=True))
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries}
@@ -233,6 +248,30 @@ class RemoteFolder:
         """Open a file for reading; no request is sent."""
         return RemoteFile(self, name, size)
 
+    def put(self, path: Path) -> None:
+        """Upload a file under its name; it appears whole or not at all. Raises ShardError."""
+        num_bytes, url = path.stat().st_size, self.path(path.name)
+        patience_s = max(self.access.timeout_s, num_bytes / SLOWEST_BYTES_PER_S)
+
+        def upload() -> None:
+            self._call(self.system().put_file, str(path), url, timeout_s=patience_s)
+            self.system().invalidate_cache()
+            found = self._call(self.system().info, url)["size"]
+            if found != num_bytes:
+                raise ConnectionError(f"{found} of {num_bytes} bytes arrived")
+
+        try:
+            self._retry(url, upload, "written")
+        except FileNotFoundError as error:
+            raise ShardError(f"{url} cannot be written: {describe(error)}; does the bucket exist?") from None
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it exists. Raises ShardError."""
+        with contextlib.suppress(FileNotFoundError):
+            self._retry(
+                self.path(name), lambda: self._call(self.system().rm_file, self.path(name)), "removed"
+            )
+
     def _fetch(self, name: str, offset: int, size: int) -> bytes:
         data = self._call(self.system().cat_file, self.path(name), start=offset, end=offset + size)
         if len(data) > size:
@@ -242,13 +281,13 @@ class RemoteFolder:
             )
         return data
 
-    def _call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, function: Callable, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> Any:
         # fsspec cancels asynchronous requests after this time; other file systems have limits of their own
         if getattr(self.system(), "async_impl", False):
-            kwargs["timeout"] = self.access.timeout_s
+            kwargs["timeout"] = timeout_s or self.access.timeout_s
         return function(*args, **kwargs)
 
-    def _retry(self, what: str, call: Callable[[], T]) -> T:
+    def _retry(self, what: str, call: Callable[[], T], verb: str = "read") -> T:
         """Call until it succeeds. Raises ShardError after the last try; FileNotFoundError passes."""
         wait, jitter = FIRST_WAIT_S, random.Random(os.urandom(8))
         for tries_left in range(self.access.retries, -1, -1):
@@ -256,20 +295,17 @@ class RemoteFolder:
                 return call()
             except (FileNotFoundError, ShardError):
                 raise
-            except PermissionError as error:
-                raise ShardError(
-                    f"{what}: permission denied ({error}); check the credentials of {self.scheme}://"
-                ) from None
             except Exception as error:  # every library has its own exceptions for a failed connection
-                status = getattr(error, "status", None)
-                reason = f"{type(error).__name__} {' '.join(str(error).split())}".strip()[:200]
-                if status in PERMANENT_STATUS:
-                    raise ShardError(f"{what}: the server refused the request ({reason})") from None
+                refusal = describe_refusal(error, self.scheme)
+                if refusal is not None:
+                    raise ShardError(f"{what}: {refusal}") from None
                 if not tries_left:
-                    tries = self.access.retries + 1
+                    way_out = "raise data.retries or data.timeout_s"
+                    if not self.label.startswith("data."):
+                        way_out = "try again when the server answers"
                     raise ShardError(
-                        f"{what} cannot be read: {tries} tries, the last: {reason}; raise data.retries or "
-                        f"data.timeout_s"
+                        f"{what} cannot be {verb}: {self.access.retries + 1} tries, the last: "
+                        f"{describe(error)}; {way_out}"
                     ) from None
             time.sleep(wait * jitter.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_WAIT_S)

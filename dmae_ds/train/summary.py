@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.needs import View
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
@@ -33,6 +34,7 @@ def summary(
     rows = {
         "run": f"{preflight.run_dir} {_describe_start(preflight)}, seed {config.run.seed}",
         "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; {shards.order_guarantee}",
+        "reading": describe_reading(preflight),
         "student": describe_student(config, objective),
         **of_teacher,
         "objective": f"{config.objective.name}: {objective.describe()}",
@@ -46,6 +48,17 @@ def summary(
         "WARNING": "; ".join(filter(None, [of_teacher.get("WARNING"), repeats])),
     }
     return "\n".join(f"{name:<10}{text}" for name, text in rows.items() if text)
+
+
+def describe_reading(preflight: Preflight) -> str:
+    """Row that proposes larger reads from URLs; empty for folders, and where blocks are read."""
+    data, shards = preflight.config.data, preflight.shards
+    is_remote = isinstance(shards, ShardSet) and shards.tars.is_remote
+    if not is_remote or data.block > 1:
+        return ""
+    often = "in the first epoch" if data.cache_dir else "in every epoch"
+    text = f"data.block=1 makes a request for each image {often}; data.block=16 makes a sixteenth as many"
+    return text if data.cache_dir else f"{text}, and data.cache_dir=FOLDER keeps what was read"
 
 
 def _describe_start(preflight: Preflight) -> str:
