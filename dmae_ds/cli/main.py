@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 from dmae_ds import __version__
 from dmae_ds.cli.bench import add_bench
@@ -24,6 +25,7 @@ from dmae_ds.cli.recipes import add_recipes
 from dmae_ds.cli.report import add_report
 from dmae_ds.cli.teacher import add_teacher
 from dmae_ds.cli.train import add_train
+from dmae_ds.config.own_code import look_in
 from dmae_ds.distributed.tasks import rank_in_env
 from dmae_ds.distributed.world import check_device_variable, whole_lines
 from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, worker_failure
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += extra
     if getattr(args, "quiet", False):
         be_quiet()
+    look_in(Path.cwd())  # own code of a recipe: `dmae-ds` itself does not look there
     try:
         check_device_variable()
         check_arguments(vars(args), command="dmae-ds", may_be_url=["license"])

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dmae_ds.config.own_code import look_in
 from dmae_ds.config.own_file import with_numbers_of_own_file
 from dmae_ds.config.run import RunConfig
 from dmae_ds.config.saved import with_paths_from_here
@@ -33,14 +34,18 @@ def load_config(
     schema: type[Schema] = RunConfig,
     kind: str = "recipe",
     below: dict | None = None,
+    context: dict | None = None,
 ) -> Schema:
     """Read a recipe (path or shipped name) and apply overrides such as `objective.mask_ratio=0.9`.
 
     schema: the root schema; kind: of its shipped recipes (shipped.py)
     below: values that are used where the recipe gives none
+    context: of pydantic's validators; None: the recipe's own folder may be imported from
     Raises UserError with one line for every key that is unknown, missing or out of range.
     """
     path = find_file(kind, recipe)
+    if context is None:
+        look_in(path.parent)
     try:
         values = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
     except UnicodeDecodeError as error:
@@ -57,7 +62,7 @@ def load_config(
             )
         _set(values, key, OverrideText(key, text))
     try:
-        config = schema.model_validate(settle(values, [schema]))
+        config = schema.model_validate(settle(values, [schema]), context=context)
     except ValidationError as error:
         raise UserError("\n".join(_explain(item, schema) for item in error.errors())) from None
     check_places(config)
@@ -167,15 +172,19 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
-def read_saved_config(run_dir: Path) -> RunConfig:
-    """Read the config of a run folder, its paths as found from here. Raises UserError where there is none."""
+def read_saved_config(run_dir: Path, *, student_only: bool = False) -> RunConfig:
+    """Read the config of a run folder, its paths as found from here. Raises UserError where there is none.
+
+    student_only: the code of an own objective need not be here; its section is read as it is
+    """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(
             f"'{run_dir}' is not a run folder: it has no config.yaml; name a folder that `dmae-ds train` "
             "wrote"
         )
-    return with_paths_from_here(load_config(str(path)), run_dir)
+    config = load_config(str(path), context={"student_only": student_only})
+    return with_paths_from_here(config, run_dir)
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:

@@ -160,7 +160,7 @@ def _wants_string(annotations: list) -> bool:
 def _schemas(annotations: list, section: dict) -> list[type[BaseModel]]:
     """Schemas of a section; where several are allowed, the one whose `name` the section has."""
     schemas = [kind for kind in annotations if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    if len(schemas) < 2:
+    if len(schemas) < 2 or not all("name" in schema.model_fields for schema in schemas):
         return schemas
     name = section.get("name")
     name = name.as_string() if isinstance(name, OverrideText) else name

@@ -17,7 +17,7 @@ def check_run(run: Path, *, labels: str, subset_seed: int | None) -> None:
     The index of the shards is read, and no image.
     """
     check_labels(labels, subset_seed)
-    data = read_saved_config(run).data
+    data = read_saved_config(run, student_only=True).data
     find_student(run)
     open_labelled(data)
 

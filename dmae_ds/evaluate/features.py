@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -31,6 +30,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.early import find_student
 from dmae_ds.models.patches import Normalize
+from dmae_ds.models.vit import find_builder
 from dmae_ds.output.progress import LINE_EVERY_S, Progress
 
 # Tokens after the final norm, [N, 1 + L, D] with CLS first -> features [N, D], or [N, L, D] of the patches.
@@ -102,7 +102,7 @@ def read_step(run: Path) -> int:
 
 def build_timm(config: ModelConfig) -> VisionTransformer:
     """Build the network of a recipe's section in timm's own class, without a head; its weights are random."""
-    return timm.create_model(config.name, num_classes=0, **config.overrides())
+    return find_builder(config.name, "student")(num_classes=0, **config.overrides())
 
 
 def load_student(run: Path) -> VisionTransformer:
@@ -110,7 +110,7 @@ def load_student(run: Path) -> VisionTransformer:
 
     Raises UserError where the file is missing, damaged, or holds another network than config.yaml names.
     """
-    config = read_saved_config(run).student
+    config = read_saved_config(run, student_only=True).student
     path = find_student(run)
     student = build_timm(config)
     try:

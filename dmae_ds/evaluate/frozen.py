@@ -67,7 +67,7 @@ def open_frozen(
             f"batch size {batch_size}, cache {cache_gib:g} GiB: expected at least 1 image and at least 0 GiB"
         )
     seed = check_labels(labels, subset_seed)
-    config = read_saved_config(run)
+    config = read_saved_config(run, student_only=True)
     data = config.data
     train, val = open_labelled(data)
     ids = open_subset(run, train, labels=labels, seed=seed, write=processes.is_main_process)

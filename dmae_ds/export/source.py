@@ -145,7 +145,7 @@ def open_source(folder: Path, what: str) -> Source:
 
 
 def _open_student(run: Path, what: str) -> Source:
-    config = read_saved_config(run)
+    config = read_saved_config(run, student_only=what == "encoder")
     tensors, metadata = _read(
         run / "student.safetensors",
         "a run writes it with its first checkpoint: wait for one, or set checkpoint.every_steps lower",
@@ -200,7 +200,7 @@ def _open_classifier(folder: Path) -> Source:
     _fill(model, tensors, folder)
     run_files = [folder.parent / name for name in ("config.yaml", "student.safetensors")]
     run = folder.parent if all(path.is_file() for path in run_files) else None
-    config = None if run is None else read_saved_config(run)
+    config = None if run is None else read_saved_config(run, student_only=True)
     return Source(
         what="classifier",
         run=run,

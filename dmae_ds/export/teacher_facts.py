@@ -34,7 +34,7 @@ def describe_teacher(config: RunConfig) -> dict | None:
         return None
     path = None if teacher.weights is None else Path(teacher.weights).expanduser()
     run = _run_of(path)
-    above = describe_teacher(read_saved_config(run)) if run is not None else None
+    above = describe_teacher(read_saved_config(run, student_only=True)) if run is not None else None
     licence, stated_by = _licence(teacher, path, run, above)
     return {
         "name": teacher.name,

@@ -60,7 +60,7 @@ def find_source(
                 f"'{file}' not found; a training run writes it with its first checkpoint. "
                 "To evaluate the result of an evaluation, name its best.safetensors"
             )
-        trained = read_saved_config(run)
+        trained = read_saved_config(run, student_only=True)
         below |= {
             "run": {"dir": _IN_RUN, "seed": trained.run.seed},
             "network": trained.student.model_dump(

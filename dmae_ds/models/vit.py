@@ -8,8 +8,7 @@ student is a plain ViT with a CLS token; a teacher may be any timm VisionTransfo
 
 from __future__ import annotations
 
-import importlib
-from typing import Iterable
+from typing import Callable, Iterable
 
 import timm
 import torch
@@ -20,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmae_ds.config.own_code import import_own
 from dmae_ds.errors import UserError
 from dmae_ds.models.positions import sincos_positions
 from dmae_ds.models.recompute import run_twice
@@ -39,7 +39,7 @@ def build_timm_vit(
     img_size, patch_size = overrides.get("img_size"), overrides.get("patch_size")
     if img_size and patch_size and img_size % patch_size:
         raise UserError(f"{where}.img_size {img_size} is not a multiple of {where}.patch_size {patch_size}")
-    create = _find_builder(name, where)
+    create = find_builder(name, where)
     try:
         with init_empty_weights(include_buffers=False):
             vit = create(num_classes=0, **overrides)
@@ -62,12 +62,15 @@ def build_timm_vit(
     return vit
 
 
-def _find_builder(name: str, where: str):
+def find_builder(name: str, where: str) -> Callable[..., nn.Module]:
+    """The function that builds a network: timm's by its name, or your own `module:function`.
+
+    Raises UserError that names the recipe's section `where`.
+    """
     if ":" in name:
-        module, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
+            return import_own(name)
+        except ImportError as error:
             raise UserError(
                 f"{where}.name '{name}' can't be imported ({error}); give module:function, or a timm name"
             ) from None

@@ -61,9 +61,24 @@ def build_objective(
     for module in objective.modules():
         if isinstance(module, (MaskedViT, TokenDecoder)):
             module.checkpoint_blocks = config.student.checkpoint_blocks
+    check_taps(objective.taps, shape)
     if config.teacher is not None:
         check_teacher_keys(config.teacher, objective.taps)
     return objective, shape
+
+
+def check_taps(taps: tuple[str, ...], shape: TeacherShape | None) -> None:
+    """Raise UserError for a tap that the teacher does not have, or where there is no teacher."""
+    for tap in taps:
+        kind, number = split_tap(tap)
+        if shape is None:
+            raise UserError(
+                f"the objective taps '{tap}' of a teacher, and the recipe has none; give teacher.name and "
+                "teacher.weights, and set needs_teacher in the objective's Config"
+            )
+        depth = shape.decoder_depth if kind == "decoder" else shape.depth
+        if number > depth:
+            raise UserError(f"the objective taps '{tap}', and the teacher has {kind}/1 to {kind}/{depth}")
 
 
 def check_teacher_keys(teacher: TeacherConfig, taps: tuple[str, ...]) -> None:

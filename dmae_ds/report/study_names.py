@@ -41,7 +41,7 @@ def describe_training(config: RunConfig) -> dict[str, object]:
     for name, model in (("teacher", config.teacher), ("student", config.student)):
         folder = find_source_run(model)
         if folder is not None:
-            source = describe_training(read_saved_config(folder))
+            source = describe_training(read_saved_config(folder, student_only=True))
             if not _is_student_of(folder, model):
                 source["evaluation"] = Path(model.weights).parent.name
             flat[f"{name}.weights"] = source

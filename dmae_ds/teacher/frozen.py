@@ -13,6 +13,7 @@ from typing import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
 from dmae_ds.output.units import size_text
@@ -198,12 +199,16 @@ class NoTeacher:
 def split_tap(tap: str) -> tuple[str, int]:
     """Split "block/18" into ("block", 18), "decoder/4" into ("decoder", 4), counted from 1.
 
-    "prediction" and "logits" have the number 0.
+    "prediction" and "logits" have the number 0. Raises UserError for another tap.
     """
     if tap in ("prediction", "logits"):
         return tap, 0
     kind, _, number = tap.partition("/")
-    assert kind in ("block", "decoder") and number.isdigit(), f"unknown tap {tap}"
+    if kind not in ("block", "decoder") or not number.isdigit() or not int(number):
+        raise UserError(
+            f"the objective taps '{tap}', which is unknown; taps are block/N and decoder/N, with blocks "
+            "counted from 1, prediction and logits"
+        )
     return kind, int(number)
 
 

@@ -73,6 +73,26 @@ def logged_collectives() -> Iterator[Callable[[], float]]:
         comms_logger.enabled = False
 
 
+def check_losses(losses: object, objective: str) -> None:
+    """Raise UserError unless an objective's forward returned a scalar "loss" with a gradient, and parts."""
+    loss = losses.get("loss") if isinstance(losses, dict) else None
+    if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:
+        return
+    found = type(losses).__name__
+    if isinstance(losses, dict):
+        found = f"a dict of {', '.join(map(str, losses)) or 'nothing'}"
+    if isinstance(loss, Tensor):
+        found = (
+            f"a loss of shape {list(loss.shape)}, {'with' if loss.requires_grad else 'without'} a gradient"
+        )
+    error = UserError(
+        f"objective {objective}: forward returned {found}; expected a dict of 'loss', a scalar with a "
+        "gradient, and of its parts by name"
+    )
+    error.on_every_rank = True
+    raise error
+
+
 class Engine:
     """An objective under `deepspeed.initialize`, also for one process on a CPU.
 
@@ -123,6 +143,7 @@ class Engine:
         Returns the loss and its named parts, detached.
         """
         losses = self._engine(batch, features)
+        check_losses(losses, type(self.objective).__name__)
         lap("forward")
         self._engine.backward(losses["loss"])
         lap("backward")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dmae_ds.distributed import collectives
-from dmae_ds.errors import RunFailed
+from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.output.durable import write_atomically
 from dmae_ds.output.lines import say
 from dmae_ds.output.progress import Progress
@@ -98,7 +98,11 @@ class MetricLogger:
     def add(self, scalars: dict[str, Tensor], sample_ids: Tensor) -> None:
         """Take one micro-batch's scalars, still on the device."""
         self._names = self._names or list(scalars)
-        assert list(scalars) == self._names
+        if list(scalars) != self._names:
+            raise UserError(
+                f"the objective's forward returned {', '.join(scalars)}, and {', '.join(self._names)} "
+                "before; its names must be the same in every step"
+            )
         values = torch.stack([value.detach().float() for value in scalars.values()])
         self._sums = values if self._sums is None else self._sums + values
         self._ids.append(sample_ids)

@@ -178,8 +178,12 @@ def as_it_began(config: RunConfig, saved: dict) -> RunConfig:
 
 
 def check_is_new(run_dir: Path) -> None:
-    """Raise UserError where a folder holds a run already."""
-    if (run_dir / "config.yaml").exists():
+    """Raise UserError where a folder holds a run already.
+
+    One that ended before its first checkpoint, and has no result, may be started again.
+    """
+    has_something = any((run_dir / name).exists() for name in ("student.safetensors", "results.jsonl"))
+    if (run_dir / "config.yaml").exists() and (has_something or CheckpointFolder(run_dir).all()):
         raise UserError(
             f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, "
             "or choose another run.dir"

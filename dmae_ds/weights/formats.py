@@ -6,12 +6,13 @@ your own:
 
     teacher.format: my_lab.checkpoints:to_timm      # a function str -> str | None, or a Format
 
-imports `my_lab.checkpoints`, which may also register a network of yours with timm.
+imports `my_lab.checkpoints`, which may also register a network of yours with timm. Such a function is given
+the name of every tensor in a checkpoint, its entries joined by dots ("ema.net.blocks.0.norm1.weight"), and
+returns None for what is not part of the network.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import dataclass
 from typing import Callable
@@ -19,8 +20,10 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from dmae_ds.config.own_code import import_own
 from dmae_ds.errors import UserError
 from dmae_ds.weights.label import WEIGHTS, Label
+from dmae_ds.weights.roots import ANYTHING
 
 
 @dataclass(frozen=True)
@@ -233,10 +236,9 @@ def find_format(name: str, *, label: Label = WEIGHTS) -> Format:
     if name in FORMATS:
         return FORMATS[name]
     key = label.format or "the format"
-    module, _, attribute = name.partition(":")
     try:
-        imported = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        imported = import_own(name)
+    except ImportError as error:
         raise UserError(
             f"{key} '{name}' can't be imported ({error}); choose {', '.join(FORMATS)}, auto, or "
             "module:function"
@@ -248,4 +250,4 @@ def find_format(name: str, *, label: Label = WEIGHTS) -> Format:
             f"{key} '{name}' is of type {type(imported).__name__}; give a function from the file's names to "
             "timm's, or a dmae_ds.weights.formats.Format"
         )
-    return Format(f"your own, {name}", imported)
+    return Format(f"your own, {name}", imported, anchor=ANYTHING)

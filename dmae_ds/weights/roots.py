@@ -31,6 +31,10 @@ _AUXILIARY = re.compile(r"(^|_)(momentum|target|key)(_|$)|^encoder_k$|^discrimin
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
+# Of a key map that takes every name of a checkpoint, with its entries, as it is.
+ANYTHING = re.compile(r"(?P<root>)")
+
+
 class SeveralNetworks(UserError):
     """A file holds several networks, and nothing tells which is meant."""
 
@@ -58,6 +62,8 @@ def narrow(container: Container, anchor: re.Pattern) -> Container:
     The same container where there is no root. `note` says what was read and what was not.
     Raises SeveralNetworks where there are several and nothing tells which is meant.
     """
+    if anchor is ANYTHING:
+        return container
     container = _unwrap(container)
     roots = find_roots(container.keys(), anchor)
     if not roots or roots == [""]:

@@ -119,6 +119,8 @@ def my_lab(tmp_path, monkeypatch) -> None:
         "def to_timm(name):\n"
         "    return None if name.startswith('probe.') else name.removeprefix('encoder.')\n"
         "nested = Format('of my lab', to_timm, entries=('net',))\n"
+        "def deep(name):\n"
+        "    return to_timm(name[4:]) if name.startswith('net.') else None\n"
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -133,10 +135,9 @@ def test_a_map_of_the_users_own_is_imported(tmp_path, my_lab):
     }
     expected = reference.features(IMAGES, IDS)
     assert_close(features(load(reference, as_pth()(tmp_path, tensors), "my_lab_maps:to_timm"), IDS), expected)
-    assert_close(
-        features(load(reference, as_pth("net", epoch=3)(tmp_path, tensors), "my_lab_maps:nested"), IDS),
-        expected,
-    )
+    nested = as_pth("net", epoch=3, other={"x": torch.ones(2)})(tmp_path, tensors)
+    for format in ("my_lab_maps:nested", "my_lab_maps:deep"):
+        assert_close(features(load(reference, nested, format), IDS), expected)
 
 
 @pytest.mark.parametrize(
