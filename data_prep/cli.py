@@ -152,6 +152,10 @@ def _add_info(commands: Any) -> None:
     command.add_argument("dst", metavar="DST", type=_place, help="the shard folder, or its URL")
     command.set_defaults(may_be_url=["dst"])
     command.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet")
+    text = "read images, and print the overrides data.mean= and data.std= for a recipe"
+    command.add_argument("--mean-std", action="store_true", help=text)
+    text = "most images to read for --mean-std; default 2000"
+    command.add_argument("--images", type=_at_least(1), default=2000, metavar="N", help=text)
 
 
 def _add_index(commands: Any) -> None:

@@ -25,6 +25,8 @@ from dmae_ds.data.shards import ShardError
 
 SUFFIXES = (b".jpg", b".jpeg", b".jpe", b".png")
 MAX_DEPTH = 100
+READ = "JPEG and PNG are read, as 8-bit RGB"
+CONVERTED = (".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2", ".ppm", ".pgm")  # what PIL opens, too
 
 
 @dataclass
@@ -83,11 +85,29 @@ def find_images(
         where = f"its {len(listing.classes)} class folders" if listing.classes else "it"
         suffixes = ", ".join(suffix.decode() for suffix in SUFFIXES)
         others = ", ".join(f"{number:,} {kind}" for kind, number in listing.ignored.most_common(3))
-        others = f" (but {others}); convert the images to one of these" if others else ""
-        raise ShardError(f"SRC '{src}' has no {suffixes} files in {where}{others}")
+        others = f" (but {others})" if others else ""
+        raise ShardError(
+            f"SRC '{src}' has no {suffixes} files in {where}{others}; {READ}{how_to_convert(src, listing)}"
+        )
+    if how_to_convert(src, listing):
+        listing.notes.append(f"left out: {READ}{how_to_convert(src, listing)}")
     if listing.classes:
         listing.notes += check_classes(listing.classes, set(listing.labels))
     return listing
+
+
+def how_to_convert(src: Path, listing: Listing) -> str:
+    """The line that converts the images of another kind that lie in SRC; empty where there are none."""
+    kind, number = max(
+        ((suffix, listing.ignored[suffix]) for suffix in CONVERTED), key=lambda item: item[1], default=("", 0)
+    )
+    if not number:
+        return ""
+    return (
+        f'; {number:,} {kind} files lie there; convert them: python -c "from pathlib import Path; from PIL '
+        f"import Image; from dmae_ds.data.pixels import to_rgb; [to_rgb(Image.open(p)).save(p.with_suffix("
+        f"'.png')) for p in Path('{src}').rglob('*{kind}')]\""
+    )
 
 
 def _find_by_folder(src: Path, listing: Listing, classes_file: Path | None) -> None:

@@ -90,6 +90,6 @@ def _ask_pil(data: bytes | bytearray, size: int) -> tuple[str, int, int]:
             with Image.open(io.BytesIO(memoryview(data)[:size]), formats=("JPEG", "PNG")) as image:
                 return EXTENSIONS[image.format], image.width, image.height
     except UnidentifiedImageError:  # its own text contains a memory address
-        raise ValueError("not a JPEG or PNG image") from None
+        raise ValueError("not a JPEG or PNG image, which are read as 8-bit RGB") from None
     except Exception as error:  # PIL raises nearly anything for a broken header
         raise ValueError(f"{type(error).__name__}: {error}") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from data_prep.mean_std import mean_and_std
 from dmae_ds.data.pixels import to_rgb
 from dmae_ds.data.reader import CorruptSample, SampleReader
 from dmae_ds.data.shard_set import MANIFEST_BYTES, ShardSet
@@ -18,8 +19,13 @@ COLUMNS, ROWS = 8, 6
 TILE, CAPTION = 128, 16  # pixels
 
 
-def print_info(dst: Path | str, *, sheet: Path | None = None) -> None:
-    """Print the table, and write the contact sheet. dst: a folder, or its URL as a str."""
+def print_info(
+    dst: Path | str, *, sheet: Path | None = None, mean_std: bool = False, images: int = 2000
+) -> None:
+    """Print the table, and write the contact sheet.
+
+    dst: a folder, or its URL as a str; mean_std: whether to read `images` images for their mean and std
+    """
     shard_set = ShardSet.open(dst, label="DST")
     made = json.loads(shard_set.indexes.read_all(MANIFEST, limit=MANIFEST_BYTES))["made"] or {}
     rows = {
@@ -36,6 +42,10 @@ def print_info(dst: Path | str, *, sheet: Path | None = None) -> None:
     }
     for name, value in rows.items():
         print(f"{name:<12} {value}")
+    if mean_std:
+        mean, std, count = mean_and_std(shard_set, num_images=images)
+        shown = [f"[{', '.join(f'{value:.4f}' for value in values)}]" for values in (mean, std)]
+        print(f"{'mean, std':<12} data.mean='{shown[0]}' data.std='{shown[1]}' (of {count:,} images)")
     if sheet is not None:
         write_sheet(shard_set, sheet)
         print(f"{'sheet':<12} {sheet}")

@@ -38,7 +38,7 @@ def add_eval(subcommands) -> None:
 
 def _add_knn(kinds) -> None:
     knn = kinds.add_parser("knn", help="weighted k-nearest-neighbour top-1 and top-5 on frozen features")
-    knn.add_argument("runs", nargs="+", metavar="RUN", help="run folders, evaluated one after the other")
+    _add_sources(knn)
     knn.add_argument(
         "--k",
         type=int,
@@ -66,7 +66,7 @@ def _add_knn(kinds) -> None:
 
 def _add_probe(kinds) -> None:
     probe = kinds.add_parser("probe", help="logistic regression on frozen, standardised features, by L-BFGS")
-    probe.add_argument("runs", nargs="+", metavar="RUN", help="run folders, evaluated one after the other")
+    _add_sources(probe)
     probe.add_argument(
         "--l2",
         type=float,
@@ -77,6 +77,18 @@ def _add_probe(kinds) -> None:
     )
     _add_frozen(probe)
     probe.set_defaults(command=_probe)
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add the run folders or weights files, and the overrides behind them."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN|FILE",
+        help="run folders or weights files, evaluated one after the other; then data.train= and data.val= "
+        "for other data, and for a file run.dir= and network.name=",
+    )
+    parser.set_defaults(overrides=[])  # words behind an option
 
 
 def _add_frozen(parser: argparse.ArgumentParser) -> None:
@@ -148,10 +160,13 @@ def _probe(args: argparse.Namespace) -> None:
 
 def _check_early(args: argparse.Namespace) -> None:
     """Raise UserError for what can be known of the runs without torch."""
-    from dmae_ds.evaluate.early import check_run
+    from dmae_ds.evaluate.early import check_run, split_words
 
+    places, overrides = split_words([*args.runs, *args.overrides])
+    if overrides:  # a weights file, or other data
+        return
     with same_on_every_rank():
-        for run, labels in itertools.product(args.runs, args.labels):
+        for run, labels in itertools.product(places, args.labels):
             check_run(Path(run), labels=labels, subset_seed=_seed_of(args, labels))
 
 
@@ -162,17 +177,21 @@ def _seed_of(args: argparse.Namespace, labels: str) -> int | None:
 
 def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -> None:
     """Evaluate every run with every share of labels, in one process."""
+    from dmae_ds.evaluate.source import find_sources
+
     options |= {"pool": args.pool, "batch_size": args.batch_size, "cache_gib": args.cache_gib}
     with same_on_every_rank() as world:
         _share_cpus(world)
         rows: list[tuple[str, dict]] = []
-        for run, labels in itertools.product(args.runs, args.labels):
-            if len(args.runs) > 1 and world.is_main:
-                print(f"{run}: ", end="", flush=True)
-            results = evaluate_run(Path(run), labels=labels, subset_seed=_seed_of(args, labels), **options)
+        sources = find_sources([*args.runs, *args.overrides])
+        for source, labels in itertools.product(sources, args.labels):
+            name = str(source.run or source.file)
+            if len(sources) > 1 and world.is_main:
+                print(f"{name}: ", end="", flush=True)
+            results = evaluate_run(source, labels=labels, subset_seed=_seed_of(args, labels), **options)
             # k-NN gives a list, one result for each k; other ranks than the main one have none.
             results = results if isinstance(results, list) else [results]
-            rows += [(run, result) for result in results if result is not None]
+            rows += [(name, result) for result in results if result is not None]
         if len(rows) > 1 and world.is_main:
             from dmae_ds.evaluate.results import results_table
 

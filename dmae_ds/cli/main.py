@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if extra and (not hasattr(args, "overrides") or any(word.startswith("-") for word in extra)):
         root.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:
-        args.overrides += extra
+        args.overrides = [*args.overrides, *extra]
     if getattr(args, "quiet", False):
         be_quiet()
     look_in(Path.cwd())  # own code of a recipe: `dmae-ds` itself does not look there

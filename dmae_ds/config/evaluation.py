@@ -30,6 +30,21 @@ from dmae_ds.config.run import (
 )
 
 
+class FrozenConfig(Section):
+    """What an evaluation of frozen features reads: `data.train=... data.val=...` of `dmae-ds eval knn`."""
+
+    run: RunSection  # its dir gets results.jsonl
+    weights: str  # a run folder or a weights file; the command's first argument
+    format: str = "auto"  # key map of the file: one of TEACHER_FORMATS, auto, or module:function
+    network: ModelConfig
+    data: DataConfig
+
+    @field_validator("format")
+    @classmethod
+    def _format_is_known(cls, value: str) -> str:
+        return known_format(value)
+
+
 class ClassifierConfig(Section):
     """Options of both classifiers: the weights, the labelled images, and where the result goes."""
 

@@ -53,7 +53,13 @@ def load_config(
     if not isinstance(values, dict):
         found = type(values.value if isinstance(values, Plain) else values).__name__
         raise UserError(f"{path}: found {found}, expected sections such as `student:`")
-    values = _lay_over(below or {}, values)
+    return build_config(_lay_over(below or {}, values), overrides, schema=schema, context=context)
+
+
+def build_config(
+    values: dict, overrides: list[str], *, schema: type[Schema], context: dict | None = None
+) -> Schema:
+    """Apply overrides to the values of a recipe and check the result, as `load_config` does."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -122,6 +128,8 @@ def _explain(item: dict, schema: type[BaseModel]) -> str:
     if location[:1] == ["objective"] and len(location) > 1:
         del location[1]
     key = ".".join(location)
+    if item["type"] == "extra_forbidden" and location[-1] == "in_chans":
+        return f"{key} is unknown: images are read as 8-bit RGB, and networks have 3 channels; leave it out"
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1], schema)
         near = get_close_matches(location[-1], known, n=1, cutoff=0.5)

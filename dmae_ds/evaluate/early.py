@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import check_labels, open_labelled
 
+_OVERRIDE = re.compile(r"(data|network|run|format)(\.\w+)*=")  # a path may have a `=`, too
 STUDENT_FILE = "student.safetensors"
 
 
@@ -20,6 +22,12 @@ def check_run(run: Path, *, labels: str, subset_seed: int | None) -> None:
     data = read_saved_config(run, student_only=True).data
     find_student(run)
     open_labelled(data)
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """(run folders and weights files, overrides) of the words behind `dmae-ds eval knn`."""
+    overrides = [word for word in words if _OVERRIDE.match(word)]
+    return [word for word in words if word not in overrides], overrides
 
 
 def find_student(run: Path) -> Path:

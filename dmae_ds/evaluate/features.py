@@ -33,11 +33,12 @@ from dmae_ds.models.patches import Normalize
 from dmae_ds.models.vit import find_builder
 from dmae_ds.output.progress import LINE_EVERY_S, Progress
 
-# Tokens after the final norm, [N, 1 + L, D] with CLS first -> features [N, D], or [N, L, D] of the patches.
+# Tokens after the final norm, [N, R + L, D], CLS first, and R, the number in front of the patches (1: CLS) ->
+# features [N, D], or [N, L, D] of the patches.
 POOLS = {
-    "mean": lambda tokens: tokens[:, 1:].mean(dim=1),
-    "cls": lambda tokens: tokens[:, 0],
-    "patches": lambda tokens: tokens[:, 1:],
+    "mean": lambda tokens, prefix: tokens[:, prefix:].mean(dim=1),
+    "cls": lambda tokens, prefix: tokens[:, 0],
+    "patches": lambda tokens, prefix: tokens[:, prefix:],
 }
 VECTOR_POOLS = ("mean", "cls")  # one feature per image; `patches` is for dense tasks
 
@@ -83,14 +84,15 @@ def precision_of(processes: Processes) -> str:
     return {"no": "fp32"}.get(processes.mixed_precision, processes.mixed_precision)
 
 
-def start_processes(run: Path) -> Accelerator:
+def start_processes(run: Path | None) -> Accelerator:
     """Start accelerate. On a GPU, passes are in the run's precision unless `accelerate launch` gives one.
 
+    run: None for a weights file, whose passes are in fp32
     Raises UserError where the run's config.yaml cannot be read.
     """
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
+    if run is None or "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
         return Accelerator()
-    precision = read_saved_config(run).precision
+    precision = read_saved_config(run, student_only=True).precision
     return Accelerator(mixed_precision={"fp32": "no", "bf16_autocast": "bf16"}.get(precision, precision))
 
 
@@ -142,12 +144,12 @@ def extract_features(
     Row i belongs to the i-th id; every process gets all rows on its device.
     """
     device, num_processes = processes.device, processes.num_processes
-    pool = POOLS[options.pool]
+    pool, prefix = POOLS[options.pool], student.num_prefix_tokens
     normalize = Normalize(options.mean, options.std).to(device)
     num_samples = shard_set.num_samples if subset is None else len(subset)
     num_rows = math.ceil(num_samples / num_processes)  # equal on all processes; the last row may be unused
-    tokens_of_none = torch.zeros(0, 1 + student.patch_embed.num_patches, student.num_features)
-    features = torch.zeros(num_rows, *pool(tokens_of_none).shape[1:], device=device)
+    tokens_of_none = torch.zeros(0, prefix + student.patch_embed.num_patches, student.num_features)
+    features = torch.zeros(num_rows, *pool(tokens_of_none, prefix).shape[1:], device=device)
     labels = torch.zeros(num_rows, dtype=torch.int64, device=device)
     batches = eval_batches(
         shard_set,
@@ -175,7 +177,7 @@ def extract_features(
             with processes.autocast():
                 # [N, 3, H, W] -> [N, H, W, 3] to be normalised -> [N, 3, H, W]
                 pixels = normalize(batch.images.movedim(1, -1)).movedim(-1, 1)
-                features[rows] = pool(student.forward_features(pixels).float())
+                features[rows] = pool(student.forward_features(pixels).float(), prefix)
             labels[rows] = batch.labels
             progress.advance(len(batch.labels) * num_processes)
     return tuple(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dmae_ds.config.load import read_saved_config
 from dmae_ds.distributed.device import device_name
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.feature_cache import FeatureCache
@@ -16,11 +14,10 @@ from dmae_ds.evaluate.features import (
     VECTOR_POOLS,
     FeatureOptions,
     Processes,
-    load_student,
     precision_of,
-    read_step,
 )
 from dmae_ds.evaluate.results import MeasuredOn, interval_text
+from dmae_ds.evaluate.source import FrozenSource
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
 from dmae_ds.models.numerics import fp32_products
 
@@ -44,7 +41,7 @@ class FrozenFeatures:
 
 
 def open_frozen(
-    run: Path,
+    source: FrozenSource,
     *,
     labels: str,
     subset_seed: int | None,
@@ -54,7 +51,7 @@ def open_frozen(
     processes: Processes,
     least_train: int = 1,
 ) -> FrozenFeatures:
-    """Read a run's student and embed its data, or read the features from RUN/features. Collective.
+    """Read a network and embed its data, or read the features from the folder `features`. Collective.
 
     labels, subset_seed: which training images are used (evaluate/subsets.py); least_train: how many are
     needed
@@ -67,22 +64,23 @@ def open_frozen(
             f"batch size {batch_size}, cache {cache_gib:g} GiB: expected at least 1 image and at least 0 GiB"
         )
     seed = check_labels(labels, subset_seed)
-    config = read_saved_config(run, student_only=True)
-    data = config.data
+    data, folder = source.data, source.results
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
     train, val = open_labelled(data)
-    ids = open_subset(run, train, labels=labels, seed=seed, write=processes.is_main_process)
+    ids = open_subset(folder, train, labels=labels, seed=seed, write=processes.is_main_process)
     if len(ids) < least_train:
         raise UserError(
             f"{least_train} labelled training images are needed (--k), labels {labels} gives {len(ids)}; "
             "lower --k, or use more labels"
         )
-    step = read_step(run) if (run / "student.safetensors").is_file() else 0
-    student = load_student(run)
-    cache = FeatureCache(run, student, gib=cache_gib)
+    step, student = source.read_step(), source.load()
+    check_pool_of(student, pool)
+    cache = FeatureCache(folder, student, gib=cache_gib)
     student.to(processes.device)
     options = FeatureOptions.of(data, pool=pool, batch_size=batch_size)
     subset = None if labels == ALL else ids
-    with fp32_products(processes.device, tf32=config.tf32):
+    with fp32_products(processes.device, tf32=source.tf32):
         train_rows = cache.embed(
             student, train, options, processes=processes, title="train features", subset=subset
         )
@@ -110,6 +108,12 @@ def check_pool(pool: str) -> None:
             f"pool {pool} gives one feature per patch; k-NN and the probe require one per image: "
             f"choose {offered}"
         )
+
+
+def check_pool_of(network: nn.Module, pool: str) -> None:
+    """Raise UserError where a network has no CLS token to be pooled."""
+    if pool == "cls" and getattr(network, "cls_token", None) is None:
+        raise UserError("pool cls requires a network with a CLS token, and this one has none; choose mean")
 
 
 def settings_of(processes: Processes, *, pool: str) -> dict:

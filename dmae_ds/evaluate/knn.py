@@ -19,12 +19,13 @@ from dmae_ds.evaluate.features import Processes, start_processes
 from dmae_ds.evaluate.frozen import FrozenFeatures, open_frozen, settings_of
 from dmae_ds.evaluate.neighbours import Blocks, choose_blocks, nearest
 from dmae_ds.evaluate.results import append_result, make_result
+from dmae_ds.evaluate.source import FrozenSource, source_of_run
 
 TOP = 5
 
 
 def evaluate_run(
-    run: Path,
+    run: Path | FrozenSource,
     *,
     ks: list[int],
     temperature: float = 0.07,
@@ -42,9 +43,10 @@ def evaluate_run(
     of range.
     """
     ks = check_vote(ks, temperature)
-    start, accelerator = time.monotonic(), start_processes(run)
+    source = run if isinstance(run, FrozenSource) else source_of_run(run)
+    start, accelerator = time.monotonic(), start_processes(source.run)
     frozen = open_frozen(
-        run,
+        source,
         labels=labels,
         subset_seed=subset_seed,
         pool=pool,
@@ -63,7 +65,7 @@ def evaluate_run(
             settings={"k": k, "temperature": temperature, **settings_of(accelerator, pool=pool)},
             seconds=round(time.monotonic() - start, 3),
         )
-        results.append(append_result(run, result))
+        results.append(append_result(source.results, result))
         second = "" if top5 is None else f", top-5 {top5:.1f}%"
         settings = f"k {k}, T {temperature:g}, {pool} pool"
         print(f"knn top-1 {top1:.1f}%{second} ({settings}, {frozen.describe(top1)})", flush=True)

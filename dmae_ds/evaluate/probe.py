@@ -21,6 +21,7 @@ from dmae_ds.evaluate.features import Processes, start_processes
 from dmae_ds.evaluate.frozen import open_frozen, settings_of
 from dmae_ds.evaluate.logistic import ALONE, BLOCK, Alone, Probe, fit_probe
 from dmae_ds.evaluate.results import append_result, make_result
+from dmae_ds.evaluate.source import FrozenSource, source_of_run
 
 GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)  # strongest first: each fit starts from the one before
 HELD_OUT = 0.1
@@ -28,7 +29,7 @@ TOP = 5
 
 
 def evaluate_run(
-    run: Path,
+    run: Path | FrozenSource,
     *,
     l2: float | None = None,
     max_iterations: int = 500,
@@ -48,9 +49,10 @@ def evaluate_run(
         raise UserError(f"l2 {l2:g}: must be above 0")
     if max_iterations < 1:
         raise UserError(f"iterations {max_iterations}: must be above 0")
-    start, accelerator = time.monotonic(), start_processes(run)
+    source = run if isinstance(run, FrozenSource) else source_of_run(run)
+    start, accelerator = time.monotonic(), start_processes(source.run)
     frozen = open_frozen(
-        run,
+        source,
         labels=labels,
         subset_seed=subset_seed,
         pool=pool,
@@ -74,7 +76,7 @@ def evaluate_run(
             settings={"l2": "held-out" if l2 is None else l2, **settings_of(accelerator, pool=pool)},
             seconds=round(time.monotonic() - start, 3),
         )
-        result = append_result(run, result)
+        result = append_result(source.results, result)
         if not probe.converged:
             print(
                 f"the probe had not converged after {probe.iterations} iterations "
