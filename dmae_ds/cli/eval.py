@@ -1,4 +1,4 @@
-"""`dmae-ds eval knn | probe | finetune | linear`: arguments; torch is imported when a command runs."""
+"""`dmae-ds eval knn | probe | agreement | finetune | linear`: arguments; torch is imported late."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 def add_eval(subcommands) -> None:
     """Add `eval` and its subcommands to the root parser."""
     evaluate = subcommands.add_parser("eval", help="measure how good a student is")
-    kinds = evaluate.add_subparsers(required=True, metavar="knn | probe | finetune | linear")
+    kinds = evaluate.add_subparsers(required=True, metavar="knn | probe | agreement | finetune | linear")
     _add_knn(kinds)
     _add_probe(kinds)
+    _add_agreement(kinds)
     _add_classifier(
         kinds,
         "finetune",
@@ -79,6 +80,16 @@ def _add_probe(kinds) -> None:
     probe.set_defaults(command=_probe)
 
 
+def _add_agreement(kinds) -> None:
+    agreement = kinds.add_parser(
+        "agreement", help="how many neighbours of an image are those that the teacher finds; without labels"
+    )
+    agreement.add_argument("--k", type=int, default=20, help="number of neighbours (default 20)")
+    _add_sources(agreement)
+    _add_embedding(agreement)
+    agreement.set_defaults(command=_agreement)
+
+
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     """Add the run folders or weights files, and the overrides behind them."""
     parser.add_argument(
@@ -92,8 +103,13 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_frozen(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every evaluation on frozen features."""
+    """Add the options of every evaluation on frozen features with labels."""
     add_labels(parser, nargs="+")
+    _add_embedding(parser)
+
+
+def _add_embedding(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how images become features."""
     parser.add_argument(
         "--pool",
         choices=("mean", "cls"),
@@ -158,6 +174,17 @@ def _probe(args: argparse.Namespace) -> None:
     _for_each_run(args, evaluate_run, l2=args.l2, max_iterations=args.max_iterations)
 
 
+def _agreement(args: argparse.Namespace) -> None:
+    from dmae_ds.evaluate.agreement import evaluate_run
+    from dmae_ds.evaluate.source import find_sources
+
+    options = {"k": args.k, "pool": args.pool, "batch_size": args.batch_size, "cache_gib": args.cache_gib}
+    with same_on_every_rank() as world:
+        _share_cpus(world)
+        for source in find_sources([*args.runs, *args.overrides]):
+            evaluate_run(source, **options)
+
+
 def _check_early(args: argparse.Namespace) -> None:
     """Raise UserError for what can be known of the runs without torch."""
     from dmae_ds.evaluate.early import check_run, split_words
@@ -166,8 +193,9 @@ def _check_early(args: argparse.Namespace) -> None:
     if overrides:  # a weights file, or other data
         return
     with same_on_every_rank():
-        for run, labels in itertools.product(places, args.labels):
-            check_run(Path(run), labels=labels, subset_seed=_seed_of(args, labels))
+        runs = [Path(place) for place in places if not Path(place).is_file()]
+        for run, labels in itertools.product(runs, args.labels):
+            check_run(run, labels=labels, subset_seed=_seed_of(args, labels))
 
 
 def _seed_of(args: argparse.Namespace, labels: str) -> int | None:

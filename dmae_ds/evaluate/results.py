@@ -63,6 +63,9 @@ METRICS = {
     "linear": Metric("linear probe", TOP, "top1"),
     "finetune": Metric("fine-tuned", TOP, "top1"),
     "supervised": Metric("supervised", TOP, "top1"),
+    "agreement": Metric(
+        "agreement of neighbours", {"overlap": Score("with the teacher's", "%", 0, 100)}, "overlap"
+    ),
 }
 # Field -> the types that its value may have.
 FIELDS = {
