@@ -24,8 +24,15 @@ EXAMPLES = {
         f"{RECIPE} --gpus 8 --gpu-memory-gib 24",
         f"{RECIPE} precision=bf16_autocast optim.micro_batch=32 --gpus 16 --gpus-per-node 8",
     ),
-    "eval knn": (RUN, f"{RUN} runs/mask90 --k 10 20 --labels all 10%"),
+    "eval knn": (
+        RUN,
+        f"{RUN} runs/mask90 --k 10 20 --labels all 10%",
+        f"{RUN} data.train=shards/other/train data.val=shards/other/val",
+        "dinov2.pth network.name=vit_base_patch14_dinov2 data.train=shards/train data.val=shards/val "
+        "run.dir=runs/dinov2",
+    ),
     "eval probe": (RUN, f"{RUN} --pool cls"),
+    "eval agreement": (RUN, f"{RUN} data.val=shards/other --k 10"),
     "eval finetune": (
         f"{RUN} --recipe finetune_dmae",
         "student.safetensors network.name=vit_base_patch16_224 data.train=shards/train data.val=shards/val "

@@ -145,12 +145,15 @@ class DistConfig(Section):
 
 
 class EvalConfig(Section):
-    """k-NN of the student during training, as `dmae-ds eval knn` measures it; off unless knn_every is set.
+    """Measurements during training: losses on data.val, and k-NN as `dmae-ds eval knn` measures it.
 
-    Each time costs one pass of the student, without gradients, over the labelled images of data.train and
-    over data.val.
+    Both are off unless loss_every and knn_every are set. k-NN costs one pass of the student, without
+    gradients, over the labelled images of data.train and over data.val; the losses need no labels.
     """
 
+    # Epochs between measurements of the objective's losses on data.val, and at the end of the run
+    # (dmae_ds/train/val_loss.py). Not for objectives with an EMA teacher.
+    loss_every: PositiveFloat | None = None
     knn_every: PositiveFloat | None = None  # epochs, as optim.epochs; the end of the run is measured too
     knn_k: PositiveInt = 20  # number of neighbours
     knn_temperature: PositiveFloat = 0.07  # of a neighbour's weight exp(cosine / temperature)
@@ -163,15 +166,10 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
-        if self.knn_every is None and self.model_fields_set - {"knn_every"} and self != EvalConfig():
-            changed = next(
-                name
-                for name in type(self).model_fields
-                if getattr(self, name) != type(self).model_fields[name].default
-            )
-            raise ValueError(
-                f"eval.{changed} requires eval.knn_every; set that too, or remove eval.{changed}"
-            )
+        for name, field in type(self).model_fields.items():
+            is_of_knn = name not in ("knn_every", "loss_every")
+            if is_of_knn and self.knn_every is None and getattr(self, name) != field.default:
+                raise ValueError(f"eval.{name} requires eval.knn_every; set that too, or remove eval.{name}")
         return self
 
 

@@ -50,6 +50,7 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
         "k-NN top-1": _knn(record),
         **_other_results(record),
         **{f"{name} at the end": _loss(record, name, objective) for name in record.losses},
+        **_val_losses(record),
         **_health(record),
         "objective": Fact(config.objective.name, objective.describe()),
         "student": _student(record, objective),
@@ -135,6 +136,17 @@ def _knn(record: RunRecord) -> Fact:
         f"k {knn['settings']['k']}, T {knn['settings']['temperature']:g}, {knn['settings']['pool']} pool; "
         f"{knn['num_train']:,} train, {knn['num_val']:,} val; {measured_at}",
     )
+
+
+def _val_losses(record: RunRecord) -> dict[str, Fact]:
+    """The last losses on data.val, with what they were at their lowest."""
+    facts = {}
+    for column in record.named("val/"):
+        values = [value for value in record.column(column) if math.isfinite(value)]
+        if values:
+            note = f"with training's crops and masks; lowest {min(values):.4f}"
+            facts[f"{column.partition('/')[2]} on data.val"] = Fact(f"{values[-1]:.4f}", note)
+    return facts
 
 
 def _other_results(record: RunRecord) -> dict[str, Fact]:

@@ -15,7 +15,7 @@ Charts = dict[str, Figure]  # {file stem: figure}
 
 
 def draw_losses(records: dict[str, RunRecord]) -> Charts:
-    """Draw one chart for each loss, for k-NN measured during training, and for each share of distillation."""
+    """Draw charts of each loss, also on data.val, of k-NN during training, and of distillation's shares."""
     losses = list(dict.fromkeys(column for record in records.values() for column in record.losses))
     if all(len(record.losses) == 2 for record in records.values()):
         losses.remove("loss")  # a total of one part is that part
@@ -23,6 +23,14 @@ def draw_losses(records: dict[str, RunRecord]) -> Charts:
         safe_name(loss): draw_curves(f"{loss} (training)", _curves(records, loss), unit=_unit_of_loss(loss))
         for loss in losses
     }
+    for column in _columns(records, "val/"):
+        name = column.partition("/")[2]
+        if len(_columns(records, "val/")) == 2 and name == "loss":
+            continue
+        curves = _curves(records, column)
+        charts[safe_name(column)] = draw_curves(
+            f"{name} on data.val", curves, unit=_unit_of_loss(name), points=True
+        )
     knn = _curves(records, "knn/top1")
     if knn:
         charts["knn"] = draw_curves("k-NN on frozen features", knn, unit="top-1, %", points=True)

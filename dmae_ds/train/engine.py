@@ -151,6 +151,15 @@ class Engine:
         lap("optimizer")
         return {name: value.detach() for name, value in losses.items()}
 
+    def evaluate_micro_batch(self, batch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Do forward alone, in evaluation mode and without gradients; returns the loss and its parts."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                return self._engine(batch, features)
+        finally:
+            self._engine.train()
+
     def full_weights(self, *, on_every_rank: bool = False) -> dict[str, Tensor]:
         """Gather the objective's full state dict in fp32 on the CPU, one tensor at a time. Collective.
 

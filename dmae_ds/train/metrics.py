@@ -11,6 +11,7 @@ Each line of RUN/metrics.jsonl is one step:
     seconds/data|teacher|save|rest   where the time went (step_timer.py); a save counts to the step after it
     rank/..., norm/...               every log.every_steps and at the end (collapse.py)
     knn/top1, knn/top5               in percent, where eval.knn_every asks for it (knn.py)
+    val/loss and its parts           on data.val, where eval.loss_every asks for it (val_loss.py)
 """
 
 from __future__ import annotations
@@ -130,9 +131,12 @@ class MetricLogger:
 
         seconds: spent on measuring them; they are left out of every step's time
         """
-        self._notes[self.step] = numbers
+        self._notes.setdefault(self.step, {}).update(numbers)
         if self.is_main:
-            text = ", ".join(f"{name} {value:.1f}%" for name, value in numbers.items())
+            text = ", ".join(
+                f"{name} {value:.4f}" if name.startswith("val/") else f"{name} {value:.1f}%"
+                for name, value in numbers.items()
+            )
             say(f"step {self.step:,}: {text} ({seconds:.1f} s)")
         self._since += seconds
         self.timer.lap()

@@ -104,6 +104,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         check_knn(config)
     if config.student.weights is not None:
         check_weights_file(config.student, "student")
+    if config.eval.loss_every is not None and config.data.val is None:
+        raise UserError("eval.loss_every requires data.val; give data.val=SHARDS, or remove eval.loss_every")
     if config.teacher is not None:
         check_teacher_file(config.teacher)
         check_stages(config.teacher.stages, world.size)

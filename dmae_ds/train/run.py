@@ -308,6 +308,20 @@ def build_evaluations(built: BuiltRun) -> list[Callable[[int], None]]:
     """
     config, run_dir = built.preflight.config, built.preflight.run_dir
     evaluations: list[Callable[[int], None]] = []
+    if config.eval.loss_every is not None:
+        from dmae_ds.train.val_loss import LossDuringTraining
+
+        evaluations.append(
+            LossDuringTraining(
+                built.preflight,
+                built.objective,
+                built.teacher,
+                engine=built.engine,
+                schedule=built.schedule,
+                metric_logger=built.metric_logger,
+                device=built.device,
+            )
+        )
     if config.eval.knn_every is None and built.classifier is None:
         return evaluations
     from dmae_ds.train.accuracy import FinalAccuracy

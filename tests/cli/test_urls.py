@@ -9,15 +9,16 @@ import pytest
 
 from data_prep.cli import build_parser as build_shard_parser
 from data_prep.cli import main as shard_main
+from dmae_ds.cli.examples import commands_below
 from dmae_ds.cli.main import main
 from dmae_ds.config.evaluation import FinetuneConfig
 from dmae_ds.config.load import TAKES_URL, flatten, load_config
 from dmae_ds.output.local_path import looks_like_url
-from tests.cli.test_help import COMMANDS, subparsers_of
+from tests.cli.test_help import COMMANDS
 from tests.messages import refused
 
 URL = "s3://bucket/folder"
-SHARDS = subparsers_of(build_shard_parser())
+SHARDS = {name: command for name, command in commands_below(build_shard_parser()).items() if name}
 TAKES_ONE = {("make", "dst"), ("verify", "dst"), ("info", "dst"), ("index", "tars")}
 
 
@@ -50,7 +51,7 @@ ALL = [
     (program, name, action)
     for program, commands in ((main, COMMANDS), (shard_main, SHARDS))
     for name, command in commands.items()
-    if not subparsers_of(command)
+    if name and len(commands_below(command)) == 1
     for action in arguments(command)
 ]
 

@@ -1,6 +1,7 @@
 """`make`, `info` and `verify` with a URL: a bucket gets the files of the folder, also after a kill."""
 
 import os
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -10,6 +11,8 @@ from data_prep import target
 from data_prep.cli import main
 from data_prep.make import MakeOptions, make_shards
 from dmae_ds.data import storage
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.train.summary import describe_reading
 from tests.messages import refused
 
 URL = "s3://bucket/sets/train"
@@ -103,6 +106,16 @@ def test_shards_of_a_lost_staging_folder_and_places_that_cannot_be_written(src, 
             make_shards(src, place)
     with refused("--staging"):
         make_shards(src, tmp_path / "x", staging=tmp_path / "y")
+
+
+def test_larger_reads_are_proposed_for_a_url_alone(src, bucket, tmp_path):
+    make_shards(src, URL)
+    make_shards(src, tmp_path / "local")
+    for place, block, words in ((URL, 1, "data.block=16"), (URL, 16, ""), (tmp_path / "local", 1, "")):
+        shard_set = ShardSet.open(place, label="data.train")
+        config = SimpleNamespace(data=SimpleNamespace(block=block, cache_dir=None))
+        text = describe_reading(SimpleNamespace(config=config, shards=shard_set))
+        assert words in text and bool(text) == bool(words)
 
 
 class NoCredentialsError(Exception):

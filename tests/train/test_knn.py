@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from dmae_ds.config.load import load_config
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed
+from dmae_ds.evaluate.record import read_record
 from dmae_ds.evaluate.results import read_history
 from dmae_ds.train.knn import is_due
 from dmae_ds.train.preflight import prepare
+from dmae_ds.train.val_loss import check_can_measure
 from tests.messages import refused
 from tests.train.conftest import REPOSITORY, command, run
 
@@ -40,10 +42,10 @@ def test_it_is_due_at_the_first_step_after_each_multiple_and_at_the_end(
 
 @pytest.fixture(scope="module")
 def two_runs(tiny_recipe, tmp_path_factory):
-    """(with, without): run folders of the same 20 steps on one rank, with k-NN in between and without."""
+    """(with, without): run folders of the same 20 steps on one rank, with measurements and without."""
     folder = tmp_path_factory.mktemp("knn")
     recipes = [
-        [*tiny_recipe, f"run.dir={folder / 'with'}", *KNN],
+        [*tiny_recipe, f"run.dir={folder / 'with'}", *KNN, "eval.loss_every=0.09"],
         [*tiny_recipe, f"run.dir={folder / 'without'}"],
     ]
     done = run([command([], ranks=1)[0], "-m", "tests.train.driver", json.dumps(recipes)], cwd=REPOSITORY)
@@ -61,6 +63,28 @@ def test_it_does_not_change_training(two_runs):
     assert {row["step"] for row in rows if "knn/top1" in row} == {8, 16, 20}
     assert not any("knn/top1" in row for row in plain)
     assert not (two_runs[1] / "results.jsonl").exists()
+
+
+def test_losses_on_data_val_are_measured_too(two_runs):
+    rows = [json.loads(line) for line in (two_runs[0] / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row for row in rows if "val/loss" in row}
+    assert set(measured) == {8, 16, 20}
+    names = [name for name in rows[0] if name == "pixel" or name.startswith("align/")]
+    assert len(names) == 2
+    for row in measured.values():
+        assert row["val/loss"] == pytest.approx(sum(row[f"val/{name}"] for name in names), rel=1e-5)
+        assert row["val/loss"] == pytest.approx(row["loss"], rel=0.5) != row["loss"]
+    assert measured[20]["val/loss"] < measured[8]["val/loss"]
+    assert read_record(two_runs[0]).losses == ["loss", *names]
+
+
+@pytest.mark.parametrize("placement, has_ema", [("pipeline", False), ("zero3", False), (None, True)])
+def test_losses_on_data_val_are_refused_where_they_would_change_training(placement, has_ema):
+    check_can_measure("replicated", has_ema=False)
+    check_can_measure(None, has_ema=False)
+    with refused("eval.loss_every") as error:
+        check_can_measure(placement, has_ema=has_ema)
+    assert error.value.on_every_rank
 
 
 def test_the_numbers_are_those_of_eval_knn_and_in_both_files(two_runs, capsys):
@@ -86,6 +110,7 @@ def test_the_numbers_are_those_of_eval_knn_and_in_both_files(two_runs, capsys):
     "overrides, words",
     [
         (["data.val=null"], ["eval.knn_every 1", "data.val"]),
+        (["data.val=null", "eval.knn_every=null", "eval.loss_every=1"], ["eval.loss_every", "data.val"]),
         (["eval.knn_k=500", "eval.knn_labels=10%"], ["eval.knn_k 500", "14", "eval.knn_labels 10%"]),
         (["eval.knn_labels=most"], ["labels", "most"]),
     ],
