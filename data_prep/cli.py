@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dmae_ds.errors import UserError
+from dmae_ds.data.shards import ShardError
 from dmae_ds.output.library_warnings import hide_library_warnings
-from dmae_ds.output.local_path import check_arguments, looks_like_url
+from dmae_ds.output.local_path import looks_like_url, refuse_urls
 
 PROG = "dmae-shards"
 
@@ -28,9 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     command, may_be_url = args.pop("run"), args.pop("may_be_url", ())
     try:
-        check_arguments(args, command=PROG, may_be_url=may_be_url)
+        problem = refuse_urls(args, command=PROG, may_be_url=may_be_url)
+        if problem is not None:
+            raise ShardError(problem)
         command(**args)
-    except (UserError, OSError) as error:  # OSError: no space, no permission
+    except (ShardError, OSError) as error:  # OSError: no space, no permission
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -31,7 +31,7 @@ from dmae_ds.distributed.world import check_device_variable, whole_lines
 from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, worker_failure
 from dmae_ds.output.library_warnings import hide_library_warnings
 from dmae_ds.output.lines import be_quiet
-from dmae_ds.output.local_path import check_arguments
+from dmae_ds.output.local_path import refuse_urls
 
 GROUPS = {
     "train": add_train,
@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     look_in(Path.cwd())  # own code of a recipe: `dmae-ds` itself does not look there
     try:
         check_device_variable()
-        check_arguments(vars(args), command="dmae-ds", may_be_url=["license"])
+        problem = refuse_urls(vars(args), command="dmae-ds", may_be_url=["license"])
+        if problem is not None:
+            raise UserError(problem)
         args.command(args)
     except UserError as error:
         return _print_error(error, code=2)

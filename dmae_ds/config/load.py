@@ -19,7 +19,7 @@ from dmae_ds.config.saved import with_paths_from_here
 from dmae_ds.config.shipped import find_file
 from dmae_ds.config.yaml_text import OverrideText, Plain, read_yaml, settle
 from dmae_ds.errors import UserError
-from dmae_ds.output.local_path import check_local
+from dmae_ds.output.local_path import refuse_url
 
 # Keys that may hold a URL. Every other key with one is refused, but for the options of an own objective.
 TAKES_URL = ("data.train", "data.val", "teacher.license")
@@ -89,7 +89,9 @@ def check_places(config: BaseModel) -> None:
             )
         elif key == "data.cache_dir":
             instead = "give a folder on a local disk"
-        check_local(key, value, instead=instead)
+        problem = refuse_url(key, value, instead=instead)
+        if problem is not None:
+            raise UserError(problem)
 
 
 def _lay_over(below: dict, above: dict) -> dict:
