@@ -20,12 +20,12 @@ from dmae_ds.config.run import DataConfig
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.early import split_words
 from dmae_ds.evaluate.features import build_timm, load_student, read_step
+from dmae_ds.output.safetensors_header import is_safetensors
 from dmae_ds.weights.containers import open_container
 from dmae_ds.weights.hub import locate, timm_tag
 from dmae_ds.weights.label import WEIGHTS, Label
 from dmae_ds.weights.load import load_network
 from dmae_ds.weights.metadata import own_network_if_readable
-from dmae_ds.weights.safetensors_file import is_safetensors
 
 
 @dataclass(frozen=True)
