@@ -84,6 +84,7 @@ class Heartbeat:
         self._zero = Report(0)
         self._waits_since: tuple[float, float] | None = None
         self._waited_s = 0.0
+        self._has_printed = False
         self._aborted: dict[int, float] = {}  # rank -> when it was found
         self._last_beats: dict[int, tuple[int, float]] = {}  # rank -> (its last beat, when it came)
         self._threads = [
@@ -251,16 +252,17 @@ class Heartbeat:
         """
         if own:
             verdict = self._store.compare_set("verdict", "", verdict).decode()
+        if self._reason is None:
+            self._print(verdict, own=own)  # at once: a launcher kills this rank when another one has ended
         if self.rank != 0:
             self._store.add("read", 1)
         end = time.monotonic() + GONE_S
         num_readers = self.size - 1 - num_lost
         while self.rank == 0 and time.monotonic() < end and self._store.add("read", 0) < num_readers:
             time.sleep(0.05)
-        if self._reason is not None:
-            self._done = True  # the rank's own thread prints it, and ends the process
-        else:
-            self._exit(verdict, own=own)
+        if self._reason is None:
+            os._exit(1)
+        self._done = True  # the rank's own thread prints it, and ends the process
 
     def _lose_the_store(self, error: str) -> None:
         if self._done:
@@ -299,14 +301,16 @@ class Heartbeat:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _exit(self, verdict: str, *, own: bool) -> None:
-        """End the process; the rank that wrote the verdict prints it, and one rank of each node.
+        """End the process with a line. It takes no locks, because a stuck thread may hold them."""
+        self._print(verdict, own=own)
+        os._exit(1)
 
-        It takes no locks, because a stuck thread may hold them.
-        """
-        if own or self.local_rank == 0:
+    def _print(self, verdict: str, *, own: bool) -> None:
+        """Print the first verdict, on the rank that wrote it and on one rank of each node."""
+        if (own or self.local_rank == 0) and not self._has_printed:
+            self._has_printed = True
             place = f" (rank {self.rank})" if self.rank else ""
             os.write(2, f"\ndmae-ds: error{place}: {verdict}; {CONTINUE}\n".encode())
-        os._exit(1)
 
 
 def _pid_namespace() -> int:
