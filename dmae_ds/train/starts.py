@@ -24,6 +24,7 @@ from dmae_ds import __version__
 from dmae_ds.config.load import flatten, load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.config.saved import FILE, read_starts
+from dmae_ds.errors import UserError
 from dmae_ds.output.durable import sync_folder
 
 # What a resumed run is compared in; the command may differ every time.
@@ -91,10 +92,19 @@ def append_start(run_dir: Path, config: RunConfig, environment: dict, *, step: i
 
 
 def changes(run_dir: Path, config: RunConfig, environment: dict) -> list[str]:
-    """What differs from the last start of a run, a line each: `changed optim.base_lr 0.006 -> 0.001`."""
+    """What differs from the last start of a run, a line each: `changed optim.base_lr 0.006 -> 0.001`.
+
+    A config that is missing or cannot be read is no reason not to resume: the checkpoint has what must agree.
+    """
     starts = read_starts(run_dir)
-    before = flatten(load_config(str(run_dir / "config.yaml")).model_dump(mode="json"))
-    lines = _changed(before, flatten(config.model_dump(mode="json")))
+    path, now = run_dir / "config.yaml", flatten(config.model_dump(mode="json"))
+    if not path.exists():
+        lines = ["config.yaml of the last start not found: what changed is unknown"]
+    else:
+        try:
+            lines = _changed(flatten(load_config(str(path)).model_dump(mode="json")), now)
+        except UserError as error:
+            lines = [f"config.yaml of the last start cannot be read: {str(error).splitlines()[0]}"]
     if starts:
         old = starts[-1]["environment"]
         new = {name: environment.get(name) for name in COMPARED}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 
 from data_prep import target
 from data_prep.cli import main
@@ -51,7 +52,7 @@ def bucket(tmp_path, monkeypatch):
     yield tmp_path / "bucket" / "sets" / "train"
     target.open_bucket.cache_clear()
     if known is None:
-        fsspec.registry._registry.pop("s3")
+        _registry.pop("s3")
     else:
         fsspec.register_implementation("s3", known, clobber=True)
 
@@ -84,7 +85,7 @@ def test_an_interrupted_upload_continues_and_has_no_manifest_before_its_end(
 ):
     options = MakeOptions(samples_per_shard=2)
     make_shards(src, tmp_path / "local", options)
-    for number in (1, 3, 5, 9, 13):
+    for number in (1, 3, 5):
         monkeypatch.setattr(FolderBucket, "uploads_left", number)
         with refused("permission denied", "AWS_ACCESS_KEY_ID"):
             make_shards(src, URL, options, staging=tmp_path / "staging")

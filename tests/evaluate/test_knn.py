@@ -1,5 +1,7 @@
 """The weighted vote compared with scikit-learn's, and what `dmae-ds eval knn` prints, writes and refuses."""
 
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -201,11 +203,16 @@ def test_features_that_are_not_finite_are_refused(run):
         evaluate_run(run, ks=[1])
 
 
-def test_one_command_takes_several_runs_and_shares(monkeypatch, capsys):
+def test_one_command_takes_several_runs_and_shares(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(run, name)
     calls = []
     monkeypatch.setattr(
         "dmae_ds.evaluate.knn.evaluate_run",
-        lambda run, *, labels, subset_seed, **options: calls.append((run.name, labels, subset_seed)),
+        lambda source, *, labels, subset_seed, **options: calls.append(
+            (source.run.name, labels, subset_seed)
+        ),
     )
     assert main(["eval", "knn", "a", "b", "--labels", "all", "10%", "--subset-seed", "3"]) == 0
     assert calls == [("a", "all", None), ("a", "10%", 3), ("b", "all", None), ("b", "10%", 3)]

@@ -70,6 +70,7 @@ def start(tmp_path):
             "SUPERVISED": json.dumps({**RESULT, "metric": "supervised", "scores": {"top1": 93.4}}),
             **variables,
         }
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # set to nothing, torchrun starts the ranks
         done = subprocess.run(["bash", LAUNCH / script], env=environment, capture_output=True, text=True)
         lines = calls.read_text().replace(f"{tmp_path}/out", "OUT").splitlines()
         return done, [line for line in lines if not line.startswith("dmae-shards")]

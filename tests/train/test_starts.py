@@ -56,6 +56,12 @@ def test_a_run_from_before_starts_were_kept_says_what_changes_in_its_config(tmp_
     (tmp_path / "config.yaml").write_text(dump_config(config))
     environment = describe_environment(device="cpu", world_size=1)
     assert read_starts(tmp_path) == [] and changes(tmp_path, config, environment) == []
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    (line,) = changes(tmp_path, config, environment)
+    assert "config.yaml" in line and "run.dir" in line
+    (tmp_path / "config.yaml").unlink()
+    (line,) = changes(tmp_path, config, environment)
+    assert "config.yaml" in line
 
 
 def test_the_commit_is_that_of_the_checkout_and_a_wheel_has_none(tmp_path):
