@@ -261,7 +261,7 @@ class Heartbeat:
         while self.rank == 0 and time.monotonic() < end and self._store.add("read", 0) < num_readers:
             time.sleep(0.05)
         if self._reason is None:
-            os._exit(1)
+            return self._exit(verdict, own=own)
         self._done = True  # the rank's own thread prints it, and ends the process
 
     def _lose_the_store(self, error: str) -> None:

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.distributed import process_group
-from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.train.ema import build_ema_teacher
-from dmae_ds.train.forecast import MIN_PARAMETERS, resolve_placement
+from dmae_ds.train.forecast import MIN_PARAMETERS
 from dmae_ds.train.kernels import choose_kernels
 from dmae_ds.train.networks import build_networks
 from dmae_ds.train.preflight import Preflight
-from dmae_ds.train.run import previous_linear
+from dmae_ds.train.run import choose_on_device, previous_linear
 from dmae_ds.train.summary import summary
 
 
 def print_summary(preflight: Preflight) -> None:
     """Print the summary of a checked recipe on rank 0, in a process group that is made here."""
     with process_group.joined(preflight.world, timeout_s=preflight.config.dist.timeout_s) as device:
-        import_deepspeed(device)
-        preflight, placement_reason = resolve_placement(preflight, device)
+        preflight, texts = choose_on_device(preflight, device)
         config = preflight.config
         objective, teacher = build_networks(preflight, device)
         ema = build_ema_teacher(objective, precision=config.precision, device=device)
@@ -33,6 +31,7 @@ def print_summary(preflight: Preflight) -> None:
             is_large=sum(parameter.numel() for parameter in objective.parameters()) >= MIN_PARAMETERS,
             previous=previous_linear(preflight),
         )
-        text = summary(preflight, objective, teacher, ema, placement=placement_reason, kernels=kernels.text)
+        texts["kernels"] = "; ".join(filter(None, [texts["kernels"], kernels.text]))
+        text = summary(preflight, objective, teacher, ema, **texts)
     if preflight.world.is_main:
         print(text, flush=True)

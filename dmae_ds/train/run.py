@@ -147,13 +147,7 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
     memory is counted; the classifier, the EMA teacher, kernels and hooks come before the engine, which
     flattens the weights.
     """
-    numerics = [
-        choose_determinism(preflight.config.run.deterministic),
-        choose_tf32(preflight.config.tf32, device),
-    ]
-    import_deepspeed(device)
-    preflight, batch_reason = resolve_micro_batch(preflight, device)
-    preflight, placement_reason = resolve_placement(preflight, device)
+    preflight, texts = choose_on_device(preflight, device)
     peak_memory = PeakMemory(device)
     config, is_main = preflight.config, preflight.world.is_main
     objective, teacher = build_networks(preflight, device)
@@ -175,11 +169,7 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
         is_large=is_large,
         previous=previous_linear(preflight),
     )
-    texts = {
-        "placement": placement_reason,
-        "kernels": "; ".join(filter(None, [*numerics, kernels.text])),
-        "batch": batch_reason,
-    }
+    texts["kernels"] = "; ".join(filter(None, [texts["kernels"], kernels.text]))
     start_text = summary(preflight, objective, teacher, ema, **texts)
     schedule = Schedule(
         config.optim,
@@ -233,6 +223,26 @@ def load(built: BuiltRun) -> int:
             say(line, dated=False, always=line.startswith("WARNING"))
     built.metric_logger.start(start_step)
     return start_step
+
+
+def choose_on_device(preflight: Preflight, device: torch.device) -> tuple[Preflight, dict[str, str]]:
+    """Choose what depends on the device: products, kernels, micro-batch and the teacher's placement.
+
+    Returns the preflight with the choices, and the reasons for the summary's rows `placement`, `batch` and
+    `kernels`.
+    """
+    numerics = [
+        choose_determinism(preflight.config.run.deterministic),
+        choose_tf32(preflight.config.tf32, device),
+    ]
+    import_deepspeed(device)
+    preflight, batch_reason = resolve_micro_batch(preflight, device)
+    preflight, placement_reason = resolve_placement(preflight, device)
+    return preflight, {
+        "placement": placement_reason,
+        "batch": batch_reason,
+        "kernels": "; ".join(filter(None, numerics)),
+    }
 
 
 def record_start(preflight: Preflight, device: torch.device, step: int) -> list[str]:

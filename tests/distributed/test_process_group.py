@@ -42,7 +42,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     assert process_group._set_device(World(rank=1, size=4, local_rank=1, local_size=4)).index == 1
     for local_rank in (2, 3):
-        with refused("2 here", "--gpus-per-node"):
+        with refused("2 here", "or its own alone"):
             process_group._set_device(World(rank=local_rank, size=4, local_rank=local_rank, local_size=4))
 
 

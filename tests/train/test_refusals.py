@@ -140,6 +140,7 @@ def test_two_ranks_print_one_line_and_the_launcher_returns_the_exit_code(tiny_re
 def test_a_run_folder_is_not_overwritten(tiny_recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("precious")
+    (tmp_path / "run" / "student.safetensors").write_text("precious")
     assert "--resume auto" in refusal(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], tmp_path)
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
 

@@ -68,7 +68,7 @@ def moved(tiny_recipe, tmp_path_factory):
     steps += [
         source(tiny_recipe, folder, 2, 2),
         ["take", str(folder / "2x2"), SAVED, str(folder / "streamed")],
-        train(tiny_recipe, folder / "streamed", *STREAM),
+        train(tiny_recipe, folder / "streamed", *STREAM, "deepspeed=zero2"),
     ]
     damaged = folder / "damaged"
     shutil.copytree(folder / "1x3", damaged)

@@ -128,6 +128,7 @@ IDENTITY = {name: 0 for name in MUST_AGREE} | {"world_size": 1, "zero_stage": 2}
 def test_a_job_that_waited_does_not_start_over_the_run_of_the_job_before_it(tmp_path):
     assert looked_at(tmp_path, "never") is None  # nobody was here
     (tmp_path / "config.yaml").write_text("finished")
+    (tmp_path / "student.safetensors").write_text("finished")
     with refused("run.dir", tmp_path, "--resume auto"):
         looked_at(tmp_path, "never")
     assert (tmp_path / "config.yaml").read_text() == "finished"
