@@ -129,7 +129,7 @@ def _of_run(run: Path, overrides: list[str]) -> FrozenSource:
     values = {
         "weights": str(run),
         "run": {"dir": str(run)},
-        "network": saved.student.model_dump(exclude_none=True, exclude={"weights"}),
+        "network": saved.student.model_dump(exclude_none=True, include=set(ModelConfig.model_fields)),
         "data": saved.data.model_dump(mode="json"),
     }
     config = build_config(values, overrides, schema=FrozenConfig)

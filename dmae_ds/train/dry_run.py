@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.distributed import process_group
+from dmae_ds.train.device_choices import choose_on_device
 from dmae_ds.train.ema import build_ema_teacher
 from dmae_ds.train.forecast import MIN_PARAMETERS
 from dmae_ds.train.kernels import choose_kernels
 from dmae_ds.train.networks import build_networks
 from dmae_ds.train.preflight import Preflight
-from dmae_ds.train.run import choose_on_device, previous_linear
+from dmae_ds.train.run import previous_linear
 from dmae_ds.train.summary import summary
 
 

@@ -17,11 +17,9 @@ from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.load import dump_config
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives, process_group
-from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.distributed.device import device_name
 from dmae_ds.errors import worker_failure
 from dmae_ds.models.masking import PatchBatch
-from dmae_ds.models.numerics import choose_determinism, choose_tf32
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.classifier import Classifier
 from dmae_ds.output.durable import write_atomically
@@ -32,14 +30,10 @@ from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.checkpoint.save import Checkpoints
 from dmae_ds.train.checkpoint.student_file import STUDENT
 from dmae_ds.train.collapse import CollapseMonitor
+from dmae_ds.train.device_choices import choose_on_device
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher, build_ema_teacher
 from dmae_ds.train.engine import Engine
-from dmae_ds.train.forecast import (
-    MIN_PARAMETERS,
-    MemoryReport,
-    resolve_micro_batch,
-    resolve_placement,
-)
+from dmae_ds.train.forecast import MIN_PARAMETERS, MemoryReport
 from dmae_ds.train.inputs import input_stream
 from dmae_ds.train.kernels import Kernels, WarmUp, choose_kernels
 from dmae_ds.train.loop import train
@@ -223,26 +217,6 @@ def load(built: BuiltRun) -> int:
             say(line, dated=False, always=line.startswith("WARNING"))
     built.metric_logger.start(start_step)
     return start_step
-
-
-def choose_on_device(preflight: Preflight, device: torch.device) -> tuple[Preflight, dict[str, str]]:
-    """Choose what depends on the device: products, kernels, micro-batch and the teacher's placement.
-
-    Returns the preflight with the choices, and the reasons for the summary's rows `placement`, `batch` and
-    `kernels`.
-    """
-    numerics = [
-        choose_determinism(preflight.config.run.deterministic),
-        choose_tf32(preflight.config.tf32, device),
-    ]
-    import_deepspeed(device)
-    preflight, batch_reason = resolve_micro_batch(preflight, device)
-    preflight, placement_reason = resolve_placement(preflight, device)
-    return preflight, {
-        "placement": placement_reason,
-        "batch": batch_reason,
-        "kernels": "; ".join(filter(None, numerics)),
-    }
 
 
 def record_start(preflight: Preflight, device: torch.device, step: int) -> list[str]:

@@ -31,7 +31,7 @@ def test_equals_a_slow_loop(k):
     theirs = ours + noise
     share = agreement(ours, theirs, k=k, memory_gib=1, processes=ALONE)
     assert share == pytest.approx(slow(ours, theirs, k))
-    assert 0.1 < share < 0.9
+    assert 0.05 < share < 0.9
     assert agreement(ours, 3 * ours, k=k, memory_gib=1, processes=ALONE) == 1
 
 

@@ -183,5 +183,5 @@ def test_on_a_gpu_passes_are_in_the_run_s_precision(monkeypatch, on_gpu, precisi
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr(features, "Accelerator", lambda **kwargs: kwargs)
-    monkeypatch.setattr(features, "read_saved_config", lambda run: SimpleNamespace(precision=precision))
+    monkeypatch.setattr(features, "read_saved_config", lambda run, **_: SimpleNamespace(precision=precision))
     assert features.start_processes(Path("run")) == expected
