@@ -156,7 +156,11 @@ def test_unusable_samples_are_listed(tmp_path):
         index(tmp_path)
     assert index(tmp_path, max_skip=3).num_samples == 1
     reasons = [json.loads(line)["reason"].split(":")[0] for line in (tmp_path / "skipped.jsonl").open()]
-    assert reasons == ["no member .jpg, .jpeg, .png, but .txt", "not a JPEG or PNG image", "truncated"]
+    assert reasons == [
+        "no member .jpg, .jpeg, .png, but .txt",
+        "not a JPEG or PNG image, which are read as 8-bit RGB",
+        "truncated",
+    ]
     verify_shards(tmp_path)
 
 
