@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import build_parser as build_shards_parser
+from dmae_ds.cli.examples import commands_below
 from dmae_ds.cli.main import build_parser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -44,14 +45,7 @@ def anchors_of(path: Path) -> set[str]:
 @functools.cache
 def commands_of(program: str) -> dict[str, argparse.ArgumentParser]:
     """Every command as it is typed after the program's name, and its parser."""
-    commands, todo = {}, [("", build_shards_parser() if program == "dmae-shards" else build_parser())]
-    while todo:
-        name, command = todo.pop()
-        commands[name] = command
-        for action in command._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                todo += [(f"{name} {word}".strip(), child) for word, child in action.choices.items()]
-    return commands
+    return commands_below(build_shards_parser() if program == "dmae-shards" else build_parser())
 
 
 def commands_in(path: Path) -> list[tuple[str, str]]:
