@@ -25,6 +25,12 @@ class Requeue(RunFailed):
     """The run was stopped by a signal and has saved; --resume auto continues it. Exit code 75."""
 
 
+def line_of(error: UserError | RunFailed, *, place: str = "") -> str:
+    """The one line that is printed for an error; place: which rank met it, `" (rank 3)"`."""
+    kind = "stopped" if isinstance(error, Requeue) else "error"
+    return f"dmae-ds: {kind}{place}: {error}"
+
+
 def worker_failure(error: RuntimeError, *, where: str = "this machine") -> RunFailed | None:
     """Return what to say of a loader's worker process that ended; None if the error is about something else.
 

@@ -28,7 +28,7 @@ from dmae_ds.cli.train import add_train
 from dmae_ds.config.own_code import look_in
 from dmae_ds.distributed.tasks import rank_in_env
 from dmae_ds.distributed.world import check_device_variable, whole_lines
-from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, worker_failure
+from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, line_of, worker_failure
 from dmae_ds.output.library_warnings import hide_library_warnings
 from dmae_ds.output.lines import be_quiet
 from dmae_ds.output.local_path import refuse_urls
@@ -108,9 +108,8 @@ def _print_error(error: UserError | RunFailed, *, code: int) -> int:
     """Print the error on rank 0, or on the one rank that met it; returns the exit code."""
     rank = rank_in_env()
     if rank == 0 or not error.on_every_rank:
-        kind = "stopped" if code == os.EX_TEMPFAIL else "error"
         place = f" (rank {rank})" if rank else ""
-        print(f"dmae-ds: {kind}{place}: {error}", file=sys.stderr, flush=True)
+        print(line_of(error, place=place), file=sys.stderr, flush=True)
     return code
 
 

@@ -8,7 +8,6 @@ the replacement.
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from dmae_ds.data.order import epoch_key, permute
 from dmae_ds.data.shards import ShardError
+from dmae_ds.output.lines import say
 
 MAX_TRIES = 64  # corrupt replacements in a row; after so many the data set itself is broken
 
@@ -77,7 +77,7 @@ class CorruptLog:
                 if corrupt.replaced_by >= 0:
                     instead = f"replaced by sample id {corrupt.replaced_by}"
                 warning = f"WARNING: {what}, {instead}; {count} of at most {self.max_corrupt}"
-                print(warning, file=sys.stderr, flush=True)
+                say(warning, dated=False, always=True)
 
     def _catch_up(self) -> None:
         """Read the lines that other ranks, or the run before a resume, have written since."""

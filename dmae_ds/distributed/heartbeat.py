@@ -36,6 +36,7 @@ from datetime import timedelta
 from dmae_ds.distributed.missing import ABORTED, GONE_S, Report, is_victim, judge, judge_alone
 from dmae_ds.distributed.parent_process import ParentProcess
 from dmae_ds.distributed.waiting import WaitDetector
+from dmae_ds.output.lines import log
 
 BEAT_S = 1.0
 CONTINUE = "continue with --resume auto"
@@ -310,7 +311,9 @@ class Heartbeat:
         if (own or self.local_rank == 0) and not self._has_printed:
             self._has_printed = True
             place = f" (rank {self.rank})" if self.rank else ""
-            os.write(2, f"\ndmae-ds: error{place}: {verdict}; {CONTINUE}\n".encode())
+            line = f"dmae-ds: error{place}: {verdict}; {CONTINUE}"
+            log(line)
+            os.write(2, f"\n{line}\n".encode())
 
 
 def _pid_namespace() -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.export.source import OPEN_IMAGE, Inputs, Source
+from dmae_ds.train.checkpoint.student_file import python_that_loads
 
 WEIGHTS = "model.safetensors"  # timm's name, and transformers'
 OLDEST = (1, 0, 26)  # before it, timm unpickled any weights in a local folder
@@ -106,10 +107,9 @@ def run_safetensors(source: Source, folder: Path, inputs: Inputs) -> dict[str, T
 
 def explain_safetensors(source: Source, name: str) -> str:
     """Return Python that loads it."""
-    return f"""import safetensors.torch, timm
-model = timm.create_model("{source.name}"{_arguments(source)}).eval()
-model.load_state_dict(safetensors.torch.load_file("{name}/{plain_file(source)}"))  # strict
-{_call(source)}"""
+    arguments = {**source.keys, **source.overrides}
+    loads = python_that_loads(source.name, arguments, f"{name}/{plain_file(source)}")
+    return f"{loads}\n{_call(source)}"
 
 
 def _output(source: Source, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

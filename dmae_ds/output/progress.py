@@ -8,7 +8,7 @@ import time
 
 from tqdm import tqdm
 
-from dmae_ds.output.lines import is_quiet, say
+from dmae_ds.output.lines import is_quiet, log, say
 
 # Longest time between two lines, where log.every_steps take longer, or there is nothing to report.
 LINE_EVERY_S = 60.0
@@ -61,16 +61,19 @@ class Progress:
     def show(self, numbers: dict[str, str]) -> None:
         """Show numbers next to the bar, or print them as a line of the step that was counted last."""
         now = self._shown = time.monotonic()
-        if self._bar is not None:
-            self._bar.set_postfix(numbers, refresh=False)
-        if self._bar is not None or not self.is_shown:
+        if not self.is_shown:
             return
         per_s = (self.step - self.initial) / max(1e-9, now - self._since)
         left = tqdm.format_interval((self.total - self.step) / per_s) if per_s > 0 else "?"
         text = ", ".join(f"{name} {value}" for name, value in numbers.items())
         share = f"{self.step / self.total:.0%}"
         place = f"{self.unit} {self.step:,} of {self.total:,} ({share}), {left} left"
-        say(": ".join(part for part in (self.title, place, text) if part))
+        line = ": ".join(part for part in (self.title, place, text) if part)
+        if self._bar is None:
+            say(line)
+        else:
+            self._bar.set_postfix(numbers, refresh=False)
+            log(line)
 
     def close(self) -> None:
         """End the bar's line."""

@@ -11,7 +11,6 @@ from typing import IO, Callable, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.load import dump_config
@@ -28,8 +27,8 @@ from dmae_ds.plan.geometry import measure
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.checkpoint.save import Checkpoints
-from dmae_ds.train.checkpoint.student_file import STUDENT
 from dmae_ds.train.collapse import CollapseMonitor
+from dmae_ds.train.describe_end import describe_done, describe_loading
 from dmae_ds.train.device_choices import choose_on_device
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher, build_ema_teacher
 from dmae_ds.train.engine import Engine
@@ -42,6 +41,7 @@ from dmae_ds.train.networks import build_networks
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight, check_is_new
+from dmae_ds.train.run_log import begin_log, log_until_end
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import measure_speed
 from dmae_ds.train.starts import append_start, changes, describe_environment
@@ -61,6 +61,11 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
 
     The process group must exist.
     """
+    with log_until_end():
+        _train_recipe(preflight, device)
+
+
+def _train_recipe(preflight: Preflight, device: torch.device) -> None:
     stop, since = StopRequest(), time.monotonic()
     built = build(preflight, device)
     start_step = load(built)
@@ -96,18 +101,8 @@ def train_recipe(preflight: Preflight, device: torch.device) -> None:
         if built.lock is not None:
             built.lock.close()
     if preflight.world.is_main:
+        say(describe_loading(built.preflight, built.objective.student), dated=False)
         say(describe_done(built.preflight, seconds=time.monotonic() - since))
-
-
-def describe_done(preflight: Preflight, *, seconds: float) -> str:
-    """The last line of a run: that it is done, where its student is, and what comes next."""
-    run_dir = preflight.run_dir
-    steps = "dmae-ds export" if preflight.config.data.val is None else "dmae-ds eval knn"
-    more = " --to timm" if preflight.config.data.val is None else ""
-    return (
-        f"done: {preflight.num_steps:,} steps, this start {tqdm.format_interval(seconds)}; the student is "
-        f"{run_dir / STUDENT}; next: {steps} {run_dir}{more}, or dmae-ds report {run_dir}"
-    )
 
 
 @dataclass(frozen=True)
@@ -207,6 +202,8 @@ def load(built: BuiltRun) -> int:
     Collective.
     """
     preflight, start_step = built.preflight, 0
+    if preflight.world.is_main:
+        begin_log(preflight.run_dir)
     if preflight.resume_from is not None:
         start_step = built.checkpoints.load(built.engine, preflight.resume_from)
     collectives.barrier()  # every rank has checked the run folder: rank 0 may write into it

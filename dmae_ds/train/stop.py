@@ -13,6 +13,7 @@ import signal
 import time
 
 from dmae_ds.distributed.tasks import rank_in_env
+from dmae_ds.output.lines import log
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 # A terminal sends one Ctrl-C to the launcher and to its ranks, and a launcher may pass it on to the ranks.
@@ -51,5 +52,6 @@ class StopRequest:
 
 def _say(text: str) -> None:
     """Write a line on rank 0, without the buffers of a stream that the signal may have interrupted."""
+    log(text)
     if rank_in_env() == 0:
         os.write(2, f"\ndmae-ds: {text}\n".encode())

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packaging.version import parse
+from safetensors.torch import load_file
 
 from dmae_ds.config.load import load_config
 from dmae_ds.models import onednn
@@ -70,7 +71,23 @@ def test_a_run_of_a_large_network_shows_its_speed(tiny_recipe, tmp_path):
     last = [line for line in done.stderr.splitlines() if " of peak" in line][-1]
     assert all(f" {name} " in last for name in ("epoch", "loss", "lr", "img/s", "data", "memory")), last
     assert "saved step-" in done.stderr and "done: " in done.stderr.splitlines()[-1]
+    check_log(tmp_path / "large", done.stderr)
     # work of a step / time of a step
     assert lines[-1]["tflops"] * 1e12 / lines[-1]["images_per_s"] == pytest.approx(
         lines[0]["tflops"] * 1e12 / lines[0]["images_per_s"]
     )
+
+
+def check_log(run_dir, printed):
+    """The run's own log has the lines that were printed, and its last ones load the student."""
+    command_line, *kept = (run_dir / "train.log").read_text().splitlines()
+    assert "train digits_dmae" in command_line
+    assert kept == [line for line in printed.splitlines() if line in kept] and len(kept) > 10
+    start = kept.index("import safetensors.torch, timm")
+    scope = {"pixels": torch.randn(2, 3, 32, 32)}
+    exec("\n".join(kept[start:-1]), scope)
+    assert scope["features"].shape == (2, 384) and not scope["model"].training
+    weights = load_file(run_dir / "student.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in scope["model"].state_dict().items())
+    tokens = scope["model"].forward_features(scope["pixels"])
+    torch.testing.assert_close(scope["features"], tokens[:, 1:].mean(dim=1))

@@ -23,6 +23,16 @@ NAMES = (STUDENT, DECODER)
 PREFIX = "student."  # of the student's tensors in the objective
 
 
+def python_that_loads(name: str, arguments: dict, path: Path | str) -> str:
+    """Python that builds a network by timm and loads its exported weights, without this project."""
+    keywords = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    return (
+        f"import safetensors.torch, timm\n"
+        f'model = timm.create_model("{name}"{keywords}).eval()\n'
+        f'model.load_state_dict(safetensors.torch.load_file("{path}"))  # strict'
+    )
+
+
 class StudentFiles:
     """The two plain files of one run; call its methods on rank 0 alone.
 

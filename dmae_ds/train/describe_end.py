@@ -1,0 +1,39 @@
+"""What a run says when it is done: Python that loads its student, where that is, and what comes next."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+from dmae_ds.models.vit import MaskedViT
+from dmae_ds.train.checkpoint.student_file import STUDENT, python_that_loads
+from dmae_ds.train.preflight import Preflight
+
+POOL = {"mean": "[:, 1:].mean(dim=1)", "cls": "[:, 0]"}  # by the tokens that an objective is judged by
+
+
+def describe_loading(preflight: Preflight, student: MaskedViT) -> str:
+    """Python that loads the student without this project, and what it takes and gives."""
+    config, path = preflight.config, preflight.run_dir / STUDENT
+    if ":" in config.student.name:
+        return f"student.name {config.student.name} builds the network of {path}; timm does not know it"
+    loads = python_that_loads(config.student.name, {"num_classes": 0, **config.student.overrides()}, path)
+    height, width = (count * student.patch_size for count in student.grid)
+    return (
+        "the student loads into timm:\n"
+        f"{loads}\n"
+        f"# pixels: [N, 3, {height}, {width}], RGB from 0 to 1, minus {config.data.mean}, "
+        f"divided by {config.data.std}\n"
+        f"features = model.forward_features(pixels){POOL[config.objective.judged_by]}"
+        f"  # [N, {student.embed_dim}]"
+    )
+
+
+def describe_done(preflight: Preflight, *, seconds: float) -> str:
+    """The last line of a run: that it is done, where its student is, and what comes next."""
+    run_dir = preflight.run_dir
+    steps = "dmae-ds export" if preflight.config.data.val is None else "dmae-ds eval knn"
+    more = " --to timm" if preflight.config.data.val is None else ""
+    return (
+        f"done: {preflight.num_steps:,} steps, this start {tqdm.format_interval(seconds)}; the student is "
+        f"{run_dir / STUDENT}; next: {steps} {run_dir}{more}, or dmae-ds report {run_dir}"
+    )
