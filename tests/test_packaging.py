@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dmae_ds.cli.launch_files import FILES
 from dmae_ds.config.shipped import shipped_files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -58,3 +59,11 @@ def test_both_commands_start_from_any_folder(installed, tmp_path, program):
     done = run_installed(installed, tmp_path, str(installed / "bin" / program), "--help")
     assert done.returncode == 0, done.stderr
     assert program in done.stdout
+
+
+def test_the_launchers_are_installed(installed, tmp_path):
+    done = run_installed(installed, tmp_path, str(installed / "bin" / "dmae-ds"), "launch-files", ".")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "launch").iterdir()} == set(FILES)
+    assert (tmp_path / "launch" / "train.sh").read_bytes() == (REPOSITORY / "launch/train.sh").read_bytes()
+    assert {path.name for path in (installed / "dmae_ds" / "shipped_launch").iterdir()} >= set(FILES)

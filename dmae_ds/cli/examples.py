@@ -49,6 +49,7 @@ EXAMPLES = {
     "bench stream": ("digits_dmae --stages 2",),
     "bench save": ("digits_dmae --folder /tmp",),
     "bench knn": ("--train 100000 --queries 512",),
+    "launch-files": (".", "cluster"),
     "bench gpu": ("runs/gpu_check", "runs/rehearsal --rehearse"),
 }
 

@@ -20,6 +20,7 @@ from dmae_ds.cli.environment import prepare_environment
 from dmae_ds.cli.eval import add_eval
 from dmae_ds.cli.examples import add_examples
 from dmae_ds.cli.export import add_export
+from dmae_ds.cli.launch_files import add_launch_files
 from dmae_ds.cli.plan import add_plan
 from dmae_ds.cli.recipes import add_recipes
 from dmae_ds.cli.report import add_report
@@ -44,6 +45,7 @@ GROUPS = {
     "report": add_report,
     "teacher": add_teacher,
     "bench": add_bench,
+    "launch-files": add_launch_files,
 }
 
 
