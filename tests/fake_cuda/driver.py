@@ -20,13 +20,18 @@ from tests.fake_cuda import accelerator
 def main() -> None:
     """Run the jobs of the file that the command names."""
     accelerator.install()
+    from torch.nn import functional
+
+    from dmae_ds.plan.python_engine import patched
     from tests.fake_cuda import jobs
 
+    linear = functional.linear  # ZeRO-3 replaces it, also for the jobs that follow
     for job in json.loads(Path(sys.argv[1]).read_text()):
         arguments = dict(job)
         since = time.perf_counter()
         try:
-            result = getattr(jobs, arguments.pop("run"))(**arguments)
+            with patched([(functional, "linear", linear)]):
+                result = getattr(jobs, arguments.pop("run"))(**arguments)
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}

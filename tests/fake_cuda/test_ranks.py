@@ -64,6 +64,7 @@ SLOW = [
     *(f"{DMAE} {precision} zero3_offload" for precision in ("fp32", "bf16")),
     *(f"dino_vit_base bf16_autocast {zero}" for zero in ("zero1", "zero2")),
     *(f"sdae_vit_base bf16 {zero}" for zero in ("zero1", "zero2", "zero3")),
+    *(f"mocov3_dmae_vit_base bf16_autocast {zero} whole" for zero in ("zero1", "zero2", "zero3")),
     "g2sd_specific_from_scratch bf16_autocast zero2",
     "pipeline dmae_vit_huge_to_base 4",
     "pipeline dmae_dinov2_large_to_base 4",

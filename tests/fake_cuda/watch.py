@@ -33,6 +33,7 @@ READS = (
 )
 HARNESS = ("watch.py", "accelerator.py", "python_engine.py")
 OURS = ("/dmae_ds/", "/deepspeed/", "/tests/")
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
 # Numbers that a fake tensor has no value for, so that a step goes on after a read is noted.
 ANSWERS = {"item": 1.0, "__bool__": False, "__float__": 1.0, "__int__": 1, "tolist": []}
 
@@ -145,9 +146,13 @@ def is_boolean_index(name: str, inputs: list[Tensor]) -> bool:
 
 
 def caller() -> str:
-    """File and function of ours, or of DeepSpeed, that is at work: "engine.py train_micro_batch"."""
+    """File and function of ours, or of DeepSpeed, that is at work: "engine.py train_micro_batch".
+
+    A comprehension counts as the function around it: from Python 3.12 on it has no frame of its own.
+    """
     for frame in reversed(traceback.extract_stack()):
         name = Path(frame.filename).name
-        if any(part in frame.filename for part in OURS) and name not in HARNESS:
+        ours = any(part in frame.filename for part in OURS) and name not in HARNESS
+        if ours and frame.name not in COMPREHENSIONS:
             return f"{name} {frame.name}"
     return "?"
