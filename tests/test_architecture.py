@@ -314,7 +314,8 @@ def test_every_package_is_installed_and_nothing_else_becomes_importable():
     setup.read(REPOSITORY / "setup.cfg")
     listed = set(setup["options"]["packages"].split())
     found = {name_of(path.parent).replace("/", ".") for path in SOURCES if path.name == "__init__.py"}
-    assert listed == found | {"dmae_ds.shipped_recipes", "dmae_ds.shipped_ds_configs"}
+    shipped = {"shipped_launch", "shipped_recipes", "shipped_ds_configs"}
+    assert listed == found | {f"dmae_ds.{name}" for name in shipped}
 
 
 def module_file(dotted: str) -> Path | None:
