@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
@@ -133,6 +134,12 @@ class TeacherConfig(ModelConfig):
     @classmethod
     def _format_is_known(cls, value: str) -> str:
         return known_format(value)
+
+    def whole_image_family(self) -> str | None:
+        """Name of its family, by name, format or file, where its training never dropped tokens; else None."""
+        names = (self.name, self.format, PurePath(self.weights or "").name)
+        found = re.search(r"dino|siglip|(?<![a-z])clip(?![a-z])", " ".join(names).lower())
+        return found and {"dino": "DINO", "siglip": "SigLIP", "clip": "CLIP"}[found[0]]
 
     @property
     def dtype_is_auto(self) -> bool:

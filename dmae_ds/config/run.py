@@ -219,3 +219,16 @@ class RunConfig(Section):
                 f"objective {name} does not use a teacher; remove the teacher section, or choose another "
                 "objective.name"
             )
+
+    def teacher_warning(self) -> str | None:
+        """A warning where a teacher that was trained on whole images sees few patches; None elsewhere."""
+        teacher = self.teacher
+        if teacher is None or teacher.sees == "all" or not getattr(self.objective, "mask_ratio", 0):
+            return None
+        family = teacher.whole_image_family()
+        if family is None:
+            return None
+        return (
+            f"teacher.sees=visible shows this {family} teacher only the student's patches, and it was not "
+            "trained with dropped tokens; set teacher.sees=all"
+        )

@@ -12,17 +12,17 @@ from dmae_ds.plan.geometry import EmaGeometry, Geometry, TeacherGeometry
 from dmae_ds.plan.memory import ADAM, MASTER, Precision, Zero, message_bytes
 from dmae_ds.plan.trace import Trace
 
-# Achieved shares of the peak rate of matrix products, and the one that candidates are compared at. Published
-# trainings of vision transformers reached 23 to 45% (table.py lists them).
-BAND = (0.25, 0.35, 0.45)
-EFFICIENCY = 0.35
+# Achieved shares of the peak rate of matrix products, and the one that is expected where nothing else is
+# known: published trainings reached 11 to 45% (table.py lists them), and those of masked autoencoders least.
+BAND = (0.12, 0.25, 0.35, 0.45)
+EFFICIENCY = 0.12
 LAUNCH_S = 8e-6  # host time of a kernel in eager PyTorch; a guess: a step with small kernels waits for it
 # Host time of ZeRO-3's hooks for a module and pass. Measured on a CPU core with tiny tensors: 0.4 ms; a
 # server's core is assumed to be twice as fast.
 HOOK_S = 2e-4
 LINK_EFFICIENCY = 0.7  # achieved share of a link's rate; a guess
 COLLECTIVE_S = 50e-6  # of a collective besides its bytes: hooks, launch, and the way round all ranks; a guess
-DEVICE_GB_S = 1500.0  # memory rate of a GPU, which limits AdamW; a guess
+DEVICE_SHARE = 0.75  # achieved share of a GPU's memory rate, which limits AdamW; a guess
 HOST_GB_S = 20.0  # a rank's share of PCIe and of the host's memory, for offloading; a guess
 
 
@@ -40,7 +40,11 @@ class Machine:
     node_link_gbps: float = (
         2400.0  # Gbit/s of a device inside its node; a guess: NVLink of an A100, one direction
     )
+    device_gb_s: float = 1500.0  # memory rate of a device, of an A100 by DEVICE_SHARE
     worker_images_s: float = 500.0  # images that a loader worker decodes and crops in a second
+    storage_gb_s: float = 1.0  # GB/s that a node reads; a guess
+    efficiency: float = EFFICIENCY  # achieved share of the peak rates
+    band: tuple[float, ...] = BAND  # shares that it may be, in ascending order
 
     def peak(self, products: str) -> float:
         """TFLOP/s of matrix products in "bf16" (and fp16), or in "fp32".
@@ -98,16 +102,16 @@ def step_cost(
     accumulation: int,
     placement: str,
     stages: int | None = None,
-    efficiency: float = EFFICIENCY,
+    efficiency: float | None = None,
 ) -> Cost:
     """Predict the cost of a step.
 
     Assumed overlap: a pipeline's exchange with its stage's work, the student's ZeRO-3 gathers with the pass
     that needs them, and reductions with backward where overlap_comm is set, up to the last bucket: it is full
     when backward has ended. Gathering new weights after a step overlaps with nothing.
-    efficiency: achieved share of the peak rates
+    efficiency: achieved share of the peak rates; None: the machine's
     """
-    device = _Device(machine, efficiency)
+    device = _Device(machine, machine.efficiency if efficiency is None else efficiency)
     cost = _student_cost(geometry.student, zero, precision, device, accumulation=accumulation)
     cost += _optimizer_cost(geometry.student, zero, precision, machine, accumulation=accumulation)
     if geometry.teacher is not None:
@@ -202,7 +206,7 @@ def _optimizer_cost(
     seconds = _transfer(gather, machine)
     share = n / (machine.gpus if zero.stage else 1)
     touched = share * (2 * (ADAM + MASTER) + MASTER)  # moments and masters read and written, gradients read
-    seconds += touched / (HOST_GB_S if zero.offload_optimizer else DEVICE_GB_S) / 1e9
+    seconds += touched / (HOST_GB_S if zero.offload_optimizer else machine.device_gb_s) / 1e9
     if zero.offload_optimizer:
         seconds += (precision.gradient * accumulation + weight_bytes) * share / HOST_GB_S / 1e9
     if zero.offload_parameters:
@@ -216,7 +220,7 @@ def _ema_cost(
     """It runs in every micro-batch, and its weights are read twice and written once in a step."""
     seconds = accumulation * device.seconds(ema.flops, ema.kernels, precision.products)
     followed = ring(ema.weight_bytes, device.machine, calls=1) if zero.stage == 3 else Traffic()
-    update = 3 * ema.weight_bytes / DEVICE_GB_S / 1e9 + _transfer(followed, device.machine)
+    update = 3 * ema.weight_bytes / device.machine.device_gb_s / 1e9 + _transfer(followed, device.machine)
     return Cost(followed, seconds, 0, update)
 
 

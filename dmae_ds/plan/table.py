@@ -6,20 +6,15 @@ dmae-ds plan RECIPE [key=value] --gpus 16 --gpus-per-node 8 --gpu-memory-gib 80
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.order import num_steps
-from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.output.table import text_table
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.choose import EQUAL, HEADROOM, Candidate
 from dmae_ds.plan.cost import (
-    BAND,
     COLLECTIVE_S,
-    DEVICE_GB_S,
-    EFFICIENCY,
     HOOK_S,
     HOST_GB_S,
     LAUNCH_S,
@@ -27,15 +22,18 @@ from dmae_ds.plan.cost import (
     Machine,
 )
 from dmae_ds.plan.fake_cuda import obstacle
+from dmae_ds.plan.feeding import count_images, describe_feeding, describe_loading, describe_ranks
 from dmae_ds.plan.geometry import Geometry
+from dmae_ds.plan.measured import Measured
 from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS
 from dmae_ds.plan.search import Plan, search
 
-IMAGENET = 1_281_167  # training images of ImageNet-1k
+# Those of MAE: published images/s (106 of ViT-L, 313 of ViT-B, a GPU) by the FLOPs that are counted here.
 PUBLISHED = (
-    "published shares of the peak: ViT-5-S on one H100, compiled, 22.9%; ViT-g/14 on 8 H100 28.9%, on 8 A100 "
-    "44.5% (NeMo); Llama 8B on H100 33-39% (torchtitan)"
+    "published shares of the peak: MAE ViT-L on 64 V100 11%, ViT-B on 8 A6000 12%; ViT-5-S on one H100, "
+    "compiled, 22.9%; ViT-g/14 on 8 H100 28.9%, on 8 A100 44.5% (NeMo); Llama 8B on H100 33-39% (torchtitan)"
 )
+FEW = 5  # rows that are shown without --all
 _HEADS = {
     "parameters": "weights",
     "gradients": "gradients",
@@ -48,35 +46,64 @@ _HEADS = {
 
 
 def plan(
-    config: RunConfig, machine: Machine, *, recipe: str, overrides: list[str], images: int | None
+    config: RunConfig,
+    machine: Machine,
+    *,
+    recipe: str,
+    overrides: list[str],
+    images: int | None,
+    every_row: bool = False,
+    measured: Measured | None = None,
 ) -> str:
     """Plan a recipe on a machine; returns the text. Neither weights nor shards nor a GPU are needed.
 
     recipe, overrides: as the user gave them, for the command
     images: images of an epoch; None: those of data.train where it is here, otherwise ImageNet-1k's
+    every_row: show all candidates, by placement; otherwise the best ones, by what fits and is fast
+    measured: where the machine's rates come from, if not from a data sheet
     Raises UserError where training would, and for impossible machines.
     """
     check_machine(machine)
     machine = replace(machine, tf32=config.tf32)
-    num_images, source = count_images(config.data.train, images)
+    epoch = count_images(config.data.train, images)
+    if measured is not None:
+        measured.check(config)
     result = search(config, machine)
     micro_batch, accumulation = result.split
-    steps = num_steps(config.optim.epochs, num_images, config.optim.global_batch)
+    steps = num_steps(config.optim.epochs, epoch.number, config.optim.global_batch)
+    warning = config.teacher_warning()
     lines = [
         f"{recipe} on {machine.gpus} GPUs of {machine.memory_gib:g} GiB, {machine.gpus_per_node} a node; "
         "predicted; never measured on a GPU",
         *_describe(config, result.geometry, accumulation=accumulation),
-        f"data: {num_images:,} images ({source}); {steps:,} steps of {config.optim.global_batch} = "
+        f"data: {epoch.number:,} images ({epoch.source}); {steps:,} steps of {config.optim.global_batch} = "
         f"{machine.gpus} x {micro_batch} x {accumulation} accumulated",
-        "",
-        *_table(result.rows, config, steps=steps, gpus=machine.gpus),
+        describe_ranks(config, machine),
+        *([] if measured is None else [measured.describe()]),
+        *([f"WARNING: {warning}"] if warning else []),
         "",
     ]
+    rows = result.rows if every_row else best_rows(result)
+    lines += [*_table(rows, config, steps=steps, gpus=machine.gpus)]
+    if len(rows) < len(result.rows):
+        lines.append(f"({len(rows)} of {len(result.rows)} candidates; --all shows all)")
+    lines.append("")
     lines += _verdict(config, machine, result, recipe=recipe, overrides=overrides)
     if result.best is not None:
         lines += ["", *_speed(config, machine, result.best, steps=steps)]
+        lines += describe_feeding(config, machine, result.best, epoch)
+        lines += describe_loading(config, machine, result.geometry.teacher)
     lines += ["", _assumptions(machine)]
     return "\n".join(lines)
+
+
+def best_rows(result: Plan) -> list[Candidate]:
+    """The fastest that fits, then others that fit by seconds, then those that need least memory."""
+
+    def rank(row: Candidate) -> tuple:
+        return row is not result.best, not row.fits, row.ranked_s if row.fits else row.memory.total
+
+    return sorted(result.rows, key=rank)[:FEW]
 
 
 def _verdict(
@@ -120,28 +147,17 @@ def _verdict(
 
 
 def _speed(config: RunConfig, machine: Machine, best: Candidate, *, steps: int) -> list[str]:
-    """Seconds of the fastest at each share of the peak, published shares, and whether the loader keeps up."""
-    images = config.optim.global_batch
-    shares = " / ".join(f"{share:.0%}" for share in BAND)
+    """Seconds of the fastest at each share of the peak, and published shares."""
+    shares = " / ".join(f"{share:.0%}" for share in machine.band)
     seconds = " / ".join(f"{value:.3g}" for value in best.band)
-    rates = " / ".join(f"{images / value:,.0f}" for value in best.band)
-    hours = " / ".join(f"{steps * value * machine.gpus / 3600:,.0f}" for value in best.band)
-    workers = machine.gpus * max(1, config.data.num_workers)  # without workers each rank loads by itself
-    loaded, needed = workers * machine.worker_images_s, images / best.band[-1]
-    loader = (
-        f"loader: {workers} workers (data.num_workers {config.data.num_workers} a rank) at "
-        f"{machine.worker_images_s:g} images/s each give {loaded:,.0f} images/s, "
+    rates = " / ".join(f"{config.optim.global_batch / value:,.0f}" for value in best.band)
+    hours = " / ".join(f"{steps * value / 3600:,.3g}" for value in best.band)
+    gpu_hours = " / ".join(f"{steps * value * machine.gpus / 3600:,.0f}" for value in best.band)
+    line = (
+        f"at {shares} of the peak rates: {seconds} s a step, {rates} images/s, {hours} hours, "
+        f"{gpu_hours} GPU h"
     )
-    if loaded < needed:
-        per_gpu = -(-needed // (machine.gpus * machine.worker_images_s))
-        loader += f"the limit at {BAND[-1]:.0%} of the peak; {per_gpu:.0f} workers a GPU would keep up"
-    else:
-        loader += f"enough at {BAND[-1]:.0%} of the peak"
-    return [
-        f"at {shares} of the peak rates: {seconds} s a step, {rates} images/s, {hours} GPU h",
-        PUBLISHED,
-        loader,
-    ]
+    return [line] if len(machine.band) == 1 else [line, PUBLISHED]
 
 
 def check_machine(machine: Machine) -> None:
@@ -153,28 +169,21 @@ def check_machine(machine: Machine) -> None:
         "--tflops": machine.tflops,
         "--fp32-tflops": machine.tflops if machine.fp32_tflops is None else machine.fp32_tflops,
         "--worker-images-s": machine.worker_images_s,
+        "--storage-gb-s": machine.storage_gb_s,
+        "--efficiency": machine.efficiency,
         "--link-gbps": machine.link_gbps,
         "--node-link-gbps": machine.node_link_gbps,
     }
     for name, value in numbers.items():
         if value <= 0:
             raise UserError(f"{name} is {value:g}; give a number above 0")
+    if machine.efficiency > 1:
+        raise UserError(f"--efficiency is {machine.efficiency:g}; give a share of the peak rates, at most 1")
     if machine.gpus % machine.gpus_per_node:
         raise UserError(
             f"--gpus {machine.gpus} is not a multiple of --gpus-per-node {machine.gpus_per_node}; "
             "give a multiple, since all nodes have the same number"
         )
-
-
-def count_images(train: str, images: int | None) -> tuple[int, str]:
-    """Number of images of an epoch, and where the number comes from."""
-    if images is not None:
-        if images < 1:
-            raise UserError(f"--images is {images}; give a number above 0")
-        return images, "--images"
-    if "://" not in train and Path(train).expanduser().exists():
-        return ShardSet.open(train, label="data.train").num_samples, f"the manifest of {train}"
-    return IMAGENET, f"ImageNet-1k's: data.train '{train}' not found, and no --images given"
 
 
 def command(
@@ -227,7 +236,7 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
 
 def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -> list[str]:
     memory_heads = [*(_HEADS[part] for part in PARTS), "GiB", "host", "fits"]
-    cost_heads = ["in node", "between", "s/step", "images/s", "GPU h"]
+    cost_heads = ["in node", "between", "s/step", "images/s", "hours", "GPU h"]
     cells = [["placement", "deepspeed", *memory_heads, *cost_heads]]
     for row in rows:
         memory, cost = row.memory, row.cost
@@ -243,6 +252,7 @@ def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -
                 f"{cost.traffic.between / 1e9:.2f}",
                 f"{cost.seconds:.3f}",
                 f"{config.optim.global_batch / cost.seconds:,.0f}",
+                f"{steps * cost.seconds / 3600:,.3g}",
                 f"{steps * cost.seconds * gpus / 3600:,.0f}",
             ]
         )
@@ -252,17 +262,16 @@ def _table(rows: list[Candidate], config: RunConfig, *, steps: int, gpus: int) -
 def _assumptions(machine: Machine) -> str:
     sentences = [
         f"GiB a rank, of which {HEADROOM:.0%} of the device stay free; seconds within {EQUAL:.0%} count as "
-        "equal and the "
-        "first row wins; GB sent a step by the busiest rank inside its node, and by the busiest node to "
-        "others.",
-        f"Guesses: {EFFICIENCY:.0%} of {machine.tflops:g} TFLOP/s in bf16 and of "
+        f"equal and the simpler placement wins, at {machine.band[-1]:.0%} of the peak; GB sent a step by the "
+        "busiest rank inside its node, and by the busiest node to others.",
+        f"Guesses: {machine.efficiency:.0%} of {machine.tflops:g} TFLOP/s in bf16 and of "
         f"{machine.peak('fp32'):g} in fp32, {LAUNCH_S * 1e6:g} us of the host a kernel, "
         f"{HOOK_S * 1e6:g} us a module and pass under ZeRO-3, {COLLECTIVE_S * 1e6:g} us a collective, "
         f"{LINK_EFFICIENCY:.0%} of "
         f"{machine.node_link_gbps:g} Gbit/s a GPU inside a node and of {machine.link_gbps:g} Gbit/s a node "
         "between, "
-        f"{DEVICE_GB_S:g} GB/s of device memory for AdamW, {HOST_GB_S:g} GB/s a rank for offloading, "
-        f"{LIBRARIES_GPU / GIB:g} GiB for CUDA and NCCL.",
+        f"{machine.device_gb_s:,.0f} GB/s of device memory for AdamW, {HOST_GB_S:g} GB/s a rank for "
+        f"offloading, {LIBRARIES_GPU / GIB:g} GiB for CUDA and NCCL.",
         "Overlap is assumed: stream with the stage's work, ZeRO-3 gathers with their pass, reductions with "
         "backward where overlap_comm is set, up to the last bucket.",
     ]

@@ -25,9 +25,16 @@ from dmae_ds.train.preflight import Preflight, with_split
 
 AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 has learned in which order it needs the weights
 MIN_PARAMETERS = 5_000_000  # below, memory belongs to libraries and not to tensors: nothing is predicted
-# For the choice between placements on CPUs: a core's TFLOP/s, gloo's Gbit/s between and inside nodes
-# (guesses).
-CPU = {"tflops": 0.2, "fp32_tflops": 0.2, "link_gbps": 10.0, "node_link_gbps": 20.0}
+# For the choice between placements on CPUs: a core's TFLOP/s and the share of it, gloo's Gbit/s between and
+# inside nodes (guesses).
+CPU = {
+    "tflops": 0.2,
+    "fp32_tflops": 0.2,
+    "efficiency": 0.35,
+    "band": (0.35,),
+    "link_gbps": 10.0,
+    "node_link_gbps": 20.0,
+}
 
 
 def resolve_placement(preflight: Preflight, device: torch.device) -> tuple[Preflight, str]:

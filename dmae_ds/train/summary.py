@@ -132,6 +132,7 @@ def describe_teacher(
         rows["targets"] = f"features standardised: {config.teacher.standardize}"
     warnings = [note for note in teacher.parts.notes if note.startswith("WARNING")]
     rows["checked"] = "; ".join(note for note in teacher.parts.notes if note not in warnings)
+    warnings += filter(None, [config.teacher_warning()])
     if config.teacher.dtype == "fp8" and not config.compile:
         # Counted on fake tensors: 42 kernels a block, which torch.compile fuses; bf16 has 10.
         warnings.append(

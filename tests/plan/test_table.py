@@ -30,9 +30,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_the_table_is_complete_and_the_command_parses(capsys):
-    code, out, _ = run(
-        capsys, *TINY, "deepspeed=zero3", "--gpus", "4", "--gpus-per-node", "4", "--gpu-memory-gib", "16"
-    )
+    code, out, _ = run(capsys, *TINY, "deepspeed=zero3", "--gpus", "4", "--gpu-memory-gib", "16", "--all")
     assert code == 0 and "predicted; never measured on a GPU" in out
     rows = [line.split() for line in out.splitlines() if re.match(r"(replicated|pipeline|zero3) ", line)]
     assert len(rows) == 16 and {row[1] for row in rows if row[0] == "pipeline"} == {"P=2", "P=4"}
@@ -89,18 +87,35 @@ def test_without_a_teacher_only_the_student_is_planned_and_images_may_be_given(c
     assert "6,400 images (--images); " in out and "--hostfile" in out
 
 
-def test_seconds_come_with_a_band_and_are_compared_with_the_loader(capsys):
-    for rate, workers in (("1", 2), ("1e9", 2)):
-        _, out, _ = run(capsys, *TINY, "data.num_workers=1", "--gpus", "2", "--worker-images-s", rate)
-        (band,) = [line for line in out.splitlines() if line.startswith("at 25% / 35% / 45%")]
-        seconds, images, _ = [
+def test_seconds_come_with_a_band_and_are_compared_with_what_feeds_them(capsys):
+    for rate, storage, workers in (("1", "1e-9", 2), ("1e9", "1e9", 2)):
+        options = ["--gpus", "2", "--worker-images-s", rate, "--storage-gb-s", storage]
+        _, out, _ = run(capsys, *TINY, "data.num_workers=1", *options)
+        (band,) = [line for line in out.splitlines() if line.startswith("at 12% / 25% / 35% / 45%")]
+        seconds, images, hours, gpu_hours = [
             [float(number.replace(",", "")) for number in part.split(" ")[::2]]
-            for part in re.findall(r"[\d.,]+ / [\d.,]+ / [\d.,]+", band)
+            for part in re.findall(r"[\d.,]+(?: / [\d.,]+){3}", band)
         ]
         assert seconds == sorted(seconds, reverse=True) and images == sorted(images)
+        assert all(2 * one == pytest.approx(all_, abs=1) for one, all_ in zip(hours, gpu_hours, strict=True))
         (loader,) = [line for line in out.splitlines() if line.startswith("loader: ")]
         assert f"{workers} workers" in loader and f"{float(rate):g} images/s" in loader
-        assert ("a GPU would keep up" in loader) == (rate == "1")
+        assert ("data.num_workers=" in loader) == (rate == "1")
+        (read,) = [line for line in out.splitlines() if line.startswith("storage: ")]
+        assert ("the limit" in read) == (rate == "1") and "108 kB" in read
+
+
+def test_few_rows_are_shown_the_best_first_and_all_on_request(capsys):
+    few, every = (
+        [line for line in out.splitlines() if re.match(r"(replicated|pipeline|zero3) ", line)]
+        for _, out, _ in (
+            run(capsys, *TINY, "--gpus", "4", "--efficiency", ".3", *more) for more in ([], ["--all"])
+        )
+    )
+    assert len(few) == 5 and len(every) == 16
+    columns = [row.replace(" P=", "P=").split() for row in few]
+    best, *others = [float(row[-5]) for row in columns]
+    assert others == sorted(others) and best <= 1.1 * others[0]
 
 
 def test_where_torch_cannot_fake_cuda_the_plan_says_so(capsys, monkeypatch):
@@ -126,6 +141,12 @@ def test_images_are_counted_from_the_manifest(capsys, digits):
         ([*TINY, "--tflops", "0"], ["--tflops", 0]),
         ([*TINY, "--fp32-tflops", "-1"], ["--fp32-tflops", -1]),
         ([*TINY, "--worker-images-s", "0"], ["--worker-images-s", 0]),
+        ([*TINY, "--storage-gb-s", "0"], ["--storage-gb-s", 0]),
+        ([*TINY, "--efficiency", "35"], ["--efficiency", 35]),
+        ([*TINY, "--gpus", "12"], ["--gpus 12", "--gpus-per-node 8"]),
+        ([*TINY, "--gpu", "h10"], ["h10", "h100?", "l40s", "--tflops"]),
+        ([*TINY, "precision=bf16_autocast", "--gpu", "v100"], ["bf16", "precision=fp16"]),
+        ([*TINY, "--measured", "no.json"], ["--measured no.json"]),
         ([*TINY, "--link-gbps", "0"], ["--link-gbps", 0]),
         (["digits_mae", "--images", "0"], ["--images", 0]),
         ([*TINY, "--gpus", "3"], ["optim.global_batch 64", 3]),

@@ -63,6 +63,9 @@ def test_the_saved_share_of_the_teachers_compute_by_hand(file, section, sees, to
         float8 = {"teacher": teacher.model_copy(update={"dtype": "fp8"}), "compile": compiled}
         rows = describe_teacher(config.model_copy(update=float8), objective, built)
         assert ("compile=true" in rows.get("WARNING", "")) == (not compiled)
+    whole = {"teacher": teacher.model_copy(update={"format": "dinov2"})}
+    rows = describe_teacher(config.model_copy(update=whole), objective, built)
+    assert ("teacher.sees=all" in rows.get("WARNING", "")) == (tokens < 1 + NUM_PATCHES)
 
 
 @pytest.mark.parametrize(
