@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dmae_ds.bench.random_batch import random_batches
-from dmae_ds.config.batch import BatchSplit, split_recipe
-from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
+from dmae_ds.config.batch import BatchSplit
+from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.run import CheckpointConfig, RunConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World
@@ -36,8 +36,10 @@ from dmae_ds.output.units import MIB
 from dmae_ds.train.checkpoint.folder import CheckpointFolder, bytes_in
 from dmae_ds.train.checkpoint.save import Checkpoints
 from dmae_ds.train.checkpoint.student_file import NAMES
+from dmae_ds.train.cut import CutRecipe
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher, build_ema_teacher
 from dmae_ds.train.engine import Engine, check_precision
+from dmae_ds.train.forecast import resolve_micro_batch
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.speed import wait_for
 
@@ -110,15 +112,8 @@ def bench_save(config: RunConfig, world: World, *, steps: int, rounds: int, fold
 
 def _build(config: RunConfig, world: World, run_dir: Path, device: torch.device) -> _Run:
     check_precision(config.precision, device)
-    split = split_recipe(config, world.size)
-    deepspeed = load_deepspeed(
-        config.deepspeed,
-        micro_batch=split.micro_batch,
-        accumulation=split.accumulation,
-        world_size=world.size,
-        clip_grad=config.optim.clip_grad,
-        precision=config.precision,
-    )
+    cut, _ = resolve_micro_batch(CutRecipe.of(config, world), device)
+    config, split, deepspeed = cut.config, cut.split, cut.deepspeed
     objective, shape = build_objective(config)
     if any(not tap.startswith("block/") for tap in objective.taps):
         raise UserError(

@@ -36,8 +36,9 @@ from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.geometry import measure as measure_geometry
 from dmae_ds.plan.memory import Zero, rank_memory
 from dmae_ds.plan.work import Work, step_work
+from dmae_ds.train.cut import CutRecipe
 from dmae_ds.train.engine import logged_collectives
-from dmae_ds.train.forecast import counted_parts
+from dmae_ds.train.forecast import counted_parts, resolve_micro_batch
 from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.speed import Speed, Yardstick
 
@@ -85,8 +86,28 @@ def bench_step(
     if against_mae:
         recipes["mae"] = as_plain_mae(config)
     with process_group.joined(world, timeout_s=config.dist.timeout_s) as device:
+        recipes = with_one_micro_batch(recipes, world, device)
         results = measure_steps(recipes, world, device, data=data, rounds=rounds)
         return json.dumps(results) if as_json else table(results)
+
+
+def with_one_micro_batch(
+    recipes: dict[str, RunConfig], world: World, device: torch.device
+) -> dict[str, RunConfig]:
+    """On GPUs, recipes without an `optim.micro_batch` take the one that is chosen for the first of them.
+
+    The steps share the device's memory. Collective.
+    """
+    first, *others = recipes.values()
+    chosen = resolve_micro_batch(CutRecipe.of(first, world), device, num_steps=len(recipes))[0].config
+    optim = {"micro_batch": chosen.optim.micro_batch}
+    cut = [one if one.optim.micro_batch else changed(one, optim) for one in others]
+    return dict(zip(recipes, [chosen, *cut], strict=True))
+
+
+def changed(config: RunConfig, optim: dict) -> RunConfig:
+    """A recipe with other values of its optim section."""
+    return config.model_copy(update={"optim": config.optim.model_copy(update=optim)})
 
 
 def measure_steps(
@@ -115,10 +136,8 @@ def measure_steps(
 
 def as_plain_mae(config: RunConfig) -> RunConfig:
     """The same student and batch under plain MAE, with the objective's mask and decoder where it has them."""
-    optim = config.optim.model_copy(update={"layer_decay": 1.0})  # MAE doesn't tell layers apart
-    return config.model_copy(
-        update={"objective": plain_mae(config.objective), "teacher": None, "optim": optim}
-    )
+    plain = config.model_copy(update={"objective": plain_mae(config.objective), "teacher": None})
+    return changed(plain, {"layer_decay": 1.0})  # MAE doesn't tell layers apart
 
 
 def contestant(name: str, config: RunConfig, world: World, device: torch.device, *, data: bool) -> Contestant:

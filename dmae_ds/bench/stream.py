@@ -22,7 +22,6 @@ from torch import Tensor
 from dmae_ds.bench.pipeline_engine import EvalBatch
 from dmae_ds.bench.random_batch import random_batches
 from dmae_ds.bench.random_teacher import random_teacher, random_teacher_view, random_top
-from dmae_ds.config.batch import split_recipe
 from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World
@@ -36,6 +35,8 @@ from dmae_ds.output.units import MIB
 from dmae_ds.teacher.frozen import FrozenTeacher, needed_depths
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.stages import held_blocks
+from dmae_ds.train.cut import CutRecipe
+from dmae_ds.train.forecast import resolve_micro_batch
 from dmae_ds.train.speed import wait_for
 
 
@@ -85,8 +86,8 @@ def bench_stream(
         # Whole calls of those contestants that take several batches at once.
         call = 2 * max(stages)
         ticks = -(-ticks // call) * call
-        split = collectives.raise_on_all_ranks(lambda: split_recipe(config, world.size))
-        micro_batch = split.micro_batch
+        cut = collectives.raise_on_all_ranks(lambda: CutRecipe.of(config, world))
+        micro_batch = resolve_micro_batch(cut, device)[0].micro_batch
         batches = random_batches(objective, config, micro_batch=micro_batch, rank=world.rank, device=device)
 
         def build(held: range | None) -> MaskedViT:

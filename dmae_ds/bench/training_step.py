@@ -10,8 +10,7 @@ import torch
 
 from dmae_ds.bench.random_batch import random_batch
 from dmae_ds.bench.random_teacher import random_teacher, random_teacher_view, random_top
-from dmae_ds.config.batch import split_recipe
-from dmae_ds.config.deepspeed import load_deepspeed, zero_stage
+from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.open import open_train
@@ -24,6 +23,7 @@ from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
+from dmae_ds.train.cut import CutRecipe
 from dmae_ds.train.ema import build_ema_teacher
 from dmae_ds.train.engine import Engine, check_precision
 from dmae_ds.train.inputs import batch_spec, copied, training_batches
@@ -46,7 +46,8 @@ class TrainingStep:
         choose_tf32(config.tf32, device)
         check_precision(config.precision, device)
         self.device = device
-        self.micro_batch, self.accumulation = split_recipe(config, world.size)
+        cut = CutRecipe.of(config, world)
+        self.micro_batch, self.accumulation, self.deepspeed = *cut.split, cut.deepspeed
         self.objective, shape = build_objective(config)
         self.ema = build_ema_teacher(self.objective, precision=config.precision, device=device)
         self._progress = Progress(0, NUM_STEPS, 0.0, config.optim.epochs)
@@ -54,22 +55,15 @@ class TrainingStep:
         self.teacher = NoTeacher()
         if config.teacher is not None:
             self.teacher = _random_teacher(config, self.objective, shape.depth, device)
-        self.deepspeed = deepspeed = load_deepspeed(
-            config.deepspeed,
-            micro_batch=self.micro_batch,
-            accumulation=self.accumulation,
-            world_size=world.size,
-            clip_grad=config.optim.clip_grad,
-            precision=config.precision,
-        )
         self.kernels = choose_kernels(
             config,
             [self.objective, getattr(self.teacher, "vit", None), self.ema.module],
             device,
-            zero_stage=zero_stage(deepspeed),
+            zero_stage=zero_stage(cut.deepspeed),
             is_large=True,
         ).text
-        self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), deepspeed, device)
+        optimizer = build_optimizer(self.objective, config.optim)
+        self.engine = Engine(self.objective, optimizer, cut.deepspeed, device)
         self.engine.set_lr(0.0)
         self.normalize = Normalize(config.data.mean, config.data.std).to(device)
         self._reads_data = data

@@ -20,8 +20,9 @@ from dmae_ds.plan.choose import HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure, scaled
 from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory
+from dmae_ds.train.cut import Cut, CutRecipe
 from dmae_ds.train.peak_memory import PeakMemory
-from dmae_ds.train.preflight import Preflight, with_split
+from dmae_ds.train.preflight import Preflight
 
 AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 has learned in which order it needs the weights
 MIN_PARAMETERS = 5_000_000  # below, memory belongs to libraries and not to tensors: nothing is predicted
@@ -56,58 +57,57 @@ def resolve_placement(preflight: Preflight, device: torch.device) -> tuple[Prefl
     return dataclasses.replace(preflight, config=config), reason
 
 
-def resolve_micro_batch(preflight: Preflight, device: torch.device) -> tuple[Preflight, str]:
+def resolve_micro_batch(cut: Cut, device: torch.device, *, num_steps: int = 1) -> tuple[Cut, str]:
     """On GPUs, replace a missing `optim.micro_batch` by the largest that fits; returns the reason too.
 
     A run that resumes keeps what it began with. On CPUs, and where an objective needs its whole batch, a rank
     takes its whole share at once. The recipe of the run folder records the choice. Collective: rank 0 decides
     for all, by the memory of the rank that has least. Raises UserError where nothing fits.
+
+    num_steps: number of different steps that share the device (bench step)
     """
-    config = preflight.config
+    config = cut.config
     if device.type != "cuda" or config.optim.micro_batch or config.objective.needs_whole_batch:
-        return preflight, ""
-    if preflight.resume_from is not None:
-        return with_split(preflight, preflight.split), ""
-    free = min(collectives.gather_objects(free_bytes(device, preflight.world.local_size)))
-    split = collectives.raise_on_all_ranks(
-        lambda: largest_split(preflight, free) if preflight.world.is_main else None
-    )
-    preflight = with_split(preflight, collectives.broadcast_from_main(split))
-    reason = f"the largest micro-batch that the planner fits into {free / GIB:.1f} GiB a rank"
-    return preflight, reason
+        return cut, ""
+    if cut.is_resumed:
+        return cut.with_split(cut.split), ""
+    free = min(collectives.gather_objects(free_bytes(device, cut.world.local_size))) / num_steps
+    split = collectives.raise_on_all_ranks(lambda: largest_split(cut, free) if cut.world.is_main else None)
+    cut = cut.with_split(collectives.broadcast_from_main(split))
+    return cut, f"the largest micro-batch that the planner fits into {free / GIB:.1f} GiB a rank"
 
 
-def largest_split(preflight: Preflight, room: float) -> BatchSplit:
+def largest_split(cut: CutRecipe, room: float) -> BatchSplit:
     """The first of training's own cut and its halves with which a rank's predicted memory is within `room`.
 
     Raises UserError where none is.
     """
-    geometry, is_scaled = measure(preflight.config, preflight.micro_batch, device_type="cuda"), False
+    geometry, is_scaled = measure(cut.config, cut.micro_batch, device_type="cuda"), False
     while True:
-        needed = least_bytes(preflight, geometry)
+        needed = least_bytes(cut, geometry)
         if needed <= room and not is_scaled:
-            return preflight.split
+            return cut.split
         if needed <= room:  # measured once more, because scaling is an estimate
-            geometry, is_scaled = measure(preflight.config, preflight.micro_batch, device_type="cuda"), False
+            geometry, is_scaled = measure(cut.config, cut.micro_batch, device_type="cuda"), False
             continue
-        smaller = smaller_split(preflight.config, preflight.world.size, preflight.split)
+        smaller = smaller_split(cut.config, cut.world.size, cut.split)
         if smaller is None:
             raise UserError(
                 f"nothing fits into {room / GIB:.1f} GiB a rank, down to optim.micro_batch="
-                f"{preflight.micro_batch} with {needed / GIB:.1f} GiB predicted; use more ranks, a higher "
+                f"{cut.micro_batch} with {needed / GIB:.1f} GiB predicted; use more ranks, a higher "
                 "ZeRO stage or student.checkpoint_blocks=true, or set optim.micro_batch to try it"
             )
-        preflight = with_split(preflight, smaller)
+        cut = cut.with_split(smaller)
         geometry, is_scaled = scaled(geometry, smaller.micro_batch), True
 
 
-def least_bytes(preflight: Preflight, geometry: Geometry) -> float:
+def least_bytes(cut: CutRecipe, geometry: Geometry) -> float:
     """Memory of a GPU with the teacher's placement, or with the one that needs least where it is auto."""
-    teacher = preflight.config.teacher
+    teacher = cut.config.teacher
     if teacher is None or teacher.placement != "auto":
-        return predict(preflight, geometry, gpu=True).total
-    machine = _machine(preflight, 1.0, gpu=True)
-    return min(row.memory.total for row in _candidates(preflight, geometry, machine, gpu=True, room=0))
+        return predict(cut, geometry, gpu=True).total
+    machine = _machine(cut, 1.0, gpu=True)
+    return min(row.memory.total for row in _candidates(cut, geometry, machine, gpu=True, room=0))
 
 
 def free_bytes(device: torch.device, local_ranks: int) -> float:
@@ -117,15 +117,15 @@ def free_bytes(device: torch.device, local_ranks: int) -> float:
     return psutil.virtual_memory().available / local_ranks
 
 
-def predict(preflight: Preflight, geometry: Geometry, *, gpu: bool) -> Memory:
+def predict(cut: CutRecipe, geometry: Geometry, *, gpu: bool) -> Memory:
     """Memory that the planner expects a rank to need. No collective."""
-    config, teacher = preflight.config, preflight.config.teacher
+    config, teacher = cut.config, cut.config.teacher
     return rank_memory(
         geometry,
-        Zero.of(preflight.deepspeed),
+        Zero.of(cut.deepspeed),
         precision=config.precision,
-        ranks=preflight.world.size,
-        accumulation=preflight.accumulation,
+        ranks=cut.world.size,
+        accumulation=cut.accumulation,
         placement="replicated" if teacher is None else teacher.placement,
         stages=None if teacher is None else teacher.stages,
         gpu=gpu,
@@ -182,27 +182,27 @@ def _choose(preflight: Preflight, free: float, *, gpu: bool) -> tuple[str, int |
     return best.placement, best.stages, _reason(best, rows, free)
 
 
-def _machine(preflight: Preflight, free: float, *, gpu: bool) -> Machine:
-    world, rates = preflight.world, {} if gpu else CPU
+def _machine(cut: CutRecipe, free: float, *, gpu: bool) -> Machine:
+    world, rates = cut.world, {} if gpu else CPU
     return Machine(
         gpus=world.size,
         gpus_per_node=world.local_size,
         memory_gib=free / GIB,
-        tf32=preflight.config.tf32,
+        tf32=cut.config.tf32,
         **rates,
     )
 
 
 def _candidates(
-    preflight: Preflight, geometry: Geometry, machine: Machine, *, gpu: bool, room: float
+    cut: CutRecipe, geometry: Geometry, machine: Machine, *, gpu: bool, room: float
 ) -> list[Candidate]:
     """Every placement under the run's own DeepSpeed file."""
     return candidates(
         geometry,
         machine,
-        {preflight.config.deepspeed: Zero.of(preflight.deepspeed)},
-        precision=preflight.config.precision,
-        accumulation=preflight.accumulation,
+        {cut.config.deepspeed: Zero.of(cut.deepspeed)},
+        precision=cut.config.precision,
+        accumulation=cut.accumulation,
         gpu=gpu,
         room=room,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dmae_ds.config.batch import BatchSplit, split_recipe
-from dmae_ds.config.deepspeed import check_compile, load_deepspeed, zero_stage
+from dmae_ds.config.deepspeed import check_compile, zero_stage
 from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
@@ -21,6 +21,7 @@ from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.output.safetensors_header import read_header
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.checkpoint.student_file import STUDENT, StudentFiles
+from dmae_ds.train.cut import CutRecipe, deepspeed_of
 from dmae_ds.train.learning_rate import check_rates
 from dmae_ds.weights.unreadable import describe_unreadable
 
@@ -35,7 +36,7 @@ TEACHER_MAY_CHANGE = {"weights", "format", "stats", "license", "placement", "sta
 
 
 @dataclass(frozen=True)
-class Preflight:
+class Preflight(CutRecipe):
     """A run that can start: the recipe, its data, and how its batch is divided.
 
     identity: what a checkpoint must agree with (`folder.MUST_AGREE`), with world_size, zero_stage and
@@ -44,12 +45,7 @@ class Preflight:
     resume_from: the checkpoint to continue from; None for a new run
     """
 
-    config: RunConfig
-    world: World
     shards: ShardSet | UnindexedShards
-    deepspeed: dict
-    micro_batch: int
-    accumulation: int
     num_steps: int
     folder: CheckpointFolder
     identity: dict
@@ -57,9 +53,15 @@ class Preflight:
     resume_from: Path | None
 
     @property
-    def split(self) -> BatchSplit:
-        """How a rank's share of the batch is cut."""
-        return BatchSplit(self.micro_batch, self.accumulation)
+    def is_resumed(self) -> bool:
+        """Whether the run continues from a checkpoint."""
+        return self.resume_from is not None
+
+    def with_split(self, split: BatchSplit) -> Preflight:
+        """Cut the batch in another way; the recipe and the next checkpoint's identity record it."""
+        return replace(
+            super().with_split(split), identity={**self.identity, "micro_batch": split.micro_batch}
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -92,7 +94,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     saved = {} if resume_from is None else folder.read_state(resume_from)
     config = as_it_began(config, saved)
     split = split_recipe(config, world.size, fitted=saved.get("micro_batch"))
-    deepspeed = _deepspeed(config, split, world)
+    deepspeed = deepspeed_of(config, split, world)
     check_compile(config.compile, config.deepspeed, deepspeed)
     config.check_teacher()
     shards = open_train(config.data, allow_pipe=allow_pipe)
@@ -139,31 +141,6 @@ def describe_finished(preflight: Preflight) -> str:
         f"'{preflight.run_dir}' is finished: step {preflight.num_steps:,} of {preflight.num_steps:,}; "
         f"nothing was done. Its student is {preflight.run_dir / STUDENT}; to train longer raise "
         "optim.epochs, to train again choose another run.dir"
-    )
-
-
-def with_split(preflight: Preflight, split: BatchSplit) -> Preflight:
-    """Cut the batch in another way, and record it in the recipe. Raises UserError as `prepare` does."""
-    optim = preflight.config.optim.model_copy(update={"micro_batch": split.micro_batch})
-    config = preflight.config.model_copy(update={"optim": optim})
-    return replace(
-        preflight,
-        config=config,
-        deepspeed=_deepspeed(config, split, preflight.world),
-        micro_batch=split.micro_batch,
-        accumulation=split.accumulation,
-        identity={**preflight.identity, "micro_batch": split.micro_batch},
-    )
-
-
-def _deepspeed(config: RunConfig, split: BatchSplit, world: World) -> dict:
-    return load_deepspeed(
-        config.deepspeed,
-        micro_batch=split.micro_batch,
-        accumulation=split.accumulation,
-        world_size=world.size,
-        clip_grad=config.optim.clip_grad,
-        precision=config.precision,
     )
 
 

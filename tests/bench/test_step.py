@@ -7,8 +7,15 @@ import json
 import pytest
 import torch
 
-from dmae_ds.bench.step import Contestant, figures, table
+from dmae_ds.bench.step import Contestant, as_plain_mae, figures, table, with_one_micro_batch
 from dmae_ds.cli.main import main
+from dmae_ds.config.load import load_config
+from dmae_ds.distributed.process_group import joined
+from dmae_ds.distributed.world import World
+from dmae_ds.plan.geometry import scaled
+from dmae_ds.train import forecast
+from dmae_ds.train.cut import CutRecipe
+from tests.plan.conftest import geometry_of
 from tests.train.conftest import command, run
 
 RECIPE = [
@@ -132,3 +139,22 @@ def test_an_impossible_comparison_is_one_line(against, words, capsys):
     assert main(["bench", "step", "digits_mae", "--against", against]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_on_a_gpu_all_steps_take_the_micro_batch_that_the_first_can_have_with_the_others(monkeypatch):
+    monkeypatch.setattr(forecast, "measure", lambda _, micro_batch, **__: scaled(geometry_of(), micro_batch))
+    dmae = load_config("digits_dmae", ["optim.global_batch=64"])
+    given = load_config("digits_dmae", ["optim.global_batch=64", "optim.micro_batch=4"])
+    recipes = {"dmae": dmae, "mae": as_plain_mae(dmae), "given": given}
+    needed = forecast.least_bytes(CutRecipe.of(dmae, World()), scaled(geometry_of(), 64))
+
+    def cut(free: float, device: str) -> list[int | None]:
+        monkeypatch.setattr(forecast, "free_bytes", lambda *_: free)
+        with joined(World(), timeout_s=60):
+            found = with_one_micro_batch(recipes, World(), torch.device(device))
+        assert list(found) == list(recipes)
+        return [config.optim.micro_batch for config in found.values()]
+
+    assert cut(3 * needed, "cuda") == [64, 64, 4]
+    assert cut(3 * needed - 3, "cuda") == [32, 32, 4]
+    assert cut(1, "cpu") == [None, None, 4]
