@@ -185,3 +185,9 @@ def test_auto_refuses_what_no_map_covers_and_what_two_do(tmp_path, monkeypatch):
         choose(reference, other)
     with refused("absent.safetensors", "is not a file"):
         choose(reference, tmp_path / "absent.safetensors")
+
+
+def test_the_earlier_import_of_open_weights_works():
+    from dmae_ds.teacher import formats
+
+    assert formats.open_weights is open_weights
