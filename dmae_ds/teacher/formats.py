@@ -1,4 +1,4 @@
-"""The earlier place of `open_weights`; it belongs to weights/named.py, and scripts that import it here work."""
+"""The earlier place of `open_weights` (now weights/named.py); scripts that import it from here still work."""
 
 from dmae_ds.weights.named import open_weights
 
