@@ -116,6 +116,10 @@ def _add_make(commands: Any) -> None:
         "--labels", type=Path, metavar="FILE", help="flat SRC: lines `<image> <class or its number>`"
     )
     flat.add_argument("--unlabelled", action="store_true", help="flat SRC: every label is -1")
+    text = (
+        "make a part alone: val is a tenth of the images, at most 1,000, drawn by --seed; train is the rest"
+    )
+    add("--part", choices=("train", "val"), help=text)
     add(
         "--resize",
         type=_at_least(1),

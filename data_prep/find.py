@@ -12,6 +12,7 @@ and sorted as such.
 import difflib
 import hashlib
 import os
+import random
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from dmae_ds.data.shards import ShardError
 
 SUFFIXES = (b".jpg", b".jpeg", b".jpe", b".png")
 MAX_DEPTH = 100
+HELD_OUT_SHARE, MAX_HELD_OUT = 10, 1000  # of `part`: a tenth of the images, at most 1,000
 READ = "JPEG and PNG are read, as 8-bit RGB"
 CONVERTED = (".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2", ".ppm", ".pgm")  # what PIL opens, too
 
@@ -58,6 +60,21 @@ class Listing:
     def skip(self, path: bytes, reason: str) -> None:
         """Add a file that cannot be used."""
         self.skipped.append({"number": None, "source": os.fsdecode(path), "reason": reason})
+
+    def part(self, name: str, seed: int) -> "Listing":
+        """The held-out images (`val`) or the others (`train`); the draw depends on number and seed alone.
+
+        Raises ShardError where there are fewer than two images.
+        """
+        if len(self) < 2:
+            raise ShardError(f"{len(self)} image cannot be divided into two parts; leave --part out")
+        num_held_out = min(max(len(self) // HELD_OUT_SHARE, 1), MAX_HELD_OUT)
+        held_out = set(random.Random(seed).sample(range(len(self)), num_held_out))
+        chosen = Listing(self.classes, ignored=self.ignored, skipped=self.skipped, notes=self.notes)
+        for number, label in enumerate(self.labels):
+            if (number in held_out) == (name == "val"):
+                chosen.add(self.path(number), label)
+        return chosen
 
     def sha256(self) -> str:
         """sha256 of the names, the labels and the classes."""

@@ -72,6 +72,7 @@ class MakeOptions:
     quality: int | None = None  # of images that --resize stores; None: 95
     verify: str = "header"  # or full
     json: bool = False
+    part: str | None = None  # train or val: the images that are left, or those that are held out; None: all
 
 
 @dataclass
@@ -142,6 +143,9 @@ def _make(
     print(f"{len(listing):,} images in {len(listing.classes):,} classes; {ignored}")
     for note in listing.notes:
         print(note)
+    if options.part is not None:
+        listing = listing.part(options.part, options.seed)
+        print(f"{len(listing):,} of them are its part '{options.part}'")
     if len(listing) > options.samples_per_shard * MAX_SHARDS:
         raise ShardError(
             f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard"
@@ -278,6 +282,7 @@ def _make_plan(listing: Listing, options: MakeOptions) -> dict:
     """Options and listing, as stored in journal and manifest; equal plans give equal sets."""
     plan = {
         "by": "dmae-shards make",
+        **({} if options.part is None else {"part": options.part}),
         "samples_per_shard": options.samples_per_shard,
         "seed": options.seed,
         "resize": options.resize,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep import make as make_module
-from data_prep.find import find_images
+from data_prep.find import Listing, find_images
 from data_prep.make import MakeOptions, make_shards
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
@@ -80,6 +80,24 @@ def test_the_order_depends_on_the_seed(src, tmp_path):
     sets = [make(src, tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     assert sets[0].fingerprint != sets[1].fingerprint
     assert sources(tmp_path / "0") != sources(tmp_path / "1")
+
+
+def test_two_parts_are_the_whole_set_and_keep_its_classes(src, tmp_path):
+    whole = sources(make(src, tmp_path / "all").folder)
+    parts = {part: make(src, tmp_path / part, part=part) for part in ("train", "val")}
+    held_out = sources(parts["val"].folder)
+    assert len(held_out) == 1 and sorted([*held_out, *sources(parts["train"].folder)]) == sorted(whole)
+    assert parts["train"].classes == parts["val"].classes == ["ant", "bee", "cat"]
+    assert sources(make(src, tmp_path / "other", part="val", seed=1).folder) != held_out
+    with refused("part", "'val'", "'train'", error=ShardError):
+        make(src, tmp_path / "val", part="train")
+    listing = Listing()
+    for number in range(20_000):
+        listing.add(b"%d" % number, -1)
+    assert [len(listing.part(name, 0)) for name in ("train", "val")] == [19_000, 1000]
+    with refused("1 image", "--part", error=ShardError):
+        (lonely := Listing()).add(b"x", -1)
+        lonely.part("val", 0)
 
 
 def test_unreadable_images_are_left_out_and_listed(src, tmp_path):
