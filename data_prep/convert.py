@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.header import MAX_SHRUNK_PIXELS, find_mode, read_header
-from data_prep.target import open_bucket
+from data_prep.target import OtherSetError, open_bucket
 from data_prep.workers import check_parent
 from dmae_ds.data.shards import SOURCES, NewSample, ShardError, draft_shard, index_name
 
@@ -184,7 +184,7 @@ def _is_done(job: Job, paths: list[bytes]) -> bool:
         check_parent()
         (left if number in skipped else kept).extend(_size_and_time(settings, path))
     if _digest(kept) != entry["kept"]:
-        raise ShardError(
+        raise OtherSetError(
             f"files of SRC have changed since {job.name} was made (lines {job.first + 1} to "
             f"{job.first + len(paths)} of {SOURCES}); restore them, or start again with --overwrite"
         )

@@ -155,7 +155,7 @@ def _make(
     if _is_complete(target, plan, journal, overwrite=overwrite):
         journal.remove()
         target.clear()
-        print(f"{target.shown} is already complete; add --overwrite to make it again")
+        print(f"{target.shown} is already complete; dmae-shards make --overwrite would make it again")
         return
     if journal.plan is None:
         journal.begin(plan)

@@ -16,6 +16,10 @@ from dmae_ds.data.storage import Access, RemoteFolder
 WRITABLE = ("s3", "gs")
 
 
+class OtherSetError(ShardError):
+    """DST holds shards of other files or options than those that are asked for."""
+
+
 class LocalTarget:
     """A shard folder of this machine."""
 
@@ -137,7 +141,7 @@ def find_finished(target: LocalTarget | BucketTarget, plan: dict, old_plan: dict
             difference = f"{key}: found {old_plan.get(key)!r}, requested {plan[key]!r}"
             if key in ("num_sources", "listing_sha256"):
                 difference = "the files of SRC or their labels changed"
-            raise ShardError(
+            raise OtherSetError(
                 f"DST '{target.shown}' holds {state} that was made differently ({difference}); use the same "
                 f"options, or add --overwrite to replace it"
             )

@@ -10,6 +10,11 @@ WEIGHTS = "teacher.weights=mae_pretrain_vit_large.pth"
 
 # {command: its examples, without `dmae-ds` and the command}
 EXAMPLES = {
+    "distill": (
+        "photos --teacher mae_pretrain_vit_base.pth --student vit_small_patch16_224",
+        "photos --teacher vit_base_patch14_dinov2.lvd142m --student vit_small_patch16_224 --epochs 200 "
+        "run.dir=runs/photos",
+    ),
     "train": (
         "digits_dmae",
         f"{RECIPE} {WEIGHTS} --dry-run",

@@ -15,6 +15,7 @@ from pathlib import Path
 from dmae_ds import __version__
 from dmae_ds.cli.bench import add_bench
 from dmae_ds.cli.checkpoint import add_checkpoint
+from dmae_ds.cli.distill import add_distill
 from dmae_ds.cli.doctor import add_doctor
 from dmae_ds.cli.environment import prepare_environment
 from dmae_ds.cli.eval import add_eval
@@ -35,6 +36,7 @@ from dmae_ds.output.lines import be_quiet
 from dmae_ds.output.local_path import refuse_urls
 
 GROUPS = {
+    "distill": add_distill,
     "train": add_train,
     "recipes": add_recipes,
     "doctor": add_doctor,

@@ -5,6 +5,8 @@ What a spelling means (`1e-3`, `off`, 2024-05-01) is decided in yaml_text.py.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -73,6 +75,16 @@ def build_config(
         raise UserError("\n".join(_explain(item, schema) for item in error.errors())) from None
     check_places(config)
     return with_numbers_of_own_file(config) if isinstance(config, RunConfig) else config
+
+
+def override_words(overrides: Mapping[str, object] | Iterable[str]) -> list[str]:
+    """Overrides as they are typed, `key=value`, from such words or from {key: value}."""
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    return [
+        f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}"
+        for key, value in overrides.items()
+    ]
 
 
 def check_places(config: BaseModel) -> None:

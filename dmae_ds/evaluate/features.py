@@ -107,11 +107,12 @@ def build_timm(config: ModelConfig) -> VisionTransformer:
     return find_builder(config.name, "student")(num_classes=0, **config.overrides())
 
 
-def load_student(run: Path) -> VisionTransformer:
+def load_student(run: str | Path) -> VisionTransformer:
     """Load the student of a run folder into timm's own class, in eval mode; its file must fit strictly.
 
     Raises UserError where the file is missing, damaged, or holds another network than config.yaml names.
     """
+    run = Path(run)
     config = read_saved_config(run, student_only=True).student
     path = find_student(run)
     student = build_timm(config)

@@ -76,10 +76,18 @@ class Network:
     others: tuple[str, ...] = ()
 
 
-def identify(path: Path, *, name: str | None, overrides: list[str], format: str) -> Network:
+def identify(
+    path: Path,
+    *,
+    name: str | None,
+    overrides: list[str],
+    format: str,
+    how_to_name: str = "give --name NAME and numbers such as embed_dim=128 depth=8",
+) -> Network:
     """Return the network of a file: the one that the user or the file names, else the known one that fits.
 
     overrides: `key=value`, numbers in which the network differs from its name's
+    how_to_name: what to do where no known network fits, for messages
     Raises UserError where none fits, with what the file holds.
     """
     keys = _read_overrides(name, overrides)
@@ -96,7 +104,7 @@ def identify(path: Path, *, name: str | None, overrides: list[str], format: str)
     if not fitting:
         raise UserError(
             f"'{path}' holds {_geometry(opened)}; none of the {len(NETWORKS)} known networks fits: "
-            "give --name NAME and numbers such as embed_dim=128 depth=8"
+            f"{how_to_name}"
         )
     first, *others = fitting
     return replace(first, others=tuple(other.name for other in others))

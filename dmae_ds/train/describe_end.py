@@ -31,8 +31,9 @@ def describe_loading(preflight: Preflight, student: MaskedViT) -> str:
 def describe_done(preflight: Preflight, *, seconds: float) -> str:
     """The last line of a run: that it is done, where its student is, and what comes next."""
     run_dir = preflight.run_dir
-    steps = "dmae-ds export" if preflight.config.data.val is None else "dmae-ds eval knn"
-    more = " --to timm" if preflight.config.data.val is None else ""
+    has_knn = preflight.config.data.val is not None and len(preflight.shards.classes) > 1
+    steps = "dmae-ds eval knn" if has_knn else "dmae-ds export"
+    more = "" if has_knn else " --to timm"
     return (
         f"done: {preflight.num_steps:,} steps, this start {tqdm.format_interval(seconds)}; the student is "
         f"{run_dir / STUDENT}; next: {steps} {run_dir}{more}, or dmae-ds report {run_dir}"
