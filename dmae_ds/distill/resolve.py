@@ -116,7 +116,7 @@ def _write(
     choices = choose(
         Facts(num_images=num_images, num_ranks=num_ranks, **facts, **vars(machine)),
         given,
-        has_decoder=hasattr(config.objective, "decoder"),
+        has_decoder="decoder" in type(config.objective).model_fields,
     )
     values = config.model_dump(mode="json", exclude_unset=True)
     values["data"] |= {"train": train, "val": val}
