@@ -11,6 +11,8 @@ same call continues.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from data_prep.make import MakeOptions, make_shards
 from data_prep.target import OtherSetError
 from dmae_ds.data.shards import MANIFEST
 from dmae_ds.errors import UserError
+from dmae_ds.output.lines import is_quiet
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def _make(part: Part, dst: Path, name: str | None, max_skip: int) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = MakeOptions(unlabelled=part.kind == "flat", part=name)
     try:
-        make_shards(part.folder, dst, options, num_workers=cores, max_skip=max_skip)
+        with contextlib.redirect_stdout(io.StringIO()) if is_quiet() else contextlib.nullcontext():
+            make_shards(part.folder, dst, options, num_workers=cores, max_skip=max_skip)
     except OtherSetError:
         raise UserError(
             f"'{dst}' has shards of other images than '{part.folder}' holds now, or was made with other "
