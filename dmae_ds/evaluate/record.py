@@ -14,7 +14,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import read_results
 
 _NOT_LOSSES = ("step", "epoch", "lr", "images_per_s")
-_NOT_LOSS_PREFIXES = ("share/", "seconds/", "rank/", "norm/", "knn/", "target/", "val/")
+_NOT_LOSS_PREFIXES = ("share/", "seconds/", "rank/", "norm/", "knn/", "target/", "val/", "spread/")
 TIMES = ("data", "teacher", "rest")  # parts of a step's time, seconds/<part> in metrics.jsonl
 
 
@@ -65,6 +65,11 @@ class RunRecord:
         values = self.column(name)
         finite = [value for value in values[-math.ceil(len(values) / 10) :] if math.isfinite(value)]
         return fmean(finite) if finite else math.nan
+
+    def at_start(self, name: str) -> float:
+        """A column's value in the first step of the run; NaN where it was not measured."""
+        first = self.rows[0]
+        return first.get(name, math.nan) if first.get("step") == 1 else math.nan
 
     def seconds(self) -> dict[str, float]:
         """Median seconds per step of each part of the time: {"data": ..., "teacher": ..., "rest": ...}.

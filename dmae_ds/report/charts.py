@@ -7,7 +7,7 @@ import re
 
 from matplotlib.figure import Figure
 
-from dmae_ds.evaluate.facts import DEAD_RANK, DEAD_SPREAD, block_of
+from dmae_ds.evaluate.facts import COLLAPSED_RANK, DEAD_SPREAD, block_of
 from dmae_ds.evaluate.record import TIMES, RunRecord
 from dmae_ds.report.figures import Curve, draw_bars, draw_curves
 
@@ -53,7 +53,9 @@ def _draw_ranks(records: dict[str, RunRecord]) -> Charts:
     for column, title in titles.items():
         curves = _curves(records, column)
         if curves:
-            mark = (DEAD_RANK, f"collapsed below {DEAD_RANK:g}") if column in judged else None
+            limit, *others = {COLLAPSED_RANK * record.at_start(column) for record in records.values()}
+            is_drawn = column in judged and limit > 0 and not others  # not where runs start differently
+            mark = (limit, f"collapsed below {COLLAPSED_RANK:g} of the start") if is_drawn else None
             figure = draw_curves(title, curves, unit="directions", from_zero=True, mark=mark)
             charts[safe_name(column)] = figure
     return charts

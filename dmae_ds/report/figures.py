@@ -72,7 +72,7 @@ def draw_curves(
         if share:
             axes.set_ylim(0, 1)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
-            mark = (DEAD_SHARE, f"dead term below {DEAD_SHARE:.0%}")
+            mark = (DEAD_SHARE, f"a dead term is below {DEAD_SHARE:.0%}")
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
         if mark is not None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.facts import DEAD_RANK
 from dmae_ds.output.durable import replacing
 from dmae_ds.report.published import NUM_IMAGENET, Conditions, find_conditions, find_result, read_published
 from dmae_ds.report.runs import Run, find_runs
@@ -158,7 +157,7 @@ def render_study(settings: list[Setting]) -> list[str]:
         "differs from the commonest recipe of that objective. Time: wall, pre-training alone. "
         "Rank: effective rank of the mean of the patch tokens,",
         "or of CLS where the loss reads no other, over the last tenth of training, mean over seeds "
-        f"and (lowest); it can't exceed a rank's batch, and below {DEAD_RANK:g} counts as collapsed.",
+        "and (lowest); it can't exceed a rank's batch.",
         "",
         f"![{', '.join(headings.values())} of every setting]({FIGURE})",
         "",

@@ -33,8 +33,9 @@ NOTES = {
     "health": (
         "Health of the features",
         "Effective rank is the number of directions over which the features of a rank's batch spread; "
-        "it can't exceed the number of its images. A fall towards one is a collapse, which the loss "
-        "need not show; a low at the start is normal, so only the last third of a run is judged. A "
+        "it can't exceed the number of its images, and simple images have few. A fall to less than half "
+        "of what the initial weights give is a collapse, which the loss need not show; a low early in "
+        "training is normal, so only the last third of a run is judged. A "
         "norm that never stops growing is worth a look.",
     ),
     "times": (

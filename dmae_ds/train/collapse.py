@@ -1,6 +1,6 @@
-"""Watching a student's features for collapse: their norms and effective rank, measured while it trains.
+"""Watching a student's features for collapse: norms, effective rank and spread, measured while it trains.
 
-Features may collapse, into one point or onto a few directions, under a loss that still falls. Both numbers
+Features may collapse, into one point or onto a few directions, under a loss that still falls. The numbers
 are computed from the student's ordinary forward passes, by hooks that only read: a run with them is bit for
 bit the run without. On a GPU the eigenvalues (cuSOLVER) wait for the device, in logged steps alone, whose
 losses are read anyway.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.models.vit import MaskedViT
+from dmae_ds.objectives.spread import spread
 
 MIN_ROWS = 16  # images of a rank: the rank of fewer is that of a small sample, whatever the features
 MAX_ROWS = 1024  # images of a rank: limits the cost of the eigenvalues to a 1024 x 1024 matrix
@@ -50,6 +51,7 @@ class CollapseMonitor:
     masks):
         rank/mean, rank/cls   effective rank of the mean of the patch tokens, and of CLS, after the last norm;
                               it grows with the number of images, and is left out for fewer than MIN_ROWS
+        spread/mean, spread/cls   share of these features that differs between images (objectives/spread.py)
         norm/<block>          mean L2 norm of a token right after a tapped block, and after the last one
     """
 
@@ -67,6 +69,11 @@ class CollapseMonitor:
         pooled = {pool: torch.cat(rows) for pool, rows in self._pooled.items()}
         numbers = {
             f"rank/{pool}": effective_rank(features[:MAX_ROWS])
+            for pool, features in pooled.items()
+            if len(features) >= MIN_ROWS
+        }
+        numbers |= {
+            f"spread/{pool}": spread(features)
             for pool, features in pooled.items()
             if len(features) >= MIN_ROWS
         }

@@ -9,7 +9,7 @@ Each line of RUN/metrics.jsonl is one step:
     images_per_s                     of the steps since the last flush
     tflops, of_peak                  of this rank, for networks from 5 M parameters (speed.py)
     seconds/data|teacher|save|rest   where the time went (step_timer.py); a save counts to the step after it
-    rank/..., norm/...               every log.every_steps and at the end (collapse.py)
+    rank/..., spread/..., norm/...   at step 1, every log.every_steps and at the end (collapse.py)
     knn/top1, knn/top5               in percent, where eval.knn_every asks for it (knn.py)
     val/loss and its parts           on data.val, where eval.loss_every asks for it (val_loss.py)
 """
@@ -54,7 +54,7 @@ class _Row(NamedTuple):
 class MetricLogger:
     """Collects each step's scalars; rank 0 writes RUN/metrics.jsonl, one line a step.
 
-    monitor: observes the student's features every `log_every` steps and in the last one
+    monitor: observes the student's features in the first step, every `log_every` steps and in the last one
     timer: measures where the time goes; speed: compares the time of a step with the fastest matrix product
     `trackers` may be set before the first step.
     """
@@ -237,10 +237,11 @@ class MetricLogger:
                 tracker.log(numbers, step=record["step"])
 
     def _activate_monitor(self) -> None:
-        """Let the monitor observe the next step if it is logged or the last one."""
+        """Let the monitor observe the next step if it is logged, the first or the last one."""
         following = self.step + 1
         is_logged = following % self.schedule.log_every == 0
-        self.monitor.active = is_logged or following == self.schedule.num_steps
+        # The first step's features are those of the initial weights, which later ones are compared with.
+        self.monitor.active = is_logged or following in (1, self.schedule.num_steps)
 
     def _fail(self, row: _Row) -> None:
         mine = torch.cat(row.ids).tolist() if not row.values[row.names.index("loss")].isfinite() else []

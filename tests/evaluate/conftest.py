@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -55,12 +55,15 @@ def make_shards(folder, *, num, seed, classes=CLASSES, labels=None):
 class Metrics:
     """The invented metrics of a run.
 
-    share: of distillation in the gradient, in every step; rank: effective rank, every tenth step, None for a
-    run of an older version; knn: top-1, rising, every tenth step
+    share: of distillation in the gradient, in every step; rank, spread: effective rank and spread of the
+    features, every tenth step, in the first step those of the initial weights; rank None: a run of an older
+    version; knn: top-1, rising, every tenth step
     """
 
     share: float = 0.5
     rank: float | None = 9.0
+    spread: float = 0.3
+    start: dict = field(default_factory=lambda: {"rank/mean": 6.0, "rank/cls": 12.0, "spread/mean": 0.04})
     knn: float | None = None
     num_steps: int = STEP
 
@@ -75,8 +78,11 @@ class Metrics:
             row |= {"seconds/data": 0.01, "seconds/teacher": 0.03, "seconds/rest": 0.06}
         if self.rank is not None and step % 10 == 0:
             row |= {"rank/mean": self.rank, "rank/cls": 2 * self.rank, "norm/2": 60.0 - step}
+            row["spread/mean"] = self.spread
             if distilled:
                 row["norm/1"] = 10.0 + step
+        if self.rank is not None and step == 1:
+            row |= self.start
         if self.knn is not None and step % 10 == 0:
             row["knn/top1"] = self.knn + step
         return row

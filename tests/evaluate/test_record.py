@@ -5,12 +5,30 @@ from dataclasses import replace
 
 import pytest
 
+from dmae_ds.config.load import load_config
 from dmae_ds.evaluate.facts import find_collapses, find_dead_terms, list_facts
 from dmae_ds.evaluate.record import read_record
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.objectives.build import build_objective
 from tests.evaluate.conftest import Metrics, knn_result, make_run
 from tests.messages import refused
+
+# Runs of BENCHMARKS.md, "When features have collapsed": recipe, (effective rank at the first step, at the
+# end), (spread at the first step, at the end), and whether the student was spoiled. Shapes: three classes.
+MEASURED = {
+    "digits, mae": ("digits_mae", (4.3, 8.77), (0.039, 0.26), False),
+    "digits, dmae": ("digits_dmae", (4.3, 7.77), (0.039, 0.33), False),
+    "digits, sdae": ("digits_sdae", (4.3, 5.68), (0.039, 0.0046), False),
+    "digits, mae, rate x 50": ("digits_mae", (4.3, 1.15), (0.039, 0.012), True),
+    "digits, dmae, rate x 50": ("digits_dmae", (4.3, 2.37), (0.039, 0.0001), True),
+    "digits, mocov3": ("digits_mocov3", (2.4, 6.21), (0.02, 0.0043), False),
+    "digits, mocov3 with dmae's term": ("digits_mocov3_dmae", (2.4, 7.3), (0.02, 0.066), False),
+    "shapes, mae": ("digits_mae", (2.9, 5.97), (0.084, 0.32), False),
+    "shapes, dmae": ("digits_dmae", (2.9, 6.84), (0.084, 0.33), False),
+    "shapes, mocov3": ("digits_mocov3", (3.0, 3.03), (0.056, 0.041), False),
+    "shapes, mae, rate x 50": ("digits_mae", (2.9, 2.05), (0.084, 0.0021), True),
+    "shapes, dmae, rate x 50": ("digits_dmae", (2.9, 2.16), (0.084, 0.0006), True),
+}
 
 
 def test_an_incomplete_line_of_a_killed_run_is_left_out(run):
@@ -54,6 +72,27 @@ def test_a_term_below_a_twentieth_of_the_gradient_is_called_dead(tmp_path, shard
         assert all(word in sentences[0] for word in ("mine", "block 1", f"{share:.1%}", "objective.alpha"))
     facts = list_facts(record, *build_objective(record.config))
     assert facts["share of distillation, block 1"] == (f"{share:.1%}", "dead term" if dead else "")
+
+
+# (share of the gradient, distance at the first step, at the end), and whether the term is dead: BENCHMARKS.md
+TERMS = {
+    "dmae": (0.727, 4.09, 1.20, False),
+    "mocov3 with dmae's term": (0.036, 4.16, 1.18, False),
+    "dmae as published": (0.051, 0.0981, 0.0375, False),
+    "dmae, alpha .02": (0.048, 1.0, 0.47, True),
+    "dmae, rate x 50": (0.0, 4.09, 3.48, True),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_of_a_student_that_imitates_is_not_dead(run, name):
+    share, first, last, is_dead = TERMS[name]
+    record = read_record(run)
+    for row in record.rows:
+        row |= {"share/1": share, "align/1-3": last if row["step"] > 1 else first}
+    assert len(find_dead_terms(record, name)) == is_dead
+    del record.rows[0]["align/1-3"]  # of an older run, or a run whose first lines are lost
+    assert len(find_dead_terms(replace(record, rows=record.rows[1:]), name)) == (share < 0.05)
 
 
 @pytest.mark.parametrize("normalize, advised", [("l2", True), ("none", False)])
@@ -119,7 +158,7 @@ def test_the_time_of_a_step_is_the_median_of_its_parts_and_empty_without_measure
     assert record.seconds() == {"data": 0.01, "teacher": 0.03, "rest": 0.06}
     facts = list_facts(record, *build_objective(record.config))
     assert facts["images/s, median"].note == "0.1 s a step: data 10%, teacher 30%, rest 60%"
-    assert facts["effective rank of the mean of the patch tokens"] == ("9.0", "")
+    assert facts["effective rank of the mean of the patch tokens"] == ("9.0", "6.0 at the first step")
     old = read_record(make_run(tmp_path / "old", train=shards[0], val=shards[1], metrics=Metrics(rank=None)))
     facts = list_facts(old, *build_objective(old.config))
     assert old.seconds() == {} and facts["images/s, median"].note == ""
@@ -129,7 +168,10 @@ def test_the_time_of_a_step_is_the_median_of_its_parts_and_empty_without_measure
 @pytest.mark.parametrize(
     "rank, num_steps, collapsed", [(2.9, 30, True), (3.1, 30, False), (1.0, 20, True), (1.0, 19, False)]
 )
-def test_a_low_rank_is_a_collapse_from_two_thirds_of_the_run_on(tmp_path, shards, rank, num_steps, collapsed):
+def test_a_fallen_rank_is_a_collapse_from_two_thirds_of_the_run_on(
+    tmp_path, shards, rank, num_steps, collapsed
+):
+    """The rank with the initial weights is 6."""
     record = read_record(
         make_run(
             tmp_path / "run", train=shards[0], val=shards[1], metrics=Metrics(rank=rank, num_steps=num_steps)
@@ -138,7 +180,27 @@ def test_a_low_rank_is_a_collapse_from_two_thirds_of_the_run_on(tmp_path, shards
     sentences = find_collapses(record, "mine")
     assert len(sentences) == collapsed
     if collapsed:
-        assert all(word in sentences[0] for word in ("mine", f"{rank:.1f}", "optim.base_lr"))
+        assert all(word in sentences[0] for word in ("mine", f"{rank:.1f}", "6.0", "optim.base_lr"))
+    not_measured = [{key: value for key, value in record.rows[0].items() if "rank/" not in key}]
+    assert find_collapses(replace(record, rows=not_measured + record.rows[1:]), "older") == []
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_alarm_is_true_for_the_runs_that_were_measured(run, name):
+    recipe, ranks, spreads, is_collapsed = MEASURED[name]
+    record, objective = read_record(run), load_config(recipe).objective
+    for row in record.rows:
+        is_later = row["step"] > 1
+        for tokens in ("mean", "cls"):
+            row |= {f"rank/{tokens}": ranks[is_later], f"spread/{tokens}": spreads[is_later]}
+
+    def judged(objective):
+        config = record.config.model_copy(update={"objective": objective})
+        return find_collapses(replace(record, config=config), name)
+
+    assert len(judged(objective)) == is_collapsed
+    # Where labels are learned, images of one class are meant to be alike.
+    assert judged(load_config("digits_g2sd_specific").objective) == []
 
 
 def test_other_results_are_facts(run, segmentation):

@@ -21,7 +21,7 @@ def test_a_share_is_drawn_from_0_to_100_with_the_mark_of_a_dead_term():
     figure = draw_curves("share", [CURVE], unit="%", share=True)
     assert figure.axes[0].get_ylim() == (0, 1)
     loss = draw_curves("loss", [CURVE], unit="loss")
-    assert "dead term below 5%" in to_svg(figure) and "dead term" not in to_svg(loss)
+    assert "dead term is below 5%" in to_svg(figure) and "dead term" not in to_svg(loss)
     assert to_png(figure)[:4] == b"\x89PNG"
 
 

@@ -89,7 +89,9 @@ def test_an_objective_that_reads_cls_alone_is_judged_by_it(tmp_path, shards):
         config = config_of(tmp_path, shards)
         if objective == "mae":
             config = config.model_copy(update={"objective": MaeConfig(name="mae")})
-        return len(find_collapses(RunRecord(tmp_path, config, rows_of(spread=SPREAD, **ranks), []), "run"))
+        rows = rows_of(spread=SPREAD, **ranks)
+        rows[0] |= {"rank/mean": 6.0, "rank/cls": 6.0}
+        return len(find_collapses(RunRecord(tmp_path, config, rows, []), "run"))
 
     low_mean, low_cls = {"rank/mean": 2.0, "rank/cls": 4.0}, {"rank/mean": 4.0, "rank/cls": 2.0}
     assert (alarms("mocov3", **low_mean), alarms("mocov3", **low_cls)) == (0, 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dmae_ds.models.vit import build_student
+from dmae_ds.objectives.spread import spread
 from dmae_ds.train.collapse import MIN_ROWS, CollapseMonitor, effective_rank
 
 SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -70,11 +71,12 @@ def test_the_micro_batches_of_a_step_are_measured_together(student):
     found = monitor.measure()
     latent = torch.cat([latent for latent, _ in outputs])
     tapped = torch.cat([tapped[2] for _, tapped in outputs])
-    assert list(found) == ["rank/mean", "rank/cls", "norm/2", "norm/3"]
+    assert list(found) == ["rank/mean", "rank/cls", "spread/mean", "spread/cls", "norm/2", "norm/3"]
     assert found["rank/mean"].item() == pytest.approx(
         effective_rank(latent[:, 1:].mean(dim=1)).item(), rel=1e-4
     )
     assert found["rank/cls"].item() == pytest.approx(effective_rank(latent[:, 0]).item(), rel=1e-4)
+    assert found["spread/cls"].item() == pytest.approx(spread(latent[:, 0]).item(), rel=1e-4)
     assert found["norm/2"].item() == pytest.approx(tapped.norm(dim=-1).mean().item(), rel=1e-5)
     last = student.blocks[2](tapped)  # the residual stream, before the final norm
     assert found["norm/3"].item() == pytest.approx(last.norm(dim=-1).mean().item(), rel=1e-5)
