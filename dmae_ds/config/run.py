@@ -135,6 +135,14 @@ class LogConfig(Section):
 
     every_steps: PositiveInt = 20  # steps between two reads of the losses
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"])  # []: metrics.jsonl alone
+    # Project of W&B, where the run has the name of its folder; null: WANDB_PROJECT, otherwise dmae-ds.
+    project: str | None = None
+
+    @model_validator(mode="after")
+    def _the_project_is_used(self):
+        if self.project is not None and "wandb" not in self.trackers:
+            raise ValueError("log.project requires log.trackers=[wandb]; set that too, or remove log.project")
+        return self
 
 
 class DistConfig(Section):

@@ -36,8 +36,9 @@ def inspect_recipe(request: dict) -> dict:
     config = read[0]
     facts["shards"] = guarded(lambda: inspect_shards(config, allow_pipe=request["allow_pipe"]))
     facts["teacher"] = guarded(lambda: inspect_teacher(config))
+    facts["trackers"] = guarded(lambda: inspect_trackers(config))
     facts["run_dir"] = guarded(lambda: inspect_run_folder(config, request))
-    if "error" not in facts["shards"] and "error" not in facts["teacher"]:
+    if not any("error" in facts[part] for part in ("shards", "teacher", "trackers")):
         facts["start"] = guarded(lambda: prepare_start(config, request))
     if request["index"] == 0:
         facts["needs"] = guarded(lambda: estimate_needs(config, request["world"]))
@@ -80,6 +81,17 @@ def inspect_teacher(config: RunConfig) -> dict:
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS_SUFFIXES]
     return {"path": str(path), "bytes": sum(file.stat().st_size for file in files)}
+
+
+def inspect_trackers(config: RunConfig) -> dict:
+    """Names of the trackers, and for W&B its project and whether it needs a login."""
+    from dmae_ds.train.trackers import check_trackers, is_logged_in, project_of
+
+    check_trackers(config.log)
+    facts = {"names": list(config.log.trackers)}
+    if "wandb" in config.log.trackers:
+        facts |= {"project": project_of(config.log), "logged_in": is_logged_in()}
+    return facts
 
 
 def inspect_run_folder(config: RunConfig, request: dict) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmae_ds.doctor.check import FAIL, OK, SKIP, Check, group_nodes, join_names, list_values, split_fix
+from dmae_ds.doctor.check import FAIL, OK, SKIP, WARN, Check, group_nodes, join_names, list_values, split_fix
 from dmae_ds.doctor.judge_machines import Facts, Target
 from dmae_ds.output.units import size_text
 
@@ -21,6 +21,7 @@ def judge_recipe(facts: Facts, meetings: Facts, target: Target) -> list[Check]:
         recipe,
         _judge_shards(facts),
         _judge_teacher(facts),
+        _judge_trackers(facts),
         _judge_batch(facts, target),
         _judge_run_folder(facts, meetings),
         _judge_disk(facts),
@@ -87,13 +88,27 @@ def _judge_teacher(facts: Facts) -> Check:
     return Check("teacher", OK, f"{size_text(size)}{' on every node' if len(facts) > 1 else ''}")
 
 
+def _judge_trackers(facts: Facts) -> Check:
+    """Check that trackers are installed, and that W&B knows who logs, on the first node, which has rank 0."""
+    if failed := _check_errors("trackers", facts, "trackers", "install it on every node"):
+        return failed
+    first = next(iter(facts.values()))["trackers"]
+    names = ", ".join(first["names"]) or "none: metrics.jsonl alone"
+    if "project" not in first:
+        return Check("trackers", OK, names)
+    if not first["logged_in"]:
+        fix = "wandb login there, WANDB_API_KEY, or WANDB_MODE=offline"
+        return Check("trackers", WARN, f"{names}: no login of W&B found on {next(iter(facts))}", fix)
+    return Check("trackers", OK, f"{names}, project {first['project']}")
+
+
 def _judge_batch(facts: Facts, target: Target) -> Check:
     """Check what `dmae-ds train` would refuse before it builds a model."""
     if failed := _check_errors("batch", facts, "start", "fix the recipe"):
         return failed
     starts = [node_facts["start"] for node_facts in facts.values() if "start" in node_facts]
     if not starts:
-        return Check("batch", SKIP, "needs shards and teacher")
+        return Check("batch", SKIP, "needs shards, teacher and trackers")
     start = starts[0]
     batch = f"{target.world} x {start['micro_batch']} images x {start['accumulation']} accumulated"
     resumes = f", resumes from {start['resumes']}" if start["resumes"] else ""

@@ -255,24 +255,6 @@ class MetricLogger:
         raise error
 
 
-def build_trackers(names: list[str], run_dir: Path) -> list:
-    """Build accelerate's trackers by name, which log under the run folder. Call it on rank 0 alone."""
-    from accelerate.state import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    PartialState()
-    trackers = []
-    for name in names:
-        tracker_class = LOGGER_TYPE_TO_CLASS[name]
-        kwargs = {}
-        if tracker_class.requires_logging_directory:
-            kwargs["logging_dir"] = run_dir / "tensorboard"
-        tracker = tracker_class(run_dir.name, **kwargs)
-        tracker.start()
-        trackers.append(tracker)
-    return trackers
-
-
 def _step_of(line: str) -> int | None:
     try:
         return json.loads(line)["step"]

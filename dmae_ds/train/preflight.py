@@ -23,6 +23,7 @@ from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.checkpoint.student_file import STUDENT, StudentFiles
 from dmae_ds.train.cut import CutRecipe, deepspeed_of
 from dmae_ds.train.learning_rate import check_rates
+from dmae_ds.train.trackers import check_trackers
 from dmae_ds.weights.unreadable import describe_unreadable
 
 # Widths of timm's plain ViTs by the size in their names.
@@ -97,6 +98,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     deepspeed = deepspeed_of(config, split, world)
     check_compile(config.compile, config.deepspeed, deepspeed)
     config.check_teacher()
+    check_trackers(config.log)
     shards = open_train(config.data, allow_pipe=allow_pipe)
     if config.objective.needs_labels:
         check_labelled(config, shards)

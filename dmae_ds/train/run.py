@@ -36,7 +36,7 @@ from dmae_ds.train.forecast import MIN_PARAMETERS, MemoryReport
 from dmae_ds.train.inputs import input_stream
 from dmae_ds.train.kernels import Kernels, WarmUp, choose_kernels
 from dmae_ds.train.loop import train
-from dmae_ds.train.metrics import MetricLogger, build_trackers
+from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.networks import build_networks
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.peak_memory import PeakMemory
@@ -48,6 +48,7 @@ from dmae_ds.train.starts import append_start, changes, describe_environment
 from dmae_ds.train.step_timer import StepTimer
 from dmae_ds.train.stop import StopRequest
 from dmae_ds.train.summary import summary
+from dmae_ds.train.trackers import build_trackers
 
 
 def run(preflight: Preflight) -> None:
@@ -209,9 +210,15 @@ def load(built: BuiltRun) -> int:
     collectives.barrier()  # every rank has checked the run folder: rank 0 may write into it
     if preflight.world.is_main:
         changed = record_start(preflight, built.device, start_step)
-        built.metric_logger.trackers = build_trackers(preflight.config.log.trackers, preflight.run_dir)
         for line in [*changed, *built.summary.splitlines()]:
             say(line, dated=False, always=line.startswith("WARNING"))
+    built.metric_logger.trackers = collectives.raise_on_all_ranks(
+        lambda: (
+            build_trackers(preflight.config, preflight.run_dir, step=start_step)
+            if preflight.world.is_main
+            else []
+        )
+    )
     built.metric_logger.start(start_step)
     return start_step
 

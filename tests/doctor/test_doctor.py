@@ -23,7 +23,7 @@ def test_two_ranks_on_this_machine_pass_and_the_command_is_printed(tiny_recipe, 
     lines = [line for line in done.stdout.splitlines() if line[:5].strip() in ("ok", "warn", "FAIL", "skip")]
     verdicts = {line[6:17].strip(): line[:5].strip() for line in lines}
     of_machines = {"python", "versions", "code", "devices", "port", "limits"}
-    of_recipe = {"recipe", "shards", "teacher", "batch", "run folder", "disk", "start"}
+    of_recipe = {"recipe", "shards", "teacher", "trackers", "batch", "run folder", "disk", "start"}
     assert verdicts == dict.fromkeys(of_machines | of_recipe, "ok")
     assert "2 ranks all-reduce" in done.stdout
     command = done.stdout.splitlines()[-1]

@@ -21,7 +21,7 @@ from tests.doctor.facts import (
 )
 
 OF_EVERY_RUN = {"versions", "code", "devices", "port", "limits"}
-OF_A_RECIPE = {"recipe", "shards", "teacher", "batch", "run folder", "disk"}
+OF_A_RECIPE = {"recipe", "shards", "teacher", "trackers", "batch", "run folder", "disk"}
 OF_SEVERAL_NODES = {"interface", "master", "clocks"}
 
 

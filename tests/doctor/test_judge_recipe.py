@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dmae_ds.doctor.check import FAIL, SKIP
+from dmae_ds.doctor.check import FAIL, SKIP, WARN
 from tests.doctor.facts import GIB, assert_check, assert_one_wrong, healthy, judge_all, meetings, target
 
 NO_SHARD = {"error": "data.train '/data': shard-000001.tar is missing; copy it again"}
+NO_WANDB = {"error": "log.trackers has wandb, which is not installed here; run pip install 'dmae-ds[wandb]'"}
 NO_TEACHER = {"error": "teacher.weights '/t.pth' not found; copy it"}
 BAD_BATCH = {"error": "optim.global_batch 63 doesn't divide by 2 ranks; take 62"}
 NO_SHARDS = {
@@ -26,6 +27,12 @@ CASES = [
     (NO_SHARDS, "shards", "every node: data.train", "copy it again"),
     ({"node1:shards:data.val:fingerprint": "zzz"}, "shards", "data.val|abc on node0|zzz on node1", "copy"),
     ({"node1:teacher:bytes": 5}, "teacher", "/t.pth|10,485,760 bytes on node0|5 bytes on node1", "node1"),
+    (
+        {"node1:trackers": NO_WANDB, "node1:start": KeyError},
+        "trackers",
+        "node1: log.trackers",
+        "dmae-ds[wandb]",
+    ),
     ({"node1:teacher": NO_TEACHER, "node1:start": KeyError}, "teacher", "node1: teacher.weights", "copy it"),
     ({"node0:start": BAD_BATCH}, "batch", "optim.global_batch 63", "take 62"),
     (
@@ -62,6 +69,11 @@ CASES = [
 )
 def test_one_wrong_fact_fails_one_check_with_its_fix(changes, name, detail, fix):
     assert_one_wrong(changes, name, FAIL, detail, fix)
+
+
+def test_no_login_of_the_tracker_on_the_first_node_is_a_warning():
+    changes = {"node0:trackers:logged_in": False}
+    assert_one_wrong(changes, "trackers", WARN, "wandb|node0", "wandb login|WANDB_MODE=offline")
 
 
 def test_a_full_disk_fails_one_check_only():
