@@ -48,6 +48,9 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from dmae_ds.tools.checkpoint_find import find_to_convert
+
+    find_to_convert(Path(args.path), Path(args.out))
     from dmae_ds.tools.checkpoint_convert import convert
 
     print(convert(Path(args.path), Path(args.out)))

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmae_ds.cli.arguments import add_labels, add_quiet
@@ -175,8 +174,13 @@ def _probe(args: argparse.Namespace) -> None:
 
 
 def _agreement(args: argparse.Namespace) -> None:
-    from dmae_ds.evaluate.agreement import evaluate_run
+    from dmae_ds.evaluate.early import check_weights
     from dmae_ds.evaluate.source import find_sources
+
+    with same_on_every_rank():
+        for source in find_sources([*args.runs, *args.overrides]):
+            check_weights(source)
+    from dmae_ds.evaluate.agreement import evaluate_run
 
     options = {"k": args.k, "pool": args.pool, "batch_size": args.batch_size, "cache_gib": args.cache_gib}
     with same_on_every_rank() as world:
@@ -186,16 +190,14 @@ def _agreement(args: argparse.Namespace) -> None:
 
 
 def _check_early(args: argparse.Namespace) -> None:
-    """Raise UserError for what can be known of the runs without torch."""
-    from dmae_ds.evaluate.early import check_run, split_words
+    """Raise UserError for what can be known of weights and data without torch."""
+    from dmae_ds.evaluate.early import check_source
+    from dmae_ds.evaluate.source import find_sources
 
-    places, overrides = split_words([*args.runs, *args.overrides])
-    if overrides:  # a weights file, or other data
-        return
     with same_on_every_rank():
-        runs = [Path(place) for place in places if not Path(place).is_file()]
-        for run, labels in itertools.product(runs, args.labels):
-            check_run(run, labels=labels, subset_seed=_seed_of(args, labels))
+        sources = find_sources([*args.runs, *args.overrides])
+        for source, labels in itertools.product(sources, args.labels):
+            check_source(source, labels=labels, subset_seed=_seed_of(args, labels))
 
 
 def _seed_of(args: argparse.Namespace, labels: str) -> int | None:
@@ -227,19 +229,21 @@ def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -
 
 
 def _classifier(args: argparse.Namespace) -> None:
+    from dmae_ds.finetune.early import check
+
+    given = {
+        "recipe": args.recipe,
+        "overrides": args.overrides,
+        "labels": args.labels,
+        "subset_seed": args.subset_seed,
+    }
+    with same_on_every_rank() as world:
+        check(args.name, args.weights, resume=args.resume, world_size=world.size, **given)
     from dmae_ds.finetune.run import evaluate
 
     with same_on_every_rank() as world:
         _share_cpus(world)
-        evaluate(
-            args.name,
-            args.weights,
-            recipe=args.recipe,
-            overrides=args.overrides,
-            labels=args.labels,
-            subset_seed=args.subset_seed,
-            resume=args.resume,
-        )
+        evaluate(args.name, args.weights, resume=args.resume, **given)
 
 
 def _share_cpus(world: World) -> None:

@@ -33,6 +33,9 @@ def add_report(subcommands) -> None:
 def _report(args: argparse.Namespace) -> None:
     runs = [Path(run) for run in args.runs]
     out = Path(args.out) if args.out else None
+    suffix = ".md" if args.results else ".html"
+    if out is not None and out.suffix != suffix:
+        raise UserError(f"--out '{out}' does not end in {suffix}, which is what is written; rename it")
     if args.results:
         from dmae_ds.report.results_page import write_results_page
 
@@ -40,6 +43,10 @@ def _report(args: argparse.Namespace) -> None:
         return
     if not runs:
         raise UserError("no run was given; write dmae-ds report RUN [RUN ...], or dmae-ds report --results")
+    from dmae_ds.config.load import read_saved_config
+
+    for run in runs:
+        read_saved_config(run)
     from dmae_ds.report import write_report
 
     print(write_report(runs, out))

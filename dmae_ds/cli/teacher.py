@@ -80,6 +80,7 @@ def _add_stats(kinds) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    _check_file(args)
     from dmae_ds.tools.teacher_inspect import inspect
 
     text = inspect(
@@ -88,7 +89,18 @@ def _inspect(args: argparse.Namespace) -> None:
     print(text)
 
 
+def _check_file(args: argparse.Namespace) -> None:
+    """Raise UserError for what can be known of the file without torch."""
+    from dmae_ds.tools.early import check_teacher
+
+    check_teacher(Path(args.file), name=args.name, overrides=args.overrides, format=args.format)
+
+
 def _slice(args: argparse.Namespace) -> None:
+    from dmae_ds.tools.early import check_slice
+
+    _check_file(args)
+    check_slice(Path(args.file), Path(args.out), num_stages=args.stages, last_block=args.last_block)
     from dmae_ds.tools.teacher_slice import slice_teacher
 
     text = slice_teacher(
@@ -106,7 +118,10 @@ def _slice(args: argparse.Namespace) -> None:
 
 def _stats(args: argparse.Namespace) -> None:
     from dmae_ds.config.load import load_config
+    from dmae_ds.tools.early import check_stats
+
+    config, out = load_config(args.recipe, args.overrides), Path(args.out) if args.out else None
+    check_stats(config, num_images=args.images, out=out)
     from dmae_ds.tools.teacher_stats import write_stats
 
-    config = load_config(args.recipe, args.overrides)
-    print(write_stats(config, num_images=args.images, out=Path(args.out) if args.out else None))
+    print(write_stats(config, num_images=args.images, out=out))

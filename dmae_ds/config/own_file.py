@@ -28,14 +28,20 @@ def with_numbers_of_own_file(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"teacher": teacher.model_copy(update=numbers)})
 
 
-def _numbers_in(path: Path, teacher: TeacherConfig) -> dict[str, object]:
-    path = path / _STUDENT if path.is_dir() else path
+def network_in(path: Path) -> dict[str, object]:
+    """{"name": timm's, "depth": ...} of a .safetensors file that was written here; {} for other files."""
     header = read_header(path) if path.is_file() else None
-    if header is None or header.metadata.get("timm_name", "").split(".")[0] != teacher.name.split(".")[0]:
+    try:
+        return {"name": header.metadata["timm_name"], **json.loads(header.metadata["timm_overrides"])}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _numbers_in(path: Path, teacher: TeacherConfig) -> dict[str, object]:
+    network = network_in(path / _STUDENT if path.is_dir() else path)
+    if str(network.get("name")).split(".")[0] != teacher.name.split(".")[0]:
         return {}
     try:
-        overrides = json.loads(header.metadata["timm_overrides"])
-        model = ModelConfig.model_validate({"name": teacher.name, **overrides})
-    except (KeyError, TypeError, ValueError):
+        return ModelConfig.model_validate({**network, "name": teacher.name}).overrides()
+    except ValueError:
         return {}
-    return model.overrides()

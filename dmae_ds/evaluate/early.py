@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dmae_ds.config.load import read_saved_config
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import check_labels, open_labelled
+from dmae_ds.weights.early import check_file
+
+if TYPE_CHECKING:
+    from dmae_ds.evaluate.source import FrozenSource
 
 _OVERRIDE = re.compile(r"(data|network|run|format)(\.\w+)*=")  # a path may have a `=`, too
 STUDENT_FILE = "student.safetensors"
 
 
-def check_run(run: Path, *, labels: str, subset_seed: int | None) -> None:
-    """Raise UserError for a folder without a student, data without two equal lists of classes, wrong labels.
+def check_source(source: FrozenSource, *, labels: str, subset_seed: int | None) -> None:
+    """Raise UserError for weights that are not there or of another width, and for data without labels.
 
     The index of the shards is read, and no image.
     """
     check_labels(labels, subset_seed)
-    data = read_saved_config(run, student_only=True).data
-    find_student(run)
-    open_labelled(data)
+    check_weights(source)
+    open_labelled(source.data)
+
+
+def check_weights(source: FrozenSource) -> None:
+    """Raise UserError for a run without a student, and for a file of another network."""
+    if source.run is not None:
+        find_student(source.run)
+    else:
+        check_file(source.file, source.network, source.label)
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:

@@ -10,22 +10,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-
-from timm.models.vision_transformer import VisionTransformer
+from typing import TYPE_CHECKING
 
 from dmae_ds.config.evaluation import FrozenConfig
 from dmae_ds.config.load import build_config, read_saved_config
 from dmae_ds.config.networks import ModelConfig, looks_like_hub_id
+from dmae_ds.config.own_file import network_in
 from dmae_ds.config.run import DataConfig
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.early import split_words
-from dmae_ds.evaluate.features import build_timm, load_student, read_step
-from dmae_ds.output.safetensors_header import is_safetensors
-from dmae_ds.weights.containers import open_container
+from dmae_ds.output.safetensors_header import read_header
 from dmae_ds.weights.hub import locate, timm_tag
 from dmae_ds.weights.label import WEIGHTS, Label
-from dmae_ds.weights.load import load_network
-from dmae_ds.weights.metadata import own_network_if_readable
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,11 @@ class FrozenSource:
     def read_step(self) -> int:
         """The step of the weights; 0 where the file does not have it."""
         if self.run is not None:
+            from dmae_ds.evaluate.features import read_step
+
             return read_step(self.run) if (self.run / "student.safetensors").is_file() else 0
-        step = open_container(self.file).metadata.get("step", "0") if _has_metadata(self.file) else "0"
+        header = read_header(self.file) if self.file.is_file() else None
+        step = "0" if header is None else header.metadata.get("step", "0")
         return int(step) if step.isdigit() else 0
 
     def load(self) -> VisionTransformer:
@@ -56,6 +58,9 @@ class FrozenSource:
 
         Raises UserError for a file that does not fit.
         """
+        from dmae_ds.evaluate.features import build_timm, load_student
+        from dmae_ds.weights.load import load_network
+
         if self.run is not None:
             return load_student(self.run)
         model = build_timm(self.network)
@@ -104,9 +109,7 @@ def _find(word: str, overrides: list[str]) -> FrozenSource:
             ".safetensors or .pth file, or a hub id"
         )
     file = locate(word, label=WEIGHTS)
-    in_file = own_network_if_readable(open_container(file)) if _has_metadata(file) else None
-    network = {} if in_file is None else {"name": in_file[0], **in_file[1]}
-    values = {"weights": word, "run": {}, "data": {}, "network": network}
+    values = {"weights": word, "run": {}, "data": {}, "network": network_in(file)}
     config = build_config(values, overrides, schema=FrozenConfig)
     data = config.data
     if not {"mean", "std"} & data.model_fields_set and "." in config.network.name:
@@ -139,7 +142,3 @@ def _of_run(run: Path, overrides: list[str]) -> FrozenSource:
         digest = hashlib.sha256(config.data.model_dump_json().encode()).hexdigest()[:8]
         results = run / f"on-{Path(config.data.val or config.data.train).name}-{digest}"
     return FrozenSource(config.network, config.data, results=results, run=run, tf32=saved.tf32)
-
-
-def _has_metadata(file: Path) -> bool:
-    return file.is_file() and is_safetensors(file)

@@ -25,6 +25,7 @@ from dmae_ds.evaluate.results import MeasuredOn
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
 from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.build import Classifier, build
+from dmae_ds.finetune.early import check_micro_batch
 from dmae_ds.finetune.source import Source
 from dmae_ds.models.numerics import choose_determinism, choose_tf32
 from dmae_ds.models.patches import Normalize
@@ -186,7 +187,7 @@ def open_evaluation(source: Source) -> Evaluation:
     micro_batch, accumulation = split_batch(
         config.optim.global_batch, config.optim.micro_batch, accelerator.num_processes, exact=True
     )
-    _check_micro_batch(config, micro_batch)
+    check_micro_batch(config, micro_batch)
     steps = num_steps(config.optim.epochs, len(ids), config.optim.global_batch)
     check_rates(config.optim, num_steps=steps, num_images=len(ids))
     num_classes, device = len(train_set.classes), accelerator.device
@@ -208,19 +209,6 @@ def open_evaluation(source: Source) -> Evaluation:
         prepare=prepare,
         classifier=classifier,
     )
-
-
-def _check_micro_batch(config: FinetuneConfig | LinearConfig, micro_batch: int) -> None:
-    if isinstance(config, FinetuneConfig) and config.augment.mixes and micro_batch % 2:
-        raise UserError(
-            f"mixup and cutmix mix the images of a micro-batch in pairs, but its size {micro_batch} is odd; "
-            "set optim.micro_batch to an even number, or augment.mixup=0 augment.cutmix=0"
-        )
-    if isinstance(config, LinearConfig) and micro_batch < 2:
-        raise UserError(
-            "the linear probe's batch norm requires at least 2 images in a micro-batch; "
-            "raise optim.micro_batch, or use fewer ranks"
-        )
 
 
 def _accelerator(precision: str) -> Accelerator:

@@ -23,7 +23,7 @@ from typing import IO
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
+from dmae_ds.config.evaluation import FinetuneConfig
 from dmae_ds.config.load import dump_config
 from dmae_ds.data.batch import Batch
 from dmae_ds.errors import UserError
@@ -31,6 +31,7 @@ from dmae_ds.evaluate.accuracy import measure_accuracy
 from dmae_ds.evaluate.results import append_result, interval_text, make_result
 from dmae_ds.evaluate.subsets import open_subset
 from dmae_ds.finetune.checkpoint import RESUME_FILE, read_resume, restore
+from dmae_ds.finetune.early import SCHEMAS, check_is_new
 from dmae_ds.finetune.evaluation import Evaluation, open_evaluation
 from dmae_ds.finetune.loop import LoopSettings, raise_unless_finite, train
 from dmae_ds.finetune.record import Progress, metric_of, save_epoch, settings_of, summary, write_text
@@ -38,8 +39,6 @@ from dmae_ds.finetune.source import find_source
 from dmae_ds.output.lines import is_quiet, say
 from dmae_ds.train.checkpoint.run_lock import hold
 from dmae_ds.train.learning_rate import learning_rate
-
-SCHEMAS = {"finetune": FinetuneConfig, "linear": LinearConfig}
 
 
 def evaluate(
@@ -117,11 +116,8 @@ def _claim(evaluation: Evaluation) -> IO[str] | None:
 def _start_or_resume(evaluation: Evaluation, identity: dict, resume: str) -> Progress:
     """Put a killed run's state back, or start with none. Raises UserError for a folder of another run."""
     saved = read_resume(evaluation.out / RESUME_FILE, identity) if resume == "auto" else None
-    if resume == "never" and (evaluation.out / "config.yaml").exists():
-        raise UserError(
-            f"'{evaluation.out}' already holds an evaluation; continue it with --resume auto, "
-            "or choose another run.dir"
-        )
+    if resume == "never":
+        check_is_new(evaluation.out)
     if saved is None:
         return Progress()
     classifier = evaluation.classifier

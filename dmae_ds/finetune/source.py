@@ -1,4 +1,7 @@
-"""Input of `dmae-ds eval finetune` and `eval linear`: a run folder or weights file, a recipe, overrides."""
+"""Input of `dmae-ds eval finetune` and `eval linear`: a run folder or weights file, a recipe, overrides.
+
+It is found without torch, so that a mistake is (early.py).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,10 @@ from typing import TypeVar
 from dmae_ds.config.evaluation import ClassifierConfig
 from dmae_ds.config.load import load_config, read_saved_config
 from dmae_ds.config.networks import looks_like_hub_id
+from dmae_ds.config.own_file import network_in
 from dmae_ds.errors import UserError
-from dmae_ds.output.safetensors_header import is_safetensors
-from dmae_ds.weights.containers import open_container
 from dmae_ds.weights.hub import locate
 from dmae_ds.weights.label import WEIGHTS
-from dmae_ds.weights.metadata import own_network_if_readable
 
 Config = TypeVar("Config", bound=ClassifierConfig)
 _IN_RUN = "?"  # run.dir of a run folder's evaluation, until its labels are known
@@ -70,9 +71,7 @@ def find_source(
         }
     else:
         file = _find_file(word)
-        in_file = own_network_if_readable(open_container(file)) if _has_metadata(file) else None
-        network = {} if in_file is None else {"name": in_file[0], **in_file[1]}
-        below |= {"run": {}, "data": {}, "network": network}
+        below |= {"run": {}, "data": {}, "network": network_in(file)}
     config = load_config(recipe, overrides, schema=schema, kind="evaluation recipe", below=below)
     if config.run.dir == _IN_RUN:
         drawn = "" if config.labels == "all" else f"-{config.labels}-seed{config.subset_seed or 0}"
@@ -80,10 +79,6 @@ def find_source(
         config = config.model_copy(update={"run": run_section})
     folder = Path(config.run.dir).expanduser()
     return Source(config, stem, file, run if run is not None else folder)
-
-
-def _has_metadata(file: Path) -> bool:
-    return file.is_file() and is_safetensors(file)
 
 
 def _find_file(word: str) -> Path:

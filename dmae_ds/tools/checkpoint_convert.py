@@ -23,7 +23,7 @@ from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import sync_folder
 from dmae_ds.output.units import MIB
-from dmae_ds.tools.checkpoint_find import find_one
+from dmae_ds.tools.checkpoint_find import find_to_convert
 from dmae_ds.train.checkpoint.folder import bytes_in
 
 
@@ -33,9 +33,7 @@ def convert(path: Path, out: Path) -> str:
     OUT appears when it is complete.
     Raises UserError where OUT exists, the checkpoint is damaged, or the disk is full.
     """
-    folder, checkpoint = find_one(path)
-    if out.exists():
-        raise UserError(f"'{out}' exists; choose another name, or delete it")
+    folder, checkpoint = find_to_convert(path, out)
     folder.check_bytes(checkpoint)
     state = folder.read_state(checkpoint)
     stage = state["zero_stage"]

@@ -41,3 +41,11 @@ def find_one(path: Path) -> tuple[CheckpointFolder, Path]:
             f"'{folder.path}' has no file `latest`, so no save was completed; give one checkpoint's folder"
         )
     return folder, latest
+
+
+def find_to_convert(path: Path, out: Path) -> tuple[CheckpointFolder, Path]:
+    """Find the one checkpoint that becomes OUT. Raises UserError as `find_one` does, and where OUT exists."""
+    found = find_one(path)
+    if out.exists():
+        raise UserError(f"'{out}' exists; choose another name, or delete it")
+    return found

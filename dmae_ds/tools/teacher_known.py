@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
-from pydantic import ValidationError
 
-from dmae_ds.config.networks import ModelConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.output.safetensors_header import is_safetensors
 from dmae_ds.teacher.frozen import meta_teacher
+from dmae_ds.tools.early import read_overrides
 from dmae_ds.weights.containers import open_container
 from dmae_ds.weights.fit import block_of, check_fit, fits
 from dmae_ds.weights.formats import FORMATS
@@ -90,7 +88,7 @@ def identify(
     how_to_name: what to do where no known network fits, for messages
     Raises UserError where none fits, with what the file holds.
     """
-    keys = _read_overrides(name, overrides)
+    keys = read_overrides(name, overrides)
     own = _open_own(path)
     if name is None and own is not None:
         name, numbers = own_network(own)
@@ -108,20 +106,6 @@ def identify(
         )
     first, *others = fitting
     return replace(first, others=tuple(other.name for other in others))
-
-
-def _read_overrides(name: str | None, overrides: list[str]) -> dict:
-    try:
-        pairs = (text.partition("=") for text in overrides)
-        values = {key: yaml.safe_load(value) for key, _, value in pairs}
-        return ModelConfig(name=name or "unnamed", **values).overrides()
-    except ValidationError as error:
-        first = error.errors()[0]
-        key, problem = ".".join(map(str, first["loc"])), first["msg"]
-    except (yaml.YAMLError, TypeError) as error:
-        key, problem = " ".join(overrides), str(error).replace("\n", " ")
-    known = ", ".join(field for field in ModelConfig.model_fields if field != "name")
-    raise UserError(f"{key}: {problem}; numbers of a network are {known}") from None
 
 
 def _open_own(path: Path) -> Container | None:

@@ -25,6 +25,7 @@ from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.frozen import DTYPES, meta_teacher
 from dmae_ds.teacher.stages import held_blocks
+from dmae_ds.tools.early import check_slice
 from dmae_ds.tools.teacher_inspect import probe_by_block, write_sidecar
 from dmae_ds.tools.teacher_known import Network, identify
 from dmae_ds.weights.fit import block_of
@@ -49,8 +50,7 @@ def slice_teacher(
     Raises UserError; then nothing is left under OUT.
     """
     path, out = path.expanduser(), out.expanduser()
-    if out.exists():
-        raise UserError(f"'{out}' exists; choose another folder, or remove it")
+    check_slice(path, out, num_stages=num_stages, last_block=last_block)
     network = identify(path, name=name, overrides=list(overrides), format=format)
     whole_blocks = meta_teacher(network.name, network.overrides).depth
     if last_block is None:

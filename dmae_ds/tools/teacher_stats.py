@@ -27,6 +27,7 @@ from dmae_ds.output.durable import replace_tensors
 from dmae_ds.output.progress import LINE_EVERY_S, Progress
 from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.build import build_frozen_teacher, locate_teacher
+from dmae_ds.tools.early import check_stats
 from dmae_ds.train.networks import build_objective
 
 
@@ -61,10 +62,7 @@ def write_stats(
     config: RunConfig, *, num_images: int, out: Path | None, device: torch.device | None = None
 ) -> str:
     """Write the statistics of a recipe's teacher; returns a line about them. Raises UserError."""
-    if config.teacher is None:
-        raise UserError("this recipe has no teacher; name a recipe with a teacher section")
-    if num_images < 1:
-        raise UserError(f"--images {num_images} is too small; give 1 or more")
+    check_stats(config, num_images=num_images, out=out)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
     num_images = min(num_images, shards.num_samples)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dmae_ds.config.batch import BatchSplit, split_recipe
 from dmae_ds.config.deepspeed import check_compile, zero_stage
-from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, looks_like_hub_id
+from dmae_ds.config.networks import StudentConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
 from dmae_ds.data.order import ORDER_VERSION, num_steps
@@ -18,16 +17,14 @@ from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
-from dmae_ds.output.safetensors_header import read_header
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.checkpoint.student_file import STUDENT, StudentFiles
 from dmae_ds.train.cut import CutRecipe, deepspeed_of
 from dmae_ds.train.learning_rate import check_rates
 from dmae_ds.train.trackers import check_trackers
-from dmae_ds.weights.unreadable import describe_unreadable
-
-# Widths of timm's plain ViTs by the size in their names.
-WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}
+from dmae_ds.weights.early import check_file
+from dmae_ds.weights.label import STUDENT as STUDENT_WEIGHTS
+from dmae_ds.weights.label import TEACHER
 
 # Keys of the student section that may change when a run is resumed: initial weights are not read again, and
 # blocks that run twice compute the same.
@@ -107,7 +104,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     if config.eval.knn_every is not None:
         check_knn(config)
     if config.student.weights is not None:
-        check_weights_file(config.student, "student")
+        check_student_file(config.student)
     if config.eval.loss_every is not None and config.data.val is None:
         raise UserError("eval.loss_every requires data.val; give data.val=SHARDS, or remove eval.loss_every")
     if config.teacher is not None:
@@ -198,7 +195,7 @@ def check_teacher_file(teacher: TeacherConfig) -> None:
     """Raise UserError where the teacher's weights are neither a path that exists nor a name on the hub."""
     weights = teacher.weights
     if weights is not None and Path(weights).expanduser().exists():
-        check_weights_file(teacher, "teacher")
+        check_file(Path(weights).expanduser(), teacher, TEACHER)
     if weights is None or Path(weights).expanduser().exists() or looks_like_hub_id(weights):
         return
     raise UserError(
@@ -207,36 +204,12 @@ def check_teacher_file(teacher: TeacherConfig) -> None:
     )
 
 
-def check_weights_file(network: StudentConfig | TeacherConfig, section: str) -> None:
-    """Raise UserError where a file's first bytes show that it holds no weights, or those of another width.
-
-    Whatever needs torch to be known is checked when the network is built.
-    """
-    path = Path(network.weights).expanduser()
-    if not path.is_file() or path.name.endswith(".index.json"):
-        return
-    header = read_header(path)
-    if header is None:
-        reason = "" if path.suffix == ".safetensors" else describe_unreadable(path)
-        if reason:
-            raise UserError(f"{section}.weights '{path}' {reason}")
-        return
-    width = width_of(network)
-    tokens = {name: shape for name, shape in header.shapes.items() if name.endswith("cls_token")}
-    if width is None or len(tokens) != 1:
-        return
-    ((name, shape),) = tokens.items()
-    if shape[-1:] != [width]:
-        raise UserError(
-            f"{section}.weights '{path}' has {name} {shape}, expected {[*shape[:-1], width]} by "
-            f"{section}.name {network.name} and {section}.embed_dim {network.embed_dim}; make them fit"
-        )
-
-
-def width_of(network: ModelConfig) -> int | None:
-    """Width of a network by its recipe, or by the size in the name of one of timm's plain ViTs; else None."""
-    match = re.match(r"vit_([a-z]+)_patch\d+_(?!plus)", network.name)
-    return network.embed_dim or (WIDTHS.get(match[1]) if match else None)
+def check_student_file(student: StudentConfig) -> None:
+    """Raise UserError where the student's initial weights are not here, or are those of another network."""
+    path = Path(student.weights).expanduser()
+    if not path.exists() and not looks_like_hub_id(student.weights):
+        raise UserError(f"student.weights '{path}' not found; give a run folder, a weights file, or a hub id")
+    check_file(path, student, STUDENT_WEIGHTS)
 
 
 def check_stages(stages: int | None, world_size: int) -> None:

@@ -6,14 +6,14 @@ Only plain file names of a hub's repository are fetched, never code. HF_HUB_OFFL
 from __future__ import annotations
 
 from pathlib import Path
-
-import timm
-from timm.models import PretrainedCfg
+from typing import TYPE_CHECKING
 
 from dmae_ds.config.networks import looks_like_hub_id
 from dmae_ds.errors import UserError
-from dmae_ds.weights.containers import read_index
 from dmae_ds.weights.label import WEIGHTS, Label
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
 
 FILES = (
     "model.safetensors",
@@ -47,6 +47,8 @@ def locate_pretrained(name: str, *, label: Label = WEIGHTS) -> Path:
 
 def timm_tag(name: str) -> PretrainedCfg | None:
     """timm's entry for a tagged name; None for a network that it knows without this tag."""
+    import timm
+
     try:
         return timm.get_pretrained_cfg(name)
     except RuntimeError:
@@ -68,6 +70,8 @@ def _fetch(repository: str, asked_for: str, label: Label) -> Path:
         try:
             path = Path(hf_hub_download(repository, name))
             if name.endswith(".index.json"):
+                from dmae_ds.weights.containers import read_index
+
                 for part in read_index(path, label=label):
                     hf_hub_download(repository, part)
             return path

@@ -221,7 +221,7 @@ main(sys.argv[1:])
     "change, words",
     [
         (["--stages", "7"], ["6 blocks", "7 stages"]),
-        (["--stages", "0"], ["6 blocks", "0 stages"]),
+        (["--stages", "0"], ["--stages 0", "1 or more"]),
         (["--last-block", "9"], ["--last-block 9", "8 blocks", "1 to 8"]),
         (["depth=9"], ["missing 12: blocks.8."]),
         (["embed_dims=3"], ["embed_dims"]),
