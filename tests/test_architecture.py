@@ -78,21 +78,16 @@ TORCH_FREE = [
     "dmae_ds/distributed/world.py",
     "dmae_ds/doctor",
     "dmae_ds/errors.py",
-    "dmae_ds/evaluate/early.py",
     "dmae_ds/evaluate/results.py",
     "dmae_ds/evaluate/source.py",
     "dmae_ds/evaluate/subsets.py",
-    "dmae_ds/export/early.py",
-    "dmae_ds/finetune/early.py",
     "dmae_ds/output",
-    "dmae_ds/tools/early.py",
     "dmae_ds/tools/checkpoint_find.py",
     "dmae_ds/tools/checkpoint_inspect.py",
     "dmae_ds/train/checkpoint/folder.py",
     "dmae_ds/train/preflight.py",
-    "dmae_ds/weights/early.py",
-    "dmae_ds/weights/hub.py",
     "data_prep",
+    *(str(path) for path in REPOSITORY.glob("dmae_ds/*/early.py")),
 ]
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
 
