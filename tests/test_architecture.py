@@ -70,7 +70,6 @@ TORCH_FREE = [
     "dmae_ds/data/pixels.py",
     "dmae_ds/data/reader.py",
     "dmae_ds/data/shard_set.py",
-    "dmae_ds/data/shards.py",
     "dmae_ds/data/storage.py",
     "dmae_ds/data/unindexed.py",
     "dmae_ds/distill/resolve.py",
@@ -82,12 +81,11 @@ TORCH_FREE = [
     "dmae_ds/evaluate/source.py",
     "dmae_ds/evaluate/subsets.py",
     "dmae_ds/output",
-    "dmae_ds/tools/checkpoint_find.py",
     "dmae_ds/tools/checkpoint_inspect.py",
     "dmae_ds/train/checkpoint/folder.py",
     "dmae_ds/train/preflight.py",
     "data_prep",
-    *(str(path) for path in REPOSITORY.glob("dmae_ds/*/early.py")),
+    *sorted(map(str, REPOSITORY.glob("dmae_ds/*/early.py"))),
 ]
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
 
