@@ -171,13 +171,13 @@ def test_ranks_of_a_launcher_are_refused_and_several_have_the_launcher(ask, monk
 def test_the_python_api_is_imported_when_it_is_used():
     program = (
         "import inspect, sys, dmae_ds\n"
-        "import dmae_ds.train.schedule\n"
+        "import dmae_ds.train.learning_rate\n"
         "for name in ('distill', 'export', 'train'):\n"
         "    function = getattr(dmae_ds, name)\n"
         "    assert callable(function) and 'Raises UserError' in function.__doc__, name\n"
         "    assert name in dir(dmae_ds) and name in dmae_ds.__all__\n"
         "assert list(inspect.signature(dmae_ds.distill).parameters)[:3] == ['images', 'teacher', 'student']\n"
-        "assert dmae_ds.train.schedule.__name__ == 'dmae_ds.train.schedule'\n"
+        "assert dmae_ds.train.learning_rate.__name__ == 'dmae_ds.train.learning_rate'\n"
         "heavy = {'torch', 'timm', 'deepspeed'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
