@@ -173,7 +173,7 @@ def test_the_share_of_the_gradient_is_logged_under_every_stage(curves):
 @pytest.mark.parametrize("name", [*SAME, "zero3_bf16"])
 def test_features_are_monitored_and_time_is_counted_under_every_stage(curves, name):
     rows, expected = metrics(curves / name), metrics(curves / "alone")
-    assert [row["step"] for row in rows if "norm/3" in row] == [5, 10, 15, 20]  # log.every_steps is 5
+    assert [row["step"] for row in rows if "norm/3" in row] == [1, 5, 10, 15, 20]  # log.every_steps is 5
     near = 1e-3 if name in SAME else 0.05
     for norm in ("norm/3", "norm/4"):  # the mean over ranks of equal parts is the mean over all
         assert [row[norm] for row in rows if norm in row] == pytest.approx(
@@ -181,6 +181,7 @@ def test_features_are_monitored_and_time_is_counted_under_every_stage(curves, na
         )
     # With 16 images a step, one rank has enough of them for an effective rank, each of two has not.
     assert all(("rank/mean" in row) == (name.startswith("alone") and "norm/3" in row) for row in rows)
+    assert all(("spread/mean" in row) == ("rank/mean" in row) for row in rows)
     assert all(1 < row["rank/mean"] < 16 for row in rows if "rank/mean" in row)
     assert all(row[f"seconds/{part}"] >= 0 for row in rows for part in ("data", "teacher", "rest"))
 
