@@ -64,7 +64,8 @@ def test_a_flat_folder_becomes_shards_beside_it_and_a_recipe(ask, tmp_path, capf
     checkpoint = recipe.parent / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
-    assert ask(epochs=3)[0] == recipe
+    recipe.write_text(recipe.read_text() + "# kept as it is\n")
+    assert ask(epochs=3)[0] == recipe and recipe.read_text().endswith("# kept as it is\n")
     with refused("--epochs", "3", "4", "run.dir", "--resume auto"):
         ask(epochs=4)
     with refused("optim.base_lr=2", "run.dir"):
@@ -146,7 +147,11 @@ def test_teachers_and_students_that_are_not_known(ask, tmp_path):
 
 def test_a_masked_autoencoder_sees_visible_patches(ask, teacher_file, tmp_path):
     state = torch.load(teacher_file, weights_only=True)
-    torch.save({"model": state | {"decoder_embed.weight": torch.zeros(16, 48)}}, tmp_path / "mae.pth")
+    whole = state | {"decoder_embed.weight": torch.zeros(16, 48)}
+    torch.save(whole, tmp_path / "timm.pth")  # known by its decoder alone
+    config = load_config(str(ask("teacher.format=timm", "run.dir=timm", teacher="timm.pth")[0]))
+    assert (config.teacher.format, config.teacher.sees) == ("timm", "visible")
+    torch.save({"model": state}, tmp_path / "mae.pth")  # by its format alone
     config = load_config(str(ask(teacher="mae.pth")[0]))
     assert (config.teacher.format, config.teacher.sees, config.teacher.standardize) == (
         "mae",
