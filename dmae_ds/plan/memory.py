@@ -291,10 +291,12 @@ def _reduce(n: int, zero: Zero, precision: Precision, ranks: int, accumulation: 
     # Stages 1, 2: a flat copy is all-reduced. Stage 3: a copy sorted by rank is reduce-scattered; gloo clones
     # it once more.
     copies = bucket * (2 if zero.stage == 3 and not gpu else 1)
-    partition = 0
+    partition = earlier = 0
     if zero.stage in (1, 2) and not zero.offload_optimizer:
         partition = gradient_bytes * (n / ranks) * (2 if accumulation > 1 else 1)
-    return Memory(gradients=_bucket_bytes(n, zero, precision, gpu) + max(copies, partition))
+        # Of the buckets before the last one, whose copy is still there.
+        earlier = partition * (1 - min(n, zero.reduce_bucket) / n)
+    return Memory(gradients=_bucket_bytes(n, zero, precision, gpu) + max(copies + earlier, partition))
 
 
 def _step(trace: Trace, zero: Zero, precision: Precision, ranks: int, gpu: bool) -> Memory:
@@ -321,9 +323,10 @@ def _bucket_bytes(n: int, zero: Zero, precision: Precision, gpu: bool) -> float:
     """Bytes of DeepSpeed's gradient buckets: all on a GPU (twice with overlap_comm), used pages on a CPU."""
     if zero.stage == 0:
         return 0
+    buffers = 2 if zero.overlap and zero.stage < 3 else 1  # filled in turns
     if not gpu:
-        return precision.gradient * min(n, zero.reduce_bucket)
-    copies = precision.comm_dtypes * (2 if zero.overlap and zero.stage < 3 else 1)
+        return precision.gradient * min(n, buffers * zero.reduce_bucket)
+    copies = precision.comm_dtypes * buffers
     if zero.stage == 3 and precision.comm_dtypes == 2:
         return zero.reduce_bucket * (4 + 2)  # one in each dtype
     return zero.reduce_bucket * precision.gradient * copies
