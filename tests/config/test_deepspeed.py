@@ -108,6 +108,7 @@ def test_a_value_that_a_key_does_not_take_is_one_line(tmp_path, config, words):
         ),
         (zero(stage=3, compute_grad_norm=False), ["compute_grad_norm", "stage 1 or 2"]),
         (zero(stage=3, zero_hpz_partition_size=2), ["zero_hpz_partition_size 2", "3 ranks"]),
+        (zero(stage=2, zero_hpz_partition_size=3), ["zero_hpz_partition_size 3", "stage 2"]),
         ({**zero(), "prescale_gradients": True}, ["prescale_gradients", "reduce_scatter"]),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype bf16", "stage 1"]),
         (
@@ -119,6 +120,11 @@ def test_a_value_that_a_key_does_not_take_is_one_line(tmp_path, config, words):
 def test_values_that_do_not_go_together_are_one_line(tmp_path, config, words):
     with refused("ds.json", *words):
         load_deepspeed(write(tmp_path, config), **RECIPE)
+
+
+def test_secondary_partitions_of_a_size_that_divides_the_ranks_are_taken(tmp_path):
+    config = load_deepspeed(write(tmp_path, zero(stage=3, zero_hpz_partition_size=3)), **RECIPE)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == 3
 
 
 def test_spellings_that_deepspeed_takes_are_taken(tmp_path):

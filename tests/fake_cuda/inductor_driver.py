@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from dmae_ds.plan.fake_cuda import CAPABILITY, fake_device
+from tests.fake_cuda.networks import on_device
 
 # (embed_dim, heads, tokens, mode)
 BLOCKS = {
@@ -112,8 +113,9 @@ def lower(dim: int, heads: int, tokens: int, mode: str, codes: list[str]) -> str
     with fake_device("cuda") as device:
         fake_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        block = Block(dim, heads, qkv_bias=True, norm_layer=norm, device=device, dtype=dtype)
-        block.requires_grad_(mode != "inference")
+        # On "meta" first: to draw initial weights on a fake device once asked the driver for a real one.
+        block = Block(dim, heads, qkv_bias=True, norm_layer=norm, device="meta", dtype=dtype)
+        block = on_device(block, device).requires_grad_(mode != "inference")
         params = dict(block.named_parameters())
         x = torch.empty(64, tokens, dim, device=device, dtype=dtype, requires_grad=mode != "inference")
         autocast = torch.autocast("cuda", torch.bfloat16) if mode == "autocast" else contextlib.nullcontext()
