@@ -93,9 +93,9 @@ def test_two_ranks_that_are_stopped_and_continued(shell, digits):
 
 
 def test_a_plan_for_64_gpus(shell):
-    shell("dmae-ds plan mae_vit_base --gpus 64 --gpu h100")
+    shell("dmae-ds plan dmae_vit_large_to_base --gpus 64 --gpu h100")
     for word in ("8 a node", "hours", "GPU h", "images/s", "GB/s"):
         assert word in shell.text, word
     few = len(shell.text.splitlines())
-    assert len(shell("dmae-ds plan mae_vit_base --gpus 64 --gpu h100 --all").splitlines()) > few
-    assert "h100" in shell("dmae-ds plan mae_vit_base --gpus 64 --gpu h1000", code=2)
+    assert len(shell("dmae-ds plan dmae_vit_large_to_base --gpus 64 --gpu h100 --all").splitlines()) > few
+    assert "h100" in shell("dmae-ds plan dmae_vit_large_to_base --gpus 64 --gpu h1000", code=2)
