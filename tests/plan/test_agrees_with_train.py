@@ -44,8 +44,9 @@ def overrides(digits, tmp_path, monkeypatch) -> list[str]:
 
 
 def words_of(recipe: str, overrides: list[str], tmp_path) -> list[str]:
-    config = load_config(recipe, overrides)
-    return [*overrides, *([f"teacher.weights={tmp_path / 'weights.pth'}"] if config.teacher else [])]
+    config, weights = load_config(recipe, overrides), tmp_path / "weights.pth"
+    needed = {"teacher.weights": config.teacher, "student.weights": config.student.weights}
+    return [*overrides, *(f"{key}={weights}" for key, value in needed.items() if value is not None)]
 
 
 def machine(gpus: int, memory_gib: float = 24) -> Machine:
