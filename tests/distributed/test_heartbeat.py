@@ -279,7 +279,7 @@ def test_how_a_rank_ended_tells_whether_it_is_the_cause(monkeypatch, killed_by, 
 
 
 def test_a_stopped_heartbeat_has_left_the_store(monkeypatch):
-    watch = watch_over(Store(takes_s=0.5), monkeypatch, size=1, local_size=1)  # beyond GONE_S
+    watch = watch_over(Store(takes_s=1.5), monkeypatch, size=1, local_size=1)  # beyond GONE_S and BEAT_S
     watch.stop()
     assert not watch._threads[0].is_alive() and json.loads(watch._store["0"])["beats"] == -1
 

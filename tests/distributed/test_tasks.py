@@ -35,6 +35,7 @@ MVAPICH = {name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items(
 JSRUN = {name.replace("OMPI_COMM_WORLD", "JSM_NAMESPACE"): value for name, value in OPEN_MPI.items()}
 LAUNCHERS = {
     "srun": SRUN,
+    "srun of fewer tasks than the job has": {**SRUN, "SLURM_NTASKS": "9"},
     "srun --mpi=pmi2": {**SRUN, "PMI_SIZE": "4", "PMI_RANK": "3"},
     "Open MPI": OPEN_MPI,
     # Its daemons were started by an srun with a task for each node.
