@@ -132,6 +132,8 @@ def _add_make(commands: Any) -> None:
         metavar="N",
         help="JPEG quality of images that --resize stores; default 95",
     )
+    text = "SRC holds .npy arrays [H, W, C] of uint8 or uint16: any number of channels"
+    add("--arrays", action="store_true", help=text)
     add("--verify", choices=("header", "full"), default="header", help="full: decode every image")
     add("--json", action="store_true", help="add <key>.json: source, class, label, width, height")
     add("--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable images to allow; default 0")

@@ -19,6 +19,7 @@ from pathlib import Path
 from data_prep.header import MAX_SHRUNK_PIXELS, find_mode, read_header
 from data_prep.target import OtherSetError, open_bucket
 from data_prep.workers import check_parent
+from dmae_ds.data.arrays import describe_array, read_array_header
 from dmae_ds.data.shards import SOURCES, NewSample, ShardError, draft_shard, index_name
 
 MAX_BYTES = 2**28  # largest file, and so the largest buffer of a worker
@@ -35,6 +36,7 @@ class Settings:
     classes: list[str]
     decode: bool
     resize: int | None
+    arrays: bool
     quality: int
     json: bool
 
@@ -91,7 +93,13 @@ def _samples(
             if not size:
                 raise ValueError("empty")
             extension, width, height = read_header(buffer, size, max_pixels=max_pixels)
+            if (extension == "npy") != settings.arrays:
+                raise ValueError(
+                    "a .npy array, which requires --arrays" if extension == "npy" else "no array"
+                )
             mode = find_mode(buffer, size) if extension == "png" else None
+            if extension == "npy":
+                mode = describe_array(read_array_header(buffer, size))
             data: bytes | memoryview = memoryview(buffer)[:size]
             if decode:
                 data, extension, width, height = _decode(settings, data, extension, width, height)
@@ -138,6 +146,16 @@ def read_file(path: bytes) -> tuple[bytearray, int, int]:
     return _buffer, size, status.st_mtime_ns
 
 
+def one_kind(kinds: Counter, dst: Path) -> str:
+    """What all arrays are: `arrays of 4 channels, 16 bits`. Raises ShardError for several kinds."""
+    if len(kinds) > 1:
+        found = "; ".join(f"{number:,} {kind}" for kind, number in sorted(kinds.items()))
+        raise ShardError(
+            f"SRC has {found}; a set has one kind: convert or move the others, and remove '{dst}'"
+        )
+    return next(iter(kinds))
+
+
 def _size_and_time(settings: Settings, path: bytes) -> tuple[int, int]:
     """Size and time of a file, by which a later run sees that it has changed."""
     try:
@@ -151,6 +169,8 @@ def _decode(settings: Settings, data: memoryview, extension: str, width: int, he
     """Decode an image, and shrink it if --resize is given; returns (bytes, extension, width, height)."""
     from data_prep.decode import check_pixels, shrink
 
+    if extension == "npy":
+        return data, extension, width, height  # its header says that it is whole
     if settings.resize is not None:
         return shrink(data, short_side=settings.resize, quality=settings.quality)
     check_pixels(data)

@@ -25,9 +25,10 @@ from data_prep.label_list import match_labels
 from dmae_ds.data.shards import ShardError
 
 SUFFIXES = (b".jpg", b".jpeg", b".jpe", b".png")
+ARRAYS = (b".npy",)  # with --arrays
 MAX_DEPTH = 100
 HELD_OUT_SHARE, MAX_HELD_OUT = 10, 1000  # of `part`: a tenth of the images, at most 1,000
-READ = "JPEG and PNG are read, as 8-bit RGB"
+READ = "JPEG and PNG are read, as 8-bit RGB (more channels or bits: .npy arrays, with --arrays)"
 CONVERTED = (".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2", ".ppm", ".pgm")  # what PIL opens, too
 
 
@@ -40,6 +41,7 @@ class Listing:
     ignored: Counter = field(default_factory=Counter)  # suffix -> files
     # files that could not be listed: {number: None, source, reason}
     skipped: list[dict] = field(default_factory=list)
+    suffixes: tuple[bytes, ...] = SUFFIXES  # of the files that are listed
     notes: list[str] = field(default_factory=list)  # for the user: what was left out of a list
     _paths: bytearray = field(default_factory=bytearray)
     _ends: array = field(default_factory=lambda: array("Q"))
@@ -85,12 +87,20 @@ class Listing:
 
 
 def find_images(
-    src: Path, *, classes_file: Path | None = None, labels_file: Path | None = None, unlabelled: bool = False
+    src: Path,
+    *,
+    classes_file: Path | None = None,
+    labels_file: Path | None = None,
+    unlabelled: bool = False,
+    arrays: bool = False,
 ) -> Listing:
-    """Find the images of SRC. Raises ShardError for a folder or a list that cannot be used."""
+    """Find the images of SRC, or with `arrays` its .npy files.
+
+    Raises ShardError for a folder or a list that cannot be used.
+    """
     if not src.is_dir():
         raise ShardError(f"SRC '{src}' is not a folder")
-    listing = Listing()
+    listing = Listing(suffixes=ARRAYS if arrays else SUFFIXES)
     if labels_file is not None:
         _find_by_list(src, listing, labels_file, classes_file)
     elif unlabelled:
@@ -100,13 +110,13 @@ def find_images(
         _find_by_folder(src, listing, classes_file)
     if not len(listing):
         where = f"its {len(listing.classes)} class folders" if listing.classes else "it"
-        suffixes = ", ".join(suffix.decode() for suffix in SUFFIXES)
+        suffixes = ", ".join(suffix.decode() for suffix in listing.suffixes)
         others = ", ".join(f"{number:,} {kind}" for kind, number in listing.ignored.most_common(3))
         others = f" (but {others})" if others else ""
         raise ShardError(
             f"SRC '{src}' has no {suffixes} files in {where}{others}; {READ}{how_to_convert(src, listing)}"
         )
-    if how_to_convert(src, listing):
+    if not arrays and how_to_convert(src, listing):
         listing.notes.append(f"left out: {READ}{how_to_convert(src, listing)}")
     if listing.classes:
         listing.notes += check_classes(listing.classes, set(listing.labels))
@@ -213,7 +223,7 @@ def _scan(src: Path, folder: bytes, listing: Listing) -> list[bytes]:
                 listing.ignored[f"folder {os.fsdecode(name)}"] += 1
             elif name.startswith(b"."):
                 listing.ignored["hidden"] += 1
-            elif name.lower().endswith(SUFFIXES) and not _is_folder(entry):
+            elif name.lower().endswith(listing.suffixes) and not _is_folder(entry):
                 names.append(name)
             elif _is_folder(entry):
                 names.append(name + b"/")

@@ -8,6 +8,7 @@ import io
 import struct
 import warnings
 
+from dmae_ds.data.arrays import is_array, read_array_header
 from dmae_ds.data.pixels import check_size, count_scans
 
 MAX_SHRUNK_PIXELS = 178_956_970  # of an image that --resize makes smaller: PIL refuses to decode more
@@ -24,10 +25,16 @@ SEGMENT, FRAME = struct.Struct(">HH").unpack_from, struct.Struct(">BHH").unpack_
 def read_header(data: bytes | bytearray, size: int, *, max_pixels: int | None = None) -> tuple[str, int, int]:
     """Read the header of the image in data[:size]; returns (extension by content, width, height).
 
+    A .npy array [H, W, C] is an image too (dmae_ds/data/arrays.py).
+
     max_pixels: default, what training reads
     Raises ValueError with a reason if it is not a whole JPEG or PNG, or has too many pixels.
     """
     start, header = data[: min(8, size)], None
+    if is_array(start):
+        array = read_array_header(data, size)
+        check_size(array.width, array.height, max_pixels=max_pixels)
+        return "npy", array.width, array.height
     if start[:3] == JPEG_START:
         header = _read_jpeg(data, size)
     elif start == PNG_START:

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data_prep.mean_std import mean_and_std
+from dmae_ds.data.arrays import decode_array, is_array
 from dmae_ds.data.pixels import to_rgb
 from dmae_ds.data.reader import CorruptSample, SampleReader
 from dmae_ds.data.shard_set import MANIFEST_BYTES, ShardSet
@@ -79,7 +80,10 @@ def write_sheet(shard_set: ShardSet, path: Path) -> None:
 
 
 def _open(data: bytes) -> Image.Image:
-    """The image as training sees it."""
+    """The image as training sees it; of an array the first three channels, or the first one."""
+    if is_array(data):
+        values = decode_array(data, bits=8)
+        return Image.fromarray(values[:, :, :3] if values.shape[2] >= 3 else values[:, :, 0]).convert("RGB")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PIL, for images that training reads
         return to_rgb(Image.open(io.BytesIO(data), formats=("JPEG", "PNG")))

@@ -15,6 +15,7 @@ dmae_ds/data/shards.py. Unusual files:
     more than 67,108,864 pixels, 256 MiB  skipped by header and size alone, as training refuses them
     unreadable, dangling, a pipe, a loop  skipped
     in no class folder, without a label   skipped
+    .npy [H, W, C], uint8 or uint16       ignored; with --arrays they alone are the images, of one kind
 
 With --resize N an image is rotated upright as its EXIF data require and shrunk to a short side of N; an image
 that needs neither keeps its bytes. It may have up to 178,956,970 pixels then. Skipped files are listed in
@@ -33,7 +34,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.convert import Job, Settings, work
+from data_prep.convert import Job, Settings, one_kind, work
 from data_prep.find import Listing, find_images
 from data_prep.journal import Journal
 from data_prep.skip_limit import SkipLimit
@@ -73,6 +74,7 @@ class MakeOptions:
     verify: str = "header"  # or full
     json: bool = False
     part: str | None = None  # train or val: the images that are left, or those that are held out; None: all
+    arrays: bool = False  # SRC holds .npy arrays [H, W, C]
 
 
 @dataclass
@@ -101,6 +103,10 @@ def make_shards(
     """
     if options.quality is not None and options.resize is None:
         raise ShardError("--quality requires --resize; add --resize N, or remove --quality")
+    if options.arrays and options.resize is not None:
+        raise ShardError(
+            "--resize does not go with --arrays, whose bytes stay as they are; remove one of them"
+        )
     target = find_target(dst, staging)
     dst = target.folder
     _check_folders(src, dst)
@@ -134,7 +140,11 @@ def _make(
     overwrite: bool,
 ) -> None:
     listing = find_images(
-        src, classes_file=options.classes, labels_file=options.labels, unlabelled=options.unlabelled
+        src,
+        classes_file=options.classes,
+        labels_file=options.labels,
+        unlabelled=options.unlabelled,
+        arrays=options.arrays,
     )
     ignored = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(listing.ignored.items()))
     ignored = f"{listing.ignored.total():,} other files or folders ignored" + (
@@ -169,6 +179,7 @@ def _make(
         classes=listing.classes,
         decode=options.verify == "full",
         resize=options.resize,
+        arrays=options.arrays,
         quality=options.quality or 95,
         json=options.json,
     )
@@ -176,7 +187,7 @@ def _make(
     skipped = _convert(listing, sources, settings, journal, workers, max_skip=max_skip)
     shards = [journal.done[number]["shard"] for number in sorted(journal.done)]
     modes = sum((Counter(entry.get("modes")) for entry in journal.done.values()), Counter())
-    images = "original"
+    images = one_kind(modes, dst) if options.arrays else "original"
     if options.resize is not None:
         images = f"short side {options.resize}, JPEG quality {settings.quality}"
     sync_folder(dst)
@@ -194,7 +205,7 @@ def _make(
     sync_folder(dst)
     target.clear()
     for mode, number in sorted(modes.items()):
-        print(f"{number:,} {MODES[mode]}")
+        print(f"{number:,} {MODES.get(mode, mode)}")
     total = sum(shard.num_samples for shard in shards)
     print(f"{total:,} images in {len(shards):,} shards in {target.shown}; {len(skipped):,} skipped")
 
@@ -289,6 +300,7 @@ def _make_plan(listing: Listing, options: MakeOptions) -> dict:
         "quality": None if options.resize is None else options.quality or 95,
         "verify": options.verify,
         "json": options.json,
+        **({"arrays": True} if options.arrays else {}),
         "num_sources": len(listing),
         "listing_sha256": listing.sha256(),
     }

@@ -132,7 +132,9 @@ def _read_all(
     labels = Labels(made.get("label") or "cls")
     differences, rows = [], iter(records)
     try:
-        for sample in read_samples(_Counted(file, size), image=made.get("image"), labels=labels):
+        for sample in read_samples(
+            _Counted(file, size), image="npy" if made.get("arrays") else made.get("image"), labels=labels
+        ):
             if sample.reason is not None and not is_ours:
                 continue  # `index` skipped it, too
             row = next(rows, None)

@@ -89,7 +89,7 @@ TORCH_FREE = [
 ]
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
 
-TOOL_KNOWS = ("shards", "shard_set", "pixels", "reader", "refusals", "storage")  # of dmae_ds/data
+TOOL_KNOWS = ("arrays", "shards", "shard_set", "pixels", "reader", "refusals", "storage")  # of dmae_ds/data
 SOURCES = sorted(path for folder in ("dmae_ds", "data_prep") for path in (REPOSITORY / folder).rglob("*.py"))
 
 

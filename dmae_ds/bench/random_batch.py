@@ -32,7 +32,7 @@ def random_batch(objective: Objective, micro_batch: int, generator: torch.Genera
     views = []
     for view in objective.views:
         size = view.size or student_size
-        shape = (micro_batch, 3, size, size)
+        shape = (micro_batch, objective.student.channels, size, size)
         views.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
     noise = torch.rand(micro_batch, objective.student.num_patches, generator=generator)
     zeros = torch.zeros(micro_batch, dtype=torch.int64)

@@ -43,7 +43,7 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         value = "(required)" if self.default is None else self.default
-        choices = f"one of {', '.join(self.choices)}" if self.choices else ""
+        choices = f"one of {', '.join(map(str, self.choices))}" if self.choices else ""
         return f"{self.name} = {value}  # {'; '.join(filter(None, [choices, self.comment]))}"
 
 

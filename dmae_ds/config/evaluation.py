@@ -27,6 +27,8 @@ from dmae_ds.config.run import (
     RunSection,
     ScheduleConfig,
     Unit,
+    check_channels,
+    check_is_rgb,
 )
 
 
@@ -43,6 +45,11 @@ class FrozenConfig(Section):
     @classmethod
     def _format_is_known(cls, value: str) -> str:
         return known_format(value)
+
+    @model_validator(mode="after")
+    def _channels_agree(self):
+        check_channels(self.data, self.network, "network")
+        return self
 
 
 class ClassifierConfig(Section):
@@ -63,6 +70,14 @@ class ClassifierConfig(Section):
     @classmethod
     def _format_is_known(cls, value: str) -> str:
         return known_format(value)
+
+    @model_validator(mode="after")
+    def _channels_agree(self):
+        check_channels(self.data, self.network, "network")
+        augment = getattr(self, "augment", None)
+        if augment is not None and augment.rand_augment is not None:
+            check_is_rgb(self.data, "augment.rand_augment")
+        return self
 
 
 class FinetuneOptimConfig(OptimConfig):

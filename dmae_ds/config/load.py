@@ -142,8 +142,6 @@ def _explain(item: dict, schema: type[BaseModel]) -> str:
     if location[:1] == ["objective"] and len(location) > 1:
         del location[1]
     key = ".".join(location)
-    if item["type"] == "extra_forbidden" and location[-1] == "in_chans":
-        return f"{key} is unknown: images are read as 8-bit RGB, and networks have 3 channels; leave it out"
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1], schema)
         near = get_close_matches(location[-1], known, n=1, cutoff=0.5)

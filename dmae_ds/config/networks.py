@@ -22,10 +22,11 @@ class ModelConfig(Section):
     depth: PositiveInt | None = None  # number of blocks
     num_heads: PositiveInt | None = None  # attention heads of a block
     mlp_ratio: PositiveFloat | None = None  # width of the MLP's hidden layer, in multiples of embed_dim
+    in_chans: PositiveInt | None = None  # channels of an image; null: 3
 
     def overrides(self) -> dict:
         """Keyword arguments for `timm.create_model`: the keys that were set."""
-        keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+        keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
 
@@ -77,8 +78,8 @@ class TeacherConfig(ModelConfig):
     sees: Literal["visible", "all"] = "visible"
     # Pixel statistics that the teacher was trained with; null: those of the tag in its name, else data.mean
     # and data.std.
-    mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
+    mean: tuple[float, ...] | None = None  # one number a channel
+    std: tuple[PositiveFloat, ...] | None = None  # goes with mean
     # replicated: every rank holds the needed blocks; pipeline: `stages` consecutive ranks share them, whole
     # blocks each; zero3: every rank holds a part of every block and fetches a block when it runs; auto: the
     # fastest by `dmae-ds plan`.
@@ -113,6 +114,11 @@ class TeacherConfig(ModelConfig):
             )
         if (self.mean is None) != (self.std is None):
             raise ValueError("give both teacher.mean and teacher.std, or neither")
+        if self.mean is not None and not len(self.mean) == len(self.std) == (self.in_chans or 3):
+            raise ValueError(
+                f"teacher.mean has {len(self.mean)} and teacher.std {len(self.std)} numbers, and the teacher "
+                f"{self.in_chans or 3} channels (teacher.in_chans); give one number a channel"
+            )
         if (self.placement == "pipeline") != (self.stages is not None):
             raise ValueError(
                 f"teacher.placement {self.placement} does not go with teacher.stages {self.stages}; "

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from dmae_ds.config.networks import StudentConfig, TeacherConfig
+from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig
 from dmae_ds.config.objectives import ObjectiveConfig, Section
 from dmae_ds.errors import UserError
 
@@ -59,8 +59,11 @@ class DataConfig(Section):
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)  # a crop's share of the image's area
     flip: bool = True  # mirror half of the crops
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: share of the short side, centred
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of pixels from 0 to 1; ImageNet's
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)  # likewise
+    # Of pixels from 0 to 1, one number a channel; ImageNet's. `dmae-shards info DST --mean-std` has others.
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)  # likewise
+    # Bits of a pixel that reach the network. 16: of .npy arrays of 16 bits, in float32; 8: their upper byte.
+    bits: Literal[8, 16] = 8
 
     @model_validator(mode="after")
     def _scale_is_a_range(self):
@@ -81,6 +84,10 @@ class DataConfig(Section):
         ):
             if getattr(self, name) != defaults[name] and not met:
                 raise ValueError(f"data.{name} requires {needs}; set that too, or remove data.{name}")
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"data.mean has {len(self.mean)} numbers and data.std {len(self.std)}; give one a channel"
+            )
         if self.num_samples is not None and self.repeat > 1:
             raise ValueError(
                 "data.repeat requires shards with an index, and data.num_samples is for tars without one; "
@@ -181,6 +188,24 @@ class EvalConfig(Section):
         return self
 
 
+def check_channels(data: DataConfig, network: ModelConfig, section: str) -> None:
+    """Raise ValueError unless images and network have the same number of channels."""
+    if len(data.mean) != (network.in_chans or 3):
+        raise ValueError(
+            f"{section}.in_chans is {network.in_chans or 3}, and data.mean has {len(data.mean)} numbers, one "
+            "a channel; make them agree (`dmae-shards info DST --mean-std` prints data.mean and data.std)"
+        )
+
+
+def check_is_rgb(data: DataConfig, key: str) -> None:
+    """Raise ValueError where colours are to be changed of images that have none, or other numbers."""
+    if len(data.mean) != 3 or data.bits != 8:
+        raise ValueError(
+            f"{key} changes colours of 8-bit RGB, and images have {len(data.mean)} channels of {data.bits} "
+            f"bits; set {key} to false or null"
+        )
+
+
 class RunConfig(Section):
     """A whole recipe. `RUN/config.yaml` is one with all defaults written out."""
 
@@ -215,6 +240,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _objective_fits_into_the_run(self):
         self.objective.check_epochs(self.optim.epochs)
+        check_channels(self.data, self.student, "student")
+        if getattr(self.objective, "photometric", False):
+            check_is_rgb(self.data, "objective.photometric")
         return self
 
     def check_teacher(self) -> None:
@@ -226,6 +254,11 @@ class RunConfig(Section):
             raise UserError(
                 f"objective {name} does not use a teacher; remove the teacher section, or choose another "
                 "objective.name"
+            )
+        if self.teacher is not None and (self.teacher.in_chans or 3) != len(self.data.mean):
+            raise UserError(
+                f"teacher.in_chans is {self.teacher.in_chans or 3} and student.in_chans "
+                f"{len(self.data.mean)}; a teacher sees the student's images: set both to the same number"
             )
 
     def teacher_warning(self) -> str | None:

@@ -14,20 +14,23 @@ from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.corrupt import Corrupt, replacements
 from dmae_ds.data.decode import decode
 from dmae_ds.data.order import batch_positions, block_spans, sample_ids
+from dmae_ds.data.pixels import RGB, PixelFormat
 from dmae_ds.data.reader import CorruptSample, Sample, SampleReader
 from dmae_ds.data.transforms import AUGMENT_STREAM, MASK_STREAM, draw_views, eval_view, sample_rng
+
+DTYPES = {8: torch.uint8, 16: torch.float32}  # of pixels by their bits
 
 
 @dataclass(frozen=True)
 class Batch:
     """Images with what is needed to mask and to score them."""
 
-    images: torch.Tensor  # [N, 3, H, W] uint8
+    images: torch.Tensor  # [N, C, H, W] uint8, or float32 from 0 to 255 (data.bits=16)
     noise: torch.Tensor | None  # [N, L] float32 in [0, 1), one draw a patch for the mask; None in evaluation
     labels: torch.Tensor | None = None  # [N] int64
     sample_ids: torch.Tensor | None = None  # [N] int64
     epochs: torch.Tensor | None = None  # [N] int64
-    more_views: tuple[torch.Tensor, ...] = ()  # further crops of the same images, each [N, 3, S, S] uint8
+    more_views: tuple[torch.Tensor, ...] = ()  # further crops of the same images, each [N, C, S, S]
 
     @property
     def views(self) -> tuple[torch.Tensor, ...]:
@@ -105,13 +108,14 @@ class BatchRows:
     def __init__(self, num_rows: int, spec: BatchSpec):
         self.spec = spec
         sides = [view.size or spec.img_size for view in spec.views]
-        self.pixels = [torch.empty((num_rows, 3, side, side), dtype=torch.uint8) for side in sides]
+        channels, dtype = spec.pixels.channels, DTYPES[spec.pixels.bits]
+        self.pixels = [torch.empty((num_rows, channels, side, side), dtype=dtype) for side in sides]
         self.noise = torch.empty((num_rows, spec.num_patches))
 
     def fill(self, row: int, image: np.ndarray, *, epoch: int, sample_id: int, number: int = 0) -> None:
         """Draw the views and the mask noise of one row.
 
-        image: uint8 [H, W, 3]
+        image: [H, W, C], as `spec.pixels` says
         sample_id: keys the draws; of the planned sample where `image` replaces a corrupt one
         number: how often the image was used before in this epoch (data.repeat)
         """
@@ -149,7 +153,7 @@ def load_train_batch(number: int, *, reader: SampleReader, spec: BatchSpec, num_
     for row, (epoch, sample_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
         stand_ins = _stand_ins(int(places[row]), epoch=epoch, num_samples=num_samples, spec=spec)
         sample, image, newly_corrupt = _read_whole(
-            reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins
+            reader, sample_id, span=spans[row], epoch=epoch, stand_ins=stand_ins, pixels=spec.pixels
         )
         corrupt += newly_corrupt
         for repetition in range(spec.repeat):
@@ -194,17 +198,18 @@ def _read_whole(
     span: tuple[int, int] | None,
     epoch: int,
     stand_ins: Iterator[int],
+    pixels: PixelFormat,
 ) -> tuple[Sample, np.ndarray, list[Corrupt]]:
     """Read a sample and its image, or the first readable stand-in, and list what was corrupt (corrupt.py)."""
     try:
         sample = reader.read(sample_id, span=span)
-        return sample, decode(sample), []
+        return sample, decode(sample, pixels), []
     except CorruptSample as error:
         errors = [error]
     for candidate in stand_ins:
         try:
             sample = reader.read(candidate)
-            image = decode(sample)
+            image = decode(sample, pixels)
         except CorruptSample as error:
             errors.append(error)
             continue
@@ -214,7 +219,14 @@ def _read_whole(
 
 
 def load_eval_batch(
-    number: int, *, reader: SampleReader, ids: Sequence[int], batch_size: int, img_size: int, crop_pct: float
+    number: int,
+    *,
+    reader: SampleReader,
+    ids: Sequence[int],
+    batch_size: int,
+    img_size: int,
+    crop_pct: float,
+    pixels: PixelFormat = RGB,
 ) -> Loaded:
     """Load the central crops of ids [number * batch_size, (number + 1) * batch_size). Raises ShardError."""
     batch_ids = ids[number * batch_size : (number + 1) * batch_size]
@@ -222,7 +234,8 @@ def load_eval_batch(
     if reader.reads_ahead:
         reader.fetch(spans)
     samples = [reader.read(sample_id, span=span) for sample_id, span in zip(batch_ids, spans, strict=True)]
-    images = np.stack([eval_view(decode(sample), img_size=img_size, crop_pct=crop_pct) for sample in samples])
+    decoded = (decode(sample, pixels) for sample in samples)
+    images = np.stack([eval_view(image, img_size=img_size, crop_pct=crop_pct) for image in decoded])
     batch = Batch(
         images=torch.from_numpy(images),
         noise=None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dmae_ds.data.pixels import RGB, PixelFormat
 from dmae_ds.data.views import View
 from dmae_ds.errors import UserError
 
@@ -42,6 +43,7 @@ class BatchSpec:
     augment: Augment | None = None  # called with each view, uint8 [3, H, W]
     subset: np.ndarray | None = None  # ids [n] of the samples that are used; None: all
     block: int = 1  # consecutive samples that are read at once (order.py)
+    pixels: PixelFormat = RGB  # what images are decoded to
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""

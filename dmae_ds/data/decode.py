@@ -15,18 +15,38 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from dmae_ds.data.pixels import TooLarge, check_size, count_scans, to_rgb
+from dmae_ds.data.arrays import decode_array, is_array, read_array_header
+from dmae_ds.data.pixels import RGB, PixelFormat, TooLarge, check_size, count_scans, to_rgb
 from dmae_ds.data.reader import CorruptSample, Sample
-from dmae_ds.data.shards import SOURCES
+from dmae_ds.data.shards import SOURCES, ShardError
 
 PLAIN = {"YCbCr", "Gray", "RGB"}
 
 
-def decode_bytes(data: bytes) -> np.ndarray:
-    """Decode to RGB, uint8 [H, W, 3].
+class WrongChannels(ValueError):
+    """An image with another number of channels than the recipe's."""
 
-    Raises ValueError with a reason if it is not a whole JPEG or PNG, or too large.
+
+def decode_bytes(data: bytes, pixels: PixelFormat = RGB) -> np.ndarray:
+    """Decode a JPEG or PNG to RGB, uint8 [H, W, 3], and a .npy array to [H, W, C], as the format says.
+
+    Raises ValueError with a reason if it is not a whole image, or too large; WrongChannels.
     """
+    image = _decode_array(data, pixels) if is_array(data) else _decode_rgb(data)
+    if image.shape[2] != pixels.channels:
+        raise WrongChannels(
+            f"an image of {image.shape[2]} channels, and data.mean has {pixels.channels} numbers, one each"
+        )
+    return image if pixels.bits == 8 else image.astype(np.float32, copy=False)
+
+
+def _decode_array(data: bytes, pixels: PixelFormat) -> np.ndarray:
+    header = read_array_header(data)
+    check_size(header.width, header.height)
+    return decode_array(data, bits=pixels.bits)
+
+
+def _decode_rgb(data: bytes) -> np.ndarray:
     if data[:2] == b"\xff\xd8":
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -52,20 +72,26 @@ def _decode_with_pil(data: bytes) -> np.ndarray:
     except TooLarge:
         raise
     except UnidentifiedImageError:  # its own text contains a memory address
-        raise ValueError("not a JPEG or PNG image") from None
+        raise ValueError("not a JPEG or PNG image, nor a .npy array") from None
     except (
         Exception
     ) as error:  # PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
         raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
 
 
-def decode(sample: Sample) -> np.ndarray:
-    """Decode the image of a sample to RGB, uint8 [H, W, 3].
+def decode(sample: Sample, pixels: PixelFormat = RGB) -> np.ndarray:
+    """Decode the image of a sample as `decode_bytes` does.
 
-    Raises CorruptSample where decode_bytes raises ValueError.
+    Raises CorruptSample where that raises ValueError, and ShardError for another number of channels, which
+    is the recipe's mistake and not the image's.
     """
     try:
-        return decode_bytes(sample.data)
+        return decode_bytes(sample.data, pixels)
+    except WrongChannels as error:
+        raise ShardError(
+            f"{sample.shard}: sample {sample.key} is {error}; set student.in_chans, data.mean and data.std "
+            "(`dmae-shards info DST --mean-std` prints them)"
+        ) from None
     except ValueError as error:
         raise CorruptSample(
             f"{sample.shard}: sample {sample.key} cannot be decoded ({error}); remove its source "

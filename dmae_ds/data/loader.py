@@ -21,6 +21,7 @@ from dmae_ds.data.batch import Batch, Loaded, load_eval_batch, load_train_batch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.corrupt import CorruptLog
 from dmae_ds.data.order import num_held
+from dmae_ds.data.pixels import RGB, PixelFormat
 from dmae_ds.data.reader import SampleReader
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
@@ -104,6 +105,7 @@ def eval_batches(
     pin_memory: bool = False,
     limit: int | None = None,
     subset: np.ndarray | None = None,
+    pixels: PixelFormat = RGB,
 ) -> Iterator[Batch]:
     """Every sample once (or the first `limit`), in id order; this rank's are rank, rank + world_size, ...
 
@@ -120,6 +122,7 @@ def eval_batches(
         batch_size=batch_size,
         img_size=img_size,
         crop_pct=crop_pct,
+        pixels=pixels,
     )
     numbers = range(math.ceil(len(ids) / batch_size))
     return _iterate(load, numbers, num_workers=num_workers, pin_memory=pin_memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dmae_ds.config.run import DataConfig
+from dmae_ds.data.arrays import channels_in
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import MANIFEST, ShardError
 from dmae_ds.data.storage import Access, is_url
@@ -31,6 +32,7 @@ def open_train(data: DataConfig, *, allow_pipe: bool) -> ShardSet | UnindexedSha
                 f"data.cache_dir '{data.cache_dir}' requires a URL, and {label} '{location}' is a local "
                 f"folder; remove data.cache_dir"
             )
+        check_channels(shard_set, data, label=label)
         return shard_set
     if data.block > 1:
         raise ShardError(
@@ -45,3 +47,14 @@ def open_train(data: DataConfig, *, allow_pipe: bool) -> ShardSet | UnindexedSha
         label=label,
         access=access,
     )
+
+
+def check_channels(shard_set: ShardSet, data: DataConfig, *, label: str) -> None:
+    """Raise ShardError for a set of arrays with another number of channels than data.mean has numbers."""
+    channels = channels_in(shard_set.images)
+    if channels is not None and channels != len(data.mean):
+        raise ShardError(
+            f"{label} '{shard_set.folder}' holds {shard_set.images}, and data.mean has "
+            f"{len(data.mean)} numbers, one a channel; set student.in_chans={channels}, and data.mean and "
+            "data.std as `dmae-shards info DST --mean-std` prints them"
+        )

@@ -4,8 +4,15 @@ Which images are read (one limit for all), and how every mode becomes RGB: trans
 16-bit grey keeps the upper byte of each pixel, as PIL does for 16-bit colour. Without torch.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from dmae_ds.config.run import DataConfig
 
 MAX_PIXELS = 2**26  # 67 M: 200 MB of RGB, under 1 GiB in every decoder; a photograph has 1 to 50 M
 # pixels x scans of a progressive JPEG: ten scans are usual, thousands are an attack
@@ -13,6 +20,24 @@ MAX_SCANNED_PIXELS = 2**30
 # pixels x bytes from which scans are counted: below, no number of them takes seconds; counting costs 5% of
 # decoding
 COUNT_FROM = 2**36
+
+
+class PixelFormat(NamedTuple):
+    """What images are decoded to: [H, W, channels], uint8; float32 from 0 to 255 where bits is 16.
+
+    It is that of a recipe's data section: one number of data.mean for each channel, and data.bits.
+    """
+
+    channels: int = 3
+    bits: int = 8
+
+    @classmethod
+    def of(cls, data: DataConfig) -> PixelFormat:
+        """The format that a recipe's data section asks for."""
+        return cls(len(data.mean), data.bits)
+
+
+RGB = PixelFormat()
 
 
 class TooLarge(ValueError):

@@ -24,14 +24,14 @@ from webdataset.tariterators import group_by_keys
 from dmae_ds.data.batch import Batch, BatchRows, Loaded
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.corrupt import Corrupt, CorruptLog
-from dmae_ds.data.decode import decode_bytes
+from dmae_ds.data.decode import WrongChannels, decode_bytes
 from dmae_ds.data.reader import MAX_SAMPLE_BYTES
 from dmae_ds.data.shards import ShardError, name_format
 from dmae_ds.data.storage import LocalFile, RemoteFile
 from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.data.worker import end_with_parent
 
-EXTENSIONS = ("jpg", "jpeg", "png")
+EXTENSIONS = ("jpg", "jpeg", "png", "npy")
 READ_BYTES = 2**22
 
 
@@ -113,7 +113,12 @@ class StreamedBatches(IterableDataset):
             empty = True
             for sample in shuffle(_samples_of(tars[reader::num_readers], number, corrupt)):
                 try:
-                    image = decode_bytes(sample["data"])
+                    image = decode_bytes(sample["data"], self.spec.pixels)
+                except WrongChannels as error:
+                    raise ShardError(
+                        f"{sample['tar']}: sample {sample['key']} is {error}; set "
+                        "student.in_chans, data.mean and data.std"
+                    ) from None
                 except ValueError as error:
                     corrupt.append(
                         Corrupt(sample["tar"], sample["key"], sample["id"], str(error), number, -1)

@@ -155,8 +155,10 @@ def estimate_needs(config: RunConfig, world: int) -> dict:
     student = objective.student
     side = student.grid[0] * student.patch_size
     micro_batch = config.optim.micro_batch or max(1, config.optim.global_batch // world)
-    # A sample is a uint8 image and one float of noise a patch; every worker prefetches two batches.
-    bytes_per_sample = 3 * side**2 + 4 * student.num_patches
+    # A sample is an image, of 1 or 4 bytes a value, and one float of noise a patch; every worker prefetches
+    # two batches.
+    bytes_per_value = 1 if config.data.bits == 8 else 4
+    bytes_per_sample = student.channels * bytes_per_value * side**2 + 4 * student.num_patches
     return {
         # Weights, fp32 masters, Adam's two moments, and the weights again as student and decoder.
         "save": 20 * num_parameters,

@@ -64,6 +64,8 @@ class FeatureCache:
             "img_size": student.patch_embed.img_size,
             "precision": precision_of(processes),
         }
+        if options.bits != 8:
+            made_of["bits"] = options.bits
         # The features of the whole set hold those of every subset.
         candidates = [(None, made_of)]
         if subset is not None:

@@ -26,6 +26,7 @@ from dmae_ds.config.load import read_saved_config
 from dmae_ds.config.networks import ModelConfig
 from dmae_ds.config.run import DataConfig
 from dmae_ds.data.loader import eval_batches
+from dmae_ds.data.pixels import PixelFormat
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.early import find_student
@@ -72,11 +73,12 @@ class FeatureOptions:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_workers: int
+    bits: int = 8
 
     @classmethod
     def of(cls, data: DataConfig, *, pool: str, batch_size: int) -> FeatureOptions:
         """Take crop, pixel statistics and workers from a recipe's data section."""
-        return cls(pool, batch_size, data.crop_pct, data.mean, data.std, data.num_workers)
+        return cls(pool, batch_size, data.crop_pct, data.mean, data.std, data.num_workers, data.bits)
 
 
 def precision_of(processes: Processes) -> str:
@@ -162,6 +164,7 @@ def extract_features(
         num_workers=options.num_workers,
         pin_memory=device.type == "cuda",
         subset=subset,
+        pixels=PixelFormat(len(options.mean), options.bits),
     )
     progress = Progress(
         total=num_rows * num_processes,

@@ -84,8 +84,8 @@ def _pixels(source: Source) -> dict:
     if source.what != "classifier":
         pool = source.config.objective.judged_by
     return {
-        "shape": [3, source.img_size, source.img_size],
-        "channels": "RGB, from 0 to 1 before mean and std",
+        "shape": [source.channels, source.img_size, source.img_size],
+        "channels": f"{'RGB' if source.channels == 3 else 'as stored'}, from 0 to 1 before mean and std",
         "mean": list(pixels.mean),
         "std": list(pixels.std),
         "crop_pct": pixels.crop_pct,

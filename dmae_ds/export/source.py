@@ -42,7 +42,7 @@ CLASSIFIER_FILE = "last.safetensors"  # of the epoch that results.jsonl reports
 class Inputs:
     """Inputs for comparing an export.
 
-    pixels: [N, 3, H, W] float32, as after normalisation; noise: [N, L], of masks
+    pixels: [N, C, H, W] float32, as after normalisation; noise: [N, L], of masks
     """
 
     pixels: Tensor
@@ -93,13 +93,18 @@ class Source:
         return self.grid[0] * self.patch_size
 
     @property
+    def channels(self) -> int:
+        return len(self.pixels.mean)
+
+    @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
     def inputs(self, seed: int = 0) -> Inputs:
         """Return random inputs, the same for a seed."""
         generator = torch.Generator().manual_seed(seed)
-        pixels = torch.randn(NUM_INPUTS, 3, self.img_size, self.img_size, generator=generator)
+        shape = (NUM_INPUTS, self.channels, self.img_size, self.img_size)
+        pixels = torch.randn(shape, generator=generator)
         return Inputs(pixels, torch.rand(NUM_INPUTS, self.num_patches, generator=generator))
 
     @torch.no_grad()
@@ -108,7 +113,7 @@ class Source:
 
         encoder: `tokens` [N, 1 + L, D] after the final norm
         classifier: `logits` [N, classes]
-        mae: `pixels` [N, L - K, P * P * 3], reconstructed, in the order of the noise; and `loss`
+        mae: `pixels` [N, L - K, P * P * C], reconstructed, in the order of the noise; and `loss`
         """
         if self.what == "classifier":
             return {"logits": self.model(inputs.pixels)}

@@ -142,7 +142,7 @@ def _config(source: Source) -> dict:
         "attention_probs_dropout_prob": 0.0,
         "image_size": source.img_size,
         "patch_size": source.patch_size,
-        "num_channels": 3,
+        "num_channels": source.channels,
         "qkv_bias": block.attn.qkv.bias is not None,
         "torch_dtype": "float32",
     }

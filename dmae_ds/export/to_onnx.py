@@ -91,11 +91,13 @@ def explain_onnx(source: Source, name: str) -> str:
     if source.what == "classifier":
         shape = f"[N, {source.keys['num_classes']}]"
     size, pool = source.img_size, ""
+    colours = "RGB" if source.channels == 3 else "as stored"
     if source.what != "classifier":
         feature = POOLED[source.config.objective.judged_by]
         pool = f"\nfeature = {feature}  # [N, {source.vit.embed_dim}]"
+    image = f"[N, {size}, {size}, {source.channels}], 0 to 255, {colours}"
     return f"""import numpy as np, onnxruntime
-# image: uint8 [N, {size}, {size}, 3], RGB, short side to {size} / {source.pixels.crop_pct:g}, centre crop
+# image: {image}, short side to {size} / {source.pixels.crop_pct:g}, centre crop
 mean, std = np.float32({list(source.pixels.mean)}), np.float32({list(source.pixels.std)})
 pixels = ((np.float32(image) / 255 - mean) / std).transpose(0, 3, 1, 2)
 session = onnxruntime.InferenceSession("{name}/{FILE}")

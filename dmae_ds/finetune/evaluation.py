@@ -17,6 +17,7 @@ from dmae_ds.data.batch import Batch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import eval_batches, train_batches
 from dmae_ds.data.order import ORDER_VERSION, num_steps
+from dmae_ds.data.pixels import PixelFormat
 from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.distributed.device import device_name
@@ -146,6 +147,7 @@ class Evaluation:
             augment=rand_augment,
             subset=None if config.labels == ALL else self.ids,
             block=data.block,
+            pixels=PixelFormat.of(data),
         )
         return train_batches(
             self.train_set,
@@ -170,6 +172,7 @@ class Evaluation:
             world_size=self.accelerator.num_processes,
             num_workers=self.config.data.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            pixels=PixelFormat.of(self.config.data),
         )
 
 

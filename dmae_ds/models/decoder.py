@@ -84,6 +84,7 @@ class Decoder(TokenDecoder):
         num_heads: int,
         generator: torch.Generator,
         feature_dim: int | None = None,
+        channels: int = 3,
     ):
         super().__init__(
             encoder_dim=encoder_dim,
@@ -93,7 +94,7 @@ class Decoder(TokenDecoder):
             num_heads=num_heads,
             generator=generator,
         )
-        self.shape = (patch_size, patch_size, 3) if feature_dim is None else (feature_dim,)
+        self.shape = (patch_size, patch_size, channels) if feature_dim is None else (feature_dim,)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.pred = nn.Linear(embed_dim, math.prod(self.shape))
         for head in (self.norm, self.pred):
@@ -103,7 +104,7 @@ class Decoder(TokenDecoder):
         """Predict the masked patches, in ids_masked's order.
 
         latent: [N, 1 + K, D], CLS first
-        Returns pixels [N, L - K, P, P, 3] or features [N, L - K, feature_dim].
+        Returns pixels [N, L - K, P, P, C] or features [N, L - K, feature_dim].
         """
         tokens = super().forward(latent, ids_keep, ids_masked)
         return self.pred(self.norm(tokens[:, 1 + ids_keep.shape[1] :])).unflatten(-1, self.shape)

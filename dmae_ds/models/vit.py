@@ -132,6 +132,7 @@ class MaskedViT(nn.Module):
         self.patch_size = vit.patch_embed.patch_size[0]
         self.num_prefix = vit.num_prefix_tokens
         conv = vit.patch_embed.proj
+        self.channels = conv.in_channels
         self.patch_embed = nn.Module()
         self.patch_embed.proj = PatchProjection(
             conv.in_channels,

@@ -54,6 +54,8 @@ def distilled_classifier(objective: nn.Module) -> Classifier:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / student.embed_dim,
     }
+    if student.channels != 3:
+        numbers["in_chans"] = student.channels
     classifier = Classifier(NAME, numbers, {"num_classes": objective.head.out_features}, timm_names)
     with init_empty_weights():
         known = classifier.build().state_dict()

@@ -60,4 +60,5 @@ def build_decoder(
         num_heads=config.num_heads,
         generator=generator,
         feature_dim=feature_dim,
+        channels=student.channels,
     )

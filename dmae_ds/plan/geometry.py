@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.batch import DTYPES as PIXEL_DTYPES
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives
 from dmae_ds.models.masking import PatchBatch
@@ -179,7 +180,8 @@ def _batch(
     views = []
     for view in objective.views:
         size = view.size or student_size
-        views.append(torch.zeros(len(ids), 3, size, size, dtype=torch.uint8, device=device))
+        shape, dtype = (len(ids), objective.student.channels, size, size), PIXEL_DTYPES[config.data.bits]
+        views.append(torch.zeros(shape, dtype=dtype, device=device))
     noise = torch.zeros(len(ids), objective.student.num_patches, device=device)
     labels = torch.zeros(len(ids), dtype=torch.int64, device=device)
     batch = Batch(views[0], noise, labels, ids, ids, more_views=tuple(views[1:]))
@@ -232,7 +234,7 @@ def _measure_teacher(
     for part in (vit,) if top is None else (vit, top):
         part.to_empty(device=device)
     block_bytes = tuple(_bytes(block.state_dict().values()) for block in vit.blocks)
-    zeros, ones = (0.0,) * 3, (1.0,) * 3
+    zeros, ones = (0.0,) * vit.channels, (1.0,) * vit.channels
     view = PatchView(vit.patch_size, mean=zeros, std=ones, teacher_mean=zeros, teacher_std=ones)
     view.to_empty(device=device)
     teacher = FrozenTeacher(vit, taps, None, view=view, sees=sees, top=top)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dmae_ds.data.pixels import PixelFormat
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
@@ -113,6 +114,7 @@ def _prepare(record: RunRecord, objective: nn.Module) -> tuple[Tensor, Tensor]:
         img_size=student.grid[0] * student.patch_size,
         num_patches=student.num_patches,
         crop_pct=data.crop_pct,
+        pixels=PixelFormat.of(data),
     )
 
 
@@ -224,5 +226,6 @@ def _show_attention(student: nn.Module, images: Tensor, patches: Tensor) -> Boar
 
 
 def _to_list(images: Tensor) -> list[np.ndarray]:
-    """[N, 3, H, W] -> N times [H, W, 3]."""
-    return list(images.movedim(1, -1).cpu().numpy())
+    """[N, C, H, W] -> N times [H, W, 3] uint8: the first three channels, or the first one as grey."""
+    channels = [0, 1, 2] if images.shape[1] >= 3 else [0, 0, 0]
+    return list(images[:, channels].movedim(1, -1).to(torch.uint8).cpu().numpy())

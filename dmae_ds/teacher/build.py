@@ -129,7 +129,8 @@ def pixel_statistics(config: TeacherConfig, mean: tuple, std: tuple) -> tuple[tu
     if config.mean is not None:
         return config.mean, config.std
     tag = timm_tag(config.name) if "." in config.name and ":" not in config.name else None
-    return (mean, std) if tag is None else (tuple(tag.mean), tuple(tag.std))
+    is_of_data = tag is None or len(tag.mean) != len(mean)  # timm's tags are of RGB
+    return (mean, std) if is_of_data else (tuple(tag.mean), tuple(tag.std))
 
 
 def _blocks_to_read(depth: int, group: StageGroup | None, sharded: bool) -> range | None:

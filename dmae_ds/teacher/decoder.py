@@ -35,6 +35,7 @@ class TeacherDecoder(nn.Module):
         num_heads: int,
         num_patches: int,
         patch_size: int | None = None,
+        channels: int = 3,
     ):
         super().__init__()
         self.norm = norm
@@ -49,7 +50,7 @@ class TeacherDecoder(nn.Module):
         self.patch_size = patch_size
         if patch_size is not None:
             self.decoder_norm = layer_norm(embed_dim)
-            self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * 3)
+            self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * channels)
 
     def forward(self, encoded: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> dict[str, Tensor]:
         """Run the decoder.
@@ -68,7 +69,7 @@ class TeacherDecoder(nn.Module):
             features[f"decoder/{number}"] = tokens = block(tokens)
         if self.patch_size is not None:
             pixels = self.decoder_pred(self.decoder_norm(tokens[:, 1 + ids_keep.shape[1] :]))
-            features["prediction"] = pixels.unflatten(-1, (self.patch_size, self.patch_size, 3))
+            features["prediction"] = pixels.unflatten(-1, (self.patch_size, self.patch_size, -1))
         return features
 
 
@@ -82,6 +83,7 @@ def meta_decoder(
     num_heads: int,
     num_patches: int,
     patch_size: int | None = None,
+    channels: int = 3,
 ) -> TeacherDecoder:
     """Build the decoder's first `depth` blocks on the meta device; with `patch_size`, all of it.
 
@@ -104,6 +106,7 @@ def meta_decoder(
             num_heads=num_heads,
             num_patches=num_patches,
             patch_size=patch_size,
+            channels=channels,
         )
 
 

@@ -47,7 +47,7 @@ def explain_grids(*, grid: tuple[int, int], student_patch: int, teacher_patch: i
 class PatchView(nn.Module):
     """Turn the student's normalised patches into the teacher's: resized, with the teacher's pixel statistics.
 
-    patch_size: the teacher's; mean, std, teacher_mean, teacher_std: three channels each
+    patch_size: the teacher's; mean, std, teacher_mean, teacher_std: one number a channel
     """
 
     def __init__(self, patch_size: int, *, mean: tuple, std: tuple, teacher_mean: tuple, teacher_std: tuple):
@@ -62,9 +62,9 @@ class PatchView(nn.Module):
         self.register_buffer("shift", ((mean - teacher_mean) / teacher_std).float(), persistent=False)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Convert patches [N, K, P, P, 3] to [N, K, P_t, P_t, 3]."""
+        """Convert patches [N, K, P, P, C] to [N, K, P_t, P_t, C]."""
         if patches.shape[2] != self.patch_size:
-            # [N, K, P, P, 3] -> [N * K, 3, P, P] -> [N * K, 3, P_t, P_t] -> [N, K, P_t, P_t, 3]
+            # [N, K, P, P, C] -> [N * K, C, P, P] -> [N * K, C, P_t, P_t] -> [N, K, P_t, P_t, C]
             images = patches.flatten(0, 1).permute(0, 3, 1, 2)
             resized = nn.functional.interpolate(
                 images, size=(self.patch_size, self.patch_size), mode="bicubic", antialias=True

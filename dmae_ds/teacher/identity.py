@@ -47,7 +47,7 @@ def probe(vit: MaskedViT, blocks: Iterable[nn.Module] | None = None) -> Probe:
     blocks: instead of the network's own; may come one by one, where not all fit into memory
     """
     weight = vit.patch_embed.proj.weight
-    size = (2, NUM_PATCHES, vit.patch_size, vit.patch_size, 3)
+    size = (2, NUM_PATCHES, vit.patch_size, vit.patch_size, vit.channels)
     # Golden-ratio steps: spread like noise, the same on every machine and in every version.
     noise = (torch.arange(torch.Size(size).numel(), dtype=torch.float64) * 0.6180339887498949) % 1
     slow = torch.sin(torch.arange(torch.Size(size).numel(), dtype=torch.float64) / 97)

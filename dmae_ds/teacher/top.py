@@ -48,4 +48,5 @@ def meta_top(
         num_heads=config.decoder_num_heads,
         num_patches=vit.num_patches,
         patch_size=vit.patch_size if "prediction" in taps else None,
+        channels=vit.channels,
     )

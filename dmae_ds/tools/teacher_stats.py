@@ -18,6 +18,7 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import train_batches
+from dmae_ds.data.pixels import PixelFormat
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
@@ -119,6 +120,7 @@ def _batches(
         global_batch=batch_size,
         micro_batch=batch_size,
         views=objective.views,
+        pixels=PixelFormat.of(config.data),
     )
     batches = train_batches(
         shards,

@@ -19,6 +19,7 @@ import torch
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.loader import eval_batches
+from dmae_ds.data.pixels import PixelFormat
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.distributed.device import device_name
@@ -96,6 +97,7 @@ class FinalAccuracy:
             world_size=self.ranks.num_processes,
             num_workers=self.config.data.num_workers,
             pin_memory=self.ranks.device.type == "cuda",
+            pixels=PixelFormat.of(self.config.data),
         )
 
     def _write_results(

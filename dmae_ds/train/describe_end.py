@@ -17,11 +17,13 @@ def describe_loading(preflight: Preflight, student: MaskedViT) -> str:
     if ":" in config.student.name:
         return f"student.name {config.student.name} builds the network of {path}; timm does not know it"
     loads = python_that_loads(config.student.name, {"num_classes": 0, **config.student.overrides()}, path)
+    colours = "RGB" if student.channels == 3 else "channels as stored"
     height, width = (count * student.patch_size for count in student.grid)
     return (
         "the student loads into timm:\n"
         f"{loads}\n"
-        f"# pixels: [N, 3, {height}, {width}], RGB from 0 to 1, minus {config.data.mean}, "
+        f"# pixels: [N, {student.channels}, {height}, {width}], {colours} from 0 to 1, "
+        f"minus {config.data.mean}, "
         f"divided by {config.data.std}\n"
         f"features = model.forward_features(pixels){POOL[config.objective.judged_by]}"
         f"  # [N, {student.embed_dim}]"

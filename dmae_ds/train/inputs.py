@@ -12,10 +12,12 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import train_batches
+from dmae_ds.data.pixels import RGB, PixelFormat
 from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.distributed.world import World
+from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
@@ -71,6 +73,11 @@ def batch_spec(
     img_size = student.grid[0] * student.patch_size
     augment = None
     if objective.rand_augment is not None:
+        if PixelFormat.of(data) != RGB:
+            raise UserError(
+                f"objective {config.objective.name} augments 8-bit RGB, and images have {len(data.mean)} "
+                f"channels of {data.bits} bits; set objective.augment.rand_augment=null"
+            )
         augment = RandAugment(objective.rand_augment, img_size=img_size, mean=data.mean)
     return BatchSpec(
         img_size=img_size,
@@ -87,6 +94,7 @@ def batch_spec(
         repeat=data.repeat,
         augment=augment,
         block=data.block,
+        pixels=PixelFormat.of(data),
     )
 
 

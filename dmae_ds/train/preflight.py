@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dmae_ds.config.batch import BatchSplit, split_recipe
 from dmae_ds.config.deepspeed import check_compile, zero_stage
-from dmae_ds.config.networks import StudentConfig, TeacherConfig, looks_like_hub_id
+from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
 from dmae_ds.data.order import ORDER_VERSION, num_steps
@@ -184,11 +184,17 @@ def identity_of(
         "repeat": config.data.repeat,
         "global_batch": config.optim.global_batch,
         "micro_batch": micro_batch,
-        "teacher": None if teacher is None else teacher.model_dump(mode="json", exclude=TEACHER_MAY_CHANGE),
-        "student": config.student.model_dump(mode="json", exclude=STUDENT_MAY_CHANGE),
+        "teacher": None if teacher is None else _section(teacher, TEACHER_MAY_CHANGE),
+        "student": _section(config.student, STUDENT_MAY_CHANGE),
         "objective": config.objective.model_dump(mode="json"),
         "positions": "trained" if config.objective.trains_positions else "fixed",
     }
+
+
+def _section(network: ModelConfig, may_change: set[str]) -> dict:
+    """A network's section without the keys that may change, and without in_chans of RGB: it is a new key."""
+    newer = {"in_chans"} if network.in_chans in (None, 3) else set()
+    return network.model_dump(mode="json", exclude=may_change | newer)
 
 
 def check_teacher_file(teacher: TeacherConfig) -> None:

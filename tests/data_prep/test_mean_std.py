@@ -1,5 +1,6 @@
 """What is read: 8-bit RGB; `info --mean-std`; images of other kinds and the line that converts them."""
 
+import shlex
 import subprocess
 import sys
 
@@ -8,8 +9,10 @@ from PIL import Image
 
 from data_prep.cli import main
 from data_prep.find import find_images
-from data_prep.make import make_shards
+from data_prep.info import print_info
+from data_prep.make import MakeOptions, make_shards
 from data_prep.mean_std import mean_and_std
+from data_prep.verify import verify_shards
 from dmae_ds.config.load import load_config
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
@@ -60,6 +63,30 @@ def test_the_line_for_tiffs_converts_them_by_the_rule_of_training(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "src" / "a" / "0.png"))[..., 0], values >> 8)
 
 
-def test_channels_are_not_an_option():
-    with refused("student.in_chans", "8-bit RGB"):
-        load_config("digits_dmae", ["student.in_chans=4"])
+def test_arrays_become_a_set_of_one_kind_whose_mean_and_std_a_recipe_takes(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "src" / "a"
+    folder.mkdir(parents=True)
+    images = rng.integers(0, 65536, (6, 12, 10, 5)).astype(np.uint16)
+    for number, image in enumerate(images):
+        np.save(folder / f"{number}.npy", image)
+    (folder / "notes.jpg").write_bytes(b"ignored: no array")
+    make_shards(tmp_path / "src", tmp_path / "dst", MakeOptions(arrays=True, verify="full", json=True))
+    verify_shards(tmp_path / "dst", sample=1.0, workers=1)
+    shard_set = ShardSet.open(tmp_path / "dst", label="DST")
+    assert shard_set.images == "arrays of 5 channels, 16 bits" and shard_set.num_samples == 6
+    print_info(tmp_path / "dst", mean_std=True, sheet=tmp_path / "sheet.png")
+    words = shlex.split(capsys.readouterr().out.partition("mean, std")[2].splitlines()[0])[:2]
+    config = load_config("digits_mae", [*words, "student.in_chans=5", "data.bits=16"])
+    values = images.reshape(6, -1, 5) / 65535
+    assert np.allclose(config.data.mean, values.mean(axis=(0, 1)), atol=1e-4)
+    with refused("student.in_chans", 3, "data.mean", 5):
+        load_config("digits_mae", words)
+    np.save(folder / "other.npy", np.zeros((4, 4, 3), np.uint8))
+    for options, word in (
+        (MakeOptions(arrays=True), "3 channels"),
+        (MakeOptions(arrays=True, resize=8), "--resize"),
+    ):
+        with refused(word, error=ShardError):
+            make_shards(tmp_path / "src", tmp_path / "mixed", options)
+        assert not (tmp_path / "mixed" / "manifest.json").exists()

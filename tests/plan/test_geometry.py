@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmae_ds.config.load import load_config
+from dmae_ds.config.shipped import shipped_files
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.plan.geometry import measure, scaled
 from dmae_ds.teacher.frozen import meta_teacher
@@ -106,3 +107,22 @@ def test_a_checkpointed_block_keeps_its_input_alone():
     tokens = 2 * 16 * 65 * 64 * 4  # two views of 16 images, CLS and 64 patches, width 64, fp32
     assert more[1] == pytest.approx(4 * tokens, rel=0.01)
     assert more[0] > 10 * more[1]
+
+
+@pytest.mark.parametrize("recipe", [name for name in shipped_files("recipe") if name.startswith("digits_")])
+def test_every_objective_is_built_for_five_channels(recipe):
+    """Fake tensors go through teacher, student and loss; colours can't be changed of what are none."""
+    channels = ["student.in_chans=5", f"data.mean={[0.5] * 5}", f"data.std={[0.5] * 5}", "data.bits=16"]
+    if getattr(load_config(recipe, []).objective, "photometric", False):
+        with refused("photometric", "5 channels", "16 bits"):
+            load_config(recipe, channels)
+        channels.append("objective.photometric=false")
+    config = load_config(recipe, channels)
+    if config.teacher is not None:
+        with refused("teacher.in_chans", 3, "student.in_chans", 5):
+            config.check_teacher()
+        config = load_config(recipe, [*channels, "teacher.in_chans=5"])
+    config.check_teacher()
+    five, three = measure(config, 2), measure(load_config(recipe, []), 2)
+    assert five.student.forward_flops > three.student.forward_flops  # MoCo-v3 freezes the patch projection
+    assert five.batch_bytes > three.batch_bytes
