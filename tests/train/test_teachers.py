@@ -211,7 +211,10 @@ def test_statistics_are_written_next_to_the_weights_unless_a_file_is_named(tiny_
     shutil.copy(weights, tmp_path / "teacher.safetensors")
     overrides = [*tiny_recipe[1:], "run.dir=unused", f"teacher.weights={tmp_path / 'teacher.safetensors'}"]
     config = load_config(tiny_recipe[0], overrides)
-    for out, name in ((None, "teacher.safetensors.stats.safetensors"), (tmp_path / "named", "named")):
+    for out, name in (
+        (None, "teacher.safetensors.stats.safetensors"),
+        (tmp_path / "named.safetensors", "named.safetensors"),
+    ):
         assert name in write_stats(config, num_images=8, out=out) and (tmp_path / name).is_file()
     assert len(list(tmp_path.iterdir())) == 3
 
