@@ -1,6 +1,6 @@
 """Predicted memory against the measured resident set of real runs: two ranks, fp32, on a CPU.
 
-Measured / predicted - 1 when this was written (torch 2.15, DeepSpeed 0.19.8, glibc 2.36): +5% (ZeRO-2,
+Measured / predicted - 1 when this was written (torch 2.14, DeepSpeed 0.19.8, glibc 2.36): +8% (ZeRO-2,
 replicated), +8% (ZeRO-3, pipeline), +4% (ZeRO-1, pipeline, two micro-batches a step). The rest is glibc's
 fragmentation, which is not modelled; without ZeRO, where gradients and moments are small tensors too, it was
 11%.
