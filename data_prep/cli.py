@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dmae_ds.data.shards import ShardError
+from dmae_ds.output.closed_pipe import EXIT_CODE, stdout_is_closed
 from dmae_ds.output.library_warnings import hide_library_warnings
 from dmae_ds.output.local_path import looks_like_url, refuse_urls
 
@@ -32,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         if problem is not None:
             raise ShardError(problem)
         command(**args)
+        sys.stdout.flush()
     except (ShardError, OSError) as error:  # OSError: no space, no permission
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
+            return EXIT_CODE
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -31,6 +31,7 @@ from dmae_ds.config.own_code import look_in
 from dmae_ds.distributed.tasks import rank_in_env
 from dmae_ds.distributed.world import check_device_variable, whole_lines
 from dmae_ds.errors import RankLost, Requeue, RunFailed, UserError, line_of, worker_failure
+from dmae_ds.output.closed_pipe import EXIT_CODE, stdout_is_closed
 from dmae_ds.output.library_warnings import hide_library_warnings
 from dmae_ds.output.lines import be_quiet
 from dmae_ds.output.local_path import refuse_urls
@@ -72,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         if problem is not None:
             raise UserError(problem)
         args.command(args)
+    except BrokenPipeError:
+        if stdout_is_closed():
+            return EXIT_CODE
+        raise
     except UserError as error:
         return _print_error(error, code=2)
     except Requeue as error:

@@ -20,7 +20,7 @@ class Check:
 
 
 def render(check: Check) -> str:
-    """One line; a failure or a warning has a second one with the fix."""
+    """Text of a check: one line, and for a failure or a warning a second one with the fix."""
     line = f"{check.verdict:<5} {check.name:<11} {' '.join(check.detail.split())}"
     return f"{line}\n      {'':<11} -> {check.fix}" if check.fix else line
 

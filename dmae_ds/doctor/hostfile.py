@@ -24,7 +24,7 @@ class Node:
 
 
 def read_hostfile(path: Path) -> list[Node]:
-    """Read the nodes in their order.
+    """Read the nodes of a hostfile, in their order.
 
     Raises UserError that names the line, where DeepSpeed would refuse it too.
     """

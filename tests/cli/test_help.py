@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -145,3 +146,13 @@ def test_a_count_is_at_least_one(text):
     assert at_least_one("3") == 3
     with pytest.raises(argparse.ArgumentTypeError):
         at_least_one(text)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(digits):
+    for words in (["dmae_ds", "recipes", "--all"], ["data_prep.cli", "info", str(digits / "val")]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.stdout.close()
+        assert process.communicate()[1] == ""
+        assert process.returncode == 128 + signal.SIGPIPE
