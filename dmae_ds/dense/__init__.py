@@ -1,0 +1,1 @@
+"""Segmentation and detection on a plain ViT: training, evaluation and distillation (on accelerate)."""
