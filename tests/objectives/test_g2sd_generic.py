@@ -215,6 +215,9 @@ def test_only_the_blocks_up_to_the_tap_are_made(whole_mae):
     assert len(teacher.top.decoder_blocks) == 2 and not hasattr(teacher.top, "decoder_pred")
     assert "upper decoder blocks" in teacher.parts.describe_dropped()
     assert not hasattr(objective.decoder, "norm")
+    config = recipe(whole_mae)
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"decoder_depth": 1})})
+    assert build_objective(config)[0].taps == ("decoder/1",)  # of one block, that one
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from itertools import product
 
 import pytest
 
-from dmae_ds.plan.choose import candidates, choose, fastest, placements
+from dmae_ds.output.units import GIB
+from dmae_ds.plan.choose import HEADROOM, candidates, choose, fastest, placements
 from dmae_ds.plan.cost import (
     BAND,
     COLLECTIVE_S,
@@ -54,6 +55,17 @@ def test_more_memory_never_makes_a_fitting_plan_unfit(geometry):
         assert all(after or not fitted for fitted, after in zip(before, now, strict=True))
         before = now
     assert all(before)
+
+
+def test_a_part_of_the_memory_stays_free_for_the_allocator(geometry):
+    need = rows_for(geometry, NODE)[0].memory.total / GIB
+    for memory_gib, fits in (
+        (need, False),
+        (need / (1 - HEADROOM) * 0.999, False),
+        (need / (1 - HEADROOM) * 1.001, True),
+    ):
+        assert rows_for(geometry, replace(NODE, memory_gib=memory_gib))[0].fits == fits
+    assert rows_for(geometry, NODE, room=need * GIB)[0].fits
 
 
 def test_the_fastest_that_fits_is_no_slower_than_any_other(geometry):

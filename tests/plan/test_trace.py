@@ -92,6 +92,24 @@ def test_gradients_of_the_python_engine_are_those_of_torch_s_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_callbacks_of_a_backward_pass_run_in_the_order_in_which_they_were_queued():
+    def run(engine) -> list[int]:
+        order = []
+        with engine:
+            doubled = 2 * torch.ones(2, requires_grad=True)
+
+            def queue(gradient):
+                for number in range(3):
+                    queued = torch.autograd.Variable._execution_engine.queue_callback
+                    queued(lambda number=number: order.append(number))
+
+            doubled.register_hook(queue)
+            doubled.sum().backward()
+        return order
+
+    assert run(PythonEngine().installed()) == run(contextlib.nullcontext()) == [0, 1, 2]
+
+
 def test_memory_under_the_python_engine_is_that_under_torch_s():
     """It lets go of what a node saved once the node has run; the loss itself, 4 bytes, goes earlier."""
 

@@ -1,8 +1,11 @@
 """Figures: what is drawn, in which colours, and the labels of the axes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from dmae_ds.report.charts import draw_losses
 from dmae_ds.report.figures import Curve, draw_bars, draw_curves, draw_grid, draw_mosaic, thin_out
 from dmae_ds.report.theme import to_png, to_svg
 
@@ -30,6 +33,22 @@ def test_axes_have_units_and_a_mark_its_meaning():
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "directions") and axes.get_ylim()[0] == 0
     assert "collapsed below it" in to_svg(figure)
+
+
+def test_every_chart_of_a_loss_has_a_unit_and_parts_have_their_own():
+    columns = {
+        name: [1.0, 0.5] for name in ("loss", "pixel", "align/3-6", "val/loss", "val/pixel", "val/cls")
+    }
+    record = SimpleNamespace(
+        losses=["loss", "pixel", "align/3-6"],
+        named=lambda prefix: [name for name in columns if name.startswith(prefix)],
+        epochs=lambda column: [0, 1],
+        column=lambda column: columns.get(column, []),
+    )
+    units = {name: figure.axes[0].get_ylabel() for name, figure in draw_losses({"run": record}).items()}
+    assert set(units) == {"loss", "pixel", "align-3-6", "val-loss", "val-pixel", "val-cls"}
+    assert all(units.values()) and len({units["loss"], units["pixel"], units["align-3-6"]}) == 3
+    assert units["val-loss"] == units["loss"] and units["val-pixel"] == units["pixel"]
 
 
 def test_a_grid_is_as_opaque_as_its_values_and_numbered_from_one():

@@ -8,6 +8,7 @@ import torch
 
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.teacher.build import load_frozen_teacher
+from dmae_ds.teacher.frozen import with_notes
 from dmae_ds.train.summary import describe_student, describe_teacher
 from tests.objectives import small
 
@@ -63,6 +64,10 @@ def test_the_saved_share_of_the_teachers_compute_by_hand(file, section, sees, to
         float8 = {"teacher": teacher.model_copy(update={"dtype": "fp8"}), "compile": compiled}
         rows = describe_teacher(config.model_copy(update=float8), objective, built)
         assert ("compile=true" in rows.get("WARNING", "")) == (not compiled)
+    built.parts = with_notes(built.parts, "grid fits", "WARNING: looks untrained")
+    rows = describe_teacher(config, objective, built)
+    assert "grid fits" in rows["checked"] and "untrained" not in rows["checked"]
+    assert "looks untrained" in rows["WARNING"] and "grid fits" not in rows["WARNING"]
     whole = {"teacher": teacher.model_copy(update={"format": "dinov2"})}
     rows = describe_teacher(config.model_copy(update=whole), objective, built)
     assert ("teacher.sees=all" in rows.get("WARNING", "")) == (tokens < 1 + NUM_PATCHES)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from unittest.mock import Mock
 
 import pytest
 
+from dmae_ds.config.run import CheckpointConfig
+from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint import folder as checkpoint_folder
 from dmae_ds.train.checkpoint.folder import MUST_AGREE, OLDER, CheckpointFolder, Written, crc32_of
+from dmae_ds.train.checkpoint.save import Checkpoints
+from dmae_ds.train.ema import NoEmaTeacher
 from tests.messages import refused
 
 IDENTITY = {**dict.fromkeys(MUST_AGREE, 1), "world_size": 2, "zero_stage": 2}
@@ -269,3 +274,24 @@ def test_a_save_that_fails_after_the_pointer_moved_stays(folder):
     save(folder, 5)
     folder.abandon(5)
     assert folder.latest().name == "step-00000005"
+
+
+@pytest.mark.parametrize("problem", [None, "stale file handle"])
+def test_a_failed_save_says_whether_its_files_could_be_deleted(folder, monkeypatch, problem):
+    save(folder, 5)
+    folder.begin(10)
+    if problem is not None:
+        monkeypatch.setattr(folder, "abandon", Mock(side_effect=OSError(problem)))
+    monkeypatch.setattr(collectives, "broadcast_from_main", lambda value: value)
+    saves = Checkpoints(
+        folder, CheckpointConfig(), identity=IDENTITY, student_metadata={}, ema=NoEmaTeacher()
+    )
+    with pytest.raises(RunFailed) as raised:
+        saves._abort_if("rank 1 has no space", step=10)
+    text = str(raised.value)
+    assert (
+        "rank 1 has no space" in text
+        and "None" not in text
+        and ((problem or "stale") in text) == bool(problem)
+    )
+    assert (names(folder) == ["step-00000005"]) == (problem is None)
