@@ -15,28 +15,32 @@ from torch import Tensor
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.logistic import ALONE
 
-NO_CLASS = 255  # of a pixel in a label map that belongs to no class
+NO_CLASS = 255  # of a pixel in a label map that belongs to no class; `DenseSet.ignore_index` for any set
 
 
 class ConfusionMatrix:
-    """Counts of pixels [C, C] int64: rows are classes of the label map, columns predicted classes."""
+    """Counts of pixels [C, C] int64: rows are classes of the label map, columns predicted classes.
 
-    def __init__(self, num_classes: int, *, device: torch.device | str = "cpu"):
+    no_class: value of a label map's pixels that do not count
+    """
+
+    def __init__(self, num_classes: int, *, device: torch.device | str = "cpu", no_class: int = NO_CLASS):
+        self.no_class = no_class
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def add(self, predicted: Tensor, label_map: Tensor) -> None:
         """Count the pixels of one or several images.
 
-        predicted, label_map: integers of one shape, on the matrix's device; pixels of NO_CLASS do not count
+        predicted, label_map: integers of one shape, on the matrix's device; pixels of `no_class` do not count
         Raises UserError for a class of the label map that is not among the classes.
         """
         assert predicted.shape == label_map.shape, f"{predicted.shape} and {label_map.shape} differ"
-        num_classes, has_class = len(self.counts), label_map != NO_CLASS
+        num_classes, has_class = len(self.counts), label_map != self.no_class
         expected, predicted = label_map[has_class].long(), predicted[has_class].long()
         if expected.numel() and (expected.min() < 0 or expected.max() >= num_classes):
             wrong = expected[(expected < 0) | (expected >= num_classes)][0].item()
             raise UserError(
-                f"a label map has class {wrong}, expected 0 to {num_classes - 1}, or {NO_CLASS} for no "
+                f"a label map has class {wrong}, expected 0 to {num_classes - 1}, or {self.no_class} for no "
                 "class; make the shards with all classes"
             )
         cells = torch.bincount(expected * num_classes + predicted, minlength=num_classes**2)
@@ -58,7 +62,7 @@ def segmentation_scores(counts: Tensor) -> dict[str, float]:
     right, in_maps, in_predictions = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
     if not in_maps.any():
         raise UserError(
-            f"no pixel of the label maps has a class (all are {NO_CLASS}), so there is nothing to score; "
+            "no pixel of the label maps has a class, so there is nothing to score; "
             "check the folder of masks that the shards were made from"
         )
     union = in_maps + in_predictions - right

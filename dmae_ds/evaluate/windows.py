@@ -6,9 +6,11 @@ to the image's edge.
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Iterable
 
 from torch import Tensor
+
+Place = tuple[slice, slice]  # rows and columns of a window
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -22,6 +24,29 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
+def window_places(height: int, width: int, *, window: int, stride: int) -> list[Place]:
+    """Rows and columns of the square windows of an image, row by row; smaller where the image is."""
+    return [
+        (slice(top, min(top + window, height)), slice(left, min(left + window, width)))
+        for top in window_starts(height, window, stride)
+        for left in window_starts(width, window, stride)
+    ]
+
+
+def join_windows(scores: Iterable[Tensor], places: list[Place], *, height: int, width: int) -> Tensor:
+    """Average the scores [N, K, h, w] of all windows of images: [N, K, height, width]."""
+    total = count = None
+    for window, place in zip(scores, places, strict=True):
+        if total is None:
+            total = window.new_zeros(*window.shape[:2], height, width)
+            count = window.new_zeros(height, width)
+        covered = total[(..., *place)]
+        assert covered.shape == window.shape, f"scores {window.shape} of a window {covered.shape}"
+        covered += window
+        count[place] += 1
+    return total / count
+
+
 def slide(images: Tensor, predict: Callable[[Tensor], Tensor], *, window: int, stride: int) -> Tensor:
     """Average the predictions of square windows over images [N, C, H, W]: [N, K, H, W].
 
@@ -29,17 +54,6 @@ def slide(images: Tensor, predict: Callable[[Tensor], Tensor], *, window: int, s
     where that is smaller
     """
     height, width = images.shape[2:]
-    total = count = None
-    for top in window_starts(height, window, stride):
-        for left in window_starts(width, window, stride):
-            place = (..., slice(top, min(top + window, height)), slice(left, min(left + window, width)))
-            scores = predict(images[place])
-            assert scores.shape[2:] == images[place].shape[2:], (
-                "a prediction has another size than its window"
-            )
-            if total is None:
-                total = scores.new_zeros(len(images), scores.shape[1], height, width)
-                count = scores.new_zeros(height, width)
-            total[place] += scores
-            count[place] += 1
-    return total / count
+    places = window_places(height, width, window=window, stride=stride)
+    scores = (predict(images[(..., *place)]) for place in places)
+    return join_windows(scores, places, height=height, width=width)

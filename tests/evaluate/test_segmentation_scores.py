@@ -66,7 +66,10 @@ def test_the_counts_of_all_processes_are_scored():
 def test_maps_without_any_class_and_unknown_classes_are_refused():
     matrix = ConfusionMatrix(3)
     matrix.add(torch.zeros(2, 2), torch.full((2, 2), NO_CLASS))
-    with refused("255"):
+    with refused("no pixel"):
         matrix.scores()
     with refused("class 3", "0 to 2"):
         matrix.add(torch.zeros(2), torch.tensor([1, 3]))
+    many = ConfusionMatrix(300, no_class=65535)  # 255 is a class
+    many.add(torch.tensor([255, 1]), torch.tensor([255, 65535]))
+    assert many.scores()["miou"] == 100 and many.counts[255, 255] == 1 == many.counts.sum()
