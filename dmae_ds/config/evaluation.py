@@ -94,15 +94,39 @@ class FinetuneOptimConfig(OptimConfig):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65
 
 
+class CrdConfig(Section):
+    """Contrastive representation distillation (CRD, Tian et al., ICLR 2020), against a memory of all images.
+
+    The memory has one embedding of either network for each training image: 2 x images x dim numbers.
+    """
+
+    # An image's positive. exact: itself; relax: a random image of its class. Negatives are of other classes.
+    positives: Literal["exact", "relax"] = "exact"
+    num_negatives: PositiveInt = 16384  # for each image, drawn again in every epoch
+    dim: PositiveInt = 128  # of both embeddings
+    temperature: PositiveFloat = 0.07  # of the scores
+    momentum: Unit = 0.5  # share of the old embedding that an image's new one leaves in the memory
+
+
+class SrrlConfig(Section):
+    """Softmax regression representation learning (SRRL, Yang et al., ICLR 2021)."""
+
+    # linear: pooled features by a linear map and batch norm, as a ViT's targets may be negative; conv_relu:
+    # patch tokens by a 1x1 convolution, batch norm and ReLU, then their mean (the published code).
+    connector: Literal["linear", "conv_relu"] = "linear"
+    logit_weight: NonNegativeFloat = 1.0  # weight of the squared error of the logits
+
+
 class DistillConfig(Section):
     """Distillation from a fine-tuned classifier, next to the labels (DMAE, Table 4, third block).
 
-    The losses are those of timm.task.
+    The losses of the first four methods are those of timm.task.
     """
 
     # deit_soft, deit_hard: by a distillation token (DeiT, Sec. 4); logits: Hinton's; features: squared error
-    # of pooled features.
-    method: Literal["deit_soft", "deit_hard", "logits", "features"]
+    # of pooled features; crd: contrast with the embeddings of other images; srrl: pooled features, and the
+    # logits that the teacher's classifier gives for them.
+    method: Literal["deit_soft", "deit_hard", "logits", "features", "crd", "srrl"]
     # Weights of a classifier: best.safetensors of `dmae-ds eval finetune`, or another file together with
     # distill.name.
     teacher: str
@@ -112,6 +136,26 @@ class DistillConfig(Section):
     task_weight: NonNegativeFloat = 0.5  # weight of the labels' loss
     weight: PositiveFloat = 0.5  # weight of the teacher's loss
     temperature: PositiveFloat | None = None  # for deit_soft and logits
+    crd: CrdConfig | None = None  # settings of method crd
+    srrl: SrrlConfig | None = None  # settings of method srrl
+
+    @model_validator(mode="before")
+    @classmethod
+    def _its_own_section(cls, values):
+        method = values.get("method") if isinstance(values, dict) else None
+        if method in ("crd", "srrl") and values.get(method) is None:
+            return {**values, method: {}}
+        return values
+
+    @model_validator(mode="after")
+    def _no_section_of_another_method(self):
+        for name in ("crd", "srrl"):
+            if name != self.method and getattr(self, name) is not None:
+                raise ValueError(
+                    f"distill.{name} requires distill.method {name}, found {self.method}; leave it out, or "
+                    f"set distill.method={name}"
+                )
+        return self
 
     @field_validator("format")
     @classmethod
@@ -145,6 +189,16 @@ class FinetuneConfig(ClassifierConfig):
             raise ValueError(
                 f"distill.method {self.distill.method} has a distillation token and requires pool=cls, "
                 f"found {self.pool}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_of_single_images(self):
+        if self.distill is not None and self.distill.method == "crd" and self.augment.mixes:
+            raise ValueError(
+                "distill.method crd remembers each image's embedding, but augment.mixup "
+                f"{self.augment.mixup:g} and augment.cutmix {self.augment.cutmix:g} mix two images; set "
+                "augment.mixup=0 augment.cutmix=0"
             )
         return self
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmae_ds.config.evaluation import LinearConfig
 from dmae_ds.config.networks import ModelConfig
+from dmae_ds.finetune.contrast import Contrast
 from dmae_ds.finetune.linear import LinearProbe
 from dmae_ds.finetune.network import (
     build_classifier,
@@ -52,10 +53,18 @@ class Classifier:
         return self.judged.folded() if isinstance(self.judged, LinearProbe) else self.judged.state_dict()
 
 
-def build(source: Source, criterion: nn.Module, *, num_classes: int, device: torch.device) -> Classifier:
+def build(
+    source: Source,
+    criterion: nn.Module,
+    *,
+    num_classes: int,
+    device: torch.device,
+    contrast: Contrast | None = None,
+) -> Classifier:
     """Build a network with weights, its task and its optimiser on a device.
 
-    criterion: the labels' loss. Raises UserError for weights that do not fit.
+    criterion: the labels' loss; contrast: the training images from which CRD draws, None for other tasks
+    Raises UserError for weights that do not fit.
     """
     config = source.config
     seed, mean, std = config.run.seed, config.data.mean, config.data.std
@@ -80,7 +89,15 @@ def build(source: Source, criterion: nn.Module, *, num_classes: int, device: tor
             if distill.method.startswith("deit"):
                 network, model = with_distillation_token(network, seed=seed)
                 kwargs = {"num_classes": num_classes}
-        task = build_task(network, criterion, distill=distill, teacher=teacher, seed=seed, device=device)
+        task = build_task(
+            network,
+            criterion,
+            distill=distill,
+            teacher=teacher,
+            seed=seed,
+            device=device,
+            contrast=contrast,
+        )
         ema = None if config.ema is None else ModelEmaV3(copy.deepcopy(network), decay=config.ema)
         optimizer = build_adamw(network, task, config.optim)
     return Classifier(network, model, kwargs, img_size, task, optimizer, ema, step, note)

@@ -53,10 +53,15 @@ def check_micro_batch(config: FinetuneConfig | LinearConfig, micro_batch: int) -
             f"mixup and cutmix mix the images of a micro-batch in pairs, but its size {micro_batch} is odd; "
             "set optim.micro_batch to an even number, or augment.mixup=0 augment.cutmix=0"
         )
-    if isinstance(config, LinearConfig) and micro_batch < 2:
+    normed = None
+    if isinstance(config, LinearConfig):
+        normed = "the linear probe's batch norm"
+    elif config.distill is not None and config.distill.srrl is not None:
+        normed = "the batch norm of distill.method srrl"
+    if normed is not None and micro_batch < 2:
         raise UserError(
-            "the linear probe's batch norm requires at least 2 images in a micro-batch; "
-            "raise optim.micro_batch, or use fewer ranks"
+            f"{normed} requires at least 2 images in a micro-batch; raise optim.micro_batch, "
+            f"or use fewer ranks"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 
 from dmae_ds.config.batch import split_batch
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
@@ -26,6 +27,7 @@ from dmae_ds.evaluate.results import MeasuredOn
 from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
 from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.build import Classifier, build
+from dmae_ds.finetune.contrast import open_contrast
 from dmae_ds.finetune.early import check_micro_batch
 from dmae_ds.finetune.source import Source
 from dmae_ds.models.numerics import choose_determinism, choose_tf32
@@ -185,7 +187,8 @@ def open_evaluation(source: Source) -> Evaluation:
     train_set, val_set = open_labelled(config.data)
     ids = open_subset(source.results, train_set, labels=config.labels, seed=config.subset_seed, write=False)
     choose_determinism(config.run.deterministic)
-    accelerator = _accelerator(config.precision)
+    contrast = open_contrast(config, train_set, ids)
+    accelerator = _accelerator(config.precision, broadcast_buffers=contrast is None)
     choose_tf32(config.tf32, accelerator.device)
     micro_batch, accumulation = split_batch(
         config.optim.global_batch, config.optim.micro_batch, accelerator.num_processes, exact=True
@@ -200,7 +203,7 @@ def open_evaluation(source: Source) -> Evaluation:
         num_classes=num_classes,
         seed=config.run.seed,
     )
-    classifier = build(source, prepare.criterion(), num_classes=num_classes, device=device)
+    classifier = build(source, prepare.criterion(), num_classes=num_classes, device=device, contrast=contrast)
     return Evaluation(
         source=source,
         train_set=train_set,
@@ -214,8 +217,12 @@ def open_evaluation(source: Source) -> Evaluation:
     )
 
 
-def _accelerator(precision: str) -> Accelerator:
-    """Start accelerate with the recipe's precision; a launcher's other precision is a UserError."""
+def _accelerator(precision: str, *, broadcast_buffers: bool) -> Accelerator:
+    """Start accelerate with the recipe's precision; a launcher's other precision is a UserError.
+
+    broadcast_buffers: give all ranks the first one's buffers before each forward pass; a memory of all
+    images is kept equal by other means, and would be much to send
+    """
     wanted = {"fp32": "no", "bf16": "bf16"}[precision]
     given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if given not in ("no", wanted):
@@ -223,4 +230,5 @@ def _accelerator(precision: str) -> Accelerator:
             f"accelerate launch was given --mixed_precision {given}, "
             f"but the recipe has precision {precision}; set precision=bf16, or leave the option out"
         )
-    return Accelerator(mixed_precision=wanted)
+    handlers = [] if broadcast_buffers else [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    return Accelerator(mixed_precision=wanted, kwargs_handlers=handlers)

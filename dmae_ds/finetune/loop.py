@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dmae_ds.data.batch import Batch
 from dmae_ds.errors import RunFailed
 from dmae_ds.finetune.augment import Prepare
+from dmae_ds.finetune.crd import CrdTask
 from dmae_ds.finetune.optim import set_lr
 from dmae_ds.finetune.tasks import set_training
 
@@ -23,25 +24,26 @@ CHECK_EVERY = 50  # steps between checks that the loss is finite; a check waits 
 def take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    pieces: Iterable[tuple[Tensor, Tensor]],
+    pieces: Iterable[tuple[Tensor, ...]],
     *,
     lr: float,
     accumulation: int,
     clip_grad: float,
     accelerator: Accelerator,
 ) -> tuple[Tensor, Tensor]:
-    """Take one optimiser step over `accumulation` micro-batches (images, labels); gradients are averaged.
+    """Take one optimiser step over `accumulation` micro-batches; gradients are averaged.
 
+    pieces: the model's inputs for each: images, labels, and what a task with a memory is given next to them
     clip_grad: largest global gradient norm, 0: no clipping
     Returns the mean loss and the gradient's global norm before clipping, scalars on the device.
     """
     set_lr(optimizer, lr)
     total = 0.0
-    for number, (images, labels) in enumerate(pieces):
+    for number, inputs in enumerate(pieces):
         last = number + 1 == accumulation
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                loss = model(images, labels)["loss"]
+                loss = model(*inputs)["loss"]
             accelerator.backward(loss / accumulation)
         total = total + loss.detach().float() / accumulation
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -130,25 +132,37 @@ def train(
     accumulation = settings.accumulation
     first_piece = accelerator.process_index * accumulation
 
-    def pieces(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    memory = task if isinstance(task, CrdTask) else None
+
+    def prepared(step: int) -> Iterator[tuple[Tensor, ...]]:
         for number in range(accumulation):
-            place = {"step": step, "piece": first_piece + number}
-            prepared = prepare(next(batches).to(accelerator.device), **place)
-            prepare.seed_drop_path(**place)
-            yield prepared
+            batch = next(batches)
+            more = () if memory is None else memory.draw(batch)
+            yield *prepare(batch.to(accelerator.device), step=step, piece=first_piece + number), *more
+
+    def seeded(step: int, pieces: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        for number, inputs in enumerate(pieces):
+            prepare.seed_drop_path(step=step, piece=first_piece + number)
+            yield inputs
 
     losses = Losses(accelerator)
     set_training(task)
     for step in range(settings.start_step, settings.num_steps):
+        pieces = prepared(step)
+        if memory is not None and step == 0:
+            pieces = list(pieces)  # the whole step's images, which are seen twice
+            memory.normalize(seeded(step, pieces), accelerator=accelerator)
         loss, norm = take_step(
             model,
             optimizer,
-            pieces(step),
+            seeded(step, pieces),
             lr=settings.lr_at(step),
             accumulation=accumulation,
             clip_grad=settings.clip_grad,
             accelerator=accelerator,
         )
+        if memory is not None:
+            memory.remember(accelerator=accelerator)
         losses.add(loss, norm)
         after_step()
         if step + 1 in settings.epoch_ends:

@@ -1,6 +1,7 @@
 """Training tasks of classifiers: the labels' loss, alone or with a fine-tuned classifier's (timm.task).
 
-A task maps (images, labels) to {"loss": scalar, "output": logits, named parts}. A teacher stays in eval mode
+A task maps (images, labels), and for CRD also the samples to contrast with, to {"loss": scalar, "output":
+logits, named parts}. A teacher stays in eval mode
 and gets no gradients.
 """
 
@@ -18,6 +19,9 @@ from timm.task import (
 from torch import Tensor, nn
 
 from dmae_ds.config.evaluation import DistillConfig
+from dmae_ds.finetune.contrast import Contrast
+from dmae_ds.finetune.crd import CrdTask
+from dmae_ds.finetune.srrl import SrrlTask
 
 TASKS = {
     # DeiT, Sec. 4, Eq. 2: KL divergence at a temperature, on the head of the distillation token
@@ -31,6 +35,8 @@ TASKS = {
     "logits": lambda config: (LogitDistillationTask, {"temperature": config.temperature}),
     # Squared error of the pooled features before the head, after a linear map if the widths differ
     "features": lambda config: (FeatureDistillationTask, {}),
+    "crd": lambda config: (CrdTask, {"config": config.crd}),
+    "srrl": lambda config: (SrrlTask, {"config": config.srrl}),
 }
 
 
@@ -42,15 +48,19 @@ def build_task(
     teacher: VisionTransformer | None,
     seed: int,
     device: torch.device,
+    contrast: Contrast | None = None,
 ) -> nn.Module:
     """Build the module to train, from a network, the labels' loss and a teacher if `distill` is given.
 
-    Its trainable parameters are the network's and, for features of another width, those of a projection,
-    whose initial weights are drawn from `seed`.
+    contrast: the training images from which CRD draws, for method crd alone
+    Its trainable parameters are the network's and those of the method's maps (a projection of features of
+    another width, CRD's embeddings, SRRL's connector), whose initial weights are drawn from `seed`.
     """
     if distill is None:
         return ClassificationTask(network, criterion, device=device, verbose=False).to(device)
     task_class, kwargs = TASKS[distill.method](distill)
+    if distill.method == "crd":
+        kwargs["contrast"] = contrast
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Built on the CPU, so that a projection is the same on every device.

@@ -53,6 +53,8 @@ DISTILLED = {
     "soft distillation": "deit_soft",
     "hard distillation": "deit_hard",
     "supervised feature alignment": "features",
+    "CRD": "crd",
+    "SRRL": "srrl",
 }
 SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
 # DMAE's Table 9 gives no settings of DINO and MoCo-v3; 100 epochs and block 18 are the paper's usual ones.
@@ -193,7 +195,7 @@ def _dmae_baseline(row: dict) -> Conditions | None:
         return Conditions(facts, finetuned, gives)
     distill = next((method for name, method in DISTILLED.items() if what.endswith(name)), None)
     if distill is None and what != "DeiT-B":
-        return None  # CRD, SRRL, DearKD
+        return None  # DearKD: the row says why
     epochs = {"epochs": row["finetune_epochs"]} if "finetune_epochs" in row else {}
     result = {**supervised, **epochs, "distill": distill}
     return Conditions({"student": PRETRAINING["student"]}, result, gives)

@@ -81,7 +81,8 @@ def render_published(runs: list[Run]) -> list[str]:
         f"ImageNet-1k's {NUM_IMAGENET:,} images, its epochs and its evaluation are the row's; of several",
         "seeds, mean and sample standard deviation. The teacher is told by its network, not by its file. "
         "Cost: ranks x wall hours, pre-training and evaluation.",
-        f"`{NO_METHOD}`: this project has no recipe for it.",
+        f"`{NO_METHOD}`: this project has no recipe for it, for the reason in the row where one is given. "
+        "Our reading: the paper leaves open how it ran the method.",
         "",
     ]
     for paper, title in PAPERS.items():

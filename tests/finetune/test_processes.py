@@ -78,6 +78,27 @@ def test_two_processes_compute_what_one_accumulates(run, tmp_path, overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("positives", ["exact", "relax"])
+def test_crd_has_one_memory_over_all_processes(run, tmp_path, positives):
+    finetune(run, f"run.dir={tmp_path / 'teacher'}")
+    shared = ["--recipe", "supervised_crd", f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}"]
+    shared += [*PLAIN, "optim.base_lr=1e-3", "distill.crd.num_negatives=30", "distill.crd.dim=8"]
+    shared += [f"distill.crd.positives={positives}", "optim.micro_batch=4"]
+    states = []
+    for num in (1, 2):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num)]
+        launcher += ["--master_port", str(free_port())]
+        process = start(launcher, run, *shared, f"run.dir={tmp_path / str(num)}")
+        output, _ = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0, output
+        states.append(torch.load(tmp_path / str(num) / "resume.pt", weights_only=True)["task"])
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-5)
+    changed = (states[0]["memory_student"].norm(dim=1) - 1).abs() < 1e-5
+    assert changed.all()  # every image was seen
+
+
+@pytest.mark.slow
 def test_fine_tuning_a_digits_student_is_better_than_its_knn(digits, tmp_path):
     run = tmp_path / "run"
     data = [f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]

@@ -32,7 +32,7 @@ LINEAR = [
     "optim.warmup_epochs=0",
     "data.num_workers=0",
 ]
-TEACHER_OF = {"supervised_deit_soft", "supervised_deit_hard", "supervised_logits", "supervised_features"}
+LOGITS = ["distill.method=logits", "distill.teacher=x", "distill.temperature=1"]
 
 
 def rows(out):
@@ -195,34 +195,6 @@ def test_a_weights_file_requires_data_and_a_folder(run, tmp_path, shards):
         finetune(tmp_path / "nothing.pth")
 
 
-@pytest.mark.parametrize("recipe", sorted(TEACHER_OF))
-def test_supervised_baselines_run_on_a_fine_tuned_teacher(run, tmp_path, recipe):
-    finetune(run, f"run.dir={tmp_path / 'teacher'}")
-    result = finetune(
-        run, f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}", "drop_path=0", recipe=recipe
-    )
-    assert (
-        result["metric"] == "supervised"
-        and result["settings"]["distill"] == recipe.removeprefix("supervised_")
-        and result["settings"]["init"] == "random"
-    )
-    assert result["step"] == 0
-    if recipe == "supervised_features":  # a resumed task includes its projection
-        shutil.copytree(run / recipe, tmp_path / "whole")
-        (run / recipe / "resume.pt").unlink()
-        assert (
-            finetune(
-                run,
-                f"distill.teacher={tmp_path / 'teacher' / 'best.safetensors'}",
-                "drop_path=0",
-                recipe=recipe,
-                resume="auto",
-            )["scores"]
-            == result["scores"]
-        )
-        assert_same_outcome(tmp_path / "whole", run / recipe)
-
-
 def test_mistakes_are_refused_before_anything_is_written(run, tmp_path):
     gone = tmp_path / "gone.safetensors"
     alone = make_shards(tmp_path / "alone", num=9, seed=3, classes=["all"], labels=0)
@@ -242,6 +214,13 @@ def test_mistakes_are_refused_before_anything_is_written(run, tmp_path):
         (["distill.method=deit_hard", "distill.teacher=x"], {}, ("distill.method deit_hard", "pool=cls")),
         (["distill.method=logits", "distill.teacher=x"], {}, ("distill.method logits", "temperature None")),
         (["distill.method=features", f"distill.teacher={gone}"], {}, ("distill.teacher", gone)),
+        (["distill.method=crd", "distill.teacher=x"], {}, ("distill.method crd", "augment.mixup=0")),
+        (["distill.srrl.logit_weight=2", *LOGITS], {}, ("distill.srrl", "distill.method srrl", "logits")),
+        (
+            ["distill.method=srrl", "distill.teacher=x", "optim.global_batch=1", *PLAIN],
+            {},
+            ("distill.method srrl", "optim.micro_batch"),
+        ),
         (["precision=fp64"], {}, ("precision", "fp64", "fp32", "bf16")),
     ):
         with refused(*words):

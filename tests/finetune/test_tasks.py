@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from timm.task import DistillationTeacher
@@ -9,6 +10,7 @@ from torch import nn
 
 from dmae_ds.config.evaluation import DistillConfig, FinetuneOptimConfig
 from dmae_ds.config.networks import ModelConfig
+from dmae_ds.finetune.contrast import Contrast
 from dmae_ds.finetune.network import build_classifier, classifier_kwargs, with_distillation_token
 from dmae_ds.finetune.optim import build_adamw, set_lr
 from dmae_ds.finetune.tasks import TASKS, build_task, set_training
@@ -44,14 +46,26 @@ def build(method, *, teacher=None, seed=0, **changes):
     if method.startswith("deit"):
         student, _ = with_distillation_token(student, seed=0)
     teacher = teacher or network(32, statistics=OTHER, seed=1)
+    config, contrast = distill(method, **changes), None
+    if method == "crd":
+        contrast = Contrast(np.arange(12), np.arange(12) % 3, config.crd, seed=0)
     return student, build_task(
         student,
         nn.CrossEntropyLoss(),
-        distill=distill(method, **changes),
+        distill=config,
         teacher=teacher,
         seed=seed,
         device=torch.device("cpu"),
+        contrast=contrast,
     )
+
+
+def more_inputs(method, num):
+    """CRD's rows of a batch: the first images of the memory, each with its class's and three others."""
+    if method != "crd":
+        return ()
+    places = torch.arange(num)
+    return places, torch.stack([places, *((places + step) % 12 for step in (1, 2, 4))], dim=1)
 
 
 @pytest.mark.parametrize("method", TASKS)
@@ -68,7 +82,7 @@ def test_the_teacher_s_loss_alone_trains_the_student_and_not_the_teacher(method)
     labels = torch.zeros(12, dtype=torch.int64)
     losses = []
     for _ in range(12):
-        loss = task(images, labels)["loss"]
+        loss = task(images, labels, *more_inputs(method, 12))["loss"]
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
@@ -106,7 +120,7 @@ def test_the_labels_loss_has_its_weight(method):
     for task_weight in (0.0, 1.0):
         _, task = build(method, task_weight=task_weight, weight=0.5)
         set_training(task)
-        losses = task(images, labels)
+        losses = task(images, labels, *more_inputs(method, 4))
         values.append((losses["loss"].item(), losses["task_loss"].item()))
     assert values[1][0] - values[0][0] == pytest.approx(values[1][1], rel=1e-3)
 
@@ -151,4 +165,4 @@ def test_a_micro_batch_compares_nothing_on_the_device_and_the_teacher_sees_its_o
     assert (expected is images) == (statistics is STATISTICS)
     monkeypatch.setattr(torch, "equal", None)
     assert (task.teacher.normalize_input(images, *given) == expected).all()
-    assert torch.isfinite(task(images, torch.tensor([0, 1]))["loss"])
+    assert torch.isfinite(task(images, torch.tensor([0, 1]), *more_inputs(method, 2))["loss"])

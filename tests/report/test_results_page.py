@@ -38,7 +38,7 @@ def test_every_published_row_is_on_the_page_as_it_was_published():
             row["value"]
         )
         assert cells[5] == ("not run" if find_conditions(row) else "not run*")
-    assert sum(find_conditions(row) is not None for row in rows) == 86
+    assert sum(find_conditions(row) is not None for row in rows) == 88
 
 
 def test_the_committed_page_is_what_the_generator_prints(tmp_path):
@@ -143,6 +143,8 @@ def test_a_run_fills_its_rows(tmp_path, recipe, overrides, rows):
             {"2: from scratch", "4: DeiT-B"},
         ),
         (("supervised", "all", 80.0, {**FINETUNE, "distill": "deit_soft"}), set()),
+        (("supervised", "all", 80.0, {**FINETUNE, "init": "random", "distill": "crd"}), {"4: CRD"}),
+        (("supervised", "all", 80.0, {**FINETUNE, "init": "random", "distill": "srrl"}), {"4: SRRL"}),
         (
             ("supervised", "10%", 60.0, {**FINETUNE, "init": "random", "distill": "features"}),
             {"6: supervised feature alignment"},
