@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -64,10 +65,16 @@ def test_a_run_of_a_large_network_shows_its_speed(tiny_recipe, tmp_path):
     recipe, *overrides = tiny_recipe
     few = [*overrides, "optim.epochs=0.06", "optim.warmup_epochs=0.01", "log.every_steps=2"]
     large = ["student.embed_dim=384", "student.num_heads=6", f"run.dir={tmp_path / 'large'}"]
+    began = time.perf_counter()
     done = run(command(["train", recipe, *few, *large], ranks=1), cwd=tmp_path)
+    whole_s = time.perf_counter() - began
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "large" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["of_peak"] > 0 and line["tflops"] > 0 for line in lines)
+    batch = load_config(str(tmp_path / "large" / "config.yaml")).optim.global_batch
+    assert (
+        0 < sum(batch / line["images_per_s"] for line in lines) < whole_s
+    )  # steps are a part of the command
     last = [line for line in done.stderr.splitlines() if " of peak" in line][-1]
     assert all(f" {name} " in last for name in ("epoch", "loss", "lr", "img/s", "data", "memory")), last
     assert "saved step-" in done.stderr and "done: " in done.stderr.splitlines()[-1]
