@@ -1,4 +1,4 @@
-"""A weights file of another width is refused by its first bytes; what they don't show is left to the reader."""
+"""A weights file of another width is refused by its first bytes; the rest is left to the reader."""
 
 from __future__ import annotations
 
