@@ -1,4 +1,4 @@
-"""Photometric changes of a view, by name: the published recipes of DINO and MoCo-v3, on uint8 images.
+"""Photometric changes of a view, by name: published recipes of DINO, MoCo-v3, TinyMIM, on uint8 images.
 
 DINO (Caron et al. 2021, App. A, after BYOL, App. B) and MoCo-v3 (Chen et al. 2021, Sec. 4.1) share one list:
 colour jitter (brightness .4, contrast .4, saturation .2, hue .1, in random order) with probability .8, grey
@@ -48,6 +48,22 @@ class Photometric:
         return np.array(image).transpose(2, 0, 1)
 
 
+@dataclass(frozen=True)
+class ColourJitter:
+    """Brightness, contrast and saturation by factors from 1 - width to 1 + width, always, in random order.
+
+    Called as Photometric is. It is torchvision's ColorJitter without a change of hue.
+    """
+
+    widths: tuple[float, float, float]
+
+    def __call__(self, view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        factors = [rng.uniform(1 - width, 1 + width) for width in self.widths]
+        order = rng.permutation(3)
+        image = Image.fromarray(np.ascontiguousarray(view.transpose(1, 2, 0)))
+        return np.array(_jitter(image, tuple(factors), order)).transpose(2, 0, 1)
+
+
 def _jitter(image: Image.Image, factors: tuple[float, ...], order: np.ndarray) -> Image.Image:
     from torchvision.transforms import functional  # takes a second to import
 
@@ -70,4 +86,5 @@ PHOTOMETRIC: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray] |
     "dino_local": Photometric(blur=0.5, solarize=0.0),
     "moco1": Photometric(blur=1.0, solarize=0.0),
     "moco2": Photometric(blur=0.1, solarize=0.2),
+    "jitter": ColourJitter((0.4, 0.4, 0.4)),  # TinyMIM's published script, of the student's copy
 }

@@ -40,16 +40,20 @@ def draw_views(
     first_view: number that keys the first view's draws, above 0 for an image that comes again in this epoch
     (data.repeat)
     """
-    drawn = []
+    crops, drawn = [], []
     for number, view in enumerate(spec.views, start=first_view):
-        pixels = train_view(
-            image,
-            sample_rng(spec.seed, epoch, sample_id, CROP_STREAM, view=number),
-            img_size=view.size or spec.img_size,
-            crop_scale=view.scale or spec.crop_scale,
-            flip=spec.flip,
-            crop=spec.crop,
-        )
+        if view.copy_of is not None:
+            pixels = crops[view.copy_of]
+        else:
+            pixels = train_view(
+                image,
+                sample_rng(spec.seed, epoch, sample_id, CROP_STREAM, view=number),
+                img_size=view.size or spec.img_size,
+                crop_scale=view.scale or spec.crop_scale,
+                flip=spec.flip,
+                crop=spec.crop,
+            )
+        crops.append(pixels)
         change = PHOTOMETRIC[view.photometric]
         if change is not None:
             pixels = change(pixels, sample_rng(spec.seed, epoch, sample_id, PHOTOMETRIC_STREAM, view=number))

@@ -15,3 +15,4 @@ class View:
     size: int | None = None  # px; None: the student's img_size
     scale: tuple[float, float] | None = None  # share of the image's area; None: data.crop_scale
     photometric: str = "none"  # a name in photometric.PHOTOMETRIC
+    copy_of: int | None = None  # an earlier view's place: the same crop and flip as that, before its changes

@@ -107,6 +107,8 @@ def describe_views(views: tuple[View, ...]) -> str:
 
 
 def _describe_view(view: View) -> str:
+    if view.copy_of is not None:
+        return f"the crop of number {view.copy_of + 1}, {view.photometric}"
     size = "own size" if view.size is None else f"{view.size} px"
     scale = "data.crop_scale" if view.scale is None else "{:g} to {:g} of the area".format(*view.scale)
     return f"{size}, {scale}, {view.photometric}"

@@ -73,6 +73,36 @@ def test_a_view_of_a_small_scale_shows_less_of_the_image(shards):
     assert crop.flatten(1).std(dim=1).mean() < 0.7 * whole.flatten(1).std(dim=1).mean()
 
 
+def test_a_copy_has_the_crop_of_its_view_in_other_colours(shards):
+    views = (View(photometric="dino2"), View(), View(copy_of=1), View(copy_of=1, photometric="jitter"))
+    (batch, _), (apart, _) = batches(shards, views=views), batches(shards, views=views[:2])
+    assert torch.equal(batch.views[2], batch.views[1]) and torch.equal(batch.views[1], apart.views[1])
+    clean, changed = (batch.views[place].float() for place in (1, 3))
+    assert not torch.equal(clean, changed)
+    # The digits are grey: a change of brightness and contrast keeps the order of an image's pixels.
+    for one, other in zip(clean[:, 0].flatten(1), changed[:, 0].flatten(1), strict=True):
+        assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.9
+    repeated = batches(shards, views=(*views[1:2], View(copy_of=0)), repeat=2)[0]
+    assert torch.equal(repeated.views[0], repeated.views[1])
+
+
+def test_colour_jitter_is_torchvision_s(image):
+    from torchvision.transforms import functional
+
+    class Fixed:
+        def uniform(self, low, high):
+            return low + 0.25 * (high - low)
+
+        def permutation(self, num):
+            return np.array([2, 0, 1])
+
+    expected = Image.fromarray(image.transpose(1, 2, 0))
+    for change in (functional.adjust_saturation, functional.adjust_brightness, functional.adjust_contrast):
+        expected = change(expected, 0.8)  # a quarter of the way from .6 to 1.4
+    actual = PHOTOMETRIC["jitter"](image, Fixed())
+    assert np.array_equal(actual, np.array(expected).transpose(2, 0, 1))
+
+
 def test_repeated_images_have_different_views(shards):
     batch = batches(shards, repeat=2)[0]
     for view in batch.views:
