@@ -64,6 +64,7 @@ TORCH_FREE = [
     "dmae_ds/config",
     "dmae_ds/data/batch_spec.py",
     "dmae_ds/data/corrupt.py",
+    "dmae_ds/data/dense_members.py",
     "dmae_ds/data/order.py",
     "dmae_ds/data/pixels.py",
     "dmae_ds/data/reader.py",
@@ -87,7 +88,8 @@ TORCH_FREE = [
 ]
 HEAVY = {"torch", "timm", "deepspeed", "accelerate", "webdataset", "torchvision"}
 
-TOOL_KNOWS = ("arrays", "shards", "shard_set", "pixels", "reader", "refusals", "storage")  # of dmae_ds/data
+# of dmae_ds/data
+TOOL_KNOWS = ("arrays", "dense_members", "shards", "shard_set", "pixels", "reader", "refusals", "storage")
 SOURCES = sorted(path for folder in ("dmae_ds", "data_prep") for path in (REPOSITORY / folder).rglob("*.py"))
 
 

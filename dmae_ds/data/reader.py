@@ -14,7 +14,7 @@ import numpy as np
 from isal import isal_zlib  # a crc32 much faster than zlib's
 
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.shards import RECORD, SOURCES, UNPACK_RECORD, ShardError
+from dmae_ds.data.shards import DENSE_MEMBERS, SOURCES, UNPACK_RECORD, ShardError
 from dmae_ds.data.storage import NUM_THREADS, LocalFile, RemoteFile
 
 # Two descriptors a local shard (tar and index), and the usual limit of a process is 1,024. A remote index is
@@ -99,7 +99,9 @@ class SampleReader:
         """
         shard, row = self.shard_set.locate(sample_id)
         file, _, records = self._open.get(shard) or self._open_shard(shard)
-        number, offset, size, crc32, _, _, label = UNPACK_RECORD(records, row * RECORD.itemsize)
+        number, offset, size, crc32, _, _, label = UNPACK_RECORD(
+            records, row * self.shard_set.record.itemsize
+        )
         data = self._take(span, sample_id) if span is not None else None
         if isinstance(data, ShardError):
             raise data
@@ -111,16 +113,29 @@ class SampleReader:
             is_whole = len(data) == size and isal_zlib.crc32(data) == crc32
         sample = Sample(data, label, number, sample_id, file.path)
         if not is_whole:
-            raise CorruptSample(
-                f"{file.path}: sample {sample.key} is corrupt (its bytes do not have the crc32 of the "
-                f"index); copy the shard, or make it again (its source is line {number + 1} of "
-                f"{SOURCES})",
-                sample_id=sample_id,
-                key=sample.key,
-                shard=file.path,
-                reason="crc32",
-            )
+            raise _corrupt(sample)
         return sample
+
+    def read_members(self, sample_id: int) -> dict[str, bytes]:
+        """Read what a sample of a dense set has next to its image: `seg` and `ann`, where it has them.
+
+        Raises CorruptSample and ShardError as `read` does.
+        """
+        shard, row = self.shard_set.locate(sample_id)
+        file, index, _ = self._open.get(shard) or self._open_shard(shard)
+        record, members = index[row], {}
+        for name in DENSE_MEMBERS:
+            offset, size, crc32 = (int(record[f"{name}_{field}"]) for field in ("offset", "size", "crc32"))
+            if not size:
+                continue
+            data = b"" if size > MAX_SAMPLE_BYTES else file.read(offset, size)
+            if isal_zlib.crc32(data) != crc32 and file.forget(offset, size):
+                data = file.read(offset, size)
+            if len(data) != size or isal_zlib.crc32(data) != crc32:
+                number, label = int(record["number"]), int(record["label"])
+                raise _corrupt(Sample(data, label, number, sample_id, file.path))
+            members[name] = data
+        return members
 
     def _take(self, span: tuple[int, int] | None, sample_id: int) -> bytes | ShardError | None:
         """Remove the bytes of a sample from a fetched block and return them; a sample comes once an epoch."""
@@ -167,6 +182,17 @@ class SampleReader:
         while len(self._open) > (MAX_OPEN_REMOTE if is_remote else MAX_OPEN_SHARDS):
             self._open.popitem(last=False)
         return opened
+
+
+def _corrupt(sample: Sample) -> CorruptSample:
+    return CorruptSample(
+        f"{sample.shard}: sample {sample.key} is corrupt (its bytes do not have the crc32 of the "
+        f"index); copy the shard, or make it again (its source is line {sample.number + 1} of {SOURCES})",
+        sample_id=sample.sample_id,
+        key=sample.key,
+        shard=sample.shard,
+        reason="crc32",
+    )
 
 
 def _map(function: Callable, items: Sequence, *, in_parallel: bool) -> list:

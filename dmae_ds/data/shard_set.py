@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dmae_ds.data.dense_members import DenseInfo
 from dmae_ds.data.shards import (
+    DENSE_RECORD,
     MANIFEST,
     RECORD,
     VERSION,
@@ -40,6 +42,7 @@ class ShardSet:
     seed: int | None  # of the shuffle into shards; None: the tars were not made by dmae-shards
     images: str  # "original", or how the images were changed before they were stored
     base: str | None  # where the tars are; None: in `folder`; otherwise an absolute path or a URL
+    dense: DenseInfo | None  # what samples of a dense set have next to their image
     shards: list[Shard]
     fingerprint: str
     ends: list[int]  # ends[s]: the number of samples in shards 0 to s
@@ -93,6 +96,11 @@ class ShardSet:
         """Number of samples in all shards."""
         return self.ends[-1]
 
+    @property
+    def record(self) -> np.dtype:
+        """Type of the indexes' rows."""
+        return RECORD if self.dense is None else DENSE_RECORD
+
     def locate(self, sample_id: int) -> tuple[int, int]:
         """Find a sample; returns (shard number, row in its index)."""
         shard = bisect.bisect_right(self.ends, sample_id)
@@ -101,27 +109,27 @@ class ShardSet:
         return shard, sample_id - (self.ends[shard - 1] if shard else 0)
 
     def open_index(self, shard: int) -> np.ndarray:
-        """Records of one shard, [num_samples] of RECORD, compared with the manifest the first time.
+        """Rows of one shard's index, [num_samples] of `record`, compared with the manifest the first time.
 
         A local index is mapped, with a descriptor for as long as the records are used; a remote one is in
         memory.
         """
         name, digest = index_name(self.shards[shard].name), self.shards[shard].index_sha256
-        path, count = self.indexes.path(name), self.shards[shard].num_samples
+        path, count, record = self.indexes.path(name), self.shards[shard].num_samples, self.record
         try:
             if self.indexes.is_remote:
-                data = self.indexes.read_all(name, limit=HEADER_BYTES + count * RECORD.itemsize)
+                data = self.indexes.read_all(name, limit=HEADER_BYTES + count * record.itemsize)
                 _check_digest(data, digest)
-                records = np.frombuffer(data, RECORD, count, _check_header(data, count))
+                records = np.frombuffer(data, record, count, _check_header(data, count, record))
             else:
                 with open(path, "rb") as file:
                     if shard not in self.checked:
                         _check_digest(file, digest)
                     file.seek(0)
-                    start = _check_header(file.read(HEADER_BYTES), count)
-                records = np.empty(0, RECORD)
+                    start = _check_header(file.read(HEADER_BYTES), count, record)
+                records = np.empty(0, record)
                 if count:
-                    records = np.memmap(path, RECORD, mode="r", offset=start, shape=(count,))
+                    records = np.memmap(path, record, mode="r", offset=start, shape=(count,))
                 records = records.view(np.ndarray)  # the same memory; indexing a memmap takes microseconds
         except (OSError, ValueError) as error:
             raise ShardError(f"{path}: the index cannot be read ({error}); copy it again") from None
@@ -171,8 +179,13 @@ def _check_digest(data: "bytes | io.BufferedReader", expected: str) -> None:
 
 def _check_records(records: np.ndarray, num_bytes: int, path: str) -> None:
     """Raise ShardError for a record that lies outside its tar."""
-    offset, size = records["offset"], records["size"].astype(np.uint64)
-    inside = (size <= num_bytes) & (offset <= np.uint64(num_bytes) - np.minimum(size, np.uint64(num_bytes)))
+    inside = np.ones(len(records), bool)
+    prefixes = ("", "seg_", "ann_") if records.dtype == DENSE_RECORD else ("",)
+    for prefix in prefixes:
+        offset, size = records[f"{prefix}offset"], records[f"{prefix}size"].astype(np.uint64)
+        inside &= (size <= num_bytes) & (
+            offset <= np.uint64(num_bytes) - np.minimum(size, np.uint64(num_bytes))
+        )
     if not inside.all():
         raise ShardError(
             f"{path}: row {int(np.argmin(inside))} lies outside its tar of {num_bytes:,} bytes; index the "
@@ -180,14 +193,14 @@ def _check_records(records: np.ndarray, num_bytes: int, path: str) -> None:
         )
 
 
-def _check_header(data: bytes, count: int) -> int:
+def _check_header(data: bytes, count: int, record: np.dtype) -> int:
     """Offset of the records in a .npy file. Raises ValueError unless its header is the one numpy writes.
 
     np.load would reserve the memory that a header asks for, and map objects; its parser is Python's own,
     which raises nearly any exception, and in Python 3.11 fails if a traceback is formatted at the same time.
     """
     start = 10 + int.from_bytes(data[8:10], "little")
-    expected = f"{{'descr': {RECORD.descr}, 'fortran_order': False, 'shape': ({count},), }}"
+    expected = f"{{'descr': {record.descr}, 'fortran_order': False, 'shape': ({count},), }}"
     if data[:8] != b"\x93NUMPY\x01\x00" or data[10:start].rstrip() != expected.encode():
         header = data[10:start][:400].decode("ascii", "replace").strip()
         raise ValueError(f"found {header!r}, expected the .npy header {expected}")
@@ -237,7 +250,8 @@ def _parse_manifest(text: bytes) -> dict:
     num_samples, total = manifest.get("num_samples"), sum(shard.num_samples for shard in shards)
     check(total > 0, "it lists no samples")
     check(num_samples == total, f"num_samples is {num_samples!r}, its shards hold {total}")
-    fingerprint = compute_fingerprint(classes, shards)
+    dense = None if manifest.get("dense") is None else DenseInfo.parse(manifest["dense"])
+    fingerprint = compute_fingerprint(classes, shards, manifest.get("dense"))
     check(
         manifest.get("fingerprint") == fingerprint, "it does not match its own fingerprint (was it edited?)"
     )
@@ -246,6 +260,7 @@ def _parse_manifest(text: bytes) -> dict:
         "seed": seed,
         "images": images,
         "base": base,
+        "dense": dense,
         "shards": shards,
         "fingerprint": fingerprint,
     }

@@ -1,6 +1,7 @@
 """Shard folder on disk: plain WebDataset tars, each with an index for reading a sample by one `pread`.
 
     shard-000000.tar         ustar: 000000000.jpg (or .png), .cls and optionally .json, 000000001.jpg, ...
+                             (of a dense set also .seg.png, .ann.json: dense_members.py)
     shard-000000.index.npy   one RECORD a sample, in the order of the tar
     sources.txt              line k + 1: the source file of key k, as a JSON string
     skipped.jsonl            the files that were left out, with reasons; exists only if there are any
@@ -35,6 +36,8 @@ from dmae_ds.output.durable import replacing
 
 VERSION = 2
 MANIFEST, SOURCES, SKIPPED = "manifest.json", "sources.txt", "skipped.jsonl"
+# exists while a conversion of COCO's files runs: a line for each line of sources.txt
+ANNOTATIONS = "annotations.jsonl.tmp"
 JOURNAL = "journal.jsonl"  # exists while a conversion is unfinished
 SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
 ANY_TAR_NAME = re.compile(r"[^./\\:][^/\\:]*\.tar")
@@ -49,6 +52,19 @@ RECORD = np.dtype(
         ("label", "<i4"),
     ]
 )
+# Of a dense set: after the image's fields those of its members; size 0: the sample does not have the member.
+DENSE_RECORD = np.dtype(
+    [
+        *RECORD.descr,
+        ("seg_offset", "<u8"),
+        ("ann_offset", "<u8"),
+        ("seg_size", "<u4"),
+        ("ann_size", "<u4"),
+        ("seg_crc32", "<u4"),
+        ("ann_crc32", "<u4"),
+    ]
+)
+DENSE_MEMBERS = {"seg": "seg.png", "ann": "ann.json"}  # prefix of the fields -> extension
 # (buffer, offset) -> the fields of one RECORD, in a third of numpy's time
 UNPACK_RECORD = struct.Struct("<QQIIIIi").unpack_from
 
@@ -98,6 +114,8 @@ class NewSample(NamedTuple):
     height: int
     label: int
     json: bytes | None = None
+    seg: bytes | None = None  # label map; written into dense sets alone, as is ann
+    ann: bytes | None = None  # boxes, classes and masks
 
 
 def index_name(shard_name: str) -> str:
@@ -115,15 +133,19 @@ def is_shard_name(name: object) -> bool:
     )
 
 
-def write_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> Shard:
+def write_shard(folder: Path, name: str, samples: Iterable[NewSample], *, dense: bool = False) -> Shard:
     """Write one tar and its index; equal samples give equal bytes."""
-    shard, commit = draft_shard(folder, name, samples)
+    shard, commit = draft_shard(folder, name, samples, dense=dense)
     commit()
     return shard
 
 
-def draft_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> tuple[Shard, Callable[[], None]]:
+def draft_shard(
+    folder: Path, name: str, samples: Iterable[NewSample], *, dense: bool = False
+) -> tuple[Shard, Callable[[], None]]:
     """Write one tar under a temporary name, and return (shard, commit).
+
+    dense: whether label maps and annotations are written, and DENSE_RECORDs
 
     commit() waits for the disk, writes the index and renames the tar: a thread can do so while the next shard
     is written.
@@ -133,13 +155,18 @@ def draft_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> tuple[
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         position = 0
-        for number, extension, data, width, height, label, meta in samples:
+        for number, extension, data, width, height, label, meta, *members in samples:
             key, size = b"%09d" % number, len(data)
-            records.append((number, position + tarfile.BLOCKSIZE, size, crc32(data), width, height, label))
+            record = (number, position + tarfile.BLOCKSIZE, size, crc32(data), width, height, label)
             header = ustar_header(b"%s.%s" % (key, extension.encode()), size)
             tail = PADDING[-size % tarfile.BLOCKSIZE] + _member(key + b".cls", b"%d" % label)
             if meta is not None:
                 tail += _member(key + b".json", meta)
+            if dense:
+                start = position + tarfile.BLOCKSIZE + size + len(tail)
+                added, fields = _dense_members(key, members, start)
+                tail, record = tail + added, record + fields
+            records.append(record)
             position += _write_all(descriptor, header, data, tail)
         end = position + 2 * tarfile.BLOCKSIZE  # two empty blocks end a tar
         num_bytes = end + -end % tarfile.RECORDSIZE
@@ -148,7 +175,7 @@ def draft_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> tuple[
         os.close(descriptor)
         temporary.unlink(missing_ok=True)
         raise
-    index = encode_index(np.array(records, dtype=RECORD))
+    index = encode_index(np.array(records, dtype=DENSE_RECORD if dense else RECORD))
 
     def commit() -> None:
         try:
@@ -162,8 +189,20 @@ def draft_shard(folder: Path, name: str, samples: Iterable[NewSample]) -> tuple[
     return Shard(name, len(records), num_bytes, hashlib.sha256(index).hexdigest()), commit
 
 
+def _dense_members(key: bytes, members: list[bytes | None], start: int) -> tuple[bytes, tuple[int, ...]]:
+    """The members of a dense sample as bytes of the tar, from `start`, and their fields of DENSE_RECORD."""
+    text, fields = b"", []
+    for extension, data in zip(DENSE_MEMBERS.values(), members, strict=True):
+        if data is None:
+            fields.append((0, 0, 0))
+            continue
+        fields.append((start + len(text) + tarfile.BLOCKSIZE, len(data), crc32(data)))
+        text += _member(b"%b.%b" % (key, extension.encode()), data)
+    return text, tuple(value for column in zip(*fields, strict=True) for value in column)
+
+
 def encode_index(records: np.ndarray) -> bytes:
-    """Bytes of an index file: a plain .npy of RECORD."""
+    """Bytes of an index file: a plain .npy of RECORD or DENSE_RECORD."""
     file = io.BytesIO()
     np.save(file, records, allow_pickle=False)
     return file.getvalue()
@@ -208,9 +247,11 @@ def write_manifest(
     images: str = "original",
     base: str | None = None,
     made: dict | None = None,
+    dense: dict | None = None,
 ) -> None:
     """Write manifest.json, which makes the folder a finished set.
 
+    dense: fields of dense_members.DenseInfo, where samples have label maps or annotations
     base: absolute path or URL of the tars, if they are not in `folder`
     made: options and checksums of the lists, for `dmae-shards` to compare; readers do not need them
     """
@@ -222,8 +263,9 @@ def write_manifest(
         "images": images,
         "base": base,
         "made": made,
+        **({} if dense is None else {"dense": dense}),
         "shards": [asdict(shard) for shard in shards],
-        "fingerprint": compute_fingerprint(classes, shards),
+        "fingerprint": compute_fingerprint(classes, shards, dense),
     }
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode() + b"\n")
@@ -238,9 +280,11 @@ def write_skipped(folder: Path, skipped: list[dict]) -> None:
         file.writelines(json.dumps(item).encode() + b"\n" for item in skipped)
 
 
-def compute_fingerprint(classes: list[str], shards: list[Shard]) -> str:
+def compute_fingerprint(classes: list[str], shards: list[Shard], dense: dict | None = None) -> str:
     """sha256 of the content: classes and, through the indexes, size, crc32 and label of every image."""
-    content = [VERSION, classes, [vars(shard) for shard in shards]]  # asdict: seconds for 10,000 shards
+    content: list = [VERSION, classes, [vars(shard) for shard in shards]]  # asdict: seconds for 10,000 shards
+    if dense is not None:
+        content.append(dense)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -248,7 +292,8 @@ def is_file_of_set(name: str) -> bool:
     """Whether a file name is one of this format, or of such a file that is being written."""
     name = name.removesuffix(".tmp")
     tar_name = name.removesuffix(".index.npy") + ".tar" if name.endswith(".index.npy") else name
-    return name in (MANIFEST, SOURCES, SKIPPED, JOURNAL) or SHARD_NAME.fullmatch(tar_name) is not None
+    known = (MANIFEST, SOURCES, SKIPPED, JOURNAL, ANNOTATIONS.removesuffix(".tmp"))
+    return name in known or SHARD_NAME.fullmatch(tar_name) is not None
 
 
 def list_files(folder: Path) -> list[Path]:
