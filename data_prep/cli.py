@@ -55,12 +55,14 @@ def _make(
     overwrite: bool,
     **options: object,
 ) -> None:
+    from data_prep.dense import DenseOptions
     from data_prep.make import MakeOptions, make_shards
 
+    dense = DenseOptions(**{name: options.pop(name) for name in DenseOptions.__dataclass_fields__})
     make_shards(
         src,
         dst,
-        MakeOptions(**options),
+        MakeOptions(**options, dense=dense),
         staging=staging,
         num_workers=workers,
         max_skip=max_skip,
@@ -123,6 +125,7 @@ def _add_make(commands: Any) -> None:
     text = (
         "make a part alone: val is a tenth of the images, at most 1,000, drawn by --seed; train is the rest"
     )
+    _add_dense(command)
     add("--part", choices=("train", "val"), help=text)
     add(
         "--resize",
@@ -142,6 +145,23 @@ def _add_make(commands: Any) -> None:
     add("--json", action="store_true", help="add <key>.json: source, class, label, width, height")
     add("--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable images to allow; default 0")
     add("--overwrite", action="store_true", help="replace the shard set in DST")
+
+
+def _add_dense(command: Any) -> None:
+    """Add the options for label maps and boxes (data_prep/DENSE.md)."""
+    add = command.add_argument
+    add("--only", type=Path, metavar="FILE", help="take the images of this list alone, a name a line")
+    text = "flat SRC: a label map for each image, of its name with .png (ADE20K, VOC); requires its classes"
+    add("--masks", type=Path, metavar="DIR", help=text)
+    add("--num-classes", type=_at_least(1), metavar="N", help="of the maps; or --classes FILE, a name a line")
+    text = "0 in a map is no class, and classes begin at 1 (ADE20K)"
+    add("--zero-is-unlabelled", action="store_true", help=text)
+    text = "the number that is no class in a map; default: 255, in 16 bits 65535"
+    add("--ignore-label", type=_at_least(0), metavar="N", help=text)
+    text = "flat SRC: boxes and masks of COCO's instances, polygons or run lengths"
+    add("--coco", type=Path, metavar="FILE", help=text)
+    text = "images that EXIF rotates: maps and boxes were drawn on stored or on upright pixels"
+    add("--exif", choices=("stored", "upright"), help=text)
 
 
 def _add_verify(commands: Any) -> None:

@@ -9,21 +9,20 @@ import functools
 import hashlib
 import json
 import os
-import stat
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.convert_dense import convert_dense
+from data_prep.dense import DenseSettings, map_name
+from data_prep.files import read_file, size_and_time
 from data_prep.header import MAX_SHRUNK_PIXELS, find_mode, read_header
 from data_prep.target import OtherSetError, open_bucket
 from data_prep.workers import check_parent
 from dmae_ds.data.arrays import describe_array, read_array_header
-from dmae_ds.data.shards import SOURCES, NewSample, ShardError, draft_shard, index_name
-
-MAX_BYTES = 2**28  # largest file, and so the largest buffer of a worker
-_buffer = bytearray(2**20)
+from dmae_ds.data.shards import ANNOTATIONS, SOURCES, NewSample, ShardError, draft_shard, index_name
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Settings:
     arrays: bool
     quality: int
     json: bool
+    dense: DenseSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Job:
     offset: int  # of its line in sources.txt
     labels: array
     entry: dict | None
+    annotations_offset: int | None = None  # of the first sample's line in ANNOTATIONS
 
 
 def work(job: Job) -> tuple[dict, Callable[[], None]]:
@@ -60,11 +61,12 @@ def work(job: Job) -> tuple[dict, Callable[[], None]]:
     if job.entry is not None and _is_done(job, paths):
         return job.entry, _do_nothing
     skipped: list[dict] = []
-    kept, left = array("q"), array("q")  # size and time of each file in the shard, and of each skipped file
+    kept, left = array("q"), array("q")  # sizes and times of the files in the shard, and of skipped ones
     modes: Counter = Counter()
     samples = _samples(job, paths, skipped, kept, left, modes)
     try:
-        shard, commit = draft_shard(job.settings.dst, job.name, samples)
+        is_dense = job.settings.dense is not None
+        shard, commit = draft_shard(job.settings.dst, job.name, samples, dense=is_dense)
     except OSError as error:
         raise _cannot_write(job, error) from None
     entry = {
@@ -86,6 +88,7 @@ def _samples(
     settings = job.settings
     max_pixels = None if settings.resize is None else MAX_SHRUNK_PIXELS
     decode = settings.decode or settings.resize is not None
+    lines = _read_annotations(job)
     for number, (path, label) in enumerate(zip(paths, job.labels, strict=True), start=job.first):
         check_parent()
         try:
@@ -101,49 +104,29 @@ def _samples(
             if extension == "npy":
                 mode = describe_array(read_array_header(buffer, size))
             data: bytes | memoryview = memoryview(buffer)[:size]
-            if decode:
+            if settings.dense is not None:
+                converted = convert_dense(settings, path, lines.get(number), bytes(data), (width, height))
+                data, extension, width, height = converted.image
+            elif decode:
                 data, extension, width, height = _decode(settings, data, extension, width, height)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             skipped.append({"number": number, "source": os.fsdecode(path), "reason": reason})
-            left.extend(_size_and_time(settings, path))
+            left.extend(_sizes_and_times(settings, path))
             continue
         if mode is not None:
             modes[mode] += 1
         kept.append(size)
         kept.append(time_ns)
         meta = _describe(settings, path, label, width, height) if settings.json else None
-        yield NewSample(number, extension, data, width, height, label, meta)
-
-
-def read_file(path: bytes) -> tuple[bytearray, int, int]:
-    """Read a file; returns (a buffer that begins with the file, its size, its time in ns).
-
-    The next call reuses the buffer. Raises OSError, or ValueError for a file that is not regular, is larger
-    than MAX_BYTES or shrinks while it is read.
-    """
-    global _buffer
-    # without O_NONBLOCK, opening a pipe waits for its other end
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if size > MAX_BYTES:
-            raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
-        if size > len(_buffer):
-            _buffer = bytearray(1 << (size - 1).bit_length())
-        view = memoryview(_buffer)
-        done = os.readv(descriptor, (view[:size],)) if size else 0
-        while done < size:
-            count = os.readv(descriptor, (view[done:size],))
-            if not count:
-                raise ValueError(f"it shrank while it was read, from {size:,} to {done:,} bytes")
-            done += count
-    finally:
-        os.close(descriptor)
-    return _buffer, size, status.st_mtime_ns
+        if settings.dense is None:
+            yield NewSample(number, extension, data, width, height, label, meta)
+            continue
+        kept.extend(converted.map_size_and_time)
+        modes.update(converted.modes)
+        yield NewSample(
+            number, extension, data, width, height, label, meta, converted.label_map, converted.annotations
+        )
 
 
 def one_kind(kinds: Counter, dst: Path) -> str:
@@ -154,15 +137,6 @@ def one_kind(kinds: Counter, dst: Path) -> str:
             f"SRC has {found}; a set has one kind: convert or move the others, and remove '{dst}'"
         )
     return next(iter(kinds))
-
-
-def _size_and_time(settings: Settings, path: bytes) -> tuple[int, int]:
-    """Size and time of a file, by which a later run sees that it has changed."""
-    try:
-        status = os.stat(b"%b/%b" % (settings.src, path))
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def _decode(settings: Settings, data: memoryview, extension: str, width: int, height: int) -> tuple:
@@ -184,6 +158,23 @@ def _describe(settings: Settings, path: bytes, label: int, width: int, height: i
     return json.dumps(fields).encode()
 
 
+def _sizes_and_times(settings: Settings, path: bytes) -> tuple[int, ...]:
+    """Size and time of an image, and of its map where it has one."""
+    facts = size_and_time(b"%b/%b" % (settings.src, path))
+    if settings.dense is None or settings.dense.masks is None:
+        return facts
+    return facts + size_and_time(b"%b/%b" % (settings.dense.masks, map_name(path)))
+
+
+def _read_annotations(job: Job) -> dict[int, bytes]:
+    """Lines of a shard's samples in ANNOTATIONS, by the samples' numbers; empty without a COCO file."""
+    if job.annotations_offset is None:
+        return {}
+    with open(job.settings.dst / ANNOTATIONS, "rb") as file:
+        file.seek(job.annotations_offset)
+        return {number: file.readline() for number in range(job.first, job.first + len(job.labels))}
+
+
 def _read_sources(job: Job) -> list[bytes]:
     """Paths of a shard's files, from sources.txt."""
     with open(job.settings.dst / SOURCES, "rb") as file:
@@ -202,7 +193,7 @@ def _is_done(job: Job, paths: list[bytes]) -> bool:
     kept, left = array("q"), array("q")
     for number, path in enumerate(paths, start=job.first):
         check_parent()
-        (left if number in skipped else kept).extend(_size_and_time(settings, path))
+        (left if number in skipped else kept).extend(_sizes_and_times(settings, path))
     if _digest(kept) != entry["kept"]:
         raise OtherSetError(
             f"files of SRC have changed since {job.name} was made (lines {job.first + 1} to "

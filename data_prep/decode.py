@@ -16,20 +16,35 @@ def check_pixels(data: bytes | memoryview) -> None:
     _open(data)
 
 
-def shrink(
-    data: bytes | memoryview, *, short_side: int, quality: int
-) -> tuple[bytes | memoryview, str, int, int]:
-    """Shrink an image to `short_side` and rotate it upright; returns (bytes, extension, width, height).
+def orientation_of(data: bytes | memoryview) -> int:
+    """EXIF orientation of an image, 1 to 8; 1: upright, also without or with broken EXIF data."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            return _orientation(image)
+    except Exception:  # PIL raises nearly anything
+        return 1
 
-    An image that is upright and small enough keeps its bytes; any other becomes an RGB JPEG without metadata.
-    Raises ValueError if it cannot be decoded.
-    """
-    image = _open(data)
+
+def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # PIL raises nearly anything for broken EXIF data; then the image counts as upright
         orientation = 1
-    if orientation in range(2, 9):
+    return orientation if orientation in range(2, 9) else 1
+
+
+def shrink(
+    data: bytes | memoryview, *, short_side: int | None, quality: int
+) -> tuple[bytes | memoryview, str, int, int]:
+    """Shrink an image to `short_side` and rotate it upright; returns (bytes, extension, width, height).
+
+    An image that is upright and small enough keeps its bytes; any other becomes an RGB JPEG without metadata.
+    short_side: None: of any size
+    Raises ValueError if it cannot be decoded.
+    """
+    image = _open(data)
+    short_side = min(image.size) if short_side is None else short_side
+    if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     elif min(image.size) <= short_side:
         check_size(*image.size)

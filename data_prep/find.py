@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.class_list import read_classes
+from data_prep.class_list import plain_path, read_classes, read_rows, unquote
 from data_prep.folders import ClassFolder, check_classes, check_level, is_system_folder
 from data_prep.label_list import match_labels
 from dmae_ds.data.shards import ShardError
@@ -77,6 +77,33 @@ class Listing:
             if (number in held_out) == (name == "val"):
                 chosen.add(self.path(number), label)
         return chosen
+
+    def only(self, file: Path) -> "Listing":
+        """The images that a list names, a line each: by path, base name, or either without suffix.
+
+        Raises ShardError for a line that names no image or several.
+        """
+        numbers: dict[str, set[int]] = {}
+        for number in range(len(self)):
+            text = os.fsdecode(self.path(number))
+            base = text.rpartition("/")[2]
+            for name in {text, os.path.splitext(text)[0], base, os.path.splitext(base)[0]}:
+                numbers.setdefault(name, set()).add(number)
+        chosen: set[int] = set()
+        for row in read_rows(file, "--only"):
+            same = numbers.get(plain_path(unquote(row.text)), set())
+            if len(same) != 1:
+                found = f"names {len(same)} images" if same else "names no image of SRC"
+                raise ShardError(
+                    f"--only '{file}' line {row.number} {found}: {row.text[:80]!r}; expected one path or "
+                    f"base name, with or without suffix"
+                )
+            chosen |= same
+        listing = Listing(self.classes, ignored=self.ignored, skipped=self.skipped, notes=self.notes)
+        for number in sorted(chosen):
+            listing.add(self.path(number), self.labels[number])
+        listing.notes.append(f"{len(listing):,} of {len(self):,} images are in --only {file.name}")
+        return listing
 
     def sha256(self) -> str:
         """sha256 of the names, the labels and the classes."""

@@ -35,8 +35,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.convert import Job, Settings, one_kind, work
+from data_prep.dense import DenseListing, match_dense
 from data_prep.find import Listing, find_images
 from data_prep.journal import Journal
+from data_prep.plan import MakeOptions, check_options, make_plan
 from data_prep.skip_limit import SkipLimit
 from data_prep.target import BucketTarget, LocalTarget, find_finished, find_target
 from data_prep.workers import Workers
@@ -52,29 +54,13 @@ from dmae_ds.data.shards import (
 )
 from dmae_ds.output.durable import replacing, sync_folder
 
+DEFAULT_OPTIONS = MakeOptions()
 MAX_SHARDS = 10**6  # the six digits of a shard's name
 MODES = {
     "alpha": "images have an alpha channel: what is transparent becomes white",
     "grey16": "images have 16-bit grey: scaled to 8 bits, 65535 becomes white",
 }
 PLAIN_PATH = re.compile(rb"[ !#-\[\]-~]*")  # what JSON leaves as it is
-
-
-@dataclass(frozen=True)
-class MakeOptions:
-    """Options that determine the result, together with SRC."""
-
-    samples_per_shard: int = 1000
-    seed: int = 0
-    classes: Path | None = None
-    labels: Path | None = None
-    unlabelled: bool = False
-    resize: int | None = None
-    quality: int | None = None  # of images that --resize stores; None: 95
-    verify: str = "header"  # or full
-    json: bool = False
-    part: str | None = None  # train or val: the images that are left, or those that are held out; None: all
-    arrays: bool = False  # SRC holds .npy arrays [H, W, C]
 
 
 @dataclass
@@ -84,13 +70,14 @@ class Sources:
     order: array  # numbers of the images in the listing
     samples_per_shard: int
     offsets: array = field(default_factory=lambda: array("Q"))  # byte offset of each shard's first line
+    annotation_offsets: array | None = None  # the same of ANNOTATIONS (dense.py)
     sha256: str = ""
 
 
 def make_shards(
     src: Path,
     dst: Path | str,
-    options: MakeOptions = MakeOptions(),
+    options: MakeOptions = DEFAULT_OPTIONS,
     *,
     staging: Path | None = None,
     num_workers: int = 1,
@@ -101,12 +88,7 @@ def make_shards(
 
     dst: a folder, or a URL as a str, whose shards are made in `staging` (target.py)
     """
-    if options.quality is not None and options.resize is None:
-        raise ShardError("--quality requires --resize; add --resize N, or remove --quality")
-    if options.arrays and options.resize is not None:
-        raise ShardError(
-            "--resize does not go with --arrays, whose bytes stay as they are; remove one of them"
-        )
+    check_options(options)
     target = find_target(dst, staging)
     dst = target.folder
     _check_folders(src, dst)
@@ -139,28 +121,8 @@ def _make(
     max_skip: int,
     overwrite: bool,
 ) -> None:
-    listing = find_images(
-        src,
-        classes_file=options.classes,
-        labels_file=options.labels,
-        unlabelled=options.unlabelled,
-        arrays=options.arrays,
-    )
-    ignored = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(listing.ignored.items()))
-    ignored = f"{listing.ignored.total():,} other files or folders ignored" + (
-        f" ({ignored})" if ignored else ""
-    )
-    print(f"{len(listing):,} images in {len(listing.classes):,} classes; {ignored}")
-    for note in listing.notes:
-        print(note)
-    if options.part is not None:
-        listing = listing.part(options.part, options.seed)
-        print(f"{len(listing):,} of them are its part '{options.part}'")
-    if len(listing) > options.samples_per_shard * MAX_SHARDS:
-        raise ShardError(
-            f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard"
-        )
-    plan = _make_plan(listing, options)
+    listing, dense = _find(src, options)
+    plan = make_plan(listing, options, dense)
     dst = target.folder
     if _is_complete(target, plan, journal, overwrite=overwrite):
         journal.remove()
@@ -182,8 +144,12 @@ def _make(
         arrays=options.arrays,
         quality=options.quality or 95,
         json=options.json,
+        dense=None if dense is None else dense.settings,
     )
     sources = _write_sources(dst, listing, options)
+    if dense is not None:
+        lines = dense.write_lines(dst, listing, sources.order, options.samples_per_shard)
+        sources.annotation_offsets = lines
     skipped = _convert(listing, sources, settings, journal, workers, max_skip=max_skip)
     shards = [journal.done[number]["shard"] for number in sorted(journal.done)]
     modes = sum((Counter(entry.get("modes")) for entry in journal.done.values()), Counter())
@@ -197,6 +163,7 @@ def _make(
         seed=options.seed,
         shards=shards,
         images=images,
+        dense=None if dense is None else dense.settings.info.entry(),
         made=plan | {"num_skipped": len(skipped), "sources_sha256": sources.sha256, "modes": dict(modes)},
     )
     for name in (SOURCES, SKIPPED, MANIFEST):
@@ -208,6 +175,39 @@ def _make(
         print(f"{number:,} {MODES.get(mode, mode)}")
     total = sum(shard.num_samples for shard in shards)
     print(f"{total:,} images in {len(shards):,} shards in {target.shown}; {len(skipped):,} skipped")
+
+
+def _find(src: Path, options: MakeOptions) -> tuple[Listing, DenseListing | None]:
+    """The images that become samples, and their maps and annotations; prints what was found and left out."""
+    listing = find_images(
+        src,
+        classes_file=None if options.dense else options.classes,
+        labels_file=options.labels,
+        unlabelled=options.unlabelled or bool(options.dense),
+        arrays=options.arrays,
+    )
+    ignored = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(listing.ignored.items()))
+    ignored = f"{listing.ignored.total():,} other files or folders ignored" + (
+        f" ({ignored})" if ignored else ""
+    )
+    print(f"{len(listing):,} images in {len(listing.classes):,} classes; {ignored}")
+    if options.only is not None:
+        listing = listing.only(options.only)
+    dense = None
+    if options.dense:
+        listing, dense = match_dense(
+            src, listing, options.dense, classes=options.classes, is_subset=options.only is not None
+        )
+    for note in listing.notes:
+        print(note)
+    if options.part is not None:
+        listing = listing.part(options.part, options.seed)
+        print(f"{len(listing):,} of them are its part '{options.part}'")
+    if len(listing) > options.samples_per_shard * MAX_SHARDS:
+        raise ShardError(
+            f"{len(listing):,} images need more than {MAX_SHARDS:,} shards; raise --samples-per-shard"
+        )
+    return listing, dense
 
 
 def _convert(
@@ -286,29 +286,9 @@ def _jobs(listing: Listing, sources: Sources, settings: Settings, before: dict[i
         labels = array(
             "i", (listing.labels[image] for image in sources.order[first : first + sources.samples_per_shard])
         )
-        yield Job(settings, number, f"shard-{number:06d}.tar", first, offset, labels, before.get(number))
-
-
-def _make_plan(listing: Listing, options: MakeOptions) -> dict:
-    """Options and listing, as stored in journal and manifest; equal plans give equal sets."""
-    plan = {
-        "by": "dmae-shards make",
-        **({} if options.part is None else {"part": options.part}),
-        "samples_per_shard": options.samples_per_shard,
-        "seed": options.seed,
-        "resize": options.resize,
-        "quality": None if options.resize is None else options.quality or 95,
-        "verify": options.verify,
-        "json": options.json,
-        **({"arrays": True} if options.arrays else {}),
-        "num_sources": len(listing),
-        "listing_sha256": listing.sha256(),
-    }
-    if options.resize is not None:
-        import PIL
-
-        plan["pillow"] = PIL.__version__  # another version may encode other bytes
-    return plan
+        name, lines = f"shard-{number:06d}.tar", sources.annotation_offsets
+        line = None if lines is None else lines[number]
+        yield Job(settings, number, name, first, offset, labels, before.get(number), line)
 
 
 def _is_complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,26 @@ def digits(tmp_path_factory) -> Path:
         command = [sys.executable, "-m", "data_prep.cli", "make", folder / "images" / part, folder / part]
         command += ["--samples-per-shard", "500"]
         subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Small scenes of digits with maps and boxes: shards in `train` (24) and `val` (8), sources in `src`."""
+    from data_prep.dense import DenseOptions
+    from data_prep.make import MakeOptions, make_shards
+
+    folder = tmp_path_factory.mktemp("scenes")
+    src = folder / "src"
+    runpy.run_path(str(REPOSITORY / "launch" / "scenes.py"))["write_scenes"](src, {"train": 24, "val": 8})
+    for part, name in (("train", "training"), ("val", "validation")):
+        dense = DenseOptions(
+            masks=src / "annotations" / name,
+            coco=src / f"instances_{name}.json",
+            zero_is_unlabelled=True,
+        )
+        options = MakeOptions(samples_per_shard=10, classes=src / "objectInfo.txt", dense=dense)
+        make_shards(src / "images" / name, folder / part, options)
     return folder
 
 
