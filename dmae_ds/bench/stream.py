@@ -32,6 +32,7 @@ from dmae_ds.objectives.build import build_objective
 from dmae_ds.output.progress import LINE_EVERY_S, Progress
 from dmae_ds.output.table import text_table
 from dmae_ds.output.units import MIB
+from dmae_ds.teacher.build import seen_patches
 from dmae_ds.teacher.frozen import FrozenTeacher, needed_depths
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.stages import held_blocks
@@ -94,14 +95,15 @@ def bench_stream(
             return random_teacher(config, depth, held, device=device, sleep_ms=sleep_ms)
 
         common = {
-            "sees": config.teacher.sees,
+            "sees": seen_patches(config.teacher, objective.student.num_patches),
             "view": random_teacher_view(config, device),
             "top": random_top(config, objective, device=device),
         }
         contestants = list(_contestants(build, objective.taps, depth, stages, batches, common))
         seconds, waited = measure(contestants, ticks=ticks, rounds=rounds, device=device)
         student = objective.student
-        patches = objective.num_visible if config.teacher.sees == "visible" else student.num_patches
+        seen = {"visible": objective.num_visible, "all": student.num_patches}
+        patches = seen.get(common["sees"], common["sees"])
         blocks = f"blocks sleep {sleep_ms:g} ms" if sleep_ms else "blocks are real"
         title = (
             f"{config.teacher.name}: {depth} of {shape.depth} blocks, taps {', '.join(objective.taps)}, "

@@ -21,6 +21,7 @@ from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.needs import Progress
+from dmae_ds.teacher.build import seen_patches
 from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
 from dmae_ds.train.cut import CutRecipe
@@ -135,7 +136,7 @@ def _random_teacher(
         objective.taps,
         None,
         view=random_teacher_view(config, device),
-        sees=config.teacher.sees,
+        sees=seen_patches(config.teacher, vit.num_patches),
         top=random_top(config, objective, device=device),
     )
 

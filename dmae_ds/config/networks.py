@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import PurePath
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from dmae_ds.config.objective_base import Section
 
@@ -75,7 +75,10 @@ class TeacherConfig(ModelConfig):
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     # visible: the student's patches, as masked autoencoders were trained; all: the whole image, for teachers
     # that were not trained with dropped tokens. The loss takes the student's patches either way.
-    sees: Literal["visible", "all"] = "visible"
+    # superset: more patches than the student, the student's among them, for objectives that compare them too.
+    sees: Literal["visible", "all", "superset"] = "visible"
+    # Share of the patches that is masked for the teacher, with sees superset: below the student's.
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     # Pixel statistics that the teacher was trained with; null: those of the tag in its name, else data.mean
     # and data.std.
     mean: tuple[float, ...] | None = None  # one number a channel
@@ -123,6 +126,11 @@ class TeacherConfig(ModelConfig):
             raise ValueError(
                 f"teacher.placement {self.placement} does not go with teacher.stages {self.stages}; "
                 "placement=pipeline requires a number of stages, other placements have none"
+            )
+        if (self.sees == "superset") != (self.mask_ratio is not None):
+            raise ValueError(
+                f"teacher.sees {self.sees} does not go with teacher.mask_ratio {self.mask_ratio}; "
+                "sees=superset requires a mask ratio, the others have none"
             )
         if self.dtype == "fp8" and self.placement != "replicated":
             raise ValueError(

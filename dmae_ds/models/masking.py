@@ -10,17 +10,20 @@ from torch import Tensor
 from dmae_ds.errors import UserError
 
 
-def num_visible(num_patches: int, mask_ratio: float, patch_count: str) -> int:
+def num_visible(
+    num_patches: int, mask_ratio: float, patch_count: str, *, key: str = "objective.mask_ratio"
+) -> int:
     """Number of visible patches, K = L * (1 - mask_ratio).
 
     patch_count: `round`, as in the paper, or `int`, truncated as in the published code
+    key: the recipe's key that holds the ratio, for messages
     Raises UserError where no patch would stay visible, or none be masked.
     """
     exact = num_patches * (1 - mask_ratio)
     kept = int(exact) if patch_count == "int" else round(exact)
     if not 0 < kept < num_patches:
         raise UserError(
-            f"objective.mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches (patch_count: "
+            f"{key} {mask_ratio:g} keeps {kept} of {num_patches} patches (patch_count: "
             f"{patch_count}); between 1 and {num_patches - 1} must stay visible"
         )
     return kept

@@ -32,7 +32,10 @@ class Objective(nn.Module):
     initial weight.
 
     What it needs
-        taps: features of the frozen teacher, "block/18", "decoder/4", "prediction", "logits"
+        taps: features of the frozen teacher, "block/18", "relation/18", "tokens", "cls", "pooled",
+            "decoder/4", "prediction", "logits"; `FrozenTeacher.features` has their shapes
+        compares_superset: whether it compares patches that only the teacher sees (teacher.sees=superset): the
+            first of `ids_masked`, whose features follow those of the student's patches
         views: crops of each image; the first one is `Batch.images`, all of them are `Batch.views`
         rand_augment: timm's RandAugment on every view, in timm's notation; None: not used
         labels: whether `Batch.labels` is read, the same as the schema's `needs_labels`
@@ -58,6 +61,7 @@ class Objective(nn.Module):
     """
 
     taps: tuple[str, ...] = ()
+    compares_superset: bool = False
     views: tuple[View, ...] = (View(),)
     rand_augment: str | None = None
     labels: bool = False

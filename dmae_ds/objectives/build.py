@@ -11,12 +11,15 @@ from dmae_ds.config.run import DataConfig, RunConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.models.decoder import TokenDecoder
-from dmae_ds.models.vit import MaskedViT, build_student
+from dmae_ds.models.vit import MaskedViT, build_student, build_timm_vit
 from dmae_ds.objectives import find_objective
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.feature_distillation import TeacherShape
+from dmae_ds.teacher.build import seen_patches
 from dmae_ds.teacher.frozen import meta_teacher, split_tap
 from dmae_ds.teacher.grid import check_grids
+from dmae_ds.teacher.output import OUTPUT_TAPS, check_output
+from dmae_ds.teacher.relation import why_no_relation
 
 IMAGENET_CLASSES = 1000
 
@@ -54,6 +57,9 @@ def build_objective(
             config.teacher.decoder_depth,
             config.teacher.decoder_embed_dim,
             teacher.patch_size,
+            has_cls=teacher.cls_token is not None,
+            num_heads=getattr(teacher.blocks[0].attn, "num_heads", 0),
+            num_superset=num_superset(config.teacher, teacher.num_patches),
         )
         kwargs["teacher"] = shape
     with torch.device(device):
@@ -63,8 +69,48 @@ def build_objective(
             module.checkpoint_blocks = config.student.checkpoint_blocks
     check_taps(objective.taps, shape)
     if config.teacher is not None:
+        check_network(config.teacher, objective.taps)
         check_teacher_keys(config.teacher, objective.taps)
+        check_superset(objective, shape)
     return objective, shape
+
+
+def num_superset(teacher: TeacherConfig, num_patches: int) -> int:
+    """Return the number of patches that a teacher with teacher.sees=superset sees; 0 for others."""
+    seen = seen_patches(teacher, num_patches)
+    return 0 if isinstance(seen, str) else seen
+
+
+def check_superset(objective: Objective, shape: TeacherShape) -> None:
+    """Raise UserError where the teacher's superset has no further patch, or the objective compares none."""
+    if not shape.num_superset:
+        return
+    if not objective.compares_superset:
+        raise UserError(
+            "teacher.sees=superset requires an objective that compares patches which only the teacher sees; "
+            "set teacher.sees=visible or all, or choose another objective.name"
+        )
+    if shape.num_superset <= objective.num_visible:
+        raise UserError(
+            f"teacher.sees=superset shows the teacher {shape.num_superset} patches (teacher.mask_ratio), and "
+            f"the student sees {objective.num_visible} (objective.mask_ratio); set teacher.mask_ratio below "
+            "the student's, or teacher.sees=visible"
+        )
+
+
+def check_network(teacher: TeacherConfig, taps: tuple[str, ...]) -> None:
+    """Raise UserError for a tap of the output or of relations that the teacher's network does not give."""
+    kinds = {split_tap(tap)[0] for tap in taps}
+    if not kinds & {"relation", *OUTPUT_TAPS}:
+        return
+    vit = build_timm_vit(teacher.name, teacher.overrides(), depth=1, where="teacher")
+    check_output(teacher.name, vit, tuple(tap for tap in taps if tap in OUTPUT_TAPS))
+    reason = why_no_relation(vit.blocks[0]) if "relation" in kinds else ""
+    if reason:
+        raise UserError(
+            f"the objective taps a relation, and teacher.name '{teacher.name}' {reason}; choose another "
+            "teacher, or another objective.name"
+        )
 
 
 def check_taps(taps: tuple[str, ...], shape: TeacherShape | None) -> None:
@@ -95,7 +141,7 @@ def check_teacher_keys(teacher: TeacherConfig, taps: tuple[str, ...]) -> None:
                     f"teacher.{name} requires an objective that taps {tapped}; "
                     "remove it, or choose another objective.name"
                 )
-    if teacher.standardize != "none" and kinds & {"prediction", "logits"}:
+    if teacher.standardize != "none" and kinds & {"prediction", "logits", "relation"}:
         raise UserError(
             f"teacher.standardize {teacher.standardize} is for features, and the objective taps "
             f"{', '.join(taps)}; set teacher.standardize=none"

@@ -22,7 +22,9 @@ from dmae_ds.objectives.align import build_head, distance
 class TeacherShape(NamedTuple):
     """Everything that an objective knows about its frozen teacher.
 
-    decoder_depth, decoder_dim: blocks and width of its decoder; patch_size: px; 0 where no objective reads it
+    decoder_depth, decoder_dim: blocks and width of its decoder; patch_size: px; num_heads: of a block's
+        attention; 0 where no objective reads it
+    num_superset: patches that it sees with teacher.sees=superset; 0: it sees others
     """
 
     depth: int
@@ -30,6 +32,9 @@ class TeacherShape(NamedTuple):
     decoder_depth: int = 0
     decoder_dim: int = 0
     patch_size: int = 0
+    has_cls: bool = True
+    num_heads: int = 0
+    num_superset: int = 0
 
 
 def resolve_pairs(

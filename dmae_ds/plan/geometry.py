@@ -24,6 +24,7 @@ from dmae_ds.objectives.ema import EmaModule, ema_features
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.plan.fake_cuda import fake_device, obstacle
 from dmae_ds.plan.trace import Trace, trace_inference, trace_training
+from dmae_ds.teacher.build import seen_patches
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths, needs_top
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.top import Top, meta_top
@@ -47,7 +48,8 @@ class TeacherGeometry:
     working_bytes: int  # most bytes alive while it runs, on top of the weights
     token_bytes: int  # [N, R + T, D_t], sent from stage to stage
     id_bytes: int  # [N, T] int64, sent with the tokens
-    feature_bytes: int  # features of all taps, as the student gets them
+    # Features of all taps as the student gets them, or as they return to its rank, where that is more.
+    feature_bytes: int
     kernels: int = 0  # that it launches for one micro-batch
     products: str = "bf16"  # dtype of its matrix products: "fp32" or "bf16"
 
@@ -108,7 +110,11 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
         teacher, features = None, {}
         if built is not None:
             teacher, features = _measure_teacher(
-                *built, objective.taps, batch, sees=config.teacher.sees, device=device
+                *built,
+                objective.taps,
+                batch,
+                sees=seen_patches(config.teacher, student.num_patches),
+                device=device,
             )
         batch_bytes = _bytes(vars(batch).values()) + pixel_bytes
         ema_geometry = None
@@ -228,7 +234,7 @@ def _measure_teacher(
     taps: tuple[str, ...],
     batch: PatchBatch,
     *,
-    sees: str,
+    sees: str | int,
     device: torch.device,
 ) -> tuple[TeacherGeometry, dict[str, torch.Tensor]]:
     for part in (vit,) if top is None else (vit, top):
@@ -243,6 +249,7 @@ def _measure_teacher(
     patches, ids = teacher.inputs(batch)
     with torch.no_grad():
         tokens = vit.embed(teacher.view(patches), ids)
+        encoded = teacher.encode(batch)
     top_bytes = 0 if top is None else _bytes(top.state_dict().values())
     geometry = TeacherGeometry(
         embedding_bytes=_bytes(vit.state_dict().values()) - sum(block_bytes) + top_bytes,
@@ -251,7 +258,7 @@ def _measure_teacher(
         working_bytes=working,
         token_bytes=_bytes([tokens]),
         id_bytes=_bytes([ids]),
-        feature_bytes=_bytes(features.values()),
+        feature_bytes=max(_bytes(features.values()), _bytes(encoded.values())),
         kernels=kernels,
         products="fp32" if tokens.dtype == torch.float32 else "bf16",
     )

@@ -13,7 +13,7 @@ from dmae_ds.evaluate.record import RunRecord
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.build import build_frozen_teacher
-from dmae_ds.teacher.frozen import FrozenTeacher, needed_depths
+from dmae_ds.teacher.frozen import FrozenTeacher, needed_depths, split_tap
 
 # Parameters of the whole teacher. 16 images through a ViT-L are 2 TFLOP, half a minute on two cores.
 MAX_PARAMETERS = {"cpu": 1e9, "cuda": 8e9}
@@ -41,7 +41,10 @@ class Reference:
         num_patches = patches.shape[1]
         ids = torch.arange(num_patches, device=patches.device).expand(len(patches), -1)
         tapped = self.teacher.run(self.teacher.view(patches), ids)
-        return {block: self.teacher.select(tokens, num_patches).float() for block, tokens in tapped.items()}
+        return {
+            split_tap(tap)[1]: self.teacher.select(tokens, num_patches).float()
+            for tap, tokens in tapped.items()
+        }
 
 
 @dataclass(frozen=True)

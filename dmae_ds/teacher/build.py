@@ -8,11 +8,13 @@ import torch
 
 from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.errors import UserError
+from dmae_ds.models.masking import num_visible
 from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.fill import fill
 from dmae_ds.teacher.fp8 import check_fp8, to_fp8
 from dmae_ds.teacher.frozen import (
     DTYPES,
+    TAPS_IN_ENCODER,
     FrozenTeacher,
     meta_teacher,
     needed_depths,
@@ -77,10 +79,10 @@ def load_frozen_teacher(
     if config.dtype == "fp8":
         check_fp8(device)
     depth, decoder_depth = needed_depths(taps, whole_blocks, config.decoder_depth)
-    if decoder_depth and config.sees == "all":
+    if decoder_depth and config.sees != "visible":
         raise UserError(
-            "teacher.sees=all leaves no masked patch for the teacher's decoder, which the objective taps; "
-            "set teacher.sees=visible"
+            f"teacher.sees={config.sees} shows the teacher masked patches, and the objective taps its "
+            "decoder, which fills them in; set teacher.sees=visible"
         )
     vit = meta_teacher(config.name, config.overrides(), depth, keep_norm=needs_top(taps))
     norm, vit.norm = vit.norm, None  # a top begins with the encoder's final norm
@@ -108,7 +110,7 @@ def load_frozen_teacher(
     )
     view = _build_view(config, vit.patch_size, mean, std, taps).to(device)
     parts = with_notes(parts, *_describe_choices(config, weights, view))
-    kwargs = {"view": view, "sees": config.sees, "top": top, "path": path}
+    kwargs = {"view": view, "sees": seen_patches(config, vit.num_patches), "top": top, "path": path}
     if sharded:
         kwargs |= {"weights": weights, "dtype": DTYPES[config.dtype], "device": device}
         return ShardedTeacher(vit, taps, parts, **kwargs)
@@ -122,6 +124,13 @@ def locate_teacher(config: TeacherConfig) -> Path:
     if config.pretrained:
         return locate_pretrained(config.name, label=TEACHER)
     return locate(config.weights, label=TEACHER)
+
+
+def seen_patches(config: TeacherConfig, num_patches: int) -> str | int:
+    """What a FrozenTeacher takes as `sees`: `visible`, `all`, or the number of patches of a superset."""
+    if config.sees != "superset":
+        return config.sees
+    return num_visible(num_patches, config.mask_ratio, "round", key="teacher.mask_ratio")
 
 
 def pixel_statistics(config: TeacherConfig, mean: tuple, std: tuple) -> tuple[tuple, tuple]:
@@ -186,7 +195,10 @@ def verify(teacher: FrozenTeacher, config: TeacherConfig) -> None:
     dtype, path = DTYPES[config.dtype], teacher.path
     teacher.spread()
     probed = teacher.probe()
-    features = {f"block/{number}": tokens for number, tokens in probed.features.items()}
+    # A block's output stands for its relations, which are gone when the block is.
+    features = {
+        f"{kind}/{number}": tokens for kind in TAPS_IN_ENCODER for number, tokens in probed.features.items()
+    }
     if teacher.top is not None:
         features |= identity.probe_top(teacher.top, teacher.vit, probed.features[teacher.vit.depth])
     identity.check_alive({tap: features[tap] for tap in teacher.taps})

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
 from dmae_ds.output.units import size_text
 from dmae_ds.teacher.identity import Probe, probe
+from dmae_ds.teacher.output import OUTPUT_TAPS
+from dmae_ds.teacher.relation import relation_of, split_heads
 from dmae_ds.teacher.top import Top
 from dmae_ds.weights.fit import Dropped
 
@@ -28,6 +30,10 @@ DTYPES = {
     "fp16": torch.float16,
     "fp8": torch.bfloat16,  # of everything but the matrix products (fp8.py)
 }
+
+TAPS_IN_ENCODER = ("block", "relation")
+TAPS_OF_BLOCKS = (*TAPS_IN_ENCODER, "decoder")
+TAPS_WITHOUT_BLOCK = ("prediction", "logits", *OUTPUT_TAPS)
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,10 @@ class FrozenTeacher:
 
     Deliberately not an nn.Module: nothing that owns a student can register it, shard it or save it.
     view: the student's patches -> the teacher's
-    sees: `visible` or `all`
+    sees: `visible`, `all`, or the number of patches of a superset of the student's
     target: features -> the target that the student imitates
-    top: the decoder or classifier above the encoder, with the final norm, where tapped; whole on every rank
+    top: the output, decoder or classifier above the encoder, with the final norm, where tapped; whole on
+        every rank
     path: of its weights
     """
 
@@ -91,7 +98,7 @@ class FrozenTeacher:
         parts: TeacherParts,
         *,
         view: Callable[[Tensor], Tensor] | None = None,
-        sees: str = "visible",
+        sees: str | int = "visible",
         target: Callable[[str, Tensor], Tensor] | None = None,
         top: Top | None = None,
         path: Path | None = None,
@@ -104,11 +111,15 @@ class FrozenTeacher:
         self.top = top
         self.path = path
         self.view = view or (lambda patches: patches)
-        tapped = {split_tap(tap)[1] for tap in taps if split_tap(tap)[0] == "block"}
+        in_encoder = {split_tap(tap) for tap in taps if split_tap(tap)[0] in TAPS_IN_ENCODER}
         if top is not None:  # it begins with the last block's output
-            tapped.add(vit.depth)
-        self.tapped = sorted(tapped)
-        self.encoder_taps = tuple(f"block/{number}" for number in self.tapped)
+            in_encoder.add(("block", vit.depth))
+        self.tapped = sorted({number for _, number in in_encoder})
+        # A relation needs its block's input alone.
+        self.last_run = max((number for kind, number in in_encoder if kind == "block"), default=0)
+        self.last_run = max(self.last_run, *(number - 1 for _, number in in_encoder), 0)
+        in_order = sorted(in_encoder, key=lambda tap: tap[::-1])
+        self.encoder_taps = tuple(f"{kind}/{number}" for kind, number in in_order)
 
     without_gradients = torch.inference_mode  # a teacher's operations are never recorded
 
@@ -119,21 +130,46 @@ class FrozenTeacher:
         """Features by tap: the residual stream right after each tapped block, CLS first, without registers.
 
         Returns {tap: [N, 1 + K, D_t]}; [N, K, D_t] for a teacher without CLS. K are the student's visible
-        patches, also where the teacher sees all. For taps of the decoder or the classifier see decoder.py and
-        head.py.
+        patches, also where the teacher sees all; of a superset all its patches, the student's first. A
+        relation is [N, 3, heads, 1 + K, d]: queries, keys and values. For taps of the output, the decoder or
+        the classifier see output.py, decoder.py and head.py.
         """
         with self.without_gradients():
-            patches, ids = self.inputs(batch)
-            tapped = self.run(self.view(patches), ids)
-            num_visible = batch.ids_keep.shape[1]
-            encoded = {tap: self.select(tapped[split_tap(tap)[1]], num_visible) for tap in self.encoder_taps}
-            features = self.finish(encoded, batch)
+            features = self.finish(self.encode(batch), batch)
         # Inference tensors can't be part of a loss; copies can, and cost little.
         return {tap: tokens.clone() if tokens.is_inference() else tokens for tap, tokens in features.items()}
 
-    def run(self, patches: Tensor, ids: Tensor) -> dict[int, Tensor]:
-        """Run the encoder on the teacher's patches. Returns {tapped block: tokens}."""
-        return self.vit(patches, ids, taps=self.tapped)[1]
+    def encode(self, batch: PatchBatch) -> dict[str, Tensor]:
+        """Features at the encoder's taps of the patches that `finish` needs."""
+        patches, ids = self.inputs(batch)
+        tapped = self.run(self.view(patches), ids)
+        return {tap: self.select(tokens, self.num_home(batch)) for tap, tokens in tapped.items()}
+
+    def run(self, patches: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """Run the encoder on the teacher's patches.
+
+        Returns {tap in the encoder: [N, R + T, D_t]}, of a relation [N, R + T, 3 * heads * d].
+        """
+        return self.run_blocks(range(1, self.vit.depth + 1), self.vit.embed(patches, ids), ids)[1]
+
+    def run_blocks(
+        self, numbers: Iterable[int], tokens: Tensor, ids: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run consecutive blocks, counted from 1. Returns the last tokens, and the tapped ones like `run`."""
+        tapped = {}
+        for number in numbers:
+            block = self.use_block(number)
+            if f"relation/{number}" in self.encoder_taps:
+                tapped[f"relation/{number}"] = self.vit.run_block(relation_of(block), tokens, ids)
+            if number <= self.last_run:
+                tokens = self.vit.run_block(block, tokens, ids)
+            if f"block/{number}" in self.encoder_taps:
+                tapped[f"block/{number}"] = tokens
+        return tokens, tapped
+
+    def use_block(self, number: int) -> nn.Module:
+        """The block of this number, counted from 1, with its weights."""
+        return self.vit.blocks[number - 1]
 
     def finish(self, encoded: dict[str, Tensor], batch: PatchBatch) -> dict[str, Tensor]:
         """Turn features at the encoder's taps into the student's targets, on the rank that owns the batch."""
@@ -142,7 +178,7 @@ class FrozenTeacher:
             if self.top is not None:
                 last = encoded[f"block/{self.vit.depth}"]
                 features = encoded | self.top(last, batch.ids_keep, batch.ids_masked)
-            features = {tap: features[tap] for tap in self.taps}
+            features = {tap: self._at_home(tap, features[tap], batch) for tap in self.taps}
             if self.target is None:
                 return features
             return {tap: self.target(tap, tokens) for tap, tokens in features.items()}
@@ -151,16 +187,47 @@ class FrozenTeacher:
         """Patches that the teacher sees and their ids, the student's visible ones first."""
         if self.sees == "visible":
             return batch.visible, batch.ids_keep
-        patches = torch.cat([batch.visible, batch.masked], dim=1)
-        return patches, torch.cat([batch.ids_keep, batch.ids_masked], dim=1)
+        further = self.num_seen(batch) - batch.ids_keep.shape[1]
+        patches = torch.cat([batch.visible, batch.masked[:, :further]], dim=1)
+        return patches, torch.cat([batch.ids_keep, batch.ids_masked[:, :further]], dim=1)
 
-    def select(self, tokens: Tensor, num_visible: int) -> Tensor:
-        """Select CLS, where there is one, and the student's visible patches from the teacher's tokens."""
+    def num_seen(self, batch: PatchBatch) -> int:
+        """Number of patches of an image that the teacher sees."""
+        num_visible, num_masked = batch.ids_keep.shape[1], batch.ids_masked.shape[1]
+        return {"visible": num_visible, "all": num_visible + num_masked}.get(self.sees, self.sees)
+
+    def num_home(self, batch: PatchBatch) -> int:
+        """Number of patches whose encoded features return to the rank of the batch."""
+        return self.num_seen(batch) if "pooled" in self.taps else self._num_compared(batch)
+
+    def _num_compared(self, batch: PatchBatch) -> int:
+        """Number of patches of a feature: the student's visible ones, of a superset all."""
+        return batch.ids_keep.shape[1] if isinstance(self.sees, str) else self.sees
+
+    def select(self, tokens: Tensor, num_patches: int) -> Tensor:
+        """Select CLS, where there is one, and the first patches from the teacher's tokens."""
         prefix, has_cls = self.vit.num_prefix, self.vit.cls_token is not None
-        if prefix == has_cls and tokens.shape[1] == prefix + num_visible:
+        if prefix == has_cls and tokens.shape[1] == prefix + num_patches:
             return tokens
-        visible = tokens[:, prefix : prefix + num_visible]
-        return torch.cat([tokens[:, :1], visible], dim=1) if has_cls else visible
+        patches = tokens[:, prefix : prefix + num_patches]
+        return torch.cat([tokens[:, :1], patches], dim=1) if has_cls else patches
+
+    def home_width(self, tap: str) -> int:
+        """Numbers that a token has at a tap in the encoder."""
+        kind, number = split_tap(tap)
+        if kind == "block":
+            return self.vit.embed_dim
+        attention = self.vit.blocks[number - 1].attn
+        return 3 * attention.num_heads * attention.head_dim
+
+    def _at_home(self, tap: str, feature: Tensor, batch: PatchBatch) -> Tensor:
+        """A feature as the objective gets it: of the compared patches alone, a relation with its heads."""
+        kind, number = split_tap(tap)
+        if kind in (*TAPS_IN_ENCODER, "tokens"):
+            feature = feature[:, : (self.vit.cls_token is not None) + self._num_compared(batch)]
+        if kind == "relation":
+            return split_heads(feature, self.vit.blocks[number - 1].attn.num_heads)
+        return feature
 
     def where(self) -> str:
         """The teacher's place in a run, for messages about a failure; empty where there is none."""
@@ -199,15 +266,16 @@ class NoTeacher:
 def split_tap(tap: str) -> tuple[str, int]:
     """Split "block/18" into ("block", 18), "decoder/4" into ("decoder", 4), counted from 1.
 
-    "prediction" and "logits" have the number 0. Raises UserError for another tap.
+    Those without a block, such as "tokens" and "logits", have the number 0. Raises UserError for another tap.
     """
-    if tap in ("prediction", "logits"):
+    if tap in TAPS_WITHOUT_BLOCK:
         return tap, 0
     kind, _, number = tap.partition("/")
-    if kind not in ("block", "decoder") or not number.isdigit() or not int(number):
+    if kind not in TAPS_OF_BLOCKS or not number.isdigit() or not int(number):
         raise UserError(
-            f"the objective taps '{tap}', which is unknown; taps are block/N and decoder/N, with blocks "
-            "counted from 1, prediction and logits"
+            f"the objective taps '{tap}', which is unknown; taps are "
+            f"{', '.join(f'{kind}/N' for kind in TAPS_OF_BLOCKS)}, with blocks counted from 1, and "
+            f"{', '.join(TAPS_WITHOUT_BLOCK)}"
         )
     return kind, int(number)
 
@@ -215,7 +283,7 @@ def split_tap(tap: str) -> tuple[str, int]:
 def needed_depths(taps: Iterable[str], whole_blocks: int, whole_decoder: int = 0) -> tuple[int, int]:
     """Numbers of encoder and decoder blocks that these taps need.
 
-    A decoder or classifier needs the whole encoder, and a prediction the whole decoder.
+    A decoder, a classifier and the output need the whole encoder, and a prediction the whole decoder.
     """
     split = [split_tap(tap) for tap in taps]
     encoder_depth = max((number for _, number in split), default=0)
@@ -226,8 +294,8 @@ def needed_depths(taps: Iterable[str], whole_blocks: int, whole_decoder: int = 0
 
 
 def needs_top(taps: Iterable[str]) -> bool:
-    """Whether a tap is above the encoder: of the decoder or the classifier."""
-    return any(split_tap(tap)[0] != "block" for tap in taps)
+    """Whether a tap is above the encoder: of the decoder, the classifier or the output."""
+    return any(split_tap(tap)[0] not in TAPS_IN_ENCODER for tap in taps)
 
 
 def meta_teacher(

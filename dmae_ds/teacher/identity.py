@@ -73,7 +73,7 @@ def probe(vit: MaskedViT, blocks: Iterable[nn.Module] | None = None) -> Probe:
 
 @torch.no_grad()
 def probe_top(top: nn.Module, vit: MaskedViT, tokens: Tensor) -> dict[str, Tensor]:
-    """Outputs of the decoder or classifier above the encoder on the same input, {tap: [2, ...] float32}.
+    """Outputs of the part above the encoder on the same input, {tap: [2, ...] float32}.
 
     tokens: after the encoder's last block; every patch but the fixed ones is masked
     """
@@ -81,7 +81,8 @@ def probe_top(top: nn.Module, vit: MaskedViT, tokens: Tensor) -> dict[str, Tenso
     ids = torch.arange(vit.num_patches, device=tokens.device).expand(2, -1)
     cls = tokens[:, : int(vit.cls_token is not None)]
     patches = tokens[:, vit.num_prefix : vit.num_prefix + kept]
-    encoded = torch.cat([cls, patches], dim=1).to(next(top.parameters()).dtype)
+    dtype = next((parameter.dtype for parameter in top.parameters()), torch.float32)
+    encoded = torch.cat([cls, patches], dim=1).to(dtype)
     outputs = top(encoded, ids[:, :kept], ids[:, kept:])
     return {tap: output.float() for tap, output in outputs.items()}
 
@@ -135,7 +136,7 @@ def check_fingerprint(
 def check_alive(features: dict[str, Tensor]) -> None:
     """Raise UserError unless features of the fixed input are finite and differ between tokens and images.
 
-    features: {tap: [2, T, ...], or [2, C] logits}
+    features: {tap: [2, T, ...], or one vector an image [2, C]: logits, CLS, pooled}
     """
     for tap, tokens in features.items():
         if not torch.isfinite(tokens).all():
@@ -143,7 +144,7 @@ def check_alive(features: dict[str, Tensor]) -> None:
                 f"the teacher's features at {tap} are not finite on a fixed input; the weights are damaged, "
                 "or teacher.dtype is too narrow for them"
             )
-        # CLS and registers come first, and always differ; logits are one token an image.
+        # CLS and registers come first, and always differ; logits and the like are one token an image.
         patches = tokens[:, None] if tokens.ndim == 2 else tokens[:, -NUM_PATCHES:].flatten(2)
         spread, size = patches.std(dim=(0, 1)).mean(), patches.square().mean().sqrt()
         if not spread > 1e-5 * size:

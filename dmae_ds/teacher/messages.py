@@ -31,6 +31,7 @@ class Layout:
     """Sizes of a message's sections: the same on every tick of a run, and on every rank.
 
     taps_of: [owner][stage], the taps that a stage returns to an owner, in this order
+    home_shapes: (tokens, width) of an image's features by tap
     micro_batch: number of images of the first batch; no later one may have more
     """
 
@@ -38,7 +39,7 @@ class Layout:
     micro_batch: int
     tokens_shape: tuple[int, int]
     num_ids: int
-    home_shape: tuple[int, int]
+    home_shapes: dict[str, tuple[int, int]]
     dtype: torch.dtype
 
     @property
@@ -66,14 +67,16 @@ class Layout:
     def _ids(self) -> int:
         return _aligned(self.micro_batch * self.num_ids * 8)
 
-    @property
-    def home(self) -> int:
-        return _aligned(self.micro_batch * self.home_shape[0] * self.home_shape[1] * self.dtype.itemsize)
+    def home(self, tap: str) -> int:
+        """Bytes of a tap's features."""
+        tokens, width = self.home_shapes[tap]
+        return _aligned(self.micro_batch * tokens * width * self.dtype.itemsize)
 
     def size(self, source: int, target: int) -> int:
         """Bytes of the message from stage `source` to stage `target`."""
         tokens = (target == 0) + self.num_stages * (target == source + 1)
-        return self.header + tokens * self.stage_input + len(self.taps_of[target][source]) * self.home
+        home = sum(self.home(tap) for tap in self.taps_of[target][source])
+        return self.header + tokens * self.stage_input + home
 
     def write(
         self,
@@ -105,7 +108,7 @@ class Layout:
             for owner in range(self.num_stages):
                 self._write_input(cursor, forward.get(owner))
         for tap in self.taps_of[target][source]:
-            cursor.write(home.get(tap), self.home)
+            cursor.write(home.get(tap), self.home(tap))
 
     def headers(self, received: Tensor, target: int) -> Tensor:
         """Headers of every stage's message, [P, 2 + P] int64, on the message's device."""
@@ -146,7 +149,7 @@ class Layout:
         tokens = (owner == 0) + self.num_stages * (owner == source + 1)
         cursor = _Cursor(received.split(sizes)[source], self.header + tokens * self.stage_input)
         return {
-            tap: cursor.read(self.dtype, (count, *self.home_shape), self.home)
+            tap: cursor.read(self.dtype, (count, *self.home_shapes[tap]), self.home(tap))
             for tap in self.taps_of[owner][source]
         }
 

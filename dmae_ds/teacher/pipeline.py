@@ -188,22 +188,22 @@ class _Stream:
         with torch.inference_mode():
             tokens = teacher.vit.embed(teacher.view(patches), ids)
         if self.layout is None:
-            self._prepare(tokens, ids, num_visible=owned.batch.ids_keep.shape[1])
+            self._prepare(tokens, ids, num_home=teacher.num_home(owned.batch))
         return StageInput(tokens, ids)
 
-    def _prepare(self, tokens: Tensor, ids: Tensor, *, num_visible: int) -> None:
+    def _prepare(self, tokens: Tensor, ids: Tensor, *, num_home: int) -> None:
         """Prepare sizes and buffers that every tick uses again.
 
         There are two to receive into: one is read while the next exchange fills the other.
         """
-        self.num_visible = num_visible
-        home = self.teacher.select(tokens[:1], num_visible).shape[1:]
+        self.num_home = num_home
+        home_tokens = self.teacher.select(tokens[:1], num_home).shape[1]
         self.layout = Layout(
             self.teacher.taps_of,
             len(tokens),
             tuple(tokens.shape[1:]),
             ids.shape[1],
-            tuple(home),
+            {tap: (home_tokens, self.teacher.home_width(tap)) for tap in self.teacher.encoder_taps},
             tokens.dtype,
         )
         stage, stages = self.group.stage, range(self.group.num_stages)
@@ -222,13 +222,12 @@ class _Stream:
             return
         work = self.layout.read_work(arrived.received, arrived.headers(), target=stage, tick=arrived.tick)
         for owner, stage_input in work.items():
-            tokens, ids, tapped = stage_input.tokens, stage_input.ids, {}
-            for number in teacher.routes[owner][stage]:
-                tokens = teacher.vit.run_block(teacher.vit.blocks[number], tokens, ids)
-                tapped[f"block/{number + 1}"] = tokens
+            blocks, ids = teacher.routes[owner][stage], stage_input.ids
+            numbers = range(blocks.start + 1, blocks.stop + 1)
+            tokens, tapped = teacher.run_blocks(numbers, stage_input.tokens, ids)
             self.outputs[owner] = StageInput(tokens, ids)
             self.finished[owner] = {
-                tap: teacher.select(tapped[tap], self.num_visible) for tap in teacher.taps_of[owner][stage]
+                tap: teacher.select(tapped[tap], self.num_home) for tap in teacher.taps_of[owner][stage]
             }
 
     def _start(self, mine: StageInput | None):

@@ -78,15 +78,15 @@ class ShardedTeacher(FrozenTeacher):
             for name, tensor in block.state_dict().items():
                 tensor.copy_(self._weights[f"blocks.{number}.{name}"])
 
-    def run(self, patches: Tensor, ids: Tensor) -> dict[int, Tensor]:
-        tokens, tapped = self.vit.embed(patches, ids), {}
+    def run(self, patches: Tensor, ids: Tensor) -> dict[str, Tensor]:
         self.blocks[0].fetch()
-        for number, block in enumerate(self.blocks, start=1):
-            if number < len(self.blocks):
-                self.blocks[number].fetch()  # the next one
-            tokens = self.vit.run_block(block, tokens, ids)
-            tapped[number] = tokens
-        return {number: tapped[number] for number in self.tapped}
+        return super().run(patches, ids)
+
+    def use_block(self, number: int) -> nn.Module:
+        """The block of this number, whole; the next one is on its way. Collective."""
+        if number < len(self.blocks):
+            self.blocks[number].fetch()
+        return self.blocks[number - 1].wait()
 
     def probe(self) -> Probe:
         """Features of the fixed input, at every block. Collective: every rank fetches every block."""
@@ -137,13 +137,16 @@ class _Fetched(nn.Module):
             _bytes(self._whole), _bytes(self.share), async_op=True
         )
 
-    def forward(self, tokens: Tensor, **kwargs) -> Tensor:
-        if self._work is None:
-            self.fetch()
+    def wait(self) -> nn.Module:
+        """Wait for the weights and return the block with them."""
         self._work.wait()
         self._work = None
         (block,) = self._block
-        return block(tokens, **kwargs)
+        return block
+
+    def forward(self, tokens: Tensor, **kwargs) -> Tensor:
+        self.fetch()
+        return self.wait()(tokens, **kwargs)
 
 
 def _bytes(flat: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dmae_ds import __version__
 from dmae_ds.config.load import load_config
 from dmae_ds.config.shipped import shipped_files
 from dmae_ds.errors import UserError
-from dmae_ds.models.vit import MaskedViT
+from dmae_ds.models.vit import MaskedViT, build_timm_vit
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.feature_distillation import resolve_pairs
 from dmae_ds.output.durable import write_atomically
@@ -21,6 +21,8 @@ from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.fill import fill
 from dmae_ds.teacher.frozen import meta_teacher, needed_depths, needs_top
+from dmae_ds.teacher.output import TeacherOutput, meta_output, output_taps
+from dmae_ds.teacher.relation import why_no_relation
 from dmae_ds.tools.teacher_known import Network, dtype_of, identify
 from dmae_ds.weights.fit import Dropped, block_of, check_fit, fits
 from dmae_ds.weights.formats import FORMATS
@@ -60,6 +62,7 @@ def inspect(
         "fits too": ", ".join(network.others),
         "parts": _describe_parts(vit, dropped),
         "needed": _describe_needed(network),
+        "taps": ", ".join(served_taps(network)),
         "recipes": recipes or "none of the shipped ones; set teacher.name and its numbers in your own",
         "features": _describe_features(vit, probed),
         "fingerprint": _compare_or_write(path, network, fingerprint, write=write),
@@ -120,13 +123,33 @@ def serving_recipes(path: Path, network: Network) -> list[str]:
         above_encoder = []
         if decoder_depth:
             above_encoder = ["decoder_embed.weight"]
-        elif needs_top(objective.taps):
+        elif "logits" in objective.taps:
             above_encoder = ["head.weight"]
+        elif needs_top(objective.taps):
+            above_encoder = meta_output(teacher.name, teacher.overrides(), taps=objective.taps).state_dict()
         if all(key in network.weights for key in above_encoder) and fits(
             needed, network.weights, depth=cut, may_resize=teacher.img_size is not None
         ):
             names.append(f"{file.stem} (teacher.format={network.weights.format})")
     return names
+
+
+def served_taps(network: Network) -> list[str]:
+    """The taps that an objective may ask of this file: "block/1 to block/12", "tokens", ..."""
+    blocks, weights = network.vit.blocks, network.weights
+    whole = build_timm_vit(network.name, network.overrides, where="teacher")
+    taps = [f"block/1 to block/{len(blocks)}"]
+    if not why_no_relation(blocks[0]):
+        taps.append(f"relation/1 to relation/{len(blocks)}")
+    if len(blocks) < len(whole.blocks):
+        return taps  # a slice ends below the output
+    for tap in output_taps(whole):
+        if all(name in weights for name in TeacherOutput(whole, taps=(tap,)).state_dict()):
+            taps.append(tap)
+    if "decoder_embed.weight" in weights:
+        depth = len({name.split(".")[1] for name in weights if name.startswith("decoder_blocks.")})
+        taps += [f"decoder/1 to decoder/{depth}", "prediction"]
+    return [*taps, "logits"] if "head.weight" in weights else taps
 
 
 def _compare_or_write(path: Path, network: Network, found: identity.Fingerprint, *, write: bool) -> str:

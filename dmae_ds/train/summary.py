@@ -124,7 +124,8 @@ def describe_teacher(
     rows = {"teacher": f"{config.teacher.name}, {teacher}, {config.teacher.dtype}, sees {sees} patches"}
     dropped = teacher.parts.describe_dropped()
     if dropped:
-        tokens = 1 + (student.num_patches if sees == "all" else objective.num_visible)
+        seen = {"visible": objective.num_visible, "all": student.num_patches}
+        tokens = 1 + seen.get(teacher.sees, teacher.sees)
         saved = teacher.parts.saved_compute(tokens=tokens, num_patches=student.num_patches)
         rows["left out"] = f"{dropped}; {saved:.0%} of the whole teacher's compute"
     rows["grids"] = explain_grids(

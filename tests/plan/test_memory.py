@@ -107,7 +107,7 @@ def test_messages_are_those_of_the_stream():
             tuple(tuple(["block/18"] if 17 in blocks else []) for blocks in route(18, stages, owner))
             for owner in range(stages)
         )
-        layout = Layout(taps, 16, (50, 64), 49, (50, 64), torch.float32)
+        layout = Layout(taps, 16, (50, 64), 49, {"block/18": (50, 64)}, torch.float32)
         teacher = replace(
             geometry_of().teacher,
             token_bytes=16 * 50 * 64 * 4,

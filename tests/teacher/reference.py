@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dmae_ds.models.vit import find_builder
+
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TAP = 2
 IDS = torch.tensor([[3, 0, 9, 7], [15, 2, 4, 8]])  # kept patches, in no order, different for each image
@@ -92,11 +94,16 @@ def as_pth(entry: str | None = None, **others) -> Callable[[Path, dict], Path]:
     return save
 
 
+def pooling_vit(**kwargs) -> nn.Module:
+    """A network with CLS whose attention pool reads the patches alone."""
+    return timm.create_model("vit_tiny_patch16_224", global_pool="map", **kwargs)
+
+
 def timm_reference(
     name: str, format: str, rename: Callable[[dict], dict] = dict, save=as_safetensors, **kwargs
 ) -> Reference:
     """timm's network `name`, its state dict renamed to the layout."""
-    model = shake(timm.create_model(name, num_classes=0, **SHAPE))
+    model = shake(find_builder(name, "teacher")(num_classes=0, **SHAPE))
 
     def whole(images: Tensor) -> Tensor:
         _, (tapped,) = model.forward_intermediates(

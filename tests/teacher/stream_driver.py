@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World, world_from_env
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.teacher import identity
-from dmae_ds.teacher.fill import fill
-from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths
+from dmae_ds.teacher.build import load_frozen_teacher
+from dmae_ds.teacher.frozen import FrozenTeacher
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
 from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
-from dmae_ds.weights.named import open_weights
 
 
 def batches(rank: int, sizes: list[int]):
@@ -42,29 +42,26 @@ def batches(rank: int, sizes: list[int]):
 
 
 def load(path: Path, case: dict, device: torch.device, group=None, sharded: bool = False):
-    weights = open_weights(path / f"{case['file']}.safetensors", "timm")
-    depth, _ = needed_depths(case["taps"], case["depth"])
-    vit = meta_teacher(case["name"], case["shape"], depth)
-    stage = None if group is None else held_blocks(depth, group.num_stages)[group.stage]
-    dtype, taps = DTYPES[case["dtype"]], tuple(case["taps"])
-    parts = fill(
-        vit,
-        weights,
-        whole_blocks=case["depth"],
-        may_resize=False,
-        dtype=dtype,
-        device=device,
-        blocks=range(0) if sharded else stage,
+    config = TeacherConfig(
+        name=case["name"],
+        weights=str(path / f"{case['file']}.safetensors"),
+        dtype=case["dtype"],
+        sees=case["sees"],
+        mask_ratio=case.get("mask_ratio"),
+        **case["shape"],
     )
-    if sharded:
-        teacher = ShardedTeacher(
-            vit, taps, parts, sees=case["sees"], weights=weights, dtype=dtype, device=device
-        )
-        teacher.spread()
-        return teacher
-    if group is None:
-        return FrozenTeacher(vit, taps, parts, sees=case["sees"])
-    return StreamedTeacher(vit, taps, parts, sees=case["sees"], group=group)
+    teacher = load_frozen_teacher(
+        config,
+        taps=tuple(case["taps"]),
+        whole_blocks=case["depth"],
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        device=device,
+        group=group,
+        sharded=sharded,
+    )
+    teacher.spread()
+    return teacher
 
 
 def compare(path: Path, case: dict, world: World, device: torch.device) -> None:

@@ -26,6 +26,12 @@ ROTARY = {
     "depth": 4,
     "file": "rotary",
 }
+POOLED = {
+    "name": "vit_pe_core_tiny_patch16_384",
+    "shape": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
+    "depth": 4,
+    "file": "pooled",
+}
 BASE = {"stages": 1, "taps": ["block/6"], "sizes": [4, 4, 4], "sees": "visible", "dtype": "fp32"}
 CASES = [
     {**PLAIN, **BASE},
@@ -41,6 +47,13 @@ CASES = [
     {**PLAIN, **BASE, "stages": 2, "taps": ["block/1", "block/7"], "dtype": "bf16", "sees": "all"},
     # Registers, and rotary angles, which need patch ids on every stage.
     {**ROTARY, **BASE, "stages": 4, "taps": ["block/4", "block/2"], "sizes": [3, 3, 2]},
+    # The output, and relations, of which the last block is not run; a tap's tokens have widths of their own.
+    {**ROTARY, **BASE, "stages": 4, "taps": ["relation/3", "tokens", "cls"], "sizes": [3, 2]},
+    {**PLAIN, **BASE, "stages": 2, "taps": ["relation/8", "block/5"], "sizes": [2, 2, 1]},
+    {**POOLED, **BASE, "stages": 2, "taps": ["pooled", "tokens"], "sees": "all", "sizes": [2, 1]},
+    {**PLAIN, **BASE, "stages": 2, "taps": ["block/5"], "sees": "superset", "mask_ratio": 0.5},
+    {**ROTARY, **BASE, "stages": None, "taps": ["relation/4", "relation/1"], "sizes": [2, 1]},
+    {**POOLED, **BASE, "stages": None, "taps": ["pooled", "cls", "relation/4"], "sizes": [2]},
     # No stages: sharded over all ranks by ZeRO-3.
     {**PLAIN, **BASE, "stages": None, "taps": ["block/3", "block/6"], "sizes": [4, 4, 1]},
     {**ROTARY, **BASE, "stages": None, "taps": ["block/4"], "dtype": "bf16", "sizes": [3]},
@@ -50,7 +63,7 @@ CASES = [
 def start(folder: Path, cases: list[dict], *, schedules: int) -> str:
     """Output of four ranks."""
     torch.manual_seed(0)
-    for network in (PLAIN, ROTARY):
+    for network in (PLAIN, ROTARY, POOLED):
         state = timm.create_model(network["name"], num_classes=0, **network["shape"]).state_dict()
         save_file(
             {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()},

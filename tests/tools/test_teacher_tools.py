@@ -86,6 +86,11 @@ def test_inspect_describes_a_file(file):
         assert words in rows["network"]
     assert "decoder 5" in rows["parts"] and "blocks 0.1 M" in rows["parts"]
     assert rows["needed"].startswith("6 blocks")
+    taps = rows["taps"].split(", ")
+    assert (
+        taps[:2] == ["block/1 to block/8", "relation/1 to relation/8"] and "tokens" in taps and "cls" in taps
+    )
+    assert "prediction" in taps and not {"pooled", "logits"} & set(taps)
     assert not list(file.parent.glob("*.json"))  # nothing was written
 
 
