@@ -202,6 +202,10 @@ def _add_index(commands: Any) -> None:
     label = "the member with the label, cls or json:KEY; default: cls, where there is one"
     add("--label", metavar="EXT", help=label)
     add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    text = "read label maps from KEY.seg.png; names of their classes, one a line"
+    add("--map-classes", type=Path, metavar="FILE", help=text)
+    text = "read boxes and masks from KEY.ann.json; names of their classes, one a line"
+    add("--box-classes", type=Path, metavar="FILE", help=text)
     add("--max-skip", type=_at_least(0), default=0, metavar="N", help="unusable samples to allow; default 0")
     add("--overwrite", action="store_true", help="replace index and manifest in DST")
     _add_workers(command)

@@ -10,9 +10,8 @@ is an error.
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,13 +19,17 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.class_list import read_classes
+from data_prep.dense import read_class_names
+from data_prep.find_tars import find_tars
 from data_prep.folders import check_classes
+from data_prep.members import DenseMembers
 from data_prep.scan import NotRead
 from data_prep.skip_limit import SkipLimit
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
 from data_prep.workers import Workers
-from dmae_ds.data.refusals import describe, describe_refusal
+from dmae_ds.data.dense_members import DenseInfo
 from dmae_ds.data.shards import (
+    DENSE_RECORD,
     MANIFEST,
     RECORD,
     SKIPPED,
@@ -35,13 +38,10 @@ from dmae_ds.data.shards import (
     ShardError,
     encode_index,
     index_name,
-    is_shard_name,
     write_manifest,
     write_skipped,
 )
 from dmae_ds.output.durable import replacing
-
-COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Job:
     name: str
     image: str | None
     label: str | None
+    dense: DenseInfo | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Result:
     skipped: list[tuple[str, str]]  # (key, reason)
     num_unlabelled: int
     first_unlabelled: str  # its image's name
+    num_objects: int
+    num_masks: int  # of the objects
 
 
 def index_tars(
@@ -76,6 +79,8 @@ def index_tars(
     image: str | None,
     label: str | None,
     classes: Path | None,
+    map_classes: Path | None = None,
+    box_classes: Path | None = None,
     workers: int,
     max_skip: int,
     overwrite: bool,
@@ -85,12 +90,13 @@ def index_tars(
     Raises ShardError, and then writes no manifest.
     """
     Labels(label or "cls")  # a wrong --label is an error now, not after an hour of reading
+    dense = _dense_info(map_classes, box_classes)
     base, names = find_tars(tars)
     dst = _prepare_folder(tars, dst, overwrite=overwrite)
-    jobs = [Job(number, base, name, image, label) for number, name in enumerate(names)]
+    jobs = [Job(number, base, name, image, label, dense) for number, name in enumerate(names)]
     limit = SkipLimit(max_skip)
     progress = tqdm(total=len(jobs), unit=" shards", disable=None)
-    with Workers(_work, workers) as pool, _IndexWriter(dst) as written, progress:
+    with Workers(_work, workers) as pool, _IndexWriter(dst, dense) as written, progress:
         for result in _in_order(pool.run(jobs)):
             written.add(result)
             progress.update()
@@ -115,6 +121,7 @@ def index_tars(
         seed=None,
         shards=written.shards,
         base=None if base == str(dst.resolve()) else base,
+        dense=None if dense is None else written.dense_entry(),
         made={
             "by": "dmae-shards index",
             "image": image,
@@ -156,8 +163,9 @@ def _prepare_folder(tars: str, dst: Path | None, *, overwrite: bool) -> Path:
 class _IndexWriter:
     """Indexes and sources.txt of tars that are added in order, with what the manifest needs."""
 
-    def __init__(self, dst: Path):
-        self.dst = dst
+    def __init__(self, dst: Path, dense: DenseInfo | None):
+        self.dst, self.dense = dst, dense
+        self.num_objects = self.num_masks = 0
         self.shards: list[Shard] = []
         self.skipped: list[dict] = []
         self.labels: set[int] = set()
@@ -180,6 +188,8 @@ class _IndexWriter:
         records["number"] = np.arange(self.num_samples, self.num_samples + len(records))
         self.num_samples += len(records)
         self.num_unlabelled += result.num_unlabelled
+        self.num_objects += result.num_objects
+        self.num_masks += result.num_masks
         if result.num_unlabelled and not self.first_unlabelled:
             self.first_unlabelled = f"{result.name}/{result.first_unlabelled}"
         self.labels.update(np.unique(records["label"]).tolist())
@@ -193,6 +203,26 @@ class _IndexWriter:
         lines = b"".join(json.dumps(f"{result.name}/{name}").encode() + b"\n" for name in result.names)
         self.sources_digest.update(lines)
         self._sources_file.write(lines)
+
+    def dense_entry(self) -> dict:
+        """The manifest's `dense`. Raises ShardError where only some objects have a mask."""
+        if 0 < self.num_masks < self.num_objects:
+            raise ShardError(
+                f"{self.num_masks:,} of {self.num_objects:,} objects have a segmentation; add it to the "
+                f"others, or remove it from all"
+            )
+        return replace(self.dense, has_masks=self.num_masks > 0).entry()
+
+
+def _dense_info(map_classes: Path | None, box_classes: Path | None) -> DenseInfo | None:
+    """Classes of the tars' maps and boxes; None where neither is to be read. Raises ShardError."""
+    if map_classes is None and box_classes is None:
+        return None
+    names = [
+        None if path is None else read_class_names(path, option)
+        for path, option in ((map_classes, "--map-classes"), (box_classes, "--box-classes"))
+    ]
+    return DenseInfo(map_classes=names[0], box_classes=names[1], has_masks=False)
 
 
 def _too_few(written: _IndexWriter, dst: Path, *, max_skip: int) -> ShardError:
@@ -208,77 +238,23 @@ def _too_few(written: _IndexWriter, dst: Path, *, max_skip: int) -> ShardError:
     )
 
 
-def find_tars(tars: str) -> tuple[str, list[str]]:
-    """Find the tars that TARS names; returns (base, names). Raises ShardError if there are none.
-
-    Tar NAME is base/NAME; base is an absolute path or a URL.
-    """
-    if not REMOTE.match(tars):
-        folder = Path(tars)
-        if not folder.is_dir():
-            raise ShardError(f"TARS '{tars}' is not a folder")
-        base, names = str(folder.resolve()), sorted(path.name for path in folder.iterdir())
-    elif tars.endswith(".tar"):
-        base, _, pattern = tars.rpartition("/")
-        names = list(_expand(pattern))
-    else:
-        base, names = tars.rstrip("/"), _list_remote(tars)
-    compressed = [name for name in names if COMPRESSED.search(name)]
-    names = [name for name in names if name.endswith(".tar")]
-    left_out = ""
-    if compressed:
-        left_out = (
-            f"{len(compressed):,} compressed tars cannot be read, first {compressed[0]}; unpack to .tar"
-        )
-    if not names:
-        raise ShardError(f"TARS '{tars}' has no .tar files{left_out and '; ' + left_out}")
-    if left_out:
-        print(f"left out: {left_out}")
-    bad = next((name for name in names if not is_shard_name(name)), None)
-    if bad is not None:
-        raise ShardError(
-            f"TARS '{tars}': a shard cannot be named {bad!r}; expected a plain file name such as NAME.tar"
-        )
-    return base, names
-
-
-def _list_remote(url: str) -> list[str]:
-    """Sorted names of the files behind a URL. Raises ShardError."""
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-        return sorted(item.rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False))
-    except Exception as error:  # each file system has its own
-        refusal = describe_refusal(error, url.partition("://")[0])
-        way_out = refusal or f"{describe(error)}; try URL/NAME-{{000..146}}.tar"
-        raise ShardError(f"TARS '{url}' cannot be listed: {way_out}") from None
-
-
-def _expand(pattern: str) -> Iterator[str]:
-    """Expand a range in braces: 'a-{08..11}.tar' -> a-08.tar, a-09.tar, ..."""
-    match = re.fullmatch(r"(.*)\{([0-9]{1,9})\.\.([0-9]{1,9})\}(.*)", pattern)
-    if match is None:
-        yield pattern
-        return
-    for number in range(int(match[2]), int(match[3]) + 1):
-        yield f"{match[1]}{number:0{len(match[2])}d}{match[4]}"
-
-
 def _work(job: Job) -> tuple[Result, Callable[[], None]]:
     """Read one tar, in a worker."""
     labels = Labels(job.label or "cls")
     rows, names, skipped = [], [], []
-    num_unlabelled, first_unlabelled = 0, ""
+    num_unlabelled, first_unlabelled, num_objects, num_masks = 0, "", 0, 0
+    dense = None if job.dense is None else DenseMembers(job.dense)
     try:
         with open_tar(job.base, job.name) as file:
             counted = _Counter(file)
-            for sample in read_samples(counted, image=job.image, labels=labels):
+            for sample in read_samples(counted, image=job.image, labels=labels, dense=dense):
                 if sample.reason is not None:
                     skipped.append((sample.key, sample.reason))
                     continue
                 rows.append(sample.record(0))
                 names.append(sample.name)
+                num_objects += sample.num_objects
+                num_masks += sample.num_masks
                 if sample.label is None:
                     first_unlabelled = first_unlabelled or sample.name
                     num_unlabelled += 1
@@ -291,9 +267,17 @@ def _work(job: Job) -> tuple[Result, Callable[[], None]]:
     except Exception as error:  # a remote file system has errors of its own
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise ShardError(f"{job.base}/{job.name} cannot be read: {reason}") from None
-    records = np.array(rows, dtype=RECORD)
     result = Result(
-        job.number, job.name, counted.total, records, names, skipped, num_unlabelled, first_unlabelled
+        number=job.number,
+        name=job.name,
+        bytes=counted.total,
+        records=np.array(rows, dtype=RECORD if dense is None else DENSE_RECORD),
+        names=names,
+        skipped=skipped,
+        num_unlabelled=num_unlabelled,
+        first_unlabelled=first_unlabelled,
+        num_objects=num_objects,
+        num_masks=num_masks,
     )
     return result, lambda: None
 

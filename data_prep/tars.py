@@ -1,5 +1,6 @@
 """Read the samples of WebDataset tars for `index` and `verify`: members by key, links, header and label."""
 
+import dataclasses
 import json
 import posixpath
 import re
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from data_prep.header import read_header
+from data_prep.members import DenseMembers, MemberFacts
 from data_prep.scan import MAX_BYTES, Member, scan_tar, split_key
 from data_prep.workers import check_parent
-from dmae_ds.data.shards import ShardError, crc32
+from dmae_ds.data.shards import DENSE_MEMBERS, ShardError, crc32
 
 IMAGES = ("jpg", "jpeg", "png")
 REMOTE = re.compile("(https?|s3|gs|hf)://")
@@ -32,11 +34,14 @@ class TarSample:
     height: int = 0
     label: int | None = None  # None: no label
     reason: str | None = None  # why the sample cannot be used
+    dense: tuple[int, ...] = ()  # of a dense set: the fields of DENSE_RECORD that RECORD does not have
+    num_objects: int = 0
+    num_masks: int = 0  # of the objects
 
     def record(self, number: int) -> tuple:
-        """Fields of the sample's RECORD."""
+        """Fields of the sample's RECORD, or DENSE_RECORD."""
         label = -1 if self.label is None else self.label
-        return number, self.offset, self.size, self.crc32, self.width, self.height, label
+        return number, self.offset, self.size, self.crc32, self.width, self.height, label, *self.dense
 
 
 class Labels:
@@ -65,9 +70,10 @@ class TarReader:
     followed to other members of the tar, and members of a key that stand apart are joined.
     """
 
-    def __init__(self, *, image: str | None, labels: Labels):
-        self.images, self.labels = IMAGES if image is None else (image,), labels
-        self._used = {*self.images, labels.extension}
+    def __init__(self, *, image: str | None, labels: Labels, dense: DenseMembers | None = None):
+        self.images, self.labels, self.dense = IMAGES if image is None else (image,), labels, dense
+        self._members = [] if dense is None else dense.extensions
+        self._used = {*self.images, labels.extension, *self._members}
         self._groups: list[_Group] = []
         self._by_name: dict[str, _Part] = {}
 
@@ -110,7 +116,9 @@ class TarReader:
             if extension == self.labels.extension and extension not in self.images:
                 part.label = self.labels.read(member.data)
             elif not member.size:
-                raise ValueError("empty")
+                raise ValueError("empty" if extension in self.images else f"its .{extension} is empty")
+            elif extension in self._members:
+                part.facts, part.crc32 = self.dense.read(extension, member.data), crc32(member.data)
             else:
                 _, part.width, part.height = read_header(member.data, member.size)
                 part.crc32 = crc32(member.data)
@@ -162,7 +170,31 @@ class TarReader:
         if reason is not None:
             return TarSample(group.key, name, reason=reason)
         label = None if labelled is None else labelled.label
-        return TarSample(group.key, name, part.offset, part.size, part.crc32, part.width, part.height, label)
+        sample = TarSample(
+            group.key, name, part.offset, part.size, part.crc32, part.width, part.height, label
+        )
+        return sample if self.dense is None else self._add_members(sample, group)
+
+    def _add_members(self, sample: TarSample, group: "_Group") -> TarSample:
+        """The sample with its map and annotations; with a reason where they cannot be used."""
+        fields, num_objects, num_masks = {}, 0, 0
+        for extension in self._members:
+            part = group.parts.get(extension)
+            part = None if part is None else self._follow(part)
+            reason = f"it has no .{extension}" if part is None else part.reason
+            if reason is None:
+                try:
+                    self.dense.check(part.facts, width=sample.width, height=sample.height)
+                except ValueError as error:
+                    reason = str(error)
+            if reason is not None:
+                return TarSample(sample.key, sample.name, reason=reason)
+            fields[extension] = part.offset, part.size, part.crc32
+            num_objects += part.facts.num_objects
+            num_masks += part.facts.num_masks
+        columns = zip(*(fields.get(it, (0, 0, 0)) for it in DENSE_MEMBERS.values()), strict=True)
+        dense = tuple(value for column in columns for value in column)
+        return dataclasses.replace(sample, dense=dense, num_objects=num_objects, num_masks=num_masks)
 
     def _no_image(self, group: "_Group") -> str:
         """Why a sample has no image, and what to do if its name has a dot."""
@@ -188,6 +220,7 @@ class _Part:
     label: int | None = None
     reason: str | None = None  # why it cannot be used
     link: str | None = None  # name in the tar that a link means
+    facts: MemberFacts | None = None  # of a map or annotations
 
 
 @dataclass(slots=True)
@@ -199,9 +232,11 @@ class _Group:
     parts: dict[str, _Part]
 
 
-def read_samples(file: BinaryIO, *, image: str | None, labels: Labels) -> Iterator[TarSample]:
+def read_samples(
+    file: BinaryIO, *, image: str | None, labels: Labels, dense: DenseMembers | None = None
+) -> Iterator[TarSample]:
     """Yield the samples of a tar after reading all of it. Raises ValueError if it is damaged."""
-    reader = TarReader(image=image, labels=labels)
+    reader = TarReader(image=image, labels=labels, dense=dense)
     for member in scan_tar(file):
         check_parent()
         reader.add(member)

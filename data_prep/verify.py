@@ -16,13 +16,15 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.header import read_header
+from data_prep.members import DenseMembers
 from data_prep.scan import BLOCK
 from data_prep.tars import REMOTE, Labels, open_tar, read_samples
 from data_prep.workers import Workers, check_parent
 from dmae_ds.data.shard_set import HEADER_BYTES, MANIFEST_BYTES, ShardSet
 from dmae_ds.data.shards import (
+    DENSE_MEMBERS,
+    DENSE_RECORD,
     MANIFEST,
-    RECORD,
     SKIPPED,
     SOURCES,
     ShardError,
@@ -32,6 +34,7 @@ from dmae_ds.data.shards import (
 )
 from dmae_ds.data.storage import LocalFolder, RemoteFolder
 
+OURS = "dmae-shards make"
 MAX_SHOWN = 20
 PIECE_BYTES = 2**24
 _opened: dict[str, ShardSet] = {}  # of a worker, with its connections: each job brings the set again
@@ -103,7 +106,7 @@ def _pieces(folder: LocalFolder | RemoteFolder, name: str, size: int) -> Iterato
 def _check_shard(shard_set: ShardSet, made: dict, number: int, sample: float) -> tuple[list[str], int]:
     """Compare one shard with its index and manifest; returns (differences, samples read)."""
     shard = shard_set.shards[number]
-    limit = HEADER_BYTES + shard.num_samples * RECORD.itemsize
+    limit = HEADER_BYTES + shard.num_samples * shard_set.record.itemsize
     text = shard_set.indexes.read_all(index_name(shard.name), limit=limit)
     if hashlib.sha256(text).hexdigest() != shard.index_sha256:
         return [f"{index_name(shard.name)}: not the index of the manifest"], 0
@@ -111,14 +114,15 @@ def _check_shard(shard_set: ShardSet, made: dict, number: int, sample: float) ->
         records = np.array(shard_set.open_index(number))
     except ShardError as error:
         return [str(error)], 0
-    base, is_ours = shard_set.base or str(shard_set.folder), made.get("by") == "dmae-shards make"
+    base, is_ours = shard_set.base or str(shard_set.folder), made.get("by") == OURS
     try:
         with open_tar(base, shard.name) as file:
             if sample < 1:
                 num_rows = min(len(records), max(1, round(len(records) * sample)))
                 rows = sorted(random.Random(number).sample(range(len(records)), num_rows))
                 return list(_look_up(shard.name, file, records[rows], is_ours)), num_rows
-            return _read_all(shard.name, file, shard.bytes, records, made, is_ours), len(records)
+            dense = None if shard_set.dense is None else DenseMembers(shard_set.dense)
+            return _read_all(shard.name, file, shard.bytes, records, made, dense), len(records)
     except Exception as error:  # a remote file system has errors of its own
         if isinstance(error, OSError | ValueError) or REMOTE.match(base):
             return [f"{shard.name}: cannot be read: {getattr(error, 'strerror', None) or error}"], 0
@@ -126,15 +130,19 @@ def _check_shard(shard_set: ShardSet, made: dict, number: int, sample: float) ->
 
 
 def _read_all(
-    name: str, file: BinaryIO, size: int, records: np.ndarray, made: dict, is_ours: bool
+    name: str,
+    file: BinaryIO,
+    size: int,
+    records: np.ndarray,
+    made: dict,
+    dense: DenseMembers | None,
 ) -> list[str]:
     """Differences between a whole tar and its index."""
-    labels = Labels(made.get("label") or "cls")
+    labels, is_ours = Labels(made.get("label") or "cls"), made.get("by") == OURS
+    image = "npy" if made.get("arrays") else made.get("image")
     differences, rows = [], iter(records)
     try:
-        for sample in read_samples(
-            _Counted(file, size), image="npy" if made.get("arrays") else made.get("image"), labels=labels
-        ):
+        for sample in read_samples(_Counted(file, size), image=image, labels=labels, dense=dense):
             if sample.reason is not None and not is_ours:
                 continue  # `index` skipped it, too
             row = next(rows, None)
@@ -147,7 +155,7 @@ def _read_all(
             if sample.reason is not None:
                 differences.append(f"{name}: sample {key}: {sample.reason}")
                 continue
-            for field, value in zip(RECORD.names[1:], sample.record(0)[1:], strict=True):
+            for field, value in zip(records.dtype.names[1:], sample.record(0)[1:], strict=True):
                 if row[field] != value:
                     differences.append(f"{name}: sample {key}: {field} is {value}, in its index {row[field]}")
     except ValueError as error:
@@ -173,8 +181,14 @@ def _look_up(name: str, file: BinaryIO, records: np.ndarray, is_ours: bool) -> I
         if (width, height) != (row["width"], row["height"]):
             expected = f"{row['width']} x {row['height']}"
             yield f"{name}: sample {key}: found {width} x {height} pixels, in its index {expected}"
+        for member in DENSE_MEMBERS if records.dtype == DENSE_RECORD else ():
+            file.seek(int(row[f"{member}_offset"]))
+            data = file.read(int(row[f"{member}_size"]))
+            if crc32(data) != row[f"{member}_crc32"]:
+                yield f"{name}: sample {key}: its .{DENSE_MEMBERS[member]} does not have the index's crc32"
         if not is_ours:
             continue
+        file.seek(int(row["offset"]) + size)
         tail = file.read(-size % BLOCK + 2 * BLOCK)[-size % BLOCK :]
         label = b"%d" % row["label"]
         expected_header = ustar_header(f"{key}.{extension}".encode(), size)
