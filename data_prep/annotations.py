@@ -87,9 +87,11 @@ def is_drawn_upright(
     return next(iter(sizes.values())) == upright
 
 
-def convert_map(data: bytes, settings: DenseSettings, frame: Frame) -> bytes:
+def convert_map(
+    data: bytes, settings: DenseSettings, frame: Frame, *, max_pixels: int | None = None
+) -> bytes:
     """The `.seg.png` of a map file. Raises ValueError with a reason."""
-    values = read_map_values(data)
+    values = read_map_values(data, max_pixels=max_pixels)
     num_classes = len(settings.info.map_classes)
     nothing = ignore_index(num_classes)
     given = settings.ignore_label

@@ -105,7 +105,9 @@ def _samples(
                 mode = describe_array(read_array_header(buffer, size))
             data: bytes | memoryview = memoryview(buffer)[:size]
             if settings.dense is not None:
-                converted = convert_dense(settings, path, lines.get(number), bytes(data), (width, height))
+                converted = convert_dense(
+                    settings, path, lines.get(number), (bytes(data), extension, width, height)
+                )
                 data, extension, width, height = converted.image
             elif decode:
                 data, extension, width, height = _decode(settings, data, extension, width, height)

@@ -114,9 +114,8 @@ def match_dense(
     """Match the images with their maps and annotations; returns those that have all, and what they have.
 
     is_subset: whether `listing` has a part of SRC's images; then further maps and entries are no mistake
-    Raises ShardError for options or files that cannot be used.
+    Raises ShardError for files that cannot be used.
     """
-    check_dense(options, classes=classes)
     matched = Listing(ignored=listing.ignored, skipped=listing.skipped, notes=listing.notes)
     coco = None if options.coco is None else read_coco(options.coco)
     paths = [listing.path(number) for number in range(len(listing))]
@@ -244,7 +243,7 @@ def _name_classes(options: DenseOptions, classes: Path | None, listing: Listing)
     if classes is None:
         names = [str(number) for number in range(options.num_classes)]
     else:
-        names = _named_column(classes) or read_classes(classes, notes=listing.notes)
+        names = read_class_names(classes, "--classes", listing.notes)
     if len(names) > MAX_CLASSES:
         raise ShardError(f"{len(names):,} classes; a label map of 16 bits holds {MAX_CLASSES:,}")
     if options.ignore_label is not None and options.ignore_label > MAX_CLASSES:
@@ -252,15 +251,23 @@ def _name_classes(options: DenseOptions, classes: Path | None, listing: Listing)
     return names
 
 
-def _named_column(path: Path) -> list[str] | None:
+def read_class_names(path: Path, option: str, notes: list[str] | None = None) -> list[str]:
+    """Names of classes in the order of their numbers, one a line or in the column `Name` of a table.
+
+    notes: what was left out is added here. Raises ShardError.
+    """
+    return _named_column(path, option) or read_classes(path, notes=notes)
+
+
+def _named_column(path: Path, option: str) -> list[str] | None:
     """The column `Name` of a table with a header, such as ADE20K's objectInfo150.txt; None without one."""
-    rows = read_rows(path, "--classes")
+    rows = read_rows(path, option)
     for separator in "\t,;":
         header = [cell.lower() for cell in split_cells(rows[0].text, separator)]
         if len(header) > 1 and header.count("name") == 1:
             place = header.index("name")
             cells = [split_cells(row.text, separator) for row in rows[1:]]
             if not cells or not all(len(line) > place for line in cells):
-                raise ShardError(f"--classes '{path}' has a header with a column Name, and lines without it")
+                raise ShardError(f"{option} '{path}' has a header with a column Name, and lines without it")
             return [line[place] for line in cells]
     return None

@@ -198,6 +198,7 @@ def _find(src: Path, options: MakeOptions) -> tuple[Listing, DenseListing | None
         listing, dense = match_dense(
             src, listing, options.dense, classes=options.classes, is_subset=options.only is not None
         )
+        print(f"{len(listing):,} of them have {dense.settings.info.describe()}")
     for note in listing.notes:
         print(note)
     if options.part is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.dense import DenseListing, DenseOptions
+from data_prep.dense import DenseListing, DenseOptions, check_dense
 from data_prep.find import Listing
 from dmae_ds.data.shards import ShardError
 
@@ -35,6 +35,7 @@ def check_options(options: MakeOptions) -> None:
         raise ShardError(
             "--resize does not go with --arrays, whose bytes stay as they are; remove one of them"
         )
+    check_dense(options.dense, classes=options.classes)
     dense = "--masks" if options.dense.masks is not None else "--coco"
     if options.dense and options.labels is not None:
         raise ShardError(f"{dense} does not go with --labels: a set has maps and boxes, or labels")
@@ -54,6 +55,7 @@ def make_plan(listing: Listing, options: MakeOptions, dense: DenseListing | None
         "verify": options.verify,
         "json": options.json,
         **({"arrays": True} if options.arrays else {}),
+        **({} if dense is None else dense.plan()),
         "num_sources": len(listing),
         "listing_sha256": listing.sha256(),
     }
@@ -61,4 +63,4 @@ def make_plan(listing: Listing, options: MakeOptions, dense: DenseListing | None
         import PIL
 
         plan["pillow"] = PIL.__version__  # another version may encode other bytes
-    return plan | ({} if dense is None else dense.plan())
+    return plan

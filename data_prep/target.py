@@ -136,9 +136,11 @@ def find_finished(target: LocalTarget | BucketTarget, plan: dict, old_plan: dict
         )
     else:
         return False
-    for key in plan:
-        if old_plan.get(key) != plan[key]:
-            difference = f"{key}: found {old_plan.get(key)!r}, requested {plan[key]!r}"
+    for key in ("dense", *plan):  # a plan of images alone does not have the first
+        if old_plan.get(key) != plan.get(key):
+            difference = f"{key}: found {old_plan.get(key)!r}, requested {plan.get(key)!r}"
+            if key == "dense":
+                difference = "dense: other maps, boxes or classes, or none"
             if key in ("num_sources", "listing_sha256"):
                 difference = "the files of SRC or their labels changed"
             raise OtherSetError(

@@ -26,6 +26,7 @@ from dmae_ds.errors import UserError
 MAP_MODES = ("L", "P", "I;16", "I;16B", "I", "1")  # grey of 8, 16 or 1 bit, and numbers in a palette
 MAX_CLASSES = 65535
 MIN_SIDE = 0.01  # px; a box below it has no area in float32
+MAX_MASK_BYTES = 2**31  # of all masks of an image, a byte a pixel
 MAX_POINTS = 10**6  # of the polygons of one object
 
 
@@ -59,6 +60,16 @@ class DenseInfo:
             raise ValueError(f"dense.has_masks is {entry['has_masks']!r}, expected true or false")
         return cls(**entry)
 
+    def describe(self) -> str:
+        """What the samples have, with numbers of classes: `label maps (14 classes), boxes (10 classes)`."""
+        shown = []
+        if self.map_classes is not None:
+            shown.append(f"label maps ({len(self.map_classes):,} classes)")
+        if self.box_classes is not None:
+            kind = "boxes with masks" if self.has_masks else "boxes"
+            shown.append(f"{kind} ({len(self.box_classes):,} classes)")
+        return ", ".join(shown)
+
     def entry(self) -> dict:
         """The same as JSON."""
         return asdict(self)
@@ -78,9 +89,10 @@ def ignore_index(num_classes: int) -> int:
     return 255 if num_classes <= 255 else MAX_CLASSES
 
 
-def read_map_values(data: bytes) -> np.ndarray:
+def read_map_values(data: bytes, *, max_pixels: int | None = None) -> np.ndarray:
     """Decode a label map as it is: uint8 or uint16 [H, W]; numbers in a palette, not its colours.
 
+    max_pixels: default, what training reads
     Raises ValueError with a reason unless it is a PNG of one channel with at most 16 bits.
     """
     try:
@@ -89,7 +101,7 @@ def read_map_values(data: bytes) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
                 if image.format != "PNG" or image.mode not in MAP_MODES:
                     raise TypeError(f"{image.format} {image.mode}")
-                check_size(image.width, image.height)
+                check_size(image.width, image.height, max_pixels=max_pixels)
                 values = np.array(image)
     except TooLarge:
         raise
@@ -131,6 +143,11 @@ def read_annotations(data: bytes, info: DenseInfo, *, width: int, height: int) -
         raise ValueError('its annotations are not JSON with the key "annotations"') from None
     if not isinstance(annotations, list):
         raise ValueError(f"its annotations are a {type(annotations).__name__}, expected a list")
+    if info.has_masks and len(annotations) * width * height > MAX_MASK_BYTES:
+        raise ValueError(
+            f"it has {len(annotations):,} objects in {width} x {height} pixels, and their masks would "
+            f"have more than {MAX_MASK_BYTES:,} bytes; `dmae-shards make --resize N` stores it smaller"
+        )
     num_classes = len(info.box_classes or ())
     boxes, labels, crowd, segmentations = [], [], [], []
     for number, annotation in enumerate(annotations):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dmae_ds.data.dense_members import DenseInfo
 from dmae_ds.data.shards import NewSample, Shard, compute_fingerprint, write_manifest, write_shard
 
 NUM_SAMPLES = 12
@@ -102,9 +103,51 @@ def mutate_manifest(text: str, rng: np.random.Generator) -> str:
     return json.dumps(manifest)
 
 
+def make_dense_folder(folder: Path) -> None:
+    """Write a shard folder of one shard, whose samples have a label map and an annotation each."""
+    samples = []
+    for number, data in enumerate(IMAGES):
+        file = io.BytesIO()
+        Image.new("L", (120, 90), number % 3).save(file, "PNG")
+        extension = "png" if number % 4 == 2 else "jpg"
+        ann = json.dumps({"annotations": [ANNOTATION]}).encode()
+        samples.append(NewSample(number, extension, data, 120, 90, -1, None, file.getvalue(), ann))
+    shard = write_shard(folder, "shard-000000.tar", samples, dense=True)
+    write_manifest(folder, classes=[], seed=0, shards=[shard], dense=INFO.entry())
+
+
+INFO = DenseInfo(map_classes=["a", "b", "c"], box_classes=["d", "e"], has_masks=True)
+ANNOTATION = {"bbox": [5, 6, 40, 30], "label": 1, "segmentation": [[5, 6, 45, 6, 45, 36.5]]}
+
+
+def mutate_annotations(rng: np.random.Generator) -> bytes:
+    """Replace values of two annotations by hostile ones, at any depth; sometimes damage the text, too."""
+    lengths = {"size": [90, 120], "counts": [100, 50, 10650]}
+    if rng.random() < 0.5:
+        lengths["counts"] = "T3b10]:"  # some of COCO's compressed text
+    content = {"annotations": [ANNOTATION, ANNOTATION | {"segmentation": lengths}]}
+    content = json.loads(json.dumps(content))
+    hostile = [None, True, -1, 0, 1.5, 1e308, 10**30, -(2**31), float("nan"), "", "o" * 99, [], {}]
+    hostile += [[[0, 0] * 3], [[1e6] * 8], [10800], "0" * 5000, [0] * 10801]
+    for _ in range(int(rng.integers(1, 4))):
+        place: list | dict = content["annotations"]
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = keys[int(rng.integers(0, len(keys)))]
+            if not isinstance(place[key], (list, dict)) or rng.random() < 0.2:
+                place[key] = hostile[int(rng.integers(0, len(hostile)))]
+                break
+            place = place[key]
+    data = json.dumps(content).encode()
+    return mutate(data, rng) if rng.random() < 0.1 else data
+
+
 def fingerprint_of(manifest: dict) -> str:
     """The fingerprint that belongs to a manifest's content."""
-    return compute_fingerprint(manifest["classes"], [Shard(**entry) for entry in manifest["shards"]])
+    shards = [Shard(**entry) for entry in manifest["shards"]]
+    return compute_fingerprint(manifest["classes"], shards, manifest.get("dense"))
 
 
 def bomb(rng: np.random.Generator) -> bytes:

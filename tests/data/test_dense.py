@@ -182,6 +182,13 @@ def test_bad_annotations_are_one_line(annotation, words):
         read_annotations(text(annotation), INFO, width=9, height=8)
 
 
+def test_masks_that_fill_the_memory_are_refused():
+    many = text(*[square()] * 40)
+    assert len(read_annotations(many, INFO, width=7000, height=7000).labels) == 40
+    with refused("44 objects", "7000 x 7000", error=ValueError):
+        read_annotations(text(*[square()] * 44), INFO, width=7000, height=7000)
+
+
 def test_bytes_that_are_no_annotations_are_one_line():
     for data in (b"", b"[]", b'{"annotations": {}}', b"[" * 5000):
         with refused("annotations", error=ValueError):

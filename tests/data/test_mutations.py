@@ -24,8 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dmae_ds.data.decode import decode, decode_bytes
+from dmae_ds.data.dense import open_dense
+from dmae_ds.data.dense_members import decode_masks, read_annotations, read_map
 from dmae_ds.data.open import open_train
 from dmae_ds.data.reader import Sample, SampleReader
 from dmae_ds.data.shard_set import ShardSet
@@ -33,11 +36,14 @@ from dmae_ds.data.shards import ShardError, index_name
 from dmae_ds.data.unindexed_stream import _samples_of
 from tests.data.mutations import (
     IMAGES,
+    INFO,
     NUM_SAMPLES,
     bomb,
     fingerprint_of,
+    make_dense_folder,
     make_folder,
     mutate,
+    mutate_annotations,
     mutate_manifest,
 )
 
@@ -55,6 +61,7 @@ FORBIDDEN_EVENTS = {
     "pickle.find_class",
 }
 KINDS = ("image", "image", "bomb", "tar", "index", "index and manifest", "manifest", "unindexed")
+KINDS += ("map", "annotations", "dense index and manifest")
 
 
 def read_all(folder: Path) -> None:
@@ -77,7 +84,7 @@ def _read_by_block(reader: SampleReader, sample_id: int) -> Sample:
 
 def try_input(number: int, folder: Path) -> str:
     """Make input `number` and read it. Returns its kind; raises everything but a ShardError of one line."""
-    rng, kind = np.random.default_rng(number), KINDS[number % 8]
+    rng, kind = np.random.default_rng(number), KINDS[number % len(KINDS)]
     if kind in ("image", "bomb"):
         data = bomb(rng) if kind == "bomb" else IMAGES[int(rng.integers(0, NUM_SAMPLES))]
         try:
@@ -86,6 +93,14 @@ def try_input(number: int, folder: Path) -> str:
         except ValueError as error:
             assert "\n" not in str(error)
         return kind
+    if kind in ("map", "annotations"):
+        try:
+            read_member(kind, rng)
+        except ValueError as error:
+            assert "\n" not in str(error)
+        return kind
+    if kind.startswith("dense"):
+        return read_damaged_dense_folder(kind, folder, rng)
     make_folder(folder)
     damage_folder(folder, kind, rng)
     try:
@@ -98,9 +113,39 @@ def try_input(number: int, folder: Path) -> str:
     return kind
 
 
-def damage_folder(folder: Path, kind: str, rng: np.random.Generator) -> None:
+def read_member(kind: str, rng: np.random.Generator) -> None:
+    """Decode a damaged label map or damaged annotations."""
+    if kind == "annotations":
+        found = read_annotations(mutate_annotations(rng), INFO, width=120, height=90)
+        assert decode_masks(found.segmentations, width=120, height=90).shape[1:] == (90, 120)
+        return
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 3, (40, 50)).astype(np.uint8)).save(file, "PNG")
+    data = bomb(rng) if rng.random() < 0.2 else mutate(file.getvalue(), rng)
+    assert read_map(data, 3).ndim == 2
+
+
+def read_damaged_dense_folder(kind: str, folder: Path, rng: np.random.Generator) -> str:
+    """Damage index and manifest of a dense folder, and read all of it."""
+    make_dense_folder(folder)
+    damage_folder(folder, kind.removeprefix("dense "), rng, tar="shard-000000.tar")
+    try:
+        dense = open_dense(folder)
+        for number in range(min(len(dense), 2 * NUM_SAMPLES)):
+            try:
+                assert dense[number].label_map.ndim == 2
+            except ShardError as error:
+                assert "\n" not in str(error)
+    except ShardError as error:
+        assert "\n" not in str(error)
+    return kind
+
+
+def damage_folder(
+    folder: Path, kind: str, rng: np.random.Generator, *, tar: str = "shard-000001.tar"
+) -> None:
     """Change the file of a shard folder that `kind` names."""
-    tar, manifest = folder / "shard-000001.tar", folder / "manifest.json"
+    tar, manifest = folder / tar, folder / "manifest.json"
     index = folder / index_name(tar.name)
     if kind == "tar":
         size, data = tar.stat().st_size, mutate(tar.read_bytes(), rng)
@@ -109,7 +154,7 @@ def damage_folder(folder: Path, kind: str, rng: np.random.Generator) -> None:
         index.write_bytes(mutate(index.read_bytes(), rng))
         if kind == "index and manifest":  # the manifest has the checksum of the damaged index
             content = json.loads(manifest.read_text())
-            content["shards"][1]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+            content["shards"][-1]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
             content["fingerprint"] = fingerprint_of(content)
             manifest.write_text(json.dumps(content))
     elif kind == "manifest":

@@ -47,10 +47,10 @@ def many(tmp_path_factory):
     return folder
 
 
-def kill_and_resume(many, dst, rng):
+def kill_and_resume(many, dst, rng, *options):
     """Kill a run and resume it; returns the shards in the killed run's journal, None if it was finished."""
     process = subprocess.Popen(
-        command(many / "src", dst, rng.choice([1, 2, 3])), cwd=ROOT, stdout=subprocess.DEVNULL
+        command(many / "src", dst, rng.choice([1, 2, 3]), *options), cwd=ROOT, stdout=subprocess.DEVNULL
     )
     time.sleep(rng.uniform(0.1, 0.7) if rng.random() < 0.3 else 0)
     stop_at = rng.randrange(0, 100)
@@ -62,7 +62,7 @@ def kill_and_resume(many, dst, rng):
     journal = dst / "journal.jsonl"
     reached = journal.read_bytes().count(b"\n") - 1 if journal.exists() else None
     done = subprocess.run(
-        command(many / "src", dst, rng.choice([1, 2, 3])),
+        command(many / "src", dst, rng.choice([1, 2, 3]), *options),
         cwd=ROOT,
         capture_output=True,
         text=True,
