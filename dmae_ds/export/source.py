@@ -97,6 +97,11 @@ class Source:
         return len(self.pixels.mean)
 
     @property
+    def num_prefix(self) -> int:
+        """Number of tokens in front of the patches: CLS and registers."""
+        return self.vit.num_prefix if self.what != "classifier" else self.vit.num_prefix_tokens
+
+    @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
@@ -111,7 +116,7 @@ class Source:
     def outputs(self, inputs: Inputs) -> dict[str, Tensor]:
         """Return what the trained network computes.
 
-        encoder: `tokens` [N, 1 + L, D] after the final norm
+        encoder: `tokens` [N, R + L, D] after the final norm, with CLS and registers in front
         classifier: `logits` [N, classes]
         mae: `pixels` [N, L - K, P * P * C], reconstructed, in the order of the noise; and `loss`
         """
@@ -159,6 +164,7 @@ def _open_student(run: Path, what: str) -> Source:
         model: nn.Module = build_student(
             config.student.name, config.student.overrides(), generator=torch.Generator().manual_seed(0)
         )
+        model.drops_registers = False  # other libraries give them
         weights, vit = tensors, model
     else:
         rest, rest_metadata = _read(run / "decoder.safetensors", "a run writes it with its first checkpoint")

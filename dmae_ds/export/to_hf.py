@@ -1,12 +1,13 @@
 """`dmae-ds export --to hf`: folders that transformers loads.
 
 `ViTModel` is the encoder, `ViTMAEForPreTraining` has the pixel decoder too, `ViTForImageClassification` is a
-classifier. Tensors are written under the names of the published files (google/vit-base-patch16-224,
-facebook/vit-mae-base), which every version of transformers reads: version 5 renames them as it loads. `qkv`
-is cut into query, key and value. MAE's positional embeddings are kept. Its decoder's tokens are in the order
-of the grid there and in the order of the mask here, on which attention does not depend. The images' processor
-is CLIP's (short side, central crop), because ViT's changes the aspect ratio. In transformers 5 it lays
-transparency on white as training does; the card's Python does so for every version.
+classifier; encoders of DINOv2's and DINOv3's kind have classes of their own (hf_dino.py). Tensors are written
+under the names of the published files (google/vit-base-patch16-224, facebook/vit-mae-base), which every
+version of transformers reads: version 5 renames them as it loads. `qkv` is cut into query, key and value.
+MAE's positional embeddings are kept. Its decoder's tokens are in the order of the grid there and in the order
+of the mask here, on which attention does not depend. The images' processor is CLIP's (short side, central
+crop), because ViT's changes the aspect ratio. In transformers 5 it lays transparency on white as training
+does; the card's Python does so for every version.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from timm.layers.activations import QuickGELU
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmae_ds.errors import UserError
+from dmae_ds.export.hf_config import shared_config
+from dmae_ds.export.hf_dino import dino_config, dino_tensors, find_layout
 from dmae_ds.export.source import OPEN_IMAGE, Inputs, Source
 
-ACTIVATIONS = {nn.GELU: "gelu", QuickGELU: "quick_gelu"}
 BICUBIC = 3  # PIL's number
 CLASSES = {"encoder": "ViTModel", "mae": "ViTMAEForPreTraining", "classifier": "ViTForImageClassification"}
 
@@ -96,11 +97,13 @@ def write_hf(source: Source, folder: Path) -> None:
             "transformers' ViT classifies CLS, this classifier the mean of the patches; "
             "export --to timm, safetensors or onnx, or fine-tune with pool=cls"
         )
-    save_file(
-        to_transformers(source.tensors, prefix="" if source.what == "encoder" else "vit."),
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    layout = find_layout(source) if source.what == "encoder" else None
+    if layout is not None:
+        tensors, config = dino_tensors(source, layout), dino_config(source, layout)
+    else:
+        tensors = to_transformers(source.tensors, prefix="" if source.what == "encoder" else "vit.")
+        config = _config(source)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     pixels, size = source.pixels, source.img_size
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -116,35 +119,19 @@ def write_hf(source: Source, folder: Path) -> None:
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
     }
-    for name, content in (("config", _config(source)), ("preprocessor_config", preprocessor)):
+    for name, content in (("config", config), ("preprocessor_config", preprocessor)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _config(source: Source) -> dict:
-    block, vit = source.vit.blocks[0], source.vit
-    epsilons = {module.eps for module in source.model.modules() if isinstance(module, nn.LayerNorm)}
-    activation = ACTIVATIONS.get(type(block.mlp.act))
-    if len(epsilons) != 1 or activation is None:
-        raise UserError(
-            f"transformers' ViT has one epsilon and GELU; this student has {sorted(epsilons)} and "
-            f"{type(block.mlp.act).__name__}; export --to timm, safetensors or onnx"
-        )
-    config = {
+    block = source.vit.blocks[0]
+    config = shared_config(source, "ViT") | {
         "architectures": [CLASSES[source.what]],
         "model_type": "vit_mae" if source.what == "mae" else "vit",
-        "hidden_size": vit.embed_dim,
-        "num_hidden_layers": len(vit.blocks),
-        "num_attention_heads": block.attn.num_heads,
         "intermediate_size": block.mlp.fc1.out_features,
-        "hidden_act": activation,
-        "layer_norm_eps": epsilons.pop(),
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "image_size": source.img_size,
-        "patch_size": source.patch_size,
-        "num_channels": source.channels,
         "qkv_bias": block.attn.qkv.bias is not None,
-        "torch_dtype": "float32",
     }
     if source.what == "classifier":
         names = source.classes or [f"LABEL_{number}" for number in range(source.keys["num_classes"])]
@@ -182,8 +169,8 @@ def run_hf(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    options = {"add_pooling_layer": False} if source.what == "encoder" else {}
-    model, info = getattr(transformers, CLASSES[source.what]).from_pretrained(
+    class_name, options = _class_of(source)
+    model, info = getattr(transformers, class_name).from_pretrained(
         folder, output_loading_info=True, **options
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -199,17 +186,28 @@ def run_hf(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
     return {"pixels": output.logits[torch.arange(num)[:, None], ids_masked], "loss": output.loss}
 
 
+def _class_of(source: Source) -> tuple[str, dict]:
+    """The class that loads the folder, and the arguments with which it does."""
+    layout = find_layout(source) if source.what == "encoder" else None
+    if layout is not None:
+        return layout.class_name, {}
+    return CLASSES[source.what], {"add_pooling_layer": False} if source.what == "encoder" else {}
+
+
 def explain_hf(source: Source, name: str) -> str:
     """Return Python that loads the folder."""
-    option = ", add_pooling_layer=False" if source.what == "encoder" else ""
+    class_name, options = _class_of(source)
+    option = "".join(f", {key}={value}" for key, value in options.items())
+    registers = getattr(source.vit, "num_prefix", 1) - 1
+    order = f"CLS first, {registers} registers, patches" if registers > 0 else "CLS first"
     answer = {
-        "encoder": "tokens = model(**inputs).last_hidden_state  # CLS first",
+        "encoder": f"tokens = model(**inputs).last_hidden_state  # {order}",
         "classifier": "logits = model(**inputs).logits",
         "mae": "out = model(**inputs)  # out.loss, out.logits [N, L, P * P * 3], out.mask",
     }[source.what]
     return f"""{OPEN_IMAGE}
-from transformers import AutoImageProcessor, {CLASSES[source.what]}
+from transformers import AutoImageProcessor, {class_name}
 processor = AutoImageProcessor.from_pretrained("{name}")
-model = {CLASSES[source.what]}.from_pretrained("{name}"{option}).eval()
+model = {class_name}.from_pretrained("{name}"{option}).eval()
 inputs = processor(images=image, return_tensors="pt")
 {answer}"""

@@ -18,7 +18,7 @@ from dmae_ds.models.vit import build_timm_vit
 FILE = "model.onnx"
 MAX_ONE_FILE = 1_500_000_000  # bytes; larger weights go into model.onnx.data, as protobuf is limited to 2 GB
 # Python for the image's feature, by what an objective is judged by.
-POOLED = {"mean": "tokens[:, 1:].mean(axis=1)", "cls": "tokens[:, 0]"}
+POOLED = {"mean": "tokens[:, {prefix}:].mean(axis=1)", "cls": "tokens[:, 0]"}
 OPSET = 18  # the first one that torch's exporter writes without conversion
 
 
@@ -87,13 +87,13 @@ def run_onnx(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
 
 def explain_onnx(source: Source, name: str) -> str:
     """Return Python that runs the file."""
-    shape = f"[N, {1 + source.num_patches}, {source.vit.embed_dim}]"
+    shape = f"[N, {source.num_prefix + source.num_patches}, {source.vit.embed_dim}]"
     if source.what == "classifier":
         shape = f"[N, {source.keys['num_classes']}]"
     size, pool = source.img_size, ""
     colours = "RGB" if source.channels == 3 else "as stored"
     if source.what != "classifier":
-        feature = POOLED[source.config.objective.judged_by]
+        feature = POOLED[source.config.objective.judged_by].format(prefix=source.num_prefix)
         pool = f"\nfeature = {feature}  # [N, {source.vit.embed_dim}]"
     image = f"[N, {size}, {size}, {source.channels}], 0 to 255, {colours}"
     return f"""import numpy as np, onnxruntime

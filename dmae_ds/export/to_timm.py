@@ -122,8 +122,9 @@ def _output(source: Source, model: nn.Module, inputs: Inputs) -> dict[str, Tenso
 def _call(source: Source) -> str:
     if source.what == "classifier":
         return f"logits = model(pixels)  # [N, {source.keys['num_classes']}]"
-    shape = f"[N, {1 + source.num_patches}, {source.vit.embed_dim}]"
-    return f"tokens = model.forward_features(pixels)  # {shape}, CLS first"
+    shape = f"[N, {source.num_prefix + source.num_patches}, {source.vit.embed_dim}]"
+    order = {0: "patches alone", 1: "CLS first"}.get(source.num_prefix, "CLS first, registers, patches")
+    return f"tokens = model.forward_features(pixels)  # {shape}, {order}"
 
 
 def _arguments(source: Source) -> str:

@@ -17,6 +17,7 @@ from dmae_ds.finetune.network import (
     build_classifier,
     classifier_kwargs,
     fill_trunk,
+    is_eva,
     load_teacher,
     with_distillation_token,
 )
@@ -70,7 +71,10 @@ def build(
     seed, mean, std = config.run.seed, config.data.mean, config.data.std
     linear = isinstance(config, LinearConfig)
     kwargs = classifier_kwargs(
-        config.pool, num_classes, norm_first=linear, drop_path=0.0 if linear else config.drop_path
+        config.pool,
+        num_classes,
+        norm_first=linear and not is_eva(config.network),
+        drop_path=0.0 if linear else config.drop_path,
     )
     network: nn.Module = build_classifier(config.network, kwargs, seed=seed, mean=mean, std=std)
     model, img_size = config.network, network.patch_embed.img_size[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import save
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ def classifier_kwargs(
     """Arguments of `timm.create_model` for a classifier, in addition to the geometry.
 
     pool `mean`: the mean of the patch tokens is normed (MAE's fine-tuning); norm_first: each token is normed
-    by the network's own final norm, and then the mean is taken, as for frozen features
+    by the network's own final norm, and then the mean is taken, as for frozen features. timm's Eva does one
+    or the other by its name (DINOv3 norms first, EVA-02 the mean): give it norm_first=False
     """
     kwargs = {"num_classes": num_classes, "global_pool": GLOBAL_POOLS[pool]}
     if norm_first and pool == "mean":
@@ -55,10 +57,14 @@ def build_classifier(
     Raises UserError for a name or numbers that timm cannot build, or another kind of network.
     """
     vit = build_timm_vit(network.name, network.overrides(), where=where)
-    if not isinstance(vit, VisionTransformer) or ":" in network.name:
+    if ":" in network.name:
         raise UserError(
-            f"{where}.name '{network.name}' is not a VisionTransformer of timm, as classifiers require; "
-            "choose one such as vit_base_patch16_224"
+            f"{where}.name '{network.name}' is a network of your own, and classifiers are built by timm; "
+            "choose a timm name such as vit_base_patch16_224"
+        )
+    if kwargs.get("global_pool") == "token" and vit.cls_token is None:
+        raise UserError(
+            f"pool cls requires a network with a CLS token, and {network.name} has none; set pool=mean"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -72,6 +78,11 @@ def build_classifier(
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
         nn.init.zeros_(model.head.bias)
     return model
+
+
+def is_eva(network: ModelConfig, *, where: str = "network") -> bool:
+    """Whether timm builds this network as an Eva. Raises UserError for a name or numbers that don't fit."""
+    return isinstance(build_timm_vit(network.name, network.overrides(), where=where), Eva)
 
 
 def fill_trunk(model: VisionTransformer, path: Path, format: str, network: ModelConfig) -> tuple[int, str]:
@@ -171,6 +182,11 @@ def with_distillation_token(model: VisionTransformer, *, seed: int) -> tuple[Vis
     The token's positional embedding is zero. Returns the network, and its name and numbers. Raises UserError
     for a network that is not a plain ViT.
     """
+    if not isinstance(model, VisionTransformer) or model.pos_embed is None or model.num_prefix_tokens != 1:
+        raise UserError(
+            "a distillation token requires a plain ViT, this network is not one; "
+            "choose distill.method logits or features"
+        )
     block = model.blocks[0]
     numbers = ModelConfig(
         name="deit_base_distilled_patch16_224",

@@ -40,7 +40,8 @@ def layer_groups(network: VisionTransformer, *, weight_decay: float, layer_decay
 
     def layers(coarse: bool = False) -> dict:
         known = network.group_matcher(coarse=coarse)
-        return {**known, "blocks": [rule for rule in known["blocks"] if not rule[0].startswith("^norm")]}
+        blocks = [rule for rule in known["blocks"] if not rule[0].startswith("^norm")]
+        return {**known, "stem": rf"{known['stem']}|^reg_token", "blocks": blocks}
 
     view = SimpleNamespace(named_parameters=network.named_parameters, group_matcher=layers)
     return param_groups_layer_decay(view, weight_decay, network.no_weight_decay(), layer_decay=layer_decay)

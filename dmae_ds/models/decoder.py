@@ -51,7 +51,7 @@ class TokenDecoder(nn.Module):
     def forward(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """Run the blocks.
 
-        latent: [N, 1 + K, D], CLS first
+        latent: [N, 1 + K, D], CLS first; [N, K, D] of a student without CLS
         Returns tokens [N, 1 + L, D_d] after the last block, in the order CLS, ids_keep, ids_masked.
         """
         # In the dtype of the weights, which is float32 under autocast: see MaskedViT.token_dtype.
@@ -60,7 +60,8 @@ class TokenDecoder(nn.Module):
         masks = self.mask_token.expand(len(visible), ids_masked.shape[1], -1)
         positions = self.pos_embed[0].to(dtype)
         # CLS has row 0 of the positional embedding, patch l has row 1 + l.
-        places = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_masked], dim=1)
+        of_cls = torch.zeros_like(ids_keep[:, : latent.shape[1] - ids_keep.shape[1]])
+        places = torch.cat([of_cls, 1 + ids_keep, 1 + ids_masked], dim=1)
         tokens = torch.cat([visible, masks], dim=1) + positions[places]
         for block in self.blocks:
             tokens = run_twice(block, tokens) if self.checkpoint_blocks else block(tokens)
@@ -103,8 +104,8 @@ class Decoder(TokenDecoder):
     def forward(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """Predict the masked patches, in ids_masked's order.
 
-        latent: [N, 1 + K, D], CLS first
+        latent: [N, 1 + K, D], CLS first; [N, K, D] of a student without CLS
         Returns pixels [N, L - K, P, P, C] or features [N, L - K, feature_dim].
         """
         tokens = super().forward(latent, ids_keep, ids_masked)
-        return self.pred(self.norm(tokens[:, 1 + ids_keep.shape[1] :])).unflatten(-1, self.shape)
+        return self.pred(self.norm(tokens[:, latent.shape[1] :])).unflatten(-1, self.shape)

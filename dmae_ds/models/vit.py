@@ -1,9 +1,9 @@
 """A timm vision transformer that embeds and runs only visible patches: the student, and the frozen teacher.
 
 timm builds the network and names its parameters (`patch_embed.proj`, `blocks.N...`, `norm`). So a student's
-file loads into `timm.create_model(name, num_classes=0)` with strict=True, and a timm file into a teacher. A
-student is a plain ViT with a CLS token; a teacher may be any timm VisionTransformer or Eva: MAE, DINOv2
-(registers, layer scale), CLIP, SigLIP (no CLS), EVA-02 and DINOv3 (rotary positions).
+file loads into `timm.create_model(name, num_classes=0)` with strict=True, and a timm file into a teacher.
+Both may be any timm VisionTransformer or Eva: MAE, DINOv2 (registers, layer scale), CLIP, SigLIP (no CLS),
+EVA-02 and DINOv3 (rotary positions).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from dmae_ds.config.own_code import import_own
 from dmae_ds.errors import UserError
+from dmae_ds.models.initial import freeze, initialize_as_mae, initialize_layer_scale
 from dmae_ds.models.positions import sincos_positions
 from dmae_ds.models.recompute import run_twice
 
@@ -116,9 +117,11 @@ class MaskedViT(nn.Module):
     """The encoder on visible patches: embed, add positions, prepend CLS, run the blocks (MAE, Sec. 3).
 
     It takes over the modules of a timm network; `keep_norm=False` leaves the final norm out. `pos_embed` is a
-    buffer, fixed and saved, unless an objective makes it a parameter. Tokens have timm's order: CLS,
-    registers, patches.
+    buffer, fixed and saved, unless the student learns it or an objective makes it a parameter. Tokens have
+    timm's order: CLS, registers, patches.
     R: number of tokens in front of the patches (1 for a plain ViT, 0 for SigLIP, 5 for DINOv2 with registers)
+    drops_registers: whether `forward` leaves the registers out of what it returns, as a student does: they
+        are run, and never imitated or decoded
 
     A backward pass stores in `gradient_norms` the norms of the gradients at each tapped block: {block:
     {"tap": of the tap's gradient, "trunk": of the gradient from the layers above}}, scalars on the device.
@@ -155,6 +158,7 @@ class MaskedViT(nn.Module):
         self.norm_pre = vit.norm_pre
         self.blocks = nn.ModuleList(vit.blocks)
         self.norm = vit.norm if keep_norm else None
+        self.drops_registers = False
         self.checkpoint_blocks = False  # see recompute.py
         self._other_grids: dict[tuple, Tensor] = {}  # positional embeddings of smaller images
 
@@ -165,6 +169,11 @@ class MaskedViT(nn.Module):
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def num_cls(self) -> int:
+        """Number of CLS tokens: 1, or 0 for SigLIP."""
+        return int(self.cls_token is not None)
 
     @property
     def is_plain(self) -> bool:
@@ -243,7 +252,8 @@ class MaskedViT(nn.Module):
         appended: [1, T, D] tokens after the patches of every image, without positions (no rotary networks)
 
         Returns the last tokens [N, R + K, D] (after the final norm, where it is kept) and the residual stream
-        right after each tapped block, before any final norm: {block: [N, R + K, D]}.
+        right after each tapped block, before any final norm: {block: [N, R + K, D]}. Without registers they
+        are [N, 1 + K, D], or [N, K, D] where there is no CLS.
         """
         tokens = self.embed(visible, ids_keep, grid)
         if appended is not None:
@@ -255,8 +265,15 @@ class MaskedViT(nn.Module):
             else:
                 tokens = self.run_block(block, tokens, ids_keep)
             if number in taps:
-                tapped[number], tokens = self._fork(number, tokens)
-        return (tokens if self.norm is None else self.norm(tokens)), tapped
+                tap, tokens = self._fork(number, tokens)
+                tapped[number] = self._returned(tap)
+        return self._returned(tokens if self.norm is None else self.norm(tokens)), tapped
+
+    def _returned(self, tokens: Tensor) -> Tensor:
+        """The tokens that `forward` returns: all of them, or those that are no registers."""
+        if not self.drops_registers or self.num_prefix == self.num_cls:
+            return tokens
+        return torch.cat([tokens[:, : self.num_cls], tokens[:, self.num_prefix :]], dim=1)
 
     def _fork(self, number: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens twice, for the tap and for the layers above: backward measures both gradients."""
@@ -283,33 +300,38 @@ def _rotary_angles(vit: VisionTransformer | Eva, grid: tuple[int, int]) -> Tenso
 def build_student(
     name: str, overrides: dict, *, generator: torch.Generator, device: str = "cpu"
 ) -> MaskedViT:
-    """Build a student with MAE's initialisation and fixed sin-cos positions (MAE, Sec. 3 and A.1).
+    """Build a student with MAE's initialisation and the positions of its family (MAE, Sec. 3 and A.1).
 
+    A plain ViT (CLS, and one embedding for it and each patch) has fixed sin-cos positions. Other families
+    have their own: rotary angles, and embeddings that are learned from N(0, .02^2); their registers begin
+    there too, and layer scale where timm's network begins. An attention pool or norm above the tokens, which
+    no objective trains, stays as it was drawn or read, so that the file has every tensor of timm's network.
     device: `meta` gives the geometry alone
     """
-    student = MaskedViT(build_timm_vit(name, overrides))
-    if not student.is_plain:
-        raise UserError(
-            f"student.name '{name}' is not a plain vision transformer with one CLS token and a positional "
-            "embedding; use a vit_* such as vit_base_patch16_224"
-        )
+    vit = build_timm_vit(name, overrides)
+    student = MaskedViT(vit)
+    student.drops_registers = True
+    above = {part: getattr(vit, part, None) for part in ("attn_pool", "fc_norm")}
+    for part, module in above.items():
+        if module is not None and any(True for _ in module.parameters()):
+            student.add_module(part, module)
+    # In no file: rotary angles, EVA's zero key bias.
+    computed = {name: buffer for name, buffer in student.named_buffers() if not buffer.is_meta}
+    is_plain = student.is_plain
+    if not is_plain and student.pos_embed is not None:
+        positions = student.pos_embed
+        del student.pos_embed
+        student.pos_embed = nn.Parameter(positions)
     student.to_empty(device=device)
-    student.pos_embed = sincos_positions(student.embed_dim, student.grid)
+    if is_plain:
+        student.pos_embed = sincos_positions(student.embed_dim, student.grid)
     initialize_as_mae(student, generator)
+    if not is_plain:
+        initialize_layer_scale(student)
+    for name, buffer in student.named_buffers():
+        if name in computed and device != "meta":
+            buffer.copy_(computed[name])
+    for part in above:
+        if hasattr(student, part):
+            freeze(getattr(student, part))
     return student
-
-
-def initialize_as_mae(module: nn.Module, generator: torch.Generator) -> None:
-    """Initialise as MAE's published code does.
-
-    Matrices are Xavier-uniform (the patch projection as a matrix), biases zero, tokens N(0, .02^2).
-    """
-    for name, parameter in module.named_parameters():
-        if name.endswith(("cls_token", "mask_token")):
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-        elif parameter.ndim >= 2:
-            nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
-        elif name.rpartition(".")[2] == "bias":  # also where the module is a single layer
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.ones_(parameter)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.data.batch import Batch
+from dmae_ds.errors import UserError
+from dmae_ds.models.initial import freeze as freeze  # for objectives outside the project
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.classifier import Classifier
@@ -50,7 +52,8 @@ class Objective(nn.Module):
             code; here it is fixed, so that methods start alike and the grids of small crops are exact.
             `g2sd_specific` alone trains it (`train_positions`): it fine-tunes on labels, and the published
             code trains it there. A schema tells by `trains_positions`, so that no older checkpoint, which has
-            no optimizer state for it, is continued
+            no optimizer state for it, is continued. Students that are no plain ViT (DINOv2 with registers,
+            SigLIP, EVA-02) learn theirs under every objective
     What cards, reports and plans show
         num_visible: patches of an image that the student's encoder sees
         pairs: distilled (student block, teacher block), counted from 1
@@ -168,18 +171,6 @@ class Objective(nn.Module):
         }
 
 
-def freeze(module: nn.Module) -> None:
-    """Turn a module's parameters into buffers of the same names.
-
-    They are saved and exported as before, and the optimiser does not know them. Every ZeRO stage and
-    checkpoint would have to treat a parameter without a gradient; a buffer concerns none of them.
-    """
-    for submodule in module.modules():
-        for name, parameter in list(submodule.named_parameters(recurse=False)):
-            delattr(submodule, name)
-            submodule.register_buffer(name, parameter.detach())
-
-
 def train_positions(student: MaskedViT) -> None:
     """Turn a student's positional embedding from a buffer into a parameter of the same name."""
     positions = student.pos_embed
@@ -194,6 +185,15 @@ def with_zero_gradient(weight: Tensor) -> Tensor:
     must be 0 meanwhile, or its weights decay.
     """
     return weight.detach() + 0 * weight
+
+
+def require_cls(student: MaskedViT, objective: str) -> None:
+    """Raise UserError for a student without CLS under an objective that learns from it."""
+    if not student.num_cls:
+        raise UserError(
+            f"objective.name {objective} learns from the CLS token, and this student has none; choose a "
+            "student.name with CLS, such as vit_base_patch16_224"
+        )
 
 
 def all_places(num: int, grid: tuple[int, int], device: torch.device) -> Tensor:

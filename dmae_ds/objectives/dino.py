@@ -26,7 +26,7 @@ from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import at_least_float32
-from dmae_ds.objectives.base import Objective, all_places
+from dmae_ds.objectives.base import Objective, all_places, require_cls
 from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape
 from dmae_ds.objectives.needs import EmaSpec, Progress, View
 from dmae_ds.objectives.schedule import half_cosine
@@ -61,6 +61,13 @@ class Dino(Objective):
         teacher: TeacherShape | None = None,
     ):
         super().__init__(student)
+        require_cls(student, config.name)
+        if config.local_crops and not student.is_plain:
+            raise UserError(
+                f"objective.local_crops {config.local_crops} are images of another size, for which only a "
+                "plain ViT has positions here; set objective.local_crops=0, or choose a student.name such as "
+                "vit_base_patch16_224"
+            )
         if config.local_crops and config.local_size % student.patch_size:
             raise UserError(
                 f"objective.local_size {config.local_size} is not a multiple of "

@@ -97,7 +97,9 @@ class FeatureDistillation(nn.ModuleList):
         distances = {}
         for (student_block, teacher_block), head in zip(self.pairs, self, strict=True):
             target = features[f"block/{teacher_block}"]
-            projected = head(tapped[student_block][:, -target.shape[1] :])
+            # CLS is compared where both have it.
+            num_tokens = min(target.shape[1], tapped[student_block].shape[1])
+            projected, target = head(tapped[student_block][:, -num_tokens:]), target[:, -num_tokens:]
             distances[f"align/{student_block}-{teacher_block}"] = distance(
                 self.config.distance, projected, target, normalize=self.config.normalize
             )

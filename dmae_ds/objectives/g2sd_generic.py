@@ -86,7 +86,7 @@ class G2sdGeneric(MaskedObjective):
         # [N, 1 + L, D_d]: CLS, visible, masked
         tokens = self.decoder(latent, batch.ids_keep, batch.ids_masked)
         if self.tokens == "masked":
-            tokens = tokens[:, 1 + batch.ids_keep.shape[1] :]
+            tokens = tokens[:, latent.shape[1] :]
         predicted = self.head(tokens).float()
         if self.target == "features":
             target = standardized(features[self.taps[0]])[:, -predicted.shape[1] :]

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from dmae_ds.config.objectives import G2sdSpecificConfig
 from dmae_ds.data.batch import Batch
+from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
@@ -46,6 +47,11 @@ class G2sdSpecific(Objective):
         num_classes: int,
     ):
         super().__init__(student)
+        if not student.is_plain:
+            raise UserError(
+                "objective.name g2sd_specific adds a distillation token, which requires a plain ViT; choose "
+                "for example student.name=vit_base_patch16_224"
+            )
         train_positions(student)
         self.num_classes, self.rand_augment = num_classes, config.augment.rand_augment
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))

@@ -31,7 +31,7 @@ def fill_student(student: MaskedViT, weights: str, network: ModelConfig) -> str:
         network=(network.name, network.overrides()),
         depth=student.depth,
         grid=student.grid,
-        num_prefix=1,
+        num_prefix=student.num_prefix_positions,
         label=STUDENT,
     )
     student.load_state_dict(loaded.tensors)

@@ -20,11 +20,12 @@ from torch.nn import functional
 from dmae_ds.config.objectives import MoCoV3Config
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives
+from dmae_ds.models.initial import freeze, initialize_as_mae
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
-from dmae_ds.models.vit import MaskedViT, initialize_as_mae
+from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import at_least_float32
-from dmae_ds.objectives.base import Objective, all_places, freeze
+from dmae_ds.objectives.base import Objective, all_places, require_cls
 from dmae_ds.objectives.feature_distillation import FeatureDistillation, TeacherShape
 from dmae_ds.objectives.needs import EmaSpec, Progress, View
 from dmae_ds.objectives.schedule import half_cosine
@@ -43,6 +44,7 @@ class MoCoV3(Objective):
         teacher: TeacherShape | None = None,
     ):
         super().__init__(student)
+        require_cls(student, config.name)
         self.temperature, self.momentum = config.temperature, config.momentum
         self.photometric = config.photometric
         names = ("moco1", "moco2") if config.photometric else ("none", "none")

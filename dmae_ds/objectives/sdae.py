@@ -71,14 +71,15 @@ class Sdae(MaskedObjective):
         if self.sees == "all":
             patches = torch.cat([batch.visible, batch.masked], dim=1)
             ids = torch.cat([batch.ids_keep, batch.ids_masked], dim=1)
-            tokens = ema.student(patches, ids)[0][:, 1 + self.num_visible :]
+            tokens = ema.student(patches, ids)[0][:, self.student.num_cls + self.num_visible :]
         else:
             patches, ids = (
                 tensor[:, : self.folds * self.fold_size].unflatten(1, (self.folds, -1)).flatten(0, 1)
                 for tensor in (batch.masked, batch.ids_masked)
             )
-            # [N * folds, 1 + fold_size, D] -> [N, folds * fold_size, D]
-            tokens = ema.student(patches, ids)[0][:, 1:].unflatten(0, (-1, self.folds)).flatten(1, 2)
+            # [N * folds, fold_size, D] -> [N, folds * fold_size, D]
+            tokens = ema.student(patches, ids)[0][:, self.student.num_cls :]
+            tokens = tokens.unflatten(0, (-1, self.folds)).flatten(1, 2)
         return {"ema/targets": standardize_tokens(tokens)}
 
     def forward(self, batch: PatchBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -96,7 +96,11 @@ def make_views(
     views.boards["patches"] = _show_patches(
         objective, images[:NUM_SHOWN], latent, student, teacher, reference
     )
-    views.boards["attention"] = _show_attention(objective.student, images[:NUM_SHOWN], patches[:NUM_SHOWN])
+    if objective.student.num_cls:
+        shown = slice(NUM_SHOWN)
+        views.boards["attention"] = _show_attention(objective.student, images[shown], patches[shown])
+    else:
+        views.missing["attention"] = "this student has no CLS token, whose attention is drawn"
     return views
 
 

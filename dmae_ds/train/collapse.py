@@ -50,7 +50,8 @@ class CollapseMonitor:
     `measure` returns, over this rank's images since the last call (all micro-batches of a step, under their
     masks):
         rank/mean, rank/cls   effective rank of the mean of the patch tokens, and of CLS, after the last norm;
-                              it grows with the number of images, and is left out for fewer than MIN_ROWS
+                              it grows with the number of images, and is left out for fewer than MIN_ROWS, as
+                              those of CLS are for a student without it
         spread/mean, spread/cls   share of these features that differs between images (objectives/spread.py)
         norm/<block>          mean L2 norm of a token right after a tapped block, and after the last one
     """
@@ -89,8 +90,9 @@ class CollapseMonitor:
         if not self.active or not student.training or is_small_crop:
             return
         latent, tapped = output
-        self._pooled.setdefault("mean", []).append(latent[:, 1:].float().mean(dim=1))
-        self._pooled.setdefault("cls", []).append(latent[:, 0].float().clone())
+        self._pooled.setdefault("mean", []).append(latent[:, student.num_cls :].float().mean(dim=1))
+        if student.num_cls:
+            self._pooled.setdefault("cls", []).append(latent[:, 0].float().clone())
         for number, tokens in tapped.items():
             self._add_norm(number, tokens)
 

@@ -8,7 +8,8 @@ from dmae_ds.models.vit import MaskedViT
 from dmae_ds.train.checkpoint.student_file import STUDENT, python_that_loads
 from dmae_ds.train.preflight import Preflight
 
-POOL = {"mean": "[:, 1:].mean(dim=1)", "cls": "[:, 0]"}  # by the tokens that an objective is judged by
+# Python for an image's feature, by the tokens that an objective is judged by.
+POOL = {"mean": "[:, {prefix}:].mean(dim=1)", "cls": "[:, 0]"}
 
 
 def describe_loading(preflight: Preflight, student: MaskedViT) -> str:
@@ -25,7 +26,8 @@ def describe_loading(preflight: Preflight, student: MaskedViT) -> str:
         f"# pixels: [N, {student.channels}, {height}, {width}], {colours} from 0 to 1, "
         f"minus {config.data.mean}, "
         f"divided by {config.data.std}\n"
-        f"features = model.forward_features(pixels){POOL[config.objective.judged_by]}"
+        f"features = model.forward_features(pixels)"
+        f"{POOL[config.objective.judged_by].format(prefix=student.num_prefix)}"
         f"  # [N, {student.embed_dim}]"
     )
 

@@ -13,6 +13,7 @@ from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.distributed import collectives
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
+from dmae_ds.models.initial import match_key_bias
 from dmae_ds.objectives.base import Objective
 from dmae_ds.train.full_parameters import full_parameters
 
@@ -112,12 +113,15 @@ class Engine:
         self._groups = [
             [names[parameter] for parameter in group["params"]] for group in optimizer.param_groups
         ]
-        # Buffers are constants here; DeepSpeed casts its own copies to the engine's precision.
-        self._buffers = {name: buffer.detach().cpu().clone() for name, buffer in objective.named_buffers()}
+        # Buffers are constants here. Those that no file holds (rotary angles) are computed again.
+        saved = objective.state_dict().keys()
+        buffers = [(name, buffer) for name, buffer in objective.named_buffers() if name in saved]
+        self._buffers = {name: buffer.detach().cpu().clone() for name, buffer in buffers}
         # DeepSpeed reads LOCAL_RANK and takes the process group that exists.
         self._engine, _, _, _ = deepspeed.initialize(
             model=objective.to(device), optimizer=optimizer, config=config, dist_init_required=False
         )
+        match_key_bias(objective)
         from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
         self._engine.checkpoint_engine = self._files = SafeCheckpointEngine()

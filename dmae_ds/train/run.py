@@ -312,6 +312,7 @@ def build_evaluations(built: BuiltRun) -> list[Callable[[int], None]]:
         )
     if config.eval.knn_every is None and built.classifier is None:
         return evaluations
+    from dmae_ds.evaluate.frozen import check_pool_of
     from dmae_ds.train.accuracy import FinalAccuracy
     from dmae_ds.train.knn import KnnDuringTraining, TrainingRanks
 
@@ -323,6 +324,7 @@ def build_evaluations(built: BuiltRun) -> list[Callable[[int], None]]:
         "ranks": TrainingRanks(built.preflight.world, built.device, precision=config.precision),
     }
     if config.eval.knn_every is not None:
+        check_pool_of(built.objective.student, config.eval.knn_pool)
         evaluations.append(KnnDuringTraining(config.eval, config.data, config.student, **kwargs))
     if built.classifier is not None:
         evaluations.append(FinalAccuracy(built.classifier, config, built.preflight.shards, **kwargs))
