@@ -31,7 +31,11 @@ class ModelConfig(Section):
 
 
 class StudentConfig(ModelConfig):
-    """The network that is trained, from random weights or from those of an earlier run."""
+    """The network that is trained, from random weights or from those of an earlier run or a released file.
+
+    Any timm VisionTransformer or Eva, as a teacher: also with registers, layer scale, rotary or learned
+    positions, which then are the family's (dmae_ds/models/vit.py, build_student).
+    """
 
     weights: str | None = None  # a run folder, or a file in one of TEACHER_FORMATS; null: random, by run.seed
     # Activation checkpointing: backward runs each block of the student and of its decoder a second time. A

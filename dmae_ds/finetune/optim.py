@@ -40,8 +40,7 @@ def layer_groups(network: VisionTransformer, *, weight_decay: float, layer_decay
 
     def layers(coarse: bool = False) -> dict:
         known = network.group_matcher(coarse=coarse)
-        blocks = [rule for rule in known["blocks"] if not rule[0].startswith("^norm")]
-        return {**known, "stem": rf"{known['stem']}|^reg_token", "blocks": blocks}
+        return {**known, "blocks": [rule for rule in known["blocks"] if not rule[0].startswith("^norm")]}
 
     view = SimpleNamespace(named_parameters=network.named_parameters, group_matcher=layers)
     return param_groups_layer_decay(view, weight_decay, network.no_weight_decay(), layer_decay=layer_decay)

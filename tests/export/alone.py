@@ -78,8 +78,11 @@ def read_transformers(folder, given):
     pixels, noise = (torch.from_numpy(given[name]) for name in ("pixels", "noise"))
     with torch.no_grad():
         if "tokens" in given:
-            model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
-            assert type(model).__name__ == "ViTModel"
+            with open(f"{folder}/config.json") as file:
+                (class_name,) = json.load(file)["architectures"]
+            options = {"add_pooling_layer": False} if class_name == "ViTModel" else {}
+            model = AutoModel.from_pretrained(folder, **options).eval()
+            assert type(model).__name__ == class_name
             return [{"tokens": model(pixels).last_hidden_state.numpy()}]
         if "logits" in given:
             model = AutoModelForImageClassification.from_pretrained(folder).eval()

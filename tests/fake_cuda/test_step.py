@@ -40,6 +40,13 @@ def test_a_step_neither_waits_nor_copies_nor_reads_nor_mixes_devices(recipe, pre
     assert 100 < report.kernels <= MOST_KERNELS[recipe]
 
 
+@pytest.mark.parametrize("precision", ["bf16_autocast", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_neither_does_a_rotary_student_with_registers(precision):
+    student = ["student.name=vit_small_patch16_dinov3_qkvb", "student.img_size=224", "student.depth=4"]
+    report = watch_step(REPRESENTATIVE, *student, precision=precision)
+    assert report.findings == {} and report.kernels > 100
+
+
 def test_a_loop_over_patches_exceeds_the_bound(monkeypatch):
     def one_by_one(patches):
         pieces = patches.flatten(0, 1).split(1)

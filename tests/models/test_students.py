@@ -8,18 +8,19 @@ import pytest
 import timm
 import torch
 
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT, build_student
 from dmae_ds.objectives.build import build_objective
+from dmae_ds.objectives.initial import fill_student
 from tests.messages import refused
 from tests.objectives.small import TEACHER, config_for, make_batch
 from tests.teacher.reference import IDS, SHAPE, TAP, Reference, timm_reference
-from tests.teacher.references import IMAGES, assert_close
+from tests.teacher.references import IMAGES, assert_close, build_reference
 from tests.teacher.test_families import FAMILIES, ROTARY, batch
 
 OWN = [name for name in FAMILIES if name not in ("vit_small_patch14_dinov2", "eva_giant_patch14_224")]
 OWN.remove("vit_base_patch16_clip_224")
-GENERATOR = torch.Generator()
 
 
 @cache
@@ -109,3 +110,26 @@ def test_what_a_family_lacks_is_refused(objective, name, words):
     with refused(*words):
         build_objective(config.model_copy(update={"student": student}), num_classes=3)
     assert TEACHER["name"] != name
+
+
+@pytest.mark.parametrize(
+    "what", ["timm-registers", "dinov2-registers", "dinov3-gated", "dinov3-qkvb", "hf-dinov3", "dmae_ds"]
+)
+def test_a_student_continues_from_a_released_file(tmp_path, what):
+    reference = build_reference(what)
+    path = reference.save(tmp_path, reference.tensors)
+    student = build_student(reference.name, reference.overrides, generator=torch.Generator())
+    notes = fill_student(student, str(path), ModelConfig(name=reference.name, **reference.overrides))
+    with torch.no_grad():
+        assert_close(student(batch().visible, IDS, taps=[TAP])[1][TAP], reference.features(IMAGES, IDS))
+    assert notes == ""
+    if what == "timm-registers":  # positions of patches alone, interpolated for a larger image
+        larger = {**SHAPE, "img_size": 48}
+        student = build_student(reference.name, larger, generator=torch.Generator())
+        notes = fill_student(student, str(path), ModelConfig(name=reference.name, **larger))
+        assert student.pos_embed.shape == (1, 36, 32) and "4x4 -> 6x6" in notes
+    other = ModelConfig(name="vit_small_patch16_dinov3", **SHAPE)
+    wrong = build_student(other.name, SHAPE, generator=torch.Generator())
+    if "dinov3" not in what:
+        with refused("student.weights", path):
+            fill_student(wrong, str(path), other)
