@@ -117,10 +117,10 @@ def test_maps_and_boxes_may_be_given_together(tmp_path):
 def test_smaller_images_take_their_maps_and_boxes_with_them(tmp_path, num_workers):
     """A white patch, its class, its box and its mask: at the same place of the stored image."""
     image, values = np.zeros((60, 90, 3), np.uint8), np.zeros((60, 90), np.uint8)
-    image[12:36, 30:72], values[12:36, 30:72] = 255, 2
+    image[12:36, 30:72], values[12:36, 30:72] = 255, 200
     save(Image.fromarray(image), tmp_path / "src" / "a.png")
     save(Image.fromarray(values), tmp_path / "maps" / "a.png")
-    counts = np.diff([0, *np.flatnonzero(np.diff(np.r_[0, (values == 2).T.reshape(-1)])), 5400]).tolist()
+    counts = np.diff([0, *np.flatnonzero(np.diff(np.r_[0, (values == 200).T.reshape(-1)])), 5400]).tolist()
     content = coco_content() | {
         "images": [{"id": 1, "file_name": "a.png", "width": 90, "height": 60}],
         "annotations": [
@@ -131,7 +131,7 @@ def test_smaller_images_take_their_maps_and_boxes_with_them(tmp_path, num_worker
     }
     coco = tmp_path / "coco.json"
     coco.write_text(json.dumps(content))
-    options = {"coco": coco, "masks": tmp_path / "maps", "num_classes": 3}
+    options = {"coco": coco, "masks": tmp_path / "maps", "num_classes": 201}
     dense = make_dense(
         tmp_path / "src", tmp_path / "dst", resize=20, quality=95, num_workers=num_workers, **options
     )
@@ -139,7 +139,8 @@ def test_smaller_images_take_their_maps_and_boxes_with_them(tmp_path, num_worker
     assert sample.image.shape == (3, 20, 30)
     expected = torch.zeros(20, 30, dtype=torch.bool)
     expected[4:12, 10:24] = True
-    assert torch.equal(sample.label_map == 2, expected)
+    assert torch.equal(sample.label_map == 200, expected)
+    assert (sample.label_map[~expected] == 0).all()  # no value between classes
     assert ((sample.image.float().mean(0) > 127) == expected).all()
     assert torch.equal(sample.masks, expected[None].expand(2, -1, -1)) and len(sample.labels) == 2
     assert sample.boxes.tolist() == [[10, 4, 24, 12]] * 2
