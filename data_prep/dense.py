@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.class_list import read_classes, read_rows, split_cells
 from data_prep.coco import CocoFile, read_coco
-from data_prep.find import Listing
+from data_prep.find import Listing, walk_images
 from dmae_ds.data.dense_members import MAX_CLASSES, DenseInfo
 from dmae_ds.data.shards import ANNOTATIONS, ShardError
 
@@ -84,7 +84,7 @@ class DenseListing:
         return offsets
 
 
-def check_dense(options: DenseOptions, *, classes: Path | None) -> None:
+def check_dense(options: DenseOptions, *, src: Path, classes: Path | None) -> None:
     """Raise ShardError for options that contradict each other."""
     if options.masks is None:
         given = {
@@ -106,6 +106,11 @@ def check_dense(options: DenseOptions, *, classes: Path | None) -> None:
         )
     if not options.masks.is_dir():
         raise ShardError(f"--masks '{options.masks}' is not a folder")
+    if options.masks.resolve().is_relative_to(src.resolve()):
+        raise ShardError(
+            f"--masks '{options.masks}' is inside SRC '{src}', and its maps would be images, too; give the "
+            f"folder of the images as SRC"
+        )
 
 
 def match_dense(
@@ -157,7 +162,7 @@ def _match_maps(
 ) -> set[bytes]:
     """Paths of the maps below DIR; what is without its other half is added to the skipped files."""
     folder = options.masks
-    maps = _find_maps(folder)
+    maps = _find_maps(folder, listing.skipped)
     _refuse_unclear_zero(options, maps)
     wanted: dict[bytes, bytes] = {}
     for path in paths:
@@ -179,14 +184,10 @@ def _match_maps(
     return maps
 
 
-def _find_maps(folder: Path) -> set[bytes]:
-    """Paths of the .png files at any depth of a folder, relative to it."""
-    maps, root = set(), os.fsencode(folder)
-    for place, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(b".")]
-        for name in files:
-            if name.endswith(b".png") and not name.startswith(b"."):
-                maps.add(os.path.relpath(os.path.join(place, name), root))
+def _find_maps(folder: Path, skipped: list[dict]) -> set[bytes]:
+    """Paths of the .png files below a folder; folders that cannot be read are added to `skipped`."""
+    listing = Listing(suffixes=(b".png",), skipped=skipped)
+    maps = set(walk_images(folder, b"", listing, []))
     if not maps:
         raise ShardError(f"--masks '{folder}' has no .png files; expected the path of each image, with .png")
     return maps

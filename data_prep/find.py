@@ -131,7 +131,7 @@ def find_images(
     if labels_file is not None:
         _find_by_list(src, listing, labels_file, classes_file)
     elif unlabelled:
-        for path in _walk(src, b"", listing, []):
+        for path in walk_images(src, b"", listing, []):
             listing.add(path, -1)
     else:
         _find_by_folder(src, listing, classes_file)
@@ -195,7 +195,7 @@ def _find_by_folder(src: Path, listing: Listing, classes_file: Path | None) -> N
     walked = []
     for folder, name in zip(folders, folder_names, strict=True):
         walked.append(ClassFolder(name))
-        for path in _walk(src, folder, listing, ancestors):
+        for path in walk_images(src, folder, listing, ancestors):
             listing.add(path, label_of[name])
             walked[-1].add(path)
     if classes_file is None:
@@ -204,7 +204,7 @@ def _find_by_folder(src: Path, listing: Listing, classes_file: Path | None) -> N
 
 def _find_by_list(src: Path, listing: Listing, labels_file: Path, classes_file: Path | None) -> None:
     """Add the images of a flat folder, by `<name> <label>` lines (`data_prep/label_list.py`)."""
-    paths = list(_walk(src, b"", listing, []))
+    paths = list(walk_images(src, b"", listing, []))
     if not paths:
         return
     matched = match_labels(labels_file, paths, src, classes_file)
@@ -218,8 +218,10 @@ def _find_by_list(src: Path, listing: Listing, labels_file: Path, classes_file: 
             listing.add(path, label)
 
 
-def _walk(src: Path, folder: bytes, listing: Listing, ancestors: list[tuple[int, int]]) -> Iterator[bytes]:
-    """Image files below src/folder at any depth, sorted; a link to a folder that contains it is a loop."""
+def walk_images(
+    src: Path, folder: bytes, listing: Listing, ancestors: list[tuple[int, int]]
+) -> Iterator[bytes]:
+    """Files of the listing's suffixes below src/folder, sorted; a link to a folder around it is a loop."""
     try:
         identity = _identity(src, folder)
         if identity in ancestors:
@@ -235,7 +237,7 @@ def _walk(src: Path, folder: bytes, listing: Listing, ancestors: list[tuple[int,
     for entry in entries:
         path = folder + b"/" + entry if folder else entry
         if entry.endswith(b"/"):
-            yield from _walk(src, path[:-1], listing, [*ancestors, identity])
+            yield from walk_images(src, path[:-1], listing, [*ancestors, identity])
         else:
             yield path
 

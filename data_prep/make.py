@@ -88,7 +88,7 @@ def make_shards(
 
     dst: a folder, or a URL as a str, whose shards are made in `staging` (target.py)
     """
-    check_options(options)
+    check_options(options, src)
     target = find_target(dst, staging)
     dst = target.folder
     _check_folders(src, dst)

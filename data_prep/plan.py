@@ -27,7 +27,7 @@ class MakeOptions:
     dense: DenseOptions = field(default_factory=DenseOptions)
 
 
-def check_options(options: MakeOptions) -> None:
+def check_options(options: MakeOptions, src: Path) -> None:
     """Raise ShardError for options that contradict each other."""
     if options.quality is not None and options.resize is None:
         raise ShardError("--quality requires --resize; add --resize N, or remove --quality")
@@ -35,7 +35,7 @@ def check_options(options: MakeOptions) -> None:
         raise ShardError(
             "--resize does not go with --arrays, whose bytes stay as they are; remove one of them"
         )
-    check_dense(options.dense, classes=options.classes)
+    check_dense(options.dense, src=src, classes=options.classes)
     dense = "--masks" if options.dense.masks is not None else "--coco"
     if options.dense and options.labels is not None:
         raise ShardError(f"{dense} does not go with --labels: a set has maps and boxes, or labels")

@@ -111,3 +111,14 @@ def test_verify_of_a_server_that_fails_is_a_difference_and_no_traceback(
             verify_shards(tmp_path / "index")
     out = capsys.readouterr().out
     assert all(f"{name}: cannot be read" in out for name in NAMES)
+
+
+def test_maps_and_boxes_are_read_behind_http(scenes):
+    from dmae_ds.data.dense import open_dense
+
+    here = open_dense(scenes / "val")
+    with serve(scenes / "val") as server:
+        there = open_dense(server.url)
+        for number in (0, 7):
+            for one, other in zip(here[number][1:], there[number][1:], strict=True):
+                assert bool((one == other).all())
