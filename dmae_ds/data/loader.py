@@ -135,13 +135,37 @@ class _NumberedBatches(Dataset):
     A ShardError is returned, not raised: DataLoader would turn it into the text of a traceback.
     """
 
-    load: Callable[[int], Loaded]
+    load: Callable[[int], object]
 
-    def __getitem__(self, number: int) -> Loaded | ShardError:
+    def __getitem__(self, number: int) -> object | ShardError:
         try:
             return self.load(number)
         except ShardError as error:
             return ShardError(str(error))  # of the plain class, which can be pickled
+
+
+def iterate_numbered(
+    load: Callable[[int], object], numbers: range, *, num_workers: int, pin_memory: bool, num_pieces: int = 1
+) -> Iterator[list]:
+    """Load what `load` returns for each number in workers: lists of `num_pieces`, in order.
+
+    Raises the ShardError that a worker met.
+    """
+    loader = DataLoader(
+        _NumberedBatches(load),
+        batch_size=None,  # an item is a whole batch, or a piece of one
+        sampler=numbers,
+        num_workers=num_workers,
+        worker_init_fn=end_with_parent,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else DataLoader draws from, and so advances, the global one
+    )
+    items = iter(loader)
+    while group := _receive(items, num_pieces):
+        for item in group:
+            if isinstance(item, ShardError):
+                raise item
+        yield group
 
 
 def _iterate(
@@ -155,20 +179,11 @@ def _iterate(
 ) -> Iterator[Batch]:
     """Load numbered batches in workers, and join every `num_pieces` of them into one."""
     log = log or CorruptLog(None, max_corrupt=0)
-    loader = DataLoader(
-        _NumberedBatches(load),
-        batch_size=None,  # an item is a whole batch, or a piece of one
-        sampler=numbers,
-        num_workers=num_workers,
-        worker_init_fn=end_with_parent,
-        pin_memory=pin_memory and num_pieces == 1,
-        generator=torch.Generator(),  # else DataLoader draws from, and so advances, the global one
-    )
-    items = iter(loader)
-    while group := _receive(items, num_pieces):
+    pin_pieces = pin_memory and num_pieces == 1
+    for group in iterate_numbered(
+        load, numbers, num_workers=num_workers, pin_memory=pin_pieces, num_pieces=num_pieces
+    ):
         for item in group:
-            if isinstance(item, ShardError):
-                raise item
             log.add(item.corrupt)
         batch = Batch.join([item.batch for item in group])
         yield batch.pin_memory() if pin_memory and num_pieces > 1 else batch

@@ -35,7 +35,7 @@ from dmae_ds.models.patches import Normalize
 from dmae_ds.train.learning_rate import check_rates
 
 # Keys that may differ between a run and its continuation: locations, and settings that only change the speed.
-_FREE = {
+FREE_KEYS = {
     "run.dir",
     "weights",
     "format",
@@ -106,7 +106,7 @@ class Evaluation:
     def identity(self, command: str) -> dict:
         """Values that a continued run must have in common with the run that was killed."""
         recipe = flatten(self.config.model_dump(mode="json"))
-        return {key: value for key, value in recipe.items() if key not in _FREE} | {
+        return {key: value for key, value in recipe.items() if key not in FREE_KEYS} | {
             "command": command,
             "micro_batch": self.micro_batch,
             "order": ORDER_VERSION,
@@ -188,7 +188,7 @@ def open_evaluation(source: Source) -> Evaluation:
     ids = open_subset(source.results, train_set, labels=config.labels, seed=config.subset_seed, write=False)
     choose_determinism(config.run.deterministic)
     contrast = open_contrast(config, train_set, ids)
-    accelerator = _accelerator(config.precision, broadcast_buffers=contrast is None)
+    accelerator = start_accelerator(config.precision, broadcast_buffers=contrast is None)
     choose_tf32(config.tf32, accelerator.device)
     micro_batch, accumulation = split_batch(
         config.optim.global_batch, config.optim.micro_batch, accelerator.num_processes, exact=True
@@ -217,7 +217,7 @@ def open_evaluation(source: Source) -> Evaluation:
     )
 
 
-def _accelerator(precision: str, *, broadcast_buffers: bool) -> Accelerator:
+def start_accelerator(precision: str, *, broadcast_buffers: bool = True) -> Accelerator:
     """Start accelerate with the recipe's precision; a launcher's other precision is a UserError.
 
     broadcast_buffers: give all ranks the first one's buffers before each forward pass; a memory of all

@@ -1,20 +1,20 @@
-"""The training loop: steps of accumulated micro-batches. All draws are keyed (augment.py)."""
+"""The training loop: steps of accumulated micro-batches. All draws are keyed (augment.py).
+
+`dmae_ds/dense` trains by it, too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dmae_ds.data.batch import Batch
 from dmae_ds.errors import RunFailed
-from dmae_ds.finetune.augment import Prepare
-from dmae_ds.finetune.crd import CrdTask
 from dmae_ds.finetune.optim import set_lr
 from dmae_ds.finetune.tasks import set_training
 
@@ -24,59 +24,67 @@ CHECK_EVERY = 50  # steps between checks that the loss is finite; a check waits 
 def take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    pieces: Iterable[tuple[Tensor, ...]],
+    pieces: Iterable[tuple],
     *,
     lr: float,
     accumulation: int,
     clip_grad: float,
     accelerator: Accelerator,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Take one optimiser step over `accumulation` micro-batches; gradients are averaged.
 
-    pieces: the model's inputs for each: images, labels, and what a task with a memory is given next to them
+    pieces: the model's arguments for each micro-batch; it returns {"loss": scalar, named parts}
     clip_grad: largest global gradient norm, 0: no clipping
-    Returns the mean loss and the gradient's global norm before clipping, scalars on the device.
+    Returns the means of all scalars that the model returned, and the gradient's global norm before clipping,
+    on the device.
     """
     set_lr(optimizer, lr)
-    total = 0.0
-    for number, inputs in enumerate(pieces):
+    totals: dict[str, Tensor] = {}
+    for number, arguments in enumerate(pieces):
         last = number + 1 == accumulation
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                loss = model(*inputs)["loss"]
-            accelerator.backward(loss / accumulation)
-        total = total + loss.detach().float() / accumulation
+                outputs = model(*arguments)
+            accelerator.backward(outputs["loss"] / accumulation)
+        for name, value in outputs.items():
+            if value.ndim == 0:
+                totals[name] = totals.get(name, 0.0) + value.detach().float() / accumulation
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, clip_grad or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return totals, norm
 
 
 @dataclass
 class Losses:
-    """Sums of losses and gradient norms since the last validation."""
+    """Sums of losses and gradient norms since the last validation.
+
+    totals: by name, the same names in every step and on every rank, "loss" and "grad_norm" among them
+    """
 
     accelerator: Accelerator
-    total: Tensor | float = 0.0
-    norm: Tensor | float = 0.0
+    totals: dict[str, Tensor | float] = field(default_factory=lambda: {"loss": 0.0, "grad_norm": 0.0})
     steps: int = 0
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Add the loss and the gradient norm of one step."""
-        self.total, self.norm, self.steps = self.total + loss, self.norm + norm, self.steps + 1
+    def add(self, losses: dict[str, Tensor], norm: Tensor) -> None:
+        """Add the losses and the gradient norm of one step."""
+        for name, value in {**losses, "grad_norm": norm}.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+        self.steps += 1
 
     def mean(self, step: int) -> dict[str, float]:
-        """{"loss", "grad_norm"} over steps and ranks, the same on every rank. Collective.
+        """{"loss", "grad_norm", named parts} over steps and ranks, the same on every rank. Collective.
 
         Raises RunFailed, on every rank, for a loss that is not finite.
         """
-        sums = torch.stack([torch.as_tensor(self.total), torch.as_tensor(self.norm)])
+        sums = torch.stack([torch.as_tensor(total) for total in self.totals.values()])
         means = sums.float().to(self.accelerator.device) / max(1, self.steps)
-        loss, norm = self.accelerator.reduce(means, reduction="mean").tolist()
-        if not math.isfinite(loss):
+        reduced = self.accelerator.reduce(means, reduction="mean").tolist()
+        by_name = dict(zip(self.totals, reduced, strict=True))
+        if not math.isfinite(by_name["loss"]):
             raise _failure(f"the loss of one of the {self.steps} steps up to {step} is not finite")
-        return {"loss": loss, "grad_norm": norm}
+        return by_name
 
 
 def raise_unless_finite(tensors: Iterable[Tensor], step: int, *, accelerator: Accelerator) -> None:
@@ -100,7 +108,7 @@ class LoopSettings:
     """Numbers of the loop. lr_at: finished steps -> the rate of the next step.
 
     epoch_ends: numbers of finished steps after which an epoch is over; clip_grad: largest global gradient
-    norm, 0: none
+    norm, 0: none; parts: whether the named parts of the loss are averaged, too
     """
 
     start_step: int
@@ -109,61 +117,40 @@ class LoopSettings:
     accumulation: int
     clip_grad: float
     lr_at: Callable[[int], float]
+    parts: bool = False
 
 
 def train(
     task: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[Batch],
+    pieces: Callable[[int, int], Iterable[tuple]],
     settings: LoopSettings,
     *,
-    prepare: Prepare,
     accelerator: Accelerator,
     after_step: Callable[[], None],
     after_epoch: Callable[[int, dict[str, float]], None],
 ) -> None:
     """Train from start_step to num_steps.
 
-    batches: `accumulation` micro-batches of this rank per step
+    pieces: (finished steps, place in the global batch of this rank's first micro-batch) -> the arguments of
+    the task's forward for `accumulation` micro-batches
     after_epoch: gets the finished steps and the mean losses of the epoch; it may leave the task in eval mode
     Raises RunFailed for a loss that is not finite.
     """
     model = accelerator.prepare_model(task)
-    accumulation = settings.accumulation
-    first_piece = accelerator.process_index * accumulation
-
-    memory = task if isinstance(task, CrdTask) else None
-
-    def prepared(step: int) -> Iterator[tuple[Tensor, ...]]:
-        for number in range(accumulation):
-            batch = next(batches)
-            more = () if memory is None else memory.draw(batch)
-            yield *prepare(batch.to(accelerator.device), step=step, piece=first_piece + number), *more
-
-    def seeded(step: int, pieces: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-        for number, inputs in enumerate(pieces):
-            prepare.seed_drop_path(step=step, piece=first_piece + number)
-            yield inputs
-
     losses = Losses(accelerator)
     set_training(task)
     for step in range(settings.start_step, settings.num_steps):
-        pieces = prepared(step)
-        if memory is not None and step == 0:
-            pieces = list(pieces)  # the whole step's images, which are seen twice
-            memory.normalize(seeded(step, pieces), accelerator=accelerator)
-        loss, norm = take_step(
+        means, norm = take_step(
             model,
             optimizer,
-            seeded(step, pieces),
+            pieces(step, accelerator.process_index * settings.accumulation),
             lr=settings.lr_at(step),
-            accumulation=accumulation,
+            accumulation=settings.accumulation,
             clip_grad=settings.clip_grad,
             accelerator=accelerator,
         )
-        if memory is not None:
-            memory.remember(accelerator=accelerator)
-        losses.add(loss, norm)
+        losses.add(means if settings.parts else {"loss": means["loss"]}, norm)
         after_step()
         if step + 1 in settings.epoch_ends:
             after_epoch(step + 1, losses.mean(step + 1))

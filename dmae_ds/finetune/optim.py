@@ -9,14 +9,22 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay
 from torch import nn
 
+from dmae_ds.config.dense import DenseOptimConfig
 from dmae_ds.config.evaluation import FinetuneOptimConfig, LinearOptimConfig
 from dmae_ds.train.learning_rate import peak_lr
 
 
 def build_adamw(
-    network: VisionTransformer, task: nn.Module, config: FinetuneOptimConfig
+    network: VisionTransformer,
+    task: nn.Module,
+    config: FinetuneOptimConfig | DenseOptimConfig,
+    *,
+    lr: float | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over the network's layers, and at the full rate over a task's own parameters (a projection)."""
+    """AdamW over the network's layers, and at the full rate over a task's own parameters (a projection).
+
+    lr: the peak; None: by base_lr and the batch
+    """
     groups = layer_groups(network, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
     of_network = {id(parameter) for parameter in network.parameters()}
     others = [p for p in task.parameters() if p.requires_grad and id(p) not in of_network]
@@ -26,7 +34,7 @@ def build_adamw(
     ):
         if parameters:
             groups.append({"params": parameters, "lr_scale": 1.0, "weight_decay": decay})
-    return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.betas)
+    return torch.optim.AdamW(groups, lr=peak_lr(config) if lr is None else lr, betas=config.betas)
 
 
 def layer_groups(network: VisionTransformer, *, weight_decay: float, layer_decay: float) -> list[dict]:

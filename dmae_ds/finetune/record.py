@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from dmae_ds.config.evaluation import ClassifierConfig, FinetuneConfig, LinearConfig
 from dmae_ds.finetune.build import Classifier
@@ -13,6 +16,7 @@ from dmae_ds.finetune.evaluation import Evaluation
 from dmae_ds.finetune.network import save_classifier
 from dmae_ds.finetune.source import Source
 from dmae_ds.output.durable import replacing
+from dmae_ds.output.lines import is_quiet
 from dmae_ds.train.learning_rate import describe_repeats, peak_lr
 
 
@@ -24,9 +28,9 @@ class Progress:
     seconds: float = 0.0
     epochs: list[dict] = field(default_factory=list)
 
-    def add(self, row: dict) -> bool:
-        """Add a finished epoch. Returns whether its top-1 is above that of all epochs before."""
-        is_best = all(row["top1"] > earlier["top1"] for earlier in self.epochs)
+    def add(self, row: dict, *, score: str = "top1") -> bool:
+        """Add a finished epoch. Returns whether its score is above that of all epochs before."""
+        is_best = score in row and all(row[score] > earlier.get(score, -1.0) for earlier in self.epochs)
         self.step, self.seconds, self.epochs = row["step"], row["seconds"], [*self.epochs, row]
         return is_best
 
@@ -56,7 +60,7 @@ def save_epoch(
         save_classifier(
             out / f"{name}.safetensors", classifier.tensors(), classifier.model, classifier.kwargs, **metadata
         )
-    write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in progress.epochs))
+    write_metrics(out, progress)
     save_resume(
         out / RESUME_FILE,
         task=classifier.task,
@@ -65,6 +69,17 @@ def save_epoch(
         identity=identity,
         **vars(progress),
     )
+
+
+def write_metrics(out: Path, progress: Progress) -> None:
+    """Write metrics.jsonl: a line of numbers per finished epoch."""
+    write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in progress.epochs))
+
+
+def step_bar(num_steps: int, *, done: int, is_main: bool) -> tqdm:
+    """A bar of steps for a terminal. In a log file the line of each epoch has to do."""
+    hidden = not (is_main and sys.stderr.isatty()) or is_quiet()
+    return tqdm(total=num_steps, initial=done, unit="step", disable=hidden, mininterval=0.5)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,30 +14,33 @@ OUT/resume.pt            the state that a killed run continues from
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import IO
-
-from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from dmae_ds.config.evaluation import FinetuneConfig
 from dmae_ds.config.load import dump_config
 from dmae_ds.data.batch import Batch
-from dmae_ds.errors import UserError
 from dmae_ds.evaluate.accuracy import measure_accuracy
 from dmae_ds.evaluate.results import append_result, interval_text, make_result
 from dmae_ds.evaluate.subsets import open_subset
 from dmae_ds.finetune.checkpoint import RESUME_FILE, read_resume, restore
+from dmae_ds.finetune.claim import claim
 from dmae_ds.finetune.early import SCHEMAS, check_is_new
 from dmae_ds.finetune.evaluation import Evaluation, open_evaluation
 from dmae_ds.finetune.loop import LoopSettings, raise_unless_finite, train
-from dmae_ds.finetune.record import Progress, metric_of, save_epoch, settings_of, summary, write_text
+from dmae_ds.finetune.pieces import Pieces
+from dmae_ds.finetune.record import (
+    Progress,
+    metric_of,
+    save_epoch,
+    settings_of,
+    step_bar,
+    summary,
+    write_text,
+)
 from dmae_ds.finetune.source import find_source
-from dmae_ds.output.lines import is_quiet, say
-from dmae_ds.train.checkpoint.run_lock import hold
+from dmae_ds.output.lines import say
 from dmae_ds.train.learning_rate import learning_rate
 
 
@@ -71,7 +74,7 @@ def evaluate(
     identity = evaluation.identity(command)
     progress = _start_or_resume(evaluation, identity, resume)
     batches = evaluation.train_batches(start_step=progress.step)
-    lock = _claim(evaluation)
+    lock = claim(evaluation.out, evaluation.accelerator)
     now = _start_or_resume(evaluation, identity, resume)
     if now.step != progress.step:  # another job worked here while this one waited for the folder
         progress, batches = now, evaluation.train_batches(start_step=now.step)
@@ -94,23 +97,6 @@ def evaluate(
     if lock is not None:
         lock.close()
     return result
-
-
-def _claim(evaluation: Evaluation) -> IO[str] | None:
-    """Own the evaluation's folder: two jobs that write into one would mix their epochs. Collective.
-
-    Raises UserError on every process if another job has it.
-    """
-    lock, problem = None, None
-    if evaluation.accelerator.is_main_process:
-        try:
-            lock = hold(evaluation.out)
-        except UserError as error:
-            problem = str(error)
-    (problem,) = broadcast_object_list([problem])
-    if problem is not None:
-        raise UserError(problem)
-    return lock
 
 
 def _start_or_resume(evaluation: Evaluation, identity: dict, resume: str) -> Progress:
@@ -139,20 +125,16 @@ def _write_start(evaluation: Evaluation, progress: Progress) -> None:
 def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch], *, identity: dict) -> None:
     """Train to the last step; validate and save after every epoch."""
     config, classifier, accelerator = evaluation.config, evaluation.classifier, evaluation.accelerator
-    bar = tqdm(
-        total=evaluation.num_steps,
-        initial=progress.step,
-        unit="step",
-        # In a log file the line of each epoch has to do.
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()) or is_quiet(),
-        mininterval=0.5,
-    )
+    prepare, accumulation = evaluation.prepare, evaluation.accumulation
+    pieces = Pieces(classifier.task, batches, prepare, accumulation=accumulation, accelerator=accelerator)
+    bar = step_bar(evaluation.num_steps, done=progress.step, is_main=accelerator.is_main_process)
     since = time.monotonic()
 
     def lr_at(step: int) -> float:
         return learning_rate(config.optim, step / evaluation.steps_per_epoch)
 
     def after_step() -> None:
+        pieces.after_step()
         if classifier.ema is not None:
             classifier.ema.update(classifier.network)
         bar.update()
@@ -163,7 +145,7 @@ def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch],
         top1, top5 = measure_accuracy(
             classifier.judged,
             evaluation.val_batches(),
-            normalize=evaluation.prepare.normalize,
+            normalize=prepare.normalize,
             num_classes=len(evaluation.train_set.classes),
             processes=accelerator,
         )
@@ -190,7 +172,7 @@ def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch],
         start_step=progress.step,
         num_steps=evaluation.num_steps,
         epoch_ends=evaluation.epoch_ends(),
-        accumulation=evaluation.accumulation,
+        accumulation=accumulation,
         clip_grad=config.optim.clip_grad if isinstance(config, FinetuneConfig) else 0.0,
         lr_at=lr_at,
     )
@@ -198,9 +180,8 @@ def _train(evaluation: Evaluation, progress: Progress, batches: Iterator[Batch],
         train(
             classifier.task,
             classifier.optimizer,
-            batches,
+            pieces,
             settings,
-            prepare=evaluation.prepare,
             accelerator=accelerator,
             after_step=after_step,
             after_epoch=after_epoch,

@@ -1,4 +1,4 @@
-"""Input of `dmae-ds eval finetune` and `eval linear`: a run folder or weights file, a recipe, overrides.
+"""Input of an evaluation that trains: a run folder or weights file, a recipe, overrides.
 
 It is found without torch, so that a mistake is (early.py).
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from dmae_ds.config.dense import DenseConfig
 from dmae_ds.config.evaluation import ClassifierConfig
 from dmae_ds.config.load import load_config, read_saved_config
 from dmae_ds.config.networks import looks_like_hub_id
@@ -17,7 +18,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.weights.hub import locate
 from dmae_ds.weights.label import WEIGHTS
 
-Config = TypeVar("Config", bound=ClassifierConfig)
+Config = TypeVar("Config", bound=ClassifierConfig | DenseConfig)
 _IN_RUN = "?"  # run.dir of a run folder's evaluation, until its labels are known
 
 
@@ -28,7 +29,7 @@ class Source:
     file: the weights; results: the folder whose results.jsonl gets the line
     """
 
-    config: ClassifierConfig
+    config: ClassifierConfig | DenseConfig
     recipe: str
     file: Path
     results: Path
@@ -40,8 +41,8 @@ def find_source(
     schema: type[Config],
     recipe: str,
     overrides: list[str],
-    labels: str,
-    subset_seed: int | None,
+    labels: str | None = None,
+    subset_seed: int | None = None,
 ) -> Source:
     """Join the settings that come with the weights, the recipe and the overrides.
 
@@ -49,10 +50,13 @@ def find_source(
     word: a run folder, which gives network, data, seed and the place of the result; or a weights file or hub
     id, for which the overrides give data.train, data.val and run.dir, and network.name if the file does not
     have it
+    labels, subset_seed: of a classifier's training images; None for dense tasks
     Raises UserError.
     """
     path, stem = Path(word).expanduser(), Path(recipe).stem
-    below = {"weights": word, "labels": labels, "subset_seed": subset_seed}
+    below = {"weights": word}
+    if labels is not None:
+        below |= {"labels": labels, "subset_seed": subset_seed}
     run = path if path.is_dir() and (path / "config.yaml").is_file() else None
     if run is not None:
         file = run / "student.safetensors"
@@ -67,18 +71,25 @@ def find_source(
             "network": trained.student.model_dump(
                 exclude_none=True, exclude={"weights", "checkpoint_blocks"}
             ),
-            "data": trained.data.model_dump(mode="json"),
+            "data": trained.data.model_dump(
+                mode="json", include=set(schema.model_fields["data"].annotation.model_fields)
+            ),
         }
     else:
         file = _find_file(word)
         below |= {"run": {}, "data": {}, "network": network_in(file)}
     config = load_config(recipe, overrides, schema=schema, kind="evaluation recipe", below=below)
     if config.run.dir == _IN_RUN:
-        drawn = "" if config.labels == "all" else f"-{config.labels}-seed{config.subset_seed or 0}"
+        drawn = "" if labels is None or config.labels == "all" else _drawn(config)
         run_section = config.run.model_copy(update={"dir": str(run / f"{stem}{drawn}")})
         config = config.model_copy(update={"run": run_section})
     folder = Path(config.run.dir).expanduser()
     return Source(config, stem, file, run if run is not None else folder)
+
+
+def _drawn(config: ClassifierConfig) -> str:
+    """The part of a folder's name that tells draws of labels apart."""
+    return f"-{config.labels}-seed{config.subset_seed or 0}"
 
 
 def _find_file(word: str) -> Path:
