@@ -155,9 +155,9 @@ def _explain(item: dict, schema: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{key} is missing; set it in the recipe or as {key}=..."
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        name = item["ctx"].get("tag", "is missing")
-        choices = item["ctx"].get("expected_tags", "mae, dmae")
-        return f"{key}.name {name!r}: choose {choices}"
+        if "tag" not in item["ctx"]:
+            return f"{key}.name is missing; set it in the recipe or as {key}.name=..."
+        return f"{key}.name {item['ctx']['tag']!r}: choose {item['ctx']['expected_tags']}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{key}: {message}" if key else message  # without a key, the message names the keys itself

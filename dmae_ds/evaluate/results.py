@@ -56,6 +56,11 @@ class Metric:
 
 
 TOP = {"top1": Score("top-1", "%", 0, 100), "top5": Score("top-5", "%", 0, 100)}
+MIOU = {
+    "miou": Score("mIoU", "%", 0, 100),
+    "mean_accuracy": Score("mean accuracy", "%", 0, 100),
+    "pixel_accuracy": Score("pixel accuracy", "%", 0, 100),
+}
 # In the order in which pages list them.
 METRICS = {
     "knn": Metric("k-NN", TOP, "top1"),
@@ -66,6 +71,7 @@ METRICS = {
     "agreement": Metric(
         "agreement of neighbours", {"overlap": Score("with the teacher's", "%", 0, 100)}, "overlap"
     ),
+    "segment": Metric("segmentation", MIOU, "miou"),
 }
 # Field -> the types that its value may have.
 FIELDS = {
