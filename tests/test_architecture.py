@@ -179,11 +179,13 @@ def test_what_a_recipe_is_checked_with_is_imported_without_torch():
 
 
 SCHEMA_MODULES = [
+    "dmae_ds.config.dense",
     "dmae_ds.config.evaluation",
     "dmae_ds.config.networks",
     "dmae_ds.config.objective_base",
     "dmae_ds.config.objectives",
     "dmae_ds.config.run",
+    "dmae_ds.config.segmentation",
 ]
 
 

@@ -33,6 +33,7 @@ ROOMS_WITH_A_README = [
     "dmae_ds/bench",
     "dmae_ds/config",
     "dmae_ds/data",
+    "dmae_ds/dense",
     "dmae_ds/distill",
     "dmae_ds/doctor",
     "dmae_ds/evaluate",

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from dmae_ds.cli.arguments import add_labels, add_quiet
-from dmae_ds.cli.ranks import same_on_every_rank
-
-if TYPE_CHECKING:
-    from dmae_ds.distributed.world import World
+from dmae_ds.cli.eval_dense import add_segment
+from dmae_ds.cli.ranks import same_on_every_rank, share_cpus
 
 
 def add_eval(subcommands) -> None:
     """Add `eval` and its subcommands to the root parser."""
     evaluate = subcommands.add_parser("eval", help="measure how good a student is")
-    kinds = evaluate.add_subparsers(required=True, metavar="knn | probe | agreement | finetune | linear")
+    kinds = evaluate.add_subparsers(required=True, metavar="KIND")
     _add_knn(kinds)
     _add_probe(kinds)
     _add_agreement(kinds)
@@ -34,6 +30,7 @@ def add_eval(subcommands) -> None:
         help="MAE's linear probe: batch norm and one linear layer on the frozen student, trained by LARS",
         recipe="linear_mae",
     )
+    add_segment(kinds)
 
 
 def _add_knn(kinds) -> None:
@@ -184,7 +181,7 @@ def _agreement(args: argparse.Namespace) -> None:
 
     options = {"k": args.k, "pool": args.pool, "batch_size": args.batch_size, "cache_gib": args.cache_gib}
     with same_on_every_rank() as world:
-        _share_cpus(world)
+        share_cpus(world)
         for source in find_sources([*args.runs, *args.overrides]):
             evaluate_run(source, **options)
 
@@ -211,7 +208,7 @@ def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -
 
     options |= {"pool": args.pool, "batch_size": args.batch_size, "cache_gib": args.cache_gib}
     with same_on_every_rank() as world:
-        _share_cpus(world)
+        share_cpus(world)
         rows: list[tuple[str, dict]] = []
         sources = find_sources([*args.runs, *args.overrides])
         for source, labels in itertools.product(sources, args.labels):
@@ -242,13 +239,5 @@ def _classifier(args: argparse.Namespace) -> None:
     from dmae_ds.finetune.run import evaluate
 
     with same_on_every_rank() as world:
-        _share_cpus(world)
+        share_cpus(world)
         evaluate(args.name, args.weights, resume=args.resume, **given)
-
-
-def _share_cpus(world: World) -> None:
-    """Let accelerate join ranks on CPUs: unless it is told that there are no GPUs, each rank works alone."""
-    import torch
-
-    if world.size > 1 and not torch.cuda.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Iterator
 
@@ -24,3 +25,11 @@ def same_on_every_rank() -> Iterator[World]:
     except UserError as error:
         error.on_every_rank = True
         raise
+
+
+def share_cpus(world: World) -> None:
+    """Let accelerate join ranks on CPUs: unless it is told that there are no GPUs, each rank works alone."""
+    import torch
+
+    if world.size > 1 and not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -102,5 +102,9 @@ class DenseConfig(Section):
                 f"data.mean has {len(self.data.mean)} numbers and data.std {len(self.data.std)}; give one a "
                 "channel"
             )
+        if len(self.data.mean) != 3:
+            raise ValueError(
+                f"data.mean has {len(self.data.mean)} numbers, and images of dense tasks have 3 channels, RGB"
+            )
         check_channels(self.data, self.network, "network")
         return self

@@ -139,7 +139,7 @@ def _set(values: dict, dotted: str, value: Any) -> None:
 def _explain(item: dict, schema: type[BaseModel]) -> str:
     # A discriminated union puts the chosen name into the location: objective.dmae.head -> objective.head.
     location = [str(part) for part in item["loc"]]
-    if location[:1] == ["objective"] and len(location) > 1:
+    if len(location) > 1 and location[0] in ("objective", "head"):
         del location[1]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":

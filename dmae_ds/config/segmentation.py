@@ -61,7 +61,8 @@ class SegmentConfig(DenseConfig):
     head: HeadSection = UperNetConfig(name="upernet")
     frozen: bool = False  # train the head alone
     augment: SegmentAugmentConfig = SegmentAugmentConfig()
-    # Validation: the short side in px; null: network.img_size, of windows that are also this large.
+    # Short side that images are resized to, in px, before scale jitter and in validation; null:
+    # network.img_size, the side of crops and windows.
     short_side: PositiveInt | None = None
     stride: PositiveInt | None = None  # of the windows, in px; null: two thirds of network.img_size
     distill: SegmentDistillConfig | None = None

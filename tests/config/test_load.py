@@ -7,6 +7,7 @@ import yaml
 
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import dump_config, load_config
+from dmae_ds.config.segmentation import SegmentConfig
 from dmae_ds.config.shipped import shipped_files
 from dmae_ds.errors import UserError
 from tests.messages import refused
@@ -56,9 +57,12 @@ def test_the_teachers_dtype_follows_the_precision_unless_it_is_set(recipe, tmp_p
 
 @pytest.mark.parametrize("name", shipped_files("evaluation recipe"))
 def test_every_shipped_evaluation_recipe_is_valid(name):
+    segments = name.startswith("upernet") or "segment" in name
     schema = LinearConfig if name.startswith("linear") else FinetuneConfig
+    schema = SegmentConfig if segments else schema
     overrides = ["run.dir=out", "weights=file", "network.name=vit_base_patch16_224", "data.train=train"]
-    overrides += ["distill.teacher=file"] if name.startswith("supervised") else []
+    overrides += ["data.val=val"] if segments else []
+    overrides += ["distill.teacher=file"] if name.startswith(("supervised", "g2sd")) else []
     config = load_config(name, overrides, schema=schema, kind="evaluation recipe")
     assert schema.model_validate(yaml.safe_load(dump_config(config))) == config
 
