@@ -15,6 +15,7 @@ import pytest
 from dmae_ds.config import evaluation as evaluation_schemas
 from dmae_ds.config import networks as network_schemas
 from dmae_ds.config import objectives as objective_schemas
+from dmae_ds.config import segmentation as segmentation_schemas
 from dmae_ds.config.objectives import Section
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -178,15 +179,8 @@ def test_what_a_recipe_is_checked_with_is_imported_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-SCHEMA_MODULES = [
-    "dmae_ds.config.dense",
-    "dmae_ds.config.evaluation",
-    "dmae_ds.config.networks",
-    "dmae_ds.config.objective_base",
-    "dmae_ds.config.objectives",
-    "dmae_ds.config.run",
-    "dmae_ds.config.segmentation",
-]
+SCHEMA_NAMES = "dense evaluation networks objective_base objectives run segmentation"
+SCHEMA_MODULES = [f"dmae_ds.config.{name}" for name in SCHEMA_NAMES.split()]
 
 
 def schema_classes() -> set[type[Section]]:
@@ -213,6 +207,7 @@ def test_every_config_field_is_read_somewhere():
 
 def test_the_tables_are_the_schemas():
     from dmae_ds.config.shipped import shipped_objectives
+    from dmae_ds.dense.segmenter import HEADS as HEADS_OF_SEGMENTERS
     from dmae_ds.finetune.network import GLOBAL_POOLS
     from dmae_ds.finetune.tasks import TASKS
     from dmae_ds.objectives import OBJECTIVES
@@ -238,6 +233,8 @@ def test_the_tables_are_the_schemas():
     assert set(FORMATS) == set(network_schemas.TEACHER_FORMATS)
     assert set(DTYPES) == choices(network_schemas.TeacherConfig, "dtype")
     assert set(TASKS) == choices(evaluation_schemas.DistillConfig, "method")
+    heads = (segmentation_schemas.UperNetConfig, segmentation_schemas.LinearHeadConfig)
+    assert set(HEADS_OF_SEGMENTERS) == {name for cls in heads for name in choices(cls, "name")}
     assert set(GLOBAL_POOLS) == choices(evaluation_schemas.ClassifierConfig, "pool")
 
 
