@@ -44,6 +44,10 @@ EXAMPLES = {
         "run.dir=runs/tuned",
     ),
     "eval linear": (f"{RUN} --labels 10%", "runs/digits/dmae --recipe linear_digits"),
+    "eval segment": (
+        f"{RUN} data.train=shards/ade20k/train data.val=shards/ade20k/val precision=bf16",
+        f"{RUN} --recipe linear_segment_ade20k data.train=shards/ade20k/train data.val=shards/ade20k/val",
+    ),
     "export": (f"{RUN} --to hf --license cc-by-nc-4.0", f"{RUN} --to onnx --out student_onnx"),
     "report": (RUN, f"{RUN} runs/mask90 --out mask.html", "--results runs"),
     "teacher inspect": ("mae_pretrain_vit_large.pth",),
