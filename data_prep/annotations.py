@@ -17,6 +17,7 @@ from dmae_ds.data.dense_members import (
     MAX_CLASSES,
     MIN_SIDE,
     DenseInfo,
+    are_numbers,
     check_map_classes,
     check_segmentation,
     decode_masks,
@@ -132,6 +133,8 @@ def convert_annotations(line: dict, info: DenseInfo, frame: Frame, modes: Counte
         if box is None:
             continue
         annotation = {**annotation, "bbox": box}
+        if not are_numbers([annotation.get("area")]):
+            annotation.pop("area", None)  # a NaN would not be JSON for other readers
         if info.has_masks:
             segmentation = _usable(annotation.get("segmentation"))
             if segmentation is None:
@@ -186,7 +189,7 @@ def _transform(annotation: dict, frame: Frame) -> dict:
     (left, top), (right, bottom) = corners.min(0), corners.max(0)
     changed = {**annotation, "bbox": [_round(value) for value in (left, top, right - left, bottom - top)]}
     scale = frame.final[0] * frame.final[1] / (frame.drawn[0] * frame.drawn[1])
-    if type(annotation.get("area")) in (int, float):
+    if "area" in annotation:
         changed["area"] = annotation["area"] * scale
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list):

@@ -130,13 +130,15 @@ def match_dense(
         if (coco is None or path in names) and (maps is None or map_name(path) in maps):
             matched.add(path, -1)
     if not len(matched):
-        first = f", first {matched.skipped[0]['source']!r}: {matched.skipped[0]['reason']}"
+        first = ""
+        if matched.skipped:
+            first = f", first {matched.skipped[0]['source']!r}: {matched.skipped[0]['reason']}"
         wanted = " and ".join(
             name
             for name, value in (("--masks", options.masks), ("--coco", options.coco))
             if value is not None
         )
-        raise ShardError(f"no image of SRC '{src}' is matched by {wanted}{first if matched.skipped else ''}")
+        raise ShardError(f"no image of SRC '{src}' is matched by {wanted}{first}")
     info = DenseInfo(
         map_classes=None if options.masks is None else _name_classes(options, classes, matched),
         box_classes=None if coco is None else coco.classes,
@@ -161,7 +163,7 @@ def _match_maps(
     paths: list[bytes], options: DenseOptions, listing: Listing, *, is_subset: bool
 ) -> set[bytes]:
     """Paths of the maps below DIR; what is without its other half is added to the skipped files."""
-    folder = options.masks
+    folder, skipped = options.masks, {entry["source"] for entry in listing.skipped}
     maps = _find_maps(folder, listing.skipped)
     _refuse_unclear_zero(options, maps)
     wanted: dict[bytes, bytes] = {}
@@ -173,7 +175,7 @@ def _match_maps(
                 f"'{folder / os.fsdecode(name)}'; rename one of them"
             )
         wanted[name] = path
-        if name not in maps:
+        if name not in maps and os.fsdecode(path) not in skipped:
             listing.skip(path, f"no label map {folder / os.fsdecode(name)}")
     without = sorted(maps - wanted.keys())
     if is_subset and without:
@@ -235,7 +237,8 @@ def _match_coco(
         listing.notes.append(f"{len(missing):,} images of --coco are not among these")
     elif missing:
         for name in missing:
-            listing.skip(os.fsencode(name), f"an image of --coco {file} that SRC does not have")
+            reason = f"an image of --coco {file} that SRC does not have"
+            listing.skipped.append({"number": None, "source": name, "reason": reason})
     return names
 
 

@@ -19,7 +19,8 @@ dmae_ds/data/shards.py. Unusual files:
 
 With --resize N an image is rotated upright as its EXIF data require and shrunk to a short side of N; an image
 that needs neither keeps its bytes. It may have up to 178,956,970 pixels then. Skipped files are listed in
-skipped.jsonl with their reasons; their numbers stay unused.
+skipped.jsonl with their reasons; their numbers stay unused. With --masks and --coco samples get a label map
+and annotations, too (dense.py, DENSE.md).
 """
 
 import hashlib

@@ -177,7 +177,7 @@ def read_annotations(data: bytes, info: DenseInfo, *, width: int, height: int) -
 
 def check_box(box: object, where: str, *, width: int, height: int) -> tuple[float, float, float, float]:
     """Check COCO's [x, y, w, h]. Raises ValueError unless it is a box with an area inside of the image."""
-    if not _are_numbers(box) or len(box) != 4:
+    if not are_numbers(box) or len(box) != 4:
         raise ValueError(f"{where} has bbox {_short(box)}, expected four numbers [x, y, width, height]")
     x, y, w, h = map(float, box)
     slack = 1e-3  # of sums in floating point
@@ -198,7 +198,7 @@ def check_segmentation(segmentation: object, where: str, *, width: int, height: 
     if sum(len(polygon) for polygon in segmentation if isinstance(polygon, list)) > 2 * MAX_POINTS:
         raise ValueError(f"{where} has polygons of more than {MAX_POINTS:,} points")
     for polygon in segmentation:
-        if not _are_numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
+        if not are_numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"{where} has polygon {_short(polygon)}, expected x, y of at least three points")
         # labelling tools draw a little over the edge; far outside pycocotools would reserve any memory
         xs, ys = polygon[::2], polygon[1::2]
@@ -268,7 +268,7 @@ def _decompress(text: str, where: str) -> list[int]:
     return counts
 
 
-def _are_numbers(values: object) -> bool:
+def are_numbers(values: object) -> bool:
     """Whether it is a list of finite numbers."""
     return isinstance(values, list) and all(
         type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value) for value in values

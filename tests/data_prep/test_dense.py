@@ -31,7 +31,7 @@ from tests.messages import refused
 def skipped(dst: Path) -> dict[str, str]:
     """Reasons by base name."""
     lines = (dst / "skipped.jsonl").read_text().splitlines()
-    return {Path(entry["source"]).name: entry["reason"] for entry in map(json.loads, lines)}
+    return {entry["source"].rpartition("/")[2]: entry["reason"] for entry in map(json.loads, lines)}
 
 
 def test_ade20k_is_read_with_its_zero_as_no_class(tmp_path):
@@ -185,6 +185,7 @@ def test_maps_that_cannot_be_used_are_skipped_with_reasons(tmp_path):
     assert len(dense) == 2
     reasons = skipped(tmp_path / "dst")
     assert set(reasons) == set(expected)
+    assert len((tmp_path / "dst" / "skipped.jsonl").read_text().splitlines()) == len(expected)
     for name, words in expected.items():
         assert all(word in reasons[name] for word in words), reasons[name]
     verify_shards(tmp_path / "dst")
@@ -246,21 +247,22 @@ def test_annotations_that_cannot_be_used_skip_their_image_or_are_counted(tmp_pat
         30: ([annotation(3, 30, [1, 1, 4, 4], segmentation={"size": [9, 9], "counts": [81]})], ("[9, 9]",)),
     }
     fine = [
-        annotation(4, 34, [1, 1, 4, 0]),
+        annotation(4, 34, [1, 1, 4, 0], area=float("nan")),
         annotation(5, 34, [1, 1, 4, 4], segmentation=[]),
-        annotation(6, 34, [1, 1, 4, 4], segmentation=[[1, 1, 2, 2], [1, 1, 5, 1, 5, 5]]),
+        annotation(6, 34, [1, 1, 4, 4], area=float("nan"), segmentation=[[1, 1, 2, 2], [1, 1, 5, 1, 5, 5]]),
     ]
     content = broken(annotations=[*fine, *(entry for entries, _ in cases.values() for entry in entries)])
     coco = make_coco(tmp_path, content)
     save(image_of(9, 9), tmp_path / "train2017" / "more.jpg")
-    content["images"].append({"id": 77, "file_name": "missing.jpg", "width": 5, "height": 5})
+    content["images"].append({"id": 77, "file_name": "missing\ud800.jpg", "width": 5, "height": 5})
     coco.write_text(json.dumps(content))
     dense = make_dense(tmp_path / "train2017", tmp_path / "dst", coco=coco, max_skip=5)
     reasons = skipped(tmp_path / "dst")
     for number, (_, words) in cases.items():
         assert all(word in reasons[f"{number:012d}.jpg"] for word in words), reasons
-    assert "no image entry" in reasons["more.jpg"] and "SRC does not have" in reasons["missing.jpg"]
+    assert "no image entry" in reasons["more.jpg"] and "SRC does not have" in reasons["missing\ud800.jpg"]
     assert len(dense) == 1 and len(dense[0].boxes) == 1 and dense[0].masks.any()
+    assert b"NaN" not in (tmp_path / "dst" / "shard-000000.tar").read_bytes()
     printed = capsys.readouterr().out
     assert "1 boxes without an area" in printed and "1 objects without a mask" in printed
 
