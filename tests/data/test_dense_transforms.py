@@ -75,11 +75,11 @@ VIEWS = {
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_painted_patch_is_found_in_image_map_box_and_mask(name):
     num_found = num_lost = 0
-    for epoch in range(25):
+    for epoch in range(10):
         for height, width, top, left in ((61, 83, 5, 40), (90, 47, 66, 27), (40, 40, 10, 10)):
             is_there = check_patch(VIEWS[name](patched(height, width, top, left), epoch=epoch))
             num_found, num_lost = num_found + is_there, num_lost + (not is_there)
-    assert num_found > 30
+    assert num_found > 12
     assert (num_lost == 0) == (name == "shortest edge")
 
 
