@@ -10,6 +10,7 @@ A sample is the whole image, undistorted; `dense_transforms.py` draws what train
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -38,15 +39,25 @@ class DenseSample(NamedTuple):
 
 
 class DenseSet:
-    """Samples of a dense shard set by their number; each process that reads it opens its own files."""
+    """Samples of a dense shard set by their number; each process that reads it opens its own files.
 
-    def __init__(self, shard_set: ShardSet):
-        if shard_set.dense is None:
+    maps, boxes: whether they are read where the set has them; what is not read costs nothing
+    """
+
+    def __init__(self, shard_set: ShardSet, *, maps: bool = True, boxes: bool = True):
+        info = shard_set.dense
+        wanted = " or ".join(name for name, is_read in (("label maps", maps), ("boxes", boxes)) if is_read)
+        has_any = info is not None and ((maps and info.map_classes) or (boxes and info.box_classes))
+        if not has_any:
             raise ShardError(
-                f"'{shard_set.folder}' has no label maps or boxes; make it with `dmae-shards make SRC DST "
-                "--masks DIR` or `--coco FILE`"
+                f"'{shard_set.folder}' has no {wanted}; make it with `dmae-shards make SRC DST --masks DIR` "
+                f"for label maps, `--coco FILE` for boxes"
             )
-        self.shard_set, self.info = shard_set, shard_set.dense
+        if not maps:
+            info = replace(info, map_classes=None)
+        if not boxes:
+            info = replace(info, box_classes=None, has_masks=False)
+        self.shard_set, self.info = shard_set, info
         self._reader = SampleReader(shard_set)
 
     def __len__(self) -> int:
@@ -137,13 +148,21 @@ class DenseSet:
         return [f"{number:09d}" for shard in shards for number in self.shard_set.open_index(shard)["number"]]
 
 
-def open_dense(path: str | Path, *, label: str = "dense data", access: Access = DEFAULT_ACCESS) -> DenseSet:
+def open_dense(
+    path: str | Path,
+    *,
+    label: str = "dense data",
+    access: Access = DEFAULT_ACCESS,
+    maps: bool = True,
+    boxes: bool = True,
+) -> DenseSet:
     """Open a dense shard set: a folder, or a URL of one.
 
     label: the user's name for it, such as 'data.train'; access: how URLs are read
-    Raises ShardError for a folder that cannot be used, or has neither maps nor boxes.
+    maps, boxes: whether they are read where the set has them
+    Raises ShardError for a folder that cannot be used, or has nothing of that.
     """
-    return DenseSet(ShardSet.open(path, label=label, access=access))
+    return DenseSet(ShardSet.open(path, label=label, access=access), maps=maps, boxes=boxes)
 
 
 __all__ = ["DenseInfo", "DenseSample", "DenseSet", "open_dense"]

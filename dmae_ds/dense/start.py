@@ -137,8 +137,8 @@ def open_start(source: Source) -> Start:
     """
     config = source.config
     access = Access.of(config.data)
-    train_set = open_dense(config.data.train, label="data.train", access=access)
-    val_set = open_dense(config.data.val, label="data.val", access=access)
+    train_set = open_dense(config.data.train, label="data.train", access=access, boxes=False)
+    val_set = open_dense(config.data.val, label="data.val", access=access, boxes=False)
     choose_determinism(config.run.deterministic)
     accelerator = start_accelerator(config.precision)
     choose_tf32(config.tf32, accelerator.device)

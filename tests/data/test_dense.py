@@ -98,6 +98,17 @@ def test_sets_without_maps_or_boxes_are_refused(digits):
         open_dense(digits / "val")
 
 
+def test_what_is_not_wanted_is_not_read(scenes, monkeypatch):
+    maps = open_dense(scenes / "val", boxes=False)
+    monkeypatch.setattr("dmae_ds.data.dense.read_annotations", None)
+    assert maps[0].label_map is not None and maps[0].boxes is None and maps[0].masks is None
+    assert (maps.has_maps, maps.has_boxes, maps.has_masks, len(maps.classes)) == (True, False, False, 14)
+    monkeypatch.undo()
+    boxes = open_dense(scenes / "val", maps=False)
+    assert boxes[0].label_map is None and len(boxes.classes) == 10 and boxes.ignore_index == 255
+    assert maps.fingerprint == boxes.fingerprint
+
+
 def test_maps_of_every_kind_are_read():
     values = np.array([[0, 1, 255], [1, 0, 0]], np.uint8)
     expected = values.astype(np.int64)
