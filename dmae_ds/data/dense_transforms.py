@@ -132,9 +132,12 @@ def resize(sample: DenseSample, *, height: int, width: int) -> DenseSample:
     if sample.image.shape[1:] == (height, width):
         return sample
     label_map, masks = sample.label_map, sample.masks
-    moved = _move(
-        sample._replace(label_map=None, masks=None), lambda it: F.resize(it, [height, width], antialias=True)
-    )
+    rest = sample._replace(label_map=None, masks=None)
+    if height == width == 1:  # torch 2.14 fails at it with uint8
+        rest = rest._replace(image=rest.image.float())
+    moved = _move(rest, lambda it: F.resize(it, [height, width], antialias=True))
+    if moved.image.is_floating_point():
+        moved = moved._replace(image=moved.image.round().to(torch.uint8))
     if label_map is not None:
         label_map = nearest(label_map[None])[0]
     if masks is not None:
@@ -150,12 +153,7 @@ def crop(sample: DenseSample, *, top: int, left: int, height: int, width: int) -
     are dropped with their masks and labels.
     """
     height, width = min(height, sample.image.shape[1] - top), min(width, sample.image.shape[2] - left)
-
-    def cut(it: Any) -> Any:
-        it = F.crop(it, top, left, height, width)
-        return F.clamp_bounding_boxes(it) if isinstance(it, tv_tensors.BoundingBoxes) else it
-
-    cropped = _move(sample, cut)
+    cropped = _move(sample, lambda it: F.crop(it, top, left, height, width))
     if cropped.boxes is not None and cropped.masks is not None:
         is_cut = (_sides(cropped.boxes) < _sides(sample.boxes) - 1e-3).any(1)
         enclosing = _enclose(cropped.masks, cropped.boxes)
@@ -214,7 +212,7 @@ def _crop_place(height: int, width: int, size: int, place: np.ndarray) -> tuple[
 
 
 def _move(sample: DenseSample, function: Callable[[Any], Any]) -> DenseSample:
-    """Apply one of v2's functions to everything in a sample, as tv_tensors."""
+    """Apply one of v2's functions to everything in a sample, as tv_tensors; boxes are cut to the image."""
     canvas = tuple(sample.image.shape[1:])
     wrapped = {
         "image": tv_tensors.Image(sample.image),
@@ -224,10 +222,10 @@ def _move(sample: DenseSample, function: Callable[[Any], Any]) -> DenseSample:
         else tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=canvas),
         "masks": None if sample.masks is None else tv_tensors.Mask(sample.masks),
     }
-    moved = {
-        name: None if value is None else function(value).as_subclass(torch.Tensor)
-        for name, value in wrapped.items()
-    }
+    moved = {name: None if value is None else function(value) for name, value in wrapped.items()}
+    if moved["boxes"] is not None:
+        moved["boxes"] = F.clamp_bounding_boxes(moved["boxes"])
+    moved = {name: None if it is None else it.as_subclass(torch.Tensor) for name, it in moved.items()}
     if moved["label_map"] is not None:
         moved["label_map"] = moved["label_map"][0]
     return sample._replace(**moved)

@@ -150,6 +150,8 @@ def test_objects_that_vanish_are_dropped_with_masks_and_labels():
     assert none.boxes.shape == (0, 4) and none.labels.shape == (0,) and none.masks.shape == (0, 10, 10)
     again = hflip(pad(resize(none, height=21, width=9), height=25, width=25, ignore_index=255))
     assert again.boxes.shape == (0, 4) and again.masks.shape == (0, 25, 25)
+    grey = resize(sample, height=1, width=1).image.flatten().tolist()
+    assert len(set(grey)) == 1 and 15 < grey[0] < 35  # on average 21, and more in the middle
     assert resize(sample, height=2, width=2).labels.tolist() == [4]  # no pixel centre is in the other mask
 
 
