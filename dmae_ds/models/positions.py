@@ -1,8 +1,9 @@
-"""Fixed two-dimensional sin-cos positional embeddings, as in MAE."""
+"""Fixed two-dimensional sin-cos positional embeddings, as in MAE, and those of images of other sizes."""
 
 from __future__ import annotations
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from dmae_ds.errors import UserError
@@ -30,3 +31,28 @@ def sincos_positions(dim: int, grid: tuple[int, int], *, span: tuple[int, int] |
 
 def _axis_positions(number: int, span: int) -> Tensor:
     return (torch.arange(number, dtype=torch.float64) + 0.5) * (span / number) - 0.5
+
+
+def is_sincos(positions: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether the positional embeddings [1, L, D] of a grid's patches are MAE's fixed ones."""
+    if positions.shape[2] % 4:
+        return False
+    expected = sincos_positions(positions.shape[2], grid)[:, 1:].to(positions.device)
+    return torch.allclose(positions.float(), expected, rtol=0, atol=1e-4)
+
+
+def stretch_positions(
+    positions: Tensor, *, num_prefix: int, old: tuple[int, int], new: tuple[int, int]
+) -> Tensor:
+    """Positional embeddings of an image of another size, whose grid has the extent of the old one.
+
+    positions: [1, num_prefix + L, D] of the grid `old`
+    Returns [1, num_prefix + L', D] of the grid `new`, in the same dtype: sin-cos embeddings (MAE) are
+    computed between the old places, learned ones are interpolated by timm (bicubic, antialiased).
+    """
+    if is_sincos(positions[:, num_prefix:], old):
+        patches = sincos_positions(positions.shape[2], new, span=old)[:, 1:].to(positions)
+        return torch.cat([positions[:, :num_prefix], patches], dim=1)
+    return resample_abs_pos_embed(
+        positions, new_size=list(new), old_size=list(old), num_prefix_tokens=num_prefix
+    )

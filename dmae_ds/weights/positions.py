@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from math import isqrt
 
-import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from dmae_ds.errors import UserError
-from dmae_ds.models.positions import sincos_positions
+from dmae_ds.models.positions import is_sincos, sincos_positions
 from dmae_ds.weights.label import WEIGHTS, Label
 
 
@@ -31,18 +30,14 @@ def fit_positions(
         )
     dim = positions.shape[2]
     change = f"{side}x{side} -> {grid[0]}x{grid[1]}"
-    if num_prefix == 1 and dim % 4 == 0 and _is_sincos(positions, side):
+    is_zero_cls = num_prefix == 1 and positions[:, 0].abs().max() <= 1e-4
+    if is_zero_cls and is_sincos(positions[:, 1:], (side, side)):
         computed = sincos_positions(dim, grid).to(positions.dtype)
         return computed, f"sin-cos positions computed for this grid: {change}"
     resized = resample_abs_pos_embed(
         positions.float(), new_size=list(grid), old_size=[side, side], num_prefix_tokens=num_prefix
     )
     return resized.to(positions.dtype), f"learned positions interpolated: {change} (bicubic)"
-
-
-def _is_sincos(positions: Tensor, side: int) -> bool:
-    expected = sincos_positions(positions.shape[2], (side, side))
-    return torch.allclose(positions.float(), expected, rtol=0, atol=1e-4)
 
 
 def square_side(num_patches: int) -> int | None:
