@@ -9,6 +9,7 @@ class UserError(ValueError):
     """A mistake that the user can fix: what was found, what was expected, what to do. Exit code 2."""
 
     on_every_rank = False
+    of_one_rank = False  # only this rank can have met it, so it must print it
 
 
 class RunFailed(RuntimeError):

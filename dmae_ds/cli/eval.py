@@ -1,4 +1,4 @@
-"""`dmae-ds eval knn | probe | agreement | finetune | linear`: arguments; torch is imported late."""
+"""`dmae-ds eval KIND`: arguments of the kinds and what they call; torch is imported late."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from dmae_ds.cli.arguments import add_labels, add_quiet
 from dmae_ds.cli.eval_dense import add_segment
+from dmae_ds.cli.eval_frozen import add_dense
 from dmae_ds.cli.ranks import same_on_every_rank, share_cpus
 
 
@@ -17,6 +18,7 @@ def add_eval(subcommands) -> None:
     kinds = evaluate.add_subparsers(required=True, metavar="KIND")
     _add_knn(kinds)
     _add_probe(kinds)
+    add_dense(kinds, _add_sources)
     _add_agreement(kinds)
     _add_classifier(
         kinds,

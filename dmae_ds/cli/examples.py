@@ -37,6 +37,10 @@ EXAMPLES = {
         "run.dir=runs/dinov2",
     ),
     "eval probe": (RUN, f"{RUN} --pool cls"),
+    "eval dense": (
+        f"{RUN} data.train=shards/ade20k/train data.val=shards/ade20k/val",
+        f"{RUN} --task knn linear --iterations 2000 --warmup 100",
+    ),
     "eval agreement": (RUN, f"{RUN} data.val=shards/other --k 10"),
     "eval finetune": (
         f"{RUN} --recipe finetune_dmae",

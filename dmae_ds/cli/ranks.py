@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def same_on_every_rank() -> Iterator[World]:
-    """Give this process's World; a UserError in the block is marked as raised on every rank.
+    """Give this process's World; a UserError in the block is marked as raised on every rank, unless
+    it is marked as one rank's alone (an image that only it reads).
 
     For checks of what all ranks share: the recipe, the run folder, the shards.
     """
@@ -23,7 +24,7 @@ def same_on_every_rank() -> Iterator[World]:
     try:
         yield world_from_env()
     except UserError as error:
-        error.on_every_rank = True
+        error.on_every_rank = not error.of_one_rank
         raise
 
 

@@ -160,10 +160,10 @@ class DistConfig(Section):
 
 
 class EvalConfig(Section):
-    """Measurements during training: losses on data.val, and k-NN as `dmae-ds eval knn` measures it.
+    """Measurements during training: losses on data.val, and k-NN as `eval knn` and `eval dense` measure it.
 
-    Both are off unless loss_every and knn_every are set. k-NN costs one pass of the student, without
-    gradients, over the labelled images of data.train and over data.val; the losses need no labels.
+    They are off unless loss_every, knn_every and dense_every are set. k-NN costs one pass of the student,
+    without gradients, over the labelled images of data.train and over data.val; the losses need no labels.
     """
 
     # Epochs between measurements of the objective's losses on data.val, and at the end of the run
@@ -176,15 +176,29 @@ class EvalConfig(Section):
     # Training images that vote: all, 10%, 5-shot (dmae_ds/evaluate/subsets.py, seed 0). 10% costs about a
     # tenth.
     knn_labels: str = "all"
-    batch_size: PositiveInt = 64  # images that a rank embeds at once
+    batch_size: PositiveInt = 64  # images that a rank embeds at once for k-NN of whole images
     memory_gib: PositiveFloat = 1.0  # for the search, beyond the features
+    # Epochs between measurements of dense k-NN (dmae_ds/evaluate/dense_knn.py), and at the end of the run.
+    dense_every: PositiveFloat | None = None
+    dense_train: str | None = None  # shards with label maps, whose patches vote; null: data.train
+    dense_val: str | None = None  # shards with label maps that are segmented; null: data.val
+    dense_k: PositiveInt = 30  # number of neighbours
+    dense_patches: PositiveInt = 1_024_000  # most patches that vote, equally many of each image
+    dense_size: NonNegativeInt | None = None  # px of an image's short side, 0: as stored; null: 32 patches
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
         for name, field in type(self).model_fields.items():
-            is_of_knn = name not in ("knn_every", "loss_every")
-            if is_of_knn and self.knn_every is None and getattr(self, name) != field.default:
-                raise ValueError(f"eval.{name} requires eval.knn_every; set that too, or remove eval.{name}")
+            if name in ("loss_every", "knn_every", "dense_every") or getattr(self, name) == field.default:
+                continue
+            if name == "memory_gib":
+                needs, met = "knn_every or eval.dense_every", (self.knn_every or self.dense_every)
+            elif name.startswith("dense_"):
+                needs, met = "dense_every", self.dense_every
+            else:
+                needs, met = "knn_every", self.knn_every
+            if met is None:
+                raise ValueError(f"eval.{name} requires eval.{needs}; set that too, or remove eval.{name}")
         return self
 
 

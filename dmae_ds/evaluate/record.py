@@ -14,7 +14,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import read_results
 
 _NOT_LOSSES = ("step", "epoch", "lr", "images_per_s")
-_NOT_LOSS_PREFIXES = ("share/", "seconds/", "rank/", "norm/", "knn/", "target/", "val/", "spread/")
+_NOT_LOSS_PREFIXES = ("share/", "seconds/", "rank/", "norm/", "knn/", "dense/", "target/", "val/", "spread/")
 TIMES = ("data", "teacher", "rest")  # parts of a step's time, seconds/<part> in metrics.jsonl
 
 

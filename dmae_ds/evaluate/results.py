@@ -71,6 +71,8 @@ METRICS = {
     "agreement": Metric(
         "agreement of neighbours", {"overlap": Score("with the teacher's", "%", 0, 100)}, "overlap"
     ),
+    "dense_knn": Metric("dense k-NN", MIOU, "miou"),
+    "dense_linear": Metric("linear segmentation", MIOU, "miou"),
     "segment": Metric("segmentation", MIOU, "miou"),
 }
 # Field -> the types that its value may have.
@@ -136,19 +138,29 @@ def interval_text(percent: float, num_images: int) -> str:
 
 
 def results_table(rows: list[tuple[str, dict]]) -> list[str]:
-    """A table of (run, result), a row each: labels, settings that differ, top-1 and its 95% interval."""
+    """A table of (run, result), a row each: labels, settings that differ, the headline score, of top-1 also
+    its 95% interval.
+    """
     varying = [
         name
         for name in dict.fromkeys(name for _, result in rows for name in result["settings"])
         if len({json.dumps(result["settings"].get(name)) for _, result in rows}) > 1
     ]
-    cells = [("run", "labels", *varying, "top-1", "95% interval", "images")]
+    metrics = list(dict.fromkeys(result["metric"] for _, result in rows))
+    is_of_images = all(METRICS[metric].headline == "top1" for metric in metrics)  # a share of images
+    titles = list(dict.fromkeys(headline_score(metric).title for metric in metrics))
+    interval = ["95% interval"] if is_of_images else []
+    kind = ["task"] if len(metrics) > 1 else []
+    cells = [("run", *kind, "labels", *varying, " or ".join(titles), *interval, "images")]
     for run, result in rows:
-        top1, num_val = headline(result), result["num_val"]
-        low, high = interval_95(top1, num_val)
+        value, num_val = headline(result), result["num_val"]
+        kind = [METRICS[result["metric"]].title] if len(metrics) > 1 else []
         settings = [str(result["settings"].get(name, "")) for name in varying]
-        scores = (f"{top1:.1f}%", f"{low:.1f} to {high:.1f}", f"{num_val:,}")
-        cells.append((run, result["labels"], *settings, *scores))
+        scores = [headline_score(result["metric"]).format(value)]
+        if is_of_images:
+            low, high = interval_95(value, num_val)
+            scores.append(f"{low:.1f} to {high:.1f}")
+        cells.append((run, *kind, result["labels"], *settings, *scores, f"{num_val:,}"))
     return text_table(cells, left=(0, 1))
 
 

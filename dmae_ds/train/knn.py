@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from dmae_ds.config.networks import ModelConfig
@@ -127,15 +128,7 @@ class KnnDuringTraining:
 
     def _embed(self, step: int) -> FrozenFeatures:
         """Compute the features of the labelled training images and of data.val."""
-        student = build_timm(self.student)
-        prefix = "student."
-        weights = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.engine.full_weights(on_every_rank=True).items()
-            if name.startswith(prefix)
-        }
-        student.load_state_dict(weights, strict=True)
-        student.eval().to(self.ranks.device)
+        student = copy_student(self.engine, self.student).to(self.ranks.device)
         options = FeatureOptions.of(self.data, pool=self.config.knn_pool, batch_size=self.config.batch_size)
         train_subset = None if self.config.knn_labels == ALL else self.ids
         tensors = []
@@ -154,6 +147,19 @@ class KnnDuringTraining:
             world_size=self.ranks.num_processes,
         )
         return FrozenFeatures(*tensors, len(self.sets[0].classes), measured_on)
+
+
+def copy_student(engine: Engine, config: ModelConfig) -> VisionTransformer:
+    """Copy the student out of an engine into timm's own class, in eval mode. Collective."""
+    student = build_timm(config)
+    prefix = "student."
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in engine.full_weights(on_every_rank=True).items()
+        if name.startswith(prefix)
+    }
+    student.load_state_dict(weights, strict=True)
+    return student.eval()
 
 
 def is_due(step: int, *, every: float, steps_per_epoch: float, num_steps: int) -> bool:

@@ -11,6 +11,7 @@ Each line of RUN/metrics.jsonl is one step:
     seconds/data|teacher|save|rest   where the time went (step_timer.py); a save counts to the step after it
     rank/..., spread/..., norm/...   at step 1, every log.every_steps and at the end (collapse.py)
     knn/top1, knn/top5               in percent, where eval.knn_every asks for it (knn.py)
+    dense/miou                       in percent, where eval.dense_every asks for it (dense.py)
     val/loss and its parts           on data.val, where eval.loss_every asks for it (val_loss.py)
 """
 

@@ -16,6 +16,7 @@ from dmae_ds.data.storage import Access
 from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
+from dmae_ds.evaluate.dense_sets import open_dense_sets
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.checkpoint.student_file import STUDENT, StudentFiles
@@ -103,6 +104,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         ShardSet.open(config.data.val, label="data.val", access=Access.of(config.data))
     if config.eval.knn_every is not None:
         check_knn(config)
+    if config.eval.dense_every is not None:
+        open_dense_sets(config.eval, config.data)
     if config.student.weights is not None:
         check_student_file(config.student)
     if config.eval.loss_every is not None and config.data.val is None:

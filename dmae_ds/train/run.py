@@ -310,10 +310,12 @@ def build_evaluations(built: BuiltRun) -> list[Callable[[int], None]]:
                 device=built.device,
             )
         )
-    if config.eval.knn_every is None and built.classifier is None:
+    settings = config.eval
+    if settings.knn_every is None and settings.dense_every is None and built.classifier is None:
         return evaluations
     from dmae_ds.evaluate.frozen import check_pool_of
     from dmae_ds.train.accuracy import FinalAccuracy
+    from dmae_ds.train.dense import DenseDuringTraining
     from dmae_ds.train.knn import KnnDuringTraining, TrainingRanks
 
     kwargs = {
@@ -323,9 +325,11 @@ def build_evaluations(built: BuiltRun) -> list[Callable[[int], None]]:
         "metric_logger": built.metric_logger,
         "ranks": TrainingRanks(built.preflight.world, built.device, precision=config.precision),
     }
-    if config.eval.knn_every is not None:
-        check_pool_of(built.objective.student, config.eval.knn_pool)
+    if settings.knn_every is not None:
+        check_pool_of(built.objective.student, settings.knn_pool)
         evaluations.append(KnnDuringTraining(config.eval, config.data, config.student, **kwargs))
+    if settings.dense_every is not None:
+        evaluations.append(DenseDuringTraining(settings, config.data, config.student, **kwargs))
     if built.classifier is not None:
         evaluations.append(FinalAccuracy(built.classifier, config, built.preflight.shards, **kwargs))
     return evaluations

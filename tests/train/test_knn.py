@@ -18,7 +18,14 @@ from dmae_ds.train.val_loss import check_can_measure
 from tests.messages import refused
 from tests.train.conftest import REPOSITORY, command, run
 
+
 # A run has 20 steps of 16 images out of 1,400, so k-NN is due after steps 8 and 16, and at the end.
+def dense_of(scenes):
+    """Dense k-NN on the scenes as they are, at the same steps."""
+    sets = [f"eval.dense_{part}={scenes / 'val'}" for part in ("train", "val")]  # few images
+    return ["eval.dense_every=0.09", *sets, "eval.dense_k=5", "eval.dense_size=0", "eval.dense_patches=400"]
+
+
 KNN = ["eval.knn_every=0.09", "eval.knn_k=5", "eval.knn_labels=10%"]
 
 
@@ -41,11 +48,11 @@ def test_it_is_due_at_the_first_step_after_each_multiple_and_at_the_end(
 
 
 @pytest.fixture(scope="module")
-def two_runs(tiny_recipe, tmp_path_factory):
+def two_runs(tiny_recipe, scenes, tmp_path_factory):
     """(with, without): run folders of the same 20 steps on one rank, with measurements and without."""
     folder = tmp_path_factory.mktemp("knn")
     recipes = [
-        [*tiny_recipe, f"run.dir={folder / 'with'}", *KNN, "eval.loss_every=0.09"],
+        [*tiny_recipe, f"run.dir={folder / 'with'}", *KNN, *dense_of(scenes), "eval.loss_every=0.09"],
         [*tiny_recipe, f"run.dir={folder / 'without'}"],
     ]
     done = run([command([], ranks=1)[0], "-m", "tests.train.driver", json.dumps(recipes)], cwd=REPOSITORY)
@@ -61,7 +68,8 @@ def test_it_does_not_change_training(two_runs):
     )
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain] and len(rows) == 20
     assert {row["step"] for row in rows if "knn/top1" in row} == {8, 16, 20}
-    assert not any("knn/top1" in row for row in plain)
+    assert {row["step"] for row in rows if "dense/miou" in row} == {8, 16, 20}
+    assert not any("knn/top1" in row or "dense/miou" in row for row in plain)
     assert not (two_runs[1] / "results.jsonl").exists()
 
 
@@ -93,17 +101,39 @@ def test_the_numbers_are_those_of_eval_knn_and_in_both_files(two_runs, capsys):
     rows = {
         row["step"]: row for row in map(json.loads, (two_runs[0] / "metrics.jsonl").read_text().splitlines())
     }
-    history = read_history(two_runs[0])
+    history = [result for result in read_history(two_runs[0]) if result["metric"] == "knn"]
     assert [(result["step"], result["scores"]["top1"], result["scores"]["top5"]) for result in history] == [
         (step, rows[step]["knn/top1"], rows[step]["knn/top5"]) for step in (8, 16, 20)
     ]
     assert len({result["scores"]["top1"] for result in history}) > 1
     assert (two_runs[0] / "subsets" / "10%-seed0.txt").is_file()
     (again,) = evaluate_run(two_runs[0], ks=[5], labels="10%", cache_gib=0)
-    differing = {"seconds", "when"}
-    assert {name: value for name, value in again.items() if name not in differing} == {
-        name: value for name, value in history[-1].items() if name not in differing
+    assert without_times(again) == without_times(history[-1])
+
+
+def without_times(result):
+    return {name: value for name, value in result.items() if name not in ("seconds", "when")}
+
+
+def test_dense_numbers_are_those_of_eval_dense_and_in_both_files(two_runs, scenes):
+    from dmae_ds.evaluate.dense import KnnOptions, evaluate_run
+    from dmae_ds.evaluate.source import find_sources
+
+    rows = {
+        row["step"]: row for row in map(json.loads, (two_runs[0] / "metrics.jsonl").read_text().splitlines())
     }
+    history = [result for result in read_history(two_runs[0]) if result["metric"] == "dense_knn"]
+    assert [(result["step"], result["scores"]["miou"]) for result in history] == [
+        (step, rows[step]["dense/miou"]) for step in (8, 16, 20)
+    ]
+    assert len({result["scores"]["miou"] for result in history}) > 1
+    data = [f"data.{part}={scenes / 'val'}" for part in ("train", "val")]
+    (source,) = find_sources([str(two_runs[0]), *data])
+    (again,) = evaluate_run(source, tasks=[KnnOptions(k=5, patches=400)], size=0)
+    assert without_times(again) == without_times(history[-1])
+    assert (
+        read_record(two_runs[0]).losses[0] == "loss" and "dense/miou" not in read_record(two_runs[0]).losses
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,6 +143,8 @@ def test_the_numbers_are_those_of_eval_knn_and_in_both_files(two_runs, capsys):
         (["data.val=null", "eval.knn_every=null", "eval.loss_every=1"], ["eval.loss_every", "data.val"]),
         (["eval.knn_k=500", "eval.knn_labels=10%"], ["eval.knn_k 500", "14", "eval.knn_labels 10%"]),
         (["eval.knn_labels=most"], ["labels", "most"]),
+        (["eval.dense_every=2"], ["eval.dense_every 2", "data.train", "label maps"]),
+        (["eval.dense_every=2", "eval.dense_train=nowhere"], ["eval.dense_every 2", "nowhere"]),
     ],
 )
 def test_what_it_could_not_measure_is_refused_before_training(tiny_recipe, tmp_path, overrides, words):
@@ -124,8 +156,15 @@ def test_what_it_could_not_measure_is_refused_before_training(tiny_recipe, tmp_p
 
 
 def test_an_option_without_knn_every_is_refused(tiny_recipe):
-    with refused("eval.knn_k", "eval.knn_every"):
-        load_config(tiny_recipe[0], [*tiny_recipe[1:], "run.dir=x", "eval.knn_k=10"])
+    for option, needed in (
+        ("knn_k=10", "knn_every"),
+        ("dense_k=9", "dense_every"),
+        ("memory_gib=2", "dense_every"),
+        ("batch_size=9", "knn_every"),
+    ):
+        with refused(f"eval.{option.split('=')[0]}", f"eval.{needed}"):
+            load_config(tiny_recipe[0], [*tiny_recipe[1:], "run.dir=x", f"eval.{option}"])
+    load_config(tiny_recipe[0], [*tiny_recipe[1:], "run.dir=x", "eval.memory_gib=2", "eval.dense_every=1"])
 
 
 def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
@@ -155,10 +194,19 @@ def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_sharded_weights_and_a_pipelined_teacher_do_not_change_either(tiny_recipe, tmp_path):
+def test_two_ranks_with_sharded_weights_and_a_pipelined_teacher_do_not_change_either(
+    tiny_recipe, scenes, tmp_path
+):
     streamed = ["deepspeed=zero3", "teacher.placement=pipeline", "teacher.stages=2", "optim.micro_batch=4"]
     recipes = [
-        [*tiny_recipe, *streamed, f"run.dir={tmp_path / 'with'}", *KNN, "eval.knn_labels=all"],
+        [
+            *tiny_recipe,
+            *streamed,
+            f"run.dir={tmp_path / 'with'}",
+            *KNN,
+            "eval.knn_labels=all",
+            *dense_of(scenes),
+        ],
         [*tiny_recipe, *streamed, f"run.dir={tmp_path / 'without'}"],
         [*tiny_recipe, "deepspeed=zero2", "precision=bf16", f"run.dir={tmp_path / 'bf16'}", *KNN],
     ]
@@ -168,6 +216,9 @@ def test_two_ranks_with_sharded_weights_and_a_pipelined_teacher_do_not_change_ei
     weights, plain = (load_file(tmp_path / name / "student.safetensors") for name in ("with", "without"))
     assert all(torch.equal(weights[name], plain[name]) for name in plain)
     history = read_history(tmp_path / "with")
+    dense = [result for result in history if result["metric"] == "dense_knn"]
+    assert [(result["step"], result["world_size"]) for result in dense] == [(8, 2), (16, 2), (20, 2)]
+    history = [result for result in history if result["metric"] == "knn"]
     assert [result["step"] for result in history] == [8, 16, 20]
     assert all(result["world_size"] == 2 and result["num_train"] == 1400 for result in history)
     from dmae_ds.evaluate.knn import evaluate_run
