@@ -5,11 +5,13 @@ Defaults are ViTDet's for ViT-B and COCO, with Mask R-CNN in place of the cascad
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from dmae_ds.config.dense import DenseConfig, DenseOptimConfig
 from dmae_ds.config.objective_base import Section
+from dmae_ds.config.run import Unit
 
 
 class DetectorConfig(Section):
@@ -42,3 +44,46 @@ class RichnessConfig(Section):
     alpha: NonNegativeFloat = 0.001  # weight of the pyramids' squared differences
     beta: NonNegativeFloat = 0.1  # weight of the proposals' cross-entropy
     warmup_steps: NonNegativeInt = 500  # linear rise of both weights from 0
+
+
+class DetectOptimConfig(DenseOptimConfig):
+    """ViTDet's training of ViT-B on COCO."""
+
+    global_batch: PositiveInt = 64
+    unit: Literal["steps", "epochs"] = "epochs"
+    length: PositiveFloat = 100.0
+    evaluate_every: PositiveFloat = 5.0
+    save_every: PositiveFloat = 1.0
+    warmup_steps: NonNegativeInt = 250
+    decay: Literal["poly", "cosine", "steps"] = "steps"
+    milestones: tuple[Unit, ...] = (0.889, 0.963)
+    weight_decay: NonNegativeFloat = 0.1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
+
+
+class DetectConfig(DenseConfig):
+    """A detector that is trained on boxes and masks, and measured by box and mask AP."""
+
+    optim: DetectOptimConfig = DetectOptimConfig()
+    detector: DetectorConfig = DetectorConfig()
+    # Shorter edge of images in pixels, and the longest that the other may get; null: the longer edge becomes
+    # network.img_size, on a square canvas.
+    resize: tuple[PositiveInt, PositiveInt] | None = None
+    # Training images are resized to this range of shares of the square canvas, then cropped or padded to it
+    # (large-scale jitter); null: they are resized as in evaluation.
+    jitter: tuple[PositiveFloat, PositiveFloat] | None = (0.1, 2.0)
+    flip: bool = True  # mirror half of the training images
+    distill: RichnessConfig | None = None
+
+    @model_validator(mode="after")
+    def _sizes_agree(self):
+        if self.resize is not None and self.resize[0] > self.resize[1]:
+            raise ValueError(f"resize {list(self.resize)} has a shorter edge above the longer one; swap them")
+        if self.jitter is not None and self.jitter[0] > self.jitter[1]:
+            raise ValueError(f"jitter {list(self.jitter)} is not a range; give the smaller factor first")
+        if self.jitter is not None and self.resize is not None:
+            raise ValueError(
+                "jitter is relative to the square canvas, and resize has none; "
+                "set jitter=null, or remove resize"
+            )
+        return self

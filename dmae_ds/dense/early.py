@@ -1,11 +1,13 @@
-"""Mistakes in `dmae-ds eval segment` that are found before torch is imported."""
+"""Mistakes in `dmae-ds eval segment` and `eval detect` that are found before torch is imported."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from dmae_ds.config.batch import split_batch
 from dmae_ds.config.dense import DenseConfig
+from dmae_ds.config.detection import DetectConfig
 from dmae_ds.config.segmentation import SegmentConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
@@ -52,6 +54,40 @@ def check_segment(source: Source, *, world_size: int, resume: str) -> None:
             raise UserError(
                 f"distill.teacher '{teacher}' not found; give best.safetensors of `dmae-ds eval segment`"
             )
+
+
+def check_detect(source: Source, *, world_size: int, resume: str) -> None:
+    """Raise UserError for what can be known without torch: pycocotools, classes, masks, weights, the batch.
+
+    The manifests of the shards are read, and no image.
+    """
+    config: DetectConfig = source.config
+    check_pycocotools()
+    train, val = open_sets(config)
+    for name, shard_set in (("data.train", train), ("data.val", val)):
+        dense = shard_set.dense
+        if dense is None or dense.box_classes is None or not dense.has_masks:
+            raise UserError(
+                f"{name} '{shard_set.folder}' has no boxes with masks; make it with `dmae-shards make SRC "
+                f"DST --coco FILE`, or give {name}= other shards"
+            )
+    check_same_classes(val.dense.box_classes, train.dense.box_classes, None)
+    check_start(source, num_images=train.num_samples, world_size=world_size, resume=resume)
+    if config.distill is not None:
+        teacher = Path(config.distill.teacher).expanduser()
+        if not teacher.is_file():
+            raise UserError(
+                f"distill.teacher '{teacher}' not found; give best.safetensors of `dmae-ds eval detect`"
+            )
+
+
+def check_pycocotools() -> None:
+    """Raise UserError where pycocotools is not installed."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError(
+            "average precision requires pycocotools, which is not installed; "
+            'run: pip install "dmae-ds[dense]"'
+        )
 
 
 def check_start(source: Source, *, num_images: int, world_size: int, resume: str) -> int:

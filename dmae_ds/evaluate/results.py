@@ -61,6 +61,11 @@ MIOU = {
     "mean_accuracy": Score("mean accuracy", "%", 0, 100),
     "pixel_accuracy": Score("pixel accuracy", "%", 0, 100),
 }
+AP = {
+    f"{kind}_{name}": Score(f"{kind} {title}", "", 0, 100)
+    for kind in ("box", "mask")
+    for name, title in (("ap", "AP"), ("ap50", "AP50"), ("ap75", "AP75"))
+}
 # In the order in which pages list them.
 METRICS = {
     "knn": Metric("k-NN", TOP, "top1"),
@@ -74,6 +79,7 @@ METRICS = {
     "dense_knn": Metric("dense k-NN", MIOU, "miou"),
     "dense_linear": Metric("linear segmentation", MIOU, "miou"),
     "segment": Metric("segmentation", MIOU, "miou"),
+    "detect": Metric("detection", AP, "box_ap"),
 }
 # Field -> the types that its value may have.
 FIELDS = {
