@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 
+from dmae_ds.config import detection as detection_schemas
 from dmae_ds.config import evaluation as evaluation_schemas
 from dmae_ds.config import networks as network_schemas
 from dmae_ds.config import objectives as objective_schemas
@@ -179,7 +180,7 @@ def test_what_a_recipe_is_checked_with_is_imported_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-SCHEMA_NAMES = "dense evaluation networks objective_base objectives run segmentation"
+SCHEMA_NAMES = "dense detection evaluation networks objective_base objectives run segmentation"
 SCHEMA_MODULES = [f"dmae_ds.config.{name}" for name in SCHEMA_NAMES.split()]
 
 
@@ -207,6 +208,7 @@ def test_every_config_field_is_read_somewhere():
 
 def test_the_tables_are_the_schemas():
     from dmae_ds.config.shipped import shipped_objectives
+    from dmae_ds.dense.detector import PYRAMIDS
     from dmae_ds.dense.segmenter import HEADS as HEADS_OF_SEGMENTERS
     from dmae_ds.finetune.network import GLOBAL_POOLS
     from dmae_ds.finetune.tasks import TASKS
@@ -223,11 +225,8 @@ def test_the_tables_are_the_schemas():
         for cls in schema_classes()
         if cls.__module__ == objective_schemas.__name__ and "name" in cls.model_fields
     ]
-    assert (
-        set(OBJECTIVES)
-        == {name for cls in named for name in choices(cls, "name")}
-        == set(shipped_objectives())
-    )
+    names = {name for cls in named for name in choices(cls, "name")}
+    assert set(OBJECTIVES) == names == set(shipped_objectives())
     assert set(HEADS) == choices(objective_schemas.DmaeConfig, "head")
     assert set(DISTANCES) == choices(objective_schemas.DmaeConfig, "distance")
     assert set(FORMATS) == set(network_schemas.TEACHER_FORMATS)
@@ -235,6 +234,7 @@ def test_the_tables_are_the_schemas():
     assert set(TASKS) == choices(evaluation_schemas.DistillConfig, "method")
     heads = (segmentation_schemas.UperNetConfig, segmentation_schemas.LinearHeadConfig)
     assert set(HEADS_OF_SEGMENTERS) == {name for cls in heads for name in choices(cls, "name")}
+    assert set(PYRAMIDS) == choices(detection_schemas.DetectorConfig, "pyramid")
     assert set(GLOBAL_POOLS) == choices(evaluation_schemas.ClassifierConfig, "pool")
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 
 from dmae_ds.cli.arguments import add_labels, add_quiet
-from dmae_ds.cli.eval_dense import add_segment
+from dmae_ds.cli.eval_dense import add_detect, add_segment
 from dmae_ds.cli.eval_frozen import add_dense
 from dmae_ds.cli.ranks import same_on_every_rank, share_cpus
 
@@ -33,6 +33,7 @@ def add_eval(subcommands) -> None:
         recipe="linear_mae",
     )
     add_segment(kinds)
+    add_detect(kinds)
 
 
 def _add_knn(kinds) -> None:

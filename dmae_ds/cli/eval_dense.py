@@ -1,4 +1,4 @@
-"""`dmae-ds eval segment`: arguments of evaluations that train a dense task; torch is imported late."""
+"""`dmae-ds eval segment | detect`: arguments of what trains a dense task; torch is imported late."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ def add_segment(kinds) -> None:
         recipe="upernet_ade20k",
     )
     segment.set_defaults(command=_segment)
+
+
+def add_detect(kinds) -> None:
+    """Add `detect`."""
+    detect = add_dense_training(
+        kinds,
+        "detect",
+        help="train a detector on boxes and masks (Mask R-CNN on the ViT), then measure its box and mask AP",
+        recipe="vitdet_coco",
+    )
+    detect.set_defaults(command=_detect)
 
 
 def add_dense_training(kinds, name: str, *, help: str, recipe: str) -> argparse.ArgumentParser:
@@ -56,6 +67,22 @@ def _segment(args: argparse.Namespace) -> None:
         source = find_source(args.weights, schema=SegmentConfig, **given)
         check_segment(source, world_size=world.size, resume=args.resume)
     from dmae_ds.dense.segment import evaluate
+
+    with same_on_every_rank() as world:
+        share_cpus(world)
+        evaluate(args.weights, resume=args.resume, **given)
+
+
+def _detect(args: argparse.Namespace) -> None:
+    from dmae_ds.config.detection import DetectConfig
+    from dmae_ds.dense.early import check_detect
+    from dmae_ds.finetune.source import find_source
+
+    given = {"recipe": args.recipe, "overrides": args.overrides}
+    with same_on_every_rank() as world:
+        source = find_source(args.weights, schema=DetectConfig, **given)
+        check_detect(source, world_size=world.size, resume=args.resume)
+    from dmae_ds.dense.detect import evaluate
 
     with same_on_every_rank() as world:
         share_cpus(world)

@@ -52,6 +52,10 @@ EXAMPLES = {
         f"{RUN} data.train=shards/ade20k/train data.val=shards/ade20k/val precision=bf16",
         f"{RUN} --recipe linear_segment_ade20k data.train=shards/ade20k/train data.val=shards/ade20k/val",
     ),
+    "eval detect": (
+        f"{RUN} data.train=shards/coco/train data.val=shards/coco/val precision=bf16",
+        f"{RUN} --recipe maskrcnn_1x_coco data.train=shards/coco/train data.val=shards/coco/val",
+    ),
     "export": (f"{RUN} --to hf --license cc-by-nc-4.0", f"{RUN} --to onnx --out student_onnx"),
     "report": (RUN, f"{RUN} runs/mask90 --out mask.html", "--results runs"),
     "teacher inspect": ("mae_pretrain_vit_large.pth",),

@@ -26,7 +26,17 @@ _FOLDERS = {
     "evaluation recipe": _RECIPES,  # for `dmae-ds eval`: in the same folder, with the prefixes below
     "DeepSpeed file": (_PACKAGE.parent / "ds_configs", _PACKAGE / "shipped_ds_configs", ".json"),
 }
-_EVALUATION_PREFIXES = ("finetune_", "linear_", "supervised_", "upernet_", "g2sd_segment_")
+_EVALUATION_PREFIXES = (
+    "finetune_",
+    "linear_",
+    "supervised_",
+    "upernet_",
+    "g2sd_segment_",
+    "vitdet_",
+    "maskrcnn_",
+    "detect_",
+    "g2sd_detect_",
+)
 
 
 def shipped_files(kind: str) -> dict[str, Path]:

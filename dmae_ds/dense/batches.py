@@ -16,8 +16,8 @@ from dmae_ds.data.dense import DenseSample, DenseSet
 from dmae_ds.data.loader import iterate_numbered
 from dmae_ds.data.order import batch_positions, sample_ids
 
-# (sample, epoch) -> what training sees of it, with draws keyed by (seed, epoch, sample.key)
-Transform = Callable[[DenseSample, int], DenseSample]
+# (sample, epoch=) -> what training sees of it, with draws keyed by (seed, epoch, sample.key)
+Transform = Callable[..., DenseSample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class DenseBatches:
         )
         epochs, ids = sample_ids(positions, num_samples=len(self.dense_set), seed=self.seed)
         return [
-            self.transform(self.dense_set[number], epoch)
+            self.transform(self.dense_set[number], epoch=epoch)
             for number, epoch in zip(ids.tolist(), epochs.tolist(), strict=True)
         ]
 

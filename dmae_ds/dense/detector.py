@@ -21,6 +21,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from dmae_ds.config.detection import DetectorConfig
+from dmae_ds.dense.backbone import map_blocks
 from dmae_ds.dense.pyramid import SCALES, FourMapPyramid, SimplePyramid
 from dmae_ds.dense.trunk import VitTrunk, quarter_ends
 from dmae_ds.errors import UserError
@@ -58,7 +59,7 @@ class Canvas(GeneralizedRCNNTransform):
         """Pad normalised images [3, h, w] by zeros, below and on the right, to one batch [N, 3, H, W]."""
         if self.square is None:
             return super().batch_images(images, size_divisible)
-        batch = images[0].new_zeros(len(images), 3, self.square, self.square)
+        batch = images[0].new_zeros(len(images), len(images[0]), self.square, self.square)
         for place, image in zip(batch, images, strict=True):
             place[:, : image.shape[1], : image.shape[2]] = image
         return batch
@@ -88,18 +89,17 @@ class Detector(MaskRCNN):
 
     def losses(
         self, images: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Losses by torchvision's names, and the five levels of the pyramid."""
+    ) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+        """Losses by torchvision's names, the levels of the pyramid, and the padded batch they are made of."""
         batch, targets = self.transform(images, targets)
         levels = self.backbone(batch.tensors)
         proposals, of_proposals = self.rpn(batch, levels, targets)
         _, of_boxes = self.roi_heads(levels, proposals, batch.image_sizes, targets)
-        return {**of_proposals, **of_boxes}, list(levels.values())
+        return {**of_proposals, **of_boxes}, list(levels.values()), batch.tensors
 
-    def pyramid_of(self, images: list[Tensor]) -> list[Tensor]:
-        """The five levels of the pyramid [N, C, h, w]."""
-        batch, _ = self.transform(images)
-        return list(self.backbone(batch.tensors).values())
+    def pyramid(self, batch: Tensor) -> list[Tensor]:
+        """The five levels of the pyramid [N, C, h, w] of a padded batch [N, 3, H, W]."""
+        return list(self.backbone(batch).values())
 
     def objectness(self, levels: list[Tensor]) -> list[Tensor]:
         """Objectness logits [N, A, h, w] of the anchors of each level."""
@@ -130,17 +130,17 @@ def build_heads(kind: str, channels: int, num_classes: int) -> dict[str, nn.Modu
 def build_trunk(vit: VisionTransformer, config: DetectorConfig) -> VitTrunk:
     """The trunk of a timm ViT with the recipe's windows and the maps that its pyramid needs."""
     depth = len(vit.blocks)
-    quarters = quarter_ends(depth)
-    if config.pyramid == "fpn" and len(quarters) < len(SCALES):
+    maps = map_blocks(depth)
+    if config.pyramid == "fpn" and len(set(maps)) < len(maps):
         raise UserError(
             f"detector.pyramid fpn takes the maps of four blocks, and the network has {depth}; "
             "set detector.pyramid=simple"
         )
-    wanted = quarters if config.global_blocks is None else config.global_blocks
+    wanted = quarter_ends(depth) if config.global_blocks is None else config.global_blocks
     beyond = [number for number in wanted if number > depth]
     if beyond:
         raise UserError(f"detector.global_blocks names block {beyond[0]}, and the network has {depth}")
-    taps = quarters if config.pyramid == "fpn" else [depth]
+    taps = maps if config.pyramid == "fpn" else [depth]
     return VitTrunk(vit, taps, window=config.window, global_blocks=wanted)
 
 
@@ -150,15 +150,13 @@ def build_detector(
     *,
     num_classes: int,
     sizes: tuple[int, int],
-    resizes_in_training: bool,
     pixels: tuple[Sequence[float], Sequence[float]],
 ) -> Detector:
     """Put a detector together; new weights are drawn from torch's global generator.
 
     num_classes: without background
-    sizes: images are resized to this shorter edge unless the longer one gets longer than the second number;
-    equal numbers: on a square canvas
-    resizes_in_training: otherwise training images come in their size, none larger than the canvas
+    sizes: in eval mode images are resized to this shorter edge unless the longer one gets longer than the
+    second number; equal numbers: on a square canvas. Training images come in their size
     pixels: mean and standard deviation of the channels
     """
     short, long = sizes
@@ -185,6 +183,6 @@ def build_detector(
         *pixels,
         size_divisible=divisor,
         square=-(-long // divisor) * divisor if short == long else None,
-        _skip_resize=not resizes_in_training,
+        _skip_resize=True,
     )
     return detector

@@ -46,9 +46,9 @@ def objectness_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], masks:
     return torch.stack(terms).sum()
 
 
-def warmup_weight(step: int, warmup_steps: int) -> float:
-    """Weight of both terms in a step, counted from 0: step / warmup_steps, then 1."""
-    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+def warmup_weight(step: Tensor, warmup_steps: int) -> Tensor:
+    """Weight of both terms in a step, a scalar counted from 0: step / warmup_steps, then 1."""
+    return (step / warmup_steps).clamp(max=1) if warmup_steps else torch.ones_like(step)
 
 
 class Adapters(nn.ModuleList):

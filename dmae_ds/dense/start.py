@@ -130,15 +130,16 @@ class Start:
         return result
 
 
-def open_start(source: Source) -> Start:
+def open_start(source: Source, *, boxes: bool = False) -> Start:
     """Open the shards and start accelerate; nothing is written.
 
+    boxes: samples have boxes and masks, otherwise label maps
     Collective. Raises UserError for shards that can't be used and a batch that can't be cut.
     """
     config = source.config
     access = Access.of(config.data)
-    train_set = open_dense(config.data.train, label="data.train", access=access, boxes=False)
-    val_set = open_dense(config.data.val, label="data.val", access=access, boxes=False)
+    train_set = open_dense(config.data.train, label="data.train", access=access, maps=not boxes, boxes=boxes)
+    val_set = open_dense(config.data.val, label="data.val", access=access, maps=not boxes, boxes=boxes)
     choose_determinism(config.run.deterministic)
     accelerator = start_accelerator(config.precision)
     choose_tf32(config.tf32, accelerator.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from dmae_ds.config.detection import DetectConfig
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import dump_config, load_config
 from dmae_ds.config.segmentation import SegmentConfig
@@ -60,8 +61,10 @@ def test_every_shipped_evaluation_recipe_is_valid(name):
     segments = name.startswith("upernet") or "segment" in name
     schema = LinearConfig if name.startswith("linear") else FinetuneConfig
     schema = SegmentConfig if segments else schema
+    detects = name.startswith(("vitdet", "maskrcnn")) or "detect" in name
+    schema = DetectConfig if detects else schema
     overrides = ["run.dir=out", "weights=file", "network.name=vit_base_patch16_224", "data.train=train"]
-    overrides += ["data.val=val"] if segments else []
+    overrides += ["data.val=val"] if segments or detects else []
     overrides += ["distill.teacher=file"] if name.startswith(("supervised", "g2sd")) else []
     config = load_config(name, overrides, schema=schema, kind="evaluation recipe")
     assert schema.model_validate(yaml.safe_load(dump_config(config))) == config

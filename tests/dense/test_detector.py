@@ -14,14 +14,13 @@ PIXELS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 CLASSES, CHANNELS = 3, 16
 
 
-def build(pyramid="simple", heads="plain", sizes=(32, 32), resizes=False):
+def build(pyramid="simple", heads="plain", sizes=(32, 32)):
     config = DetectorConfig(pyramid=pyramid, heads=heads, window=2, channels=CHANNELS, proposals=30, rois=16)
     return build_detector(
         build_trunk(build_vit(depth=4), config),
         config,
         num_classes=CLASSES,
         sizes=sizes,
-        resizes_in_training=resizes,
         pixels=PIXELS,
     )
 
@@ -44,7 +43,7 @@ def test_images_without_a_box_and_of_odd_sizes_train(pyramid, heads, boxes):
     images = [torch.rand(3, *size) for size in sizes]
     targets = [target(given, size) for given, size in zip(boxes, sizes, strict=True)]
     assert detector.transform(images)[0].image_sizes == sizes  # training images come in their size
-    losses, levels = detector.losses(images, targets)
+    losses, levels, batch = detector.losses(images, targets)
     assert set(losses) == {
         "loss_classifier",
         "loss_box_reg",
@@ -60,12 +59,15 @@ def test_images_without_a_box_and_of_odd_sizes_train(pyramid, heads, boxes):
     assert [tuple(level.shape) for level in levels] == [
         (2, CHANNELS, edge, edge) for edge in (32, 16, 8, 4, 2)
     ]
+    assert batch.shape == (2, 3, 32, 32)
 
 
 def test_a_square_canvas_is_the_same_alone_and_in_a_batch():
     detector = build().eval()
     large, small = torch.rand(3, 32, 30), torch.rand(3, 16, 12)
-    together, alone = detector.pyramid_of([large, small]), detector.pyramid_of([small])
+    together, alone = (
+        detector.pyramid(detector.transform(images)[0].tensors) for images in ([large, small], [small])
+    )
     assert all(
         torch.allclose(one[1], other[0], atol=1e-5) for one, other in zip(together, alone, strict=True)
     )
@@ -79,11 +81,11 @@ def test_the_canvas_pads_resizes_and_normalises():
     torch.testing.assert_close(batch.tensors[0, :, 3, 5], 0.1 / torch.tensor(PIXELS[1]))
     assert not batch.tensors[:, :, 8:].any() and not batch.tensors[:, :, :, 20:].any()
     assert square.eval()([mean])[0].image_sizes == [(12, 32)]  # the longer edge fills the canvas
-    oblong = Canvas(24, 40, *PIXELS, square=None, size_divisible=16).train()
-    boxes = {"boxes": torch.tensor([[2.0, 2.0, 10.0, 8.0]]), "masks": torch.ones(1, 8, 20)}
-    batch, (resized,) = oblong([mean], [boxes])
+    oblong = Canvas(24, 40, *PIXELS, square=None, size_divisible=16, _skip_resize=True)
+    batch, _ = oblong.eval()([mean])
     assert batch.image_sizes == [(16, 40)] and batch.tensors.shape[2:] == (16, 48)
-    assert resized["boxes"].tolist() == [[4.0, 4.0, 20.0, 16.0]] and resized["masks"].shape == (1, 16, 40)
+    batch, _ = oblong.train()([mean, mean[:, :, :3]])
+    assert batch.image_sizes == [(8, 20), (8, 3)] and batch.tensors.shape[2:] == (16, 32)
 
 
 def test_rois_are_taken_where_they_are_also_if_images_are_smaller_than_the_canvas():
@@ -121,6 +123,7 @@ def test_anchors_lie_on_the_strides_of_the_maps():
 def test_blocks_that_the_network_has_not_are_refused():
     vit = build_vit(depth=2)
     assert build_trunk(vit, DetectorConfig(pyramid="simple")).taps == (2,)
+    assert build_trunk(build_vit(depth=12), DetectorConfig(pyramid="fpn")).taps == (4, 6, 8, 12)
     with refused("detector.pyramid", "fpn", 2, "simple"):
         build_trunk(vit, DetectorConfig(pyramid="fpn"))
     with refused("detector.global_blocks", "block 3", "has 2"):
