@@ -16,6 +16,7 @@ from dmae_ds.evaluate.record import RunRecord, read_record
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.output.durable import replacing
 from dmae_ds.report.charts import Charts, draw_health, draw_losses, draw_times, safe_name
+from dmae_ds.report.dense_boards import add_dense_boards
 from dmae_ds.report.figures import MAX_POINTS, draw_grid, draw_mosaic
 from dmae_ds.report.page import Section, missing, place_charts, place_runs, render_page
 from dmae_ds.report.reference import Teachers
@@ -73,6 +74,11 @@ NOTES = {
         "Attention of CLS to the patches in the student's last block, the highest brightest: all "
         "heads together, then the two heads whose maps differ most from image to image.",
     ),
+    "detections": (
+        "Detections",
+        "Validation images, the same for every run: what is annotated there, and what the detector of "
+        "each evaluation found with a score of at least .5. Crowds are not drawn.",
+    ),
 }
 
 NOT_MEASURED = "These runs were trained before this was measured"
@@ -102,6 +108,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
         objective, shape = build_objective(record.config)
         columns[name] = list_facts(record, objective, shape)
         views[name] = make_views(record, objective, shape, teachers)
+    dense = add_dense_boards({name: record.path for name, record in records.items()}, views)
     sections = [
         _chart_section("losses", draw_losses(records), folder),
         _chart_section("health", draw_health(records), folder),
@@ -111,6 +118,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
         _cka_section(views, folder),
         _board_section("patches", views, columns, folder),
         _board_section("attention", views, columns, folder),
+        *(_board_section(key, views, columns, folder) for key in dense),
     ]
     _say_what_is_missing(views)
     differing = differing_keys([record.config for record in records.values()])
