@@ -26,6 +26,7 @@ RESULT = {
     "world_size": 1,
     "when": "2026-11-01T00:00:00+00:00",
 }
+SCORES = {"detect": {"box_ap": 31.5}, "segment": {"miou": 62.5}}
 # Records its arguments; `train` makes the run folder, an evaluation of labels adds a result.
 PROGRAM = """#!/usr/bin/env bash
 echo "${0##*/} $*" >>"$CALLS"
@@ -35,6 +36,13 @@ done
 [ -z "${BROKEN:-}" ] || [[ "$*" != *"$BROKEN"* ]] || { echo "it broke" >&2; exit 1; }
 case "$*" in
 *"eval finetune"*) mkdir -p "$3/finetune_digits" && echo "$FINETUNED" >>"$3/results.jsonl" ;;
+*"eval detect"* | *"eval segment"*)
+    distill=false init=weights
+    [[ "$*" != *distill.teacher=* ]] || distill=true
+    [[ "$*" != *init=random* ]] || init=random
+    settings="{\\"distill\\": $distill, \\"init\\": \\"$init\\"}"
+    echo "${DENSE/SETTINGS/$settings}" >>"$3/results.jsonl"
+    ;;
 *digits_g2sd_specific*) echo "$SUPERVISED" >>"$run/results.jsonl" ;;
 esac
 """
@@ -56,10 +64,13 @@ def start(tmp_path):
         (programs / name).chmod(0o755)
     for part in ("train", "val"):
         (tmp_path / "out" / "images" / part).mkdir(parents=True)
+    (tmp_path / "out" / "scenes").mkdir()
+    (tmp_path / "out" / "scenes" / "objectInfo.txt").touch()
     calls = tmp_path / "calls"
 
     def run(script: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         calls.write_text("")
+        dense = {"metric": variables.get("TASK"), "scores": SCORES.get(variables.get("TASK"))}
         environment = {
             **os.environ,
             "VENV": str(programs.parent),
@@ -67,6 +78,9 @@ def start(tmp_path):
             "CALLS": str(calls),
             "PYTHONPATH": str(LAUNCH.parent),
             "FINETUNED": json.dumps(RESULT),
+            "DENSE": json.dumps({**RESULT, **dense, "settings": "SETTINGS"}).replace(
+                '"SETTINGS"', "SETTINGS"
+            ),
             "SUPERVISED": json.dumps({**RESULT, "metric": "supervised", "scores": {"top1": 93.4}}),
             **variables,
         }
@@ -116,6 +130,35 @@ def test_g2sd_prints_the_accuracy_of_four_classifiers(start):
     assert "student.weights=OUT/generic" in specific and "student.weights=null" in deit
     done, calls = start("g2sd.sh")
     assert not [call for call in calls if "finetune" in call and "eval" in call]  # they are not repeated
+
+
+@pytest.mark.parametrize("task, score", [("detect", "31.5"), ("segment", "62.5%")])
+def test_g2sd_has_the_same_stages_on_scenes(start, task, score):
+    done, calls = start("g2sd.sh", TASK=task)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines()[-4:]] == [score] * 4
+    trained = [run_of(call) for call in calls if " train " in call]
+    evaluated = [call.split()[3:] for call in calls if f"eval {task}" in call]
+    assert trained == ["teacher", "generic"]
+    assert [(words[0], run_of(" ".join(words))) for words in evaluated] == [
+        ("OUT/teacher", task),
+        ("OUT/generic", task),
+        ("OUT/generic", f"{task}-specific"),
+        ("OUT/generic", f"{task}-random"),
+    ]
+    teacher = f"distill.teacher=OUT/teacher/{task}/best.safetensors"
+    assert [teacher in words for words in evaluated] == [False, False, True, True]
+    assert ["init=random" in words for words in evaluated] == [False, False, False, True]
+    for call in calls:
+        assert "data.train=OUT/shards/scenes/train" in call and "data.val=OUT/shards/scenes/val" in call
+    done, calls = start("g2sd.sh", TASK=task)
+    assert not [call for call in calls if "eval" in call]  # they are not repeated
+
+
+def test_g2sd_refuses_another_task(start):
+    done, calls = start("g2sd.sh", TASK="depth")
+    assert done.returncode == 2 and "depth" in done.stderr and "detect" in done.stderr
+    assert not calls
 
 
 def test_study_trains_every_setting_of_every_seed_once(start):
