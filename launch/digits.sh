@@ -1,23 +1,6 @@
-# Sourced by quickstart.sh, g2sd.sh and study.sh: an environment in $VENV, first on PATH, the digits as tar
-# shards under $OUT/shards, and `train`.
-. launch/environment.sh
-PYTHON=${PYTHON:-python3}
-VENV=${VENV:-.venv}
-
-if [ ! -e "$VENV/installed" ]; then
-    echo "== install into $VENV (torch is large: a minute or more)"
-    "$PYTHON" - <<'PYTHON'
-import sys
-
-version = sys.version_info[:2]
-if not (3, 10) <= version <= (3, 12):
-    sys.exit(f"found Python {version[0]}.{version[1]}, expected 3.10 to 3.12; set PYTHON, say to python3.12")
-PYTHON
-    "$PYTHON" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --editable ".[quickstart]"
-    touch "$VENV/installed"
-fi
-PATH="$(cd "$VENV/bin" && pwd):$PATH"
+# Sourced by quickstart.sh, g2sd.sh and study.sh: the environment of venv.sh, the digits as tar shards
+# under $OUT/shards, and `train`.
+. launch/venv.sh
 
 echo "== images -> tar shards"
 for part in train val; do

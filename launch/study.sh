@@ -46,38 +46,8 @@ deit-distilled    digits_g2sd_specific  student.weights=null optim.layer_decay=1
 FINETUNED="g2sd-generic mae dmae"
 
 . launch/digits.sh
-
-logged() { # NAME LOG COMMAND ...: run a command; if it fails, show the end of its log
-    "${@:3}" >"$2" 2>&1 || { echo "$1 failed:" >&2; tail -5 "$2" >&2; return 1; }
-}
-train_alone() { # NAME SEED RECIPE [key=value ...]: in one process; a finished run is not repeated
-    local run="$OUT/$1-seed$2"
-    [ ! -e "$run/finished" ] || return 0
-    mkdir -p "$run"
-    logged "$run" "$run.log" dmae-ds train "$3" --resume auto "run.dir=$run" "run.seed=$2" \
-        "data.train=$OUT/shards/train" "data.val=$OUT/shards/val" "${@:4}" || return 1
-    touch "$run/finished"
-    echo "trained $run"
-}
-export -f logged train_alone
-export OUT
-
-in_parallel() { # lines of arguments of `train_alone` on standard input
-    xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'train_alone {}'
-}
-
-students_of() { # SEED; settings on standard input -> lines of arguments of `train_alone`
-    while read -r name recipe options; do
-        [ -n "$name" ] && wanted "$name" || continue
-        ! grep -q '^teacher:' "launch/recipes/$recipe.yaml" ||
-            options="teacher.weights=$OUT/teacher-seed$1${weights:-} $options"
-        echo "'$name' $1 $recipe ${options//SEED/$1}"
-    done
-}
-
-wanted() { # NAME
-    [ -z "$ONLY" ] || [[ " $ONLY " = *" $1 "* ]]
-}
+SHARDS=$OUT/shards
+. launch/runs.sh
 
 finetune() { # RUN: on labels alone
     [ ! -e "$1/finetuned" ] || return 0

@@ -1,4 +1,4 @@
-"""The commands of quickstart.sh, g2sd.sh and study.sh, with stand-ins for the programs that they call."""
+"""The commands of quickstart, g2sd, study and scenes_study, with stand-ins for the programs they call."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ for word in "$@"; do
 done
 [ -z "${BROKEN:-}" ] || [[ "$*" != *"$BROKEN"* ]] || { echo "it broke" >&2; exit 1; }
 case "$*" in
+*"eval dense"*) echo "$SEGMENTED" >>"$3/results.jsonl" ;;
 *"eval finetune"*) mkdir -p "$3/finetune_digits" && echo "$FINETUNED" >>"$3/results.jsonl" ;;
 *"eval detect"* | *"eval segment"*)
     distill=false init=weights
@@ -77,6 +78,7 @@ def start(tmp_path):
             "OUT": str(tmp_path / "out"),
             "CALLS": str(calls),
             "PYTHONPATH": str(LAUNCH.parent),
+            "SEGMENTED": json.dumps({**RESULT, "metric": "dense_knn", "scores": {"miou": 12.5}}),
             "FINETUNED": json.dumps(RESULT),
             "DENSE": json.dumps({**RESULT, **dense, "settings": "SETTINGS"}).replace(
                 '"SETTINGS"', "SETTINGS"
@@ -191,3 +193,26 @@ def test_study_stops_at_a_failure_and_continues(start, broken):
     done, calls = start("study.sh", **wanted)
     assert done.returncode == 0 and calls[-1] == "dmae-ds report --results OUT"
     assert not [call for call in calls if "digits_teacher" in call]
+
+
+def test_scenes_study_trains_and_evaluates_every_student_once(start, tmp_path):
+    shards = tmp_path / "out" / "shards" / "scenes" / "val"
+    shards.mkdir(parents=True)
+    (shards / "manifest.json").touch()
+    done, calls = start("scenes_study.sh", SEEDS="0 1", BROKEN="eval dense")
+    assert done.returncode != 0 and "it broke" in done.stderr
+    trained = [run_of(call) for call in calls if call.startswith("dmae-ds train")]
+    names = ("teacher", "random", "mae", "dmae")
+    assert sorted(trained) == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))
+    for call in calls:
+        if "scenes_dmae" in call:
+            assert f"teacher.weights=OUT/teacher-seed{run_of(call)[-1]} " in f"{call} "
+            assert "data.train=OUT/shards/scenes/train" in call
+    done, calls = start("scenes_study.sh", SEEDS="0 1")
+    assert done.returncode == 0, done.stderr
+    students = [f"OUT/{name}-seed{seed}" for name in names[1:] for seed in (0, 1)]
+    assert sorted(call.split()[3] for call in calls) == sorted(students)
+    assert all(call.startswith("dmae-ds eval dense") and "--task knn linear" in call for call in calls)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("mae "))
+    assert "12.5" in row and "0.0" in row
+    assert start("scenes_study.sh", SEEDS="0 1", TASKS="dense", ONLY="mae")[1] == []
