@@ -75,6 +75,12 @@ class EmaTeacher:
             averages.pop(name).mul_(momentum).add_(full, alpha=1 - momentum)
         assert not averages, f"the engine has no {', '.join(averages)}"
 
+    @torch.no_grad()
+    def copy_buffers(self) -> None:
+        """Take the objective's constants, which a checkpoint has brought."""
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(self.objective.get_buffer(name))
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint keeps: parameters by their names in the objective, and state/<name>."""
         state = {f"state/{name}": tensor for name, tensor in self.module.state.items()}
@@ -98,6 +104,9 @@ class NoEmaTeacher:
         """Do nothing."""
 
     def update(self, engine: Engine, momentum: float) -> None:
+        """Do nothing."""
+
+    def copy_buffers(self) -> None:
         """Do nothing."""
 
     def tensors(self) -> dict[str, Tensor]:

@@ -222,6 +222,7 @@ class Engine:
         """Read what `save` wrote, at the same world size and ZeRO stage. Collective."""
         path, _ = self._engine.load_checkpoint(folder, tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder}/{tag}"
+        self._load_buffers(Path(folder) / tag)
 
     def load_resharded(self, checkpoint: Path, *, stage: int, step: int, global_batch: int) -> None:
         """Read what another number of ranks wrote, or another ZeRO stage (`stage`).
@@ -240,3 +241,13 @@ class Engine:
         parameters = dict(self.objective.named_parameters())
         load_full_state(self._engine, parameters, FullState(checkpoint, stage=stage))
         self._engine.global_steps, self._engine.global_samples = step, step * global_batch
+        self._load_buffers(checkpoint)
+
+    @torch.no_grad()
+    def _load_buffers(self, checkpoint: Path) -> None:
+        """Read constants that a resumed run did not read again from student.weights, such as positions."""
+        from dmae_ds.train.checkpoint.full_state import read_buffers
+
+        for name, saved in read_buffers(checkpoint, self._buffers).items():
+            self.objective.get_buffer(name).copy_(saved)
+            self._buffers[name].copy_(saved)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.load import read_saved_config
 from tests.train.conftest import command, deepspeed, losses, run
@@ -34,6 +34,9 @@ TWO_RANKS = {
     "zero2_bf16": ["deepspeed=zero2", "precision=bf16"],
     "zero3_bf16": ["deepspeed=zero3", "precision=bf16"],
 }
+
+
+NUMBERS = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,24 @@ def test_the_file_loads_into_timm_and_what_no_objective_trains_is_as_drawn(curve
     above = [name for name in state if name.startswith(("attn_pool.", "fc_norm."))]
     assert bool(above) == (student in ("eva02", "siglip"))
     assert all(torch.equal(state[name], first[name]) for name in above)
+
+
+@pytest.mark.parametrize("ranks, stage", [(1, "zero1"), (2, "zero3")])
+def test_what_is_not_trained_comes_from_the_checkpoint_of_a_resumed_run(recipe, tmp_path, ranks, stage):
+    """An attention pool, read from student.weights at the start, also resharded and in an EMA teacher."""
+    model = timm.create_model(STUDENTS["siglip"], num_classes=0, **NUMBERS)
+    save_file(model.state_dict(), tmp_path / "file.safetensors")
+    own = ["objective.name=sdae", f"student.name={STUDENTS['siglip']}", "checkpoint.every_steps=5"]
+    own += [f"student.weights={tmp_path / 'file.safetensors'}", f"run.dir={tmp_path / 'run'}", "teacher=null"]
+    for epochs, words in ((10, ["deepspeed=zero1"]), (20, [f"deepspeed={stage}", "--resume", "auto"])):
+        words = ["train", *recipe, *own, f"optim.epochs={epochs * 16 / 1400}", *words]
+        words = [word for word in words if not word.startswith("teacher.")]
+        done = run(command(words, ranks=1 if epochs == 10 else ranks), cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    student = load_file(tmp_path / "run" / "student.safetensors")
+    above = [name for name in student if name.startswith("attn_pool.")]
+    assert len(above) > 5 and not torch.equal(student["norm.weight"], model.norm.weight)
+    assert all(torch.equal(student[name], model.state_dict()[name]) for name in above)
 
 
 def test_killed_and_resumed_is_bit_identical(recipe, tmp_path):

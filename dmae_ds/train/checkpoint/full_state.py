@@ -17,6 +17,7 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Iterable
 
 import torch
 from deepspeed.checkpoint.constants import (
@@ -114,6 +115,12 @@ class FullState:
                         self._pieces[name, state].append(flat[start:stop])
                     self._shapes[name] = shape
                     start = stop
+
+
+def read_buffers(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read the buffers of these names that a checkpoint of any ZeRO stage holds."""
+    module = _open(folder, "*_model_states.pt")[0]["module"]
+    return {name: module[name] for name in names if name in module}
 
 
 def _by_state(weight: Tensor, states: dict[str, Tensor]) -> list[tuple[str, Tensor]]:

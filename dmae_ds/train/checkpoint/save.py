@@ -126,6 +126,7 @@ class Checkpoints:
         else:
             engine.load(str(self.folder.path), checkpoint.name)
         collectives.raise_on_all_ranks(lambda: load_ema(self.ema.tensors(), checkpoint))
+        self.ema.copy_buffers()
         self._restore_student_files(engine, step)
         self._last_step = step
         return step
