@@ -170,6 +170,8 @@ class EvalConfig(Section):
     # (dmae_ds/train/val_loss.py). Not for objectives with an EMA teacher.
     loss_every: PositiveFloat | None = None
     knn_every: PositiveFloat | None = None  # epochs, as optim.epochs; the end of the run is measured too
+    # The initial student too, with which a run that continues a backbone is compared.
+    knn_at_start: bool = False
     knn_k: PositiveInt = 20  # number of neighbours
     knn_temperature: PositiveFloat = 0.07  # of a neighbour's weight exp(cosine / temperature)
     knn_pool: Literal["mean", "cls"] = "mean"  # the feature: mean of the patch tokens, or CLS

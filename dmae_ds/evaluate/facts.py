@@ -165,11 +165,17 @@ def _knn(record: RunRecord) -> Fact:
     measured_at = f"step {knn['step']:,}"
     if knn["step"] < step:
         measured_at = f"measured at {measured_at}, before the last"
+    first = record.knn_at_start
+    before = "" if first is None or first is knn else f"; {_top1(first)} before training"
     return Fact(
-        headline_score("knn").format(headline(knn)),
+        _top1(knn),
         f"k {knn['settings']['k']}, T {knn['settings']['temperature']:g}, {knn['settings']['pool']} pool; "
-        f"{knn['num_train']:,} train, {knn['num_val']:,} val; {measured_at}",
+        f"{knn['num_train']:,} train, {knn['num_val']:,} val; {measured_at}{before}",
     )
+
+
+def _top1(knn: dict) -> str:
+    return headline_score("knn").format(headline(knn))
 
 
 def _val_losses(record: RunRecord) -> dict[str, Fact]:

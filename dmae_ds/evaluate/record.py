@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.results import read_results
+from dmae_ds.evaluate.results import read_history, read_results
 
 _NOT_LOSSES = ("step", "epoch", "lr", "images_per_s")
 _NOT_LOSS_PREFIXES = ("share/", "seconds/", "rank/", "norm/", "knn/", "dense/", "target/", "val/", "spread/")
@@ -22,20 +22,30 @@ TIMES = ("data", "teacher", "rest")  # parts of a step's time, seconds/<part> in
 class RunRecord:
     """The record of one run.
 
-    rows: the finished steps in order, as train/metrics.py writes them; results: as evaluate/results.py reads
-    them
+    rows: the finished steps in order, as train/metrics.py writes them; results, history: as
+    evaluate/results.py reads them
     """
 
     path: Path
     config: RunConfig
     rows: list[dict]
     results: list[dict]
+    history: list[dict] = field(default_factory=list)
 
     @property
     def knn(self) -> dict | None:
         """The newest k-NN result with all labels; None before `dmae-ds eval knn`."""
         for result in reversed(self.results):
             if result["metric"] == "knn" and result["labels"] == "all":
+                return result
+        return None
+
+    @property
+    def knn_at_start(self) -> dict | None:
+        """The k-NN result of the initial student under `knn`'s settings; None where it was not measured."""
+        fixed = ("metric", "labels", "subset_seed", "settings")
+        for result in [] if self.knn is None else self.history:
+            if result["step"] == 0 and all(result[name] == self.knn[name] for name in fixed):
                 return result
         return None
 
@@ -94,7 +104,7 @@ def read_record(path: Path) -> RunRecord:
             f"run '{path}' has no metrics yet; training writes them every log.every_steps = "
             f"{config.log.every_steps} steps: wait for the first, or train it"
         )
-    return RunRecord(path, config, rows, read_results(path))
+    return RunRecord(path, config, rows, read_results(path), read_history(path))
 
 
 def _parse(line: str) -> dict | None:

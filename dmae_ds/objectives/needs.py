@@ -32,9 +32,10 @@ class EmaSpec:
 
     parts: attribute names of these submodules: ("student",), ("student", "head")
     momentum: returns m of the update after the step of that progress: ema = m * ema + (1 - m) * student
-    every: update after each optimiser step, or after the last step of each epoch
+    every: update after each optimiser step, or after the last step of each epoch; `never`: the copy stays
+        what the submodules were when the run began, and a resumed run reads it from the checkpoint
     """
 
     parts: tuple[str, ...]
-    momentum: Callable[[Progress], float]
-    every: Literal["step", "epoch"] = "step"
+    momentum: Callable[[Progress], float] = lambda progress: 1.0
+    every: Literal["step", "epoch", "never"] = "step"

@@ -217,8 +217,10 @@ def _optimizer_cost(
 def _ema_cost(
     ema: EmaGeometry, zero: Zero, precision: Precision, device: _Device, *, accumulation: int
 ) -> Cost:
-    """It runs in every micro-batch, and its weights are read twice and written once in a step."""
+    """It runs in every micro-batch. Where it follows, its weights are read twice and written once a step."""
     seconds = accumulation * device.seconds(ema.flops, ema.kernels, precision.products)
+    if not ema.follows:
+        return Cost(Traffic(), seconds, 0, 0)
     followed = ring(ema.weight_bytes, device.machine, calls=1) if zero.stage == 3 else Traffic()
     update = 3 * ema.weight_bytes / device.machine.device_gb_s / 1e9 + _transfer(followed, device.machine)
     return Cost(followed, seconds, 0, update)

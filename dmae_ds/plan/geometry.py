@@ -71,6 +71,7 @@ class EmaGeometry:
     working_bytes: int  # most bytes alive while it runs, on top of the weights
     feature_bytes: int
     kernels: int = 0
+    follows: bool = True  # whether it is updated; a frozen copy of the initial weights is not
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def _measure_ema(
         lambda: features.update(ema_features(objective, ema, batch, precision=precision))
     )
     weight_bytes = _bytes(ema.state_dict().values())
-    return EmaGeometry(weight_bytes, flops, working, _bytes(features.values()), kernels), features
+    follows = objective.ema.every != "never"
+    return EmaGeometry(weight_bytes, flops, working, _bytes(features.values()), kernels, follows), features
 
 
 def meta_frozen_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, Top | None]:

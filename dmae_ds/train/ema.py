@@ -48,10 +48,10 @@ class EmaTeacher:
     def __str__(self) -> str:
         spec = self.objective.ema
         millions = sum(parameter.numel() for parameter in self.module.parameters()) / 1e6
-        return (
-            f"EMA of {', '.join(spec.parts)}, {millions:.1f} M parameters in fp32 on every rank, "
-            f"updated every {spec.every}"
-        )
+        size = f"{', '.join(spec.parts)}, {millions:.1f} M parameters in fp32 on every rank"
+        if spec.every == "never":
+            return f"frozen copy of the initial {size}"
+        return f"EMA of {size}, updated every {spec.every}"
 
     def features(self, masked: PatchBatch) -> dict[str, Tensor]:
         """Compute the EMA teacher's features of a micro-batch; their names begin with "ema/"."""
@@ -62,7 +62,8 @@ class EmaTeacher:
 
         following: the progress of the next step, which shows whether an epoch has ended
         """
-        if self.objective.ema.every == "epoch" and int(following.epoch) == int(progress.epoch):
+        every = self.objective.ema.every
+        if every == "never" or (every == "epoch" and int(following.epoch) == int(progress.epoch)):
             return
         self.update(engine, self.objective.ema.momentum(progress))
 

@@ -327,7 +327,10 @@ def build_evaluations(built: BuiltRun) -> list[Callable[[int], None]]:
     }
     if settings.knn_every is not None:
         check_pool_of(built.objective.student, settings.knn_pool)
-        evaluations.append(KnnDuringTraining(config.eval, config.data, config.student, **kwargs))
+        knn = KnnDuringTraining(config.eval, config.data, config.student, **kwargs)
+        if settings.knn_at_start and not built.preflight.is_resumed:
+            knn(0)
+        evaluations.append(knn)
     if settings.dense_every is not None:
         evaluations.append(DenseDuringTraining(settings, config.data, config.student, **kwargs))
     if built.classifier is not None:

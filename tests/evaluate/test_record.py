@@ -141,6 +141,18 @@ def test_a_knn_of_an_older_student_is_marked(run, step, words):
     assert fact == ("71.2%", f"k 20, T 0.07, mean pool; 1,400 train, 397 val; {words}")
 
 
+def test_the_initial_student_is_named_next_to_the_last_one(run):
+    assert read_record(run).knn_at_start is None
+    append_result(run, knn_result(31.5, step=0))
+    append_result(run, knn_result(45.0, step=0, k=5))
+    assert read_record(run).knn_at_start["scores"] == {"top1": 45.0}
+    append_result(run, knn_result(62.0))
+    record = read_record(run)
+    assert record.knn_at_start["scores"] == {"top1": 31.5} and record.knn["scores"] == {"top1": 62.0}
+    fact = list_facts(record, *build_objective(record.config))["k-NN top-1"]
+    assert "62.0%" in fact.text and "31.5%" in fact.note
+
+
 def test_columns_that_only_some_steps_have_keep_their_epochs(run):
     record = read_record(run)
     assert record.named("norm/") == ["norm/1", "norm/2"] and record.named("rank/") == [

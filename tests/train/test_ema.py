@@ -94,6 +94,22 @@ def test_it_is_a_copy_that_training_does_not_change():
     assert objective.ema_state()["centre"][0] == 0
 
 
+def test_a_frozen_copy_follows_nothing_and_takes_the_constants_that_a_checkpoint_brings():
+    objective = Two(every="never")
+    objective.student.register_buffer("kept", torch.zeros(3))
+    ema = EmaTeacher(objective, precision="fp32", device=CPU)
+    before = [parameter.clone() for parameter in ema.module.parameters()]
+    shake(objective, 1)
+    for step, epoch in enumerate((0.5, 1.5)):
+        ema.after_step(engine_of(objective), progress_at(step, epoch), progress_at(step + 1, epoch + 1))
+    assert all(map(torch.equal, ema.module.parameters(), before))
+    assert "frozen" in str(ema)
+    objective.student.kept.fill_(2)
+    assert not ema.module.student.kept.any()
+    ema.copy_buffers()
+    assert torch.equal(ema.module.student.kept, torch.full((3,), 2.0))
+
+
 @pytest.mark.parametrize(
     "epochs, updates",
     [((0.0, 0.5, 0.999), 0), ((0.5, 1.0), 1), ((0.9, 1.1, 1.9, 2.0, 2.1), 2), ((1.0, 1.5), 0)],

@@ -26,7 +26,7 @@ def dense_of(scenes):
     return ["eval.dense_every=0.09", *sets, "eval.dense_k=5", "eval.dense_size=0", "eval.dense_patches=400"]
 
 
-KNN = ["eval.knn_every=0.09", "eval.knn_k=5", "eval.knn_labels=10%"]
+KNN = ["eval.knn_every=0.09", "eval.knn_at_start=true", "eval.knn_k=5", "eval.knn_labels=10%"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,8 @@ def test_the_numbers_are_those_of_eval_knn_and_in_both_files(two_runs, capsys):
     rows = {
         row["step"]: row for row in map(json.loads, (two_runs[0] / "metrics.jsonl").read_text().splitlines())
     }
-    history = [result for result in read_history(two_runs[0]) if result["metric"] == "knn"]
+    start, *history = [result for result in read_history(two_runs[0]) if result["metric"] == "knn"]
+    assert start["step"] == 0 and start["scores"] != history[-1]["scores"]
     assert [(result["step"], result["scores"]["top1"], result["scores"]["top5"]) for result in history] == [
         (step, rows[step]["knn/top1"], rows[step]["knn/top5"]) for step in (8, 16, 20)
     ]
@@ -219,7 +220,7 @@ def test_two_ranks_with_sharded_weights_and_a_pipelined_teacher_do_not_change_ei
     dense = [result for result in history if result["metric"] == "dense_knn"]
     assert [(result["step"], result["world_size"]) for result in dense] == [(8, 2), (16, 2), (20, 2)]
     history = [result for result in history if result["metric"] == "knn"]
-    assert [result["step"] for result in history] == [8, 16, 20]
+    assert [result["step"] for result in history] == [0, 8, 16, 20]
     assert all(result["world_size"] == 2 and result["num_train"] == 1400 for result in history)
     from dmae_ds.evaluate.knn import evaluate_run
 
@@ -228,4 +229,4 @@ def test_two_ranks_with_sharded_weights_and_a_pipelined_teacher_do_not_change_ei
         history[-1]["scores"]["top1"], abs=0.26
     )  # one image of 397
     assert alone["settings"] == history[-1]["settings"]
-    assert [result["settings"]["precision"] for result in read_history(tmp_path / "bf16")] == ["bf16"] * 3
+    assert [result["settings"]["precision"] for result in read_history(tmp_path / "bf16")] == ["bf16"] * 4
