@@ -13,7 +13,7 @@ def add_export(subcommands) -> None:
         help="write the student in another library's format, load it there, compare, and add a model card",
     )
     export.add_argument(
-        "run", metavar="RUN", help="a run folder, or the folder that eval finetune or eval linear wrote"
+        "run", metavar="RUN", help="a run folder, or the folder that eval finetune, linear or segment wrote"
     )
     export.add_argument(
         "--to",
@@ -23,9 +23,10 @@ def add_export(subcommands) -> None:
     )
     export.add_argument(
         "--what",
-        choices=("encoder", "mae", "classifier"),
+        choices=("encoder", "mae", "classifier", "segmenter"),
         default="encoder",
-        help="what to write; mae is the encoder with its pixel decoder, for hf (default encoder)",
+        help="what to write; mae is the encoder with its pixel decoder, for hf; segmenter is for onnx "
+        "(default encoder)",
     )
     export.add_argument("--out", metavar="DIR", help="the folder to write (default RUN/export/FORMAT)")
     export.add_argument(

@@ -20,9 +20,9 @@ def export_student(
 ) -> Path:
     """Write a run's student in another library's layout, compare it there, and return the new folder.
 
-    run: a run folder, or the folder of `dmae-ds eval finetune` or `linear`
+    run: a run folder, or the folder of `dmae-ds eval finetune`, `linear` or `segment`
     to: timm, hf (transformers), onnx or safetensors
-    what: encoder, mae (with its pixel decoder, for hf) or classifier
+    what: encoder, mae (with its pixel decoder, for hf), classifier or segmenter (for onnx)
     out: the folder to write; None: RUN/export/<to>
     license: of the weights, for the model card
     Raises UserError for a missing run, part or library, RunFailed where the outputs differ.

@@ -11,7 +11,7 @@ from dmae_ds.config.saved import read_starts
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import read_results
-from dmae_ds.export.source import Source
+from dmae_ds.export.source import STUDENTS, Source
 from dmae_ds.export.teacher_facts import UNKNOWN, describe_teacher
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
@@ -81,7 +81,7 @@ def _trained_on(source: Source) -> dict | None:
 def _pixels(source: Source) -> dict:
     """What the network takes, and which of its tokens the objective is judged by."""
     pixels, pool = source.pixels, None
-    if source.what != "classifier":
+    if source.what in STUDENTS:
         pool = source.config.objective.judged_by
     return {
         "shape": [source.channels, source.img_size, source.img_size],

@@ -54,7 +54,7 @@ TARGETS = {
         ("encoder", "mae", "classifier"), ("transformers",), to_hf.write_hf, to_hf.run_hf, to_hf.explain_hf
     ),
     "onnx": Target(
-        ("encoder", "classifier"),
+        ("encoder", "classifier", "segmenter"),
         ("onnx", "onnxscript", "onnxruntime"),
         to_onnx.write_onnx,
         to_onnx.run_onnx,
@@ -73,7 +73,7 @@ TARGETS = {
 def export(
     run: Path, *, to: str, what: str = "encoder", out: Path | None = None, license: str = "unknown"
 ) -> tuple[Path, dict]:
-    """Export a part of a run, or an evaluation's classifier; return the new folder and its card.
+    """Export a part of a run, or an evaluation's classifier or segmenter; return the new folder and its card.
 
     out: None is RUN/export/<to>, or <to>-mae
     Raises UserError for a part or a library that is missing, RunFailed where an output differs by more than

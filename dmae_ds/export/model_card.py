@@ -8,6 +8,7 @@ from pathlib import Path
 from dmae_ds.evaluate.results import METRICS
 from dmae_ds.export.teacher_facts import UNKNOWN
 
+TASKS = {"classifier": "image-classification", "segmenter": "image-segmentation"}
 LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "safetensors": "timm"}
 
 
@@ -31,7 +32,7 @@ def render_card(card: dict, usage: str) -> str:
 
 def _front_matter(card: dict) -> list[str]:
     """Return the YAML that the Hugging Face hub reads."""
-    task = "image-classification" if card["what"] == "classifier" else "image-feature-extraction"
+    task = TASKS.get(card["what"], "image-feature-extraction")
     return [
         "---",
         f"license: {card['license']}",
@@ -105,11 +106,10 @@ def _training(card: dict) -> str:
     if card["objective"] is not None:
         stages.append(f"objective {card['objective']}")
     if evaluation is not None:
-        stage, distill = (
-            f"then as a classifier, with {evaluation['labels']} labels",
-            evaluation.get("distill"),
-        )
-        stages.append(f"{stage}, {distill['method']} from {distill['teacher']}" if distill else stage)
+        labels = f", with {evaluation['labels']} labels" if "labels" in evaluation else ""
+        stage, distill = f"then as a {card['what']}{labels}", evaluation.get("distill")
+        method = "" if distill is None else distill.get("method", "logits")
+        stages.append(f"{stage}, {method} from {distill['teacher']}" if distill else stage)
     return "; ".join([*stages, f"step {card['step']:,}"])
 
 

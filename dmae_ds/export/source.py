@@ -1,8 +1,8 @@
-"""The network to export and its outputs: a run's student, alone or with its decoder, or a classifier of it.
+"""The network to export and its outputs: a run's student, with or without decoder, or a network made of it.
 
-The outputs are those of the network that was trained (`models/vit.py` and the objective, or the classifier of
-`dmae-ds eval finetune` and `dmae-ds eval linear`), not of a copy in another library; an export must give the
-same.
+The outputs are those of the network that was trained (`models/vit.py` and the objective, the classifier of
+`dmae-ds eval finetune` and `linear`, or the segmenter of `dmae-ds eval segment`), not of a copy in another
+library; an export must give the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dmae_ds.config.load import read_saved_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.dense.segmenter_file import load_segmenter
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import keep_random
 from dmae_ds.models.patches import patchify
@@ -36,6 +37,7 @@ if image.mode.startswith("I"):  # 16-bit grey: the upper byte stays, as in train
 image = image.convert("RGBA")  # what is transparent becomes white
 image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")"""
 CLASSIFIER_FILE = "last.safetensors"  # of the epoch that results.jsonl reports
+STUDENTS = ("encoder", "mae")  # parts of a run folder; the others are of an evaluation's
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ class Pixels:
 class Source:
     """A trained network and what is known about it.
 
-    what: `encoder` (model is a MaskedViT), `mae` (the objective) or `classifier` (a timm network)
-    run: the training run; None for a classifier that did not start from one
+    what: `encoder` (model is a MaskedViT), `mae` (the objective), `classifier` (a timm network) or
+      `segmenter` (dense/segmenter.py)
+    run: the training run; None for a classifier or segmenter that did not start from one
     results: the folder whose results.jsonl belongs to the network
     name, overrides, keys: timm's name of the network, its numbers, and the arguments of its head
     model, vit: the network in eval mode, float32, on the CPU; and its encoder
     tensors: the weights, the encoder's under timm's names; step: of the student
-    evaluation, classes: config of the evaluation and names of the classes, for a classifier
+    evaluation, classes: config of the evaluation and names of the classes, for a classifier or segmenter
     """
 
     what: str
@@ -99,7 +102,7 @@ class Source:
     @property
     def num_prefix(self) -> int:
         """Number of tokens in front of the patches: CLS and registers."""
-        return self.vit.num_prefix if self.what != "classifier" else self.vit.num_prefix_tokens
+        return self.vit.num_prefix if self.what in STUDENTS else self.vit.num_prefix_tokens
 
     @property
     def num_patches(self) -> int:
@@ -117,10 +120,10 @@ class Source:
         """Return what the trained network computes.
 
         encoder: `tokens` [N, R + L, D] after the final norm, with CLS and registers in front
-        classifier: `logits` [N, classes]
+        classifier: `logits` [N, classes]; segmenter: `logits` [N, classes, H, W]
         mae: `pixels` [N, L - K, P * P * C], reconstructed, in the order of the noise; and `loss`
         """
-        if self.what == "classifier":
+        if self.what not in STUDENTS:
             return {"logits": self.model(inputs.pixels)}
         if self.what == "encoder":
             everything = torch.arange(self.num_patches).expand(len(inputs.pixels), -1)
@@ -147,11 +150,13 @@ class Source:
 
 
 def open_source(folder: Path, what: str) -> Source:
-    """Read a run folder (encoder, mae) or an evaluation's folder (classifier). Raises UserError.
+    """Read a run folder (encoder, mae) or an evaluation's (classifier, segmenter). Raises UserError.
 
     Every tensor of the network must be in the file, and no other.
     """
-    return _open_classifier(folder) if what == "classifier" else _open_student(folder, what)
+    if what in STUDENTS:
+        return _open_student(folder, what)
+    return _open_classifier(folder) if what == "classifier" else _open_segmenter(folder)
 
 
 def _open_student(run: Path, what: str) -> Source:
@@ -209,9 +214,7 @@ def _open_classifier(folder: Path) -> Source:
     name, overrides, keys = metadata["timm_name"], json.loads(metadata["timm_overrides"]), head["keys"]
     model = timm.create_model(name, **overrides, **keys)
     _fill(model, tensors, folder)
-    run_files = [folder.parent / name for name in ("config.yaml", "student.safetensors")]
-    run = folder.parent if all(path.is_file() for path in run_files) else None
-    config = None if run is None else read_saved_config(run, student_only=True)
+    run, config = _run_of(folder)
     return Source(
         what="classifier",
         run=run,
@@ -230,6 +233,42 @@ def _open_classifier(folder: Path) -> Source:
         evaluation=evaluation,
         classes=_classes(evaluation["data"]["train"]),
     )
+
+
+def _open_segmenter(folder: Path) -> Source:
+    path = folder / CLASSIFIER_FILE
+    tensors, metadata = _read(
+        path, f"give the folder that `dmae-ds eval segment` wrote{_evaluations(folder)}"
+    )
+    model, facts = load_segmenter(path, label="the weights", any_size=False)
+    run, config = _run_of(folder)
+    vit = model.backbone
+    return Source(
+        what="segmenter",
+        run=run,
+        results=run or folder,
+        config=config,
+        name=facts.network.name,
+        overrides=facts.network.overrides(),
+        keys={"num_classes": len(facts.classes), "head": facts.head.name},
+        pixels=Pixels(tuple(facts.mean), tuple(facts.std), 1.0),
+        model=model,
+        vit=vit,
+        patch_size=vit.patch_embed.patch_size[0],
+        grid=tuple(vit.patch_embed.grid_size),
+        tensors=_plain(tensors),
+        step=int(metadata.get("step", 0)),
+        evaluation=yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+        classes=facts.classes,
+    )
+
+
+def _run_of(folder: Path) -> tuple[Path | None, RunConfig | None]:
+    """The training run that an evaluation's folder is in, with its config; (None, None) for a file's."""
+    run_files = [folder.parent / name for name in ("config.yaml", "student.safetensors")]
+    if not all(path.is_file() for path in run_files):
+        return None, None
+    return folder.parent, read_saved_config(folder.parent, student_only=True)
 
 
 def _evaluations(folder: Path) -> str:

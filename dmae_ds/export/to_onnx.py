@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dmae_ds.export.source import Inputs, Source
+from dmae_ds.export.source import STUDENTS, Inputs, Source
 from dmae_ds.models.vit import build_timm_vit
 
 FILE = "model.onnx"
@@ -27,7 +27,7 @@ class _Network(nn.Module):
 
     def __init__(self, source: Source):
         super().__init__()
-        self.classifies = source.what == "classifier"
+        self.classifies = source.what not in STUDENTS
         self.vit = source.model if self.classifies else build_timm_vit(source.name, source.overrides)
         self.vit.load_state_dict(source.tensors, strict=True, assign=True)
 
@@ -36,7 +36,7 @@ class _Network(nn.Module):
 
 
 def _output(source: Source) -> str:
-    return "logits" if source.what == "classifier" else "tokens"
+    return "tokens" if source.what in STUDENTS else "logits"
 
 
 def write_onnx(source: Source, folder: Path) -> None:
@@ -68,7 +68,7 @@ def _facts(source: Source) -> dict[str, str]:
         "std": json.dumps(list(source.pixels.std)),
         "crop_pct": str(source.pixels.crop_pct),
     }
-    if source.what != "classifier":
+    if source.what in STUDENTS:
         facts["pool"] = source.config.objective.judged_by
     return facts
 
@@ -88,11 +88,14 @@ def run_onnx(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
 def explain_onnx(source: Source, name: str) -> str:
     """Return Python that runs the file."""
     shape = f"[N, {source.num_prefix + source.num_patches}, {source.vit.embed_dim}]"
+    size, pool = source.img_size, ""
     if source.what == "classifier":
         shape = f"[N, {source.keys['num_classes']}]"
-    size, pool = source.img_size, ""
+    elif source.what == "segmenter":
+        shape = f"[N, {source.keys['num_classes']}, {size}, {size}]"
+        pool = "\nclasses = logits.argmax(axis=1)"
     colours = "RGB" if source.channels == 3 else "as stored"
-    if source.what != "classifier":
+    if source.what in STUDENTS:
         feature = POOLED[source.config.objective.judged_by].format(prefix=source.num_prefix)
         pool = f"\nfeature = {feature}  # [N, {source.vit.embed_dim}]"
     image = f"[N, {size}, {size}, {source.channels}], 0 to 255, {colours}"
