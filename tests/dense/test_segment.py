@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
 from safetensors.torch import load_file
 
-from data_prep.dense import DenseOptions
-from data_prep.make import MakeOptions, make_shards
 from dmae_ds.dense.predict import Predictor
 from dmae_ds.dense.segment_task import logit_map_loss, map_loss
 from dmae_ds.dense.segmenter_file import load_segmenter
@@ -148,34 +145,6 @@ def test_every_pixel_of_any_image_is_predicted(scene_run, size):
     predicted = predict(segmenter, image, Normalize(facts.mean, facts.std))
     assert predicted.shape == size and predicted.dtype == torch.int64
     assert predicted.min() >= 0 and predicted.max() < 14
-
-
-def test_ade20k_s_layout_trains_with_the_shipped_recipe(scene_run, tmp_path):
-    """Grey images, odd sizes, and a map without any class, as ADE20K's real files have them."""
-    rng = np.random.default_rng(0)
-    for part, num in (("training", 6), ("validation", 3)):
-        for folder in ("images", "annotations"):
-            (tmp_path / folder / part).mkdir(parents=True)
-        for number in range(1, num + 1):
-            name, height, width = f"ADE_{part[:5]}_{number:08d}", 20 + 7 * number, 61 - 5 * number
-            shape = (height, width) if number == 1 else (height, width, 3)
-            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(
-                tmp_path / "images" / part / f"{name}.jpg"
-            )
-            label_map = rng.integers(0, 4, (height, width), dtype=np.uint8) * (number != 2)
-            Image.fromarray(label_map.astype(np.uint8)).save(tmp_path / "annotations" / part / f"{name}.png")
-    (tmp_path / "classes.txt").write_text("wall\nbuilding\nsky\n")
-    for part in ("training", "validation"):
-        dense = DenseOptions(masks=tmp_path / "annotations" / part, zero_is_unlabelled=True)
-        options = MakeOptions(classes=tmp_path / "classes.txt", dense=dense)
-        make_shards(tmp_path / "images" / part, tmp_path / "shards" / part, options)
-    data = [f"data.{name}={tmp_path / 'shards' / part}" for name, part in _PARTS]
-    result = segment(scene_run, *data)
-    assert (result["num_train"], result["num_val"]) == (6, 3)
-    assert np.isfinite([row["loss"] for row in rows(scene_run / "upernet_ade20k")]).all()
-
-
-_PARTS = (("train", "training"), ("val", "validation"))
 
 
 def test_mistakes_are_refused_before_anything_is_written(scene_run, shards, tmp_path):
