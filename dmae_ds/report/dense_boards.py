@@ -8,10 +8,12 @@ from pathlib import Path
 from dmae_ds.errors import UserError
 from dmae_ds.report.boards import Board
 from dmae_ds.report.detections import find_detectors, show_detections
+from dmae_ds.report.segmentations import find_segmenters, show_segmentations
 from dmae_ds.report.views import Views
 
 # Section -> (finds the evaluations below a run, draws them, the command that makes one).
 DENSE_SECTIONS: dict[str, tuple[Callable[[Path], list[Path]], Callable[[list[Path]], Board], str]] = {
+    "segmentations": (find_segmenters, show_segmentations, "dmae-ds eval segment"),
     "detections": (find_detectors, show_detections, "dmae-ds eval detect"),
 }
 

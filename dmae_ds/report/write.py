@@ -74,6 +74,11 @@ NOTES = {
         "Attention of CLS to the patches in the student's last block, the highest brightest: all "
         "heads together, then the two heads whose maps differ most from image to image.",
     ),
+    "segmentations": (
+        "Segmentations",
+        "Validation images, the same for every run, their label maps, and what the segmenter of each "
+        "evaluation predicts. A class has one colour in all rows; black has no class.",
+    ),
     "detections": (
         "Detections",
         "Validation images, the same for every run: what is annotated there, and what the detector of "
