@@ -18,10 +18,12 @@ from typing import Any, Iterator, Literal, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from dmae_ds.config.detection import DetectConfig
 from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.load import models_in
 from dmae_ds.config.objectives import ObjectiveSection
 from dmae_ds.config.run import RunConfig
+from dmae_ds.config.segmentation import SegmentConfig
 from dmae_ds.config.shipped import shipped_objectives
 from dmae_ds.errors import UserError
 
@@ -30,7 +32,11 @@ ROOTS = {
     "dmae-ds train": RunConfig,
     "dmae-ds eval finetune": FinetuneConfig,
     "dmae-ds eval linear": LinearConfig,
+    "dmae-ds eval segment": SegmentConfig,
+    "dmae-ds eval detect": DetectConfig,
 }
+# Sections that a root shares with this one are listed there; with RunConfig where none is named.
+LISTED_IN = {RunConfig: None, DetectConfig: SegmentConfig}
 
 
 class Key(NamedTuple):
@@ -55,7 +61,7 @@ def all_keys(word: str | None = None) -> str:
     """
     lines: list[str] = []
     for command, root in ROOTS.items():
-        for heading, keys in _sections(root, RunConfig if root is not RunConfig else None):
+        for heading, keys in _sections(root, LISTED_IN.get(root, RunConfig)):
             found = [str(key) for key in keys if word is None or word.lower() in str(key).lower()]
             if found:
                 lines += ["", f"# {command}{heading}", *found]
@@ -79,8 +85,11 @@ def _sections(root: type[BaseModel], known: type[BaseModel] | None) -> Iterator[
         if same and models_in(known.model_fields[name].annotation) == schemas:
             continue
         if len(schemas) > 1:
-            for objective, schema in shipped_objectives().items():
-                yield f", {name}.name={objective}: {_first_line(schema)}", list(keys_of(schema, f"{name}."))
+            choices = (
+                shipped_objectives() if name == "objective" else {_choice(each): each for each in schemas}
+            )
+            for choice, schema in choices.items():
+                yield f", {name}.name={choice}: {_first_line(schema)}", list(keys_of(schema, f"{name}."))
         elif schemas:
             optional = (
                 "" if type(None) not in get_args(field.annotation) else " (the section may be left out)"
@@ -152,6 +161,11 @@ def _comments(module: ModuleType) -> dict[tuple[str, str], str]:
             text = " ".join(comment.removeprefix("#").strip() for comment in above + behind)
             comments[cls.name, statement.target.id] = text
     return comments
+
+
+def _choice(schema: type[BaseModel]) -> str:
+    """The name by which a section of several kinds is chosen."""
+    return get_args(schema.model_fields["name"].annotation)[0]
 
 
 def _first_line(schema: type[BaseModel]) -> str:

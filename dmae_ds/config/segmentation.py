@@ -16,6 +16,7 @@ class UperNetConfig(Section):
 
     name: Literal["upernet"]
     channels: PositiveInt = 768  # width of the head; BEiT's small ones have 512
+    # Sides of the grids that the last map is pooled to.
     pool_scales: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 6)
     auxiliary_channels: PositiveInt = 256  # width of the auxiliary head on the third map
     auxiliary_weight: NonNegativeFloat = 0.4  # weight of its loss

@@ -35,7 +35,8 @@ def test_a_line_has_the_key_its_default_and_its_choices():
     assert any(line.startswith("precision = fp32  # one of fp32, bf16") for line in lines)
     assert any(line.startswith("objective.distill = null") for line in lines)
     # Sections that an evaluation shares with training stand there once.
-    assert sum(line.startswith("data.train = ") for line in lines) == 1
+    assert sum(line.startswith("data.train = ") for line in lines) == 2  # of training, of dense tasks
+    assert any("head.name=linear:" in line for line in lines) and "head.channels = 768" in all_keys("head.")
     assert sum(line.startswith("optim.base_lr = ") for line in lines) == 3
     for name in shipped_objectives():
         assert any(line.startswith("# ") and f"objective.name={name}:" in line for line in lines)

@@ -97,6 +97,7 @@ def test_every_parameter_that_trains_gets_a_gradient():
         (logits.sum() + (0 if auxiliary is None else auxiliary.sum())).backward()
         without = [name for name, each in segmenter.named_parameters() if each.grad is None]
         assert without == [name for name, _ in segmenter.named_parameters() if frozen and "backbone" in name]
+        assert all(each.requires_grad is not frozen for each in segmenter.backbone.parameters())
         assert segmenter.decoder.training and segmenter.backbone.training is not frozen
 
 
