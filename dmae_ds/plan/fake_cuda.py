@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dmae_ds.plan.python_engine import PythonEngine, patched
 
@@ -94,6 +95,9 @@ def _fused_attention(
 
     Without a device torch takes the unfused path, which keeps all attention weights.
     """
+    if has_torch_function((query, key, value)):  # a function mode, which may take the arguments for itself
+        args = (query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return handle_torch_function(_fused_attention, args[:3], *args, **kwargs)
     if query.device.type != "cuda" or attn_mask is not None or kwargs.get("enable_gqa"):
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
     if not query.dtype == key.dtype == value.dtype:

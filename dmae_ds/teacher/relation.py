@@ -11,7 +11,7 @@ from typing import Callable
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn, stack
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dmae_ds.errors import UserError
@@ -58,6 +58,6 @@ class _Reached(Exception):
 
 class _UpToTheProduct(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is scaled_dot_product_attention:
+        if function is functional.scaled_dot_product_attention:
             raise _Reached(args[:3])
         return function(*args, **(kwargs or {}))
