@@ -35,6 +35,8 @@ dino              digits_dino
 dino-dmae         digits_dino_dmae
 mocov3            digits_mocov3
 mocov3-dmae       digits_mocov3_dmae
+tinymim           digits_tinymim
+amd               digits_amd
 "
 # Classifiers that learn from the fine-tuned teacher. DeiT's distillation gets the epochs of both of G2SD's
 # stages (G2SD, supplement, Table 2).

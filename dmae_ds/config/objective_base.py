@@ -30,6 +30,7 @@ class ObjectiveSection(Section):
         loss reads nothing else of the last block
     trains_positions: the student's positional embedding
     distillation_key: the section that holds the settings of feature distillation
+    distillation_weight: the keys that raise distillation's share of the gradient; None: alpha of that section
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -39,6 +40,7 @@ class ObjectiveSection(Section):
     judged_by: ClassVar[Literal["mean", "cls"]] = "mean"
     trains_positions: ClassVar[bool] = False
     distillation_key: ClassVar[str] = "objective.distill"
+    distillation_weight: ClassVar[str | None] = None
 
     @property
     def distillation(self) -> FeatureDistillationConfig | None:

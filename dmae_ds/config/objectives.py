@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from dmae_ds.config.imitation import AmdConfig, TinyMimConfig
 from dmae_ds.config.objective_base import (
     DecoderConfig,
     FeatureDistillationConfig,
@@ -302,7 +303,15 @@ def _read_own(value: Any, read_shipped: Callable[[Any], Any], info: ValidationIn
 
 
 ShippedObjective = Annotated[
-    MaeConfig | DmaeConfig | MoCoV3Config | SdaeConfig | DinoConfig | G2sdGenericConfig | G2sdSpecificConfig,
+    MaeConfig
+    | DmaeConfig
+    | MoCoV3Config
+    | SdaeConfig
+    | DinoConfig
+    | G2sdGenericConfig
+    | G2sdSpecificConfig
+    | TinyMimConfig
+    | AmdConfig,
     Field(discriminator="name"),
 ]
 ObjectiveConfig = Annotated[ShippedObjective, WrapValidator(_read_own), SerializeAsAny()]

@@ -70,7 +70,7 @@ def find_dead_terms(record: RunRecord, name: str) -> list[str]:
     name: the run's name
     """
     distillation, section = record.config.objective.distillation, record.config.objective.distillation_key
-    advice = f"raise {section}.alpha"
+    advice = f"raise {record.config.objective.distillation_weight or f'{section}.alpha'}"
     if distillation is not None and distillation.normalize != "none":
         advice += f", or compare raw features with {section}.normalize=none"
     sentences = []

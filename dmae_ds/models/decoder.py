@@ -54,10 +54,11 @@ class TokenDecoder(nn.Module):
         latent: [N, 1 + K, D], CLS first; [N, K, D] of a student without CLS
         Returns tokens [N, 1 + L, D_d] after the last block, in the order CLS, ids_keep, ids_masked.
         """
-        # In the dtype of the weights, which is float32 under autocast: see MaskedViT.token_dtype.
-        dtype = self.mask_token.dtype
+        # In the dtype of the weights, which is float32 under autocast: see MaskedViT.token_dtype. A mask
+        # token that is not trained is a buffer, which DeepSpeed does not cast.
+        dtype = self.blocks[0].norm1.weight.dtype
         visible = self.embed(latent).to(dtype)
-        masks = self.mask_token.expand(len(visible), ids_masked.shape[1], -1)
+        masks = self.mask_token.to(dtype).expand(len(visible), ids_masked.shape[1], -1)
         positions = self.pos_embed[0].to(dtype)
         # CLS has row 0 of the positional embedding, patch l has row 1 + l.
         of_cls = torch.zeros_like(ids_keep[:, : latent.shape[1] - ids_keep.shape[1]])

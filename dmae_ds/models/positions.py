@@ -1,4 +1,4 @@
-"""Fixed two-dimensional sin-cos positional embeddings, as in MAE, and those of images of other sizes."""
+"""Fixed sin-cos positional embeddings, in two dimensions (MAE) or one (AMD), and those of other sizes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ def sincos_positions(dim: int, grid: tuple[int, int], *, span: tuple[int, int] |
     angles = [position.reshape(-1, 1) * frequencies for position in (column, row)]
     patches = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches]).unsqueeze(0).float()
+
+
+def sincos_positions_1d(dim: int, num: int) -> Tensor:
+    """Positional embedding of a sequence, after a zero row for CLS (as in the published code of AMD).
+
+    Channels 2i and 2i + 1 are sine and cosine of position / 10000^(2i / dim).
+    Returns [1, 1 + num, dim] float32 (computed in float64). Raises UserError for an odd width.
+    """
+    if dim % 2:
+        raise UserError(f"sin-cos positions need an even width, found embed_dim {dim}")
+    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(num, dtype=torch.float64)[:, None] * frequencies
+    # Two of [num, dim / 2] -> [num, dim]
+    codes = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), codes]).unsqueeze(0).float()
 
 
 def _axis_positions(number: int, span: int) -> Tensor:

@@ -245,11 +245,13 @@ class MaskedViT(nn.Module):
         *,
         grid: tuple[int, int] | None = None,
         appended: Tensor | None = None,
+        depth: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all blocks.
 
         taps: block numbers, counted from 1; grid: of images of another size, see `positions`
         appended: [1, T, D] tokens after the patches of every image, without positions (no rotary networks)
+        depth: run only so many blocks, and no final norm
 
         Returns the last tokens [N, R + K, D] (after the final norm, where it is kept) and the residual stream
         right after each tapped block, before any final norm: {block: [N, R + K, D]}. Without registers they
@@ -259,7 +261,7 @@ class MaskedViT(nn.Module):
         if appended is not None:
             tokens = torch.cat([tokens, appended.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
         tapped = {}
-        for number, block in enumerate(self.blocks, start=1):
+        for number, block in enumerate(self.blocks[:depth], start=1):
             if self.checkpoint_blocks:
                 tokens = run_twice(self.run_block, block, tokens, ids_keep)
             else:
@@ -267,7 +269,8 @@ class MaskedViT(nn.Module):
             if number in taps:
                 tap, tokens = self._fork(number, tokens)
                 tapped[number] = self._returned(tap)
-        return self._returned(tokens if self.norm is None else self.norm(tokens)), tapped
+        has_norm = self.norm is not None and depth is None
+        return self._returned(self.norm(tokens) if has_norm else tokens), tapped
 
     def _returned(self, tokens: Tensor) -> Tensor:
         """The tokens that `forward` returns: all of them, or those that are no registers."""

@@ -6,6 +6,7 @@ declares what it needs (base.py): a frozen teacher's features, views of an image
 """
 
 from dmae_ds.config.objectives import find_own
+from dmae_ds.objectives.amd import Amd
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.dino import Dino
 from dmae_ds.objectives.dmae import Dmae
@@ -14,6 +15,7 @@ from dmae_ds.objectives.g2sd_specific import G2sdSpecific
 from dmae_ds.objectives.mae import Mae
 from dmae_ds.objectives.mocov3 import MoCoV3
 from dmae_ds.objectives.sdae import Sdae
+from dmae_ds.objectives.tinymim import TinyMim
 
 OBJECTIVES = {
     "mae": Mae,
@@ -23,6 +25,8 @@ OBJECTIVES = {
     "dino": Dino,
     "g2sd_generic": G2sdGeneric,
     "g2sd_specific": G2sdSpecific,
+    "tinymim": TinyMim,
+    "amd": Amd,
 }
 
 

@@ -38,11 +38,15 @@ class TeacherShape(NamedTuple):
 
 
 def resolve_pairs(
-    pairs: list[tuple[int, int]] | None, *, student_depth: int, teacher_depth: int
+    pairs: list[tuple[int, int]] | None,
+    *,
+    student_depth: int,
+    teacher_depth: int,
+    key: str = "objective.pairs",
 ) -> list[tuple[int, int]]:
     """Return the distilled (student block, teacher block), counted from 1.
 
-    pairs: the recipe's; None: 3/4 of both depths (DMAE, Sec. 4.1)
+    pairs: the recipe's; None: 3/4 of both depths (DMAE, Sec. 4.1); key: of the recipe, for messages
     Raises UserError for a block that doesn't exist and for a pair given twice.
     """
     if pairs is None:
@@ -53,11 +57,11 @@ def resolve_pairs(
     ):
         if max(blocks) > depth:
             raise UserError(
-                f"objective.pairs names {side} block {max(blocks)}, and the {side} has {depth} blocks; "
+                f"{key} names {side} block {max(blocks)}, and the {side} has {depth} blocks; "
                 "they count from 1"
             )
     if len(set(pairs)) < len(pairs):
-        raise UserError(f"objective.pairs {[list(pair) for pair in pairs]} names a pair twice")
+        raise UserError(f"{key} {[list(pair) for pair in pairs]} names a pair twice")
     return list(pairs)
 
 

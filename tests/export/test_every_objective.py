@@ -30,6 +30,11 @@ RUNS = {
     "mocov3 with distill": ({"objective": {**MOCO, **DISTILLED}, "teacher": TEACHER}, ["distillation"]),
     "g2sd_generic": ({"objective": MASKED, "teacher": TEACHER}, ["0.9", "teacher.pth"]),
     "g2sd_specific": ({"objective": {}, "teacher": TEACHER}, ["teacher.pth"]),
+    "tinymim": ({"objective": {}, "teacher": TEACHER}, ["teacher.pth"]),
+    "amd": (
+        {"objective": MASKED, "teacher": {**TEACHER, "sees": "superset", "mask_ratio": 0.5}},
+        ["0.9", "teacher.pth"],
+    ),
 }
 
 

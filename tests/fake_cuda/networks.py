@@ -17,6 +17,7 @@ from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.plan.geometry import meta_frozen_teacher
+from dmae_ds.teacher.build import seen_patches
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.top import Top
@@ -94,7 +95,7 @@ def teacher_arguments(meta: MetaNetworks, device: torch.device) -> dict:
         "taps": meta.objective.taps,
         "parts": None,
         "view": view,
-        "sees": config.teacher.sees,
+        "sees": seen_patches(config.teacher, meta.objective.student.num_patches),
         "top": top,
     }
 

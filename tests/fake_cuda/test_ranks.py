@@ -66,10 +66,14 @@ SLOW = [
     *(f"sdae_vit_base bf16 {zero}" for zero in ("zero1", "zero2", "zero3")),
     *(f"mocov3_dmae_vit_base bf16_autocast {zero} whole" for zero in ("zero1", "zero2", "zero3")),
     "g2sd_specific_from_scratch bf16_autocast zero2",
+    *(f"tinymim_vit_large_to_base bf16_autocast {zero}" for zero in ("zero2", "zero3")),
+    *(f"amd_vit_base_to_small bf16 {zero}" for zero in ("zero1", "zero3")),
     "pipeline dmae_vit_huge_to_base 4",
     "pipeline dmae_dinov2_large_to_base 4",
     "pipeline g2sd_generic_vit_base_to_small 2",
     "pipeline mocov3_dmae_vit_base 2",
+    "pipeline tinymim_vit_large_to_base 4",
+    "pipeline amd_vit_base_to_small 2",
     "zero3_teacher fp32",
 ]
 PARTS = ("waits", "collectives", "findings")

@@ -31,12 +31,13 @@ TEACHER = {
 DECODER = {"depth": 2, "embed_dim": 12, "num_heads": 3}
 
 
-def config_for(objective: dict, *, teacher: bool = False) -> RunConfig:
+def config_for(objective: dict, *, teacher: bool | dict = False) -> RunConfig:
+    """A small recipe. teacher: whether there is one, or the numbers in which it differs from TEACHER."""
     return RunConfig.model_validate(
         {
             "run": {"dir": "unused"},
             "data": {"train": "unused"},
-            "teacher": TEACHER if teacher else None,
+            "teacher": {**TEACHER, **(teacher if isinstance(teacher, dict) else {})} if teacher else None,
             "objective": objective,
             "student": {
                 "name": "vit_tiny_patch16_224",
@@ -50,7 +51,7 @@ def config_for(objective: dict, *, teacher: bool = False) -> RunConfig:
     )
 
 
-def build(objective: dict, *, teacher: bool = False, seed: int = 0) -> Objective:
+def build(objective: dict, *, teacher: bool | dict = False, seed: int = 0) -> Objective:
     """Build it in float64, away from its initial weights: biases of 0 and gains of 1 would hide mistakes."""
     built, _ = build_objective(config_for(objective, teacher=teacher))
     generator = torch.Generator().manual_seed(seed)
