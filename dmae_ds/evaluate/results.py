@@ -147,12 +147,13 @@ def results_table(rows: list[tuple[str, dict]]) -> list[str]:
     """A table of (run, result), a row each: labels, settings that differ, the headline score, of top-1 also
     its 95% interval.
     """
-    varying = [
-        name
-        for name in dict.fromkeys(name for _, result in rows for name in result["settings"])
-        if len({json.dumps(result["settings"].get(name)) for _, result in rows}) > 1
-    ]
     metrics = list(dict.fromkeys(result["metric"] for _, result in rows))
+    varying = []
+    for metric in metrics:
+        settings = [result["settings"] for _, result in rows if result["metric"] == metric]
+        for name in dict.fromkeys(name for one in settings for name in one):
+            if len({json.dumps(one.get(name)) for one in settings}) > 1 and name not in varying:
+                varying.append(name)
     is_of_images = all(METRICS[metric].headline == "top1" for metric in metrics)  # a share of images
     titles = list(dict.fromkeys(headline_score(metric).title for metric in metrics))
     interval = ["95% interval"] if is_of_images else []

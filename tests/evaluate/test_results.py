@@ -70,6 +70,11 @@ def test_the_table_has_a_row_for_each_run_and_share_and_the_settings_that_differ
         ["runs/b", "all", "20", "30.0%"],
         ["runs/b", "10%", "20", "29.0%"],
     ]
+    dense = {**knn_result(0.0), "metric": "dense_knn", "scores": {"miou": 12.5}, "settings": {"window": 64}}
+    linear = {**dense, "metric": "dense_linear", "settings": {"iterations": 9, "window": 64}}
+    heading, *lines = results_table([("runs/a", dense), ("runs/a", linear), ("runs/b", dense)])
+    assert "mIoU" in heading and not {"interval", "window", "iterations"} & set(heading.split())
+    assert all("12.5%" in line for line in lines) and "linear segmentation" in lines[1]
 
 
 def test_a_result_is_put_together_from_what_it_was_measured_on():
