@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dmae_ds.config.networks import ModelConfig
@@ -17,6 +18,7 @@ from dmae_ds.dense import norm
 from dmae_ds.dense.backbone import block_maps, build_backbone, map_blocks
 from dmae_ds.dense.norm import BatchNormOverRanks
 from dmae_ds.dense.segmenter import Segmenter, UperNet
+from dmae_ds.finetune.network import fill_trunk
 from tests.dense import float64
 from tests.messages import refused
 from tests.train.conftest import free_port
@@ -114,17 +116,29 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", "eva02_tiny_patch14_224"]
+    "name, patch",
+    [
+        ("vit_small_patch14_reg4_dinov2", 14),  # registers
+        ("vit_base_patch16_siglip_224", 16),  # no CLS token, an attention pool
+        ("vit_small_patch16_dinov3", 16),  # rotary positions
+    ],
 )
-def test_networks_of_other_kinds_are_backbones(name):
-    """Registers, no CLS token with an attention pool, rotary positions."""
-    patch = timm.get_pretrained_cfg(name) and (14 if "14" in name else 16)
-    network = ModelConfig(name=name, img_size=4 * patch, embed_dim=24, depth=1, num_heads=2)
-    segmenter = make_segmenter(network=network).train()
-    images = torch.randn(2, 3, 4 * patch, 3 * patch, generator=torch.Generator().manual_seed(0))
+def test_networks_of_other_kinds_are_backbones_with_their_weights(tmp_path, name, patch):
+    """The file is of smaller images than the crops."""
+    small = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    trained = timm.create_model(name, num_classes=0, img_size=4 * patch, **small)
+    save_file(
+        {key: each.contiguous() for key, each in trained.state_dict().items()}, tmp_path / "w.safetensors"
+    )
+    network = ModelConfig(name=name, img_size=5 * patch, **small)
+    vit = build_backbone(network, seed=1)
+    fill_trunk(vit, tmp_path / "w.safetensors", "auto", network)
+    assert torch.equal(vit.blocks[0].mlp.fc1.weight, trained.blocks[0].mlp.fc1.weight)
+    segmenter = Segmenter(vit, HEAD, num_classes=4, seed=2).train()
+    images = torch.randn(2, 3, 5 * patch, 5 * patch, generator=torch.Generator().manual_seed(0))
     sum(logits.sum() for logits in segmenter.logit_maps(images)).backward()
     assert all(each.grad is not None for each in segmenter.parameters())
-    assert segmenter.eval()(images).shape == (2, 4, 4 * patch, 3 * patch)
+    assert segmenter.eval()(images[..., : 3 * patch]).shape == (2, 4, 5 * patch, 3 * patch)
 
 
 def test_a_function_of_ones_own_is_refused():
