@@ -26,17 +26,19 @@ _FOLDERS = {
     "evaluation recipe": _RECIPES,  # for `dmae-ds eval`: in the same folder, with the prefixes below
     "DeepSpeed file": (_PACKAGE.parent / "ds_configs", _PACKAGE / "shipped_ds_configs", ".json"),
 }
-_EVALUATION_PREFIXES = (
-    "finetune_",
-    "linear_",
-    "supervised_",
-    "upernet_",
-    "g2sd_segment_",
-    "vitdet_",
-    "maskrcnn_",
-    "detect_",
-    "g2sd_detect_",
-)
+# Beginning of an evaluation recipe's name -> the command that it is for; the first that fits counts.
+_EVALUATIONS = {
+    "finetune_": "eval finetune",
+    "supervised_": "eval finetune",
+    "linear_segment_": "eval segment",
+    "linear_": "eval linear",
+    "upernet_": "eval segment",
+    "g2sd_segment_": "eval segment",
+    "vitdet_": "eval detect",
+    "maskrcnn_": "eval detect",
+    "detect_": "eval detect",
+    "g2sd_detect_": "eval detect",
+}
 
 
 def shipped_files(kind: str) -> dict[str, Path]:
@@ -47,8 +49,13 @@ def shipped_files(kind: str) -> dict[str, Path]:
     return {
         name: path
         for name, path in files.items()
-        if name.startswith(_EVALUATION_PREFIXES) == (kind == "evaluation recipe")
+        if (command_of(name) != "train") == (kind == "evaluation recipe")
     }
+
+
+def command_of(name: str) -> str:
+    """The command that a shipped recipe is for: train, eval finetune, eval segment and so on."""
+    return next((command for start, command in _EVALUATIONS.items() if name.startswith(start)), "train")
 
 
 def find_file(kind: str, name: str) -> Path:
@@ -73,12 +80,14 @@ def find_file(kind: str, name: str) -> Path:
 def recipe_list() -> str:
     """Names of all shipped recipes, each with the first sentence of its file."""
     lines: list[str] = []
-    for kind, command in (("recipe", "train"), ("evaluation recipe", "eval finetune|linear RUN --recipe")):
-        files = shipped_files(kind)
-        width = max(map(len, files))
+    files = {**shipped_files("recipe"), **shipped_files("evaluation recipe")}
+    for command in dict.fromkeys(["train", *_EVALUATIONS.values()]):
+        names = [name for name in files if command_of(name) == command]
+        width = max(map(len, names))
+        usage = f"{command} RUN --recipe" if command.startswith("eval") else command
         lines += [
-            f"dmae-ds {command} ...",
-            *(f"  {n:<{width}}  {_first_sentence(files[n])}" for n in files),
+            f"dmae-ds {usage} ...",
+            *(f"  {name:<{width}}  {_first_sentence(files[name])}" for name in names),
             "",
         ]
     return "\n".join([*lines, "a recipe: dmae-ds recipes NAME; every key: dmae-ds recipes --all"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from dmae_ds.config.detection import DetectConfig
-from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
+from dmae_ds.config.dense import DenseConfig
+from dmae_ds.config.describe import ROOTS
+from dmae_ds.config.evaluation import FinetuneConfig
 from dmae_ds.config.load import dump_config, load_config
-from dmae_ds.config.segmentation import SegmentConfig
-from dmae_ds.config.shipped import shipped_files
+from dmae_ds.config.shipped import command_of, shipped_files
 from dmae_ds.errors import UserError
 from tests.messages import refused
 
@@ -58,13 +58,9 @@ def test_the_teachers_dtype_follows_the_precision_unless_it_is_set(recipe, tmp_p
 
 @pytest.mark.parametrize("name", shipped_files("evaluation recipe"))
 def test_every_shipped_evaluation_recipe_is_valid(name):
-    segments = name.startswith("upernet") or "segment" in name
-    schema = LinearConfig if name.startswith("linear") else FinetuneConfig
-    schema = SegmentConfig if segments else schema
-    detects = name.startswith(("vitdet", "maskrcnn")) or "detect" in name
-    schema = DetectConfig if detects else schema
+    schema = ROOTS[f"dmae-ds {command_of(name)}"]
     overrides = ["run.dir=out", "weights=file", "network.name=vit_base_patch16_224", "data.train=train"]
-    overrides += ["data.val=val"] if segments or detects else []
+    overrides += ["data.val=val"] if issubclass(schema, DenseConfig) else []
     overrides += ["distill.teacher=file"] if name.startswith(("supervised", "g2sd")) else []
     config = load_config(name, overrides, schema=schema, kind="evaluation recipe")
     assert schema.model_validate(yaml.safe_load(dump_config(config))) == config
