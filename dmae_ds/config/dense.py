@@ -37,6 +37,12 @@ class DenseDataConfig(Section):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)  # likewise
 
+    @model_validator(mode="after")
+    def _the_cache_is_used(self):
+        if self.cache_dir is None and self.cache_gib != type(self).model_fields["cache_gib"].default:
+            raise ValueError("data.cache_gib requires data.cache_dir; set that too, or remove data.cache_gib")
+        return self
+
 
 class DenseOptimConfig(Section):
     """AdamW with a rate for each layer of the ViT, the batch, and the schedule of the learning rate.

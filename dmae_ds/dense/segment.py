@@ -115,7 +115,9 @@ def build_training(start: Start) -> tuple[Training, int]:
         batches=start.batches(MapView(_view(config, img_size, no_class=start.train_set.ignore_index))),
         accelerator=start.accelerator,
         metric=METRIC,
-        identity=start.identity(METRIC),
+        # Batch norms see the images of all ranks: with accumulation, ranks are part of the result.
+        identity=start.identity(METRIC)
+        | {"images at once on all ranks": start.micro_batch * start.accelerator.num_processes},
         save=save,
         summary="\n".join(lines),
     )

@@ -164,6 +164,7 @@ def test_mistakes_are_refused_before_anything_is_written(scene_run, shards, tmp_
         (["frozen=true"], ("frozen", "drop_path=0", "optim.layer_decay=1")),
         (["head.name=fcn"], ("head", "fcn", "upernet", "linear")),
         (["augment.scale=[2,1]"], ("augment.scale", "[2.0, 1.0]")),
+        (["data.cache_gib=1"], ("data.cache_gib", "data.cache_dir")),
         (["optim.decay=steps"], ("optim.decay steps", "optim.milestones")),
         (["data.mean=[0.5]", "data.std=[0.5]", "network.in_chans=1"], ("data.mean", 3)),
         (["network.embed_dim=32"], ("embed_dim", 32, 24)),
