@@ -99,6 +99,18 @@ G2SD_SPECIFIC = {
     "num_images": NUM_IMAGENET,
     "finished": True,
 }
+# The shipped recipes of both tasks on all images of COCO's train2017 and of ADE20K.
+DENSE = {"init": "weights", "distill": False}
+COCO = {**DENSE, "metric": "detect", "num_train": 118_287, "num_val": 5_000}
+ADE20K = {**DENSE, "metric": "segment", "num_train": 20_210, "num_val": 2_000}
+G2SD_ON_COCO = {
+    "DINO-S 3200 epochs": (
+        {**CONTRASTIVE, "student": G2SD["student"], "objective": "dino", "distilled": False, "epochs": 3200},
+        {**COCO, "recipe": "vitdet_coco"},
+    ),
+    "G2SD-S without the specific stage, 300 epochs": (G2SD, {**COCO, "recipe": "vitdet_coco"}),
+    "G2SD-S 300 epochs": (G2SD, {**COCO, "recipe": "g2sd_detect_coco_small", "distill": True}),
+}
 G2SD_TARGETS = {
     "target: features (default)": "features",
     "target: the teacher's reconstruction": "reconstruction",
@@ -209,12 +221,15 @@ def _without(conditions: dict, key: str) -> dict:
 
 
 def _g2sd(row: dict) -> Conditions | None:
-    """Conditions of Tables 2, 4 and 5; only the generic stage is followed by fine-tuning."""
+    """Conditions of Tables 2 to 5; only the generic stage is followed by fine-tuning."""
     finetuned = {**FINETUNED, "epochs": 200}
     if row["table"] == "5":
         return Conditions({**G2SD, "mask_ratio": row["mask_ratio"]}, finetuned)
     if row["table"] == "4":
         return Conditions({**G2SD, "target": G2SD_TARGETS[row["what"]]}, finetuned)
+    if row["table"] == "3":  # other rows start from weights that no run of ours makes
+        on_coco = G2SD_ON_COCO.get(row["what"])
+        return None if on_coco is None else Conditions(*on_coco, "box_ap")
     if row["table"] != "2":
         return None
     if row["what"] == "DeiT":
@@ -227,13 +242,20 @@ def _g2sd(row: dict) -> Conditions | None:
 
 
 def _sdae(row: dict) -> Conditions | None:
-    """Conditions of Tables 2 and 5; seconds on a V100, segmentation and detection are not measured here."""
+    """Conditions of Tables 2 to 5; seconds on a V100 are not measured here."""
     if row["table"] == "5" and row["what"] in SDAE_SEES:
         return Conditions({**SDAE, "teacher_sees": SDAE_SEES[row["what"]]}, FINETUNED)
-    if row["table"] != "2":
+    if row["table"] not in ("2", "3", "4"):
         return None
     epochs = row["pretrain_epochs"]
     if row["what"] == "from scratch":
         return Conditions({"student": SDAE["student"]}, {**SUPERVISED, "epochs": epochs, "distill": None})
     facts = SDAE_METHODS.get(row["what"])
-    return None if facts is None else Conditions({**CONTRASTIVE, **facts, "epochs": epochs}, FINETUNED)
+    if facts is None:
+        return None
+    measured = {
+        "2": (FINETUNED,),
+        "3": ({**ADE20K, "recipe": "upernet_ade20k"}, "miou"),
+        "4": ({**COCO, "recipe": "maskrcnn_1x_coco"}, "box_ap"),
+    }
+    return Conditions({**CONTRASTIVE, **facts, "epochs": epochs}, *measured[row["table"]])

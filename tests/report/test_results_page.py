@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmae_ds.cli.main import main
+from dmae_ds.evaluate.results import METRICS, append_result, read_results
 from dmae_ds.report.published import find_conditions, find_result, read_published
 from dmae_ds.report.results_page import PAPERS, render_published, write_results_page
 from dmae_ds.report.runs import read_run
@@ -38,7 +39,7 @@ def test_every_published_row_is_on_the_page_as_it_was_published():
             row["value"]
         )
         assert cells[5] == ("not run" if find_conditions(row) else "not run*")
-    assert sum(find_conditions(row) is not None for row in rows) == 88
+    assert sum(find_conditions(row) is not None for row in rows) == 101
 
 
 def test_the_committed_page_is_what_the_generator_prints(tmp_path):
@@ -153,6 +154,42 @@ def test_a_run_fills_its_rows(tmp_path, recipe, overrides, rows):
 )
 def test_the_evaluation_must_be_that_of_the_row(tmp_path, result, rows):
     assert filled(make_run(tmp_path / "run", results=[result])) == rows
+
+
+@pytest.mark.parametrize(
+    "recipe, metric, settings, num_images, rows",
+    [
+        ("sdae_vit_base", "detect", {"recipe": "maskrcnn_1x_coco"}, (118_287, 5_000), {"4: SdAE"}),
+        ("sdae_vit_base", "detect", {"recipe": "vitdet_coco"}, (118_287, 5_000), set()),
+        ("sdae_vit_base", "detect", {"recipe": "maskrcnn_1x_coco"}, (117_266, 5_000), set()),
+        ("sdae_vit_base", "segment", {"recipe": "upernet_ade20k"}, (20_210, 2_000), {"3: SdAE"}),
+        (
+            "g2sd_generic_vit_base_to_small",
+            "detect",
+            {"recipe": "g2sd_detect_coco_small", "distill": True},
+            (118_287, 5_000),
+            {"3: G2SD-S 300 epochs"},
+        ),
+        (
+            "g2sd_generic_vit_base_to_small",
+            "detect",
+            {"recipe": "vitdet_coco"},
+            (118_287, 5_000),
+            {"3: G2SD-S without the specific stage, 300 epochs"},
+        ),
+    ],
+)
+def test_detectors_and_segmenters_fill_their_rows(tmp_path, recipe, metric, settings, num_images, rows):
+    run = make_run(tmp_path / "run", recipe, results=[("knn", "all", 60.0, KNN)])
+    (line,) = read_results(run)
+    scores = {METRICS[metric].headline: 44.5}
+    settings = {"init": "weights", "distill": False, **settings}
+    num_train, num_val = num_images
+    changes = {"metric": metric, "scores": scores, "settings": settings, "num_train": num_train}
+    append_result(run, {**line, **changes, "num_val": num_val})
+    assert filled(run) == rows
+    if rows:
+        assert "| 44.50 |" in "\n".join(render_published([read_run(run)]))
 
 
 def test_other_data_a_shorter_run_and_an_older_result_fill_nothing(tmp_path):
