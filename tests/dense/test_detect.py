@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,6 +18,7 @@ from dmae_ds.dense.early import check_detect
 from dmae_ds.evaluate.results import read_results
 from dmae_ds.finetune import checkpoint
 from dmae_ds.finetune.source import find_source
+from tests.data_prep.dense_sources import make_coco, make_dense, make_voc
 from tests.dense.conftest import assert_same_outcome, rows
 from tests.dense.detectors import arguments, detect, make_student
 from tests.dense.test_detector import build
@@ -149,7 +152,9 @@ def test_a_teacher_for_other_images_is_refused(student, teacher, scenes, tmp_pat
     assert not [path for path in "abcd" if (tmp_path / path).exists()]
 
 
-def test_mistakes_are_found_before_torch(student, scenes, tmp_path):
+def test_mistakes_are_found_before_torch(student, scenes, tmp_path, monkeypatch):
+    """What `check_detect` finds without an image: test_architecture.py shows that it needs no torch."""
+
     def check(*overrides):
         given = arguments(scenes, tmp_path / "out", *overrides)
         source = find_source(str(student), schema=DetectConfig, recipe="vitdet_coco", overrides=given)
@@ -160,6 +165,24 @@ def test_mistakes_are_found_before_torch(student, scenes, tmp_path):
         check("distill.teacher=nowhere.safetensors")
     with refused("optim.micro_batch", 3):
         check("optim.micro_batch=3")
+    coco = make_coco(tmp_path / "coco")
+    images, boxes = tmp_path / "coco" / "train2017", tmp_path / "boxes"
+    make_dense(images, boxes, coco=coco)
+    with refused("data.train", "data.val", "classes"):
+        check(f"data.val={boxes}")
+    voc = make_voc(tmp_path / "voc")
+    only = voc / "ImageSets" / "Segmentation" / "train.txt"
+    maps = {"masks": voc / "SegmentationClass", "only": only, "num_classes": 21}
+    make_dense(voc / "JPEGImages", tmp_path / "maps", **maps)
+    with refused("data.train", "boxes with masks", "--coco"):
+        check(f"data.train={tmp_path / 'maps'}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").touch()
+    with refused("out", "--resume auto"):
+        check()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with refused("pycocotools", "dmae-ds[dense]"):
+        check()
 
 
 @pytest.mark.parametrize(
