@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dmae_ds.dense import loop
 from dmae_ds.dense import segment as command
 from dmae_ds.dense.predict import Predictor
-from dmae_ds.dense.segment_task import logit_map_loss, map_loss
+from dmae_ds.dense.segment_task import SegmentTask, logit_map_loss, map_loss
 from dmae_ds.dense.segmenter_file import load_segmenter
 from dmae_ds.errors import RunFailed
 from dmae_ds.evaluate.results import read_results
@@ -73,6 +74,19 @@ def test_killed_at_a_write_and_resumed_it_ends_bit_for_bit_the_same(scene_run, t
     AcceleratorState._reset_state(reset_partial_state=True)
     segment(scene_run, f"run.dir={out}", resume="auto")  # finished: nothing is trained or written again
     assert (out / "last.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_file_is_of_the_best_score_and_the_result_of_the_last(scene_run, monkeypatch):
+    invented = iter([{"miou": 20.0}, {"miou": 30.0}, {"miou": 25.0}])
+    scores = {"mean_accuracy": 1.0, "pixel_accuracy": 2.0}
+    monkeypatch.setattr(SegmentTask, "evaluate", lambda task: next(invented) | scores)
+    result = segment(scene_run, "optim.length=7")
+    steps = {}
+    for name in ("best", "last"):
+        with safe_open(scene_run / "upernet_ade20k" / f"{name}.safetensors", "pt") as file:
+            steps[name] = (file.metadata()["step"], file.metadata()["miou"])
+    assert steps == {"best": ("6", "30.0000"), "last": ("7", "25.0000")}
+    assert result["scores"] == {"miou": 25.0, **scores}
 
 
 def test_a_linear_head_leaves_the_frozen_network_as_it_was(scene_run):

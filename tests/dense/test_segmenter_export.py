@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -31,6 +32,9 @@ def test_onnxruntime_computes_the_segmenter_s_logits(scene_run, recipe):
     with torch.no_grad():
         expected = segmenter(pixels)
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+    resized = [node for node in onnx.load(out / "model.onnx").graph.node if node.op_type == "Resize"]
+    modes = {attribute.s for node in resized for attribute in node.attribute if attribute.name == "mode"}
+    assert modes == {b"linear"}  # of logits; positional embeddings stay as they are
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["mean"]) == list(facts.mean) and "pool" not in metadata
     text = (out / "README.md").read_text()
