@@ -31,13 +31,12 @@ def build_backbone(
     *,
     seed: int,
     drop_path: float = 0.0,
-    any_size: bool = True,
     where: str = "network",
 ) -> VisionTransformer | Eva:
-    """Build timm's network without a head, with initial weights drawn from `seed`.
+    """Build timm's network without a head, for images of any size, with initial weights drawn from `seed`.
 
-    any_size: for images of any size: positional embeddings are interpolated, and images whose sides are no
-    multiple of the patch are padded with zeros on the right and below; false: of the network's own size alone
+    For images of another size positional embeddings are interpolated; images whose sides are no multiple of
+    the patch are padded with zeros on the right and below.
     where: the recipe's section, for messages. Raises UserError for a network that can't be built.
     """
     build_timm_vit(network.name, network.overrides(), where=where)
@@ -52,8 +51,8 @@ def build_backbone(
             network.name,
             num_classes=0,
             drop_path_rate=drop_path,
-            dynamic_img_size=any_size,
-            dynamic_img_pad=any_size,
+            dynamic_img_size=True,
+            dynamic_img_pad=True,
             **network.overrides(),
         )
 

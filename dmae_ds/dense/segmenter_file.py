@@ -85,13 +85,10 @@ def read_facts(path: Path, *, label: str) -> SegmenterFacts:
         ) from None
 
 
-def load_segmenter(path: Path, *, label: str, any_size: bool = True) -> tuple[Segmenter, SegmenterFacts]:
-    """Build a segmenter from its file, on the CPU in eval mode. Raises UserError for another kind of file.
-
-    any_size: for images of any size; false: for windows alone
-    """
+def load_segmenter(path: Path, *, label: str) -> tuple[Segmenter, SegmenterFacts]:
+    """Build a segmenter from its file, on the CPU in eval mode. Raises UserError for another kind of file."""
     facts = read_facts(path, label=label)
-    vit = build_backbone(facts.network, seed=0, any_size=any_size, where=label)
+    vit = build_backbone(facts.network, seed=0, where=label)
     segmenter = Segmenter(vit, facts.head, num_classes=len(facts.classes), seed=0)
     try:
         segmenter.load_state_dict(load_file(path), strict=True)

@@ -240,7 +240,7 @@ def _open_segmenter(folder: Path) -> Source:
     tensors, metadata = _read(
         path, f"give the folder that `dmae-ds eval segment` wrote{_evaluations(folder)}"
     )
-    model, facts = load_segmenter(path, label="the weights", any_size=False)
+    model, facts = load_segmenter(path, label="the weights")
     run, config = _run_of(folder)
     vit = model.backbone
     return Source(
