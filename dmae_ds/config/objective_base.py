@@ -47,8 +47,16 @@ class ObjectiveSection(Section):
         """The settings of feature distillation; None for an objective without that term."""
         return getattr(self, "distill", None)
 
+    @property
+    def dropped_share(self) -> float:
+        """Share of the patches that the student does not see."""
+        return getattr(self, "mask_ratio", 0.0)
+
     def check_epochs(self, epochs: float) -> None:
         """Raise ValueError where a schedule of the objective does not fit into a run of so many epochs."""
+
+    def check_batch(self, global_batch: int) -> None:
+        """Raise ValueError where the objective cannot be trained with so many images in a step."""
 
     def summary(self) -> str:
         """Return the name and the few settings that tell runs apart, for cards."""

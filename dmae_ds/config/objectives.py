@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from dmae_ds.config.imitation import AmdConfig, TinyMimConfig
+from dmae_ds.config.features import FeaturesConfig
 from dmae_ds.config.objective_base import (
     DecoderConfig,
     FeatureDistillationConfig,
@@ -311,7 +312,8 @@ ShippedObjective = Annotated[
     | G2sdGenericConfig
     | G2sdSpecificConfig
     | TinyMimConfig
-    | AmdConfig,
+    | AmdConfig
+    | FeaturesConfig,
     Field(discriminator="name"),
 ]
 ObjectiveConfig = Annotated[ShippedObjective, WrapValidator(_read_own), SerializeAsAny()]

@@ -256,6 +256,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _objective_fits_into_the_run(self):
         self.objective.check_epochs(self.optim.epochs)
+        self.objective.check_batch(self.optim.global_batch)
         check_channels(self.data, self.student, "student")
         if getattr(self.objective, "photometric", False):
             check_is_rgb(self.data, "objective.photometric")
@@ -280,7 +281,7 @@ class RunConfig(Section):
     def teacher_warning(self) -> str | None:
         """A warning where a teacher that was trained on whole images sees few patches; None elsewhere."""
         teacher = self.teacher
-        if teacher is None or teacher.sees == "all" or not getattr(self.objective, "mask_ratio", 0):
+        if teacher is None or teacher.sees == "all" or not self.objective.dropped_share:
             return None
         family = teacher.whole_image_family()
         if family is None:

@@ -212,12 +212,22 @@ class MaskedViT(nn.Module):
             self._other_grids[key] = codes.to(device, self.token_dtype)
         return self._other_grids[key]
 
-    def embed(self, visible: Tensor, ids_keep: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def embed(
+        self,
+        visible: Tensor,
+        ids_keep: Tensor,
+        grid: tuple[int, int] | None = None,
+        *,
+        replace: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Embed visible pixels [N, K, P, P, C] at ids_keep [N, K] of a grid: tokens [N, R + K, D].
 
         grid: by default the network's own
+        replace: puts mask tokens among the projected patches [N, K, D], before positions are added
         """
         tokens = self.patch_embed.proj(visible).to(self.token_dtype)
+        if replace is not None:
+            tokens = replace(tokens)
         split = self.num_prefix_positions
         positions = self.positions(grid, tokens.device)
         if positions is not None:
@@ -246,18 +256,20 @@ class MaskedViT(nn.Module):
         grid: tuple[int, int] | None = None,
         appended: Tensor | None = None,
         depth: int | None = None,
+        replace: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all blocks.
 
         taps: block numbers, counted from 1; grid: of images of another size, see `positions`
         appended: [1, T, D] tokens after the patches of every image, without positions (no rotary networks)
         depth: run only so many blocks, and no final norm
+        replace: as `embed` takes it
 
         Returns the last tokens [N, R + K, D] (after the final norm, where it is kept) and the residual stream
         right after each tapped block, before any final norm: {block: [N, R + K, D]}. Without registers they
         are [N, 1 + K, D], or [N, K, D] where there is no CLS.
         """
-        tokens = self.embed(visible, ids_keep, grid)
+        tokens = self.embed(visible, ids_keep, grid, replace=replace)
         if appended is not None:
             tokens = torch.cat([tokens, appended.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
         tapped = {}

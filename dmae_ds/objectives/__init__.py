@@ -10,6 +10,7 @@ from dmae_ds.objectives.amd import Amd
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.dino import Dino
 from dmae_ds.objectives.dmae import Dmae
+from dmae_ds.objectives.features import Features
 from dmae_ds.objectives.g2sd_generic import G2sdGeneric
 from dmae_ds.objectives.g2sd_specific import G2sdSpecific
 from dmae_ds.objectives.mae import Mae
@@ -27,6 +28,7 @@ OBJECTIVES = {
     "g2sd_specific": G2sdSpecific,
     "tinymim": TinyMim,
     "amd": Amd,
+    "features": Features,
 }
 
 

@@ -12,7 +12,12 @@ HEADS = {"linear": 0, "mlp2": 1, "mlp3": 2}
 
 
 def build_head(kind: str, student_dim: int, teacher_dim: int) -> nn.Sequential:
-    """Return a projection from student width to teacher width: [..., D] -> [..., D_t]."""
+    """Return a projection from student width to teacher width: [..., D] -> [..., D_t].
+
+    kind: of HEADS, or `norm_linear`, a LayerNorm (epsilon 1e-5) and a linear layer (Proteus)
+    """
+    if kind == "norm_linear":
+        return nn.Sequential(nn.LayerNorm(student_dim, eps=1e-5), nn.Linear(student_dim, teacher_dim))
     layers: list[nn.Module] = [nn.Linear(student_dim, teacher_dim)]
     for _ in range(HEADS[kind]):
         layers += [nn.GELU(), nn.Linear(teacher_dim, teacher_dim)]

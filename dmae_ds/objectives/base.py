@@ -117,6 +117,13 @@ class Objective(nn.Module):
         """
         return {}
 
+    def memory(self) -> dict[str, Tensor]:
+        """Return what `forward` changes besides gradients, such as a queue of past features, {name: tensor}.
+
+        These are buffers that are not persistent, the same on every rank; a checkpoint keeps them.
+        """
+        return {}
+
     def classifier(self) -> Classifier | None:
         """Return how timm builds the classifier that is trained; None where none is.
 
@@ -162,12 +169,14 @@ class Objective(nn.Module):
         """Return distillation's share of the gradient at each tapped student block, {"share/9": scalar}.
 
         The share is the norm of distillation's gradient there / (that + norm of the gradient of the rest).
-        Called after backward; {} where no block of the student is tapped. A share near 0 is a dead term.
+        Called after backward; {} where no block of the student is tapped. A share near 0 is a dead term. A
+        block above which no term reads anything has none.
         """
         norms = self.student.gradient_norms
         return {
             f"share/{block}": norms[block]["tap"] / (norms[block]["tap"] + norms[block]["trunk"])
             for block in sorted(norms)
+            if len(norms[block]) == 2
         }
 
 

@@ -18,12 +18,14 @@ class Progress:
     """How far a run is.
 
     step: the one that is about to be taken, from 0, of num_steps; epoch: fractional, of epochs
+    accumulation: micro-batches of a rank in a step
     """
 
     step: int
     num_steps: int
     epoch: float
     epochs: float
+    accumulation: int = 1
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def build_ema_teacher(
     Call it before an engine flattens the objective's weights and before hooks are registered on its modules.
     """
     if objective.ema is None:
-        return NoEmaTeacher()
+        return NoEmaTeacher(objective)
     return EmaTeacher(objective, precision=precision, device=device)
 
 
@@ -83,16 +83,22 @@ class EmaTeacher:
             buffer.copy_(self.objective.get_buffer(name))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint keeps: parameters by their names in the objective, and state/<name>."""
+        """Everything a checkpoint keeps: parameters by their names in the objective, and state/<name>.
+
+        With memory/<name> of `Objective.memory`.
+        """
         state = {f"state/{name}": tensor for name, tensor in self.module.state.items()}
-        return {**dict(self.module.named_parameters()), **state}
+        return {**dict(self.module.named_parameters()), **state, **memory_of(self.objective)}
 
 
 class NoEmaTeacher:
-    """Null object for an objective without an EMA teacher: no weights, no features, no updates."""
+    """Null object for an objective without an EMA teacher: no weights, no features, no updates.
 
-    def __init__(self):
-        self.module = nn.Module()
+    objective: whose `memory` a checkpoint keeps all the same; None: none
+    """
+
+    def __init__(self, objective: Objective | None = None):
+        self.objective, self.module = objective, nn.Module()
 
     def __str__(self) -> str:
         return ""
@@ -111,5 +117,10 @@ class NoEmaTeacher:
         """Do nothing."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return no tensors: a checkpoint then has no file of an EMA teacher."""
-        return {}
+        """Return the objective's memory; without one, a checkpoint has no file of it."""
+        return {} if self.objective is None else memory_of(self.objective)
+
+
+def memory_of(objective: Objective) -> dict[str, Tensor]:
+    """Return the tensors of `Objective.memory` under the names that a checkpoint has for them."""
+    return {f"memory/{name}": tensor for name, tensor in objective.memory().items()}

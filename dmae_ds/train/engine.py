@@ -113,7 +113,8 @@ class Engine:
         self._groups = [
             [names[parameter] for parameter in group["params"]] for group in optimizer.param_groups
         ]
-        # Buffers are constants here. Those that no file holds (rotary angles) are computed again.
+        # Buffers are constants here. Those that no file holds (rotary angles, `Objective.memory`) are left
+        # out.
         saved = objective.state_dict().keys()
         buffers = [(name, buffer) for name, buffer in objective.named_buffers() if name in saved]
         self._buffers = {name: buffer.detach().cpu().clone() for name, buffer in buffers}

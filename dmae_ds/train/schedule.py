@@ -43,4 +43,6 @@ class Schedule:
 
     def progress_at(self, step: int) -> Progress:
         """Progress of the run after `step` finished steps."""
-        return Progress(step, self.num_steps, self.epoch_at(step), self.optim.epochs)
+        return Progress(
+            step, self.num_steps, self.epoch_at(step), self.optim.epochs, accumulation=self.accumulation
+        )

@@ -18,6 +18,7 @@ DINO = {
     **{"local_crops": 1, "local_size": 12, "teacher_temperature_warmup_epochs": 1},
 }
 MOCO = {"hidden_dim": 8, "output_dim": 4}
+FEATURES = {"targets": [{"where": "masked"}], "mask": {"ratio": 0.4}}
 DISTILLED = {"distill": {"head": "linear"}}
 # (sections of the recipe, words that the card must carry besides the objective's name)
 RUNS = {
@@ -35,6 +36,7 @@ RUNS = {
         {"objective": MASKED, "teacher": {**TEACHER, "sees": "superset", "mask_ratio": 0.5}},
         ["0.9", "teacher.pth"],
     ),
+    "features": ({"objective": FEATURES, "teacher": TEACHER}, ["0.4", "teacher.pth"]),
 }
 
 

@@ -1,4 +1,7 @@
-"""The EMA teacher's file in a checkpoint: STEP/ema.safetensors, written by rank 0 and read by every rank."""
+"""The file of the EMA teacher and of an objective's memory in a checkpoint: STEP/ema.safetensors.
+
+Written by rank 0 and read by every rank.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def load_ema(tensors: dict[str, Tensor], checkpoint: Path) -> None:
         path = checkpoint / OLD_FILE
     if not path.is_file():
         raise UserError(
-            f"checkpoint '{checkpoint}' has no {FILE}, the objective's EMA teacher; "
+            f"checkpoint '{checkpoint}' has no {FILE}, the objective's EMA teacher or memory; "
             "it belongs to another run: choose another run.dir"
         )
     saved = load_file(path)

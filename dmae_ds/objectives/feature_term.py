@@ -1,0 +1,67 @@
+"""One term of the objective `features`: a head on the student's features, and a distance to the teacher's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dmae_ds.config.features import FeatureTarget
+from dmae_ds.models.vit import initialize_as_mae
+from dmae_ds.objectives.align import DISTANCES, at_least_float32, build_head
+from dmae_ds.objectives.feature_queue import FeatureQueue
+
+TEMPERATURE = 0.07
+EPSILON = 1e-6
+
+
+class FeatureTerm(nn.Module):
+    """The head of a target, its queue where it has one, and its distance."""
+
+    def __init__(
+        self, target: FeatureTarget, *, student_dim: int, teacher_dim: int, generator: torch.Generator
+    ):
+        super().__init__()
+        self.target = target
+        self.head = build_head(target.head, student_dim, teacher_dim)
+        initialize_as_mae(self.head, generator)
+        self.queue = FeatureQueue(target.queue, teacher_dim, generator) if target.queue else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project a student's features [..., D] to the teacher's width [..., D_t]."""
+        return self.head(features)
+
+    def loss(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """Return the distance of projected features from the teacher's, a scalar in float32 or float64.
+
+        predicted, wanted: [N, T, D_t], or [N, D_t] of one vector an image
+        """
+        target = self.target
+        # Similarities and normalised features in bf16 would keep two digits.
+        with torch.autocast(predicted.device.type, enabled=False):
+            predicted, wanted = at_least_float32(predicted), at_least_float32(wanted)
+            if target.normalize == "l2":
+                predicted, wanted = (functional.normalize(rows, dim=-1) for rows in (predicted, wanted))
+            elif target.normalize == "standard":
+                variance, mean = torch.var_mean(wanted, dim=-1, keepdim=True)
+                wanted = (wanted - mean) / (variance + EPSILON).sqrt()
+            if target.distance == "smooth_l1":
+                return functional.smooth_l1_loss(predicted, wanted, beta=target.beta or 1.0)
+            if target.distance != "kl":
+                return DISTANCES[target.distance](predicted, wanted)
+            return self._divergence(predicted, wanted)
+
+    def _divergence(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """KL(softmax of the teacher || softmax of the student), summed over entries, mean over vectors."""
+        over = self.target.over or "channels"
+        if over == "queue":
+            past = at_least_float32(self.queue.past())
+            scores = predicted @ past.T, wanted @ past.T  # [N, size of the queue]
+            self.queue.push(wanted)
+        elif over == "patches":
+            scores = predicted @ predicted.mT, wanted @ wanted.mT  # [N, T, T]
+        else:
+            scores = predicted, wanted
+        temperature = self.target.temperature or TEMPERATURE
+        student, teacher = (functional.log_softmax(score / temperature, dim=-1) for score in scores)
+        return functional.kl_div(student, teacher, log_target=True, reduction="none").sum(dim=-1).mean()
