@@ -37,6 +37,8 @@ mocov3            digits_mocov3
 mocov3-dmae       digits_mocov3_dmae
 tinymim           digits_tinymim
 amd               digits_amd
+features          digits_features
+features-masked   digits_features_masked
 "
 # Classifiers that learn from the fine-tuned teacher. DeiT's distillation gets the epochs of both of G2SD's
 # stages (G2SD, supplement, Table 2).

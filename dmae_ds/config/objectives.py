@@ -24,8 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from dmae_ds.config.imitation import AmdConfig, TinyMimConfig
 from dmae_ds.config.features import FeaturesConfig
+from dmae_ds.config.imitation import AmdConfig, TinyMimConfig
 from dmae_ds.config.objective_base import (
     DecoderConfig,
     FeatureDistillationConfig,

@@ -122,4 +122,11 @@ def _short(field: str, value: object) -> str:
         return value["objective.name"] if field == "student.weights" else "another"
     if value is None and field in NULL_WORDS:
         return NULL_WORDS[field]
+    if isinstance(value, list):  # of sections: without what they leave open
+        value = [
+            {key: inner for key, inner in entry.items() if inner is not None}
+            if isinstance(entry, dict)
+            else entry
+            for entry in value
+        ]
     return json.dumps(value).strip('"')

@@ -39,6 +39,17 @@ DINO = {
     "teacher_temperature_warmup_epochs": EPOCHS / 2,
     "freeze_last_layer_epochs": EPOCHS / 4,
 }
+# Every kind of target: a queue that is no multiple of the batch, similarities, and a masked pass.
+FEATURES = {
+    "targets": [
+        {"name": "global", "tap": "cls", "student": "cls", "distance": "kl", "over": "queue"}
+        | {"queue_size": 40, "normalize": "l2"},
+        {"name": "local", "where": "patches", "distance": "kl", "over": "patches", "normalize": "l2"},
+        {"name": "patch", "where": "masked", "head": "norm_linear"},
+    ],
+    "mask": {"ratio": 0.5, "shape": "block", "whole_pass": True, "every": 2},
+    "photometric": "jitter",
+}
 # Name of the run -> (objective, the teacher's file).
 OBJECTIVES = {
     "g2sd_generic": ({"name": "g2sd_generic", "decoder": DECODER}, "mae"),
@@ -50,6 +61,7 @@ OBJECTIVES = {
     "mocov3_dmae": ({"name": "mocov3", "hidden_dim": 24, "output_dim": 16, "distill": {}}, "mae"),
     "tinymim": ({"name": "tinymim"}, "mae"),
     "amd": ({"name": "amd", "mask_ratio": 0.75, "decoder": DECODER}, "mae"),
+    "features": ({"name": "features", **FEATURES}, "mae"),
 }
 TEACHERS = {
     "g2sd_generic": TEACHER_DECODER,
@@ -66,7 +78,7 @@ VARIANTS = [
     *((name, "stream") for name, (_, teacher) in OBJECTIVES.items() if teacher is not None),
 ]
 # These are killed: dino and mocov3 without DMAE's term have nothing in addition.
-KILLED = ["g2sd_generic", "g2sd_specific", "sdae", "dino_dmae", "mocov3_dmae", "tinymim", "amd"]
+KILLED = ["g2sd_generic", "g2sd_specific", "sdae", "dino_dmae", "mocov3_dmae", "tinymim", "amd", "features"]
 
 
 @pytest.fixture(scope="session")
@@ -185,7 +197,7 @@ def test_the_student_loads_into_timm_strictly(curves, name, variant):
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in WITHOUT_EMA])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in (*WITHOUT_EMA, "features")])
 def test_the_ema_teacher_is_in_the_checkpoint_and_the_same_on_any_ranks(curves, name):
     """Every way of training agrees on the EMA teacher, and it differs from the student."""
 
@@ -252,6 +264,8 @@ def test_killed_and_resumed_is_bit_identical(recipes, tmp_path, name, ranks):
         ("tinymim", "objective.teacher_block=5", ["objective.teacher_block", "5", "4"]),
         ("amd", "teacher.mask_ratio=0.9", ["teacher.mask_ratio", "6", "16"]),
         ("amd", "objective.direct=[[1, 9]]", ["objective.direct", "9", "4"]),
+        ("features", "optim.global_batch=64", ["queue_size 40", "optim.global_batch 64"]),
+        ("features", "objective.targets=[{{tap: pooled, student: cls}}]", ["'pooled'", "tokens, cls"]),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(
