@@ -59,6 +59,7 @@ class Features(Objective):
         self.config, self.mask, self.teacher = config, config.mask, teacher
         self.taps = tuple(dict.fromkeys(target.tap for target in config.targets))
         self.blocks = _student_blocks(config, student.depth)
+        _check_cls(config, student)
         self.pairs = [
             (int(target.student[6:]), int(target.tap[6:]))
             for target in config.targets
@@ -166,7 +167,7 @@ class Features(Objective):
         )
 
     def _vector(self, tokens: Tensor, place: str) -> Tensor:
-        return tokens[:, 0] if place == "cls" else tokens[:, self.student.num_prefix :].mean(dim=1)
+        return tokens[:, 0] if place == "cls" else tokens[:, self.student.num_cls :].mean(dim=1)
 
     def _compared(
         self,
@@ -176,18 +177,28 @@ class Features(Objective):
         batch: FeaturesBatch,
         projected: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Project the student's tokens [N, R + K, D] where they are compared with the teacher's."""
+        """Project the student's tokens [N, 1 + K, D] where they are compared with the teacher's."""
         target = term.target
-        patches, wanted_patches = tokens[:, self.student.num_prefix :], wanted[:, self.teacher.has_cls :]
+        patches, wanted_patches = tokens[:, self.student.num_cls :], wanted[:, self.teacher.has_cls :]
         if target.where in OF_THE_MASKED_PASS and self.mask_token is not None:
             ids = batch.places if target.where == "masked" else batch.rest
             return term(gather_patches(patches, ids)), gather_patches(wanted_patches, ids)
-        if target.where != "all" or not self.teacher.has_cls or self.student.cls_token is None:
+        if target.where != "all" or not self.teacher.has_cls or not self.student.num_cls:
             return term(patches), wanted_patches
         if target.cls_head is None:
             return term(torch.cat([tokens[:, :1], patches], dim=1)), wanted
         cls = projected[target.cls_head]
         return torch.cat([cls[:, None], term(patches)], dim=1), wanted
+
+
+def _check_cls(config: FeaturesConfig, student: MaskedViT) -> None:
+    """Raise UserError where a target reads the CLS token of a student that has none."""
+    targets = [target.label for target in config.targets if target.student == "cls"]
+    if targets and not student.num_cls:
+        raise UserError(
+            f"objective.targets '{targets[0]}' compares student=cls, and the student has no CLS token; set "
+            "student=mean"
+        )
 
 
 def _student_blocks(config: FeaturesConfig, depth: int) -> list[int]:

@@ -160,7 +160,7 @@ class BeitStudent(nn.Module):
         )
         assert not left and all("relative_position_index" in name or "k_bias" in name for name in absent)
         self.embed_dim, self.depth = about["student_dim"], about["student_depth"]
-        self.patch_size, self.num_prefix = about["patch"], 1
+        self.patch_size, self.num_cls = about["patch"], 1
         side = about["img"] // about["patch"]
         self.grid, self.num_patches = (side, side), side**2
         self.norm = nn.LayerNorm(about["student_dim"])  # the published student has none

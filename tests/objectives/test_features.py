@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from dmae_ds.config.load import load_config
+from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives
+from dmae_ds.models.patches import Normalize
+from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.feature_mask import draw_mask, num_masked
 from dmae_ds.objectives.feature_queue import FeatureQueue
 from dmae_ds.objectives.needs import Progress
@@ -291,6 +294,24 @@ def test_settings_that_do_not_go_together_are_refused(changes, words):
 def test_what_the_networks_lack_is_refused(targets, mask, words):
     with refused(*words):
         build(section(targets, mask), teacher=True)
+
+
+def test_students_with_registers_rotary_positions_or_without_cls_are_trained():
+    """Registers are in no target; a student without CLS has no target of its own CLS."""
+    more = ["teacher.weights=unused"]
+    for name, in_front in (("vit_small_patch16_dinov3", 5), ("vit_base_patch16_siglip_224", 0)):
+        targets = [TOKENS] if in_front else [TOKENS, {**CLS, "student": "mean"}]
+        overrides = [f"student.name={name}", f"objective.targets={json.dumps(targets)}", *more]
+        objective, _ = build_objective(load_config("digits_features", overrides))
+        assert objective.student.num_prefix == in_front
+        images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        batch = objective.prepare(Batch(images, torch.rand(2, 64)), Normalize((0.5,) * 3, (0.5,) * 3))
+        losses = objective(batch, {"tokens": torch.randn(2, 65, 128), "cls": torch.randn(2, 128)})
+        losses["loss"].backward()
+        assert objective.terms[0].head[0].weight.grad.abs().sum() > 0
+    with refused("student=cls", "student=mean"):
+        siglip = ["student.name=vit_base_patch16_siglip_224", *more]
+        build_objective(load_config("digits_features", siglip))
 
 
 def test_a_recipe_knows_its_group_of_images_and_what_a_student_sees():
