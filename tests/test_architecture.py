@@ -180,7 +180,7 @@ def test_what_a_recipe_is_checked_with_is_imported_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-SCHEMA_NAMES = "dense detection evaluation imitation networks objective_base objectives run segmentation"
+SCHEMA_NAMES = "dense detection evaluation features imitation networks objective_base objectives run segmentation"
 SCHEMA_MODULES = [f"dmae_ds.config.{name}" for name in SCHEMA_NAMES.split()]
 
 
@@ -256,7 +256,8 @@ def test_no_room_names_an_objective(path):
     """
     from dmae_ds.objectives import OBJECTIVES
 
-    names = set(OBJECTIVES) - {"mae"}
+    # Features, of teachers and students, are in most rooms: imports alone tell that objective from them.
+    names = set(OBJECTIVES) - {"mae", "features"}
     in_text = names - {"dmae"} | {"g2sd"}  # as a word of a longer string dmae is this program
     identifiers = {name.replace("_", "") for name in in_text | {"dmae"}}
     tree = ast.parse(path.read_text())

@@ -17,6 +17,7 @@ from pydantic import (
 
 from dmae_ds.config.objective_base import ObjectiveSection, Section
 
+QUEUE_SIZE = 8192
 TAPS, PLACES, BLOCK = ("tokens", "cls", "pooled"), ("tokens", "cls", "mean"), r"block/[1-9]\d*"
 
 
@@ -55,11 +56,6 @@ class FeatureTarget(Section):
     def is_vector(self) -> bool:
         """Whether an image has one vector instead of tokens."""
         return self.tap in ("cls", "pooled")
-
-    @property
-    def queue(self) -> int:
-        """Number of past images in the queue; 0 without one."""
-        return (self.queue_size or 8192) if self.over == "queue" else 0
 
     @field_validator("tap", "student")
     @classmethod
@@ -154,9 +150,10 @@ class FeaturesConfig(ObjectiveSection):
 
     def check_batch(self, global_batch: int) -> None:
         for target in self.targets:
-            if target.queue and target.queue < global_batch:
+            size = target.queue_size or QUEUE_SIZE
+            if target.over == "queue" and size < global_batch:
                 raise ValueError(
-                    f"queue_size {target.queue} of objective.targets '{target.label}' is below "
+                    f"queue_size {size} of objective.targets '{target.label}' is below "
                     f"optim.global_batch {global_batch}; make the queue as long as the batch or longer"
                 )
 

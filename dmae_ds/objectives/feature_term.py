@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dmae_ds.config.features import FeatureTarget
+from dmae_ds.config.features import QUEUE_SIZE, FeatureTarget
 from dmae_ds.models.vit import initialize_as_mae
 from dmae_ds.objectives.align import DISTANCES, at_least_float32, build_head
 from dmae_ds.objectives.feature_queue import FeatureQueue
@@ -25,7 +25,9 @@ class FeatureTerm(nn.Module):
         self.target = target
         self.head = build_head(target.head, student_dim, teacher_dim)
         initialize_as_mae(self.head, generator)
-        self.queue = FeatureQueue(target.queue, teacher_dim, generator) if target.queue else None
+        self.queue = None
+        if target.over == "queue":
+            self.queue = FeatureQueue(target.queue_size or QUEUE_SIZE, teacher_dim, generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project a student's features [..., D] to the teacher's width [..., D_t]."""
