@@ -222,8 +222,7 @@ class MaskedViT(nn.Module):
     ) -> Tensor:
         """Embed visible pixels [N, K, P, P, C] at ids_keep [N, K] of a grid: tokens [N, R + K, D].
 
-        grid: by default the network's own
-        replace: puts mask tokens among the projected patches [N, K, D], before positions are added
+        grid: by default the network's own; replace: puts mask tokens among the projected patches [N, K, D]
         """
         tokens = self.patch_embed.proj(visible).to(self.token_dtype)
         if replace is not None:
@@ -262,8 +261,7 @@ class MaskedViT(nn.Module):
 
         taps: block numbers, counted from 1; grid: of images of another size, see `positions`
         appended: [1, T, D] tokens after the patches of every image, without positions (no rotary networks)
-        depth: run only so many blocks, and no final norm
-        replace: as `embed` takes it
+        depth: run only so many blocks, and no final norm; replace: as `embed` takes it
 
         Returns the last tokens [N, R + K, D] (after the final norm, where it is kept) and the residual stream
         right after each tapped block, before any final norm: {block: [N, R + K, D]}. Without registers they
