@@ -24,6 +24,7 @@ class ObjectiveSection(Section):
 
     needs_teacher: a frozen teacher
     needs_labels: labelled shards; the module's constructor is given `num_classes`
+    needs_student_weights: weights that the student begins with, student.weights
     needs_whole_batch: all of optim.global_batch at once, without gradient accumulation
     mix_group_size: consecutive images of the global batch that are mixed together and stay in one micro-batch
     judged_by: where a collapse of the features shows: in the mean of the patch tokens, or in CLS, where the
@@ -35,6 +36,7 @@ class ObjectiveSection(Section):
 
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
+    needs_student_weights: ClassVar[bool] = False
     needs_whole_batch: ClassVar[bool] = False
     mix_group_size: ClassVar[int] = 1
     judged_by: ClassVar[Literal["mean", "cls"]] = "mean"

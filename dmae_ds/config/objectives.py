@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from dmae_ds.config.adapt import AdaptConfig
 from dmae_ds.config.features import FeaturesConfig
 from dmae_ds.config.imitation import AmdConfig, TinyMimConfig
 from dmae_ds.config.objective_base import (
@@ -313,7 +314,8 @@ ShippedObjective = Annotated[
     | G2sdSpecificConfig
     | TinyMimConfig
     | AmdConfig
-    | FeaturesConfig,
+    | FeaturesConfig
+    | AdaptConfig,
     Field(discriminator="name"),
 ]
 ObjectiveConfig = Annotated[ShippedObjective, WrapValidator(_read_own), SerializeAsAny()]

@@ -257,6 +257,11 @@ class RunConfig(Section):
     def _objective_fits_into_the_run(self):
         self.objective.check_epochs(self.optim.epochs)
         self.objective.check_batch(self.optim.global_batch)
+        if self.objective.needs_student_weights and self.student.weights is None:
+            raise ValueError(
+                f"objective.name {self.objective.name} continues a trained student; give student.weights: a "
+                "run folder, a weights file or a hub id"
+            )
         check_channels(self.data, self.student, "student")
         if getattr(self.objective, "photometric", False):
             check_is_rgb(self.data, "objective.photometric")

@@ -6,6 +6,7 @@ declares what it needs (base.py): a frozen teacher's features, views of an image
 """
 
 from dmae_ds.config.objectives import find_own
+from dmae_ds.objectives.adapt import Adapt
 from dmae_ds.objectives.amd import Amd
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.dino import Dino
@@ -29,6 +30,7 @@ OBJECTIVES = {
     "tinymim": TinyMim,
     "amd": Amd,
     "features": Features,
+    "adapt": Adapt,
 }
 
 

@@ -155,7 +155,21 @@ class Features(Objective):
             distance = term.loss(predicted, wanted)
             loss = loss + target.weight * distance
             parts[target.label] = distance.detach()
+        for name, (weight, distance) in self.more_terms(
+            None if whole is None else whole[0], features
+        ).items():
+            loss = loss + weight * distance
+            parts[name] = distance.detach()
         return {"loss": loss, **parts}
+
+    def more_terms(
+        self, latent: Tensor | None, features: dict[str, Tensor]
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Return further terms by name, each with its weight; a subclass adds them.
+
+        latent: the student's tokens [N, 1 + K, D] without mask tokens; None where it has no such pass
+        """
+        return {}
 
     def _masked_pass(self, batch: FeaturesBatch) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the student on images in which mask tokens stand for the masked patches."""

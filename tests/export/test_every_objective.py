@@ -37,6 +37,10 @@ RUNS = {
         ["0.9", "teacher.pth"],
     ),
     "features": ({"objective": FEATURES, "teacher": TEACHER}, ["0.4", "teacher.pth"]),
+    "adapt": (
+        {"objective": {}, "teacher": TEACHER, "student": {**STUDENT, "weights": "nowhere/small.pth"}},
+        ["anchor", "teacher.pth"],
+    ),
 }
 
 

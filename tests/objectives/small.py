@@ -31,8 +31,11 @@ TEACHER = {
 DECODER = {"depth": 2, "embed_dim": 12, "num_heads": 3}
 
 
-def config_for(objective: dict, *, teacher: bool | dict = False) -> RunConfig:
-    """A small recipe. teacher: whether there is one, or the numbers in which it differs from TEACHER."""
+def config_for(objective: dict, *, teacher: bool | dict = False, **student: object) -> RunConfig:
+    """A small recipe. teacher: whether there is one, or the numbers in which it differs from TEACHER.
+
+    student: keys that differ
+    """
     return RunConfig.model_validate(
         {
             "run": {"dir": "unused"},
@@ -46,14 +49,15 @@ def config_for(objective: dict, *, teacher: bool | dict = False) -> RunConfig:
                 "embed_dim": DIM,
                 "depth": DEPTH,
                 "num_heads": HEADS,
+                **student,
             },
         }
     )
 
 
-def build(objective: dict, *, teacher: bool | dict = False, seed: int = 0) -> Objective:
+def build(objective: dict, *, teacher: bool | dict = False, seed: int = 0, **student: object) -> Objective:
     """Build it in float64, away from its initial weights: biases of 0 and gains of 1 would hide mistakes."""
-    built, _ = build_objective(config_for(objective, teacher=teacher))
+    built, _ = build_objective(config_for(objective, teacher=teacher, **student))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in built.parameters():
