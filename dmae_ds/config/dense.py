@@ -14,13 +14,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
-from dmae_ds.config.networks import ModelConfig, known_format
+from dmae_ds.config.evaluation import WeightsConfig
 from dmae_ds.config.objective_base import Section
-from dmae_ds.config.run import RunSection, Unit, check_channels
+from dmae_ds.config.run import Unit, check_channels
 
 
 class DenseDataConfig(Section):
@@ -82,24 +81,15 @@ class DenseOptimConfig(Section):
         return self
 
 
-class DenseConfig(Section):
+class DenseConfig(WeightsConfig):
     """Options of every dense task: the weights, the images, the training, and where the result goes."""
 
-    run: RunSection
-    weights: str  # a run folder or a weights file; the command's first argument
-    format: str = "auto"  # key map of the file: one of TEACHER_FORMATS, auto, or module:function
-    network: ModelConfig
     data: DenseDataConfig
     optim: DenseOptimConfig = DenseOptimConfig()
     init: Literal["weights", "random"] = "weights"  # random: the same network from scratch
     drop_path: Unit = 0.1  # rate of the last block; rises linearly from 0 at the first
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay in fp32
     tf32: bool = True  # fp32 matrix products on GPUs in TF32; false: exact
-
-    @field_validator("format")
-    @classmethod
-    def _format_is_known(cls, value: str) -> str:
-        return known_format(value)
 
     @model_validator(mode="after")
     def _channels_agree(self):

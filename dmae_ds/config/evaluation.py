@@ -32,19 +32,24 @@ from dmae_ds.config.run import (
 )
 
 
-class FrozenConfig(Section):
-    """What an evaluation of frozen features reads: `data.train=... data.val=...` of `dmae-ds eval knn`."""
+class WeightsConfig(Section):
+    """What every evaluation has: a run folder or a weights file, its network, and a folder for the result."""
 
     run: RunSection  # its dir gets results.jsonl
     weights: str  # a run folder or a weights file; the command's first argument
     format: str = "auto"  # key map of the file: one of TEACHER_FORMATS, auto, or module:function
     network: ModelConfig
-    data: DataConfig
 
     @field_validator("format")
     @classmethod
     def _format_is_known(cls, value: str) -> str:
         return known_format(value)
+
+
+class FrozenConfig(WeightsConfig):
+    """What an evaluation of frozen features reads: `data.train=... data.val=...` of `dmae-ds eval knn`."""
+
+    data: DataConfig
 
     @model_validator(mode="after")
     def _channels_agree(self):
@@ -52,32 +57,14 @@ class FrozenConfig(Section):
         return self
 
 
-class ClassifierConfig(Section):
+class ClassifierConfig(FrozenConfig):
     """Options of both classifiers: the weights, the labelled images, and where the result goes."""
 
-    run: RunSection
-    weights: str  # a run folder or a weights file; the command's first argument
-    format: str = "auto"  # key map of the file: one of TEACHER_FORMATS, auto, or module:function
-    network: ModelConfig
-    data: DataConfig
     labels: str = "all"  # all, 1%, 10%, 5-shot (dmae_ds/evaluate/subsets.py)
     subset_seed: NonNegativeInt | None = None  # draws the labelled images; null: 0, or none with all
     pool: Literal["mean", "cls"] = "mean"  # input of the classifier: the mean of the patch tokens, or CLS
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay in fp32
     tf32: bool = True  # fp32 matrix products on GPUs in TF32; false: exact
-
-    @field_validator("format")
-    @classmethod
-    def _format_is_known(cls, value: str) -> str:
-        return known_format(value)
-
-    @model_validator(mode="after")
-    def _channels_agree(self):
-        check_channels(self.data, self.network, "network")
-        augment = getattr(self, "augment", None)
-        if augment is not None and augment.rand_augment is not None:
-            check_is_rgb(self.data, "augment.rand_augment")
-        return self
 
 
 class FinetuneOptimConfig(OptimConfig):
@@ -182,6 +169,12 @@ class FinetuneConfig(ClassifierConfig):
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     augment: AugmentConfig = AugmentConfig()
     distill: DistillConfig | None = None
+
+    @model_validator(mode="after")
+    def _rand_augment_is_of_rgb(self):
+        if self.augment.rand_augment is not None:
+            check_is_rgb(self.data, "augment.rand_augment")
+        return self
 
     @model_validator(mode="after")
     def _token_requires_cls(self):
