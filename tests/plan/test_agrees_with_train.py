@@ -46,7 +46,8 @@ def overrides(digits, tmp_path, monkeypatch) -> list[str]:
 def words_of(recipe: str, overrides: list[str], tmp_path) -> list[str]:
     config, weights = load_config(recipe, overrides), tmp_path / "weights.pth"
     needed = {"teacher.weights": config.teacher, "student.weights": config.student.weights}
-    return [*overrides, *(f"{key}={weights}" for key, value in needed.items() if value is not None)]
+    here = ["teacher.pretrained=false"] if config.teacher and config.teacher.pretrained else []
+    return [*overrides, *here, *(f"{key}={weights}" for key, value in needed.items() if value is not None)]
 
 
 def machine(gpus: int, memory_gib: float = 24) -> Machine:
