@@ -46,7 +46,7 @@ def make(src, dst, *, max_skip=0, **options):
     make_shards(src, dst, MakeOptions(**options), max_skip=max_skip)
     shard_set, reader = ShardSet.open(dst, label="DST"), None
     reader = SampleReader(shard_set)
-    names = [json.loads(line) for line in (dst / "sources.txt").open()]
+    names = [json.loads(line) for line in (dst / "sources.txt").read_text().splitlines()]
     return {names[reader.read(number).number]: reader.read(number) for number in range(shard_set.num_samples)}
 
 
