@@ -23,6 +23,7 @@ from dmae_ds.errors import Requeue, RunFailed, UserError
 from dmae_ds.train.apart import run_apart
 from tests.distill.conftest import NAME, SMALL, STUDENT, write_images
 from tests.messages import refused
+from tests.processes import wait_until_ended
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_what_runs_apart_ends_with_its_parent_and_says_how_it_ended(tmp_path):
             run_apart(words)
     file = tmp_path / "pid"
     sleeper = (
-        f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+        f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(600)"
     )
     program = (
         "import sys\nfrom dmae_ds.train.apart import run_apart\n"
@@ -215,6 +216,4 @@ def test_what_runs_apart_ends_with_its_parent_and_says_how_it_ended(tmp_path):
         time.sleep(0.02)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    child = Path(f"/proc/{file.read_text()}/stat")
-    while child.exists() and child.read_text().split()[2] != "Z":  # else the test's own limit ends it
-        time.sleep(0.02)
+    wait_until_ended(int(file.read_text()))

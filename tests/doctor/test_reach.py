@@ -24,6 +24,7 @@ from dmae_ds.doctor.reach import (
     make_ssh_command,
     start_group,
 )
+from tests.processes import wait_until_ended
 from tests.train.conftest import free_port
 
 PYTHON, WORK = "/venv/bin/python", "/srv/work"
@@ -96,14 +97,7 @@ def test_an_inspection_that_hangs_is_ended_with_what_it_started(tmp_path):
 
     trouble = Hanging(local=True, limit_s=1).ask("node1", {})
     assert isinstance(trouble, Trouble) and "1 s" in trouble.what and "--limit_s" in trouble.fix
-    assert not _alive(int((tmp_path / "child").read_text()))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_until_ended(int((tmp_path / "child").read_text()))
 
 
 def test_a_port_is_free_or_taken_by_a_process():
