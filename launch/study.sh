@@ -15,7 +15,9 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-
 
 # Name of the run, its recipe, and the keys that are changed: the rows of Tables 1 to 4 that make sense at
 # this scale.
+# Random weights are those before the first step.
 SETTINGS="
+random            digits_mae   optim.epochs=.001 optim.warmup_epochs=0 optim.base_lr=1e-12
 mae               digits_mae
 mae-mask-.90      digits_mae   objective.mask_ratio=.90
 mae-mask-.95      digits_mae   objective.mask_ratio=.95
@@ -46,19 +48,25 @@ CLASSIFIERS="
 g2sd-specific     digits_g2sd_specific  student.weights=$OUT/g2sd-generic-seedSEED
 deit-distilled    digits_g2sd_specific  student.weights=null optim.layer_decay=1.0 optim.epochs=31
 "
-# Students that are also fine-tuned on labels alone.
+# A student that goes on from one of the above.
+CONTINUED="
+adapt             digits_adapt  student.weights=$OUT/mae-seedSEED/student.safetensors
+"
+# Students that are also fine-tuned on labels alone; baselines that learn from labels and the fine-tuned teacher
+# from random weights, whose results are those of `random`.
 FINETUNED="g2sd-generic mae dmae"
+BASELINES="supervised_crd_digits supervised_srrl_digits"
 
 . launch/digits.sh
 SHARDS=$OUT/shards
 . launch/runs.sh
 
-finetune() { # RUN: on labels alone
-    [ ! -e "$1/finetuned" ] || return 0
-    logged "fine-tuning $1" "$1-finetune.log" \
-        dmae-ds eval finetune "$1" --recipe finetune_digits --resume auto || return 1
-    touch "$1/finetuned"
-    echo "fine-tuned $1"
+finetune() { # RUN RECIPE [key=value ...]: on labels
+    [ ! -e "$1/$2.done" ] || return 0
+    logged "fine-tuning $1 ($2)" "$1-$2.log" \
+        dmae-ds eval finetune "$1" --recipe "$2" --resume auto "${@:3}" || return 1
+    touch "$1/$2.done"
+    echo "fine-tuned $1 ($2)"
 }
 export -f finetune
 
@@ -70,12 +78,22 @@ echo "== students: $(grep -c . <<<"$SETTINGS") settings, seeds $SEEDS"
 for seed in $SEEDS; do
     students_of "$seed" <<<"$SETTINGS"
 done | in_parallel
+for seed in $SEEDS; do
+    students_of "$seed" <<<"$CONTINUED"
+done | in_parallel
 echo "== classifiers: the teacher, students on labels alone, students with the teacher"
 for seed in $SEEDS; do
     for name in teacher $FINETUNED; do
-        [ ! -e "$OUT/$name-seed$seed/finished" ] || echo "$OUT/$name-seed$seed"
+        [ ! -e "$OUT/$name-seed$seed/finished" ] || echo "'$OUT/$name-seed$seed' finetune_digits"
     done
-done | xargs -P "$JOBS" -I '{}' bash -c 'finetune {}'
+done | xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'finetune {}'
+for seed in $SEEDS; do
+    [ -e "$OUT/random-seed$seed/finished" ] || continue
+    for recipe in $BASELINES; do
+        echo "'$OUT/random-seed$seed' $recipe" \
+            "'distill.teacher=$OUT/teacher-seed$seed/finetune_digits/best.safetensors'"
+    done
+done | xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'finetune {}'
 for seed in $SEEDS; do
     weights=/finetune_digits/best.safetensors students_of "$seed" <<<"$CLASSIFIERS"
 done | in_parallel

@@ -9,7 +9,14 @@ from statistics import fmean, stdev
 
 from dmae_ds.evaluate.results import METRICS, headline
 from dmae_ds.report.runs import Run
-from dmae_ds.report.study_names import describe_training, find_source_run, list_defaults, name_settings
+from dmae_ds.report.study_names import (
+    UNTRAINED,
+    describe_training,
+    find_source_run,
+    is_untrained,
+    list_defaults,
+    name_settings,
+)
 
 _LABELS = ("all", "10%", "1%")
 TEACHER = "teacher: "  # the names of runs that taught others start with this
@@ -63,6 +70,10 @@ def group(runs: list[Run]) -> list[Setting]:
     names = {}
     for role in {role for role, _ in trainings}:
         of_role = {key: training for key, training in trainings.items() if key[0] == role}
+        untrained = [key for key, training in of_role.items() if is_untrained(training)]
+        if len(untrained) == 1:
+            names[untrained[0]] = role + UNTRAINED
+            del of_role[untrained[0]]
         names |= {key: role + name for key, name in name_settings(of_role, defaults).items()}
 
     def order(key: tuple[str, str]) -> tuple:

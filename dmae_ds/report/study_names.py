@@ -26,6 +26,13 @@ _IRRELEVANT = {
     "teacher.stats",
 }
 
+UNTRAINED = "random weights"
+
+
+def is_untrained(training: dict) -> bool:
+    """Whether a run's rate is so low that its student is the initial one; `training`: its flat config."""
+    return training["optim.base_lr"] < 1e-9
+
 
 def describe_training(config: RunConfig) -> dict[str, object]:
     """The config without seed and folders, flat: {"optim.epochs": 20.0}.

@@ -164,11 +164,11 @@ def test_g2sd_refuses_another_task(start):
 
 
 def test_study_trains_every_setting_of_every_seed_once(start):
-    wanted = {"SEEDS": "0 1", "ONLY": "mae dmae g2sd-generic g2sd-specific"}
+    wanted = {"SEEDS": "0 1", "ONLY": "random mae dmae adapt g2sd-generic g2sd-specific"}
     done, calls = start("study.sh", **wanted)
     assert done.returncode == 0, done.stderr
     trained = [run_of(call) for call in calls if call.startswith("dmae-ds train")]
-    names = ("teacher", "mae", "dmae", "g2sd-generic", "g2sd-specific")
+    names = ("teacher", "random", "mae", "dmae", "adapt", "g2sd-generic", "g2sd-specific")
     assert sorted(trained) == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))
     for call in calls:
         if "digits_g2sd_specific" in call:
@@ -177,8 +177,16 @@ def test_study_trains_every_setting_of_every_seed_once(start):
             assert f"teacher.weights=OUT/teacher-seed{seed}/finetune_digits/best.safetensors" in call
         if "digits_mae" in call:
             assert "teacher.weights" not in call
+        if "digits_adapt" in call:
+            assert f"student.weights=OUT/mae-seed{run_of(call)[-1]}/student.safetensors" in call
+    of_random = [call for call in calls if "eval finetune OUT/random-seed1" in call]
+    assert sorted(call.split()[5] for call in of_random) == [
+        "supervised_crd_digits",
+        "supervised_srrl_digits",
+    ]
+    assert all("distill.teacher=OUT/teacher-seed1/" in call for call in of_random)
     evaluated = [call for call in calls if call.startswith(("dmae-ds eval knn", "dmae-ds eval probe"))]
-    assert len(evaluated) == 6 and all(call.count("-seed") == 5 for call in evaluated[:2])
+    assert len(evaluated) == 6 and all(call.count("-seed") == 7 for call in evaluated[:2])
     assert calls[-1] == "dmae-ds report --results OUT"
     done, calls = start("study.sh", **wanted)
     assert calls == ["dmae-ds report --results OUT"]

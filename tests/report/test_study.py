@@ -59,6 +59,12 @@ def test_settings_are_runs_that_differ_in_their_seed_alone(tmp_path):
     assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
 
 
+def test_a_run_that_learns_nothing_is_named_random_weights(tmp_path):
+    for name, rates in (("trained", []), ("random", ["optim.base_lr=1e-12"])):
+        make_run(tmp_path / name, "digits_mae", *rates, results=[("knn", "all", 70.0, KNN)], num_images=1400)
+    assert [setting.name for setting in group(find_runs([tmp_path]))] == ["mae", "random weights"]
+
+
 def test_a_metric_without_top1_is_a_column_next_to_lines_of_an_earlier_version(tmp_path, monkeypatch):
     monkeypatch.setitem(METRICS, "segmentation", SEGMENTATION)
     run = make_run(tmp_path / "run", "digits_mae", results=[("knn", "all", 70.0, KNN)], num_images=1400)
