@@ -12,7 +12,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.results import read_results
 from dmae_ds.export.source import STUDENTS, Source
-from dmae_ds.export.teacher_facts import UNKNOWN, describe_teacher
+from dmae_ds.export.teacher_facts import UNKNOWN, describe_initial, describe_teacher
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
 CARD_VERSION = 1
@@ -47,6 +47,7 @@ def make_card(
         "step": source.step,
         "objective": None if source.config is None else source.config.objective.summary(),
         "teacher": _teacher_facts(source),
+        "initial": None if source.config is None else describe_initial(source.config),
         "data": {
             "train": data["train"],
             "val": data["val"],

@@ -22,7 +22,10 @@ def render_card(card: dict, usage: str) -> str:
     """Return the model card as Markdown. usage: Python that loads the export."""
     lines = [*_front_matter(card), "", f"# {card['name']}", ""]
     if card["license"] == UNKNOWN:
-        lines += ["The licence of these weights has not been stated; the teacher's is below.", ""]
+        lines += [
+            "The licence of these weights has not been stated; those of what it was made from follow.",
+            "",
+        ]
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {_cell(text)} |" for name, text in _facts(card).items()]
     lines += ["", "```python", usage, "```", "", "## Measured", "", *_results(card["metrics"]), ""]
@@ -52,6 +55,11 @@ def _facts(card: dict) -> dict[str, str]:
         f"{name} {value:.1e} (at most {check['limits'][name]:.1e})"
         for name, value in check["differences"].items()
     )
+    initial = card["initial"]
+    began = {}
+    if initial is not None:
+        began = {"began from": _weights(initial["weights"], initial["sha256"])}
+        began["licence of those"] = f"{initial['license']} ({initial['license_from']})"
     return {
         "network": f"{network}, {student['parameters'] / 1e6:.3g} M parameters, "
         f"{student['img_size']} px, patches of {student['patch_size']} px",
@@ -61,6 +69,7 @@ def _facts(card: dict) -> dict[str, str]:
         "pixels": _pixels(card["pixels"]),
         "teacher": _teacher(card["teacher"]),
         "teacher's licence": _licence(card["teacher"]),
+        **began,
         "training data": f"{data['train']}, fingerprint {data['fingerprint']}",
         "compared with the trained network": "largest difference on random images, float32: " + differences,
     }
@@ -116,9 +125,11 @@ def _training(card: dict) -> str:
 def _teacher(teacher: dict | None) -> str:
     if teacher is None:
         return "none"
-    if teacher["sha256"] is None:
-        return f"{teacher['name']}, {teacher['weights']}"
-    return f"{teacher['name']}, {Path(teacher['weights']).name}, sha256 {teacher['sha256']}"
+    return f"{teacher['name']}, {_weights(teacher['weights'], teacher['sha256'])}"
+
+
+def _weights(weights: str, sha256: str | None) -> str:
+    return weights if sha256 is None else f"{Path(weights).name}, sha256 {sha256}"
 
 
 def _licence(teacher: dict | None) -> str:

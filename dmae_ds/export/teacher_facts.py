@@ -1,8 +1,8 @@
-"""Facts about a student's teacher: the identity of its weights and their licence, as far as it is stated.
+"""Facts about the weights that a student learnt or began from: their identity, and their licence if stated.
 
 A licence is never guessed from a name. It is stated in the recipe (`teacher.license`), by timm for weights
 that timm downloaded, or in the card of a Hugging Face folder. A teacher that this project trained has the
-licence of its own teacher.
+licence of its own teacher, and of the weights that it began from.
 """
 
 from __future__ import annotations
@@ -49,6 +49,47 @@ def describe_teacher(config: RunConfig) -> dict | None:
     }
 
 
+def describe_initial(config: RunConfig) -> dict | None:
+    """Return the facts of the weights that a student began from (`student.weights`), or None without any.
+
+    {"weights", "sha256", "license", "license_from", "teacher", "initial"}; teacher and initial: the facts of
+    the run that wrote them, None where no run of this project did
+    """
+    weights = config.student.weights
+    if weights is None:
+        return None
+    path = Path(weights).expanduser()
+    run = _run_of(path)
+    before = None if run is None else read_saved_config(run, student_only=True)
+    teacher, initial = (
+        (None, None) if before is None else (describe_teacher(before), describe_initial(before))
+    )
+    if run is None:
+        licence, stated_by = _licence_of_place(path, weights)
+    else:
+        licence, stated_by = _licence_of_run(run, teacher, initial)
+    return {
+        "weights": weights,
+        "sha256": _sha256(path),
+        "license": licence,
+        "license_from": stated_by,
+        "teacher": teacher,
+        "initial": initial,
+    }
+
+
+def _licence_of_run(run: Path, teacher: dict | None, initial: dict | None) -> tuple[str, str]:
+    """The licences of what a run's student learnt and began from; two that differ are both named."""
+    stated = {"its teacher": teacher, "its initial weights": initial}
+    licences = {whose: facts["license"] for whose, facts in stated.items() if facts is not None}
+    if not licences:
+        return "none of others", f"run {run.name} of dmae-ds, which had no teacher"
+    if len(set(licences.values())) == 1:
+        return next(iter(licences.values())), f"run {run.name} of dmae-ds: {' and '.join(licences)}"
+    text = "; ".join(f"{licence} ({whose})" for whose, licence in licences.items())
+    return text, f"run {run.name} of dmae-ds"
+
+
 def _licence(
     teacher: TeacherConfig, path: Path | None, run: Path | None, above: dict | None
 ) -> tuple[str, str]:
@@ -57,11 +98,16 @@ def _licence(
     if teacher.pretrained:
         return timm.get_pretrained_cfg(teacher.name).license or UNKNOWN, "timm's entry of the weights"
     if run is not None:
-        if above:
+        initial = describe_initial(read_saved_config(run, student_only=True))
+        if above and initial is None:
             return above["license"], "the teacher's own teacher"
-        return "none of others", f"run {run.name} of dmae-ds, which had no teacher"
-    if path is not None and not path.exists() and looks_like_hub_id(teacher.weights):
-        cached = try_to_load_from_cache(teacher.weights, "README.md")  # an export does not use the network
+        return _licence_of_run(run, above, initial)
+    return _licence_of_place(path, teacher.weights)
+
+
+def _licence_of_place(path: Path | None, weights: str | None) -> tuple[str, str]:
+    if path is not None and not path.exists() and looks_like_hub_id(weights):
+        cached = try_to_load_from_cache(weights, "README.md")  # an export does not use the network
         card = Path(cached) if isinstance(cached, str) else None
         return _licence_of_card(card), "the downloaded card of the hub"
     folder = path if path is None or path.is_dir() else path.parent

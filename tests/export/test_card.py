@@ -13,7 +13,7 @@ from PIL import Image
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.export.export import export
-from dmae_ds.export.teacher_facts import describe_teacher
+from dmae_ds.export.teacher_facts import describe_initial, describe_teacher
 from dmae_ds.export.to_timm import reads_folders
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.starts import append_start, describe_environment
@@ -67,6 +67,25 @@ def test_a_student_as_teacher_has_its_own_teacher_s_licence(tmp_path):
     assert third["license"] == "cc-by-nc-4.0"
     assert third["teacher"]["license_from"] == "teacher.license of the recipe"
     assert describe_teacher(read_saved_config(first)) is None
+
+
+def test_a_student_that_continues_others_weights_has_their_licence(tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "README.md").write_text("---\nlicense: other\n---\n# A model\n")
+    (tmp_path / "hub" / "model.pth").write_bytes(b"weights")
+    begun = make_run(tmp_path / "begun", student={**STUDENT, "weights": str(tmp_path / "hub" / "model.pth")})
+    facts = describe_initial(read_saved_config(begun))
+    assert facts["license"] == "other" and len(facts["sha256"]) == 64 and facts["teacher"] is None
+    assert licence(tmp_path / "a", weights=str(begun))[0] == "other"  # of a student of such a student
+    taught = distilled(tmp_path / "taught", weights="gone.pth", license="cc-by-nc-4.0")
+    again = make_run(tmp_path / "again", student={**STUDENT, "weights": str(taught)})
+    assert describe_initial(read_saved_config(again))["license"] == "cc-by-nc-4.0"
+    out, card = export(begun, to="safetensors", license="other")
+    assert card["initial"] == facts and "model.pth" in (out / "README.md").read_text()
+    alone = make_run(tmp_path / "alone")
+    assert describe_initial(read_saved_config(alone)) is None
+    last = make_run(tmp_path / "last", student={**STUDENT, "weights": str(alone)})
+    assert describe_initial(read_saved_config(last))["license"] == "none of others"
 
 
 def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
