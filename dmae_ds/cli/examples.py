@@ -57,7 +57,12 @@ EXAMPLES = {
         f"{RUN} --recipe maskrcnn_1x_coco data.train=shards/coco/train data.val=shards/coco/val",
     ),
     "export": (f"{RUN} --to hf --license cc-by-nc-4.0", f"{RUN} --to onnx --out student_onnx"),
-    "report": (RUN, f"{RUN} runs/mask90 --out mask.html", "--results runs"),
+    "report": (
+        RUN,
+        f"{RUN} runs/mask90 --out mask.html",
+        "--results runs",
+        "--results digits=runs/study scenes=runs/scenes",
+    ),
     "teacher inspect": ("mae_pretrain_vit_large.pth",),
     "teacher slice": ("mae_pretrain_vit_large.pth teacher_in_4 --stages 4 --last-block 18 --dtype bf16",),
     "teacher stats": (f"{RECIPE} {WEIGHTS} --images 2000",),

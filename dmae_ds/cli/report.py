@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from dmae_ds.errors import UserError
@@ -15,7 +16,8 @@ def add_report(subcommands) -> None:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="run folders; the page is written into the first one; with --results also folders of runs",
+        help="run folders; the page is written into the first one; with --results also folders of runs, and "
+        "NAME=FOLDER for a section of its own",
     )
     report.add_argument(
         "--out",
@@ -31,7 +33,6 @@ def add_report(subcommands) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    runs = [Path(run) for run in args.runs]
     out = Path(args.out) if args.out else None
     suffix = ".md" if args.results else ".html"
     if out is not None and out.suffix != suffix:
@@ -39,8 +40,9 @@ def _report(args: argparse.Namespace) -> None:
     if args.results:
         from dmae_ds.report.results_page import write_results_page
 
-        print(write_results_page(runs, out or Path("RESULTS.md")))
+        print(write_results_page(_read_sections(args.runs), out or Path("RESULTS.md")))
         return
+    runs = [Path(run) for run in args.runs]
     if not runs:
         raise UserError("no run was given; write dmae-ds report RUN [RUN ...], or dmae-ds report --results")
     from dmae_ds.config.load import read_saved_config
@@ -50,3 +52,19 @@ def _report(args: argparse.Namespace) -> None:
     from dmae_ds.report import write_report
 
     print(write_report(runs, out))
+
+
+def _read_sections(texts: list[str]) -> dict[str, list[Path]]:
+    """Read `FOLDER` and `NAME=FOLDER`: the folders by name, which is "" without one."""
+    sections: dict[str, list[Path]] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).exists():
+            name, folder = "", text
+        elif not re.fullmatch("[A-Za-z0-9_-]+", name):
+            raise UserError(
+                f"section '{name}' of '{text}': expected letters, digits, - and _; "
+                "write, say, scenes=runs/scenes"
+            )
+        sections.setdefault(name, []).append(Path(folder))
+    return sections

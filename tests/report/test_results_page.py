@@ -45,9 +45,9 @@ def test_every_published_row_is_on_the_page_as_it_was_published():
 def test_the_committed_page_is_what_the_generator_prints(tmp_path):
     committed = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
     make_run(tmp_path / "run", "digits_mae", results=[("knn", "all", 70.0, KNN)], num_images=1400)
-    study = write_results_page([tmp_path], tmp_path / "RESULTS.md").read_text().split("\n")
+    study = write_results_page({"": [tmp_path]}, tmp_path / "RESULTS.md").read_text().split("\n")
     assert committed.startswith("\n".join(study[:5])) and "## The study" in study[:5]
-    assert study[7].startswith("Top-1") and "\n".join(study[7:10]) in committed
+    assert study[6].startswith("Top-1") and "\n".join(study[6:9]) in committed
     assert "\n".join(render_published([])) in committed
     assert all((REPOSITORY / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", committed))
 
@@ -217,7 +217,7 @@ def test_seeds_hardware_and_cost_are_in_the_row(tmp_path):
             results=[("finetune", "all", top1, FINETUNE), ("knn", "all", 60.0, KNN)],
             images_per_s=4096 / 1800,
         )
-    out = write_results_page([tmp_path], tmp_path / "RESULTS.md")
+    out = write_results_page({"": [tmp_path]}, tmp_path / "RESULTS.md")
     page = out.read_text()
     # 8 ranks x (half an hour for the one logged step + an hour of fine-tuning)
     assert "| 84.0 | 84.00 ± 0.20 | 0, 1, 2 | 8 x NVIDIA H100 | 12.0 h |" in page
@@ -240,15 +240,20 @@ def test_an_unfinished_run_is_left_out_and_counted(tmp_path):
     nested.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):
         (nested / name).write_text("pool: mean\n")
-    page = write_results_page([tmp_path / "study"], tmp_path / "RESULTS.md").read_text()
+    page = write_results_page({"": [tmp_path / "study"]}, tmp_path / "RESULTS.md").read_text()
     assert "Left out: 1 run " in page and "| mae | 70.0 | 0 |" in page
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     with refused(tmp_path):
-        write_results_page([tmp_path], tmp_path / "RESULTS.md")
+        write_results_page({"": [tmp_path]}, tmp_path / "RESULTS.md")
     with refused("--out", tmp_path / "nowhere"):
-        write_results_page([], tmp_path / "nowhere" / "RESULTS.md")
+        write_results_page({}, tmp_path / "nowhere" / "RESULTS.md")
+    run = make_run(tmp_path / "runs" / "mae", "digits_mae", num_images=1400)
+    with refused(run, "'a'", "'b'"):
+        write_results_page({"a": [run], "b": [run.parent]}, tmp_path / "RESULTS.md")
+    assert not (tmp_path / "RESULTS.md").exists()
     monkeypatch.chdir(tmp_path)
+    assert main(["report", "--results", "a/b=runs"]) == 2 and "a/b" in capsys.readouterr().err
     assert main(["report"]) == 2 and "--results" in capsys.readouterr().err
     assert main(["report", "--results"]) == 0 and (tmp_path / "RESULTS.md").read_text().count("not run") > 100

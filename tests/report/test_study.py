@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+from dmae_ds.cli.main import main
 from dmae_ds.evaluate.results import METRICS, append_result, read_results
 from dmae_ds.report.results_page import write_results_page
 from dmae_ds.report.runs import find_runs
@@ -158,7 +160,7 @@ def test_the_effective_rank_of_a_setting_is_the_mean_and_the_lowest(tmp_path):
             (run / "metrics.jsonl").read_text().replace('"pixel"', f'"rank/mean": {value}, "pixel"')
         )
     make_run(tmp_path / "other", "digits_dmae", results=[("knn", "all", 80.0, KNN)], num_images=1400)
-    page = write_results_page([tmp_path], tmp_path / "RESULTS.md").read_text()
+    page = write_results_page({"": [tmp_path]}, tmp_path / "RESULTS.md").read_text()
     assert re.search(r"\| mae \| 70.0 ± 0.0 \| 0, 1 \| [^|]* \| 5.2 \(4.5\) \|", page) and re.search(
         r"\| dmae \| [^\n]* \| not watched \|", page
     )
@@ -167,7 +169,7 @@ def test_the_effective_rank_of_a_setting_is_the_mean_and_the_lowest(tmp_path):
 
 def test_the_table_and_the_plot_of_the_study(tmp_path):
     study = make_study(tmp_path / "study")
-    page = write_results_page([study], tmp_path / "RESULTS.md").read_text()
+    page = write_results_page({"": [study]}, tmp_path / "RESULTS.md").read_text()
     assert "| dmae | not run | 81.0 ± 1.4 | 59.0 ± 0.0 | 0, 1 |" in page
     assert (
         "| dmae, mask_ratio 0.9 | 78.0 (1 of 2) | 78.0 (1 of 2) | 57.0 (1 of 2) | 0, 1 |" in page
@@ -177,9 +179,26 @@ def test_the_table_and_the_plot_of_the_study(tmp_path):
     plot = (tmp_path / ".github" / "results.png").read_bytes()
     assert plot[:4] == b"\x89PNG"
     again = write_results_page(
-        [study / "seed1", study / "seed0", study / "seed0" / "mae"], tmp_path / "RESULTS.md"
+        {"": [study / "seed1", study / "seed0", study / "seed0" / "mae"]}, tmp_path / "RESULTS.md"
     )  # the same runs, named differently
     assert again.read_text() == page and (tmp_path / ".github" / "results.png").read_bytes() == plot
+
+
+def test_each_data_set_has_a_section_with_columns_and_a_plot_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, score in (("digits", 70.0), ("scenes", 41.5)):
+        results = [("knn", "all", score, KNN), ("knn", "10%", 0, score - 9, KNN)][: 2 - (name == "scenes")]
+        make_run(tmp_path / "runs" / name, "digits_mae", results=results, num_images=1400)
+    assert main(["report", "--results", "digits=runs/digits", "scenes=runs/scenes"]) == 0
+    page = Path("RESULTS.md").read_text()
+    digits, scenes = page.partition("## The papers' tables")[0].split("\n### On ")[1:]
+    assert digits.startswith("digits\n") and scenes.startswith("scenes\n")
+    assert "| mae | 70.0 | 61.0 | 0 |" in digits and "| mae | 41.5 | 0 |" in scenes
+    plots = [f".github/results-{name}.png" for name in ("digits", "scenes")]
+    assert plots[0] in digits and plots[1] in scenes and all(Path(plot).is_file() for plot in plots)
+    assert main(["report", "--results", "runs"]) == 0  # without names it is one section
+    page = Path("RESULTS.md").read_text()
+    assert "### On" not in page and "2 runs on 1,400" in page and "(.github/results.png)" in page
 
 
 def test_headings_of_the_plot_do_not_overlap_and_every_row_has_a_number():
