@@ -17,9 +17,9 @@ def add_export(subcommands) -> None:
     )
     export.add_argument(
         "--to",
-        choices=("timm", "hf", "onnx", "safetensors"),
+        choices=("timm", "hf", "onnx", "safetensors", "original"),
         required=True,
-        help="the format; hf is transformers",
+        help="the format; hf is transformers, original the names of the file that the student began from",
     )
     export.add_argument(
         "--what",

@@ -21,7 +21,7 @@ def export_student(
     """Write a run's student in another library's layout, compare it there, and return the new folder.
 
     run: a run folder, or the folder of `dmae-ds eval finetune`, `linear` or `segment`
-    to: timm, hf (transformers), onnx or safetensors
+    to: timm, hf (transformers), onnx, safetensors, or original (the names of the file in student.weights)
     what: encoder, mae (with its pixel decoder, for hf), classifier or segmenter (for onnx)
     out: the folder to write; None: RUN/export/<to>
     license: of the weights, for the model card

@@ -1,4 +1,4 @@
-"""`dmae-ds export RUN --to timm|hf|onnx|safetensors`: write, load back, compare, describe, rename.
+"""`dmae-ds export RUN --to timm|hf|onnx|safetensors|original`: write, load back, compare, describe, rename.
 
 The folder gets its name only after the other library has given the trained network's outputs.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmae_ds.errors import RunFailed, UserError
-from dmae_ds.export import to_hf, to_onnx, to_timm
+from dmae_ds.export import to_hf, to_onnx, to_original, to_timm
 from dmae_ds.export.card import make_card
 from dmae_ds.export.early import choose_out
 from dmae_ds.export.model_card import LIBRARY, write_card
@@ -66,6 +66,13 @@ TARGETS = {
         to_timm.write_safetensors,
         to_timm.run_safetensors,
         to_timm.explain_safetensors,
+    ),
+    "original": Target(
+        ("encoder",),
+        (),
+        to_original.write_original,
+        to_original.run_original,
+        to_original.explain_original,
     ),
 }
 
@@ -141,5 +148,5 @@ def compare(exported: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str
 def describe(out: Path, card: dict) -> str:
     """Return one line about a finished export."""
     differences = ", ".join(f"{name} {value:.1e}" for name, value in card["check"]["differences"].items())
-    library = "onnxruntime" if card["to"] == "onnx" else LIBRARY[card["to"]]
+    library = {"onnx": "onnxruntime", "original": "dmae-ds and timm"}.get(card["to"], LIBRARY[card["to"]])
     return f"{out}: step {card['step']:,}, loaded back with {library}, largest difference {differences}"

@@ -9,7 +9,7 @@ from dmae_ds.evaluate.results import METRICS
 from dmae_ds.export.teacher_facts import UNKNOWN
 
 TASKS = {"classifier": "image-classification", "segmenter": "image-segmentation"}
-LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "safetensors": "timm"}
+LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "safetensors": "timm", "original": "pytorch"}
 
 
 def write_card(card: dict, usage: str, folder: Path) -> None:

@@ -26,12 +26,21 @@ from dmae_ds.weights.label import WEIGHTS, Label
 from dmae_ds.weights.roots import ANYTHING
 
 
+def take(tensor: Tensor, *pieces: Tensor) -> tuple[Tensor, ...]:
+    """Return the pieces, of the old sizes, of which a tensor is joined along its first axis."""
+    return tensor.split([len(piece) for piece in pieces])
+
+
 @dataclass(frozen=True)
 class Source:
-    """Names in the file from which one of timm's tensors is made, and the function that makes it."""
+    """Names in the file from which one of timm's tensors is made, and the function that makes it.
+
+    undo: timm's tensor and the file's old ones -> the file's new ones, from which `make` makes it
+    """
 
     names: tuple[str, ...]
     make: Callable[..., Tensor]
+    undo: Callable[..., tuple[Tensor, ...]] = take
 
 
 Sources = dict[str, Source]
@@ -104,9 +113,28 @@ def _add_position_to_cls(sources: Sources) -> Sources:
     (cls,), (pos,) = sources["cls_token"].names, sources["pos_embed"].names
     return {
         **sources,
-        "cls_token": Source((cls, pos), lambda cls_token, pos_embed: cls_token + pos_embed[:, :1]),
-        "pos_embed": Source((pos,), lambda pos_embed: pos_embed[:, 1:]),
+        "cls_token": Source(
+            (cls, pos),
+            lambda cls_token, pos_embed: cls_token + pos_embed[:, :1],
+            lambda tensor, cls_token, pos_embed: (tensor - pos_embed[:, :1], pos_embed),
+        ),
+        "pos_embed": Source(
+            (pos,),
+            lambda pos_embed: pos_embed[:, 1:],
+            lambda tensor, pos_embed: (torch.cat([pos_embed[:, :1], tensor], dim=1),),
+        ),
     }
+
+
+def _third(names: tuple[str, ...], place: int) -> Source:
+    """The source of a third of a file's tensor."""
+
+    def undo(tensor: Tensor, whole: Tensor) -> tuple[Tensor]:
+        thirds = list(whole.chunk(3))
+        thirds[place] = tensor
+        return (torch.cat(thirds),)
+
+    return Source(names, lambda whole: whole.chunk(3)[place], undo)
 
 
 def _split_masked_bias(sources: Sources) -> Sources:
@@ -115,8 +143,8 @@ def _split_masked_bias(sources: Sources) -> Sources:
     for name, source in sources.items():
         if name.endswith("attn.qkv.bias"):
             stem = name.removesuffix("qkv.bias")
-            split[f"{stem}q_bias"] = Source(source.names, lambda bias: bias.chunk(3)[0])
-            split[f"{stem}v_bias"] = Source(source.names, lambda bias: bias.chunk(3)[2])
+            for part, place in (("q_bias", 0), ("v_bias", 2)):
+                split[f"{stem}{part}"] = _third(source.names, place)
         else:
             split[name] = source
     return split

@@ -66,7 +66,7 @@ EXPORTS = {
     "onnxruntime": [("onnx", "encoder")],
 }
 SLOW = {"onnxruntime": [("onnx", "classifier")]}
-ELSEWHERE = {("onnx", "segmenter")}  # tests/dense/test_segmenter_export.py
+ELSEWHERE = {("onnx", "segmenter"), ("original", "encoder")}  # tests/dense/test_segmenter_export.py
 
 
 def needs_folders(exports):

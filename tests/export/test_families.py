@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from dmae_ds.export.export import LIMIT, export
 from dmae_ds.export.source import open_source
 from dmae_ds.models.vit import build_student
 from dmae_ds.objectives.initial import fill_student
+from dmae_ds.weights.named import open_weights
 from tests.export.conftest import STUDENT, disturb, make_run
 from tests.export.test_export import expect, read_alone
 from tests.messages import refused
+from tests.teacher.layouts import dinov2_registers, dinov3
+from tests.teacher.reference import SHAPE
 
 # {timm's name: transformers' class}
 CLASSES = {
@@ -80,3 +84,34 @@ def test_a_student_that_transformers_lacks_is_refused(tmp_path, name, changes, w
         export(run, to="hf", what=what)
     assert not list((run / "export").iterdir())
     assert load_file(run / "student.safetensors")
+
+
+@pytest.mark.parametrize(
+    "layout", [dinov2_registers, dinov3, partial(dinov3, "vit_small_patch16_dinov3_qkvb")]
+)
+def test_a_student_goes_back_under_the_names_that_it_began_with(tmp_path, layout):
+    """Every tensor that the student has is the trained one, and the rest of the file as it was."""
+    reference = layout()
+    published = reference.save(tmp_path, reference.tensors)
+    student = {"name": reference.name, **SHAPE, "weights": str(published)}
+    run = make_run(tmp_path / "run", student=student)
+    out, card = export(run, to="original")
+    assert card["check"]["largest"] <= LIMIT
+    written = torch.load(out / "model.pth", weights_only=True)
+    shapes = {key: tensor.shape for key, tensor in reference.tensors.items()}
+    assert {key: tensor.shape for key, tensor in written.items()} == shapes
+    assert torch.equal(written["mask_token"], reference.tensors["mask_token"])
+    expected, read = open_source(run, "encoder").tensors, open_weights(out / "model.pth", reference.format)
+    assert all(torch.allclose(read[key], tensor, atol=1e-6) for key, tensor in expected.items())
+    changed = [key for key in written if not torch.equal(written[key], reference.tensors[key])]
+    assert len(changed) >= 0.9 * len(expected)  # in each block two of timm's biases are one of the file's
+
+
+@pytest.mark.parametrize("to_timm", [False, True])
+def test_a_student_without_such_a_file_is_told_what_fits(tmp_path, to_timm):
+    first = make_run(tmp_path / "first")
+    weights = {"weights": str(first / "student.safetensors")} if to_timm else {}
+    run = make_run(tmp_path / "run", student={**STUDENT, **weights})
+    with refused("safetensors", "student.weights"):
+        export(run, to="original")
+    assert not (run / "export" / "original").exists()
