@@ -8,19 +8,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dmae_ds.data.shards import ShardError
 from dmae_ds.output.closed_pipe import EXIT_CODE, stdout_is_closed
 from dmae_ds.output.library_warnings import hide_library_warnings
 from dmae_ds.output.local_path import looks_like_url, refuse_urls
+from dmae_ds.output.parser import OneLineParser
 
 PROG = "dmae-shards"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, without the usage
-        self.exit(2, f"{PROG}: error: {message}; see {self.prog} --help\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,10 +91,10 @@ def _bench(*, src: Path, **options: object) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog=PROG, description="Make shard folders (WebDataset tars with an index) from image folders."
     )
-    commands = parser.add_subparsers(required=True, metavar="make | verify | info | index | bench")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_make, _add_verify, _add_info, _add_index, _add_bench):
         add(commands)
     return parser

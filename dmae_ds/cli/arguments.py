@@ -18,9 +18,12 @@ def add_recipe(
         nargs="?" if optional else None,
         help=f"a YAML file, or the name of a shipped recipe{note}",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help=f"change keys of the recipe, for example {example}"
-    )
+    _add_overrides(parser, example=example)
+
+
+def _add_overrides(parser: argparse.ArgumentParser, *, example: str) -> None:
+    text = f"change keys of the recipe, for example {example}"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,31 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the summary, progress and lines about saves; results, warnings and errors stay",
     )
+
+
+def add_training(
+    kinds, name: str, *, help: str, recipe: str, of_file: str, example: str
+) -> argparse.ArgumentParser:
+    """Add an evaluation that trains by a recipe to the kinds of `eval`, and return its parser.
+
+    of_file: the keys that a weights file needs; example: of overrides
+    """
+    parser = kinds.add_parser(name, help=help)
+    parser.add_argument(
+        "weights", metavar="RUN|FILE", help=f"a run folder; or a weights file, followed by {of_file}"
+    )
+    _add_overrides(parser, example=example)
+    parser.add_argument(
+        "--recipe", default=recipe, help=f"a YAML file, or the name of a shipped recipe (default {recipe})"
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("never", "auto"),
+        default="never",
+        help="auto: continue an interrupted training if there is one (default never)",
+    )
+    add_quiet(parser)
+    return parser
 
 
 def add_labels(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dmae_ds.cli.arguments import add_recipe, at_least_one
 from dmae_ds.cli.ranks import same_on_every_rank
 from dmae_ds.errors import UserError
+from dmae_ds.output.parser import in_list
 
 if TYPE_CHECKING:
     from dmae_ds.distributed.world import World
@@ -68,7 +69,7 @@ def _add_teacher_load(kinds) -> None:
     )
     load.add_argument(
         "--stages",
-        type=int,
+        type=in_list(int),
         nargs="+",
         default=[1, 2, 4],
         metavar="P",
@@ -90,7 +91,7 @@ def _add_stream(kinds) -> None:
     add_recipe(stream, note="; it gives the teacher and the micro-batch")
     stream.add_argument(
         "--stages",
-        type=int,
+        type=in_list(int),
         nargs="+",
         metavar="P",
         help="numbers of pipeline stages (default: all that the ranks allow)",

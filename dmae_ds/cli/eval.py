@@ -6,10 +6,11 @@ import argparse
 import itertools
 from collections.abc import Callable
 
-from dmae_ds.cli.arguments import add_labels, add_quiet
+from dmae_ds.cli.arguments import add_labels, add_quiet, add_training
 from dmae_ds.cli.eval_dense import add_detect, add_segment
 from dmae_ds.cli.eval_frozen import add_dense
 from dmae_ds.cli.ranks import same_on_every_rank, share_cpus
+from dmae_ds.output.parser import in_list
 
 
 def add_eval(subcommands) -> None:
@@ -41,7 +42,7 @@ def _add_knn(kinds) -> None:
     _add_sources(knn)
     knn.add_argument(
         "--k",
-        type=int,
+        type=in_list(int),
         nargs="+",
         default=[20],
         help="number of neighbours; several numbers take one pass (default 20)",
@@ -133,29 +134,15 @@ def _add_embedding(parser: argparse.ArgumentParser) -> None:
 
 def _add_classifier(kinds, name: str, *, help: str, recipe: str) -> None:
     """Add an evaluation that trains a classifier by a recipe."""
-    classifier = kinds.add_parser(name, help=help)
-    classifier.add_argument(
-        "weights",
-        metavar="RUN|FILE",
-        help="a run folder; or a weights file, followed by data.train=, data.val= and run.dir=",
-    )
-    classifier.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="change keys of the recipe, for example optim.epochs=50",
-    )
-    classifier.add_argument(
-        "--recipe", default=recipe, help=f"a YAML file, or the name of a shipped recipe (default {recipe})"
-    )
-    classifier.add_argument(
-        "--resume",
-        choices=("never", "auto"),
-        default="never",
-        help="auto: continue an interrupted evaluation if there is one (default never)",
+    classifier = add_training(
+        kinds,
+        name,
+        help=help,
+        recipe=recipe,
+        of_file="data.train=, data.val= and run.dir=",
+        example="optim.epochs=50",
     )
     add_labels(classifier)
-    add_quiet(classifier)
     classifier.set_defaults(command=_classifier, name=name)
 
 

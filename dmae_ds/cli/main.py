@@ -35,6 +35,7 @@ from dmae_ds.output.closed_pipe import EXIT_CODE, stdout_is_closed
 from dmae_ds.output.library_warnings import hide_library_warnings
 from dmae_ds.output.lines import be_quiet
 from dmae_ds.output.local_path import refuse_urls
+from dmae_ds.output.parser import OneLineParser
 
 GROUPS = {
     "distill": add_distill,
@@ -99,14 +100,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of every command and option."""
-    root = argparse.ArgumentParser(
+    root = OneLineParser(
         prog="dmae-ds",
         description="Distil large frozen vision transformers into small ones while pre-training.",
     )
     root.add_argument("--version", action="version", version=__version__)
     # DeepSpeed's launcher puts --local_rank=N in front of the arguments; LOCAL_RANK carries the same number.
     root.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    subcommands = root.add_subparsers(required=True, metavar=" | ".join(GROUPS))
+    subcommands = root.add_subparsers(required=True, metavar="COMMAND")
     for add in GROUPS.values():
         add(subcommands)
     add_examples(root)

@@ -7,23 +7,16 @@ torchvision's.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
-from safetensors.torch import load_file
 
 from dmae_ds.config.detection import DetectConfig, DetectorConfig
 from dmae_ds.config.networks import ModelConfig
 from dmae_ds.dense.backbone import build_backbone
 from dmae_ds.dense.detector import Detector, build_detector, build_trunk
-from dmae_ds.errors import UserError
-from dmae_ds.output.durable import replace_tensors
-from dmae_ds.output.safetensors_header import read_header
-
-_WANTED = "give best.safetensors or last.safetensors of `dmae-ds eval detect`"
+from dmae_ds.dense.network_file import described_network, fill_network, save_network
 
 
 @dataclass(frozen=True)
@@ -75,15 +68,7 @@ def save_detector(path: Path, detector: Detector, facts: DetectorFacts, **extra:
         "std": facts.std,
         "sizes": facts.sizes,
     }
-    metadata = {
-        "format": "pt",
-        "timm_name": facts.network.name,
-        "timm_overrides": json.dumps(facts.network.overrides()),
-        "detector": json.dumps(described),
-        **{name: str(value) for name, value in extra.items()},
-    }
-    tensors = {name: tensor.detach().cpu() for name, tensor in detector.state_dict().items()}
-    replace_tensors(path, tensors, metadata)
+    save_network(path, detector, facts.network, described, kind="detector", extra=extra)
 
 
 def read_facts(path: Path, *, label: str) -> DetectorFacts:
@@ -91,35 +76,21 @@ def read_facts(path: Path, *, label: str) -> DetectorFacts:
 
     label: the user's name for the file. Raises UserError for another kind of file.
     """
-    if not path.is_file():
-        raise UserError(f"{label} '{path}' not found; {_WANTED}")
-    header = read_header(path)
-    metadata = {} if header is None else header.metadata
-    try:
-        described = json.loads(metadata["detector"])
-        overrides = json.loads(metadata["timm_overrides"])
+    kind = {"kind": "detector", "command": "dmae-ds eval detect"}
+    with described_network(path, label=label, **kind) as (network, described):
         return DetectorFacts(
-            network=ModelConfig(name=metadata["timm_name"], **overrides),
+            network=network,
             detector=DetectorConfig(**described["detector"]),
             classes=list(described["classes"]),
             mean=tuple(described["mean"]),
             std=tuple(described["std"]),
             sizes=tuple(described["sizes"]),
         )
-    except (KeyError, TypeError, ValueError, ValidationError):
-        raise UserError(f"{label} '{path}' is not a detector's file; {_WANTED}") from None
 
 
 def load_detector(path: Path, *, label: str) -> tuple[Detector, DetectorFacts]:
     """Build a detector from its file, on the CPU in eval mode. Raises UserError for another kind of file."""
     facts = read_facts(path, label=label)
-    vit = build_backbone(facts.network, seed=0, where=label)
-    detector = put_together(vit, facts, seed=0)
-    try:
-        detector.load_state_dict(load_file(path), strict=True)
-    except Exception as error:  # safetensors and torch raise their own kinds
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{label} '{path}' does not fit its own description ({reason}); copy it again"
-        ) from None
+    detector = put_together(build_backbone(facts.network, seed=0, where=label), facts, seed=0)
+    fill_network(detector, path, label=label)
     return detector.eval(), facts

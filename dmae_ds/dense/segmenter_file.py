@@ -7,20 +7,16 @@ recipe, the classes, the pixel statistics and the value of no class. Tensors: `b
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file
+from pydantic import TypeAdapter
 
 from dmae_ds.config.networks import ModelConfig
 from dmae_ds.config.segmentation import HeadSection
 from dmae_ds.dense.backbone import build_backbone
+from dmae_ds.dense.network_file import described_network, fill_network, save_network
 from dmae_ds.dense.segmenter import Segmenter
-from dmae_ds.errors import UserError
-from dmae_ds.output.durable import replace_tensors
-from dmae_ds.output.safetensors_header import read_header
 
 
 @dataclass(frozen=True)
@@ -51,15 +47,7 @@ def save_segmenter(path: Path, segmenter: Segmenter, facts: SegmenterFacts, **ex
         "window": facts.window,
         "stride": facts.stride,
     }
-    metadata = {
-        "format": "pt",
-        "timm_name": facts.network.name,
-        "timm_overrides": json.dumps(facts.network.overrides()),
-        "segmenter": json.dumps(described),
-        **{name: str(value) for name, value in extra.items()},
-    }
-    tensors = {name: tensor.detach().cpu() for name, tensor in segmenter.state_dict().items()}
-    replace_tensors(path, tensors, metadata)
+    save_network(path, segmenter, facts.network, described, kind="segmenter", extra=extra)
 
 
 def read_facts(path: Path, *, label: str) -> SegmenterFacts:
@@ -67,22 +55,10 @@ def read_facts(path: Path, *, label: str) -> SegmenterFacts:
 
     label: the user's name for the file. Raises UserError for another kind of file.
     """
-    if not path.is_file():
-        raise UserError(f"{label} '{path}' not found; give best.safetensors of `dmae-ds eval segment`")
-    header = read_header(path)
-    try:
-        metadata = header.metadata
-        described = json.loads(metadata["segmenter"])
-        overrides = json.loads(metadata["timm_overrides"])
-        return SegmenterFacts(
-            network=ModelConfig(name=metadata["timm_name"], **overrides),
-            head=TypeAdapter(HeadSection).validate_python(described.pop("head")),
-            **described,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, ValidationError):
-        raise UserError(
-            f"{label} '{path}' is not a segmenter's file; give best.safetensors of `dmae-ds eval segment`"
-        ) from None
+    kind = {"kind": "segmenter", "command": "dmae-ds eval segment"}
+    with described_network(path, label=label, **kind) as (network, described):
+        head = TypeAdapter(HeadSection).validate_python(described.pop("head"))
+        return SegmenterFacts(network=network, head=head, **described)
 
 
 def load_segmenter(path: Path, *, label: str) -> tuple[Segmenter, SegmenterFacts]:
@@ -90,11 +66,5 @@ def load_segmenter(path: Path, *, label: str) -> tuple[Segmenter, SegmenterFacts
     facts = read_facts(path, label=label)
     vit = build_backbone(facts.network, seed=0, where=label)
     segmenter = Segmenter(vit, facts.head, num_classes=len(facts.classes), seed=0)
-    try:
-        segmenter.load_state_dict(load_file(path), strict=True)
-    except Exception as error:  # safetensors and torch raise their own kinds
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{label} '{path}' does not fit its own description ({reason}); copy it again"
-        ) from None
+    fill_network(segmenter, path, label=label)
     return segmenter.eval(), facts

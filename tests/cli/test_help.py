@@ -156,3 +156,22 @@ def test_a_reader_that_has_seen_enough_is_no_error(digits):
         process.stdout.close()
         assert process.communicate()[1] == ""
         assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    "program, words, named",
+    [
+        (main, ["eval", "knn", "--k", "5", "20", "RUN"], ["--k", "'RUN'", "eval knn --help"]),
+        (main, ["eval", "segment"], ["RUN|FILE", "eval segment --help"]),
+        (main, ["tarin"], ["'tarin'", "train", "dmae-ds --help"]),
+        (main, ["plan", "mae_vit_base", "--gpu-s", "2"], ["--gpu-s", "dmae-ds"]),
+        (cli.main, ["mkae"], ["'mkae'", "make", "dmae-shards --help"]),
+        (cli.main, ["make", "src", "dst", "--workers", "none"], ["--workers", "none", "make --help"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(program, words, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1
+    assert all(word in lines[0] for word in named)
