@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Students on scenes of handwritten digits, three seeds each: mIoU of random weights, MAE and DMAE:
+# Students on scenes of handwritten digits, three seeds each: mIoU and box AP of random weights, MAE, DMAE and
+# G2SD's generic stage, and G2SD's specific stage with and without the teacher:
 #   bash launch/scenes_study.sh          # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder
 #   ONLY="mae dmae" TASKS="dense" bash launch/scenes_study.sh              # some settings, some evaluations
-# On one core of a busy machine the teacher took 42 minutes and MAE 7. All students of a seed have the
-# same steps, data, rate and initial weights. Killed or started again, it continues where it was; what is
-# finished is not repeated. Numbers go into each run's results.jsonl; the table at the end has their means.
+# All students of a seed have the same steps, data, rate and initial weights. Killed or started again, it
+# continues where it was; what is finished is not repeated. Numbers go into each run's results.jsonl; the table
+# at the end has their means (RESULTS.md: dmae-ds report --results digits=runs/study scenes=runs/scenes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1 2}
@@ -16,68 +17,66 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-
 
 # Name of the run, its recipe, and the keys that are changed. Random weights are those before the first step.
 SETTINGS="
-random  scenes_mae   optim.epochs=0.001 optim.warmup_epochs=0 optim.base_lr=1e-12
-mae     scenes_mae
-dmae    scenes_dmae
+random        scenes_mae   optim.epochs=0.001 optim.warmup_epochs=0 optim.base_lr=1e-12
+mae           scenes_mae
+dmae          scenes_dmae
+g2sd-generic  scenes_g2sd_generic
 "
-# Name of an evaluation, and what follows `dmae-ds eval`; images are as large as in training.
+# Name of an evaluation, the runs that get it (all, or one name), and what follows `dmae-ds eval`. Frozen
+# features are measured on images as large as in training.
 EVALUATIONS="
-dense  dense RUN --task knn linear --size 64 --window 64 --patches 50000 --iterations 1000 --warmup 50 --lr 1e-2
+dense             all           dense RUN --task knn linear --size 64 --window 64 --patches 50000 --iterations 1000 --warmup 50 --lr 1e-2
+segment           all           segment RUN --recipe upernet_scenes optim.length=8
+detect            all           detect RUN --recipe detect_scenes
+segment-specific  g2sd-generic  segment RUN --recipe upernet_scenes optim.length=8 distill.teacher=TEACHER/segment/best.safetensors
+detect-specific   g2sd-generic  detect RUN --recipe detect_scenes distill.teacher=TEACHER/detect/best.safetensors
 "
 
 . launch/venv.sh
+python -c 'import pycocotools, transformers' 2>/dev/null || python -m pip install --quiet --editable ".[dense]"
 SHARDS=$OUT/shards/scenes
 . launch/runs.sh
 
 evaluate() { # TASK RUN what follows `dmae-ds eval`, for one run
-    [ ! -e "$2/evaluated-$1" ] || return 0
+    local done="$2/evaluated-$1" command="$3"
+    [ ! -e "$done" ] || return 0
+    [ "${command%% *}" = dense ] ||
+        command+=" --resume auto run.dir=$2/$1 data.train=$SHARDS/train data.val=$SHARDS/val"
     # The words of the table are options without spaces.
     # shellcheck disable=SC2086
-    logged "eval $1 of $2" "$2-$1.log" dmae-ds eval ${3//RUN/$2} || return 1
-    touch "$2/evaluated-$1"
+    logged "eval $1 of $2" "$2-$1.log" dmae-ds eval ${command//RUN/$2} || return 1
+    touch "$done"
     echo "evaluated $2 ($1)"
 }
 export -f evaluate
 
+evaluations() { # NAME SEED WHOM: lines of arguments of `evaluate`, for a run, of the evaluations for WHOM
+    local task whom command
+    while read -r task whom command; do
+        [ -n "$task" ] && [ "$whom" = "$3" ] || continue
+        [ -z "$TASKS" ] || [[ " $TASKS " = *" $task "* ]] || continue
+        echo "$task '$OUT/$1-seed$2' '${command//TEACHER/$OUT/teacher-seed$2}'"
+    done <<<"$EVALUATIONS"
+}
+
 [ -e "$SHARDS/val/manifest.json" ] || OUT=$OUT bash launch/scenes.sh
+teacher=
+if wanted dmae || wanted g2sd-generic; then teacher=teacher; fi
 echo "== students: seeds $SEEDS"
 for seed in $SEEDS; do
-    ! wanted dmae || echo "teacher $seed scenes_teacher"
+    [ -z "$teacher" ] || echo "teacher $seed scenes_teacher"
 done | in_parallel
 for seed in $SEEDS; do
     students_of "$seed" <<<"$SETTINGS"
 done | in_parallel
 echo "== evaluations"
-for seed in $SEEDS; do
-    while read -r name _; do
-        [ -n "$name" ] && wanted "$name" || continue
-        while read -r task command; do
-            [ -n "$task" ] && { [ -z "$TASKS" ] || [[ " $TASKS " = *" $task "* ]]; } || continue
-            echo "$task '$OUT/$name-seed$seed' '$command'"
-        done <<<"$EVALUATIONS"
-    done <<<"$SETTINGS"
-done | xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'evaluate {}'
-
-python - "$OUT" <<'PYTHON'
-import sys
-from pathlib import Path
-from statistics import fmean, stdev
-
-from dmae_ds.evaluate.results import METRICS, headline, read_results
-from dmae_ds.output.table import text_table
-
-values = {}
-for run in sorted(Path(sys.argv[1]).glob("*-seed*/")):
-    for result in read_results(run):
-        values.setdefault((run.name.rpartition("-seed")[0], result["metric"]), []).append(headline(result))
-metrics = [metric for metric in METRICS if any(metric == other for _, other in values)]
-rows = [("setting", *(METRICS[metric].title for metric in metrics))]
-for setting in dict.fromkeys(setting for setting, _ in values):
-    cells = []
-    for metric in metrics:
-        numbers = values.get((setting, metric), [])
-        deviation = f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else ""
-        cells.append(f"{fmean(numbers):.1f}{deviation}" if numbers else "")
-    rows.append((setting, *cells))
-print("\n".join(text_table(rows)))
-PYTHON
+for whom in all one; do # of all first: the specific stage needs the teacher's segmenter and detector
+    for seed in $SEEDS; do
+        while read -r name _; do
+            [ "$name" = "$teacher" ] || wanted "$name" || continue
+            [ -z "$name" ] || evaluations "$name" "$seed" "${whom/one/$name}"
+        done <<<"$teacher$SETTINGS"
+    done | xargs -r -P "$JOBS" -d '\n' -I '{}' bash -c 'evaluate {}'
+done
+dmae-ds report --results "scenes=$OUT" --out "$OUT/RESULTS.md"
+sed -n '/^| setting/,/^$/p' "$OUT/RESULTS.md"

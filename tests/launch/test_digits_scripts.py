@@ -207,20 +207,36 @@ def test_scenes_study_trains_and_evaluates_every_student_once(start, tmp_path):
     shards = tmp_path / "out" / "shards" / "scenes" / "val"
     shards.mkdir(parents=True)
     (shards / "manifest.json").touch()
+    (tmp_path / "out" / "RESULTS.md").write_text(
+        "# Results\n\n| setting | dense k-NN |\n| mae | 12.5 |\n\nother"
+    )
     done, calls = start("scenes_study.sh", SEEDS="0 1", BROKEN="eval dense")
     assert done.returncode != 0 and "it broke" in done.stderr
     trained = [run_of(call) for call in calls if call.startswith("dmae-ds train")]
-    names = ("teacher", "random", "mae", "dmae")
+    names = ("teacher", "random", "mae", "dmae", "g2sd-generic")
     assert sorted(trained) == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))
     for call in calls:
-        if "scenes_dmae" in call:
+        if "scenes_dmae" in call or "scenes_g2sd_generic" in call:
             assert f"teacher.weights=OUT/teacher-seed{run_of(call)[-1]} " in f"{call} "
             assert "data.train=OUT/shards/scenes/train" in call
-    done, calls = start("scenes_study.sh", SEEDS="0 1")
+    before = [call for call in calls if "eval" in call and "eval dense" not in call]
+    done, calls = start("scenes_study.sh", SEEDS="0 1", JOBS="1")
     assert done.returncode == 0, done.stderr
-    students = [f"OUT/{name}-seed{seed}" for name in names[1:] for seed in (0, 1)]
-    assert sorted(call.split()[3] for call in calls) == sorted(students)
-    assert all(call.startswith("dmae-ds eval dense") and "--task knn linear" in call for call in calls)
-    row = next(line for line in done.stdout.splitlines() if line.startswith("mae "))
-    assert "12.5" in row and "0.0" in row
-    assert start("scenes_study.sh", SEEDS="0 1", TASKS="dense", ONLY="mae")[1] == []
+    assert calls.pop() == "dmae-ds report --results scenes=OUT --out OUT/RESULTS.md"
+    assert done.stdout.endswith("| setting | dense k-NN |\n| mae | 12.5 |\n\n")
+    evaluated = [call.split()[2:4] for call in before + calls]
+    students = [f"OUT/{name}-seed{seed}" for seed in (0, 1) for name in names]
+    assert all(call.startswith("dmae-ds eval ") for call in calls)
+    for task in ("dense", "segment", "detect"):
+        whole = [run for name, run in evaluated if name == task]
+        assert sorted(set(whole)) == sorted(students)
+        assert len(whole) == len(students) + 2 * (task != "dense")  # the specific stage, of each seed
+    specific = [call for call in calls if "distill.teacher=" in call]
+    assert calls[-4:] == specific
+    for call, seed, task in zip(specific, (0, 0, 1, 1), ("segment", "detect") * 2, strict=True):
+        assert f"distill.teacher=OUT/teacher-seed{seed}/{task}/best.safetensors" in call
+        assert f"run.dir=OUT/g2sd-generic-seed{seed}/{task}-specific" in call
+        assert "data.val=OUT/shards/scenes/val" in call
+    for task in ("dense", "detect-specific"):
+        (call,) = start("scenes_study.sh", SEEDS="0 1", TASKS=task, ONLY="mae")[1]
+        assert call.startswith("dmae-ds report")
