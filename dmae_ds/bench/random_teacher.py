@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from dmae_ds.config.run import RunConfig
+from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.base import Objective
 from dmae_ds.teacher.frozen import DTYPES, meta_teacher, needed_depths
 from dmae_ds.teacher.grid import PatchView
 from dmae_ds.teacher.top import Top, meta_top
+
+
+def check_one_teacher(config: RunConfig, bench: str) -> None:
+    """Raise UserError for a recipe with several teachers, which no bench measures together."""
+    if config.teachers is not None:
+        raise UserError(
+            f"bench {bench} measures one teacher, and the recipe has teachers "
+            f"{', '.join(config.named_teachers())}; give one of them as `teacher`"
+        )
 
 
 def random_teacher(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dmae_ds.bench.random_batch import random_batches
+from dmae_ds.bench.random_teacher import check_one_teacher
 from dmae_ds.config.batch import BatchSplit
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.run import CheckpointConfig, RunConfig
@@ -114,7 +115,8 @@ def _build(config: RunConfig, world: World, run_dir: Path, device: torch.device)
     check_precision(config.precision, device)
     cut, _ = resolve_micro_batch(CutRecipe.of(config, world), device)
     config, split, deepspeed = cut.config, cut.split, cut.deepspeed
-    objective, shape = build_objective(config)
+    check_one_teacher(config, "save")
+    objective, shapes = build_objective(config)
     if any(not tap.startswith("block/") for tap in objective.taps):
         raise UserError(
             f"bench save makes random features of encoder blocks only, but the objective taps "
@@ -127,7 +129,7 @@ def _build(config: RunConfig, world: World, run_dir: Path, device: torch.device)
     # What the student compares itself with: CLS and its own visible patches, whatever the teacher sees.
     num_images, num_visible = batches[0].ids_keep.shape
     features = {
-        tap: torch.randn(num_images, 1 + num_visible, shape.embed_dim, device=device)
+        tap: torch.randn(num_images, 1 + num_visible, shapes[""].embed_dim, device=device)
         for tap in objective.taps
     }
     engine = Engine(objective, build_optimizer(objective, config.optim), deepspeed, device)

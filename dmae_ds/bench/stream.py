@@ -21,7 +21,12 @@ from torch import Tensor
 
 from dmae_ds.bench.pipeline_engine import EvalBatch
 from dmae_ds.bench.random_batch import random_batches
-from dmae_ds.bench.random_teacher import random_teacher, random_teacher_view, random_top
+from dmae_ds.bench.random_teacher import (
+    check_one_teacher,
+    random_teacher,
+    random_teacher_view,
+    random_top,
+)
 from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World
@@ -78,10 +83,12 @@ def bench_stream(
     Raises UserError for a recipe without a teacher, lengths that the ranks or the blocks don't allow, and one
     rank.
     """
+    check_one_teacher(config, "stream")
     if config.teacher is None:
         raise UserError("bench stream needs a recipe with a teacher, such as dmae_vit_large_to_base")
     with process_group.joined(world, timeout_s=config.dist.timeout_s) as device:
-        objective, shape = build_objective(config, device="meta")
+        objective, shapes = build_objective(config, device="meta")
+        shape = shapes[""]
         depth, _ = needed_depths(objective.taps, shape.depth)
         stages = collectives.raise_on_all_ranks(lambda: _check_stages(stages, world=world.size, depth=depth))
         # Whole calls of those contestants that take several batches at once.

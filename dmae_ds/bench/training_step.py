@@ -9,7 +9,12 @@ from typing import Iterator
 import torch
 
 from dmae_ds.bench.random_batch import random_batch
-from dmae_ds.bench.random_teacher import random_teacher, random_teacher_view, random_top
+from dmae_ds.bench.random_teacher import (
+    check_one_teacher,
+    random_teacher,
+    random_teacher_view,
+    random_top,
+)
 from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
@@ -49,16 +54,17 @@ class TrainingStep:
         self.device = device
         cut = CutRecipe.of(config, world)
         self.micro_batch, self.accumulation, self.deepspeed = *cut.split, cut.deepspeed
-        self.objective, shape = build_objective(config)
+        check_one_teacher(config, "step")
+        self.objective, shapes = build_objective(config)
         self.ema = build_ema_teacher(self.objective, precision=config.precision, device=device)
         self._progress = Progress(0, NUM_STEPS, 0.0, config.optim.epochs)
         self.objective.start_step(self._progress)
         self.teacher = NoTeacher()
         if config.teacher is not None:
-            self.teacher = _random_teacher(config, self.objective, shape.depth, device)
+            self.teacher = _random_teacher(config, self.objective, shapes[""].depth, device)
         self.kernels = choose_kernels(
             config,
-            [self.objective, getattr(self.teacher, "vit", None), self.ema.module],
+            [self.objective, *self.teacher.networks(), self.ema.module],
             device,
             zero_stage=zero_stage(cut.deepspeed),
             is_large=True,

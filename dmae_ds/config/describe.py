@@ -91,6 +91,12 @@ def _sections(root: type[BaseModel], known: type[BaseModel] | None) -> Iterator[
             for choice, schema in choices.items():
                 yield f", {name}.name={choice}: {_first_line(schema)}", list(keys_of(schema, f"{name}."))
         elif schemas:
+            names = dict in map(get_origin, (field.annotation, *get_args(field.annotation)))
+            if names:  # sections by name, of which only the keys are listed that one section has not
+                own = [key for key in inspect.get_annotations(schemas[0]) if key in schemas[0].model_fields]
+                keys = [_key(schemas[0], key, f"{name}.NAME.{key}") for key in own]
+                yield f", {name}.NAME: {_first_line(schemas[0])} (may be left out)", keys
+                continue
             optional = (
                 "" if type(None) not in get_args(field.annotation) else " (the section may be left out)"
             )

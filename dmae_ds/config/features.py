@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from dmae_ds.config.objective_base import ObjectiveSection, Section
+from dmae_ds.config.teachers import split_name
 
 QUEUE_SIZE = 8192
 TAPS, PLACES, BLOCK = ("tokens", "cls", "pooled"), ("tokens", "cls", "mean"), r"block/[1-9]\d*"
@@ -25,7 +26,8 @@ class FeatureTarget(Section):
     """One term: a tap of the teacher, a place of the student, a head and a distance between them."""
 
     name: str | None = None  # of the term in metrics; null: the tap's
-    # Of the teacher: tokens, cls (after its final norm), pooled (its attention pool), block/18.
+    # Of the teacher: tokens, cls (after its final norm), pooled (its attention pool), block/18. Of one of
+    # several teachers: dino:block/18.
     tap: str = "tokens"
     # Of the student: tokens, cls (after its final norm), mean (of its patch tokens), block/9. `tokens` and
     # blocks are compared with `tokens` and blocks, `cls` and `mean` with `cls` and `pooled`.
@@ -55,13 +57,24 @@ class FeatureTarget(Section):
     @property
     def is_vector(self) -> bool:
         """Whether an image has one vector instead of tokens."""
-        return self.tap in ("cls", "pooled")
+        return self.place in ("cls", "pooled")
+
+    @property
+    def teacher(self) -> str:
+        """Name of the teacher; "" where the recipe has one."""
+        return split_name(self.tap)[0]
+
+    @property
+    def place(self) -> str:
+        """The tap without its teacher's name."""
+        return split_name(self.tap)[1]
 
     @field_validator("tap", "student")
     @classmethod
     def _place_is_known(cls, value: str, info: ValidationInfo) -> str:
-        words = TAPS if info.field_name == "tap" else PLACES
-        if value not in words and not re.fullmatch(BLOCK, value):
+        is_tap = info.field_name == "tap"
+        words, place = (TAPS, split_name(value)[1]) if is_tap else (PLACES, value)
+        if place not in words and not re.fullmatch(BLOCK, place):
             raise ValueError(f"'{value}' is unknown; choose {', '.join(words)}, or a block such as block/9")
         return value
 
@@ -121,11 +134,17 @@ class FeaturesConfig(ObjectiveSection):
     """Imitation of a frozen network's features, of whole or masked images (Proteus, MaskDistill)."""
 
     needs_teacher: ClassVar[bool] = True
+    takes_several_teachers: ClassVar[bool] = True
     name: Literal["features"]
     # The terms of the loss.
     targets: tuple[FeatureTarget, ...] = (FeatureTarget(),)
     mask: FeatureMask | None = None  # of the student; null: it sees whole images, as the teacher
     photometric: Literal["jitter"] | None = None  # colours of the student's copy of the crop alone
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        """Taps of the targets, each once."""
+        return tuple(dict.fromkeys(target.tap for target in self.targets))
 
     @property
     def mix_group_size(self) -> int:
@@ -166,8 +185,10 @@ class FeaturesConfig(ObjectiveSection):
         twice = {label for label in labels if labels.count(label) > 1}
         if twice:
             raise ValueError(f"several targets are called {', '.join(sorted(twice))}; give each a name")
-        vectors = {target.label for target in targets if target.student == "cls"}
         for target in targets:
+            vectors = {
+                other.label for other in targets if other.student == "cls" and other.teacher == target.teacher
+            }
             if target.cls_head is not None and target.cls_head not in vectors:
                 raise ValueError(
                     f"cls_head {target.cls_head} of target {target.label} is no target with student=cls; "

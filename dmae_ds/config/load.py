@@ -6,6 +6,7 @@ What a spelling means (`1e-3`, `off`, 2024-05-01) is decided in yaml_text.py.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +25,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.output.local_path import refuse_url
 
 # Keys that may hold a URL. Every other key with one is refused, but for the options of an own objective.
-TAKES_URL = ("data.train", "data.val", "teacher.license")
+TAKES_URL = re.compile(r"data\.train|data\.val|teachers?(\.\w+)?\.license|objective\..*")
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -90,7 +91,7 @@ def override_words(overrides: Mapping[str, object] | Iterable[str]) -> list[str]
 def check_places(config: BaseModel) -> None:
     """Raise UserError where a key holds a URL and means a file or folder of this machine."""
     for key, value in flatten(config.model_dump(mode="json")).items():
-        if not isinstance(value, str) or key in TAKES_URL or key.startswith("objective."):
+        if not isinstance(value, str) or TAKES_URL.fullmatch(key):
             continue
         instead = "copy it here, and give its path"
         if key == "run.dir":
@@ -174,10 +175,11 @@ def _known_keys(location: tuple, schema: type[BaseModel]) -> list[str]:
             if part in model.model_fields
             for child in models_in(model.model_fields[part].annotation)
         ]
-        # Part of a location may be the tag of a discriminated union, which is no field.
-        models = children or [
+        # Part of a location may be the tag of a discriminated union or the name of a teacher, no fields.
+        tagged = [
             model for model in models if part in get_args(model.model_fields.get("name", _NoField).annotation)
         ]
+        models = children or tagged or models
     return sorted({field for model in models for field in model.model_fields})
 
 

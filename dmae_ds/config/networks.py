@@ -7,7 +7,15 @@ from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from dmae_ds.config.objective_base import Section
 
@@ -107,46 +115,62 @@ class TeacherConfig(ModelConfig):
     # it: cc-by-nc-4.0.
     license: str | None = None
 
+    _section: str = PrivateAttr("teacher")
+
+    @property
+    def section(self) -> str:
+        """Name of its section in the recipe: `teacher`, or `teachers.dino` of one of several."""
+        return self._section
+
+    def key(self, name: str) -> str:
+        """Full name of one of its keys for messages: `teacher.weights`, `teachers.dino.weights`."""
+        return f"{self.section}.{name}"
+
     @model_validator(mode="after")
-    def _weights_from_one_place(self):
+    def _keys_go_together(self):
+        self.check_keys()
+        return self
+
+    def check_keys(self) -> None:
+        """Raise ValueError for keys that do not go together."""
+        key = self.key
         if self.pretrained == (self.weights is not None):
             raise ValueError(
-                "give either teacher.weights, or teacher.pretrained=true with a tagged name such as "
+                f"give either {key('weights')}, or {key('pretrained')}=true with a tagged name such as "
                 "vit_large_patch16_224.mae"
             )
         if self.pretrained and ("." not in self.name or self.format != "timm"):
             raise ValueError(
-                "teacher.pretrained requires a name with timm's tag, such as vit_large_patch16_224.mae, "
+                f"{key('pretrained')} requires a name with timm's tag, such as vit_large_patch16_224.mae, "
                 f"and format timm; found {self.name}, {self.format}"
             )
         if (self.mean is None) != (self.std is None):
-            raise ValueError("give both teacher.mean and teacher.std, or neither")
+            raise ValueError(f"give both {key('mean')} and {key('std')}, or neither")
         if self.mean is not None and not len(self.mean) == len(self.std) == (self.in_chans or 3):
             raise ValueError(
-                f"teacher.mean has {len(self.mean)} and teacher.std {len(self.std)} numbers, and the teacher "
-                f"{self.in_chans or 3} channels (teacher.in_chans); give one number a channel"
+                f"{key('mean')} has {len(self.mean)} and {key('std')} {len(self.std)} numbers, and the "
+                f"teacher {self.in_chans or 3} channels ({key('in_chans')}); give one number a channel"
             )
         if (self.placement == "pipeline") != (self.stages is not None):
             raise ValueError(
-                f"teacher.placement {self.placement} does not go with teacher.stages {self.stages}; "
+                f"{key('placement')} {self.placement} does not go with {key('stages')} {self.stages}; "
                 "placement=pipeline requires a number of stages, other placements have none"
             )
         if (self.sees == "superset") != (self.mask_ratio is not None):
             raise ValueError(
-                f"teacher.sees {self.sees} does not go with teacher.mask_ratio {self.mask_ratio}; "
+                f"{key('sees')} {self.sees} does not go with {key('mask_ratio')} {self.mask_ratio}; "
                 "sees=superset requires a mask ratio, the others have none"
             )
         if self.dtype == "fp8" and self.placement != "replicated":
             raise ValueError(
-                f"teacher.dtype fp8 requires teacher.placement=replicated, found {self.placement}; "
-                "set that, or teacher.dtype=bf16"
+                f"{key('dtype')} fp8 requires {key('placement')}=replicated, found {self.placement}; "
+                f"set that, or {key('dtype')}=bf16"
             )
         if self.stats is not None and self.standardize not in ("zscore", "phi_s"):
             raise ValueError(
-                f"teacher.stats requires teacher.standardize=zscore or phi_s, found {self.standardize}; "
-                "set one of them, or remove teacher.stats"
+                f"{key('stats')} requires {key('standardize')}=zscore or phi_s, found {self.standardize}; "
+                f"set one of them, or remove {key('stats')}"
             )
-        return self
 
     @field_validator("format")
     @classmethod
@@ -169,3 +193,19 @@ class TeacherConfig(ModelConfig):
         copy = self.model_copy(update={"dtype": dtype})
         copy.model_fields_set.discard("dtype")
         return copy
+
+
+class NamedTeacherConfig(TeacherConfig):
+    """One of several teachers, by its name: the keys of `teacher`, and its weight."""
+
+    weight: NonNegativeFloat = 1.0  # factor of all its terms in the loss, besides each term's own weight
+
+    @model_validator(mode="after")
+    def _keys_go_together(self):
+        return self  # checked by `called`, whose messages have the name
+
+    def called(self, name: str) -> NamedTeacherConfig:
+        """The same section, which knows its name. Raises ValueError for keys that do not go together."""
+        self._section = f"teachers.{name}"
+        self.check_keys()
+        return self

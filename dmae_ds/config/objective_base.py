@@ -23,6 +23,8 @@ class ObjectiveSection(Section):
     declares the rest (objectives/needs.py). A subclass may turn each into a property of its settings.
 
     needs_teacher: a frozen teacher
+    takes_several_teachers: whether a recipe may have `teachers`; the module's constructor is then given
+        `teachers`, {name: TeacherShape}, also of one teacher, whose name is ""
     needs_labels: labelled shards; the module's constructor is given `num_classes`
     needs_student_weights: weights that the student begins with, student.weights
     needs_whole_batch: all of optim.global_batch at once, without gradient accumulation
@@ -35,6 +37,7 @@ class ObjectiveSection(Section):
     """
 
     needs_teacher: ClassVar[bool] = False
+    takes_several_teachers: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_student_weights: ClassVar[bool] = False
     needs_whole_batch: ClassVar[bool] = False
@@ -48,6 +51,11 @@ class ObjectiveSection(Section):
     def distillation(self) -> FeatureDistillationConfig | None:
         """The settings of feature distillation; None for an objective without that term."""
         return getattr(self, "distill", None)
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        """Taps of teachers, where the section names them; () where the module alone knows them."""
+        return ()
 
     @property
     def dropped_share(self) -> float:

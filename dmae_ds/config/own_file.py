@@ -19,13 +19,13 @@ def with_numbers_of_own_file(config: RunConfig) -> RunConfig:
     A file of another network than `teacher.name`, and one that can't be read, change nothing here: they are
     refused where the teacher is built.
     """
-    teacher = config.teacher
-    if teacher is None or teacher.weights is None or teacher.format not in _FORMATS or teacher.overrides():
-        return config
-    numbers = _numbers_in(Path(teacher.weights).expanduser(), teacher)
-    if not set(numbers) - {"img_size"}:
-        return config
-    return config.model_copy(update={"teacher": teacher.model_copy(update=numbers)})
+    numbered = {}
+    for name, teacher in config.named_teachers().items():
+        numbers: dict[str, object] = {}
+        if teacher.weights is not None and teacher.format in _FORMATS and not teacher.overrides():
+            numbers = _numbers_in(Path(teacher.weights).expanduser(), teacher)
+        numbered[name] = teacher.model_copy(update=numbers if set(numbers) - {"img_size"} else {})
+    return config.with_teachers(numbered)
 
 
 def network_in(path: Path) -> dict[str, object]:

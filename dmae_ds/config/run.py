@@ -17,8 +17,9 @@ from pydantic import (
     model_validator,
 )
 
-from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig
+from dmae_ds.config.networks import ModelConfig, NamedTeacherConfig, StudentConfig, TeacherConfig
 from dmae_ds.config.objectives import ObjectiveConfig, Section
+from dmae_ds.config.teachers import check_names, why_not_served
 from dmae_ds.errors import UserError
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
@@ -228,6 +229,8 @@ class RunConfig(Section):
     run: RunSection
     student: StudentConfig
     teacher: TeacherConfig | None = None
+    # Several teachers by name, instead of `teacher`, for objectives that take them; taps are `name:block/18`.
+    teachers: dict[str, NamedTeacherConfig] | None = None
     objective: ObjectiveConfig
     data: DataConfig
     optim: OptimConfig = OptimConfig()
@@ -247,11 +250,45 @@ class RunConfig(Section):
     dist: DistConfig = DistConfig()
 
     @model_validator(mode="after")
-    def _teacher_follows_the_precision(self):
-        if self.teacher is not None and self.teacher.dtype == "auto":
-            dtype = "bf16" if self.precision == "bf16_autocast" else self.precision
-            object.__setattr__(self, "teacher", self.teacher.following(dtype))  # values are final to others
+    def _teachers_have_names(self):
+        if self.teachers is None:
+            return self
+        if self.teacher is not None:
+            raise ValueError(
+                "the recipe has both teacher and teachers; give one teacher as `teacher`, several by their "
+                "names in `teachers`"
+            )
+        check_names(self.teachers)
+        for name, teacher in self.teachers.items():
+            teacher.called(name)
         return self
+
+    @model_validator(mode="after")
+    def _teachers_follow_the_precision(self):
+        dtype = "bf16" if self.precision == "bf16_autocast" else self.precision
+        for key, value in self._teacher_fields(
+            {
+                name: teacher.following(dtype) if teacher.dtype == "auto" else teacher
+                for name, teacher in self.named_teachers().items()
+            }
+        ).items():
+            object.__setattr__(self, key, value)  # values are final to others
+        return self
+
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by name, in the same order on every rank; the one teacher has the name ""."""
+        if self.teacher is not None:
+            return {"": self.teacher}
+        return dict(sorted((self.teachers or {}).items()))
+
+    def with_teachers(self, teachers: dict[str, TeacherConfig]) -> RunConfig:
+        """The same recipe with other sections of the same teachers, as `named_teachers` gives them."""
+        return self.model_copy(update=self._teacher_fields(teachers))
+
+    def _teacher_fields(self, teachers: dict[str, TeacherConfig]) -> dict[str, object]:
+        if not teachers:
+            return {}
+        return {"teacher": teachers[""]} if "" in teachers else {"teachers": teachers}
 
     @model_validator(mode="after")
     def _objective_fits_into_the_run(self):
@@ -269,29 +306,39 @@ class RunConfig(Section):
 
     def check_teacher(self) -> None:
         """Raise UserError where the objective lacks the teacher it needs, or has one it doesn't use."""
-        name = self.objective.name
-        if self.objective.needs_teacher and self.teacher is None:
+        name, teachers = self.objective.name, self.named_teachers()
+        if self.objective.needs_teacher and not teachers:
             raise UserError(f"objective {name} needs a teacher; give teacher.name and teacher.weights")
-        if self.teacher is not None and not self.objective.needs_teacher:
+        if teachers and not self.objective.needs_teacher:
             raise UserError(
                 f"objective {name} does not use a teacher; remove the teacher section, or choose another "
                 "objective.name"
             )
-        if self.teacher is not None and (self.teacher.in_chans or 3) != len(self.data.mean):
+        if self.teachers is not None and not self.objective.takes_several_teachers:
             raise UserError(
-                f"teacher.in_chans is {self.teacher.in_chans or 3} and student.in_chans "
-                f"{len(self.data.mean)}; a teacher sees the student's images: set both to the same number"
+                f"objective {name} takes one teacher, and the recipe has teachers {', '.join(teachers)}; "
+                "give one of them as `teacher`, or choose another objective.name, such as features"
             )
+        taps = self.objective.tapped
+        problem = why_not_served(taps, teachers) if taps else ""
+        if problem:
+            raise UserError(f"objective.targets: {problem}")
+        for teacher in teachers.values():
+            if (teacher.in_chans or 3) != len(self.data.mean):
+                raise UserError(
+                    f"{teacher.key('in_chans')} is {teacher.in_chans or 3} and student.in_chans "
+                    f"{len(self.data.mean)}; a teacher sees the student's images: set both to the same number"
+                )
 
     def teacher_warning(self) -> str | None:
-        """A warning where a teacher that was trained on whole images sees few patches; None elsewhere."""
-        teacher = self.teacher
-        if teacher is None or teacher.sees == "all" or not self.objective.dropped_share:
-            return None
-        family = teacher.whole_image_family()
-        if family is None:
-            return None
-        return (
-            f"teacher.sees=visible shows this {family} teacher only the student's patches, and it was not "
-            "trained with dropped tokens; set teacher.sees=all"
-        )
+        """A warning where teachers that were trained on whole images see few patches; None elsewhere."""
+        warnings = []
+        for teacher in self.named_teachers().values():
+            family = teacher.whole_image_family()
+            if teacher.sees == "all" or not self.objective.dropped_share or family is None:
+                continue
+            warnings.append(
+                f"{teacher.key('sees')}=visible shows this {family} teacher only the student's patches, and "
+                f"it was not trained with dropped tokens; set {teacher.key('sees')}=all"
+            )
+        return "; ".join(warnings) or None

@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 
 from dmae_ds.config.networks import looks_like_hub_id
+from dmae_ds.config.objective_base import Section
 from dmae_ds.config.run import RunConfig
 
 FILE = "starts.jsonl"
 # Keys that may hold a path: {section: keys}.
-PATHS = {"data": ("train", "val"), "teacher": ("weights", "stats"), "student": ("weights",)}
+PATHS = {"data": ("train", "val"), "student": ("weights",)}
+TEACHER_PATHS = ("weights", "stats")
 
 
 def read_starts(run_dir: Path) -> list[dict]:
@@ -42,17 +44,21 @@ def with_paths_from_here(config: RunConfig, run_dir: Path) -> RunConfig:
     folder = Path(starts[-1]["environment"]["folder"]) if starts else Path.cwd()
     if folder == Path.cwd():
         return config
-    changed = {}
-    for name, keys in PATHS.items():
-        section = getattr(config, name)
-        if section is not None:
-            values = {
-                key: find_path(getattr(section, key), folder, may_be_hub_id=key == "weights") for key in keys
-            }
-            changed[name] = section.model_copy(update=values)
+    changed: dict[str, object] = {
+        name: _from_here(getattr(config, name), keys, folder) for name, keys in PATHS.items()
+    }
+    teachers = config.named_teachers()
+    config = config.with_teachers(
+        {name: _from_here(teacher, TEACHER_PATHS, folder) for name, teacher in teachers.items()}
+    )
     if config.deepspeed.endswith(".json"):
         changed["deepspeed"] = find_path(config.deepspeed, folder)
     return config.model_copy(update=changed)
+
+
+def _from_here(section: Section, keys: tuple[str, ...], folder: Path) -> Section:
+    values = {key: find_path(getattr(section, key), folder, may_be_hub_id=key == "weights") for key in keys}
+    return section.model_copy(update=values)
 
 
 def find_path(text: str | None, folder: Path, *, may_be_hub_id: bool = False) -> str | None:

@@ -129,8 +129,11 @@ def settle(value: Any, annotations: list) -> Any:
         return [settle(item, inside) for item in value]
     if isinstance(value, dict):
         schemas = _schemas(annotations, value)
+        by_name = [get_args(kind)[1] for kind in annotations if get_origin(kind) is dict]
         return {
-            key: settle(item, [s.model_fields[key].annotation for s in schemas if key in s.model_fields])
+            key: settle(
+                item, [*by_name, *(s.model_fields[key].annotation for s in schemas if key in s.model_fields)]
+            )
             for key, item in value.items()
         }
     return value

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from dmae_ds.config.networks import ModelConfig
+from dmae_ds.config.teachers import taps_of
 from dmae_ds.evaluate.record import RunRecord
 from dmae_ds.evaluate.results import METRICS, headline, headline_score
 from dmae_ds.objectives.feature_distillation import TeacherShape
@@ -41,10 +42,10 @@ class Fact(NamedTuple):
     note: str = ""
 
 
-def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | None) -> dict[str, Fact]:
+def list_facts(record: RunRecord, objective: nn.Module, shapes: dict[str, TeacherShape]) -> dict[str, Fact]:
     """The facts of a run by question, the most important first.
 
-    objective, shape: as the trainer builds them from the recipe
+    objective, shapes: as the trainer builds them from the recipe
     """
     config, last = record.config, record.rows[-1]
     epochs = f"{last['epoch']:.3g} of {config.optim.epochs:g} epochs"
@@ -56,7 +57,7 @@ def list_facts(record: RunRecord, objective: nn.Module, shape: TeacherShape | No
         **_health(record),
         "objective": Fact(config.objective.name, objective.describe()),
         "student": _student(record, objective),
-        "teacher": _teacher(record, objective, shape),
+        "teacher": _teacher(record, objective, shapes),
         "steps": Fact(f"{last['step']:,}", f"{epochs}, {config.optim.global_batch:,} images a step"),
         "images/s, median": Fact(f"{median(record.column('images_per_s')):,.0f}", _time_split(record)),
         "DeepSpeed, precision": Fact(f"{config.deepspeed}, {config.precision}"),
@@ -253,13 +254,17 @@ def _student(record: RunRecord, objective: nn.Module) -> Fact:
     return Fact(student.name, _joined(f"{num_parameters / 1e6:.3g} M parameters", _overrides(student)))
 
 
-def _teacher(record: RunRecord, objective: nn.Module, shape: TeacherShape | None) -> Fact:
-    teacher = record.config.teacher
-    if teacher is None:
+def _teacher(record: RunRecord, objective: nn.Module, shapes: dict[str, TeacherShape]) -> Fact:
+    """The teachers' networks, and how each is cut; of several with their names."""
+    teachers, notes = record.config.named_teachers(), []
+    if not teachers:
         return Fact("none")
-    blocks, _ = needed_depths(objective.taps, shape.depth)
-    cut = f"cut after block {blocks} of {shape.depth}"
-    return Fact(teacher.name, _joined(cut, teacher.dtype, _overrides(teacher)))
+    for name, teacher in teachers.items():
+        blocks, _ = needed_depths(taps_of(name, objective.taps), shapes[name].depth)
+        cut = f"cut after block {blocks} of {shapes[name].depth}"
+        notes.append(f"{name}: {cut}" if name else cut)
+        notes += filter(None, [teacher.dtype, _overrides(teacher)])
+    return Fact(" + ".join(teacher.name for teacher in teachers.values()), _joined(*notes))
 
 
 def _overrides(model: ModelConfig) -> str:

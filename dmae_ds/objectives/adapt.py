@@ -23,9 +23,14 @@ class Adapt(Features):
     """`Features`, with a frozen copy of the initial student as its anchor."""
 
     def __init__(
-        self, config: AdaptConfig, *, student: MaskedViT, teacher: TeacherShape, generator: torch.Generator
+        self,
+        config: AdaptConfig,
+        *,
+        student: MaskedViT,
+        teachers: dict[str, TeacherShape],
+        generator: torch.Generator,
     ):
-        super().__init__(config, student=student, teacher=teacher, generator=generator)
+        super().__init__(config, student=student, teachers=teachers, generator=generator)
         self.ema = EmaSpec(parts=("student",), every="never")
 
     def describe(self) -> str:

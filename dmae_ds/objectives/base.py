@@ -30,12 +30,14 @@ class Objective(nn.Module):
 
     A subclass sets its own declarations, on the class or in its constructor.
     The constructor is called as `Cls(config, student=, generator=)`, with `teacher=` (a `TeacherShape`) where
-    the recipe has a teacher and `num_classes=` where the schema says `needs_labels`. `generator` draws every
+    the recipe has a teacher, or `teachers=` ({name: TeacherShape}) where the schema says
+    `takes_several_teachers`, and `num_classes=` where it says `needs_labels`. `generator` draws every
     initial weight.
 
     What it needs
         taps: features of the frozen teacher, "block/18", "relation/18", "tokens", "cls", "pooled",
-            "decoder/4", "prediction", "logits"; `FrozenTeacher.features` has their shapes
+            "decoder/4", "prediction", "logits"; `FrozenTeacher.features` has their shapes. Of several
+            teachers "dino:block/18", ...
         compares_superset: whether it compares patches that only the teacher sees (teacher.sees=superset): the
             first of `ids_masked`, whose features follow those of the student's patches
         views: crops of each image; the first one is `Batch.images`, all of them are `Batch.views`

@@ -25,6 +25,7 @@ class TeacherShape(NamedTuple):
     decoder_depth, decoder_dim: blocks and width of its decoder; patch_size: px; num_heads: of a block's
         attention; 0 where no objective reads it
     num_superset: patches that it sees with teacher.sees=superset; 0: it sees others
+    weight: factor of its terms in the loss, of one of several teachers
     """
 
     depth: int
@@ -35,6 +36,7 @@ class TeacherShape(NamedTuple):
     has_cls: bool = True
     num_heads: int = 0
     num_superset: int = 0
+    weight: float = 1.0
 
 
 def resolve_pairs(

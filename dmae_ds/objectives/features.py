@@ -52,24 +52,29 @@ class Features(Objective):
         config: FeaturesConfig,
         *,
         student: MaskedViT,
-        teacher: TeacherShape,
+        teachers: dict[str, TeacherShape],
         generator: torch.Generator,
     ):
         super().__init__(student)
-        self.config, self.mask, self.teacher = config, config.mask, teacher
-        self.taps = tuple(dict.fromkeys(target.tap for target in config.targets))
+        self.config, self.mask, self.teachers = config, config.mask, teachers
+        self.taps = config.tapped
         self.blocks = _student_blocks(config, student.depth)
         _check_cls(config, student)
-        self.pairs = [
+        self.pairs = [  # of the one teacher: a pair does not say whose block it means
             (int(target.student[6:]), int(target.tap[6:]))
             for target in config.targets
             if target.student.startswith("block/") and target.tap.startswith("block/")
         ]
         if config.photometric is not None:
             self.views = (View(), View(copy_of=0, photometric=config.photometric))
-        dims = {"student_dim": student.embed_dim, "teacher_dim": teacher.embed_dim}
         self.terms = nn.ModuleList(
-            FeatureTerm(target, **dims, generator=generator) for target in config.targets
+            FeatureTerm(
+                target,
+                student_dim=student.embed_dim,
+                teacher_dim=teachers[target.teacher].embed_dim,
+                generator=generator,
+            )
+            for target in config.targets
         )
         self.num_masked, self.mask_token = 0, None
         if self.mask is not None:
@@ -153,7 +158,7 @@ class Features(Objective):
             else:
                 predicted, wanted = self._compared(term, tokens, wanted, batch, projected)
             distance = term.loss(predicted, wanted)
-            loss = loss + target.weight * distance
+            loss = loss + self.teachers[target.teacher].weight * target.weight * distance
             parts[target.label] = distance.detach()
         for name, (weight, distance) in self.more_terms(
             None if whole is None else whole[0], features
@@ -193,11 +198,12 @@ class Features(Objective):
     ) -> tuple[Tensor, Tensor]:
         """Project the student's tokens [N, 1 + K, D] where they are compared with the teacher's."""
         target = term.target
-        patches, wanted_patches = tokens[:, self.student.num_cls :], wanted[:, self.teacher.has_cls :]
+        has_cls = self.teachers[target.teacher].has_cls
+        patches, wanted_patches = tokens[:, self.student.num_cls :], wanted[:, has_cls:]
         if target.where in OF_THE_MASKED_PASS and self.mask_token is not None:
             ids = batch.places if target.where == "masked" else batch.rest
             return term(gather_patches(patches, ids)), gather_patches(wanted_patches, ids)
-        if target.where != "all" or not self.teacher.has_cls or not self.student.num_cls:
+        if target.where != "all" or not has_cls or not self.student.num_cls:
             return term(patches), wanted_patches
         if target.cls_head is None:
             return term(torch.cat([tokens[:, :1], patches], dim=1)), wanted

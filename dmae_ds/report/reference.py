@@ -76,18 +76,25 @@ class Teachers:
         self._loaded: tuple[FrozenTeacher | UserError, str] | None = None
 
     def load_for(
-        self, record: RunRecord, objective: nn.Module, shape: TeacherShape | None, *, device: torch.device
+        self,
+        record: RunRecord,
+        objective: nn.Module,
+        shapes: dict[str, TeacherShape],
+        *,
+        device: torch.device,
     ) -> Reference | None:
         """Load the run's teacher, or another run's; returns None if no run of the page has one.
 
-        objective, shape: the run's, as `build_objective` gives them
+        objective, shapes: the run's, as `build_objective` gives them
 
         Raises UserError, a sentence for the page, if its file is missing, it is too large, or another run's
         doesn't fit.
         """
         data = record.config.data
-        if shape is not None:
-            wanted = Wanted(record.config, objective.taps, shape, objective.student.grid)
+        if record.config.teachers is not None:
+            raise UserError(f"it has the teachers {', '.join(shapes)}, and a student is compared with one")
+        if shapes:
+            wanted = Wanted(record.config, objective.taps, shapes[""], objective.student.grid)
             name = "its teacher"
         elif self._lender is not None:
             wanted, name = self._lend(record, objective), f"{self._lender[0]}'s teacher"
@@ -106,8 +113,8 @@ class Teachers:
     def _lend(self, record: RunRecord, objective: nn.Module) -> Wanted:
         name, config = self._lender
         if self._lent is None:
-            lender, shape = build_objective(config, device="meta")
-            self._lent = Wanted(config, lender.taps, shape, lender.student.grid)
+            lender, shapes = build_objective(config, device="meta")
+            self._lent = Wanted(config, lender.taps, shapes[""], lender.student.grid)
         same_pixels = (config.data.mean, config.data.std) == (record.config.data.mean, record.config.data.std)
         if self._lent.grid != objective.student.grid or not same_pixels:
             raise UserError(f"it has no teacher, and {name} has another patch grid or data.mean and data.std")

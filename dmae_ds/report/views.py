@@ -55,7 +55,7 @@ SECTIONS = ("pictures", "ratios", "cka", "patches", "attention")
 
 
 def make_views(
-    record: RunRecord, objective: nn.Module, shape: TeacherShape | None, teachers: Teachers
+    record: RunRecord, objective: nn.Module, shapes: dict[str, TeacherShape], teachers: Teachers
 ) -> Views:
     """Make all views of a run, with its weights loaded into `objective`.
 
@@ -83,7 +83,7 @@ def make_views(
     patches = normalize(patchify(images, objective.student.patch_size))  # [N, L, P, P, 3]
     latent, student = _extract_student(objective.student, patches)
     try:
-        reference = teachers.load_for(record, objective, shape, device=device)
+        reference = teachers.load_for(record, objective, shapes, device=device)
     except UserError as error:
         reference, views.missing["cka"] = None, str(error)
     teacher: dict[int, Tensor] = {}

@@ -110,9 +110,9 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
     columns: dict[str, dict[str, Fact]] = {}
     views: dict[str, Views] = {}
     for name, record in records.items():
-        objective, shape = build_objective(record.config)
-        columns[name] = list_facts(record, objective, shape)
-        views[name] = make_views(record, objective, shape, teachers)
+        objective, shapes = build_objective(record.config)
+        columns[name] = list_facts(record, objective, shapes)
+        views[name] = make_views(record, objective, shapes, teachers)
     dense = add_dense_boards({name: record.path for name, record in records.items()}, views)
     sections = [
         _chart_section("losses", draw_losses(records), folder),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
-from dmae_ds.config.networks import TeacherConfig
+from dmae_ds.config.networks import NamedTeacherConfig, TeacherConfig
 from dmae_ds.errors import UserError
 from dmae_ds.models.masking import num_visible
 from dmae_ds.teacher import identity, targets
@@ -27,7 +29,7 @@ from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
 from dmae_ds.teacher.top import meta_top
 from dmae_ds.weights.hub import locate, locate_pretrained, timm_tag
-from dmae_ds.weights.label import TEACHER
+from dmae_ds.weights.label import of_teacher
 from dmae_ds.weights.load import open_format
 from dmae_ds.weights.named import Weights, with_own_decoder
 
@@ -81,15 +83,22 @@ def load_frozen_teacher(
     depth, decoder_depth = needed_depths(taps, whole_blocks, config.decoder_depth)
     if decoder_depth and config.sees != "visible":
         raise UserError(
-            f"teacher.sees={config.sees} shows the teacher masked patches, and the objective taps its "
-            "decoder, which fills them in; set teacher.sees=visible"
+            f"{config.key('sees')}={config.sees} shows the teacher masked patches, and the objective taps "
+            f"its decoder, which fills them in; set {config.key('sees')}=visible"
         )
-    vit = meta_teacher(config.name, config.overrides(), depth, keep_norm=needs_top(taps))
+    vit = meta_teacher(
+        config.name, config.overrides(), depth, keep_norm=needs_top(taps), where=config.section
+    )
     norm, vit.norm = vit.norm, None  # a top begins with the encoder's final norm
     path = locate_teacher(config)
     resize = config.img_size is not None
     weights = open_format(
-        path, vit.state_dict(), format=config.format, depth=depth, may_resize=resize, label=TEACHER
+        path,
+        vit.state_dict(),
+        format=config.format,
+        depth=depth,
+        may_resize=resize,
+        label=of_teacher(config.section),
     )
     if sharded:
         _check_complete(weights, path)
@@ -119,18 +128,29 @@ def load_frozen_teacher(
     return StreamedTeacher(vit, taps, parts, **kwargs, group=group)
 
 
+@contextmanager
+def naming(config: TeacherConfig) -> Iterator[None]:
+    """Let messages of UserErrors begin with the teacher's section where it is one of several."""
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(config, NamedTeacherConfig) or config.section in str(error):
+            raise
+        raise UserError(f"{config.section}: {error}") from None
+
+
 def locate_teacher(config: TeacherConfig) -> Path:
     """The file or folder of a teacher's weights, on this machine. Raises UserError."""
     if config.pretrained:
-        return locate_pretrained(config.name, label=TEACHER)
-    return locate(config.weights, label=TEACHER)
+        return locate_pretrained(config.name, label=of_teacher(config.section))
+    return locate(config.weights, label=of_teacher(config.section))
 
 
 def seen_patches(config: TeacherConfig, num_patches: int) -> str | int:
     """What a FrozenTeacher takes as `sees`: `visible`, `all`, or the number of patches of a superset."""
     if config.sees != "superset":
         return config.sees
-    return num_visible(num_patches, config.mask_ratio, "round", key="teacher.mask_ratio")
+    return num_visible(num_patches, config.mask_ratio, "round", key=config.key("mask_ratio"))
 
 
 def pixel_statistics(config: TeacherConfig, mean: tuple, std: tuple) -> tuple[tuple, tuple]:
@@ -230,7 +250,7 @@ def _read_stats(
     identity.check_fingerprint(fingerprint, about["fingerprint"], dtype=DTYPES[config.dtype], where=str(file))
     if about["sees"] != config.sees:
         raise UserError(
-            f"'{file}' was made with teacher.sees={about['sees']}, the recipe has {config.sees}; make it "
-            "again with dmae-ds teacher stats"
+            f"'{file}' was made with {config.key('sees')}={about['sees']}, the recipe has {config.sees}; "
+            "make it again with dmae-ds teacher stats"
         )
     return stats

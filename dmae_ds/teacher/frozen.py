@@ -229,6 +229,10 @@ class FrozenTeacher:
             return split_heads(feature, self.vit.blocks[number - 1].attn.num_heads)
         return feature
 
+    def networks(self) -> list[nn.Module]:
+        """The networks whose blocks kernels may be chosen for."""
+        return [self.vit]
+
     def where(self) -> str:
         """The teacher's place in a run, for messages about a failure; empty where there is none."""
         return ""
@@ -251,6 +255,9 @@ class FrozenTeacher:
 
 class NoTeacher:
     """The teacher of an objective without taps: the same stream, without features."""
+
+    def networks(self) -> list[nn.Module]:
+        return []
 
     def where(self) -> str:
         return ""
@@ -299,10 +306,13 @@ def needs_top(taps: Iterable[str]) -> bool:
 
 
 def meta_teacher(
-    name: str, overrides: dict, depth: int | None = None, *, keep_norm: bool = False
+    name: str, overrides: dict, depth: int | None = None, *, keep_norm: bool = False, where: str = "teacher"
 ) -> MaskedViT:
-    """Build a teacher's first `depth` blocks on the meta device, by default without a final norm."""
-    return MaskedViT(build_timm_vit(name, overrides, depth=depth, where="teacher"), keep_norm=keep_norm)
+    """Build a teacher's first `depth` blocks on the meta device, by default without a final norm.
+
+    where: its section in the recipe, for messages
+    """
+    return MaskedViT(build_timm_vit(name, overrides, depth=depth, where=where), keep_norm=keep_norm)
 
 
 def with_notes(parts: TeacherParts, *notes: str) -> TeacherParts:

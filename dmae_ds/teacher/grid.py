@@ -19,15 +19,23 @@ from dmae_ds.errors import UserError
 
 
 def check_grids(
-    *, student_grid: tuple[int, int], student_patch: int, teacher_grid: tuple[int, int], teacher_patch: int
+    *,
+    student_grid: tuple[int, int],
+    student_patch: int,
+    teacher_grid: tuple[int, int],
+    teacher_patch: int,
+    section: str = "teacher",
 ) -> None:
-    """Raise UserError unless teacher and student cut the image into the same rows and columns."""
+    """Raise UserError unless teacher and student cut the image into the same rows and columns.
+
+    section: the teacher's in the recipe, for the message
+    """
     if student_grid == teacher_grid:
         return
     raise UserError(
-        f"the teacher cuts an image into {teacher_grid[0]}x{teacher_grid[1]} patches of {teacher_patch} px, "
+        f"`{section}` cuts an image into {teacher_grid[0]}x{teacher_grid[1]} patches of {teacher_patch} px, "
         f"the student into {student_grid[0]}x{student_grid[1]} of {student_patch} px, so one mask can't "
-        f"serve both; set teacher.img_size={student_grid[0] * teacher_patch} (the teacher sees the same "
+        f"serve both; set {section}.img_size={student_grid[0] * teacher_patch} (the teacher sees the same "
         f"crop resized), or student.img_size={teacher_grid[0] * student_patch} (a larger crop for the "
         "student)"
     )

@@ -55,13 +55,15 @@ def meta_output(name: str, overrides: dict, *, taps: tuple[str, ...]) -> Teacher
     return TeacherOutput(vit, taps=taps)
 
 
-def check_output(name: str, vit: VisionTransformer | Eva, taps: tuple[str, ...]) -> None:
+def check_output(
+    name: str, vit: VisionTransformer | Eva, taps: tuple[str, ...], *, section: str = "teacher"
+) -> None:
     """Raise UserError for a tap of the output that timm's network `vit` lacks."""
     for tap in taps:
         reason = why_no_output(vit, tap)
         if reason:
             raise UserError(
-                f"the objective taps '{tap}' and teacher.name '{name}' {reason}; "
+                f"the objective taps '{tap}' and {section}.name '{name}' {reason}; "
                 f"it gives {', '.join(output_taps(vit))}"
             )
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from dmae_ds import __version__
 from dmae_ds.config.load import load_config
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.shipped import shipped_files
+from dmae_ds.config.teachers import taps_of
 from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
 from dmae_ds.objectives.build import build_objective
@@ -114,24 +116,34 @@ def serving_recipes(path: Path, network: Network) -> list[str]:
     names = []
     for file in sorted(shipped_files("recipe").values()):
         config = load_config(str(file))
-        teacher = config.teacher
-        if teacher is None or network.name.split(".")[0] != teacher.name:
+        named = {
+            name: teacher
+            for name, teacher in config.named_teachers().items()
+            if network.name.split(".")[0] == teacher.name
+        }
+        if not named:
             continue
-        objective, shape = build_objective(config, device="meta")
-        cut, decoder_depth = needed_depths(objective.taps, shape.depth, teacher.decoder_depth)
-        needed = meta_teacher(teacher.name, teacher.overrides(), cut).state_dict()
-        above_encoder = []
-        if decoder_depth:
-            above_encoder = ["decoder_embed.weight"]
-        elif "logits" in objective.taps:
-            above_encoder = ["head.weight"]
-        elif needs_top(objective.taps):
-            above_encoder = meta_output(teacher.name, teacher.overrides(), taps=objective.taps).state_dict()
-        if all(key in network.weights for key in above_encoder) and fits(
-            needed, network.weights, depth=cut, may_resize=teacher.img_size is not None
-        ):
-            names.append(f"{file.stem} (teacher.format={network.weights.format})")
+        objective, shapes = build_objective(config, device="meta")
+        for name, teacher in named.items():
+            if _serves(network, teacher, taps_of(name, objective.taps), shapes[name].depth):
+                names.append(f"{file.stem} ({teacher.key('format')}={network.weights.format})")
     return names
+
+
+def _serves(network: Network, teacher: TeacherConfig, taps: tuple[str, ...], whole_blocks: int) -> bool:
+    """Whether a file holds what a recipe's teacher needs for these taps."""
+    cut, decoder_depth = needed_depths(taps, whole_blocks, teacher.decoder_depth)
+    needed = meta_teacher(teacher.name, teacher.overrides(), cut).state_dict()
+    above_encoder = []
+    if decoder_depth:
+        above_encoder = ["decoder_embed.weight"]
+    elif "logits" in taps:
+        above_encoder = ["head.weight"]
+    elif needs_top(taps):
+        above_encoder = meta_output(teacher.name, teacher.overrides(), taps=taps).state_dict()
+    return all(key in network.weights for key in above_encoder) and fits(
+        needed, network.weights, depth=cut, may_resize=teacher.img_size is not None
+    )
 
 
 def served_taps(network: Network) -> list[str]:

@@ -26,7 +26,7 @@ def print_summary(preflight: Preflight) -> None:
         ema = build_ema_teacher(objective, precision=config.precision, device=device)
         kernels = choose_kernels(
             config,
-            [objective, getattr(teacher, "vit", None), ema.module],
+            [objective, *teacher.networks(), ema.module],
             device,
             zero_stage=zero_stage(preflight.deepspeed),
             is_large=sum(parameter.numel() for parameter in objective.parameters()) >= MIN_PARAMETERS,

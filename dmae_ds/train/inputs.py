@@ -21,7 +21,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
-from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
+from dmae_ds.train.networks import Teacher
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.step_timer import StepTimer
 
@@ -29,7 +29,7 @@ from dmae_ds.train.step_timer import StepTimer
 def input_stream(
     preflight: Preflight,
     objective: Objective,
-    teacher: FrozenTeacher | NoTeacher,
+    teacher: Teacher,
     *,
     start_step: int,
     device: torch.device,

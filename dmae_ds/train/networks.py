@@ -4,67 +4,95 @@ from __future__ import annotations
 
 import torch
 
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.run import RunConfig
+from dmae_ds.config.teachers import taps_of
 from dmae_ds.distributed import collectives
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import TeacherShape, build_objective
 from dmae_ds.objectives.initial import fill_student
-from dmae_ds.teacher.build import load_frozen_teacher, verify
+from dmae_ds.teacher.build import load_frozen_teacher, naming, verify
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.teacher.pipeline import StageGroup, join_group
+from dmae_ds.teacher.several import SeveralTeachers
 from dmae_ds.train.engine import check_ops, check_precision
 from dmae_ds.train.preflight import Preflight
 
+Teacher = FrozenTeacher | SeveralTeachers | NoTeacher
 
-def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objective, FrozenTeacher | NoTeacher]:
-    """Build the objective with its initial weights and the teacher it asks for, and check the teacher.
+
+def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objective, Teacher]:
+    """Build the objective with its initial weights and the teachers it asks for, and check the teachers.
 
     Collective.
     """
     config, num_classes = preflight.config, preflight.num_classes
     # Process groups are made before anything that may fail on one rank alone.
-    group = None
-    if config.teacher is not None and config.teacher.placement == "pipeline":
-        group = join_group(config.teacher.stages)
+    groups = join_groups(config)
 
     def build():
         check_precision(config.precision, device)
         check_ops(preflight.deepspeed, device)
-        objective, shape = build_objective(config, num_classes=num_classes)
+        objective, shapes = build_objective(config, num_classes=num_classes)
         if config.student.weights is not None and preflight.resume_from is None:
             objective.initial_notes = fill_student(objective.student, config.student.weights, config.student)
-        teacher = build_teacher(config, shape, objective.taps, device, group, num_classes=num_classes)
+        teacher = build_teacher(config, shapes, objective.taps, device, groups, num_classes=num_classes)
         return objective, teacher
 
     objective, teacher = collectives.raise_on_all_ranks(build)
-    if config.teacher is not None:
-        collectives.raise_on_all_ranks(lambda: verify(teacher, config.teacher))
+    for name, one in teachers_in(teacher).items():
+        section = config.named_teachers()[name]
+        collectives.raise_on_all_ranks(lambda one=one, section=section: _verify(one, section))
     return objective, teacher
+
+
+def _verify(teacher: FrozenTeacher, section: TeacherConfig) -> None:
+    with naming(section):
+        verify(teacher, section)
+
+
+def join_groups(config: RunConfig) -> dict[int, StageGroup]:
+    """Make the process groups of pipelined teachers: {number of stages: this rank's group}. Collective."""
+    teachers = config.named_teachers().values()
+    lengths = {teacher.stages for teacher in teachers if teacher.placement == "pipeline"}
+    return {stages: join_group(stages) for stages in sorted(lengths)}
+
+
+def teachers_in(teacher: Teacher) -> dict[str, FrozenTeacher]:
+    """The teachers by name, as `RunConfig.named_teachers` names them."""
+    if isinstance(teacher, SeveralTeachers):
+        return teacher.teachers
+    return {} if isinstance(teacher, NoTeacher) else {"": teacher}
 
 
 def build_teacher(
     config: RunConfig,
-    shape: TeacherShape | None,
+    shapes: dict[str, TeacherShape],
     taps: tuple[str, ...],
     device: torch.device,
-    group: StageGroup | None = None,
+    groups: dict[int, StageGroup] | None = None,
     *,
     num_classes: int | None = None,
-) -> FrozenTeacher | NoTeacher:
-    """Build the teacher that the taps ask for, cut after the deepest of them. No collective.
+) -> Teacher:
+    """Build the teachers that the taps ask for, each cut after the deepest of its own. No collective.
 
-    group: the pipeline's process group; then only this rank's stage is built
+    shapes: by name, as `build_objective` gives them
+    groups: of pipelined teachers, by their numbers of stages; only this rank's stages are built
     """
-    if config.teacher is None:
-        return NoTeacher()
-    return load_frozen_teacher(
-        config.teacher,
-        taps=taps,
-        whole_blocks=shape.depth,
-        mean=config.data.mean,
-        std=config.data.std,
-        device=device,
-        group=group,
-        sharded=config.teacher.placement == "zero3",
-        num_classes=num_classes,
-    )
+    built = {}
+    for name, teacher in config.named_teachers().items():
+        with naming(teacher):
+            built[name] = load_frozen_teacher(
+                teacher,
+                taps=taps_of(name, taps),
+                whole_blocks=shapes[name].depth,
+                mean=config.data.mean,
+                std=config.data.std,
+                device=device,
+                group=(groups or {}).get(teacher.stages),
+                sharded=teacher.placement == "zero3",
+                num_classes=num_classes,
+            )
+    if config.teachers is not None:
+        return SeveralTeachers(built)
+    return built.get("") or NoTeacher()

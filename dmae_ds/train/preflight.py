@@ -25,7 +25,7 @@ from dmae_ds.train.learning_rate import check_rates
 from dmae_ds.train.trackers import check_trackers
 from dmae_ds.weights.early import check_file
 from dmae_ds.weights.label import STUDENT as STUDENT_WEIGHTS
-from dmae_ds.weights.label import TEACHER
+from dmae_ds.weights.label import of_teacher
 
 # Keys of the student section that may change when a run is resumed: initial weights are not read again, and
 # blocks that run twice compute the same.
@@ -110,9 +110,9 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         check_student_file(config.student)
     if config.eval.loss_every is not None and config.data.val is None:
         raise UserError("eval.loss_every requires data.val; give data.val=SHARDS, or remove eval.loss_every")
-    if config.teacher is not None:
-        check_teacher_file(config.teacher)
-        check_stages(config.teacher.stages, world.size)
+    for teacher in config.named_teachers().values():
+        check_teacher_file(teacher)
+        check_stages(teacher.stages, world.size, key=teacher.key("stages"))
     identity = identity_of(
         config, shards, world_size=world.size, stage=zero_stage(deepspeed), micro_batch=split.micro_batch
     )
@@ -152,10 +152,14 @@ def as_it_began(config: RunConfig, saved: dict) -> RunConfig:
     Its precision may have changed since, and runs from before December 2026 had fp32.
     saved: the checkpoint's state.json; {} for a new run
     """
-    dtype = (saved.get("teacher") or {}).get("dtype")
-    if config.teacher is None or dtype is None or not config.teacher.dtype_is_auto:
-        return config
-    return config.model_copy(update={"teacher": config.teacher.following(dtype)})
+    sections = {"": saved.get("teacher"), **(saved.get("teachers") or {})}
+    began = {name: (sections.get(name) or {}).get("dtype") for name in config.named_teachers()}
+    return config.with_teachers(
+        {
+            name: teacher.following(began[name]) if began[name] and teacher.dtype_is_auto else teacher
+            for name, teacher in config.named_teachers().items()
+        }
+    )
 
 
 def check_is_new(run_dir: Path) -> None:
@@ -175,7 +179,9 @@ def identity_of(
     config: RunConfig, shards: ShardSet | UnindexedShards, *, world_size: int, stage: int, micro_batch: int
 ) -> dict:
     """What is stored with every checkpoint to recognize the run: plain JSON values."""
-    teacher = config.teacher
+    teachers = {
+        name: _section(teacher, TEACHER_MAY_CHANGE) for name, teacher in config.named_teachers().items()
+    }
     return {
         "world_size": world_size,
         "zero_stage": stage,
@@ -187,7 +193,8 @@ def identity_of(
         "repeat": config.data.repeat,
         "global_batch": config.optim.global_batch,
         "micro_batch": micro_batch,
-        "teacher": None if teacher is None else _section(teacher, TEACHER_MAY_CHANGE),
+        "teacher": teachers.pop("", None),
+        "teachers": teachers or None,
         "student": _section(config.student, STUDENT_MAY_CHANGE),
         "objective": config.objective.model_dump(mode="json"),
         "positions": "trained" if config.objective.trains_positions else "fixed",
@@ -204,11 +211,11 @@ def check_teacher_file(teacher: TeacherConfig) -> None:
     """Raise UserError where the teacher's weights are neither a path that exists nor a name on the hub."""
     weights = teacher.weights
     if weights is not None and Path(weights).expanduser().exists():
-        check_file(Path(weights).expanduser(), teacher, TEACHER)
+        check_file(Path(weights).expanduser(), teacher, of_teacher(teacher.section))
     if weights is None or Path(weights).expanduser().exists() or looks_like_hub_id(weights):
         return
     raise UserError(
-        f"teacher.weights '{weights}' is not a file; give the path of a .safetensors or .pth file, "
+        f"{teacher.key('weights')} '{weights}' is not a file; give the path of a .safetensors or .pth file, "
         "of a folder, or a hub id such as facebook/vit-mae-large"
     )
 
@@ -221,14 +228,13 @@ def check_student_file(student: StudentConfig) -> None:
     check_file(path, student, STUDENT_WEIGHTS)
 
 
-def check_stages(stages: int | None, world_size: int) -> None:
+def check_stages(stages: int | None, world_size: int, *, key: str = "teacher.stages") -> None:
     """Raise UserError where the ranks cannot be divided into groups of `stages`."""
     if stages is None or world_size % stages == 0:
         return
     divisors = ", ".join(str(number) for number in range(1, world_size + 1) if world_size % number == 0)
     raise UserError(
-        f"teacher.stages {stages} does not divide the {world_size} ranks into groups; "
-        f"choose one of {divisors}"
+        f"{key} {stages} does not divide the {world_size} ranks into groups; choose one of {divisors}"
     )
 
 

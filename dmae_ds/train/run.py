@@ -24,7 +24,6 @@ from dmae_ds.objectives.classifier import Classifier
 from dmae_ds.output.durable import write_atomically
 from dmae_ds.output.lines import say
 from dmae_ds.plan.geometry import measure
-from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.checkpoint.save import Checkpoints
 from dmae_ds.train.collapse import CollapseMonitor
@@ -37,7 +36,7 @@ from dmae_ds.train.inputs import input_stream
 from dmae_ds.train.kernels import Kernels, WarmUp, choose_kernels
 from dmae_ds.train.loop import train
 from dmae_ds.train.metrics import MetricLogger
-from dmae_ds.train.networks import build_networks
+from dmae_ds.train.networks import Teacher, build_networks
 from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight, check_is_new
@@ -119,7 +118,7 @@ class BuiltRun:
     schedule: Schedule
     objective: Objective
     classifier: Classifier | None
-    teacher: FrozenTeacher | NoTeacher
+    teacher: Teacher
     ema: EmaTeacher | NoEmaTeacher
     engine: Engine
     checkpoints: Checkpoints
@@ -153,7 +152,7 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
     speed = measure_speed(config, geometry, preflight.accumulation, device) if is_large else None
     kernels = choose_kernels(
         config,
-        [objective, getattr(teacher, "vit", None), ema.module],
+        [objective, *teacher.networks(), ema.module],
         device,
         zero_stage=zero_stage(preflight.deepspeed),
         is_large=is_large,

@@ -58,8 +58,7 @@ def measure_speed(
     Call it on all ranks at once: they share their cores in training.
     """
     dtypes = {PRODUCTS[config.precision]}
-    if config.teacher is not None:
-        dtypes.add(TEACHER_PRODUCTS[config.teacher.dtype])
+    dtypes |= {TEACHER_PRODUCTS[teacher.dtype] for teacher in config.named_teachers().values()}
     rates = {dtype: Yardstick(dtype, device).measure() for dtype in dtypes}
     return None if geometry is None else Speed(step_work(config, geometry, accumulation), rates)
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.needs import View
-from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
+from dmae_ds.teacher.frozen import FrozenTeacher
 from dmae_ds.teacher.grid import explain_grids
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher
 from dmae_ds.train.learning_rate import describe_repeats, peak_lr
+from dmae_ds.train.networks import Teacher, teachers_in
 from dmae_ds.train.preflight import Preflight
 
 
 def summary(
     preflight: Preflight,
     objective: Objective,
-    teacher: FrozenTeacher | NoTeacher,
+    teacher: Teacher,
     ema: EmaTeacher | NoEmaTeacher,
     *,
     placement: str,
@@ -114,14 +116,33 @@ def _describe_view(view: View) -> str:
     return f"{size}, {scale}, {view.photometric}"
 
 
-def describe_teacher(
-    config: RunConfig, objective: Objective, teacher: FrozenTeacher | NoTeacher
-) -> dict[str, str]:
-    """Rows of the teacher: what was built, what was left in the file, how the grids meet, notes, warnings."""
-    if config.teacher is None:
+def describe_teacher(config: RunConfig, objective: Objective, teacher: Teacher) -> dict[str, str]:
+    """Rows of the teachers: what was built and left in the file, how the grids meet, notes, warnings.
+
+    With several teachers a row has a part for each, which begins with its name.
+    """
+    built = teachers_in(teacher)
+    if not built:
         return {"teacher": str(teacher)}
-    student, sees = objective.student, config.teacher.sees
-    rows = {"teacher": f"{config.teacher.name}, {teacher}, {config.teacher.dtype}, sees {sees} patches"}
+    rows: dict[str, list[str]] = {}
+    for name, one in built.items():
+        for row, text in _rows_of(config.named_teachers()[name], objective, one).items():
+            rows.setdefault(row, []).append(f"{name}: {text}" if name else text)
+    warnings = [*rows.pop("WARNING", []), *filter(None, [config.teacher_warning()])]
+    for section in config.named_teachers().values():
+        if section.dtype == "fp8" and not config.compile:
+            # Counted on fake tensors: 42 kernels a block, which torch.compile fuses; bf16 has 10.
+            warnings.append(
+                f"{section.key('dtype')} fp8 without compile runs four times the kernels of bf16 and is the "
+                f"slower of the two; set compile=true, or {section.key('dtype')}=bf16"
+            )
+    return {name: "; ".join(texts) for name, texts in {**rows, "WARNING": warnings}.items() if texts}
+
+
+def _rows_of(section: TeacherConfig, objective: Objective, teacher: FrozenTeacher) -> dict[str, str]:
+    """Rows of one teacher, those with something to say."""
+    student = objective.student
+    rows = {"teacher": f"{section.name}, {teacher}, {section.dtype}, sees {section.sees} patches"}
     dropped = teacher.parts.describe_dropped()
     if dropped:
         seen = {"visible": objective.num_visible, "all": student.num_patches}
@@ -131,16 +152,13 @@ def describe_teacher(
     rows["grids"] = explain_grids(
         grid=student.grid, student_patch=student.patch_size, teacher_patch=teacher.vit.patch_size
     )
-    if config.teacher.standardize != "none":
-        rows["targets"] = f"features standardised: {config.teacher.standardize}"
-    warnings = [note for note in teacher.parts.notes if note.startswith("WARNING")]
-    rows["checked"] = "; ".join(note for note in teacher.parts.notes if note not in warnings)
-    warnings += filter(None, [config.teacher_warning()])
-    if config.teacher.dtype == "fp8" and not config.compile:
-        # Counted on fake tensors: 42 kernels a block, which torch.compile fuses; bf16 has 10.
-        warnings.append(
-            "teacher.dtype fp8 without compile runs four times the kernels of bf16 and is the slower of the "
-            "two; set compile=true, or teacher.dtype=bf16"
-        )
-    rows["WARNING"] = "; ".join(note.removeprefix("WARNING: ") for note in warnings)
+    if section.standardize != "none":
+        rows["targets"] = f"features standardised: {section.standardize}"
+    if getattr(section, "weight", 1.0) != 1.0:
+        rows["targets"] = "; ".join(filter(None, [rows.get("targets"), f"weight {section.weight:g}"]))
+    notes = teacher.parts.notes
+    rows["checked"] = "; ".join(note for note in notes if not note.startswith("WARNING"))
+    rows["WARNING"] = "; ".join(
+        note.removeprefix("WARNING: ") for note in notes if note.startswith("WARNING")
+    )
     return {name: text for name, text in rows.items() if text}

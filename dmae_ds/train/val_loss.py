@@ -9,21 +9,23 @@ continues as if nothing had been measured.
 from __future__ import annotations
 
 import time
+from typing import Iterable
 
 import torch
 from torch import Tensor
 
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
-from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.inputs import batch_spec, copied, masked_batches, training_batches
 from dmae_ds.train.knn import is_due
 from dmae_ds.train.metrics import MetricLogger
+from dmae_ds.train.networks import Teacher
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.schedule import Schedule
 
@@ -40,7 +42,7 @@ class LossDuringTraining:
         self,
         preflight: Preflight,
         objective: Objective,
-        teacher: FrozenTeacher | NoTeacher,
+        teacher: Teacher,
         *,
         engine: Engine,
         schedule: Schedule,
@@ -48,9 +50,7 @@ class LossDuringTraining:
         device: torch.device,
     ):
         config = preflight.config
-        check_can_measure(
-            config.teacher.placement if config.teacher else None, has_ema=objective.ema is not None
-        )
+        check_can_measure(config.named_teachers().values(), has_ema=objective.ema is not None)
         self.config, self.objective, self.teacher = config, objective, teacher
         self.engine, self.schedule, self.metric_logger = engine, schedule, metric_logger
         self.device = device
@@ -100,13 +100,14 @@ class LossDuringTraining:
         return dict(zip(sums, means.tolist(), strict=True))
 
 
-def check_can_measure(placement: str | None, *, has_ema: bool) -> None:
+def check_can_measure(teachers: Iterable[TeacherConfig], *, has_ema: bool) -> None:
     """Raise UserError, the same on every rank, where losses on data.val can't be measured during training."""
     problem = None
     if has_ema:
         problem = "requires an objective without an EMA teacher, whose state a measurement would change"
-    elif placement not in (None, "replicated"):
-        problem = f"requires teacher.placement=replicated, found {placement}"
+    for teacher in teachers:
+        if teacher.placement != "replicated":
+            problem = f"requires {teacher.key('placement')}=replicated, found {teacher.placement}"
     if problem is not None:
         error = UserError(f"eval.loss_every {problem}; remove eval.loss_every")
         error.on_every_rank = True

@@ -31,7 +31,15 @@ class Label:
 
 
 WEIGHTS = Label("weights", format="format", img_size="network.img_size")
-TEACHER = Label("teacher.weights", "teacher", "teacher.name", "teacher.format", "teacher.img_size")
+
+
+def of_teacher(section: str) -> Label:
+    """Keys of a teacher's section: `teacher`, or `teachers.dino` of one of several."""
+    keys = (f"{section}.{key}" for key in ("name", "format", "img_size"))
+    return Label(f"{section}.weights", "teacher", *keys)
+
+
+TEACHER = of_teacher("teacher")
 STUDENT = Label("student.weights", "student", "student.name", img_size="student.img_size")
 # The fine-tuned classifier that distils into another one (`dmae-ds eval finetune`).
 CLASSIFIER = Label("distill.teacher", "classifier", "distill.name", "distill.format", "network.img_size")

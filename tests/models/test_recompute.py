@@ -23,10 +23,10 @@ def step(section: dict, *, checkpointed: bool, autocast: bool):
     """(loss, gradients, forward passes of each block of student and decoder) of one micro-batch."""
     config = small.config_for(section, teacher=section["name"] == "dmae")
     student = config.student.model_copy(update={"checkpoint_blocks": checkpointed})
-    objective, shape = build_objective(config.model_copy(update={"student": student}))
+    objective, shapes = build_objective(config.model_copy(update={"student": student}))
     objective.start_step(Progress(0, 1, 0.0, 1.0))
     ema = None if objective.ema is None else EmaModule(objective)  # before hooks, which it would copy
-    passes = dict.fromkeys(("student.blocks.1", "decoder.blocks.0") if shape else ("student.blocks.1",), 0)
+    passes = dict.fromkeys(("student.blocks.1", "decoder.blocks.0") if shapes else ("student.blocks.1",), 0)
     for name in passes:
         objective.get_submodule(name).register_forward_pre_hook(
             lambda *_, name=name: passes.update({name: passes[name] + 1})
@@ -34,8 +34,8 @@ def step(section: dict, *, checkpointed: bool, autocast: bool):
     raw = small.make_batch(4, sizes=tuple(view.size or small.SIZE for view in objective.views))
     batch = objective.prepare(raw, lambda pixels: pixels.float() / 255 - 0.5)
     features = {}
-    if shape:
-        tokens = (len(batch.visible), 1 + batch.ids_keep.shape[1], shape.embed_dim)
+    if shapes:
+        tokens = (len(batch.visible), 1 + batch.ids_keep.shape[1], shapes[""].embed_dim)
         features = {tap: torch.linspace(-1, 1, math.prod(tokens)).view(tokens) for tap in objective.taps}
     if ema is not None:
         features |= ema_features(objective, ema, batch, precision="fp32")

@@ -102,7 +102,7 @@ def test_proteus_is_three_targets(proteus, tmp_path, variant, weights):
     objective = Features(
         FeaturesConfig(name="features", targets=targets, mask=mask),
         student=student,
-        teacher=TeacherShape(3, 48),
+        teachers={"": TeacherShape(3, 48)},
         generator=torch.Generator().manual_seed(0),
     )
     for head, number in HEADS.items():
@@ -191,7 +191,7 @@ def test_mask_distill_is_one_target(mask_distill, variant):
     objective = Features(
         FeaturesConfig(name="features", targets=[target], mask={"ratio": 0.4, "shape": "block"}),
         student=student,
-        teacher=TeacherShape(about["teacher_depth"], about["teacher_dim"], has_cls=False),
+        teachers={"": TeacherShape(about["teacher_depth"], about["teacher_dim"], has_cls=False)},
         generator=torch.Generator().manual_seed(0),
     )
     objective.terms[0].head[0].load_state_dict(part(tensors, f"{case}.head.fc."))

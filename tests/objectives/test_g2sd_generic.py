@@ -83,7 +83,8 @@ def recipe(whole_mae, **objective) -> RunConfig:
 
 def build(whole_mae, *, num: int = 3, **objective):
     config = recipe(whole_mae, **objective)
-    built, shape = build_objective(config)
+    built, shapes = build_objective(config)
+    shape = shapes[""]
     teacher = load_frozen_teacher(
         config.teacher,
         taps=built.taps,

@@ -46,7 +46,7 @@ def test_the_top_layer_has_the_token_and_the_heads(classifier):
 @pytest.mark.parametrize("layer_decay", [1.0, 0.75])
 def test_the_positional_embedding_of_cls_and_of_every_patch_is_trained(classifier, layer_decay):
     config = recipe(classifier)
-    objective, shape = build_objective(config, num_classes=CLASSES)
+    objective, shapes = build_objective(config, num_classes=CLASSES)
     optim = config.optim.model_copy(update={"layer_decay": layer_decay, "weight_decay": 0.5})
     optimizer = build_optimizer(objective, optim)
     (group,) = [
@@ -59,7 +59,7 @@ def test_the_positional_embedding_of_cls_and_of_every_patch_is_trained(classifie
     masked = objective.prepare(make_batch([0, 1, 2, 3]), NORMALIZE)
     with torch.no_grad():
         objective.head.weight.normal_()
-    objective(masked, load(config, objective, shape).features(masked))["loss"].backward()
+    objective(masked, load(config, objective, shapes[""]).features(masked))["loss"].backward()
     optimizer.step()
     moved = (objective.student.pos_embed.detach() - before).abs().amax(dim=2)[0]
     assert moved.shape == (17,) and bool((moved > 0).all())

@@ -61,14 +61,14 @@ def recipe(weights, *, teacher=None, student=None, **augment) -> RunConfig:
 def build(weights, **changes):
     """Build objective and teacher as a run does, but with heads away from their initial weights near zero."""
     config = recipe(weights, **changes)
-    objective, shape = build_objective(config, num_classes=CLASSES)
+    objective, shapes = build_objective(config, num_classes=CLASSES)
     with torch.no_grad():
         for head in (objective.head, objective.head_dist):
             head.weight.copy_(
                 torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(2))
                 * (1 if head is objective.head else -2)
             )
-    return objective, load(config, objective, shape)
+    return objective, load(config, objective, shapes[""])
 
 
 def load(config, objective, shape):
@@ -173,8 +173,8 @@ def test_follows_is_the_share_of_the_teacher_s_decisions_by_hand(
 
 def test_three_optimiser_steps_follow_the_formula_s_gradients(classifier):
     config = recipe(classifier, label_smoothing=0.1, mixup=0.8, cutmix=1.0)
-    objective, shape = build_objective(config, num_classes=CLASSES)
-    teacher = load(config, objective, shape)
+    objective, shapes = build_objective(config, num_classes=CLASSES)
+    teacher = load(config, objective, shapes[""])
     optimizer = build_optimizer(objective, config.optim.model_copy(update={"layer_decay": 0.75}))
     for step in range(3):
         masked = objective.prepare(make_batch([0, 1, 2, 3], epoch=step), NORMALIZE)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmae_ds.config.load import load_config
+from dmae_ds.config.networks import NamedTeacherConfig
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed
 from dmae_ds.evaluate.record import read_record
@@ -88,10 +89,13 @@ def test_losses_on_data_val_are_measured_too(two_runs):
 
 @pytest.mark.parametrize("placement, has_ema", [("pipeline", False), ("zero3", False), (None, True)])
 def test_losses_on_data_val_are_refused_where_they_would_change_training(placement, has_ema):
-    check_can_measure("replicated", has_ema=False)
-    check_can_measure(None, has_ema=False)
-    with refused("eval.loss_every") as error:
-        check_can_measure(placement, has_ema=has_ema)
+    replicated = NamedTeacherConfig(name="vit", weights="file").called("a")
+    check_can_measure([replicated], has_ema=False)
+    check_can_measure([], has_ema=False)
+    other = NamedTeacherConfig(name="vit", weights="file").called("b")
+    other = other.model_copy(update={"placement": placement or "replicated"})
+    with refused("eval.loss_every", *(["teachers.b.placement"] if placement else [])) as error:
+        check_can_measure([replicated, other], has_ema=has_ema)
     assert error.value.on_every_rank
 
 

@@ -37,6 +37,7 @@ MUST_AGREE = {
     "global_batch": "set optim.global_batch back",
     "student": "set the student section back, or choose another run.dir",
     "teacher": "set the teacher section back, or choose another run.dir",
+    "teachers": "set the teachers section back, or choose another run.dir",
     "objective": "set the objective section back, or choose another run.dir",
     "positions": "the version that wrote it kept the positional embedding fixed and has no optimizer state "
     "for it; finish the run with that version, or begin another run.dir with student.weights of this one",
@@ -50,7 +51,7 @@ UNSET, SHOWN = "unset", 3  # how a missing key reads; how many differing keys ar
 SAME_STATE = ("fp32", "bf16_autocast")
 
 # Values that a state.json from before a key existed stands for.
-OLDER = {"order": {"version": 1, "block": 1}, "repeat": 1, "positions": "fixed"}
+OLDER = {"order": {"version": 1, "block": 1}, "repeat": 1, "positions": "fixed", "teachers": None}
 
 _CHUNK = 16 * MIB
 

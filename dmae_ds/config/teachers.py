@@ -1,0 +1,58 @@
+"""Several teachers in one recipe: their names, the names of their taps, and whether each is used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+NAME = r"[a-z][a-z0-9_]*"
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a section `teachers` that names none, or one that is not a name."""
+    names = list(names)
+    if not names:
+        raise ValueError("teachers is empty; give each teacher a name: teachers.dino.name=..., or remove it")
+    for name in names:
+        if not re.fullmatch(NAME, str(name)):
+            raise ValueError(
+                f"teachers has the name '{name}'; a name has small letters, digits and _, and begins with a "
+                "letter"
+            )
+
+
+def split_name(tap: str) -> tuple[str, str]:
+    """Split "dino:block/18" into ("dino", "block/18"); the one teacher of a recipe has the name ""."""
+    name, colon, place = tap.rpartition(":")
+    return (name, place) if colon else ("", tap)
+
+
+def with_name(name: str, tap: str) -> str:
+    """Name of a teacher's tap among those of all: "dino:block/18"; of the one teacher "block/18"."""
+    return f"{name}:{tap}" if name else tap
+
+
+def taps_of(name: str, taps: Iterable[str]) -> tuple[str, ...]:
+    """Taps of one teacher, without its name, in their order."""
+    return tuple(place for owner, place in map(split_name, taps) if owner == name)
+
+
+def why_not_served(taps: Iterable[str], teachers: Mapping[str, object]) -> str:
+    """Why these taps and teachers do not fit together, in one line; "" where they do.
+
+    Every tap must name a teacher of the recipe, and every teacher must have a tap.
+    """
+    known = ", ".join(teachers)
+    for tap in taps:
+        owner, place = split_name(tap)
+        if owner in teachers:
+            continue
+        if "" in teachers:
+            return f"the tap '{tap}' names a teacher, and the recipe's has no name; write '{place}'"
+        named = f"names the teacher '{owner}'" if owner else "names no teacher"
+        return f"the tap '{tap}' {named}, and the recipe has teachers {known}; write NAME:{place}"
+    idle = [name for name in teachers if not taps_of(name, taps)]
+    if idle:
+        section = f"teachers.{idle[0]}" if idle[0] else "teacher"
+        return f"no term of the objective taps {section}; remove that section, or add a term with such a tap"
+    return ""
