@@ -25,6 +25,7 @@ from dmae_ds.teacher import identity
 from dmae_ds.teacher.build import load_frozen_teacher
 from dmae_ds.teacher.frozen import FrozenTeacher
 from dmae_ds.teacher.pipeline import StreamedTeacher, join_group
+from dmae_ds.teacher.several import SeveralTeachers
 from dmae_ds.teacher.sharded import ShardedTeacher
 from dmae_ds.teacher.stages import held_blocks
 
@@ -90,6 +91,36 @@ def compare(path: Path, case: dict, world: World, device: torch.device) -> None:
     assert count == len(case["sizes"])
 
 
+def compare_several(path: Path, case: dict, world: World, device: torch.device) -> None:
+    """Assert that several teachers give each batch with the features of each alone, to the last bit.
+
+    case: {name: case} of teachers, each with its placement
+    """
+    groups = {
+        stages: join_group(stages) for stages in sorted({one["stages"] for one in case.values()} - {None, 0})
+    }
+    alone = {name: load(path, one, device) for name, one in case.items()}
+    chained = SeveralTeachers({name: placed(path, one, device, groups) for name, one in case.items()})
+    sizes = next(iter(case.values()))["sizes"]
+    count = 0
+    for index, batch, features in chained.stream(batches(world.rank, sizes)):
+        expected = {
+            f"{name}:{tap}": tokens
+            for name, teacher in alone.items()
+            for tap, tokens in teacher.features(batch).items()
+        }
+        assert index == count and list(features) == list(expected)
+        for tap in expected:
+            assert torch.equal(expected[tap], features[tap]), f"{tap}, rank {world.rank}, batch {index}"
+        count += 1
+    assert count == len(sizes)
+
+
+def placed(path: Path, case: dict, device: torch.device, groups: dict) -> FrozenTeacher:
+    """A teacher in its number of stages: 0 replicated, None sharded over all ranks."""
+    return load(path, case, device, groups.get(case["stages"]), sharded=case["stages"] is None)
+
+
 def bytes_of(module: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
 
@@ -149,6 +180,10 @@ def stress(path: Path, count: int, world: World, device: torch.device) -> None:
         group = groups[draw.choice([number for number in groups if number <= deepest])]
         replicated, streamed = load(path, case, device), load(path, case, device, group)
         streamed.overlap = draw.random() < 0.8
+        if draw.random() < 0.5:  # a second teacher, in stages of its own
+            second = load(path, case, device, groups[draw.choice([n for n in groups if n <= deepest])])
+            replicated = SeveralTeachers({"a": replicated, "b": replicated})
+            streamed = SeveralTeachers({"a": streamed, "b": second})
         sizes = [4] * draw.randint(0, 12) + [draw.randint(1, 4)]
         uneven = random.Random(1000 * seed + world.rank)  # ranks at different speeds
         start = 0
@@ -171,7 +206,9 @@ def stress(path: Path, count: int, world: World, device: torch.device) -> None:
         print(f"SCHEDULES {done}", flush=True)
 
 
-def between(chance: float, world: World, replicated: FrozenTeacher, batch: PatchBatch) -> None:
+def between(
+    chance: float, world: World, replicated: FrozenTeacher | SeveralTeachers, batch: PatchBatch
+) -> None:
     """Do what a training run does between two batches, on every rank."""
     if chance < 0.3:  # the student's gradients
         assert collectives.mean_over_ranks(torch.ones(1000)).sum() == 1000
@@ -179,14 +216,16 @@ def between(chance: float, world: World, replicated: FrozenTeacher, batch: Patch
         collectives.gather_objects(world.rank)
         collectives.barrier()
     elif chance < 0.5:  # an evaluation
-        collectives.mean_over_ranks(replicated.features(batch)[replicated.taps[0]].mean())
+        collectives.mean_over_ranks(next(iter(replicated.features(batch).values())).mean())
 
 
 def main() -> None:
     world = world_from_env()
     device = process_group.start(world)
     for number, case in enumerate(json.loads(sys.argv[2])):
-        compare(Path(sys.argv[1]), case, world, device)
+        one_of_several = "several" in case
+        check = compare_several if one_of_several else compare
+        check(Path(sys.argv[1]), case["several"] if one_of_several else case, world, device)
         if world.is_main:
             print(f"EQUAL {number}", flush=True)
     stress(Path(sys.argv[1]), int(sys.argv[3]), world, device)

@@ -58,6 +58,27 @@ CASES = [
     {**PLAIN, **BASE, "stages": None, "taps": ["block/3", "block/6"], "sizes": [4, 4, 1]},
     {**ROTARY, **BASE, "stages": None, "taps": ["block/4"], "dtype": "bf16", "sizes": [3]},
 ]
+# Several teachers: one in stages and one replicated, or stages of different lengths and one sharded.
+SEVERAL = [
+    {
+        "a": {**PLAIN, **BASE, "stages": 2, "sizes": [3, 3, 3, 3, 2]},
+        "b": {**ROTARY, **BASE, "stages": 0, "taps": ["tokens", "cls"], "sees": "all"},
+    },
+    {
+        "a": {**PLAIN, **BASE, "stages": 4, "sizes": [2] * 12 + [1]},
+        "b": {**ROTARY, **BASE, "stages": None, "taps": ["block/4"]},
+        "c": {**PLAIN, **BASE, "stages": 2, "taps": ["block/3"], "dtype": "bf16"},
+    },
+]
+CASES += [{"several": case} for case in SEVERAL]
+
+
+def name_of(number: int) -> str:
+    """The stages of a case, its taps and its file; of several teachers their stages."""
+    case = CASES[number]
+    if "several" in case:
+        return "several-" + "+".join(str(one["stages"]) for one in case["several"].values())
+    return f"P{case['stages'] or '-zero3'}-{'+'.join(case['taps'])}-{case['file']}"
 
 
 def start(folder: Path, cases: list[dict], *, schedules: int) -> str:
@@ -101,7 +122,7 @@ def test_three_hundred_random_schedules_neither_hang_nor_differ(tmp_path):
 @pytest.mark.parametrize(
     "number",
     range(len(CASES)),
-    ids=lambda n: f"P{CASES[n]['stages'] or '-zero3'}-{'+'.join(CASES[n]['taps'])}-{CASES[n]['file']}",
+    ids=name_of,
 )
 def test_streamed_features_are_those_of_the_replicated_teacher(answers, number):
     assert f"EQUAL {number}\n" in answers, answers
