@@ -2,6 +2,7 @@
 # The paper's ablations and the other objectives on handwritten digits, three seeds each, into RESULTS.md:
 #   bash launch/study.sh                 # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder
 #   ONLY="dino mocov3" bash launch/study.sh                                # some settings
+#   DATA=clipart bash launch/study.sh    # on drawings of 14 kinds (launch/clipart_study.sh), page in $OUT
 # Some hours on 2 CPU cores after the install. All runs of a seed have the same steps, data and initial
 # weights, the ablations also the same rate; another objective has the rate of its recipe. Killed or started
 # again, it continues where it was; what is finished is not repeated.
@@ -9,7 +10,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1 2}
 JOBS=${JOBS:-2}
-OUT=${OUT:-runs/study}
+DATA=${DATA:-digits}
+[ "$DATA" != digits ] || OUT=${OUT:-runs/study}
+OUT=${OUT:-runs/study_$DATA}
 ONLY=${ONLY:-}
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -57,7 +60,13 @@ adapt             digits_adapt  student.weights=$OUT/mae-seedSEED/student.safete
 FINETUNED="g2sd-generic mae dmae"
 BASELINES="supervised_crd_digits supervised_srrl_digits"
 
-. launch/digits.sh
+TEACHER="teacher digits_teacher"
+RESULTS=("$OUT")
+case $DATA in
+digits) . launch/digits.sh ;;
+clipart) . launch/clipart_study.sh ;;
+*) echo "DATA is '$DATA', expected digits or clipart" >&2; exit 2 ;;
+esac
 SHARDS=$OUT/shards
 . launch/runs.sh
 
@@ -72,7 +81,7 @@ export -f finetune
 
 echo "== teachers"
 for seed in $SEEDS; do
-    echo "teacher $seed digits_teacher"
+    echo "${TEACHER/ / $seed }"
 done | in_parallel
 echo "== students: $(grep -c . <<<"$SETTINGS") settings, seeds $SEEDS"
 for seed in $SEEDS; do
@@ -114,4 +123,5 @@ for seed in $SEEDS; do
     (evaluate "$seed" "${runs[@]}") >"$log" 2>&1 || { tail -5 "$log" >&2; exit 1; }
     for run in "${runs[@]}"; do touch "$run/evaluated"; done
 done
-dmae-ds report --results "$OUT"
+dmae-ds report --results "${RESULTS[@]}"
+[ "$DATA" = digits ] || sed -n '/^| setting/,/^$/p' "$OUT/RESULTS.md"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dmae_ds.config.load import load_config
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 RESULT = {
     "metric": "finetune",
@@ -201,6 +203,39 @@ def test_study_stops_at_a_failure_and_continues(start, broken):
     done, calls = start("study.sh", **wanted)
     assert done.returncode == 0 and calls[-1] == "dmae-ds report --results OUT"
     assert not [call for call in calls if "digits_teacher" in call]
+
+
+def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
+    val = tmp_path / "out" / "shards" / "val"
+    val.mkdir(parents=True)
+    (val / "manifest.json").touch()
+    (tmp_path / "out" / "RESULTS.md").write_text("| setting | k-NN |\n| mae | 62.5 |\n\nmore\n")
+    done, calls = start("study.sh", SEEDS="0", DATA="clipart")
+    assert done.returncode == 0, done.stderr
+    assert calls[-1] == "dmae-ds report --results clipart=OUT --out OUT/RESULTS.md"
+    assert "| mae | 62.5 |" in done.stdout and "more" not in done.stdout
+    configs = {
+        run_of(call): load_config(call.split()[2], [word for word in call.split() if "=" in word])
+        for call in calls
+        if call.startswith("dmae-ds train")
+    }
+    assert {"teacher-seed0", "random-seed0", "mae-seed0", "dmae-seed0", "dino-seed0"} < set(configs)
+    for config in configs.values():
+        networks = (config.student, config.teacher or config.student)
+        assert {(network.img_size, network.patch_size) for network in networks} == {(64, 8)}
+        assert config.data.flip and getattr(config.objective, "local_size", 64) % 8 == 0
+    assert configs["random-seed0"].optim.epochs < 1
+    for name in ("teacher", "mae", "dmae"):
+        config = configs[f"{name}-seed0"]
+        shipped = load_config(f"clipart_{name}")
+        assert config.model_copy(update={"run": shipped.run, "data": shipped.data}).model_dump(
+            exclude={"teacher": {"weights"}}
+        ) == shipped.model_dump(exclude={"teacher": {"weights"}})
+        assert config.data.model_copy(update={"train": "", "val": ""}) == shipped.data.model_copy(
+            update={"train": "", "val": ""}
+        )
+    done, calls = start("study.sh", DATA="photos")
+    assert done.returncode == 2 and "photos" in done.stderr and "clipart" in done.stderr and not calls
 
 
 def test_scenes_study_trains_and_evaluates_every_student_once(start, tmp_path):
