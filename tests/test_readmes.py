@@ -19,7 +19,16 @@ READMES = sorted(
     [*REPOSITORY.glob("*.md"), *(path for root in ROOTS for path in (REPOSITORY / root).rglob("*.md"))]
 )
 RECIPES = REPOSITORY / "launch" / "recipes"
-TAKE_A_RECIPE = ("train", "plan", "doctor", "bench step", "bench stream", "bench save", "teacher stats")
+TAKE_A_RECIPE = (
+    "train",
+    "plan",
+    "doctor",
+    "bench step",
+    "bench stream",
+    "bench cache",
+    "bench save",
+    "teacher stats",
+)
 PATH = re.compile(r"(?<![\w/.:-])((?:dmae_ds|ds_configs|data_prep|launch|tests|\.ci|\.github)/[\w./-]*\w)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)

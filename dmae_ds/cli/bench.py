@@ -1,4 +1,4 @@
-"""`dmae-ds bench step | teacher-load | stream | save | knn | gpu`: arguments; torch is imported late."""
+"""`dmae-ds bench step | stream | cache | save | ...`: arguments; torch is imported when a command runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 def add_bench(subcommands) -> None:
     """Add `bench` and its subcommands to the root parser."""
     bench = subcommands.add_parser("bench", help="measure ratios of times and bytes on this machine")
-    kinds = bench.add_subparsers(required=True, metavar="step | teacher-load | stream | save | knn | gpu")
+    kinds = bench.add_subparsers(
+        required=True, metavar="step | teacher-load | stream | cache | save | knn | gpu"
+    )
     _add_step(kinds)
     _add_teacher_load(kinds)
     _add_stream(kinds)
+    _add_cache(kinds)
     _add_save(kinds)
     _add_knn(kinds)
     _add_gpu(kinds)
@@ -111,6 +114,25 @@ def _add_stream(kinds) -> None:
     )
     _add_rounds(stream, 7)
     stream.set_defaults(command=_stream)
+
+
+def _add_cache(kinds) -> None:
+    cache = kinds.add_parser(
+        "cache", help="a step from stored features and from a live teacher; reading, and plain reads"
+    )
+    add_recipe(cache, note="; it gives the networks and the micro-batch")
+    cache.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        default=["fp32", "bf16", "int8"],
+        help="dtypes of the stored features (default fp32 bf16 int8)",
+    )
+    cache.add_argument(
+        "--folder", type=Path, help="where caches are written, and removed (default: a temporary folder)"
+    )
+    _add_rounds(cache, 5)
+    cache.set_defaults(command=_cache)
 
 
 def _add_save(kinds) -> None:
@@ -217,6 +239,15 @@ def _stream(args: argparse.Namespace) -> None:
         )
 
     _print_on_main(measure)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from dmae_ds.config.load import load_config
+
+    config = load_config(args.recipe, args.overrides)
+    from dmae_ds.bench.cache import bench_cache
+
+    print(bench_cache(config, dtypes=args.dtype, folder=args.folder, rounds=args.rounds), flush=True)
 
 
 def _save(args: argparse.Namespace) -> None:

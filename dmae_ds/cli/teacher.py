@@ -1,20 +1,25 @@
-"""`dmae-ds teacher inspect | slice | stats`: arguments; torch is imported when a command runs."""
+"""`dmae-ds teacher inspect | slice | stats | cache`: arguments; torch is imported when a command runs."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from dmae_ds.cli.arguments import add_recipe
+from dmae_ds.cli.arguments import add_quiet, add_recipe
+from dmae_ds.cli.ranks import same_on_every_rank
 
 
 def add_teacher(subcommands) -> None:
     """Add `teacher` and its subcommands to the root parser."""
-    teacher = subcommands.add_parser("teacher", help="inspect a teacher, cut it into stages, or measure it")
-    kinds = teacher.add_subparsers(required=True, metavar="inspect | slice | stats")
+    teacher = subcommands.add_parser(
+        "teacher", help="inspect, cut or measure a teacher, or store its features"
+    )
+    kinds = teacher.add_subparsers(required=True, metavar="inspect | slice | stats | cache")
     _add_inspect(kinds)
     _add_slice(kinds)
     _add_stats(kinds)
+    _add_cache(kinds)
 
 
 def _add_inspect(kinds) -> None:
@@ -79,6 +84,32 @@ def _add_stats(kinds) -> None:
     stats.set_defaults(command=_stats)
 
 
+def _add_cache(kinds) -> None:
+    cache = kinds.add_parser(
+        "cache",
+        help="store the teacher's features of a run, for teacher.placement=cache; also under a launcher",
+    )
+    cache.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    cache.add_argument("out", metavar="OUT", help="the folder to write, or to continue")
+    cache.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change keys of the recipe, as for the run"
+    )
+    cache.add_argument(
+        "--epochs", type=float, metavar="E", help="epochs whose features are stored (default: all of the run)"
+    )
+    cache.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        help="dtype to store (default: the features' own, so that nothing is lost)",
+    )
+    cache.add_argument(
+        "--pca", type=int, metavar="D", help="store the D directions of most variance (default: all)"
+    )
+    cache.add_argument("--teacher", default="", metavar="NAME", help="which of several teachers")
+    add_quiet(cache)
+    cache.set_defaults(command=_cache)
+
+
 def _inspect(args: argparse.Namespace) -> None:
     _check_file(args)
     from dmae_ds.tools.teacher_inspect import inspect
@@ -125,3 +156,20 @@ def _stats(args: argparse.Namespace) -> None:
     from dmae_ds.tools.teacher_stats import write_stats
 
     print(write_stats(config, num_images=args.images, out=out))
+
+
+def _cache(args: argparse.Namespace) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported, as for `train`
+    from dmae_ds.config.load import load_config
+    from dmae_ds.tools.early import CacheRequest, prepare_cache
+
+    request = CacheRequest(
+        Path(args.out), epochs=args.epochs, dtype=args.dtype, pca=args.pca, teacher=args.teacher
+    )
+    with same_on_every_rank() as world:
+        preflight = prepare_cache(load_config(args.recipe, args.overrides), world, request)
+    from dmae_ds.tools.teacher_cache import write_cache
+
+    text = write_cache(preflight, request)
+    if world.is_main:
+        print(text)

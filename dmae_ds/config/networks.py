@@ -97,9 +97,11 @@ class TeacherConfig(ModelConfig):
     std: tuple[PositiveFloat, ...] | None = None  # goes with mean
     # replicated: every rank holds the needed blocks; pipeline: `stages` consecutive ranks share them, whole
     # blocks each; zero3: every rank holds a part of every block and fetches a block when it runs; auto: the
-    # fastest by `dmae-ds plan`.
-    placement: Literal["replicated", "pipeline", "zero3", "auto"] = "replicated"
+    # fastest by `dmae-ds plan`; cache: no network, its features are read from `cache`.
+    placement: Literal["replicated", "pipeline", "zero3", "cache", "auto"] = "replicated"
     stages: PositiveInt | None = None  # ranks that share one teacher; with placement pipeline
+    # What `dmae-ds teacher cache` wrote, a folder or URL; with placement cache, which needs no `weights`.
+    cache: str | None = None
     # Decoder of a masked autoencoder, where the objective taps it. Depth and width are compared with the
     # file; the number of heads is not in any file.
     decoder_depth: PositiveInt = 8
@@ -134,7 +136,14 @@ class TeacherConfig(ModelConfig):
     def check_keys(self) -> None:
         """Raise ValueError for keys that do not go together."""
         key = self.key
-        if self.pretrained == (self.weights is not None):
+        is_stored = self.placement == "cache"
+        if is_stored != (self.cache is not None):
+            raise ValueError(
+                f"{key('placement')} {self.placement} does not go with {key('cache')} {self.cache}; "
+                "placement=cache requires what dmae-ds teacher cache wrote, other placements have no cache"
+            )
+        has_none = not self.pretrained and self.weights is None
+        if self.pretrained == (self.weights is not None) and not (is_stored and has_none):
             raise ValueError(
                 f"give either {key('weights')}, or {key('pretrained')}=true with a tagged name such as "
                 "vit_large_patch16_224.mae"
@@ -161,7 +170,7 @@ class TeacherConfig(ModelConfig):
                 f"{key('sees')} {self.sees} does not go with {key('mask_ratio')} {self.mask_ratio}; "
                 "sees=superset requires a mask ratio, the others have none"
             )
-        if self.dtype == "fp8" and self.placement != "replicated":
+        if self.dtype == "fp8" and self.placement not in ("replicated", "cache"):
             raise ValueError(
                 f"{key('dtype')} fp8 requires {key('placement')}=replicated, found {self.placement}; "
                 f"set that, or {key('dtype')}=bf16"

@@ -31,6 +31,9 @@ class Batch:
     sample_ids: torch.Tensor | None = None  # [N] int64
     epochs: torch.Tensor | None = None  # [N] int64
     more_views: tuple[torch.Tensor, ...] = ()  # further crops of the same images, each [N, C, S, S]
+    # [N] int64, numbers of the rows in the run: step * global_batch + row of the global batch. With
+    # `BatchSpec.replay` those of the step that is shown again; None in evaluation and without an index.
+    rows: torch.Tensor | None = None
 
     @property
     def views(self) -> tuple[torch.Tensor, ...]:
@@ -40,11 +43,11 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Move the tensors that are computed with to a device.
 
-        Ids and epochs stay on the host, where they key random draws: reading them back would wait for the
-        device.
+        Ids, epochs and rows stay on the host, where they key random draws and name stored features: reading
+        them back would wait for the device.
         """
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
-        return dataclasses.replace(moved, sample_ids=self.sample_ids, epochs=self.epochs)
+        return dataclasses.replace(moved, sample_ids=self.sample_ids, epochs=self.epochs, rows=self.rows)
 
     def first(self, num: int) -> "Batch":
         """The first `num` samples of the batch."""
@@ -130,9 +133,16 @@ class BatchRows:
         mask_rng = sample_rng(spec.seed, epoch, sample_id, MASK_STREAM, view=first_view)
         self.noise[row] = torch.from_numpy(mask_rng.random(spec.num_patches, dtype=np.float32))
 
-    def batch(self, *, labels: torch.Tensor, sample_ids: torch.Tensor, epochs: torch.Tensor) -> Batch:
+    def batch(
+        self,
+        *,
+        labels: torch.Tensor,
+        sample_ids: torch.Tensor,
+        epochs: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> Batch:
         """Make a batch of the filled rows; the arguments are [num_rows] int64."""
-        return Batch(self.pixels[0], self.noise, labels, sample_ids, epochs, tuple(self.pixels[1:]))
+        return Batch(self.pixels[0], self.noise, labels, sample_ids, epochs, tuple(self.pixels[1:]), rows)
 
 
 def load_train_batch(number: int, *, reader: SampleReader, spec: BatchSpec, num_pieces: int) -> Loaded:
@@ -163,13 +173,31 @@ def load_train_batch(number: int, *, reader: SampleReader, spec: BatchSpec, num_
     labels, shown_ids, epochs = (
         torch.from_numpy(np.repeat(values, spec.repeat)) for values in (labels, shown_ids, epochs)
     )
-    return Loaded(rows.batch(labels=labels, sample_ids=shown_ids, epochs=epochs), corrupt)
+    numbers = _piece_rows(number, spec, num_pieces=num_pieces)
+    batch = rows.batch(labels=labels, sample_ids=shown_ids, epochs=epochs, rows=numbers)
+    return Loaded(batch, corrupt)
+
+
+def _piece_step(number: int, spec: BatchSpec, *, num_pieces: int) -> tuple[int, int, int]:
+    """The step whose samples a piece of a micro-batch shows, its accumulation step, and its place in that."""
+    micro_number, piece = divmod(number, num_pieces)
+    step, accumulation_step = divmod(micro_number, spec.accumulation)
+    return step if spec.replay is None else step % spec.replay, accumulation_step, piece
+
+
+def _piece_rows(number: int, spec: BatchSpec, *, num_pieces: int) -> torch.Tensor:
+    """Numbers in the run of the rows of one piece of a micro-batch, int64 (`Batch.rows`)."""
+    step, accumulation_step, piece = _piece_step(number, spec, num_pieces=num_pieces)
+    first = step * spec.global_batch + spec.rank * (spec.global_batch // spec.world_size)
+    first += accumulation_step * spec.micro_batch
+    num_in_micro = spec.micro_batch // spec.repeat
+    start, stop = (place * num_in_micro // num_pieces * spec.repeat for place in (piece, piece + 1))
+    return torch.arange(first + start, first + stop)
 
 
 def _piece_positions(number: int, spec: BatchSpec, *, num_samples: int, num_pieces: int) -> np.ndarray:
     """Positions in the run of the samples of one piece of a micro-batch, int64."""
-    micro_number, piece = divmod(number, num_pieces)
-    step, accumulation_step = divmod(micro_number, spec.accumulation)
+    step, accumulation_step, piece = _piece_step(number, spec, num_pieces=num_pieces)
     # All `repeat` rows of a sample are in one micro-batch, next to each other: the order is one of samples.
     num_in_micro = spec.micro_batch // spec.repeat
     positions = batch_positions(

@@ -44,6 +44,7 @@ class BatchSpec:
     subset: np.ndarray | None = None  # ids [n] of the samples that are used; None: all
     block: int = 1  # consecutive samples that are read at once (order.py)
     pixels: PixelFormat = RGB  # what images are decoded to
+    replay: int | None = None  # step s shows what step s % replay showed; None: every step is new
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""

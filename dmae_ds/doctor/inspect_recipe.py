@@ -66,10 +66,16 @@ def inspect_shards(config: RunConfig, *, allow_pipe: bool) -> dict:
 
 
 def inspect_teacher(config: RunConfig) -> dict:
-    """Path and size of the weights; {} without a local file (no weights, or timm's or the hub's)."""
+    """Path and size of the weights, or of stored features; {} without a local file (timm's or the hub's)."""
     from dmae_ds.config.networks import looks_like_hub_id
     from dmae_ds.errors import UserError
 
+    if config.teacher is not None and config.teacher.cache is not None:
+        from dmae_ds.data.storage import Access
+        from dmae_ds.teacher.early import open_manifest
+
+        manifest = open_manifest(config.teacher.cache, access=Access.of(config.data))
+        return {"path": config.teacher.cache, "bytes": manifest.layout.total_bytes()}
     if config.teacher is None or config.teacher.weights is None:
         return {}
     path = Path(config.teacher.weights).expanduser()

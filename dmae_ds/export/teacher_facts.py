@@ -39,7 +39,7 @@ def describe_teacher(config: RunConfig) -> dict | None:
     return {
         "name": teacher.name,
         "overrides": teacher.overrides(),
-        "weights": teacher.weights or f"timm's {teacher.name}",
+        "weights": teacher.weights or _without_file(teacher),
         "format": teacher.format,
         "sha256": _sha256(path),
         "fingerprint": _fingerprint(path),
@@ -103,6 +103,11 @@ def _licence(
             return above["license"], "the teacher's own teacher"
         return _licence_of_run(run, above, initial)
     return _licence_of_place(path, teacher.weights)
+
+
+def _without_file(teacher: TeacherConfig) -> str:
+    """Where a teacher without a file of weights is from: timm, or features that were stored."""
+    return f"features stored in {teacher.cache}" if teacher.cache else f"timm's {teacher.name}"
 
 
 def _licence_of_place(path: Path | None, weights: str | None) -> tuple[str, str]:

@@ -49,10 +49,12 @@ def placements(geometry: Geometry, *, gpus: int, gpus_per_node: int) -> list[tup
     """List (placement, stages) in order of preference: replicated, pipelines of 2, 4, ... stages, zero3.
 
     Numbers of stages divide the GPUs and are powers of two, up to a node's GPUs and one that spans two nodes.
-    On one GPU there is only replicated.
+    On one GPU there is only replicated, and a teacher without blocks has its features stored.
     """
     if geometry.teacher is None:
         return [("no teacher", None)]
+    if not geometry.teacher.depth:
+        return [("cache", None)]
     if gpus == 1:
         return [("replicated", None)]
     powers = [2**power for power in range(1, gpus.bit_length())]

@@ -77,7 +77,7 @@ def describe_feeding(config: RunConfig, machine: Machine, best: Candidate, image
 
 def describe_loading(config: RunConfig, machine: Machine, teacher: TeacherGeometry | None) -> list[str]:
     """A line with the time to read the needed part of the teacher, once on every node."""
-    if teacher is None:
+    if teacher is None or not teacher.depth:
         return []
     parameters = teacher.weight_bytes / DTYPES[config.teacher.dtype].itemsize
     gigabytes = parameters * FILE_BYTES / 1e9

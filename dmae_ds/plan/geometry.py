@@ -132,7 +132,7 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
                 return objective(batch, features)["loss"]
 
         trace = trace_training(objective, forward)
-    return Geometry(
+    geometry = Geometry(
         micro_batch,
         trace,
         student_parameters,
@@ -142,6 +142,14 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
         ema_geometry,
         device_type,
     )
+    is_stored = config.teacher is not None and config.teacher.placement == "cache"
+    return with_stored_features(geometry) if is_stored else geometry
+
+
+def with_stored_features(geometry: Geometry) -> Geometry:
+    """The same recipe when its features are read from a cache: the teacher has no blocks and no work."""
+    stored = replace(geometry.teacher, embedding_bytes=0, block_bytes=(), flops=0, working_bytes=0, kernels=0)
+    return replace(geometry, teacher=stored)
 
 
 def scaled(geometry: Geometry, micro_batch: int) -> Geometry:

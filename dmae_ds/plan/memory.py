@@ -21,6 +21,7 @@ from dmae_ds.output.units import MIB
 from dmae_ds.plan.geometry import Geometry, TeacherGeometry
 from dmae_ds.plan.trace import Trace
 from dmae_ds.teacher.stages import held_blocks
+from dmae_ds.teacher.stored import AHEAD
 
 # Memory of libraries, without tensors. CPU, by ZeRO stage: peak RSS above the start, measured with a student
 # of 2 MB (gloo, MKL, modules that ZeRO imports). GPU: CUDA's context and NCCL's buffers, a guess.
@@ -127,7 +128,7 @@ def rank_memory(
     stages: int | None = None,
     gpu: bool,
 ) -> Memory:
-    """Memory of the rank that needs most; `placement` is replicated, pipeline (with `stages`) or zero3."""
+    """Memory of the rank that needs most; `placement` is replicated, pipeline (`stages`), zero3 or cache."""
     student = student_memory(
         geometry.student, zero, PRECISIONS[precision], ranks=ranks, accumulation=accumulation, gpu=gpu
     )
@@ -171,11 +172,13 @@ def stream_bytes(geometry: Geometry, stages: int | None) -> float:
 
     A pipeline of P stages has 2P micro-batches in its queue. Every tick sends one buffer and has two to
     receive into, each with the tokens of at most P owners, the rank's own, and P - 1 features; the stage's P
-    outputs are alive at the same time (teacher/pipeline.py, teacher/messages.py).
+    outputs are alive at the same time (teacher/pipeline.py, teacher/messages.py). Stored features are read
+    ahead.
     """
     teacher = geometry.teacher
     if stages is None or teacher is None:
-        return geometry.batch_bytes + (0 if teacher is None else teacher.feature_bytes)
+        waiting = 1 + (AHEAD if teacher is not None and not teacher.depth else 0)
+        return waiting * (geometry.batch_bytes + (0 if teacher is None else teacher.feature_bytes))
     travelling = teacher.token_bytes + teacher.id_bytes
     message = max(
         sum(message_bytes(teacher, stages, source=s, target=t) for t in range(stages)) for s in range(stages)

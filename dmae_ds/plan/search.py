@@ -43,19 +43,19 @@ def search(config: RunConfig, machine: Machine) -> Plan:
     config.check_teacher()
     first = split = split_recipe(config, machine.gpus)
     geometry = measure(config, split.micro_batch, device_type="cuda")
-    rows = _rows(config, machine, geometry, split, is_first=True)
+    rows = rows_of(config, machine, geometry, split, is_first=True)
     smaller = smaller_split(config, machine.gpus, split)
     while fastest(rows) is None and smaller is not None:
         split, smaller = smaller, smaller_split(config, machine.gpus, smaller)
         # Scaling costs nothing; the networks are measured again only where something may fit.
-        expected = _rows(config, machine, scaled(geometry, split.micro_batch), split)
+        expected = rows_of(config, machine, scaled(geometry, split.micro_batch), split)
         if smaller is None or fastest(expected) is not None:
             geometry = measure(config, split.micro_batch, device_type="cuda")
-            rows = _rows(config, machine, geometry, split)
+            rows = rows_of(config, machine, geometry, split)
     return Plan(first, split, geometry, rows)
 
 
-def _rows(
+def rows_of(
     config: RunConfig, machine: Machine, geometry: Geometry, split: BatchSplit, *, is_first: bool = False
 ) -> list[Candidate]:
     """Candidates that training accepts."""

@@ -27,6 +27,7 @@ from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.measured import Measured
 from dmae_ds.plan.memory import LIBRARIES_GPU, PARTS
 from dmae_ds.plan.search import Plan, search
+from dmae_ds.plan.stored import describe_stored
 
 # Those of MAE: published images/s (106 of ViT-L, 313 of ViT-B, a GPU) by the FLOPs that are counted here.
 PUBLISHED = (
@@ -93,6 +94,7 @@ def plan(
         lines += ["", *_speed(config, machine, result.best, steps=steps)]
         lines += describe_feeding(config, machine, result.best, epoch)
         lines += describe_loading(config, machine, result.geometry.teacher)
+        lines += describe_stored(config, machine, result, steps=steps)
     lines += ["", _assumptions(machine)]
     return "\n".join(lines)
 
@@ -219,7 +221,9 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
         f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; "
         f"with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}"
     ]
-    if teacher is not None:
+    if teacher is not None and not teacher.depth:
+        lines.append(f"teacher: {config.teacher.name}, no network: its features are read")
+    elif teacher is not None:
         lines.append(
             f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB "
             f"in {config.teacher.dtype}"

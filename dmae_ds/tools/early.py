@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -10,14 +11,21 @@ from pydantic import ValidationError
 
 from dmae_ds.config.networks import ModelConfig, known_format
 from dmae_ds.config.own_file import network_in
-from dmae_ds.config.run import RunConfig
+from dmae_ds.config.run import EvalConfig, LogConfig, RunConfig
+from dmae_ds.data.order import num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
+from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.output.safetensors_header import read_header
-from dmae_ds.train.preflight import check_teacher_file
+from dmae_ds.teacher.cache_layout import CODEC, STORED
+from dmae_ds.teacher.cache_manifest import MANIFEST, Manifest, check_same, read_manifest, recipe_identity
+from dmae_ds.train.preflight import Preflight, check_teacher_file, prepare
 from dmae_ds.weights.early import check_file
 from dmae_ds.weights.label import TEACHER
+
+# What a start of `dmae-ds teacher cache` leaves that ended before the manifest was written.
+LEFT_OVER = ("lock", "corrupt.jsonl", CODEC, f"{CODEC}.tmp", f"{MANIFEST}.tmp")
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")  # of the encoder: a decoder's are decoder_blocks
 
@@ -71,6 +79,91 @@ def check_stats(config: RunConfig, *, num_images: int, out: Path | None) -> None
         raise UserError(f"--out '{out}' does not end in .safetensors, which is what is written; rename it")
     ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
     check_teacher_file(config.teacher)
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """Arguments of `dmae-ds teacher cache`.
+
+    epochs: None: those of the run; dtype: fp32, bf16, fp16, int8, or None, the features' own
+    pca: dimensions that are kept; None: all
+    teacher: the name of one of several; "": the recipe has one
+    """
+
+    out: Path
+    epochs: float | None = None
+    dtype: str | None = None
+    pca: int | None = None
+    teacher: str = ""
+
+
+def prepare_cache(config: RunConfig, world: World, request: CacheRequest) -> Preflight:
+    """Check a recipe whose teacher's features are to be stored, as `train` would, without its evaluations.
+
+    A cache that exists decides the micro-batch. Raises UserError.
+    """
+    teachers = config.named_teachers()
+    if not teachers:
+        raise UserError("this recipe has no teacher; name a recipe with a teacher section")
+    if request.teacher not in teachers:
+        known = ", ".join(teachers) if "" not in teachers else "one without a name: leave --teacher out"
+        raise UserError(f"--teacher '{request.teacher}' is not one of the recipe's; it has {known}")
+    teacher = teachers[request.teacher]
+    if teacher.placement == "cache":
+        raise UserError(
+            f"{teacher.key('placement')}=cache reads features instead of computing them; leave it out to write a cache"
+        )
+    if request.epochs is not None and not request.epochs > 0:
+        raise UserError(f"--epochs {request.epochs:g} is too small; give a number above 0")
+    if request.pca is not None and request.pca < 1:
+        raise UserError(f"--pca {request.pca} is too small; give 1 or more")
+    manifest = existing_manifest(request.out)
+    lane_rows = config.optim.micro_batch if manifest is None else manifest.layout.lane_rows
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": str(request.out)}),
+            "optim": config.optim.model_copy(update={"micro_batch": lane_rows}),
+            "eval": EvalConfig(),
+            "log": LogConfig(trackers=[]),
+        }
+    )
+    preflight = prepare(config, world, resume="never")
+    recipe_identity(config, teacher, preflight.shards)  # refuses data without an exact order
+    if manifest is not None and preflight.micro_batch != lane_rows:
+        raise UserError(
+            f"OUT '{request.out}' was begun with micro-batches of {lane_rows} images, which do not cut the "
+            f"batch for {world.size} ranks; use another number of ranks, or another OUT"
+        )
+    epochs = config.optim.epochs if request.epochs is None else request.epochs
+    steps = num_steps(epochs, preflight.shards.num_samples, config.optim.global_batch)
+    if manifest is not None:
+        _check_request(manifest, request, steps)
+    return replace(preflight, num_steps=steps)
+
+
+def existing_manifest(out: Path) -> Manifest | None:
+    """The manifest in OUT; None where OUT is new or empty. Raises UserError where it holds something else."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"OUT '{out}' is a file; give a folder")
+    if (out / MANIFEST).exists():
+        return read_manifest(str(out), access=Access())
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    others = [name for name in names if name not in LEFT_OVER]
+    if others:
+        raise UserError(f"OUT '{out}' holds {others[0]} and no cache; give a new or empty folder")
+    return None
+
+
+def _check_request(manifest: Manifest, request: CacheRequest, steps: int) -> None:
+    """Raise UserError where OUT holds features of another length or in another dtype."""
+    layout = manifest.layout
+    now, stored = {"--epochs (steps)": steps}, {"--epochs (steps)": layout.num_steps}
+    for tap in layout.taps:
+        dtype = tap.dtype if request.dtype is None else STORED[request.dtype]
+        now[f"--dtype of {tap.name}"], stored[f"--dtype of {tap.name}"] = dtype, tap.stored
+        width = tap.shape[-1] if request.pca is None else request.pca
+        now[f"dimensions of {tap.name}"], stored[f"dimensions of {tap.name}"] = width, tap.width
+    check_same(stored, now, where=f"OUT '{request.out}'")
 
 
 def read_overrides(name: str | None, overrides: list[str]) -> dict:

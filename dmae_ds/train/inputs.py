@@ -47,6 +47,7 @@ def input_stream(
         world=preflight.world,
         micro_batch=preflight.micro_batch,
         accumulation=preflight.accumulation,
+        replay=preflight.replay,
     )
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     loaded = training_batches(
@@ -66,9 +67,18 @@ def input_stream(
 
 
 def batch_spec(
-    config: RunConfig, objective: Objective, *, world: World, micro_batch: int, accumulation: int
+    config: RunConfig,
+    objective: Objective,
+    *,
+    world: World,
+    micro_batch: int,
+    accumulation: int,
+    replay: int | None = None,
 ) -> BatchSpec:
-    """Settings of the batches: crops from the recipe, views from the objective, the rank from the world."""
+    """Settings of the batches: crops from the recipe, views from the objective, the rank from the world.
+
+    replay: as `BatchSpec.replay`
+    """
     data, student = config.data, objective.student
     img_size = student.grid[0] * student.patch_size
     augment = None
@@ -95,6 +105,7 @@ def batch_spec(
         augment=augment,
         block=data.block,
         pixels=PixelFormat.of(data),
+        replay=replay,
     )
 
 

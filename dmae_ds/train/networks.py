@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.run import RunConfig
 from dmae_ds.config.teachers import taps_of
+from dmae_ds.data.storage import Access
 from dmae_ds.distributed import collectives
 from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.build import TeacherShape, build_objective
 from dmae_ds.objectives.initial import fill_student
 from dmae_ds.teacher.build import load_frozen_teacher, naming, verify
+from dmae_ds.teacher.cache_manifest import check_same
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.teacher.several import SeveralTeachers
+from dmae_ds.teacher.stored import StoredTeacher
 from dmae_ds.train.engine import check_ops, check_precision
 from dmae_ds.train.preflight import Preflight
+from dmae_ds.train.stored_inputs import inputs_identity
 
-Teacher = FrozenTeacher | SeveralTeachers | NoTeacher
+Teacher = FrozenTeacher | StoredTeacher | SeveralTeachers | NoTeacher
 
 
-def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objective, Teacher]:
+def build_networks(
+    preflight: Preflight, device: torch.device, *, only: str | None = None
+) -> tuple[Objective, Teacher]:
     """Build the objective with its initial weights and the teachers it asks for, and check the teachers.
 
     Collective.
+    only: the name of the one teacher that is built; None: all
     """
     config, num_classes = preflight.config, preflight.num_classes
     # Process groups are made before anything that may fail on one rank alone.
@@ -36,12 +45,14 @@ def build_networks(preflight: Preflight, device: torch.device) -> tuple[Objectiv
         objective, shapes = build_objective(config, num_classes=num_classes)
         if config.student.weights is not None and preflight.resume_from is None:
             objective.initial_notes = fill_student(objective.student, config.student.weights, config.student)
-        teacher = build_teacher(config, shapes, objective.taps, device, groups, num_classes=num_classes)
+        teacher = build_teacher(config, shapes, objective, device, groups, num_classes=num_classes, only=only)
         return objective, teacher
 
     objective, teacher = collectives.raise_on_all_ranks(build)
-    for name, one in teachers_in(teacher).items():
+    for name, one in teachers_in(teacher, only=only).items():
         section = config.named_teachers()[name]
+        if isinstance(one, StoredTeacher):
+            continue  # `prepare` and `open_stored` have checked it
         collectives.raise_on_all_ranks(lambda one=one, section=section: _verify(one, section))
     return objective, teacher
 
@@ -58,30 +69,37 @@ def join_groups(config: RunConfig) -> dict[int, StageGroup]:
     return {stages: join_group(stages) for stages in sorted(lengths)}
 
 
-def teachers_in(teacher: Teacher) -> dict[str, FrozenTeacher]:
+def teachers_in(teacher: Teacher, *, only: str | None = None) -> dict[str, FrozenTeacher | StoredTeacher]:
     """The teachers by name, as `RunConfig.named_teachers` names them."""
     if isinstance(teacher, SeveralTeachers):
         return teacher.teachers
-    return {} if isinstance(teacher, NoTeacher) else {"": teacher}
+    return {} if isinstance(teacher, NoTeacher) else {only or "": teacher}
 
 
 def build_teacher(
     config: RunConfig,
     shapes: dict[str, TeacherShape],
-    taps: tuple[str, ...],
+    objective: Objective,
     device: torch.device,
     groups: dict[int, StageGroup] | None = None,
     *,
     num_classes: int | None = None,
+    only: str | None = None,
 ) -> Teacher:
-    """Build the teachers that the taps ask for, each cut after the deepest of its own. No collective.
+    """Build the teachers that the objective taps, each cut after its deepest tap. No collective.
 
     shapes: by name, as `build_objective` gives them
     groups: of pipelined teachers, by their numbers of stages; only this rank's stages are built
+    only: the name of the one teacher that is built; None: all
     """
-    built = {}
+    built, taps = {}, objective.taps
     for name, teacher in config.named_teachers().items():
+        if only not in (None, name):
+            continue
         with naming(teacher):
+            if teacher.placement == "cache":
+                built[name] = open_stored(config, teacher, objective, device, taps=taps_of(name, taps))
+                continue
             built[name] = load_frozen_teacher(
                 teacher,
                 taps=taps_of(name, taps),
@@ -93,6 +111,26 @@ def build_teacher(
                 sharded=teacher.placement == "zero3",
                 num_classes=num_classes,
             )
-    if config.teachers is not None:
+    if config.teachers is not None and only is None:
         return SeveralTeachers(built)
+    if only is not None:
+        return built[only]
     return built.get("") or NoTeacher()
+
+
+def open_stored(
+    config: RunConfig,
+    teacher: TeacherConfig,
+    objective: Objective,
+    device: torch.device,
+    *,
+    taps: tuple[str, ...],
+) -> StoredTeacher:
+    """Open the features that a recipe reads (teacher.cache), which `prepare` has checked against it.
+
+    Raises UserError where they are of other inputs than the objective's.
+    """
+    stored = StoredTeacher(teacher.cache, taps, access=Access.of(config.data), device=device)
+    now = json.loads(json.dumps(inputs_identity(objective, config)))
+    check_same(stored.manifest.inputs, now, where=f"{teacher.key('cache')} '{teacher.cache}'")
+    return stored

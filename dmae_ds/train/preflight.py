@@ -18,6 +18,7 @@ from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.dense_sets import open_dense_sets
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
+from dmae_ds.teacher.early import check_stored
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.checkpoint.student_file import STUDENT, StudentFiles
 from dmae_ds.train.cut import CutRecipe, deepspeed_of
@@ -31,7 +32,7 @@ from dmae_ds.weights.label import of_teacher
 # blocks that run twice compute the same.
 STUDENT_MAY_CHANGE = {"weights", "checkpoint_blocks"}
 # Keys of the teacher section that may: they change neither features nor positions.
-TEACHER_MAY_CHANGE = {"weights", "format", "stats", "license", "placement", "stages"}
+TEACHER_MAY_CHANGE = {"weights", "format", "stats", "license", "placement", "stages", "cache"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Preflight(CutRecipe):
         micro_batch
     resume: `auto` or `never`, as `prepare` was told
     resume_from: the checkpoint to continue from; None for a new run
+    replay: steps of a cache of features that has fewer than the run, so that they come again; None elsewhere
     """
 
     shards: ShardSet | UnindexedShards
@@ -50,6 +52,7 @@ class Preflight(CutRecipe):
     identity: dict
     resume: str
     resume_from: Path | None
+    replay: int | None = None
 
     @property
     def is_resumed(self) -> bool:
@@ -111,7 +114,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     if config.eval.loss_every is not None and config.data.val is None:
         raise UserError("eval.loss_every requires data.val; give data.val=SHARDS, or remove eval.loss_every")
     for teacher in config.named_teachers().values():
-        check_teacher_file(teacher)
+        if teacher.placement != "cache":
+            check_teacher_file(teacher)
         check_stages(teacher.stages, world.size, key=teacher.key("stages"))
     identity = identity_of(
         config, shards, world_size=world.size, stage=zero_stage(deepspeed), micro_batch=split.micro_batch
@@ -120,6 +124,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         folder.check_same_run(resume_from, identity)
     steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
     check_rates(config.optim, num_steps=steps, num_images=shards.num_samples)
+    replay = check_stored(config, shards, num_steps=steps)
     if resume == "never":
         check_is_new(folder.run_dir)
     return Preflight(
@@ -134,6 +139,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         identity=identity,
         resume=resume,
         resume_from=resume_from,
+        replay=replay,
     )
 
 

@@ -9,6 +9,7 @@ from dmae_ds.objectives.base import Objective
 from dmae_ds.objectives.needs import View
 from dmae_ds.teacher.frozen import FrozenTeacher
 from dmae_ds.teacher.grid import explain_grids
+from dmae_ds.teacher.stored import StoredTeacher
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher
 from dmae_ds.train.learning_rate import describe_repeats, peak_lr
 from dmae_ds.train.networks import Teacher, teachers_in
@@ -32,6 +33,8 @@ def summary(
     """
     config, shards = preflight.config, preflight.shards
     of_teacher = describe_teacher(config, objective, teacher)
+    if preflight.replay is not None:
+        of_teacher["replay"] = describe_replay(preflight)
     repeats = describe_repeats(config.optim.global_batch, shards.num_samples, repeat=config.data.repeat)
     rows = {
         "run": f"{preflight.run_dir} {_describe_start(preflight)}, seed {config.run.seed}",
@@ -116,6 +119,14 @@ def _describe_view(view: View) -> str:
     return f"{size}, {scale}, {view.photometric}"
 
 
+def describe_replay(preflight: Preflight) -> str:
+    """Row of a cache of features that is shorter than the run."""
+    return (
+        f"stored features are of the first {preflight.replay:,} of {preflight.num_steps:,} steps: their "
+        "images, crops and masks come again, in their order"
+    )
+
+
 def describe_teacher(config: RunConfig, objective: Objective, teacher: Teacher) -> dict[str, str]:
     """Rows of the teachers: what was built and left in the file, how the grids meet, notes, warnings.
 
@@ -139,8 +150,12 @@ def describe_teacher(config: RunConfig, objective: Objective, teacher: Teacher) 
     return {name: "; ".join(texts) for name, texts in {**rows, "WARNING": warnings}.items() if texts}
 
 
-def _rows_of(section: TeacherConfig, objective: Objective, teacher: FrozenTeacher) -> dict[str, str]:
+def _rows_of(
+    section: TeacherConfig, objective: Objective, teacher: FrozenTeacher | StoredTeacher
+) -> dict[str, str]:
     """Rows of one teacher, those with something to say."""
+    if isinstance(teacher, StoredTeacher):
+        return {"teacher": f"{section.name}, {teacher}"}
     student = objective.student
     rows = {"teacher": f"{section.name}, {teacher}, {section.dtype}, sees {section.sees} patches"}
     dropped = teacher.parts.describe_dropped()

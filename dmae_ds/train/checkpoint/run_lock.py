@@ -28,25 +28,28 @@ VISIBLE_S = (
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
 
-def claim(run_dir: Path) -> IO[str] | None:
+def claim(run_dir: Path, *, label: str = "run.dir") -> IO[str] | None:
     """Make a run folder and own it until the returned file is closed or the process ends, however it ends.
 
     Collective. Rank 0 holds a POSIX lock on RUN/lock, whose text names the owner; it works over NFS, and
     child processes do not inherit it. Returns None on other ranks, and where the file system has no locks.
+    label: names the folder in messages
     Raises UserError, on every rank, if another process holds it or a rank sees another folder.
     """
-    held = collectives.raise_on_all_ranks(lambda: hold(run_dir) if collectives.is_main() else None)
+    held = collectives.raise_on_all_ranks(
+        lambda: hold(run_dir, label=label) if collectives.is_main() else None
+    )
     token = collectives.raise_on_all_ranks(lambda: _write_token(run_dir) if collectives.is_main() else None)
     host, name = collectives.broadcast_from_main((socket.gethostname(), token))
     try:
-        collectives.raise_on_all_ranks(lambda: _wait_for_token(run_dir / name, host))
+        collectives.raise_on_all_ranks(lambda: _wait_for_token(run_dir / name, host, label=label))
     finally:
         if collectives.is_main():
             (run_dir / name).unlink(missing_ok=True)
     return held
 
 
-def hold(run_dir: Path) -> IO[str] | None:
+def hold(run_dir: Path, *, label: str = "run.dir") -> IO[str] | None:
     """Make a run folder and hold its lock, on one rank alone. Raises UserError if another process has it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     file = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -58,7 +61,7 @@ def hold(run_dir: Path) -> IO[str] | None:
         except OSError as error:
             if error.errno not in _BUSY:
                 print(
-                    f"run.dir '{run_dir}' is on a file system without locks ({error.strerror}): "
+                    f"{label} '{run_dir}' is on a file system without locks ({error.strerror}): "
                     "a second job in this folder will not be noticed",
                     file=sys.stderr,
                     flush=True,
@@ -67,8 +70,8 @@ def hold(run_dir: Path) -> IO[str] | None:
             if time.monotonic() > end:
                 file.seek(0)
                 raise UserError(
-                    f"run.dir '{run_dir}' is in use by {_describe_owner(file.read())}; "
-                    "wait for it or stop it, or choose another run.dir"
+                    f"{label} '{run_dir}' is in use by {_describe_owner(file.read())}; "
+                    f"wait for it or stop it, or choose another {label}"
                 ) from None
             time.sleep(0.2)
     file.truncate(0)
@@ -92,12 +95,12 @@ def _write_token(run_dir: Path) -> str:
     return token.name
 
 
-def _wait_for_token(token: Path, host: str) -> None:
+def _wait_for_token(token: Path, host: str, *, label: str) -> None:
     end = time.monotonic() + VISIBLE_S
     while not token.exists():
         if time.monotonic() > end:
             raise UserError(
-                f"run.dir '{token.parent}' on {socket.gethostname()} is not the folder of {host}: "
+                f"{label} '{token.parent}' on {socket.gethostname()} is not the folder of {host}: "
                 "it must be on a file system that all nodes share"
             )
         time.sleep(0.1)
