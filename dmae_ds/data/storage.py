@@ -125,19 +125,6 @@ class LocalFile:
         except OSError as error:
             raise ShardError(f"{self.path} cannot be read: {error.strerror}") from None
 
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill a buffer, without a copy in between; returns how many bytes there were. Raises ShardError."""
-        done = 0
-        try:
-            while done < len(buffer):
-                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
-                if not count:
-                    break
-                done += count
-        except OSError as error:
-            raise ShardError(f"{self.path} cannot be read: {error.strerror}") from None
-        return done
-
     def forget(self, offset: int, size: int) -> bool:
         """Whether another read may give other bytes: never for a local file."""
         return False
@@ -346,12 +333,6 @@ class RemoteFile:
             file_size=self.size,
             fetch=lambda start, count: self.folder.read_range(self.name, start, count),
         )
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill a buffer; returns how many bytes there were. Raises ShardError."""
-        data = self.read(offset, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
     def forget(self, offset: int, size: int) -> bool:
         """Remove these bytes from the cache; returns that another read may give other bytes."""

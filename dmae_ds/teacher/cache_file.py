@@ -5,6 +5,7 @@ cache_layout.py describes the bytes. Without torch.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from isal import isal_zlib  # a crc32 much faster than zlib's
 
+from dmae_ds.data.shards import ShardError
 from dmae_ds.data.storage import Access, LocalFile, RemoteFile, open_folder
 from dmae_ds.errors import UserError
 from dmae_ds.teacher.cache_layout import CRC_BYTES, SUMS, TABLE, Layout, Piece
@@ -92,13 +94,31 @@ class RowReader:
 
     def _read_piece(self, piece: Piece, rows: np.ndarray) -> np.ndarray:
         opened, size = self.open(piece.first_step, piece.lane), self.layout.row_bytes
-        if opened.file.read_into(piece.start * size, memoryview(rows.reshape(-1))) != rows.size:
+        if fill(opened.file, piece.start * size, memoryview(rows.reshape(-1))) != rows.size:
             raise damaged(opened.file.path, f"what follows row {piece.start}")
         entries = opened.table[piece.start : piece.start + piece.count]
         for number, (row, crc) in enumerate(zip(rows, entries["crc32"].tolist(), strict=True)):
             if isal_zlib.crc32(row) != crc:
                 raise damaged(opened.file.path, f"row {piece.start + number}")
         return entries
+
+
+def fill(file: LocalFile | RemoteFile, offset: int, buffer: memoryview) -> int:
+    """Fill a buffer from a file, a local one without a copy in between; returns how many bytes there were.
+
+    Raises ShardError.
+    """
+    if isinstance(file, RemoteFile):
+        data = file.read(offset, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+    done = 0
+    try:
+        while done < len(buffer) and (count := os.preadv(file.descriptor, [buffer[done:]], offset + done)):
+            done += count
+    except OSError as error:
+        raise ShardError(f"{file.path} cannot be read: {error.strerror}") from None
+    return done
 
 
 def damaged(path: str | Path, part: str) -> UserError:

@@ -111,7 +111,8 @@ def prepare_cache(config: RunConfig, world: World, request: CacheRequest) -> Pre
     teacher = teachers[request.teacher]
     if teacher.placement == "cache":
         raise UserError(
-            f"{teacher.key('placement')}=cache reads features instead of computing them; leave it out to write a cache"
+            f"{teacher.key('placement')}=cache reads features instead of computing them; leave it out to "
+            "write a cache"
         )
     if request.epochs is not None and not request.epochs > 0:
         raise UserError(f"--epochs {request.epochs:g} is too small; give a number above 0")

@@ -45,14 +45,16 @@ def build_networks(
         objective, shapes = build_objective(config, num_classes=num_classes)
         if config.student.weights is not None and preflight.resume_from is None:
             objective.initial_notes = fill_student(objective.student, config.student.weights, config.student)
-        teacher = build_teacher(config, shapes, objective, device, groups, num_classes=num_classes, only=only)
+        taps = objective.taps
+        teacher = build_teacher(config, shapes, taps, device, groups, num_classes=num_classes, only=only)
+        check_inputs(config, objective, teachers_in(teacher, only=only))
         return objective, teacher
 
     objective, teacher = collectives.raise_on_all_ranks(build)
     for name, one in teachers_in(teacher, only=only).items():
         section = config.named_teachers()[name]
         if isinstance(one, StoredTeacher):
-            continue  # `prepare` and `open_stored` have checked it
+            continue  # `prepare` and `check_inputs` have checked it
         collectives.raise_on_all_ranks(lambda one=one, section=section: _verify(one, section))
     return objective, teacher
 
@@ -79,26 +81,27 @@ def teachers_in(teacher: Teacher, *, only: str | None = None) -> dict[str, Froze
 def build_teacher(
     config: RunConfig,
     shapes: dict[str, TeacherShape],
-    objective: Objective,
+    taps: tuple[str, ...],
     device: torch.device,
     groups: dict[int, StageGroup] | None = None,
     *,
     num_classes: int | None = None,
     only: str | None = None,
 ) -> Teacher:
-    """Build the teachers that the objective taps, each cut after its deepest tap. No collective.
+    """Build the teachers that the taps ask for, each cut after the deepest of its own. No collective.
 
     shapes: by name, as `build_objective` gives them
     groups: of pipelined teachers, by their numbers of stages; only this rank's stages are built
     only: the name of the one teacher that is built; None: all
     """
-    built, taps = {}, objective.taps
+    built, access = {}, Access.of(config.data)
     for name, teacher in config.named_teachers().items():
         if only not in (None, name):
             continue
         with naming(teacher):
             if teacher.placement == "cache":
-                built[name] = open_stored(config, teacher, objective, device, taps=taps_of(name, taps))
+                own = taps_of(name, taps)
+                built[name] = StoredTeacher(teacher.cache, own, access=access, device=device)
                 continue
             built[name] = load_frozen_teacher(
                 teacher,
@@ -118,19 +121,12 @@ def build_teacher(
     return built.get("") or NoTeacher()
 
 
-def open_stored(
-    config: RunConfig,
-    teacher: TeacherConfig,
-    objective: Objective,
-    device: torch.device,
-    *,
-    taps: tuple[str, ...],
-) -> StoredTeacher:
-    """Open the features that a recipe reads (teacher.cache), which `prepare` has checked against it.
-
-    Raises UserError where they are of other inputs than the objective's.
-    """
-    stored = StoredTeacher(teacher.cache, taps, access=Access.of(config.data), device=device)
-    now = json.loads(json.dumps(inputs_identity(objective, config)))
-    check_same(stored.manifest.inputs, now, where=f"{teacher.key('cache')} '{teacher.cache}'")
-    return stored
+def check_inputs(
+    config: RunConfig, objective: Objective, teachers: dict[str, FrozenTeacher | StoredTeacher]
+) -> None:
+    """Raise UserError where stored features are of other views or masks than the objective's."""
+    for name, teacher in teachers.items():
+        if isinstance(teacher, StoredTeacher):
+            now = json.loads(json.dumps(inputs_identity(objective, config)))
+            key = config.named_teachers()[name].key("cache")
+            check_same(teacher.manifest.inputs, now, where=f"{key} '{teacher.location}'")
