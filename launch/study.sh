@@ -117,7 +117,9 @@ evaluate() { # SEED RUN ...: all runs of a seed in one process; few labels are d
 echo "== evaluation: k-NN with all labels, a logistic probe with all, 10% and 1% of them"
 for seed in $SEEDS; do
     runs=()
-    for run in "$OUT"/*-seed"$seed"; do [ -e "$run/evaluated" ] || runs+=("$run"); done
+    for run in "$OUT"/*-seed"$seed"; do
+        [ -e "$run/evaluated" ] || [ ! -e "$run/finished" ] || runs+=("$run")
+    done
     [ "${#runs[@]}" != 0 ] || continue
     log="$OUT/evaluation-seed$seed.log"
     (evaluate "$seed" "${runs[@]}") >"$log" 2>&1 || { tail -5 "$log" >&2; exit 1; }
