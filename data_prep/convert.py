@@ -24,6 +24,8 @@ from data_prep.workers import check_parent
 from dmae_ds.data.arrays import describe_array, read_array_header
 from dmae_ds.data.shards import ANNOTATIONS, SOURCES, NewSample, ShardError, draft_shard, index_name
 
+TINY = 16  # px of a side, below which an image is counted as such
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -100,9 +102,11 @@ def _samples(
                 raise ValueError(
                     "a .npy array, which requires --arrays" if extension == "npy" else "no array"
                 )
-            mode = find_mode(buffer, size) if extension == "png" else None
+            kinds = {find_mode(buffer, size)} if extension == "png" else set()
             if extension == "npy":
-                mode = describe_array(read_array_header(buffer, size))
+                kinds = {describe_array(read_array_header(buffer, size))}
+            elif min(width, height) < TINY:
+                kinds.add("tiny")
             data: bytes | memoryview = memoryview(buffer)[:size]
             if settings.dense is not None:
                 converted = convert_dense(
@@ -110,14 +114,13 @@ def _samples(
                 )
                 data, extension, width, height = converted.image
             elif decode:
-                data, extension, width, height = _decode(settings, data, extension, width, height)
+                data, extension, width, height = _decode(settings, data, (extension, width, height), kinds)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             skipped.append({"number": number, "source": os.fsdecode(path), "reason": reason})
             left.extend(_sizes_and_times(settings, path))
             continue
-        if mode is not None:
-            modes[mode] += 1
+        modes.update(kinds - {None})
         kept.append(size)
         kept.append(time_ns)
         meta = _describe(settings, path, label, width, height) if settings.json else None
@@ -141,16 +144,21 @@ def one_kind(kinds: Counter, dst: Path) -> str:
     return next(iter(kinds))
 
 
-def _decode(settings: Settings, data: memoryview, extension: str, width: int, height: int) -> tuple:
-    """Decode an image, and shrink it if --resize is given; returns (bytes, extension, width, height)."""
+def _decode(settings: Settings, data: memoryview, header: tuple[str, int, int], kinds: set) -> tuple:
+    """Decode an image, and shrink it if --resize is given; returns (bytes, extension, width, height).
+
+    header: (extension, width, height)
+    kinds: of the image, to which `blank` is added where it is
+    """
     from data_prep.decode import check_pixels, shrink
 
-    if extension == "npy":
-        return data, extension, width, height  # its header says that it is whole
+    if header[0] == "npy":
+        return data, *header  # its header says that it is whole
     if settings.resize is not None:
         return shrink(data, short_side=settings.resize, quality=settings.quality)
-    check_pixels(data)
-    return data, extension, width, height
+    if check_pixels(data):
+        kinds.add("blank")
+    return data, *header
 
 
 def _describe(settings: Settings, path: bytes, label: int, width: int, height: int) -> bytes:

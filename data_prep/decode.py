@@ -11,9 +11,12 @@ from dmae_ds.data.pixels import check_size, to_rgb
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 
 
-def check_pixels(data: bytes | memoryview) -> None:
-    """Raise ValueError if the image cannot be decoded to its last row."""
-    _open(data)
+def check_pixels(data: bytes | memoryview) -> bool:
+    """Whether all pixels have one colour, with transparent ones white.
+
+    Raises ValueError if the image cannot be decoded to its last row.
+    """
+    return all(low == high for low, high in to_rgb(_open(data)).getextrema())
 
 
 def orientation_of(data: bytes | memoryview) -> int:

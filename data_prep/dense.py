@@ -122,6 +122,7 @@ def match_dense(
     Raises ShardError for files that cannot be used.
     """
     matched = Listing(ignored=listing.ignored, skipped=listing.skipped, notes=listing.notes)
+    matched.has_links = listing.has_links
     coco = None if options.coco is None else read_coco(options.coco)
     paths = [listing.path(number) for number in range(len(listing))]
     names = {} if coco is None else _match_coco(paths, coco, matched, options.coco, is_subset=is_subset)

@@ -43,6 +43,7 @@ class Listing:
     skipped: list[dict] = field(default_factory=list)
     suffixes: tuple[bytes, ...] = SUFFIXES  # of the files that are listed
     notes: list[str] = field(default_factory=list)  # for the user: what was left out of a list
+    has_links: bool = False  # whether a file or folder is a link
     _paths: bytearray = field(default_factory=bytearray)
     _ends: array = field(default_factory=lambda: array("Q"))
 
@@ -63,9 +64,10 @@ class Listing:
         """Add a file that cannot be used."""
         self.skipped.append({"number": None, "source": os.fsdecode(path), "reason": reason})
 
-    def part(self, name: str, seed: int) -> "Listing":
+    def part(self, name: str, seed: int, src: Path) -> "Listing":
         """The held-out images (`val`) or the others (`train`); the draw depends on number and seed alone.
 
+        Where there are links, all names of one file are in one part.
         Raises ShardError where there are fewer than two images.
         """
         if len(self) < 2:
@@ -73,10 +75,25 @@ class Listing:
         num_held_out = min(max(len(self) // HELD_OUT_SHARE, 1), MAX_HELD_OUT)
         held_out = set(random.Random(seed).sample(range(len(self)), num_held_out))
         chosen = Listing(self.classes, ignored=self.ignored, skipped=self.skipped, notes=self.notes)
+        first_of = self._first_names(src) if self.has_links else range(len(self))
+        held_out = {first_of[number] for number in held_out}
         for number, label in enumerate(self.labels):
-            if (number in held_out) == (name == "val"):
+            if (first_of[number] in held_out) == (name == "val"):
                 chosen.add(self.path(number), label)
+        if not len(chosen):
+            raise ShardError(f"all {len(self)} images are one file; leave --part out")
         return chosen
+
+    def _first_names(self, src: Path) -> list[int]:
+        """For each image the number of the first that is the same file."""
+        seen: dict[tuple[int, int], int] = {}
+        numbers = []
+        for number in range(len(self)):
+            try:
+                numbers.append(seen.setdefault(_identity(src, self.path(number)), number))
+            except OSError:  # a dangling link
+                numbers.append(number)
+        return numbers
 
     def only(self, file: Path) -> "Listing":
         """The images that a list names, a line each: by path, base name, or either without suffix.
@@ -100,6 +117,7 @@ class Listing:
                 )
             chosen |= same
         listing = Listing(self.classes, ignored=self.ignored, skipped=self.skipped, notes=self.notes)
+        listing.has_links = self.has_links
         for number in sorted(chosen):
             listing.add(self.path(number), self.labels[number])
         listing.notes.append(f"{len(listing):,} of {len(self):,} images are in --only {file.name}")
@@ -248,6 +266,7 @@ def _scan(src: Path, folder: bytes, listing: Listing) -> list[bytes]:
     with os.scandir(os.path.join(os.fsencode(src), folder)) as entries:
         for entry in entries:
             name = entry.name
+            listing.has_links |= entry.is_symlink()
             if is_system_folder(name) and _is_folder(entry):
                 listing.ignored[f"folder {os.fsdecode(name)}"] += 1
             elif name.startswith(b"."):

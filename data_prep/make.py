@@ -9,6 +9,8 @@ dmae_ds/data/shards.py. Unusual files:
     a PNG named .JPEG, or the reverse     kept, under the extension of its content
     equal base names, odd, long names     kept: a key is a number, and sources.txt has the name
     a link to a file; to a folder         kept; followed, but not into a folder that contains it
+    equal bytes: links, copies            kept, counted; --part leaves what is one file in one part
+    a side below 16 px; blank             kept, counted (blank: one colour; only --verify full sees it)
     hidden; system folder; another suffix ignored; counted by suffix
     empty, truncated, not JPEG or PNG     skipped (truncated: no end marker; --verify full decodes each image)
     transparent PNG; 16-bit grey PNG      kept, counted; training sees white below, and the upper byte
@@ -40,6 +42,7 @@ from data_prep.dense import DenseListing, match_dense
 from data_prep.find import Listing, find_images
 from data_prep.journal import Journal
 from data_prep.plan import MakeOptions, check_options, make_plan
+from data_prep.repeats import find_repeats
 from data_prep.skip_limit import SkipLimit
 from data_prep.target import BucketTarget, LocalTarget, find_finished, find_target
 from data_prep.workers import Workers
@@ -59,6 +62,8 @@ DEFAULT_OPTIONS = MakeOptions()
 MAX_SHARDS = 10**6  # the six digits of a shard's name
 MODES = {
     "alpha": "images have an alpha channel: what is transparent becomes white",
+    "blank": "images are blank: one colour in every pixel, white where they are transparent",
+    "tiny": "images are less than 16 px wide or high",
     "grey16": "images have 16-bit grey: scaled to 8 bits, 65535 becomes white",
 }
 PLAIN_PATH = re.compile(rb"[ !#-\[\]-~]*")  # what JSON leaves as it is
@@ -171,6 +176,10 @@ def _make(
         target.publish(name)
     journal.remove()
     sync_folder(dst)
+    if (repeats := find_repeats(dst, shards)) is not None:
+        one, other = (os.fsdecode(listing.path(sources.order[number])) for number in repeats.first)
+        same = f"such as {one!r} and {other!r}"
+        print(f"{repeats.count:,} images have the bytes of another (links or copies), {same}")
     target.clear()
     for mode, number in sorted(modes.items()):
         print(f"{number:,} {MODES.get(mode, mode)}")
@@ -203,7 +212,7 @@ def _find(src: Path, options: MakeOptions) -> tuple[Listing, DenseListing | None
     for note in listing.notes:
         print(note)
     if options.part is not None:
-        listing = listing.part(options.part, options.seed)
+        listing = listing.part(options.part, options.seed, src)
         print(f"{len(listing):,} of them are its part '{options.part}'")
     if len(listing) > options.samples_per_shard * MAX_SHARDS:
         raise ShardError(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 
 import numpy as np
@@ -57,6 +58,21 @@ def test_they_are_counted_and_kept(drawings, tmp_path, capsys):
     assert samples["a/x-ray.png"].data == (drawings / "a" / "x-ray.png").read_bytes()
     made = json.loads((tmp_path / "dst" / "manifest.json").read_text())["made"]
     assert made["modes"] == {"alpha": 2, "grey16": 2}
+
+
+def test_tiny_blank_and_repeated_images_are_counted_once(drawings, tmp_path, capsys):
+    Image.new("RGB", (300, 15), "red").save(drawings / "a" / "rule.jpg")
+    Image.new("LA", (64, 64), (0, 0)).save(drawings / "a" / "nothing.png")
+    (drawings / "b" / "link.jpg").symlink_to("../a/rule.jpg")
+    make_shards(drawings, tmp_path / "dst", MakeOptions(verify="full", samples_per_shard=2))
+    made = json.loads((tmp_path / "dst" / "manifest.json").read_text())["made"]
+    assert made["modes"] == {"alpha": 3, "grey16": 2, "tiny": 2, "blank": 5}
+    lines = capsys.readouterr().out.splitlines()
+    for start in ("2 images are less", "5 images are blank", "4 images have the bytes"):
+        assert len([line for line in lines if line.startswith(start)]) == 1, lines
+    repeated = next(line for line in lines if line.startswith("4 "))
+    first, other = re.findall(r"'(\w/[\w.-]+)'", repeated)
+    assert (drawings / first).read_bytes() == (drawings / other).read_bytes() and first != other
 
 
 def test_smaller_images_and_the_sheet_show_what_training_sees(drawings, tmp_path):

@@ -94,10 +94,30 @@ def test_two_parts_are_the_whole_set_and_keep_its_classes(src, tmp_path):
     listing = Listing()
     for number in range(20_000):
         listing.add(b"%d" % number, -1)
-    assert [len(listing.part(name, 0)) for name in ("train", "val")] == [19_000, 1000]
+    assert [len(listing.part(name, 0, src)) for name in ("train", "val")] == [19_000, 1000]
     with refused("1 image", "--part", error=ShardError):
         (lonely := Listing()).add(b"x", -1)
-        lonely.part("val", 0)
+        lonely.part("val", 0, src)
+
+
+def test_names_of_one_file_are_in_one_part(src, tmp_path):
+    (src / "dog").symlink_to(src / "bee")
+    for number in range(4):
+        (src / "cat" / f"{number}.jpg").symlink_to(f"../ant/{number}.JPEG")
+    (src / "ant" / "gone.jpg").symlink_to("nowhere")
+    listing = find_images(src)
+    for seed in range(20):
+        parts = [listing.part(name, seed, src) for name in ("train", "val")]
+        names = [[os.fsdecode(part.path(number)) for number in range(len(part))] for part in parts]
+        assert len(names[0]) + len(names[1]) == len(listing) == 23
+        files = [{(src / name).resolve() for name in part} for part in names]
+        assert not files[0] & files[1] and names[1]
+    chosen = tmp_path / "chosen.txt"
+    chosen.write_text("".join(f"{name}\n" for name in sorted(names[0] + names[1])))
+    assert len(listing.only(chosen).part("val", seed, src)) == len(names[1])
+    with refused("2 images", "--part", error=ShardError):
+        chosen.write_text("bee/0.jpg\ndog/0.jpg\n")
+        listing.only(chosen).part("train", 0, src)
 
 
 def test_unreadable_images_are_left_out_and_listed(src, tmp_path):
