@@ -83,7 +83,7 @@ def test_unusable_sources_and_destinations(src, tmp_path):
 @pytest.mark.parametrize(
     "args, word",
     [
-        ([], "make | verify"),
+        ([], "COMMAND"),
         (["make", "a"], "DST"),
         (["make", "a", "b", "--workers", "0"], "0 is less than 1"),
         (["make", "a", "b", "--max-skip", "x"], "invalid integer value: 'x'"),
