@@ -25,7 +25,7 @@ g2sd-generic  scenes_g2sd_generic
 # Name of an evaluation, the runs that get it (all, or one name), and what follows `dmae-ds eval`. Frozen
 # features are measured on images as large as in training.
 EVALUATIONS="
-dense             all           dense RUN --task knn linear --size 64 --window 64 --patches 50000 --iterations 1000 --warmup 50 --lr 1e-2
+dense             all           dense RUN --task knn linear --size 64 --window 64 --patches 50000 --iterations 300 --warmup 30 --lr 1e-2
 segment           all           segment RUN --recipe upernet_scenes optim.length=8
 detect            all           detect RUN --recipe detect_scenes
 segment-specific  g2sd-generic  segment RUN --recipe upernet_scenes optim.length=8 distill.teacher=TEACHER/segment/best.safetensors
