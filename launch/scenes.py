@@ -8,9 +8,10 @@
     OUT/objectInfo.txt                                   names of the maps' classes, as ADE20K's objectInfo150
 
 A scene has two of four textures and up to five of scikit-learn's scans, and some scenes have none. A texture
-is a pattern that leans to a colour, under so much noise that a patch of 8 px leaves its class open. One in
-twenty scenes has a row of small digits, a crowd. Later digits hide parts of earlier ones. The first 1,400
-scans are for training and the last 397 for validation, as in launch/digits.py. Equal seeds give equal files.
+is a pattern that leans to a colour, under so much noise that the mean colour of a whole texture tells its
+class 19 times of 20, that of a patch of 8 px 16 times. One in twenty scenes has a row of small digits, a
+crowd. Later digits hide parts of earlier ones. The first 1,400 scans are for training and the last 397 for
+validation, as in launch/digits.py. Equal seeds give equal files.
 """
 
 import argparse

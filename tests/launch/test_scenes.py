@@ -7,6 +7,7 @@ import runpy
 import subprocess
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from data_prep.cli import build_parser
@@ -50,3 +51,17 @@ def test_equal_seeds_give_equal_scenes_of_the_promised_size(tmp_path):
     assert len(files["one"]) == 2 * 5 + 3
     for path in (tmp_path / "one").rglob("*.jpg"):
         assert all(64 <= side <= 96 for side in Image.open(path).size)
+
+
+def test_a_texture_is_told_by_its_colour_and_one_patch_of_it_less_well():
+    scenes = runpy.run_path(str(LAUNCH / "scenes.py"))
+    colours = scenes["BRIGHTNESS"] + scenes["TINT"] * np.array(scenes["TINTS"])
+    shares = []
+    for side in (8, 64):
+        rng, hits = np.random.default_rng(0), 0
+        for number in range(200):
+            kind = number % len(colours)
+            pixels = scenes["texture"](scenes["TEXTURES"][kind], side, side, rng)
+            hits += np.square(colours - pixels.mean((0, 1))).sum(1).argmin() == kind
+        shares.append(hits / 200)
+    assert shares[0] < 0.87 and shares[1] > 0.92
