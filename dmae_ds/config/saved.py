@@ -16,7 +16,7 @@ from dmae_ds.config.run import RunConfig
 FILE = "starts.jsonl"
 # Keys that may hold a path: {section: keys}.
 PATHS = {"data": ("train", "val"), "student": ("weights",)}
-TEACHER_PATHS = ("weights", "stats")
+TEACHER_PATHS = ("weights", "stats", "cache")
 
 
 def read_starts(run_dir: Path) -> list[dict]:

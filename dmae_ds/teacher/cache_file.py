@@ -15,7 +15,15 @@ import numpy as np
 from isal import isal_zlib  # a crc32 much faster than zlib's
 
 from dmae_ds.data.shards import ShardError
-from dmae_ds.data.storage import Access, LocalFile, RemoteFile, open_folder
+from dmae_ds.data.storage import (
+    Access,
+    LocalFile,
+    LocalFolder,
+    RemoteFile,
+    RemoteFolder,
+    is_url,
+    open_folder,
+)
 from dmae_ds.errors import UserError
 from dmae_ds.teacher.cache_layout import CRC_BYTES, SUMS, TABLE, Layout, Piece
 
@@ -65,7 +73,7 @@ class RowReader:
 
     def __init__(self, location: str, layout: Layout, *, access: Access):
         self.layout = layout
-        self.folder = open_folder(location, access=access, label=LABEL)
+        self.folder = open_cache(location, access=access)
         self._open: OrderedDict[str, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -101,6 +109,12 @@ class RowReader:
             if isal_zlib.crc32(row) != crc:
                 raise damaged(opened.file.path, f"row {piece.start + number}")
         return entries
+
+
+def open_cache(location: str, *, access: Access) -> LocalFolder | RemoteFolder:
+    """Open the folder or URL of a cache. Raises ShardError for an unknown kind of URL."""
+    place = location if is_url(location) else Path(location).expanduser()
+    return open_folder(place, access=access, label=LABEL)
 
 
 def fill(file: LocalFile | RemoteFile, offset: int, buffer: memoryview) -> int:

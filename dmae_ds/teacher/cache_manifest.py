@@ -16,11 +16,11 @@ from dmae_ds.config.networks import TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.order import ORDER_VERSION
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.storage import Access, open_folder
+from dmae_ds.data.storage import Access
 from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import write_atomically
-from dmae_ds.teacher.cache_file import LABEL
+from dmae_ds.teacher.cache_file import LABEL, open_cache
 from dmae_ds.teacher.cache_layout import Layout
 
 MANIFEST = "cache.json"
@@ -68,7 +68,7 @@ class Manifest:
 
 def read_manifest(location: str, *, access: Access) -> Manifest:
     """Read the manifest in a folder or behind a URL. Raises UserError; FileNotFoundError without a cache."""
-    folder = open_folder(location, access=access, label=LABEL)
+    folder = open_cache(location, access=access)
     try:
         values = json.loads(folder.read_all(MANIFEST, limit=MOST_BYTES))
         version = values.pop("version")

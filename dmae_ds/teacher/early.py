@@ -5,10 +5,10 @@ from __future__ import annotations
 from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.data.storage import LISTED, Access, is_url, open_folder
+from dmae_ds.data.storage import LISTED, Access, is_url
 from dmae_ds.data.unindexed import UnindexedShards
 from dmae_ds.errors import UserError
-from dmae_ds.teacher.cache_file import LABEL
+from dmae_ds.teacher.cache_file import LABEL, open_cache
 from dmae_ds.teacher.cache_manifest import (
     Manifest,
     check_same,
@@ -70,7 +70,7 @@ def check_files(manifest: Manifest, location: str, *, access: Access) -> None:
     if is_url(location) and location.partition("://")[0] not in LISTED:
         return
     expected = manifest.layout.sizes(manifest.layout.first_steps())
-    found = open_folder(location, access=access, label=LABEL).sizes(expected)
+    found = open_cache(location, access=access).sizes(expected)
     for name, size in expected.items():
         if found.get(name) != size:
             state = f"has {found[name]:,} bytes" if name in found else "is missing"

@@ -16,11 +16,11 @@ from isal import isal_zlib
 from torch import Tensor, nn
 
 from dmae_ds.data.batch import Batch
-from dmae_ds.data.storage import Access, open_folder
+from dmae_ds.data.storage import Access
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.output.units import size_text
 from dmae_ds.teacher.cache_codec import build_codecs
-from dmae_ds.teacher.cache_file import LABEL, RowReader, damaged
+from dmae_ds.teacher.cache_file import LABEL, RowReader, damaged, open_cache
 from dmae_ds.teacher.cache_layout import CODEC
 from dmae_ds.teacher.cache_manifest import Manifest
 from dmae_ds.teacher.early import open_manifest
@@ -124,7 +124,7 @@ def read_codec(manifest: Manifest, location: str, *, access: Access) -> bytes | 
     """Read the file with means and directions; None where the cache has none. Raises UserError."""
     if manifest.codec_crc32 is None:
         return None
-    folder = open_folder(location, access=access, label=LABEL)
+    folder = open_cache(location, access=access)
     try:
         content = folder.read_all(CODEC, limit=MOST_CODEC_BYTES)
     except FileNotFoundError:

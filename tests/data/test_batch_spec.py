@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from dmae_ds.data.batch import _piece_positions, _piece_rows
+from dmae_ds.data.batch_spec import BatchSpec
 from tests.data.batches import GLOBAL_BATCH, NUM_STEPS, assert_same, damage, global_batches, join, train
 from tests.messages import refused
 
@@ -86,3 +88,34 @@ def test_repeated_images_are_next_to_each_other_and_differ(
         assert torch.equal(ids[first], ids[second]) and torch.equal(epochs[first], epochs[second])
         assert not (images[first] == images[second]).flatten(1).all(1).any()
         assert not (noise[first] == noise[second]).any()
+
+
+@pytest.mark.parametrize(("ranks", "pieces", "repeat", "block"), [(1, 1, 1, 1), (2, 1, 2, 1), (4, 2, 1, 2)])
+def test_rows_number_the_run_and_a_replay_shows_old_steps_again(ranks, pieces, repeat, block):
+    shown: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        spec = BatchSpec(
+            img_size=8,
+            num_patches=4,
+            crop_scale=(0.5, 1.0),
+            flip=False,
+            seed=0,
+            global_batch=32,
+            micro_batch=4,
+            accumulation=8 // ranks,
+            rank=rank,
+            world_size=ranks,
+            repeat=repeat,
+            block=block,
+            replay=3,
+        )
+        per_step = spec.accumulation * pieces
+        for number in range(5 * per_step):
+            rows = _piece_rows(number, spec, num_pieces=pieces)
+            positions = _piece_positions(number, spec, num_samples=100, num_pieces=pieces)
+            assert len(rows) == repeat * len(positions)
+            step = number // per_step
+            shown.setdefault(step, []).extend(zip(rows.tolist(), positions.repeat(repeat), strict=True))
+    for step, pairs in shown.items():
+        assert sorted(row for row, _ in pairs) == list(range(step % 3 * 32, (step % 3 + 1) * 32))
+        assert sorted(pairs) == sorted(shown[step % 3])

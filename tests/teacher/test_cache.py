@@ -11,6 +11,9 @@ from dmae_ds.errors import UserError
 from dmae_ds.teacher.cache_codec import Codec, FitSums, build_codecs, check_pca, fit, needs_fit, write_codec
 from dmae_ds.teacher.cache_file import FileWriter, RowReader
 from dmae_ds.teacher.cache_layout import CODEC, SUMS, Layout, StoredTap
+from dmae_ds.teacher.cache_manifest import Manifest
+from dmae_ds.teacher.early import open_manifest
+from tests.data.flaky_server import serve
 
 
 def tap(stored: str = "float32", *, shape=(1, 5, 24), dtype="float32", width: int | None = None) -> StoredTap:
@@ -74,6 +77,18 @@ def test_rows_come_back_by_their_number(written, count):
         assert (rows == expected.astype(np.uint8)[:, None]).all()
         assert (entries["sample_id"] == expected * 7).all() and (entries["epoch"] == expected // 40).all()
     assert (reader.open(6, 0).sums == 0.25).all() and (reader.open(0, 0).sums == 0.75).all()
+
+
+def test_a_cache_is_read_from_a_url(written):
+    pytest.importorskip("aiohttp", reason="http:// is read with aiohttp: dmae-ds[remote]")
+    folder, lay = written
+    Manifest({"run.seed": 0}, {}, {}, {}, lay, None, True, {}).write(folder)
+    with serve(folder) as server:
+        access = Access(retries=2, timeout_s=10.0)
+        assert open_manifest(server.url, access=access) == open_manifest(str(folder), access=access)
+        reader, rows = RowReader(server.url, lay, access=access), np.empty((12, lay.row_bytes), np.uint8)
+        reader.read(36, rows)
+    assert (rows == (36 + np.arange(12)).astype(np.uint8)[:, None]).all()
 
 
 @pytest.mark.parametrize("place", [0, 5 * 24 * 4, -1, -40])

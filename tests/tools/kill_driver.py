@@ -1,7 +1,8 @@
-"""Kills `dmae-ds teacher cache` at random moments until it was hit often enough, then lets it end.
+"""Stores features undisturbed, then again while starts are killed at random moments until the last one.
 
-Arguments: number of kills, seed, seconds of an undisturbed start, arguments of `dmae-ds`. Starts are forks
-of this process, which has imported everything. Prints the number of features files after each kill.
+Arguments: number of kills, seed, folder of the undisturbed start, folder of the killed ones, then those of
+`dmae-ds teacher cache`. Starts are forks of this process, which has imported everything. Prints the number of
+complete files after each kill.
 """
 
 import os
@@ -13,25 +14,35 @@ from pathlib import Path
 
 import dmae_ds.tools.teacher_cache  # noqa: F401
 from dmae_ds.cli.main import main
-from dmae_ds.distributed.deepspeed_import import import_deepspeed  # noqa: F401
 
-num_kills, seed, whole_s, *arguments = sys.argv[1:]
-draw, out, hits = random.Random(int(seed)), Path(arguments[3]), 0
+num_kills, seed, whole, killed, recipe, *more = sys.argv[1:]
+draw, hits = random.Random(int(seed)), 0
 
 
-def start() -> int:
+def start(out: str) -> int:
     child = os.fork()
     if child == 0:
-        os._exit(main(arguments))
+        os._exit(main(["teacher", "cache", recipe, out, *more]))
     return child
 
 
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+since = time.monotonic()
+assert wait(start(whole)) == 0
+seconds = time.monotonic() - since
 while hits < int(num_kills):
-    child = start()
-    time.sleep(draw.uniform(0, float(whole_s)))
+    child = start(killed)
+    time.sleep(draw.uniform(0, seconds))
     os.kill(child, signal.SIGKILL)
-    hits += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    print(len(list(out.glob("features-*.bin"))), flush=True)
-    for first in sorted(out.glob("features-*.bin"))[:1] if hits % 5 == 4 else []:
-        first.unlink()  # so that there is something left to do
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
+    was_killed = wait(child) == -signal.SIGKILL
+    files = sorted(Path(killed).glob("features-*.bin"))
+    hits += was_killed
+    if was_killed:
+        print(len(files), flush=True)
+    if not was_killed or len(files) == len(list(Path(whole).glob("features-*.bin"))):
+        for file in draw.sample(files, len(files) * 3 // 4):  # so that there is something left to do
+            file.unlink()
+sys.exit(wait(start(killed)))
