@@ -26,6 +26,7 @@ from dmae_ds.bench.random_batch import random_batches
 from dmae_ds.bench.random_teacher import check_one_teacher
 from dmae_ds.config.batch import BatchSplit
 from dmae_ds.config.deepspeed import zero_stage
+from dmae_ds.config.family import check_one_student
 from dmae_ds.config.run import CheckpointConfig, RunConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World
@@ -92,8 +93,9 @@ def bench_save(config: RunConfig, world: World, *, steps: int, rounds: int, fold
     steps: optimiser steps in a round
     folder: a folder on the disk that is to be measured, in which nothing stays; None: the system's temporary
       one
-    Raises UserError for a recipe that can't be built.
+    Raises UserError for a recipe that can't be built, and for one of several students.
     """
+    check_one_student(config, "bench save")
     with (
         process_group.joined(world, timeout_s=config.dist.timeout_s) as device,
         tempfile.TemporaryDirectory(dir=folder) as temporary,
@@ -144,7 +146,7 @@ def _build(config: RunConfig, world: World, run_dir: Path, device: torch.device)
         CheckpointFolder(run_dir),
         config.checkpoint.model_copy(update={"keep": 1}),
         identity=identity,
-        student_metadata={"format": "pt"},
+        student_metadata={"": {"format": "pt"}},
         ema=ema,
     )
     return _Run(engine, checkpoints, ema, batches, features, split, num_parameters, device)

@@ -22,7 +22,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dmae_ds.bench.family import compare_families, describe_families, family_recipes
 from dmae_ds.bench.training_step import TrainingStep
+from dmae_ds.config.family import student_names
 from dmae_ds.config.objectives import plain_mae
 from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives, process_group
@@ -75,19 +77,27 @@ def bench_step(
     against_mae: also measure plain MAE's step of the same student
     variants: {name: recipe} of further steps to measure
     data: read the recipe's images
+    A family is compared with separate runs of its students (bench/family.py), and with nothing else.
     Raises UserError for a recipe that can't be built, and for plain MAE compared with itself.
     """
-    if against_mae and config.objective.name == "mae":
+    if config.students is not None and (against_mae or variants):
+        raise UserError("a family is compared with its students' separate runs; leave --against out")
+    if config.students is None and against_mae and config.objective.name == "mae":
         raise UserError(
             "--against mae compares a recipe with plain mae, and this recipe has objective mae; "
             "use a recipe of another objective"
         )
-    recipes = {config.objective.name: config} | (variants or {})
+    if config.students is not None:
+        recipes = family_recipes(config)
+    else:
+        recipes = {config.objective.name: config} | (variants or {})
     if against_mae:
         recipes["mae"] = as_plain_mae(config)
     with process_group.joined(world, timeout_s=config.dist.timeout_s) as device:
         recipes = with_one_micro_batch(recipes, world, device)
         results = measure_steps(recipes, world, device, data=data, rounds=rounds)
+        if config.students is not None:
+            results["families"] = compare_families(results["steps"])
         return json.dumps(results) if as_json else table(results)
 
 
@@ -230,6 +240,8 @@ def table(results: dict) -> str:
     ]
     for step in results["steps"]:
         lines += ["", *_step_lines(step)]
+    if "families" in results:
+        return "\n".join([*lines, "", *describe_families(results["families"])])
     *others, last = results["steps"]
     if others:
         lines.append("")
@@ -274,7 +286,7 @@ def describe(config: RunConfig, world: World, one: Contestant) -> str:
         teacher = f"{config.teacher.name} ({one.step.teacher}, {config.teacher.dtype})"
     kernels = f"; {one.step.kernels}" if one.step.kernels else ""
     return (
-        f"{teacher} -> {config.student.name}, {one.step.objective.describe()}; {one.images} images a step "
+        f"{teacher} -> {student_names(config)}, {one.step.objective.describe()}; {one.images} images a step "
         f"on {world.size} ranks; {config.precision}, {config.deepspeed}{kernels}"
     )
 

@@ -27,6 +27,7 @@ from dmae_ds.bench.random_teacher import (
     random_teacher_view,
     random_top,
 )
+from dmae_ds.config.family import check_one_student
 from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives, process_group
 from dmae_ds.distributed.world import World
@@ -84,6 +85,7 @@ def bench_stream(
     rank.
     """
     check_one_teacher(config, "stream")
+    check_one_student(config, "bench stream")
     if config.teacher is None:
         raise UserError("bench stream needs a recipe with a teacher, such as dmae_vit_large_to_base")
     with process_group.joined(world, timeout_s=config.dist.timeout_s) as device:

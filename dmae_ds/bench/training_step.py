@@ -31,10 +31,10 @@ from dmae_ds.teacher.fp8 import check_fp8, quantize_blocks
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher, needed_depths
 from dmae_ds.train.cut import CutRecipe
 from dmae_ds.train.ema import build_ema_teacher
-from dmae_ds.train.engine import Engine, check_precision
+from dmae_ds.train.engine import check_precision
+from dmae_ds.train.family_engine import build_engine
 from dmae_ds.train.inputs import batch_spec, copied, training_batches
 from dmae_ds.train.kernels import choose_kernels
-from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.speed import wait_for
 
 NUM_STEPS = 100_000  # length of the run that data is read for: more than is ever measured
@@ -61,7 +61,8 @@ class TrainingStep:
         self.objective.start_step(self._progress)
         self.teacher = NoTeacher()
         if config.teacher is not None:
-            self.teacher = _random_teacher(config, self.objective, shapes[""].depth, device)
+            teacher = _random_teacher(config, self.objective, shapes[""].depth, device)
+            self.teacher = self.objective.in_passes(teacher)
         self.kernels = choose_kernels(
             config,
             [self.objective, *self.teacher.networks(), self.ema.module],
@@ -69,8 +70,7 @@ class TrainingStep:
             zero_stage=zero_stage(cut.deepspeed),
             is_large=True,
         ).text
-        optimizer = build_optimizer(self.objective, config.optim)
-        self.engine = Engine(self.objective, optimizer, cut.deepspeed, device)
+        self.engine = build_engine(self.objective, config.optim, cut.deepspeed, device)
         self.engine.set_lr(0.0)
         self.normalize = Normalize(config.data.mean, config.data.std).to(device)
         self._reads_data = data

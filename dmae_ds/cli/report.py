@@ -16,8 +16,8 @@ def add_report(subcommands) -> None:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="run folders; the page is written into the first one; with --results also folders of runs, and "
-        "NAME=FOLDER for a section of its own",
+        help="run folders, of a family for all its students; the page is written into the first one; "
+        "with --results also folders of runs, and NAME=FOLDER for a section of its own",
     )
     report.add_argument(
         "--out",
@@ -45,8 +45,12 @@ def _report(args: argparse.Namespace) -> None:
     runs = [Path(run) for run in args.runs]
     if not runs:
         raise UserError("no run was given; write dmae-ds report RUN [RUN ...], or dmae-ds report --results")
-    from dmae_ds.config.load import read_saved_config
+    from dmae_ds.config.load import read_saved_config, student_folders
 
+    students = [folder for run in runs for folder in student_folders(run)]
+    if out is None and len(runs) == 1 and students != runs:
+        out = runs[0] / "comparison.html"  # of a family, next to its students
+    runs = students
     for run in runs:
         read_saved_config(run)
     from dmae_ds.report import write_report

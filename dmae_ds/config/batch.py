@@ -11,8 +11,10 @@ batch, which accumulate nothing.
 
 from __future__ import annotations
 
+from math import lcm
 from typing import NamedTuple
 
+from dmae_ds.config.family import objectives_of
 from dmae_ds.config.run import RunConfig
 from dmae_ds.errors import UserError
 
@@ -31,19 +33,21 @@ def split_recipe(config: RunConfig, world_size: int, *, fitted: int | None = Non
       `optim.micro_batch`
     Raises UserError where the batch can't be cut.
     """
-    objective, optim = config.objective, config.optim
-    if objective.mix_group_size > 1 and config.data.repeat > 1:
-        raise UserError(
-            f"objective {objective.name} mixes images that follow each other, and with data.repeat "
-            f"{config.data.repeat} these are crops of one image; set data.repeat=1"
-        )
+    objectives, optim = objectives_of(config), config.optim
+    for objective in objectives:
+        if objective.mix_group_size > 1 and config.data.repeat > 1:
+            raise UserError(
+                f"objective {objective.name} mixes images that follow each other, and with data.repeat "
+                f"{config.data.repeat} these are crops of one image; set data.repeat=1"
+            )
+    whole = whole_batch(config)
     bound = optim.micro_batch
-    if bound is None and not objective.needs_whole_batch:
+    if bound is None and whole is None:
         bound = fitted
     split = split_batch(optim.global_batch, bound, world_size, group_size=group_size(config))
-    if objective.needs_whole_batch and split.accumulation > 1:
+    if whole is not None and split.accumulation > 1:
         raise UserError(
-            f"objective {objective.name} compares all images of a batch, but optim.micro_batch {bound} cuts "
+            f"objective {whole} compares all images of a batch, but optim.micro_batch {bound} cuts "
             "each rank's "
             f"share of optim.global_batch {optim.global_batch} into {split.accumulation}; remove "
             "optim.micro_batch, "
@@ -54,7 +58,7 @@ def split_recipe(config: RunConfig, world_size: int, *, fitted: int | None = Non
 
 def smaller_split(config: RunConfig, world_size: int, split: BatchSplit) -> BatchSplit | None:
     """The next cut with at most half as many images in a micro-batch; None where there is none."""
-    if config.objective.needs_whole_batch or split.micro_batch < 2 * group_size(config):
+    if whole_batch(config) is not None or split.micro_batch < 2 * group_size(config):
         return None
     try:
         return split_batch(
@@ -66,7 +70,12 @@ def smaller_split(config: RunConfig, world_size: int, split: BatchSplit) -> Batc
 
 def group_size(config: RunConfig) -> int:
     """Number of consecutive images that stay in one micro-batch: crops of an image, or images to mix."""
-    return max(config.data.repeat, config.objective.mix_group_size)
+    return lcm(config.data.repeat, *(objective.mix_group_size for objective in objectives_of(config)))
+
+
+def whole_batch(config: RunConfig) -> str | None:
+    """Name of an objective that compares all images of a batch; None where none does."""
+    return next((objective.name for objective in objectives_of(config) if objective.needs_whole_batch), None)
 
 
 def split_batch(

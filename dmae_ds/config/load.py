@@ -25,7 +25,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.output.local_path import refuse_url
 
 # Keys that may hold a URL. Every other key with one is refused, but for the options of an own objective.
-TAKES_URL = re.compile(r"data\.train|data\.val|teachers?(\.\w+)?\.license|objective\..*")
+TAKES_URL = re.compile(r"data\.train|data\.val|teachers?(\.\w+)?\.license|(students\.\w+\.)?objective\..*")
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -140,8 +140,10 @@ def _set(values: dict, dotted: str, value: Any) -> None:
 def _explain(item: dict, schema: type[BaseModel]) -> str:
     # A discriminated union puts the chosen name into the location: objective.dmae.head -> objective.head.
     location = [str(part) for part in item["loc"]]
-    if len(location) > 1 and location[0] in ("objective", "head"):
-        del location[1]
+    # Likewise that of one of several students: students.small.objective.dmae.head.
+    start = 2 if location[:1] == ["students"] else 0
+    if len(location) > start + 1 and location[start] in ("objective", "head"):
+        del location[start + 1]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1], schema)
@@ -206,7 +208,22 @@ def read_saved_config(run_dir: Path, *, student_only: bool = False) -> RunConfig
             "wrote"
         )
     config = load_config(str(path), context={"student_only": student_only})
+    if config.students is not None:
+        folders = ", ".join(str(run_dir / name) for name in config.students)
+        raise UserError(f"'{run_dir}' is the folder of a family; name that of one student: {folders}")
     return with_paths_from_here(config, run_dir)
+
+
+def student_folders(run_dir: Path) -> list[Path]:
+    """The run folders of a run's students: its own, or of a family one for each.
+
+    Raises UserError for a config that cannot be read.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return [run_dir]
+    students = load_config(str(path), context={"student_only": True}).students
+    return [run_dir] if students is None else [run_dir / name for name in students]
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:

@@ -17,9 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from dmae_ds.config.family import MemberConfig, check_family, key_of, members_of, objectives_of
 from dmae_ds.config.networks import ModelConfig, NamedTeacherConfig, StudentConfig, TeacherConfig
 from dmae_ds.config.objectives import ObjectiveConfig, Section
-from dmae_ds.config.teachers import check_names, why_not_served
+from dmae_ds.config.teachers import check_names, warn_of_few_patches, why_not_served
 from dmae_ds.errors import UserError
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
@@ -227,11 +228,13 @@ class RunConfig(Section):
     """A whole recipe. `RUN/config.yaml` is one with all defaults written out."""
 
     run: RunSection
-    student: StudentConfig
+    student: StudentConfig | None = None
+    # Several students by name, instead of `student`, which share images, masks and the teacher's features.
+    students: dict[str, MemberConfig] | None = None
     teacher: TeacherConfig | None = None
     # Several teachers by name, instead of `teacher`, for objectives that take them; taps are `name:block/18`.
     teachers: dict[str, NamedTeacherConfig] | None = None
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig | None = None
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     # bf16, fp16: DeepSpeed's engines with fp32 master weights; bf16_autocast: fp32 weights, bf16 matrix
@@ -291,35 +294,42 @@ class RunConfig(Section):
         return {"teacher": teachers[""]} if "" in teachers else {"teachers": teachers}
 
     @model_validator(mode="after")
-    def _objective_fits_into_the_run(self):
-        self.objective.check_epochs(self.optim.epochs)
-        self.objective.check_batch(self.optim.global_batch)
-        if self.objective.needs_student_weights and self.student.weights is None:
-            raise ValueError(
-                f"objective.name {self.objective.name} continues a trained student; give student.weights: a "
-                "run folder, a weights file or a hub id"
-            )
-        check_channels(self.data, self.student, "student")
-        if getattr(self.objective, "photometric", False):
-            check_is_rgb(self.data, "objective.photometric")
+    def _objectives_fit_into_the_run(self):
+        check_family(self)
+        for name, member in members_of(self).items():
+            objective, student = member.objective, member.student
+            objective.check_epochs(self.optim.epochs)
+            objective.check_batch(self.optim.global_batch)
+            if objective.needs_student_weights and student.weights is None:
+                raise ValueError(
+                    f"objective.name {objective.name} continues a trained student; give "
+                    f"{key_of(name, 'weights')}: a run folder, a weights file or a hub id"
+                )
+            check_channels(self.data, student, key_of(name, "")[:-1])
+            if getattr(objective, "photometric", False):
+                check_is_rgb(self.data, "objective.photometric")
         return self
 
     def check_teacher(self) -> None:
         """Raise UserError where the objective lacks the teacher it needs, or has one it doesn't use."""
-        name, teachers = self.objective.name, self.named_teachers()
-        if self.objective.needs_teacher and not teachers:
+        teachers, objectives = self.named_teachers(), objectives_of(self)
+        needy = {objective.name: objective for objective in objectives if objective.needs_teacher}
+        if needy and not teachers:
+            name = next(iter(needy))
             raise UserError(f"objective {name} needs a teacher; give teacher.name and teacher.weights")
-        if teachers and not self.objective.needs_teacher:
+        if teachers and not needy:
+            names = ", ".join(dict.fromkeys(objective.name for objective in objectives))
             raise UserError(
-                f"objective {name} does not use a teacher; remove the teacher section, or choose another "
+                f"objective {names} does not use a teacher; remove the teacher section, or choose another "
                 "objective.name"
             )
-        if self.teachers is not None and not self.objective.takes_several_teachers:
+        one = next((name for name in needy if not needy[name].takes_several_teachers), None)
+        if self.teachers is not None and one is not None:
             raise UserError(
-                f"objective {name} takes one teacher, and the recipe has teachers {', '.join(teachers)}; "
+                f"objective {one} takes one teacher, and the recipe has teachers {', '.join(teachers)}; "
                 "give one of them as `teacher`, or choose another objective.name, such as features"
             )
-        taps = self.objective.tapped
+        taps = tuple(tap for objective in objectives for tap in objective.tapped)
         problem = why_not_served(taps, teachers) if taps else ""
         if problem:
             raise UserError(f"objective.targets: {problem}")
@@ -332,13 +342,5 @@ class RunConfig(Section):
 
     def teacher_warning(self) -> str | None:
         """A warning where teachers that were trained on whole images see few patches; None elsewhere."""
-        warnings = []
-        for teacher in self.named_teachers().values():
-            family = teacher.whole_image_family()
-            if teacher.sees == "all" or not self.objective.dropped_share or family is None:
-                continue
-            warnings.append(
-                f"{teacher.key('sees')}=visible shows this {family} teacher only the student's patches, and "
-                f"it was not trained with dropped tokens; set {teacher.key('sees')}=all"
-            )
-        return "; ".join(warnings) or None
+        drops = any(objective.needs_teacher and objective.dropped_share for objective in objectives_of(self))
+        return warn_of_few_patches(self.named_teachers().values()) if drops else None

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dmae_ds.config.networks import TeacherConfig
 
 NAME = r"[a-z][a-z0-9_]*"
 
@@ -56,3 +60,17 @@ def why_not_served(taps: Iterable[str], teachers: Mapping[str, object]) -> str:
         section = f"teachers.{idle[0]}" if idle[0] else "teacher"
         return f"no term of the objective taps {section}; remove that section, or add a term with such a tap"
     return ""
+
+
+def warn_of_few_patches(teachers: Iterable[TeacherConfig]) -> str | None:
+    """A warning where teachers that were trained on whole images see few patches; None elsewhere."""
+    warnings = []
+    for teacher in teachers:
+        family = teacher.whole_image_family()
+        if teacher.sees == "all" or family is None:
+            continue
+        warnings.append(
+            f"{teacher.key('sees')}=visible shows this {family} teacher only the student's patches, and "
+            f"it was not trained with dropped tokens; set {teacher.key('sees')}=all"
+        )
+    return "; ".join(warnings) or None

@@ -29,7 +29,7 @@ from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import distance
 from dmae_ds.objectives.feature_distillation import TeacherShape, resolve_pairs
 from dmae_ds.objectives.mae import patch_statistics
-from dmae_ds.objectives.masked import MaskedObjective, build_decoder
+from dmae_ds.objectives.masked import MaskedObjective, build_decoder, random_patches
 
 HEAD_DIM = 64  # channels of a generator's head, where objective.generator.num_heads is null
 EPSILON = 1e-6  # of the published code, added to a colour's standard deviation
@@ -86,6 +86,10 @@ class Amd(MaskedObjective):
         self.no_weight_decay = ("decoder.mask_token",)
         if config.train_mask_tokens:
             self.no_weight_decay += tuple(f"generators.{i}.mask_token" for i in range(len(self.generators)))
+
+    @property
+    def shown(self) -> tuple[object, ...] | None:
+        return random_patches(self.num_visible) if type(self).prepare is Amd.prepare else None
 
     def prepare(self, batch: Batch, normalize: nn.Module, *, num_visible: int | None = None) -> AmdBatch:
         masked = super().prepare(batch, normalize, num_visible=num_visible)

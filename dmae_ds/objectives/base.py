@@ -24,6 +24,9 @@ from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.classifier import Classifier
 from dmae_ds.objectives.needs import EmaSpec, Progress, View
 
+# `Objective.shown` of whole images, their patches row by row.
+WHOLE = ("all",)
+
 
 class Objective(nn.Module):
     """Base class: the declarations with their defaults.
@@ -40,6 +43,9 @@ class Objective(nn.Module):
             teachers "dino:block/18", ...
         compares_superset: whether it compares patches that only the teacher sees (teacher.sees=superset): the
             first of `ids_masked`, whose features follow those of the student's patches
+        shown: which patches `prepare` shows a frozen teacher, as plain values: those of two objectives whose
+            values are equal are equal, in equal order. None: not declared. Students of a family whose values
+            are equal share a pass of the teacher (family.py)
         views: crops of each image; the first one is `Batch.images`, all of them are `Batch.views`
         rand_augment: timm's RandAugment on every view, in timm's notation; None: not used
         labels: whether `Batch.labels` is read, the same as the schema's `needs_labels`
@@ -62,11 +68,13 @@ class Objective(nn.Module):
         reconstructs_pixels: whether `decoder` predicts the pixels of masked patches. Such an objective also
             has `mask_ratio`, `pixel_loss`, `visible_at` and `reconstruct`, as `Mae` does
         norm_pix: whether the part "pixel" of the loss compares normalised patches
+        pass_of: {name of a student: the pass of the teacher that it reads, from 0}; of a family (family.py)
         initial_notes: what was changed or not read of the file of `student.weights`, set after building
     """
 
     taps: tuple[str, ...] = ()
     compares_superset: bool = False
+    shown: tuple[object, ...] | None = None
     views: tuple[View, ...] = (View(),)
     rand_augment: str | None = None
     labels: bool = False
@@ -83,6 +91,7 @@ class Objective(nn.Module):
         self.student = student
         self.num_visible = student.num_patches
         self.lr_scales: dict[str, float] = {}
+        self.pass_of: dict[str, int] = {"": 0}
 
     def prepare(self, batch: Batch, normalize: nn.Module) -> PatchBatch:
         """Return what teacher, EMA teacher and `forward` share of a micro-batch; required.
@@ -95,6 +104,20 @@ class Objective(nn.Module):
         weights.
         """
         raise NotImplementedError
+
+    def members(self) -> dict[str, Objective]:
+        """Return the objectives of all students by name; {"": this one} of one student."""
+        return {"": self}
+
+    def inputs_of(
+        self, batch: PatchBatch, features: dict[str, Tensor]
+    ) -> dict[str, tuple[PatchBatch, dict[str, Tensor]]]:
+        """Return what each student's `forward` takes, by name, of what `prepare` and the teacher gave."""
+        return {"": (batch, features)}
+
+    def in_passes(self, teacher):
+        """Return the frozen teacher as this objective runs it: once a micro-batch."""
+        return teacher
 
     def start_step(self, progress: Progress) -> None:
         """Set temperatures, held layers and other schedules.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dmae_ds.config.family import members_of, told_by
 from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.run import DataConfig, RunConfig
 from dmae_ds.config.teachers import taps_of, why_not_served
@@ -15,6 +16,7 @@ from dmae_ds.models.decoder import TokenDecoder
 from dmae_ds.models.vit import MaskedViT, build_student, build_timm_vit
 from dmae_ds.objectives import find_objective
 from dmae_ds.objectives.base import Objective
+from dmae_ds.objectives.family import Family, check_repeat
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.teacher.build import seen_patches
 from dmae_ds.teacher.frozen import meta_teacher, split_tap
@@ -36,6 +38,8 @@ def build_objective(
     device: `meta` for its geometry without a byte of weights
     Raises UserError (one line) for numbers that don't fit together.
     """
+    if config.students is not None:
+        return _build_family(config, num_classes=num_classes, device=device)
     generator = torch.Generator().manual_seed(config.run.seed)
     student = build_student(
         config.student.name, config.student.overrides(), generator=generator, device=device
@@ -104,6 +108,22 @@ def check_served(config: RunConfig, taps: tuple[str, ...]) -> None:
     problem = why_not_served(taps, config.named_teachers()) if taps else ""
     if problem:
         raise UserError(f"objective.name {config.objective.name}: {problem}")
+
+
+def _build_family(
+    config: RunConfig, *, num_classes: int | None, device: str
+) -> tuple[Family, dict[str, TeacherShape]]:
+    """Return the objective of several students, each built as it would be alone."""
+    objectives: dict[str, Objective] = {}
+    shapes: dict[str, TeacherShape] = {}
+    members = members_of(config)
+    for name, member in members.items():
+        with told_by(name):
+            objectives[name], of_member = build_objective(member, num_classes=num_classes, device=device)
+        shapes |= of_member
+    family = Family(objectives, {name: member.objective for name, member in members.items()})
+    check_repeat(family, config.data.repeat)
+    return family, shapes
 
 
 def num_superset(teacher: TeacherConfig, num_patches: int) -> int:

@@ -20,10 +20,11 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.masking import PatchBatch, gather_patches
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
-from dmae_ds.objectives.base import Objective, all_places, freeze
+from dmae_ds.objectives.base import WHOLE, Objective, all_places, freeze
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.objectives.feature_mask import MaskToken, draw_mask, num_masked
 from dmae_ds.objectives.feature_term import FeatureTerm
+from dmae_ds.objectives.masked import random_patches
 from dmae_ds.objectives.needs import Progress
 
 OF_THE_MASKED_PASS = ("masked", "visible")
@@ -108,6 +109,16 @@ class Features(Objective):
         return {
             f"queue/{term.target.label}": term.queue.rows for term in self.terms if term.queue is not None
         }
+
+    @property
+    def shown(self) -> tuple[object, ...] | None:
+        """Whole images, or what the mask leaves of them."""
+        if type(self).prepare is not Features.prepare:
+            return None
+        if self.mask is None or self.mask.by != "drop":
+            return WHOLE
+        is_random = self.mask.shape == "random"
+        return random_patches(self.num_visible) if is_random else (self.mask.shape, self.num_visible)
 
     def prepare(self, batch: Batch, normalize: nn.Module) -> FeaturesBatch:
         """Return the batch with its mask, drawn from the batch's noise."""

@@ -26,6 +26,12 @@ class MaskedObjective(Objective):
         self.mask_ratio, self.patch_count = config.mask_ratio, config.patch_count
         self.num_visible = self.visible_at(config.mask_ratio)
 
+    @property
+    def shown(self) -> tuple[object, ...] | None:
+        """The first patches in the order of the noise; a subclass may prepare others."""
+        is_own = type(self).prepare is MaskedObjective.prepare
+        return random_patches(self.num_visible) if is_own else None
+
     def visible_at(self, mask_ratio: float) -> int:
         """Return how many patches stay visible at a mask ratio, rounded by the recipe's `patch_count`."""
         return num_visible(self.student.num_patches, mask_ratio, self.patch_count)
@@ -42,6 +48,11 @@ class MaskedObjective(Objective):
 
     def describe(self) -> str:
         return f"{self.num_visible} of {self.student.num_patches} patches visible"
+
+
+def random_patches(num_visible: int) -> tuple[object, ...]:
+    """Return the value of `shown` of the first patches in the order of the noise."""
+    return "random", num_visible
 
 
 def build_decoder(

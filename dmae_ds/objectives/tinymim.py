@@ -28,7 +28,7 @@ from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import patchify
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.align import at_least_float32
-from dmae_ds.objectives.base import Objective, all_places
+from dmae_ds.objectives.base import WHOLE, Objective, all_places
 from dmae_ds.objectives.feature_distillation import TeacherShape
 from dmae_ds.objectives.needs import View
 from dmae_ds.teacher.relation import split_heads
@@ -64,6 +64,10 @@ class TinyMim(Objective):
         untrained += [part for name, part in last.attn.named_children() if name != "qkv"]
         for part in (*untrained, student.norm):
             freeze(part)
+
+    @property
+    def shown(self) -> tuple[object, ...] | None:
+        return WHOLE if type(self).prepare is TinyMim.prepare else None
 
     def prepare(self, batch: Batch, normalize: nn.Module) -> CopiedBatch:
         """Return whole images, the teacher's and the student's copy."""

@@ -7,7 +7,8 @@ The networks are built on the meta device by the functions that training uses, t
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -51,6 +52,7 @@ class TeacherGeometry:
     # Features of all taps as the student gets them, or as they return to its rank, where that is more.
     feature_bytes: int
     kernels: int = 0  # that it launches for one micro-batch
+    pass_flops: tuple[int, ...] = ()  # of each pass, where a family takes several
     products: str = "bf16"  # dtype of its matrix products: "fp32" or "bf16"
 
     @property
@@ -76,7 +78,10 @@ class EmaGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """All networks of a recipe at one size of micro-batch."""
+    """All networks of a recipe at one size of micro-batch.
+
+    student: of a family all its students, which take turns; members: each by its name
+    """
 
     micro_batch: int
     student: Trace
@@ -86,6 +91,8 @@ class Geometry:
     teacher: TeacherGeometry | None
     ema: EmaGeometry | None = None
     device_type: str = "cpu"  # whose kernels and autocast were measured
+    members: dict[str, Trace] = field(default_factory=dict)
+    pass_of: dict[str, int] = field(default_factory=dict)  # of the members with taps: the teacher's pass
 
 
 def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") -> Geometry:
@@ -98,8 +105,10 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
         device_type = "cpu"
     objective, _ = build_objective(config, device="meta")
     dtype = WEIGHTS[config.precision]
-    student = objective.student
-    student_parameters = sum(parameter.numel() for parameter in student.parameters())
+    student, members = objective.student, objective.members()
+    student_parameters = sum(
+        parameter.numel() for member in members.values() for parameter in member.student.parameters()
+    )
     built = None if config.teacher is None else meta_frozen_teacher(config, objective)
     ids = torch.zeros(micro_batch, dtype=torch.int64)  # real tensors: they key draws on the host
     ema = None if objective.ema is None else EmaModule(objective)
@@ -112,12 +121,12 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
         if built is not None:
             teacher, features = _measure_teacher(
                 *built,
-                objective.taps,
+                objective,
                 batch,
                 sees=seen_patches(config.teacher, student.num_patches),
                 device=device,
             )
-        batch_bytes = _bytes(vars(batch).values()) + pixel_bytes
+        batch_bytes = _batch_bytes(batch) + pixel_bytes
         ema_geometry = None
         if ema is not None:
             ema.to_empty(device=device)
@@ -127,20 +136,25 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
         if config.precision == "bf16_autocast":
             autocast = torch.autocast(device_type, torch.bfloat16)
 
-        def forward() -> torch.Tensor:
+        def forward(member: Objective, batch: PatchBatch, features: dict[str, torch.Tensor]) -> torch.Tensor:
             with autocast:
-                return objective(batch, features)["loss"]
+                return member(batch, features)["loss"]
 
-        trace = trace_training(objective, forward)
+        traces = {}
+        for name, inputs in objective.inputs_of(batch, features).items():
+            traces[name] = trace_training(members[name], partial(forward, members[name], *inputs))
+    first, *others = traces.values()
     geometry = Geometry(
         micro_batch,
-        trace,
+        sum(others, first),
         student_parameters,
         _bytes(objective.buffers()),
         batch_bytes,
         teacher,
         ema_geometry,
         device_type,
+        traces,
+        objective.pass_of,
     )
     is_stored = config.teacher is not None and config.teacher.placement == "cache"
     return with_stored_features(geometry) if is_stored else geometry
@@ -148,7 +162,16 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
 
 def with_stored_features(geometry: Geometry) -> Geometry:
     """The same recipe when its features are read from a cache: the teacher has no blocks and no work."""
-    stored = replace(geometry.teacher, embedding_bytes=0, block_bytes=(), flops=0, working_bytes=0, kernels=0)
+    teacher = geometry.teacher
+    stored = replace(
+        teacher,
+        embedding_bytes=0,
+        block_bytes=(),
+        flops=0,
+        pass_flops=(0,) * len(teacher.pass_flops),
+        working_bytes=0,
+        kernels=0,
+    )
     return replace(geometry, teacher=stored)
 
 
@@ -158,29 +181,32 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
     def scale(value: int) -> int:
         return round(value * micro_batch / geometry.micro_batch)
 
-    student, teacher = geometry.student, geometry.teacher
-    gradients = tuple(
-        replace(gradient, before=scale(gradient.before), after=scale(gradient.after))
-        for gradient in student.gradients
-    )
+    def scale_trace(trace: Trace) -> Trace:
+        return replace(
+            trace,
+            forward_flops=scale(trace.forward_flops),
+            backward_flops=scale(trace.backward_flops),
+            gradients=tuple(
+                replace(gradient, before=scale(gradient.before), after=scale(gradient.after))
+                for gradient in trace.gradients
+            ),
+        )
+
+    teacher = geometry.teacher
     if teacher is not None:
         per_image = ("flops", "working_bytes", "token_bytes", "id_bytes", "feature_bytes")
         teacher = replace(teacher, **{name: scale(getattr(teacher, name)) for name in per_image})
+        teacher = replace(teacher, pass_flops=tuple(map(scale, teacher.pass_flops)))
     ema = geometry.ema
     if ema is not None:
         ema = replace(
             ema, **{name: scale(getattr(ema, name)) for name in ("flops", "working_bytes", "feature_bytes")}
         )
-    student = replace(
-        student,
-        forward_flops=scale(student.forward_flops),
-        backward_flops=scale(student.backward_flops),
-        gradients=gradients,
-    )
     return replace(
         geometry,
         micro_batch=micro_batch,
-        student=student,
+        student=scale_trace(geometry.student),
+        members={name: scale_trace(trace) for name, trace in geometry.members.items()},
         batch_bytes=scale(geometry.batch_bytes),
         teacher=teacher,
         ema=ema,
@@ -241,7 +267,7 @@ def meta_frozen_teacher(config: RunConfig, objective: Objective) -> tuple[Masked
 def _measure_teacher(
     vit: MaskedViT,
     top: Top | None,
-    taps: tuple[str, ...],
+    objective: Objective,
     batch: PatchBatch,
     *,
     sees: str | int,
@@ -253,26 +279,47 @@ def _measure_teacher(
     zeros, ones = (0.0,) * vit.channels, (1.0,) * vit.channels
     view = PatchView(vit.patch_size, mean=zeros, std=ones, teacher_mean=zeros, teacher_std=ones)
     view.to_empty(device=device)
-    teacher = FrozenTeacher(vit, taps, None, view=view, sees=sees, top=top)
+    teacher = FrozenTeacher(vit, objective.taps, None, view=view, sees=sees, top=top)
+    passes = objective.in_passes(teacher)
     features: dict[str, torch.Tensor] = {}
-    flops, working, kernels = trace_inference(lambda: features.update(teacher.features(batch)))
-    patches, ids = teacher.inputs(batch)
+    flops, working, kernels = trace_inference(lambda: features.update(passes.features(batch)))
+    sent: list[tuple[torch.Tensor, torch.Tensor]] = []
+    encoded: list[torch.Tensor] = []
     with torch.no_grad():
-        tokens = vit.embed(teacher.view(patches), ids)
-        encoded = teacher.encode(batch)
+        for one, shown in passes.each(batch):
+            patches, ids = one.inputs(shown)
+            sent.append((vit.embed(one.view(patches), ids), ids))
+            encoded += one.encode(shown).values()
     top_bytes = 0 if top is None else _bytes(top.state_dict().values())
     geometry = TeacherGeometry(
         embedding_bytes=_bytes(vit.state_dict().values()) - sum(block_bytes) + top_bytes,
         block_bytes=block_bytes,
         flops=flops,
         working_bytes=working,
-        token_bytes=_bytes([tokens]),
-        id_bytes=_bytes([ids]),
-        feature_bytes=max(_bytes(features.values()), _bytes(encoded.values())),
+        token_bytes=_bytes(tokens for tokens, _ in sent),
+        id_bytes=_bytes(ids for _, ids in sent),
+        feature_bytes=max(_bytes(features.values()), _bytes(encoded)),
         kernels=kernels,
-        products="fp32" if tokens.dtype == torch.float32 else "bf16",
+        pass_flops=tuple(_pass_flops(one, shown) for one, shown in passes.each(batch)),
+        products="fp32" if sent[0][0].dtype == torch.float32 else "bf16",
     )
     return geometry, features
+
+
+def _pass_flops(teacher: FrozenTeacher, shown: PatchBatch) -> int:
+    return trace_inference(lambda: teacher.features(shown))[0]
+
+
+def _batch_bytes(batch: PatchBatch) -> int:
+    """Bytes of a prepared batch, of a family those of all its students; what two share counts once."""
+    tensors, rest = {}, [batch]
+    while rest:
+        for value in vars(rest.pop()).values():
+            if isinstance(value, torch.Tensor):
+                tensors[id(value)] = value
+            elif isinstance(value, dict | tuple):
+                rest += value.values() if isinstance(value, dict) else value
+    return _bytes(tensors.values())
 
 
 def _bytes(tensors) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dmae_ds.config.batch import whole_batch
+from dmae_ds.config.family import student_names
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.order import num_steps
 from dmae_ds.errors import UserError
@@ -120,9 +122,10 @@ def _verdict(
             f"{least.deepspeed}, "
             f"{least.memory.total / GIB:.1f} GiB a rank"
         ]
-        if config.objective.needs_whole_batch:
+        whole = whole_batch(config)
+        if whole is not None:
             lines.append(
-                f"objective {config.objective.name} compares all images of a batch, so it takes no smaller "
+                f"objective {whole} compares all images of a batch, so it takes no smaller "
                 "micro-batch; "
                 "use more GPUs, or a smaller optim.global_batch"
             )
@@ -218,8 +221,9 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
     tera = accumulation / 1e12
     work = f"student forward {student.forward_flops * tera:.3g}, backward {student.backward_flops * tera:.3g}"
     lines = [
-        f"student: {config.student.name}, {geometry.student_parameters / 1e6:.1f} M; "
-        f"with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}"
+        f"student: {student_names(config)}, {geometry.student_parameters / 1e6:.1f} M; "
+        f"with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}",
+        *describe_members(geometry),
     ]
     if teacher is not None and not teacher.depth:
         lines.append(f"teacher: {config.teacher.name}, no network: its features are read")
@@ -234,6 +238,29 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
         lines.append(
             f"traced with a CPU's kernels, for torch cannot fake CUDA here ({obstacle()}): activations "
             "may differ; use a newer torch"
+        )
+    return lines
+
+
+def describe_members(geometry: Geometry) -> list[str]:
+    """What each student of a family costs beside the others, and what they cost alone; [] of one student."""
+    if len(geometry.members) < 2:
+        return []
+    passes = () if geometry.teacher is None else geometry.teacher.pass_flops
+    lines, seen, together, separate = [], set(), 0, 0
+    for number, (name, trace) in enumerate(geometry.members.items(), start=1):
+        trained = trace.forward_flops + trace.backward_flops
+        one = geometry.pass_of.get(name)
+        of_teacher = 0 if one is None else passes[one]
+        added = trained + (0 if one in seen else of_teacher)
+        seen.add(one)
+        together, separate = together + added, separate + trained + of_teacher
+        pass_text = "no teacher" if one is None else f"the teacher's pass {one + 1} of {len(passes)}"
+        lines.append(
+            f"  {name}: {trace.parameters / 1e6:.1f} M trained, {pass_text}, adds {added / 1e12:.3g} TFLOP a "
+            f"micro-batch, alone {(trained + of_teacher) / 1e12:.3g}; activations "
+            f"{trace.activations / GIB:.2f} GiB in its turn; {number} together: "
+            f"{together / separate:.2f} of the work of separate runs"
         )
     return lines
 

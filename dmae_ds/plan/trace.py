@@ -50,6 +50,16 @@ class Trace:
     forward_kernels: int = 0
     backward_kernels: int = 0
 
+    def __add__(self, other: Trace) -> Trace:
+        """Both, one after the other: the first one's activations are gone when the second begins."""
+        return Trace(
+            self.forward_flops + other.forward_flops,
+            self.backward_flops + other.backward_flops,
+            self.gradients + other.gradients,
+            self.forward_kernels + other.forward_kernels,
+            self.backward_kernels + other.backward_kernels,
+        )
+
     @property
     def parameters(self) -> int:
         return sum(gradient.numel for gradient in self.gradients)

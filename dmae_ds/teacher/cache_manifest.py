@@ -12,6 +12,7 @@ from pathlib import Path
 
 from isal import isal_zlib
 
+from dmae_ds.config.family import objectives_of
 from dmae_ds.config.networks import TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.order import ORDER_VERSION
@@ -100,7 +101,8 @@ def recipe_identity(config: RunConfig, teacher: TeacherConfig, shards: ShardSet 
             "without one; run `dmae-shards index`, and remove data.num_samples"
         )
     data = {f"data.{key}": getattr(config.data, key) for key in DATA_KEYS}
-    objective = config.objective.model_dump(mode="json")
+    needy = [each for each in objectives_of(config) if each.needs_teacher]  # of a family they see the same
+    objective = needy[0].model_dump(mode="json")
     section = teacher.model_dump(mode="json")
     identity = {
         "data.train (fingerprint)": shards.fingerprint,

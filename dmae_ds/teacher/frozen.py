@@ -6,6 +6,7 @@ exist. Then it is filled tensor by tensor from its file (fill.py), which is chec
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -104,24 +105,35 @@ class FrozenTeacher:
         path: Path | None = None,
     ):
         self.vit = vit
-        self.taps = taps
         self.parts = parts
         self.sees = sees
         self.target = target
         self.top = top
         self.path = path
         self.view = view or (lambda patches: patches)
+        self.choose(taps)
+
+    without_gradients = torch.inference_mode  # a teacher's operations are never recorded
+
+    def with_taps(self, taps: tuple[str, ...]) -> FrozenTeacher:
+        """Return the same network for some of its taps: what the others need is not computed."""
+        other = copy.copy(self)
+        other.top = self.top if needs_top(taps) else None
+        other.choose(taps)
+        return other
+
+    def choose(self, taps: tuple[str, ...]) -> None:
+        """Set the taps, and what follows from them: blocks that are run, and features that are kept."""
+        self.taps = taps
         in_encoder = {split_tap(tap) for tap in taps if split_tap(tap)[0] in TAPS_IN_ENCODER}
-        if top is not None:  # it begins with the last block's output
-            in_encoder.add(("block", vit.depth))
+        if self.top is not None:  # it begins with the last block's output
+            in_encoder.add(("block", self.vit.depth))
         self.tapped = sorted({number for _, number in in_encoder})
         # A relation needs its block's input alone.
         self.last_run = max((number for kind, number in in_encoder if kind == "block"), default=0)
         self.last_run = max(self.last_run, *(number - 1 for _, number in in_encoder), 0)
         in_order = sorted(in_encoder, key=lambda tap: tap[::-1])
         self.encoder_taps = tuple(f"{kind}/{number}" for kind, number in in_order)
-
-    without_gradients = torch.inference_mode  # a teacher's operations are never recorded
 
     def __str__(self) -> str:
         return str(self.parts)
@@ -138,6 +150,10 @@ class FrozenTeacher:
             features = self.finish(self.encode(batch), batch)
         # Inference tensors can't be part of a loss; copies can, and cost little.
         return {tap: tokens.clone() if tokens.is_inference() else tokens for tap, tokens in features.items()}
+
+    def each(self, batch: PatchBatch) -> list[tuple[FrozenTeacher, PatchBatch]]:
+        """The passes that a micro-batch takes: one, of this teacher (passes.py has several)."""
+        return [(self, batch)]
 
     def encode(self, batch: PatchBatch) -> dict[str, Tensor]:
         """Features at the encoder's taps of the patches that `finish` needs."""

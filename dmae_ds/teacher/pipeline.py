@@ -74,12 +74,16 @@ class StreamedTeacher(FrozenTeacher):
     """
 
     def __init__(self, *args, group: StageGroup, overlap: bool = True, **kwargs):
-        super().__init__(*args, **kwargs)
         self.group, self.overlap = group, overlap
         self.waited_s = 0.0
         self.tick = -1
+        super().__init__(*args, **kwargs)
+
+    def choose(self, taps: tuple[str, ...]) -> None:
+        super().choose(taps)
+        stages = range(self.group.num_stages)
         # [owner][stage]
-        self.routes = [route(self.vit.depth, group.num_stages, owner) for owner in range(group.num_stages)]
+        self.routes = [route(self.vit.depth, len(stages), owner) for owner in stages]
         self.taps_of = tuple(
             tuple(
                 tuple(tap for tap in self.encoder_taps if split_tap(tap)[1] - 1 in blocks)

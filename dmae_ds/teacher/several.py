@@ -21,7 +21,7 @@ from typing import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from dmae_ds.config.teachers import with_name
+from dmae_ds.config.teachers import taps_of, with_name
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.teacher.frozen import FrozenTeacher
 
@@ -37,6 +37,13 @@ class SeveralTeachers:
 
     def __str__(self) -> str:
         return "; ".join(f"{name}: {teacher}" for name, teacher in self.teachers.items())
+
+    def with_taps(self, taps: tuple[str, ...]) -> SeveralTeachers:
+        """The teachers of some of the taps, each for its own alone (passes.py)."""
+        of_each = {name: taps_of(name, taps) for name in self.teachers}
+        return SeveralTeachers(
+            {name: self.teachers[name].with_taps(mine) for name, mine in of_each.items() if mine}
+        )
 
     def networks(self) -> list[nn.Module]:
         """The networks whose blocks kernels may be chosen for."""

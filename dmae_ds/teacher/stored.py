@@ -77,8 +77,10 @@ class StoredTeacher:
         with ThreadPoolExecutor(THREADS) as pool:
             try:
                 for source, masked in batches:
-                    # next to other teachers it comes with their features (several.py)
-                    batch = source[0] if isinstance(source, tuple) else source
+                    # next to other teachers, and of a family, it comes with their features
+                    batch = source
+                    while isinstance(batch, tuple):
+                        batch = batch[0]
                     waiting.append((source, masked, pool.submit(self.read, batch)))
                     if len(waiting) > AHEAD:
                         yield self._finished(*waiting.popleft())

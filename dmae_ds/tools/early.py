@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from dmae_ds.config.family import check_one_student
 from dmae_ds.config.networks import ModelConfig, known_format
 from dmae_ds.config.own_file import network_in
 from dmae_ds.config.run import EvalConfig, LogConfig, RunConfig
@@ -71,6 +72,7 @@ def check_slice(path: Path, out: Path, *, num_stages: int, last_block: int | Non
 
 def check_stats(config: RunConfig, *, num_images: int, out: Path | None) -> None:
     """Raise UserError for a recipe without a teacher or data, and for a wrong file to write."""
+    check_one_student(config, "teacher stats")
     if config.teacher is None:
         raise UserError("this recipe has no teacher; name a recipe with a teacher section")
     if num_images < 1:

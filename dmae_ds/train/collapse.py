@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dmae_ds.config.family import prefix_of
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.objectives.spread import spread
 
@@ -42,6 +43,31 @@ def effective_rank(features: Tensor) -> Tensor:
     rank = torch.special.entr(shares).sum().exp()
     rank = torch.where(total <= POINT * features.square().sum(), torch.ones_like(rank), rank)
     return torch.where(finite, rank, torch.full_like(rank, torch.nan))
+
+
+class CollapseMonitors:
+    """A monitor for each student {name: student}; names of numbers begin with `small/` in a family."""
+
+    def __init__(self, students: dict[str, MaskedViT]):
+        self._monitors = {prefix_of(name): CollapseMonitor(student) for name, student in students.items()}
+
+    @property
+    def active(self) -> bool:
+        """Whether forward passes are observed."""
+        return next(iter(self._monitors.values())).active
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        for monitor in self._monitors.values():
+            monitor.active = value
+
+    def measure(self) -> dict[str, Tensor]:
+        """Scalars of all students on the device by name."""
+        return {
+            f"{prefix}{name}": value
+            for prefix, monitor in self._monitors.items()
+            for name, value in monitor.measure().items()
+        }
 
 
 class CollapseMonitor:

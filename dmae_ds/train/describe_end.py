@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tqdm import tqdm
 
+from dmae_ds.config.run import RunConfig
 from dmae_ds.models.vit import MaskedViT
 from dmae_ds.train.checkpoint.student_file import STUDENT, python_that_loads
 from dmae_ds.train.preflight import Preflight
@@ -12,9 +15,12 @@ from dmae_ds.train.preflight import Preflight
 POOL = {"mean": "[:, {prefix}:].mean(dim=1)", "cls": "[:, 0]"}
 
 
-def describe_loading(preflight: Preflight, student: MaskedViT) -> str:
-    """Python that loads the student without this project, and what it takes and gives."""
-    config, path = preflight.config, preflight.run_dir / STUDENT
+def describe_loading(config: RunConfig, student: MaskedViT) -> str:
+    """Python that loads a student without this project, and what it takes and gives.
+
+    config: the recipe of this student alone
+    """
+    path = Path(config.run.dir).expanduser() / STUDENT
     if ":" in config.student.name:
         return f"student.name {config.student.name} builds the network of {path}; timm does not know it"
     loads = python_that_loads(config.student.name, {"num_classes": 0, **config.student.overrides()}, path)
@@ -38,7 +44,9 @@ def describe_done(preflight: Preflight, *, seconds: float) -> str:
     has_knn = preflight.config.data.val is not None and len(preflight.shards.classes) > 1
     steps = "dmae-ds eval knn" if has_knn else "dmae-ds export"
     more = "" if has_knn else " --to timm"
+    first, *others = (run_dir / name for name in preflight.members)
+    also = f" (and of {', '.join(folder.name for folder in others)})" if others else ""
     return (
         f"done: {preflight.num_steps:,} steps, this start {tqdm.format_interval(seconds)}; the student is "
-        f"{run_dir / STUDENT}; next: {steps} {run_dir}{more}, or dmae-ds report {run_dir}"
+        f"{first / STUDENT}{also}; next: {steps} {first}{more}, or dmae-ds report {run_dir}"
     )

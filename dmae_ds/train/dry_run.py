@@ -9,7 +9,7 @@ from dmae_ds.config.deepspeed import zero_stage
 from dmae_ds.distributed import process_group
 from dmae_ds.train.device_choices import choose_on_device
 from dmae_ds.train.ema import build_ema_teacher
-from dmae_ds.train.forecast import MIN_PARAMETERS
+from dmae_ds.train.forecast import has_large
 from dmae_ds.train.kernels import choose_kernels
 from dmae_ds.train.networks import build_networks
 from dmae_ds.train.preflight import Preflight
@@ -29,7 +29,7 @@ def print_summary(preflight: Preflight) -> None:
             [objective, *teacher.networks(), ema.module],
             device,
             zero_stage=zero_stage(preflight.deepspeed),
-            is_large=sum(parameter.numel() for parameter in objective.parameters()) >= MIN_PARAMETERS,
+            is_large=has_large(objective),
             previous=previous_linear(preflight),
         )
         texts["kernels"] = "; ".join(filter(None, [texts["kernels"], kernels.text]))

@@ -11,9 +11,10 @@ import dataclasses
 import psutil
 import torch
 
-from dmae_ds.config.batch import BatchSplit, smaller_split
+from dmae_ds.config.batch import BatchSplit, smaller_split, whole_batch
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
+from dmae_ds.objectives.base import Objective
 from dmae_ds.output.lines import say
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.choose import HEADROOM, Candidate, candidates, choose
@@ -36,6 +37,14 @@ CPU = {
     "link_gbps": 10.0,
     "node_link_gbps": 20.0,
 }
+
+
+def has_large(objective: Objective) -> bool:
+    """Whether a student, with its decoder and heads, is so large that its memory is predicted."""
+    sizes = (
+        sum(parameter.numel() for parameter in member.parameters()) for member in objective.members().values()
+    )
+    return max(sizes) >= MIN_PARAMETERS
 
 
 def resolve_placement(preflight: Preflight, device: torch.device) -> tuple[Preflight, str]:
@@ -67,7 +76,7 @@ def resolve_micro_batch(cut: Cut, device: torch.device, *, num_steps: int = 1) -
     num_steps: number of different steps that share the device (bench step)
     """
     config = cut.config
-    if device.type != "cuda" or config.optim.micro_batch or config.objective.needs_whole_batch:
+    if device.type != "cuda" or config.optim.micro_batch or whole_batch(config) is not None:
         return cut, ""
     if cut.is_resumed:
         return cut.with_split(cut.split), ""

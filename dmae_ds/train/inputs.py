@@ -8,6 +8,7 @@ from typing import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from dmae_ds.config.family import objectives_of
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.batch_spec import BatchSpec
@@ -84,9 +85,10 @@ def batch_spec(
     augment = None
     if objective.rand_augment is not None:
         if PixelFormat.of(data) != RGB:
+            name = objectives_of(config)[0].name
             raise UserError(
-                f"objective {config.objective.name} augments 8-bit RGB, and images have {len(data.mean)} "
-                f"channels of {data.bits} bits; set objective.augment.rand_augment=null"
+                f"objective {name} augments 8-bit RGB, and images have {len(data.mean)} channels of "
+                f"{data.bits} bits; set objective.augment.rand_augment=null"
             )
         augment = RandAugment(objective.rand_augment, img_size=img_size, mean=data.mean)
     return BatchSpec(

@@ -13,6 +13,8 @@ Each line of RUN/metrics.jsonl is one step:
     knn/top1, knn/top5               in percent, where eval.knn_every asks for it (knn.py)
     dense/miou                       in percent, where eval.dense_every asks for it (dense.py)
     val/loss and its parts           on data.val, where eval.loss_every asks for it (val_loss.py)
+Of a family, names that belong to one student begin with its name (small/pixel, small/knn/top1), `loss` is the
+sum, and RUN/small/metrics.jsonl has a student's lines as it would have them alone.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
+from dmae_ds.config.family import prefix_of
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.output.durable import write_atomically
@@ -34,11 +37,29 @@ from dmae_ds.output.lines import say
 from dmae_ds.output.progress import Progress
 from dmae_ds.output.units import size_text
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
-from dmae_ds.train.collapse import CollapseMonitor
+from dmae_ds.train.collapse import CollapseMonitors
 from dmae_ds.train.peak_memory import memory_now
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import Speed
 from dmae_ds.train.step_timer import StepTimer
+
+FILE = "metrics.jsonl"
+OF_ALL = ("loss", "val/loss", "tflops", "of_peak")  # of a family: numbers of all its students together
+
+
+class MemberMetrics:
+    """A logger as one student of a family sees it, for numbers that are measured during training."""
+
+    def __init__(self, logger: MetricLogger, name: str):
+        self._logger, self._prefix = logger, prefix_of(name)
+
+    def note(self, numbers: dict[str, float], *, seconds: float) -> None:
+        self._logger.note(
+            {f"{self._prefix}{name}": value for name, value in numbers.items()}, seconds=seconds
+        )
+
+    def flush(self) -> None:
+        self._logger.flush()
 
 
 class _Row(NamedTuple):
@@ -55,7 +76,8 @@ class _Row(NamedTuple):
 class MetricLogger:
     """Collects each step's scalars; rank 0 writes RUN/metrics.jsonl, one line a step.
 
-    monitor: observes the student's features in the first step, every `log_every` steps and in the last one
+    monitor: observes the students' features in the first step, every `log_every` steps and in the last one
+    members: names of the students of a family; ("",) of one
     timer: measures where the time goes; speed: compares the time of a step with the fastest matrix product
     `trackers` may be set before the first step.
     """
@@ -66,11 +88,13 @@ class MetricLogger:
         schedule: Schedule,
         *,
         is_main: bool,
-        monitor: CollapseMonitor,
+        monitor: CollapseMonitors,
         timer: StepTimer,
         speed: Speed | None,
+        members: Sequence[str] = ("",),
     ):
-        self.path, self.schedule, self.is_main = run_dir / "metrics.jsonl", schedule, is_main
+        self.path, self.schedule, self.is_main = run_dir / FILE, schedule, is_main
+        self.members = [name for name in members if name]
         self.monitor, self.timer, self.speed = monitor, timer, speed
         self.trackers: list = []
         self.step = 0  # number of finished steps
@@ -92,10 +116,16 @@ class MetricLogger:
         self.timer.lap()  # drops the time before the first step
         if not self.is_main:
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+        for path in self._paths().values():
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+            write_atomically(path, "".join(line + "\n" for line in kept).encode())
         self._progress = Progress(total=self.schedule.num_steps, initial=step)
+
+    def _paths(self) -> dict[str, Path]:
+        """The files by name of the student, that of the run first, with the name ""."""
+        folder = self.path.parent
+        return {"": self.path, **{name: folder / name / FILE for name in self.members}}
 
     def add(self, scalars: dict[str, Tensor], sample_ids: Tensor) -> None:
         """Take one micro-batch's scalars, still on the device."""
@@ -135,7 +165,7 @@ class MetricLogger:
         self._notes.setdefault(self.step, {}).update(numbers)
         if self.is_main:
             text = ", ".join(
-                f"{name} {value:.4f}" if name.startswith("val/") else f"{name} {value:.1f}%"
+                f"{name} {value:.4f}" if "val/" in name else f"{name} {value:.1f}%"
                 for name, value in numbers.items()
             )
             say(f"step {self.step:,}: {text} ({seconds:.1f} s)")
@@ -203,8 +233,9 @@ class MetricLogger:
             tracker.finish()
 
     def _write(self, records: list[dict]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        for name, path in self._paths().items():
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(self._of(name, record)) + "\n" for record in records)
         if self.trackers:
             if self._tracked is not None:
                 self._tracked.result()  # raises what went wrong in the thread
@@ -217,10 +248,26 @@ class MetricLogger:
         if is_logged or self._progress.is_late():
             self._progress.show(self._shown(records))
 
+    def _of(self, name: str, record: dict) -> dict:
+        """The line of one student: numbers of all students, and its own without its name; "": everything."""
+        if not name:
+            return record
+        mine: dict = {}
+        for key, value in record.items():
+            owner, _, part = key.partition("/")
+            if owner == name:
+                mine[part] = value
+            elif owner not in self.members and key not in OF_ALL:
+                mine[key] = value
+        return {key: mine[key] for key in sorted(mine, key=lambda key: key not in ("step", "epoch", "lr"))}
+
     def _shown(self, records: list[dict]) -> dict[str, str]:
         last = records[-1]
         shown = {"epoch": f"{last['epoch']:.3g} of {self.schedule.optim.epochs:g}"}
-        shown |= {name: f"{last[name]:.4f}" for name in self._names if not name.startswith("share/")}
+        losses = [name for name in self._names if "share/" not in name]
+        if self.members:  # a line has no room for the parts of all
+            losses = [name for name in losses if name.endswith("loss")]
+        shown |= {name: f"{last[name]:.4f}" for name in losses}
         data_s = sum(record.get("seconds/data", 0.0) for record in records)
         all_s = sum(
             seconds for record in records for name, seconds in record.items() if name.startswith("seconds/")

@@ -17,14 +17,16 @@ from dmae_ds.objectives.initial import fill_student
 from dmae_ds.teacher.build import load_frozen_teacher, naming, verify
 from dmae_ds.teacher.cache_manifest import check_same
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
+from dmae_ds.teacher.passes import TeacherPasses
 from dmae_ds.teacher.pipeline import StageGroup, join_group
 from dmae_ds.teacher.several import SeveralTeachers
 from dmae_ds.teacher.stored import StoredTeacher
 from dmae_ds.train.engine import check_ops, check_precision
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.stored_inputs import inputs_identity
+from dmae_ds.weights.label import of_student
 
-Teacher = FrozenTeacher | StoredTeacher | SeveralTeachers | NoTeacher
+Teacher = FrozenTeacher | StoredTeacher | SeveralTeachers | TeacherPasses | NoTeacher
 
 
 def build_networks(
@@ -43,8 +45,11 @@ def build_networks(
         check_precision(config.precision, device)
         check_ops(preflight.deepspeed, device)
         objective, shapes = build_objective(config, num_classes=num_classes)
-        if config.student.weights is not None and preflight.resume_from is None:
-            objective.initial_notes = fill_student(objective.student, config.student.weights, config.student)
+        for name, member in objective.members().items() if preflight.resume_from is None else ():
+            network = preflight.members[name].student
+            if network.weights is not None:
+                filled = fill_student(member.student, network.weights, network, label=of_student(name))
+                member.initial_notes = filled
         taps = objective.taps
         teacher = build_teacher(config, shapes, taps, device, groups, num_classes=num_classes, only=only)
         check_inputs(config, objective, teachers_in(teacher, only=only))
@@ -56,7 +61,7 @@ def build_networks(
         if isinstance(one, StoredTeacher):
             continue  # `prepare` and `check_inputs` have checked it
         collectives.raise_on_all_ranks(lambda one=one, section=section: _verify(one, section))
-    return objective, teacher
+    return objective, objective.in_passes(teacher)
 
 
 def _verify(teacher: FrozenTeacher, section: TeacherConfig) -> None:
@@ -73,6 +78,8 @@ def join_groups(config: RunConfig) -> dict[int, StageGroup]:
 
 def teachers_in(teacher: Teacher, *, only: str | None = None) -> dict[str, FrozenTeacher | StoredTeacher]:
     """The teachers by name, as `RunConfig.named_teachers` names them."""
+    if isinstance(teacher, TeacherPasses):
+        teacher = teacher.teacher
     if isinstance(teacher, SeveralTeachers):
         return teacher.teachers
     return {} if isinstance(teacher, NoTeacher) else {only or "": teacher}

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from dmae_ds.config.batch import BatchSplit, split_recipe
 from dmae_ds.config.deepspeed import check_compile, zero_stage
+from dmae_ds.config.family import members_of, objectives_of
 from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
@@ -26,7 +29,7 @@ from dmae_ds.train.learning_rate import check_rates
 from dmae_ds.train.trackers import check_trackers
 from dmae_ds.weights.early import check_file
 from dmae_ds.weights.label import STUDENT as STUDENT_WEIGHTS
-from dmae_ds.weights.label import of_teacher
+from dmae_ds.weights.label import Label, of_student, of_teacher
 
 # Keys of the student section that may change when a run is resumed: initial weights are not read again, and
 # blocks that run twice compute the same.
@@ -55,6 +58,11 @@ class Preflight(CutRecipe):
     replay: int | None = None
 
     @property
+    def members(self) -> dict[str, RunConfig]:
+        """The recipe of each student alone by name; {"": the recipe} of a run with one."""
+        return members_of(self.config)
+
+    @property
     def is_resumed(self) -> bool:
         """Whether the run continues from a checkpoint."""
         return self.resume_from is not None
@@ -75,12 +83,13 @@ class Preflight(CutRecipe):
         """Whether the run that is resumed has made its last step, and its exported files are of that step."""
         if self.resume_from is None or self.folder.read_state(self.resume_from)["step"] < self.num_steps:
             return False
-        return StudentFiles(self.run_dir, {}).are_of(self.num_steps)
+        return StudentFiles(self.run_dir, {name: {} for name in self.members}).are_of(self.num_steps)
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes of the training images, where the objective needs labels."""
-        return len(self.shards.classes) if self.config.objective.needs_labels else None
+        """Number of classes of the training images, where an objective needs labels."""
+        needs_labels = any(objective.needs_labels for objective in objectives_of(self.config))
+        return len(self.shards.classes) if needs_labels else None
 
 
 def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = False) -> Preflight:
@@ -92,6 +101,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     Raises UserError.
     """
     folder = CheckpointFolder(Path(config.run.dir).expanduser())
+    check_is_no_member(folder.run_dir)
     resume_from = folder.latest() if resume == "auto" else None
     saved = {} if resume_from is None else folder.read_state(resume_from)
     config = as_it_began(config, saved)
@@ -101,16 +111,19 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     config.check_teacher()
     check_trackers(config.log)
     shards = open_train(config.data, allow_pipe=allow_pipe)
-    if config.objective.needs_labels:
-        check_labelled(config, shards)
+    members = members_of(config)
+    for member in members.values():
+        if member.objective.needs_labels:
+            check_labelled(member, shards)
     if config.data.val is not None:
         ShardSet.open(config.data.val, label="data.val", access=Access.of(config.data))
     if config.eval.knn_every is not None:
         check_knn(config)
     if config.eval.dense_every is not None:
         open_dense_sets(config.eval, config.data)
-    if config.student.weights is not None:
-        check_student_file(config.student)
+    for name, member in members.items():
+        if member.student.weights is not None:
+            check_student_file(member.student, of_student(name))
     if config.eval.loss_every is not None and config.data.val is None:
         raise UserError("eval.loss_every requires data.val; give data.val=SHARDS, or remove eval.loss_every")
     for teacher in config.named_teachers().values():
@@ -173,11 +186,30 @@ def check_is_new(run_dir: Path) -> None:
 
     One that ended before its first checkpoint, and has no result, may be started again.
     """
-    has_something = any((run_dir / name).exists() for name in ("student.safetensors", "results.jsonl"))
+    folders = (run_dir, *(path.parent for path in run_dir.glob("*/config.yaml")))  # those of a family
+    has_something = any(
+        (folder / name).exists() for folder in folders for name in ("student.safetensors", "results.jsonl")
+    )
     if (run_dir / "config.yaml").exists() and (has_something or CheckpointFolder(run_dir).all()):
         raise UserError(
             f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, "
             "or choose another run.dir"
+        )
+
+
+def check_is_no_member(run_dir: Path) -> None:
+    """Raise UserError where a folder is that of a student of a family, which is trained with the others."""
+    family = run_dir.parent / "config.yaml"
+    if not family.is_file() or not (run_dir / "config.yaml").is_file():
+        return
+    try:
+        students = yaml.safe_load(family.read_text(encoding="utf-8")).get("students")
+    except (AttributeError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    if isinstance(students, dict) and run_dir.name in students:
+        raise UserError(
+            f"run.dir '{run_dir}' is the folder of one student of the family '{run_dir.parent}', which is "
+            f"trained as a whole; continue with {family}, or choose another run.dir"
         )
 
 
@@ -201,10 +233,27 @@ def identity_of(
         "micro_batch": micro_batch,
         "teacher": teachers.pop("", None),
         "teachers": teachers or None,
-        "student": _section(config.student, STUDENT_MAY_CHANGE),
-        "objective": config.objective.model_dump(mode="json"),
-        "positions": "trained" if config.objective.trains_positions else "fixed",
+        **_of_students(config),
     }
+
+
+def _of_students(config: RunConfig) -> dict:
+    """What identifies the students: of one run `student`, `objective`, `positions`; of several `students`."""
+    members = {
+        name: {
+            "student": _section(member.student, STUDENT_MAY_CHANGE),
+            "objective": member.objective.model_dump(mode="json"),
+            "positions": "trained" if member.objective.trains_positions else "fixed",
+        }
+        for name, member in members_of(config).items()
+    }
+    if config.students is None:
+        return {**members[""], "students": None}
+    of_all = {
+        name: {**member["student"], **{key: member[key] for key in ("objective", "positions")}}
+        for name, member in members.items()
+    }
+    return {"student": None, "objective": None, "positions": "fixed", "students": of_all}
 
 
 def _section(network: ModelConfig, may_change: set[str]) -> dict:
@@ -226,12 +275,12 @@ def check_teacher_file(teacher: TeacherConfig) -> None:
     )
 
 
-def check_student_file(student: StudentConfig) -> None:
+def check_student_file(student: StudentConfig, label: Label = STUDENT_WEIGHTS) -> None:
     """Raise UserError where the student's initial weights are not here, or are those of another network."""
     path = Path(student.weights).expanduser()
     if not path.exists() and not looks_like_hub_id(student.weights):
-        raise UserError(f"student.weights '{path}' not found; give a run folder, a weights file, or a hub id")
-    check_file(path, student, STUDENT_WEIGHTS)
+        raise UserError(f"{label.weights} '{path}' not found; give a run folder, a weights file, or a hub id")
+    check_file(path, student, label)
 
 
 def check_stages(stages: int | None, world_size: int, *, key: str = "teacher.stages") -> None:

@@ -7,7 +7,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Callable, Iterator
+from typing import IO, Iterator
 
 import torch
 from torch import Tensor
@@ -26,18 +26,19 @@ from dmae_ds.output.lines import say
 from dmae_ds.plan.geometry import measure
 from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.checkpoint.save import Checkpoints
-from dmae_ds.train.collapse import CollapseMonitor
+from dmae_ds.train.collapse import CollapseMonitors
 from dmae_ds.train.describe_end import describe_done, describe_loading
 from dmae_ds.train.device_choices import choose_on_device
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher, build_ema_teacher
 from dmae_ds.train.engine import Engine
-from dmae_ds.train.forecast import MIN_PARAMETERS, MemoryReport
+from dmae_ds.train.evaluations import build_evaluations
+from dmae_ds.train.family_engine import FamilyEngine, build_engine
+from dmae_ds.train.forecast import MemoryReport, has_large
 from dmae_ds.train.inputs import input_stream
 from dmae_ds.train.kernels import Kernels, WarmUp, choose_kernels
 from dmae_ds.train.loop import train
 from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.networks import Teacher, build_networks
-from dmae_ds.train.optim import build_optimizer
 from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight, check_is_new
 from dmae_ds.train.run_log import begin_log, log_until_end
@@ -101,7 +102,8 @@ def _train_recipe(preflight: Preflight, device: torch.device) -> None:
         if built.lock is not None:
             built.lock.close()
     if preflight.world.is_main:
-        say(describe_loading(built.preflight, built.objective.student), dated=False)
+        for name, member in built.objective.members().items():
+            say(describe_loading(built.preflight.members[name], member.student), dated=False)
         say(describe_done(built.preflight, seconds=time.monotonic() - since))
 
 
@@ -110,17 +112,18 @@ class BuiltRun:
     """Everything of a run that exists before its checkpoint is loaded and its first batch is read.
 
     preflight: with the placement chosen and the newest checkpoint named
-    classifier, memory: None where the run has none; lock: held by rank 0; summary: printed at the start
+    classifiers: by name of the student, of those that train one; memory: None where none is measured
+    lock: held by rank 0; summary: printed at the start
     """
 
     preflight: Preflight
     device: torch.device
     schedule: Schedule
     objective: Objective
-    classifier: Classifier | None
+    classifiers: dict[str, Classifier]
     teacher: Teacher
     ema: EmaTeacher | NoEmaTeacher
-    engine: Engine
+    engine: Engine | FamilyEngine
     checkpoints: Checkpoints
     metric_logger: MetricLogger
     memory: MemoryReport | None
@@ -140,11 +143,12 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
     peak_memory = PeakMemory(device)
     config, is_main = preflight.config, preflight.world.is_main
     objective, teacher = build_networks(preflight, device)
-    classifier = objective.classifier()
+    found = {name: member.classifier() for name, member in objective.members().items()}
+    classifiers = {name: classifier for name, classifier in found.items() if classifier is not None}
     ema = build_ema_teacher(objective, precision=config.precision, device=device)
     lock = claim(preflight.run_dir)
     preflight = with_newest_checkpoint(preflight)
-    is_large = sum(parameter.numel() for parameter in objective.parameters()) >= MIN_PARAMETERS
+    is_large = has_large(objective)
     geometry = None
     if is_large and is_main:
         geometry = measure(config, preflight.micro_batch, device_type=device.type)
@@ -172,18 +176,19 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
         preflight.run_dir,
         schedule,
         is_main=is_main,
-        monitor=CollapseMonitor(objective.student),
+        monitor=CollapseMonitors({name: one.student for name, one in objective.members().items()}),
         timer=StepTimer(),
         speed=speed,
+        members=tuple(objective.members()),
     )
-    engine = Engine(objective, build_optimizer(objective, config.optim), preflight.deepspeed, device)
+    engine = build_engine(objective, config.optim, preflight.deepspeed, device)
     process_group.bound_every_wait()
     return BuiltRun(
         preflight=preflight,
         device=device,
         schedule=schedule,
         objective=objective,
-        classifier=classifier,
+        classifiers=classifiers,
         teacher=teacher,
         ema=ema,
         engine=engine,
@@ -223,12 +228,18 @@ def load(built: BuiltRun) -> int:
 
 
 def record_start(preflight: Preflight, device: torch.device, step: int) -> list[str]:
-    """Write config.yaml and a line of starts.jsonl; returns what a resumed run changes, a line each."""
+    """Write config.yaml and a line of starts.jsonl; returns what a resumed run changes, a line each.
+
+    Of a family, also into the folder of each student, with the recipe of that student alone.
+    """
     config, run_dir = preflight.config, preflight.run_dir
     environment = describe_environment(device=device_name(device), world_size=preflight.world.size)
     changed = [] if preflight.resume_from is None else changes(run_dir, config, environment)
-    append_start(run_dir, config, environment, step=step)
-    write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+    for name, member in {**preflight.members, "": config}.items():
+        folder = run_dir / name
+        folder.mkdir(exist_ok=True)
+        append_start(folder, member, environment, step=step)
+        write_atomically(folder / "config.yaml", dump_config(member).encode())
     return changed
 
 
@@ -274,64 +285,17 @@ def previous_linear(preflight: Preflight) -> str | None:
 
 def build_checkpoints(preflight: Preflight, kernels: Kernels, ema: EmaTeacher | NoEmaTeacher) -> Checkpoints:
     """Build what saves and loads the run."""
-    student = preflight.config.student
     return Checkpoints(
         preflight.folder,
         preflight.config.checkpoint,
         identity={**preflight.identity, "linear": kernels.linear},
         student_metadata={
-            "format": "pt",
-            "timm_name": student.name,
-            "timm_overrides": json.dumps(student.overrides()),
+            name: {
+                "format": "pt",
+                "timm_name": member.student.name,
+                "timm_overrides": json.dumps(member.student.overrides()),
+            }
+            for name, member in preflight.members.items()
         },
         ema=ema,
     )
-
-
-def build_evaluations(built: BuiltRun) -> list[Callable[[int], None]]:
-    """Build what measures the student while it trains; call each with the number of finished steps.
-
-    Collective.
-    """
-    config, run_dir = built.preflight.config, built.preflight.run_dir
-    evaluations: list[Callable[[int], None]] = []
-    if config.eval.loss_every is not None:
-        from dmae_ds.train.val_loss import LossDuringTraining
-
-        evaluations.append(
-            LossDuringTraining(
-                built.preflight,
-                built.objective,
-                built.teacher,
-                engine=built.engine,
-                schedule=built.schedule,
-                metric_logger=built.metric_logger,
-                device=built.device,
-            )
-        )
-    settings = config.eval
-    if settings.knn_every is None and settings.dense_every is None and built.classifier is None:
-        return evaluations
-    from dmae_ds.evaluate.frozen import check_pool_of
-    from dmae_ds.train.accuracy import FinalAccuracy
-    from dmae_ds.train.dense import DenseDuringTraining
-    from dmae_ds.train.knn import KnnDuringTraining, TrainingRanks
-
-    kwargs = {
-        "run_dir": run_dir,
-        "schedule": built.schedule,
-        "engine": built.engine,
-        "metric_logger": built.metric_logger,
-        "ranks": TrainingRanks(built.preflight.world, built.device, precision=config.precision),
-    }
-    if settings.knn_every is not None:
-        check_pool_of(built.objective.student, settings.knn_pool)
-        knn = KnnDuringTraining(config.eval, config.data, config.student, **kwargs)
-        if settings.knn_at_start and not built.preflight.is_resumed:
-            knn(0)
-        evaluations.append(knn)
-    if settings.dense_every is not None:
-        evaluations.append(DenseDuringTraining(settings, config.data, config.student, **kwargs))
-    if built.classifier is not None:
-        evaluations.append(FinalAccuracy(built.classifier, config, built.preflight.shards, **kwargs))
-    return evaluations

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from isal import isal_zlib
 
+from dmae_ds.config.family import objectives_of
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import DTYPES, Batch
 from dmae_ds.errors import UserError
@@ -25,8 +26,14 @@ def inputs_identity(objective: Objective, config: RunConfig) -> dict:
     Raises UserError where features of one image can't be told from those of others.
     """
     student = objective.student
+    if len(set(objective.pass_of.values())) > 1:
+        raise UserError(
+            "stored features are of one pass of the teacher, and students of this family show it different "
+            "patches; store and read them for those that show the same (dmae_ds/train/FAMILIES.md)"
+        )
     prepared = _prepare(objective, config, NUM_IMAGES)
-    _check_rows(prepared, _prepare(objective, config, NUM_IMAGES // 2), config.objective.name)
+    names = ", ".join(dict.fromkeys(one.name for one in objectives_of(config)))
+    _check_rows(prepared, _prepare(objective, config, NUM_IMAGES // 2), names)
     ids = torch.cat([prepared.ids_keep, prepared.ids_masked], dim=1).contiguous()
     return {
         "views": [dataclasses.asdict(view) for view in objective.views],

@@ -35,14 +35,20 @@ def summary(
     of_teacher = describe_teacher(config, objective, teacher)
     if preflight.replay is not None:
         of_teacher["replay"] = describe_replay(preflight)
+    of_students, of_objectives = {}, {}
+    for name, member in objective.members().items():
+        alone = preflight.members[name]
+        of_students[f"student {name}".rstrip()] = describe_student(alone, member)
+        of_objectives[f"objective {name}".rstrip()] = f"{alone.objective.name}: {member.describe()}"
     repeats = describe_repeats(config.optim.global_batch, shards.num_samples, repeat=config.data.repeat)
     rows = {
         "run": f"{preflight.run_dir} {_describe_start(preflight)}, seed {config.run.seed}",
         "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; {shards.order_guarantee}",
         "reading": describe_reading(preflight),
-        "student": describe_student(config, objective),
+        **of_students,
         **of_teacher,
-        "objective": f"{config.objective.name}: {objective.describe()}",
+        **of_objectives,
+        "passes": describe_passes(objective),
         "ema": str(ema),
         "views": describe_views(objective.views),
         "batch": "; ".join(filter(None, [describe_batch(preflight), batch])),
@@ -52,7 +58,7 @@ def summary(
         "placement": placement,
         "WARNING": "; ".join(filter(None, [of_teacher.get("WARNING"), repeats])),
     }
-    return "\n".join(f"{name:<10}{text}" for name, text in rows.items() if text)
+    return "\n".join(f"{name:<9} {text}" for name, text in rows.items() if text)
 
 
 def describe_reading(preflight: Preflight) -> str:
@@ -79,6 +85,17 @@ def describe_student(config: RunConfig, objective: Objective) -> str:
         text += f"; begins with {config.student.weights}"
         text += f" ({objective.initial_notes})" if objective.initial_notes else ""
     return text
+
+
+def describe_passes(objective: Objective) -> str:
+    """Row of the teacher's passes, where students show it different patches; empty where it has one."""
+    readers: dict[int, list[str]] = {}
+    for name, number in objective.pass_of.items():
+        readers.setdefault(number, []).append(name)
+    if len(readers) < 2:
+        return ""
+    texts = [f"{number + 1} for {', '.join(names)}" for number, names in readers.items()]
+    return f"{len(readers)} of the teacher for each image, of different patches: {'; '.join(texts)}"
 
 
 def describe_batch(preflight: Preflight) -> str:

@@ -14,6 +14,7 @@ from typing import Iterable
 import torch
 from torch import Tensor
 
+from dmae_ds.config.family import name_of_part
 from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
@@ -76,7 +77,8 @@ class LossDuringTraining:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             losses = self._measure()
         self.metric_logger.note(
-            {f"val/{name}": value for name, value in losses.items()}, seconds=time.monotonic() - start
+            {name_of_part("val", name, self.objective.members()): value for name, value in losses.items()},
+            seconds=time.monotonic() - start,
         )
 
     def _measure(self) -> dict[str, float]:

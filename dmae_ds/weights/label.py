@@ -43,3 +43,11 @@ TEACHER = of_teacher("teacher")
 STUDENT = Label("student.weights", "student", "student.name", img_size="student.img_size")
 # The fine-tuned classifier that distils into another one (`dmae-ds eval finetune`).
 CLASSIFIER = Label("distill.teacher", "classifier", "distill.name", "distill.format", "network.img_size")
+
+
+def of_student(name: str) -> Label:
+    """Keys of one student of a family; those of `student` for the name ""."""
+    if not name:
+        return STUDENT
+    section = f"students.{name}"
+    return Label(f"{section}.weights", "student", f"{section}.name", img_size=f"{section}.img_size")

@@ -78,7 +78,7 @@ def place(meta: MetaNetworks, device: torch.device) -> Networks:
     config, objective = meta.config, on_device(meta.objective, device)
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     teacher = NoTeacher() if meta.teacher is None else FrozenTeacher(**teacher_arguments(meta, device))
-    return Networks(config, objective, teacher, normalize, device)
+    return Networks(config, objective, objective.in_passes(teacher), normalize, device)
 
 
 def teacher_arguments(meta: MetaNetworks, device: torch.device) -> dict:

@@ -16,7 +16,7 @@ from dmae_ds.objectives.ema import EmaModule, ema_features
 from dmae_ds.objectives.needs import Progress
 from dmae_ds.plan.fake_cuda import fake_device
 from dmae_ds.plan.geometry import WEIGHTS
-from dmae_ds.train.collapse import CollapseMonitor
+from dmae_ds.train.collapse import CollapseMonitors
 from dmae_ds.train.optim import build_optimizer
 from tests.fake_cuda.networks import Networks, build_meta, on_device, place
 from tests.fake_cuda.watch import Watch
@@ -85,7 +85,8 @@ class _Step:
 
     def __init__(self, networks: Networks, ema: EmaModule | None, precision: str):
         self.networks, self.ema, self.precision = networks, ema, precision
-        self.collapse = CollapseMonitor(networks.objective.student)
+        members = networks.objective.members()
+        self.collapse = CollapseMonitors({name: member.student for name, member in members.items()})
         self.collapse.active = True
         self.optimizer = build_optimizer(networks.objective, networks.config.optim)
 

@@ -45,7 +45,9 @@ def overrides(digits, tmp_path, monkeypatch) -> list[str]:
 
 def words_of(recipe: str, overrides: list[str], tmp_path) -> list[str]:
     config, weights = load_config(recipe, overrides), tmp_path / "weights.pth"
-    needed = {"teacher.weights": config.teacher, "student.weights": config.student.weights}
+    needed = {"teacher.weights": config.teacher}
+    if config.students is None:
+        needed["student.weights"] = config.student.weights
     here = ["teacher.pretrained=false"] if config.teacher and config.teacher.pretrained else []
     return [*overrides, *here, *(f"{key}={weights}" for key, value in needed.items() if value is not None)]
 

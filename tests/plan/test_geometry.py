@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dmae_ds.config.family import members_of
 from dmae_ds.config.load import load_config
 from dmae_ds.config.shipped import shipped_files
 from dmae_ds.objectives.build import build_objective
@@ -112,7 +113,9 @@ def test_a_checkpointed_block_keeps_its_input_alone():
 @pytest.mark.parametrize("recipe", [name for name in shipped_files("recipe") if name.startswith("digits_")])
 def test_every_objective_is_built_for_five_channels(recipe):
     """Fake tensors go through teacher, student and loss; colours can't be changed of what are none."""
-    channels = ["student.in_chans=5", f"data.mean={[0.5] * 5}", f"data.std={[0.5] * 5}", "data.bits=16"]
+    sections = [f"students.{name}" if name else "student" for name in members_of(load_config(recipe, []))]
+    channels = [f"data.mean={[0.5] * 5}", f"data.std={[0.5] * 5}", "data.bits=16"]
+    channels += [f"{section}.in_chans=5" for section in sections]
     if getattr(load_config(recipe, []).objective, "photometric", False):
         with refused("photometric", "5 channels", "16 bits"):
             load_config(recipe, channels)

@@ -84,7 +84,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, name, 
     monkeypatch.setattr(collectives, "broadcast_from_main", lambda text: text)
     folder = with_checkpoints(tmp_path, 4, 6)
     weights = {"student.whole": torch.ones(3), name: torch.tensor([[1.0, value]])}
-    checkpoints = Checkpoints(folder, CheckpointConfig(), identity={}, student_metadata={}, ema=ema)
+    checkpoints = Checkpoints(folder, CheckpointConfig(), identity={}, student_metadata={"": {}}, ema=ema)
     with refused("step 9", name, "step-00000006", "step-00000004", folder.path / "latest", error=RunFailed):
         checkpoints.save(OneEngine(weights), step=9, position=72)
     assert sorted(path.name for path in folder.path.iterdir()) == ["latest", "step-00000004", "step-00000006"]

@@ -86,7 +86,7 @@ def test_resuming_a_finished_run_says_so_and_needs_no_torch(tiny_recipe, tmp_pat
     new.folder.begin(20)
     new.folder.commit(20, {"step": 20, "position": 320, **new.identity}, {})
     if files_of:
-        files = StudentFiles(run_dir, {})
+        files = StudentFiles(run_dir, {"": {}})
         files.write({"student.a": torch.zeros(1), "b": torch.zeros(1)}, files_of)
         files.publish()
     assert prepare(new.config, World(), resume="auto").is_finished == (files_of == 20)

@@ -74,7 +74,7 @@ def test_the_first_save_comes_early(monkeypatch, tmp_path, minutes, first, later
     monkeypatch.setattr(save.time, "monotonic", lambda: now)
     config = CheckpointConfig(every_minutes=minutes)
     checkpoints = save.Checkpoints(
-        CheckpointFolder(tmp_path), config, identity={}, student_metadata={}, ema=None
+        CheckpointFolder(tmp_path), config, identity={}, student_metadata={"": {}}, ema=None
     )
     for expected in (first, later):
         if expected is not None:

@@ -36,6 +36,7 @@ MUST_AGREE = {
     "repeat": "set data.repeat back",
     "global_batch": "set optim.global_batch back",
     "student": "set the student section back, or choose another run.dir",
+    "students": "set the students section back, or choose another run.dir",
     "teacher": "set the teacher section back, or choose another run.dir",
     "teachers": "set the teachers section back, or choose another run.dir",
     "objective": "set the objective section back, or choose another run.dir",
@@ -51,7 +52,13 @@ UNSET, SHOWN = "unset", 3  # how a missing key reads; how many differing keys ar
 SAME_STATE = ("fp32", "bf16_autocast")
 
 # Values that a state.json from before a key existed stands for.
-OLDER = {"order": {"version": 1, "block": 1}, "repeat": 1, "positions": "fixed", "teachers": None}
+OLDER = {
+    "order": {"version": 1, "block": 1},
+    "repeat": 1,
+    "positions": "fixed",
+    "teachers": None,
+    "students": None,
+}
 
 _CHUNK = 16 * MIB
 
@@ -162,7 +169,7 @@ class CheckpointFolder:
             reason = "does not record which optimizer state belongs to which parameter"
         elif identity["precision"] == "fp16":
             reason = "holds the loss scale of fp16"
-        elif any(name.startswith("offloaded_tensors/") for name in state["files"]):
+        elif any("offloaded_tensors/" in name for name in state["files"]):
             reason = "holds tensors that were offloaded to NVMe"
         else:
             return
@@ -198,7 +205,8 @@ class CheckpointFolder:
         Raises OSError.
         """
         folder = self.path / self.tag(step)
-        for parent in (folder, self.path, self.run_dir):  # the names of its files, and its own
+        inner = {(folder / name).parent for name in files} - {folder}
+        for parent in (*inner, folder, self.path, self.run_dir):  # the names of its files, and its own
             sync_folder(parent)
         entries = {name: written._asdict() for name, written in sorted(files.items())}
         content = {"version": STATE_VERSION, **state, "files": entries}

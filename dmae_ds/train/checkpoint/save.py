@@ -39,7 +39,7 @@ class Checkpoints:
 
     identity: what makes it this run (`folder.MUST_AGREE`), with world_size, zero_stage and linear; in every
         state.json
-    student_metadata: strings that go into student.safetensors
+    student_metadata: {name of a student, "" of the only one: strings that go into student.safetensors}
     ema: saved and restored with everything else
     """
 
@@ -49,7 +49,7 @@ class Checkpoints:
         config: CheckpointConfig,
         *,
         identity: dict,
-        student_metadata: dict[str, str],
+        student_metadata: dict[str, dict[str, str]],
         ema: EmaTeacher | NoEmaTeacher,
     ):
         self.folder, self.config = folder, config
@@ -181,8 +181,8 @@ class Checkpoints:
     def _written_here(self, files: SafeCheckpointEngine, step: int) -> dict[str, Written]:
         """{path in the checkpoint: Written} of this rank's files."""
         folder = self.folder.path / self.folder.tag(step)
-        # Copied from NVMe by DeepSpeed itself, past SafeCheckpointEngine.
-        offloaded = (folder / "offloaded_tensors" / f"rank{collectives.rank():02d}").rglob("*")
+        # Copied from NVMe by DeepSpeed itself, past SafeCheckpointEngine; of a family, a member's.
+        offloaded = folder.rglob(f"offloaded_tensors/rank{collectives.rank():02d}/**/*")
         copied = {path: Written(path.stat().st_size, crc32_of(path)) for path in offloaded if path.is_file()}
         return {str(path.relative_to(folder)): file for path, file in (files.written | copied).items()}
 

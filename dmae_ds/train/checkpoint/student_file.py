@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Callable
 
 from safetensors import safe_open
 
+from dmae_ds.config.family import prefix_of
 from dmae_ds.output.durable import sync_folder, temporary_name, write_tensors
 
 if TYPE_CHECKING:
@@ -34,14 +35,20 @@ def python_that_loads(name: str, arguments: dict, path: Path | str) -> str:
 
 
 class StudentFiles:
-    """The two plain files of one run; call its methods on rank 0 alone.
+    """The two plain files of each student of a run; call its methods on rank 0 alone.
 
-    metadata: strings that are stored in both, with the step
+    metadata: {name of the student: strings that are stored in both, with the step}; those of the one student
+        of a run, "", are in the run folder, those of one of several in a folder of its name
     """
 
-    def __init__(self, run_dir: Path, metadata: dict[str, str]):
-        self.run_dir, self.metadata = run_dir, metadata
-        self.paths = [run_dir / name for name in NAMES]
+    def __init__(self, run_dir: Path, metadata: dict[str, dict[str, str]]):
+        self.metadata = metadata
+        self.folders = {name: run_dir / name for name in metadata}
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files."""
+        return [folder / name for folder in self.folders.values() for name in NAMES]
 
     def write(
         self,
@@ -50,22 +57,26 @@ class StudentFiles:
         *,
         attempt: Callable[[Callable[[], None], Path], None] = lambda write, path: write(),
     ) -> None:
-        """Write both files under their temporary names.
+        """Write all files under their temporary names.
 
-        weights: the objective's full state dict
+        weights: the objective's full state dict, of a family with names that begin with its member's
         attempt: runs each write, given its path; by default errors (OSError) are raised
         """
-        student = {name.removeprefix(PREFIX): weights[name] for name in weights if name.startswith(PREFIX)}
-        rest = {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}
-        metadata = {**self.metadata, "step": str(step)}
-        for path, tensors in zip(self.paths, (student, rest), strict=True):
-            attempt(partial(write_tensors, temporary_name(path), tensors, metadata), path)
+        for name, folder in self.folders.items():
+            attempt(partial(folder.mkdir, exist_ok=True), folder)
+            mine = _below(prefix_of(name), weights)
+            student = _below(PREFIX, mine)
+            rest = {key: tensor for key, tensor in mine.items() if not key.startswith(PREFIX)}
+            metadata = {**self.metadata[name], "step": str(step)}
+            for path, tensors in zip((folder / STUDENT, folder / DECODER), (student, rest), strict=True):
+                attempt(partial(write_tensors, temporary_name(path), tensors, metadata), path)
 
     def publish(self) -> None:
         """Give the written files their names. Raises OSError."""
         for path in self.paths:
             os.replace(temporary_name(path), path)
-        sync_folder(self.run_dir)
+        for folder in self.folders.values():
+            sync_folder(folder)
 
     def discard(self) -> None:
         """Delete what was written and not published."""
@@ -73,8 +84,13 @@ class StudentFiles:
             temporary_name(path).unlink(missing_ok=True)
 
     def are_of(self, step: int) -> bool:
-        """Whether both files are there, readable and of this step."""
+        """Whether all files are there, readable and of this step."""
         return all(step_of(path) == step for path in self.paths)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def step_of(path: Path) -> int | None:

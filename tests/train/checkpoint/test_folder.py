@@ -284,7 +284,7 @@ def test_a_failed_save_says_whether_its_files_could_be_deleted(folder, monkeypat
         monkeypatch.setattr(folder, "abandon", Mock(side_effect=OSError(problem)))
     monkeypatch.setattr(collectives, "broadcast_from_main", lambda value: value)
     saves = Checkpoints(
-        folder, CheckpointConfig(), identity=IDENTITY, student_metadata={}, ema=NoEmaTeacher()
+        folder, CheckpointConfig(), identity=IDENTITY, student_metadata={"": {}}, ema=NoEmaTeacher()
     )
     with pytest.raises(RunFailed) as raised:
         saves._abort_if("rank 1 has no space", step=10)
