@@ -203,8 +203,9 @@ def _for_each_run(args: argparse.Namespace, evaluate_run: Callable, **options) -
         sources = find_sources([*args.runs, *args.overrides])
         for source, labels in itertools.product(sources, args.labels):
             name = str(source.run or source.file)
-            if len(sources) > 1 and world.is_main:
-                print(f"{name}: ", end="", flush=True)
+            # A line of its own: progress and warnings go to stderr, and would stand between.
+            if len(sources) > 1 and world.is_main and labels == args.labels[0]:
+                print(f"{name}:", flush=True)
             results = evaluate_run(source, labels=labels, subset_seed=_seed_of(args, labels), **options)
             # k-NN gives a list, one result for each k; other ranks than the main one have none.
             results = results if isinstance(results, list) else [results]

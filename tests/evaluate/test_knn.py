@@ -216,7 +216,7 @@ def test_one_command_takes_several_runs_and_shares(run, tmp_path, monkeypatch, c
     )
     assert main(["eval", "knn", "a", "b", "--labels", "all", "10%", "--subset-seed", "3"]) == 0
     assert calls == [("a", "all", None), ("a", "10%", 3), ("b", "all", None), ("b", "10%", 3)]
-    assert capsys.readouterr().out == "a: a: b: b: "
+    assert capsys.readouterr().out == "a:\nb:\n"
     calls.clear()
     assert main(["eval", "knn", "a", "--subset-seed", "3"]) == 2  # nothing is drawn
     assert not calls
