@@ -135,10 +135,14 @@ class FeaturesConfig(ObjectiveSection):
 
     needs_teacher: ClassVar[bool] = True
     takes_several_teachers: ClassVar[bool] = True
+    newer_keys: ClassVar[tuple[str, ...]] = ("teacher_drop",)
     name: Literal["features"]
     # The terms of the loss.
     targets: tuple[FeatureTarget, ...] = (FeatureTarget(),)
     mask: FeatureMask | None = None  # of the student; null: it sees whole images, as the teacher
+    # Of several teachers, each image keeps the one with the largest loss and drops each other one with this
+    # probability (UNIC: 0.5); 0: all are kept.
+    teacher_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
     photometric: Literal["jitter"] | None = None  # colours of the student's copy of the crop alone
 
     @property
@@ -206,6 +210,13 @@ class FeaturesConfig(ObjectiveSection):
                 )
             if target.where == "visible" and self.mask is None:
                 raise ValueError(f"where=visible of target {target.label} requires objective.mask")
+        if self.teacher_drop and len({target.teacher for target in self.targets}) < 2:
+            raise ValueError("teacher_drop requires targets of several teachers; remove it, or set it to 0")
+        if self.teacher_drop and self.mask is not None and self.mask.every > 1:
+            raise ValueError(
+                f"teacher_drop compares all losses of an image, and with mask.every {self.mask.every} not "
+                "every image has all of them; set objective.mask.every=1"
+            )
         places = {target.where in ("masked", "visible") for target in self.targets}
         if self.mask is not None and self.mask.whole_pass and len(places) < 2:
             raise ValueError(

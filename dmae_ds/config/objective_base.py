@@ -32,6 +32,7 @@ class ObjectiveSection(Section):
     judged_by: where a collapse of the features shows: in the mean of the patch tokens, or in CLS, where the
         loss reads nothing else of the last block
     trains_positions: the student's positional embedding
+    newer_keys: keys that checkpoints from before December 2026 lack; their defaults are what was done then
     distillation_key: the section that holds the settings of feature distillation
     distillation_weight: the keys that raise distillation's share of the gradient; None: alpha of that section
     """
@@ -44,6 +45,7 @@ class ObjectiveSection(Section):
     mix_group_size: ClassVar[int] = 1
     judged_by: ClassVar[Literal["mean", "cls"]] = "mean"
     trains_positions: ClassVar[bool] = False
+    newer_keys: ClassVar[tuple[str, ...]] = ()
     distillation_key: ClassVar[str] = "objective.distill"
     distillation_weight: ClassVar[str | None] = None
 

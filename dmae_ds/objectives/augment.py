@@ -95,7 +95,7 @@ def draw_mix(mix: Mixup, shape: torch.Size) -> tuple[float, ...]:
 
 def mix_pairs(images: Tensor, labels: Tensor, draws: list[tuple[float, ...]]) -> tuple[Tensor, Tensor]:
     """Mix consecutive images [N, 3, H, W] and labels [N, C] two by two, by N / 2 draws of `draw_mix`."""
-    numbers = _to_device(torch.tensor(draws, dtype=torch.float32), images.device)  # [N / 2, 8]
+    numbers = to_device(torch.tensor(draws, dtype=torch.float32), images.device)  # [N / 2, 8]
     height, width = images.shape[-2:]
     # [N, ...] -> [N / 2, 2, ...]
     pairs, pair_labels = images.unflatten(0, (-1, 2)), labels.unflatten(0, (-1, 2))
@@ -128,7 +128,7 @@ def erase_rectangles(probability: float, images: Tensor, batch: Batch, *, seed: 
             noises.append(image.pixels)
     if not rows:
         return
-    noise, index = (_to_device(tensor, images.device) for tensor in (torch.stack(noises), torch.tensor(rows)))
+    noise, index = (to_device(tensor, images.device) for tensor in (torch.stack(noises), torch.tensor(rows)))
     images.index_copy_(0, index, torch.where(noise.isnan(), images.index_select(0, index), noise))
 
 
@@ -148,7 +148,7 @@ class _Written:
         self.pixels[place] = pixels
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy what was drawn on the host, without waiting for a GPU that is busy."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()

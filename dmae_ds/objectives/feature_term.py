@@ -33,10 +33,11 @@ class FeatureTerm(nn.Module):
         """Project a student's features [..., D] to the teacher's width [..., D_t]."""
         return self.head(features)
 
-    def loss(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+    def loss(self, predicted: Tensor, wanted: Tensor, *, per_image: bool = False) -> Tensor:
         """Return the distance of projected features from the teacher's, a scalar in float32 or float64.
 
         predicted, wanted: [N, T, D_t], or [N, D_t] of one vector an image
+        per_image: return [N] instead, whose mean is the scalar
         """
         target = self.target
         # Similarities and normalised features in bf16 would keep two digits.
@@ -47,14 +48,29 @@ class FeatureTerm(nn.Module):
             elif target.normalize == "standard":
                 variance, mean = torch.var_mean(wanted, dim=-1, keepdim=True)
                 wanted = (wanted - mean) / (variance + EPSILON).sqrt()
+            if target.distance == "kl":
+                divergence = self._divergence(predicted, wanted)  # [N, T] or [N]
+                return divergence.reshape(len(divergence), -1).mean(dim=1) if per_image else divergence.mean()
+            if per_image:
+                return self._image_distances(predicted, wanted)
             if target.distance == "smooth_l1":
                 return functional.smooth_l1_loss(predicted, wanted, beta=target.beta or 1.0)
-            if target.distance != "kl":
-                return DISTANCES[target.distance](predicted, wanted)
-            return self._divergence(predicted, wanted)
+            return DISTANCES[target.distance](predicted, wanted)
+
+    def _image_distances(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """The mean of each image's distances, [N]."""
+        kind = self.target.distance
+        if kind == "cosine":
+            distances = 1 - functional.cosine_similarity(predicted, wanted, dim=-1)
+        elif kind == "smooth_l1":
+            beta = self.target.beta or 1.0
+            distances = functional.smooth_l1_loss(predicted, wanted, beta=beta, reduction="none")
+        else:
+            distances = DISTANCES[kind](predicted, wanted, reduction="none")
+        return distances.reshape(len(distances), -1).mean(dim=1)
 
     def _divergence(self, predicted: Tensor, wanted: Tensor) -> Tensor:
-        """KL(softmax of the teacher || softmax of the student), summed over entries, mean over vectors."""
+        """KL(softmax of the teacher || softmax of the student) of each vector, summed over entries."""
         over = self.target.over or "channels"
         if over == "queue":
             past = at_least_float32(self.queue.past())
@@ -66,4 +82,4 @@ class FeatureTerm(nn.Module):
             scores = predicted, wanted
         temperature = self.target.temperature or TEMPERATURE
         student, teacher = (functional.log_softmax(score / temperature, dim=-1) for score in scores)
-        return functional.kl_div(student, teacher, log_target=True, reduction="none").sum(dim=-1).mean()
+        return functional.kl_div(student, teacher, log_target=True, reduction="none").sum(dim=-1)

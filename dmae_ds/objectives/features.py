@@ -26,6 +26,7 @@ from dmae_ds.objectives.feature_mask import MaskToken, draw_mask, num_masked
 from dmae_ds.objectives.feature_term import FeatureTerm
 from dmae_ds.objectives.masked import random_patches
 from dmae_ds.objectives.needs import Progress
+from dmae_ds.objectives.teacher_drop import draw_drops, drop_factors
 
 OF_THE_MASKED_PASS = ("masked", "visible")
 
@@ -38,11 +39,13 @@ class FeaturesBatch(PatchBatch):
     own: the student's copy of `visible`; the same tensor, unless its colours are changed
     places [M, masked] and rest [M, L - masked]: ids of masked and other patches, of one image in `every`;
         None without mask tokens
+    drops [N, teachers]: draws of teacher dropping (teacher_drop.py); None without it
     """
 
     own: Tensor
     places: Tensor | None = None
     rest: Tensor | None = None
+    drops: Tensor | None = None
 
 
 class Features(Objective):
@@ -86,12 +89,19 @@ class Features(Objective):
                 self.mask_token = MaskToken(student.embed_dim, generator)
         if all(target.student.startswith("block/") for target in config.targets):
             freeze(student.norm)  # no target reads what it gives
+        self.drop_seed = 0
+        if config.teacher_drop:
+            self.drop_seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+            weights = torch.tensor([shape.weight for shape in teachers.values()])
+            self.register_buffer("teacher_weights", weights, persistent=False)
 
     def describe(self) -> str:
         terms = []
         for target in self.config.targets:
             where = "" if target.where == "all" else f" ({target.where})"
             terms.append(f"{target.student}{where} <- {target.tap}, {target.head}, {target.distance}")
+        if self.config.teacher_drop:
+            terms.append(f"a teacher is dropped with probability {self.config.teacher_drop:g}")
         if self.mask is None:
             return "; ".join([*terms, "whole images"])
         mask = f"{self.num_masked} of {self.student.num_patches} patches masked ({self.mask.shape}), "
@@ -131,6 +141,9 @@ class Features(Objective):
                 ids, ids_masked = draw_mask(batch.noise, self.num_masked, **drawn)
             else:
                 rest, places = draw_mask(batch.noise[:: self.mask.every], self.num_masked, **drawn)
+        drops = None
+        if self.config.teacher_drop:
+            drops = draw_drops(batch, len(self.teachers), seed=self.drop_seed)
         visible = normalize(gather_patches(patches[0], ids))
         return FeaturesBatch(
             visible=visible,
@@ -140,6 +153,7 @@ class Features(Objective):
             own=visible if len(patches) == 1 else normalize(gather_patches(patches[1], ids)),
             places=places,
             rest=rest,
+            drops=drops,
         )
 
     def forward(self, batch: FeaturesBatch, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,7 +166,7 @@ class Features(Objective):
             whole = self.student(batch.own, batch.ids_keep, taps=self.blocks)
         if self.mask_token is not None:
             masked = self._masked_pass(batch)
-        parts, loss, projected = {}, 0.0, {}
+        parts, losses, projected = {}, [], {}
         # Vectors first: others may take CLS through their heads.
         for term in sorted(self.terms, key=lambda term: not term.target.is_vector):
             target = term.target
@@ -168,15 +182,35 @@ class Features(Objective):
                 projected[target.label] = predicted
             else:
                 predicted, wanted = self._compared(term, tokens, wanted, batch, projected)
-            distance = term.loss(predicted, wanted)
-            loss = loss + self.teachers[target.teacher].weight * target.weight * distance
-            parts[target.label] = distance.detach()
+            distance = term.loss(predicted, wanted, per_image=batch.drops is not None)
+            losses.append((target.teacher, self.teachers[target.teacher].weight * target.weight * distance))
+            parts[target.label] = distance.detach().mean()
+        if batch.drops is None:
+            loss = sum(distance for _, distance in losses)
+        else:
+            loss, kept = self._with_drops(losses, batch.drops)
+            parts |= kept
         for name, (weight, distance) in self.more_terms(
             None if whole is None else whole[0], features
         ).items():
             loss = loss + weight * distance
             parts[name] = distance.detach()
         return {"loss": loss, **parts}
+
+    def _with_drops(
+        self, losses: list[tuple[str, Tensor]], drops: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss after dropping, a scalar, and the share of images that keep each teacher.
+
+        losses: (teacher, [N]) of each term, weighted
+        """
+        by_teacher = torch.stack(
+            [sum(loss for owner, loss in losses if owner == name) for name in self.teachers], dim=1
+        )  # [N, teachers]
+        factors = drop_factors(by_teacher.detach(), self.teacher_weights, drops, self.config.teacher_drop)
+        shares = (factors > 0).float().mean(dim=0)
+        kept = {f"kept/{name}": share for name, share in zip(self.teachers, shares, strict=True)}
+        return (factors * by_teacher).sum(dim=1).mean(), kept
 
     def more_terms(
         self, latent: Tensor | None, features: dict[str, Tensor]

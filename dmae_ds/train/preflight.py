@@ -11,6 +11,7 @@ from dmae_ds.config.batch import BatchSplit, split_recipe
 from dmae_ds.config.deepspeed import check_compile, zero_stage
 from dmae_ds.config.family import members_of, objectives_of
 from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, looks_like_hub_id
+from dmae_ds.config.objective_base import ObjectiveSection
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
 from dmae_ds.data.order import ORDER_VERSION, num_steps
@@ -242,7 +243,7 @@ def _of_students(config: RunConfig) -> dict:
     members = {
         name: {
             "student": _section(member.student, STUDENT_MAY_CHANGE),
-            "objective": member.objective.model_dump(mode="json"),
+            "objective": _objective(member.objective),
             "positions": "trained" if member.objective.trains_positions else "fixed",
         }
         for name, member in members_of(config).items()
@@ -260,6 +261,13 @@ def _section(network: ModelConfig, may_change: set[str]) -> dict:
     """A network's section without the keys that may change, and without in_chans of RGB: it is a new key."""
     newer = {"in_chans"} if network.in_chans in (None, 3) else set()
     return network.model_dump(mode="json", exclude=may_change | newer)
+
+
+def _objective(section: ObjectiveSection) -> dict:
+    """The objective's section without newer keys that have their defaults."""
+    fields = type(section).model_fields
+    newer = {key for key in section.newer_keys if getattr(section, key) == fields[key].default}
+    return section.model_dump(mode="json", exclude=newer)
 
 
 def check_teacher_file(teacher: TeacherConfig) -> None:

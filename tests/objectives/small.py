@@ -31,16 +31,20 @@ TEACHER = {
 DECODER = {"depth": 2, "embed_dim": 12, "num_heads": 3}
 
 
-def config_for(objective: dict, *, teacher: bool | dict = False, **student: object) -> RunConfig:
+def config_for(
+    objective: dict, *, teacher: bool | dict = False, teachers: dict | None = None, **student: object
+) -> RunConfig:
     """A small recipe. teacher: whether there is one, or the numbers in which it differs from TEACHER.
 
-    student: keys that differ
+    teachers: by name, the same numbers of several; student: keys that differ
     """
+    several = {name: {**TEACHER, **numbers} for name, numbers in (teachers or {}).items()}
     return RunConfig.model_validate(
         {
             "run": {"dir": "unused"},
             "data": {"train": "unused"},
             "teacher": {**TEACHER, **(teacher if isinstance(teacher, dict) else {})} if teacher else None,
+            "teachers": several or None,
             "objective": objective,
             "student": {
                 "name": "vit_tiny_patch16_224",
@@ -55,9 +59,12 @@ def config_for(objective: dict, *, teacher: bool | dict = False, **student: obje
     )
 
 
-def build(objective: dict, *, teacher: bool | dict = False, seed: int = 0, **student: object) -> Objective:
-    """Build it in float64, away from its initial weights: biases of 0 and gains of 1 would hide mistakes."""
-    built, _ = build_objective(config_for(objective, teacher=teacher, **student))
+def build(objective: dict, *, seed: int = 0, **recipe: object) -> Objective:
+    """Build it in float64, away from its initial weights: biases of 0 and gains of 1 would hide mistakes.
+
+    recipe: as `config_for` takes it
+    """
+    built, _ = build_objective(config_for(objective, **recipe))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in built.parameters():
