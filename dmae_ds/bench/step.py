@@ -36,7 +36,7 @@ from dmae_ds.output.table import text_table
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.geometry import measure as measure_geometry
-from dmae_ds.plan.memory import Zero, rank_memory
+from dmae_ds.plan.memory import Placement, Zero, rank_memory
 from dmae_ds.plan.work import Work, step_work
 from dmae_ds.train.cut import CutRecipe
 from dmae_ds.train.engine import logged_collectives
@@ -171,7 +171,7 @@ def _predict(config: RunConfig, world: World, step: TrainingStep, geometry: Geom
         precision=config.precision,
         ranks=world.size,
         accumulation=step.accumulation,
-        placement="replicated",
+        placed=dict.fromkeys(geometry.teachers, Placement()),
         stages=None,
         gpu=gpu,
     )

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 from dmae_ds.errors import UserError
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.cost import Cost, Machine, step_cost
-from dmae_ds.plan.geometry import Geometry
-from dmae_ds.plan.memory import PRECISIONS, Memory, Zero, rank_memory
+from dmae_ds.plan.geometry import Geometry, TeacherGeometry
+from dmae_ds.plan.memory import PRECISIONS, Memory, Placed, Placement, Zero, rank_memory
 
 EQUAL = 0.1  # relative difference of seconds that count as equal: the guesses in cost.py are no better
 HEADROOM = 0.05  # share of a device's memory left for the allocator's fragmentation; a guess
@@ -20,10 +21,9 @@ HEADROOM = 0.05  # share of a device's memory left for the allocator's fragmenta
 
 @dataclass(frozen=True)
 class Candidate:
-    """A placement with a DeepSpeed file, the memory they need and the time they take."""
+    """Placements of all teachers with a DeepSpeed file, the memory they need and the time they take."""
 
-    placement: str
-    stages: int | None
+    placed: Placed
     deepspeed: str
     micro_batch: int
     memory: Memory
@@ -42,27 +42,41 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return self.placement if self.stages is None else f"{self.placement} P={self.stages}"
+        texts = [f"{name} {placement}".strip() for name, placement in self.placed.items()]
+        return ", ".join(texts) or "no teacher"
 
 
-def placements(geometry: Geometry, *, gpus: int, gpus_per_node: int) -> list[tuple[str, int | None]]:
-    """List (placement, stages) in order of preference: replicated, pipelines of 2, 4, ... stages, zero3.
+def combinations(
+    geometry: Geometry, *, gpus: int, gpus_per_node: int, fixed: Placed | None = None
+) -> list[Placed]:
+    """List placements of all teachers together, in order of preference.
+
+    fixed: of teachers that are not to be placed otherwise
+    """
+    each = {
+        name: [fixed[name]]
+        if fixed and name in fixed
+        else placements(teacher, gpus=gpus, gpus_per_node=gpus_per_node)
+        for name, teacher in geometry.teachers.items()
+    }
+    return [dict(zip(each, chosen, strict=True)) for chosen in product(*each.values())]
+
+
+def placements(teacher: TeacherGeometry, *, gpus: int, gpus_per_node: int) -> list[Placement]:
+    """List a teacher's placements by preference: replicated, pipelines of 2, 4, ... stages, zero3.
 
     Numbers of stages divide the GPUs and are powers of two, up to a node's GPUs and one that spans two nodes.
     On one GPU there is only replicated, and a teacher without blocks has its features stored.
     """
-    if geometry.teacher is None:
-        return [("no teacher", None)]
-    if not geometry.teacher.depth:
-        return [("cache", None)]
+    if not teacher.depth:
+        return [Placement("cache")]
     if gpus == 1:
-        return [("replicated", None)]
+        return [Placement()]
     powers = [2**power for power in range(1, gpus.bit_length())]
     largest = 2 * gpus_per_node
-    lengths = [
-        stages for stages in powers if gpus % stages == 0 and stages <= min(geometry.teacher.depth, largest)
-    ]
-    return [("replicated", None), *(("pipeline", stages) for stages in lengths), ("zero3", None)]
+    lengths = [stages for stages in powers if gpus % stages == 0 and stages <= min(teacher.depth, largest)]
+    pipelines = [Placement("pipeline", stages) for stages in lengths]
+    return [Placement(), *pipelines, Placement("zero3")]
 
 
 def candidates(
@@ -74,14 +88,16 @@ def candidates(
     accumulation: int,
     gpu: bool,
     room: float | None = None,
+    fixed: Placed | None = None,
 ) -> list[Candidate]:
-    """Compute the whole table, in the order of `placements` and `zeros`.
+    """Compute the whole table, in the order of `combinations` and `zeros`.
 
+    fixed: of teachers that are not to be placed otherwise
     room: bytes that a rank may use; None: the machine's memory_gib less HEADROOM
     """
     room = machine.memory_gib * GIB * (1 - HEADROOM) if room is None else room
     rows = []
-    for placement, stages in placements(geometry, gpus=machine.gpus, gpus_per_node=machine.gpus_per_node):
+    for placed in combinations(geometry, gpus=machine.gpus, gpus_per_node=machine.gpus_per_node, fixed=fixed):
         for name, zero in zeros.items():
             memory = rank_memory(
                 geometry,
@@ -89,8 +105,7 @@ def candidates(
                 precision=precision,
                 ranks=machine.gpus,
                 accumulation=accumulation,
-                placement=placement,
-                stages=stages,
+                placed=placed,
                 gpu=gpu,
             )
             costs = {
@@ -100,16 +115,14 @@ def candidates(
                     PRECISIONS[precision],
                     machine,
                     accumulation=accumulation,
-                    placement=placement,
-                    stages=stages,
+                    placed=placed,
                     efficiency=efficiency,
                 )
                 for efficiency in (machine.efficiency, *machine.band)
             }
             rows.append(
                 Candidate(
-                    placement,
-                    stages,
+                    placed,
                     name,
                     geometry.micro_batch,
                     memory,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dmae_ds.plan.geometry import EmaGeometry, Geometry, TeacherGeometry
-from dmae_ds.plan.memory import ADAM, MASTER, Precision, Zero, message_bytes
+from dmae_ds.plan.memory import ADAM, MASTER, Placed, Placement, Precision, Zero, message_bytes
 from dmae_ds.plan.trace import Trace
 
 # Achieved shares of the peak rate of matrix products, and the one that is expected where nothing else is
@@ -100,8 +100,7 @@ def step_cost(
     machine: Machine,
     *,
     accumulation: int,
-    placement: str,
-    stages: int | None = None,
+    placed: Placed,
     efficiency: float | None = None,
 ) -> Cost:
     """Predict the cost of a step.
@@ -114,10 +113,8 @@ def step_cost(
     device = _Device(machine, machine.efficiency if efficiency is None else efficiency)
     cost = _student_cost(geometry.student, zero, precision, device, accumulation=accumulation)
     cost += _optimizer_cost(geometry.student, zero, precision, machine, accumulation=accumulation)
-    if geometry.teacher is not None:
-        cost += _teacher_cost(
-            geometry.teacher, device, placement=placement, stages=stages, accumulation=accumulation
-        )
+    for name, teacher in geometry.teachers.items():
+        cost += _teacher_cost(teacher, device, placement=placed[name], accumulation=accumulation)
     if geometry.ema is not None:
         cost += _ema_cost(geometry.ema, zero, precision, device, accumulation=accumulation)
     return cost
@@ -137,13 +134,13 @@ class _Device:
 
 
 def _teacher_cost(
-    teacher: TeacherGeometry, device: _Device, *, placement: str, stages: int | None, accumulation: int
+    teacher: TeacherGeometry, device: _Device, *, placement: Placement, accumulation: int
 ) -> Cost:
     traffic, seconds = Traffic(), device.seconds(teacher.flops, teacher.kernels, teacher.products)
-    if placement == "pipeline":
-        traffic = stream_traffic(teacher, stages, device.machine)
+    if placement.name == "pipeline":
+        traffic = stream_traffic(teacher, placement.stages, device.machine)
         seconds = max(seconds, _transfer(traffic, device.machine))
-    elif placement == "zero3":  # a block is fetched while the one before it runs
+    elif placement.name == "zero3":  # a block is fetched while the one before it runs
         traffic = ring(sum(teacher.block_bytes), device.machine, calls=teacher.depth)
         fetched = _transfer(traffic, device.machine)
         seconds = max(seconds, fetched) + fetched / teacher.depth

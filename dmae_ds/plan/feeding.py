@@ -75,16 +75,20 @@ def describe_feeding(config: RunConfig, machine: Machine, best: Candidate, image
     return [decode, storage + ("enough" if machine.storage_gb_s * nodes >= read else "the limit")]
 
 
-def describe_loading(config: RunConfig, machine: Machine, teacher: TeacherGeometry | None) -> list[str]:
-    """A line with the time to read the needed part of the teacher, once on every node."""
-    if teacher is None or not teacher.depth:
-        return []
-    parameters = teacher.weight_bytes / DTYPES[config.teacher.dtype].itemsize
-    gigabytes = parameters * FILE_BYTES / 1e9
-    return [
-        f"teacher: {gigabytes:.3g} GB of a file in fp32 are read on every node, "
-        f"{gigabytes / machine.storage_gb_s:.3g} s at {machine.storage_gb_s:g} GB/s"
-    ]
+def describe_loading(config: RunConfig, machine: Machine, teachers: dict[str, TeacherGeometry]) -> list[str]:
+    """A line for each teacher with the time to read its needed part, once on every node."""
+    lines = []
+    for name, teacher in teachers.items():
+        if not teacher.depth:
+            continue
+        section = config.named_teachers()[name]
+        parameters = teacher.weight_bytes / DTYPES[section.dtype].itemsize
+        gigabytes = parameters * FILE_BYTES / 1e9
+        lines.append(
+            f"{section.section}: {gigabytes:.3g} GB of a file in fp32 are read on every node, "
+            f"{gigabytes / machine.storage_gb_s:.3g} s at {machine.storage_gb_s:g} GB/s"
+        )
+    return lines
 
 
 def describe_ranks(config: RunConfig, machine: Machine) -> str:

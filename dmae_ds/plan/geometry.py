@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Iterable
 
 import torch
 
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.run import RunConfig
+from dmae_ds.config.teachers import taps_of
 from dmae_ds.data.batch import DTYPES as PIXEL_DTYPES
 from dmae_ds.data.batch import Batch
 from dmae_ds.distributed import collectives
@@ -28,6 +31,8 @@ from dmae_ds.plan.trace import Trace, trace_inference, trace_training
 from dmae_ds.teacher.build import seen_patches
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher, meta_teacher, needed_depths, needs_top
 from dmae_ds.teacher.grid import PatchView
+from dmae_ds.teacher.passes import TeacherPasses
+from dmae_ds.teacher.several import SeveralTeachers
 from dmae_ds.teacher.top import Top, meta_top
 
 WEIGHTS = {
@@ -88,7 +93,7 @@ class Geometry:
     student_parameters: int  # of the encoder only
     buffer_bytes: int
     batch_bytes: int  # a prepared micro-batch without features, as it waits for the student
-    teacher: TeacherGeometry | None
+    teachers: dict[str, TeacherGeometry]  # by name; the one teacher of a recipe has the name ""
     ema: EmaGeometry | None = None
     device_type: str = "cpu"  # whose kernels and autocast were measured
     members: dict[str, Trace] = field(default_factory=dict)
@@ -109,7 +114,10 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
     student_parameters = sum(
         parameter.numel() for member in members.values() for parameter in member.student.parameters()
     )
-    built = None if config.teacher is None else meta_frozen_teacher(config, objective)
+    built = {
+        name: meta_frozen_teacher(teacher, taps_of(name, objective.taps), num_classes=objective.num_classes)
+        for name, teacher in config.named_teachers().items()
+    }
     ids = torch.zeros(micro_batch, dtype=torch.int64)  # real tensors: they key draws on the host
     ema = None if objective.ema is None else EmaModule(objective)
     objective.start_step(Progress(0, 1, 0.0, config.optim.epochs))
@@ -117,15 +125,17 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
     with collectives.alone(), fake_device(device_type) as device:
         objective.to_empty(device=device)
         batch, pixel_bytes = _batch(objective, config, ids, device)
-        teacher, features = None, {}
-        if built is not None:
-            teacher, features = _measure_teacher(
-                *built,
+        teachers, features = {}, {}
+        for name, teacher in config.named_teachers().items():
+            teachers[name], own = _measure_teacher(
+                *built[name],
+                name,
                 objective,
                 batch,
-                sees=seen_patches(config.teacher, student.num_patches),
+                sees=seen_patches(teacher, student.num_patches),
                 device=device,
             )
+            features |= own
         batch_bytes = _batch_bytes(batch) + pixel_bytes
         ema_geometry = None
         if ema is not None:
@@ -150,29 +160,24 @@ def measure(config: RunConfig, micro_batch: int, *, device_type: str = "cpu") ->
         student_parameters,
         _bytes(objective.buffers()),
         batch_bytes,
-        teacher,
+        teachers,
         ema_geometry,
         device_type,
         traces,
         objective.pass_of,
     )
-    is_stored = config.teacher is not None and config.teacher.placement == "cache"
-    return with_stored_features(geometry) if is_stored else geometry
+    named = config.named_teachers().items()
+    return with_stored_features(geometry, [name for name, one in named if one.placement == "cache"])
 
 
-def with_stored_features(geometry: Geometry) -> Geometry:
-    """The same recipe when its features are read from a cache: the teacher has no blocks and no work."""
-    teacher = geometry.teacher
-    stored = replace(
-        teacher,
-        embedding_bytes=0,
-        block_bytes=(),
-        flops=0,
-        pass_flops=(0,) * len(teacher.pass_flops),
-        working_bytes=0,
-        kernels=0,
-    )
-    return replace(geometry, teacher=stored)
+def with_stored_features(geometry: Geometry, names: Iterable[str]) -> Geometry:
+    """The same recipe when features are read from a cache: these teachers have no blocks and no work."""
+    nothing = {"embedding_bytes": 0, "block_bytes": (), "flops": 0, "working_bytes": 0, "kernels": 0}
+    stored = {}
+    for name in names:
+        teacher = geometry.teachers[name]
+        stored[name] = replace(teacher, **nothing, pass_flops=(0,) * len(teacher.pass_flops))
+    return replace(geometry, teachers=geometry.teachers | stored)
 
 
 def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
@@ -192,11 +197,15 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
             ),
         )
 
-    teacher = geometry.teacher
-    if teacher is not None:
-        per_image = ("flops", "working_bytes", "token_bytes", "id_bytes", "feature_bytes")
-        teacher = replace(teacher, **{name: scale(getattr(teacher, name)) for name in per_image})
-        teacher = replace(teacher, pass_flops=tuple(map(scale, teacher.pass_flops)))
+    per_image = ("flops", "working_bytes", "token_bytes", "id_bytes", "feature_bytes")
+    teachers = {
+        name: replace(
+            teacher,
+            **{field: scale(getattr(teacher, field)) for field in per_image},
+            pass_flops=tuple(map(scale, teacher.pass_flops)),
+        )
+        for name, teacher in geometry.teachers.items()
+    }
     ema = geometry.ema
     if ema is not None:
         ema = replace(
@@ -208,7 +217,7 @@ def scaled(geometry: Geometry, micro_batch: int) -> Geometry:
         student=scale_trace(geometry.student),
         members={name: scale_trace(trace) for name, trace in geometry.members.items()},
         batch_bytes=scale(geometry.batch_bytes),
-        teacher=teacher,
+        teachers=teachers,
         ema=ema,
     )
 
@@ -247,18 +256,16 @@ def _measure_ema(
     return EmaGeometry(weight_bytes, flops, working, _bytes(features.values()), kernels, follows), features
 
 
-def meta_frozen_teacher(config: RunConfig, objective: Objective) -> tuple[MaskedViT, Top | None]:
-    """Build the needed part of the teacher, in its dtype, on the meta device."""
-    name, overrides, taps = config.teacher.name, config.teacher.overrides(), objective.taps
-    depth, decoder_depth = needed_depths(
-        taps, meta_teacher(name, overrides).depth, config.teacher.decoder_depth
-    )
+def meta_frozen_teacher(
+    config: TeacherConfig, taps: tuple[str, ...], *, num_classes: int | None
+) -> tuple[MaskedViT, Top | None]:
+    """Build the needed part of a teacher, in its dtype, on the meta device."""
+    name, overrides = config.name, config.overrides()
+    depth, decoder_depth = needed_depths(taps, meta_teacher(name, overrides).depth, config.decoder_depth)
     vit = meta_teacher(name, overrides, depth, keep_norm=needs_top(taps))
     norm, vit.norm = vit.norm, None
-    top = meta_top(
-        config.teacher, vit, norm, taps=taps, decoder_depth=decoder_depth, num_classes=objective.num_classes
-    )
-    rope, dtype = vit.rope, DTYPES[config.teacher.dtype]
+    top = meta_top(config, vit, norm, taps=taps, decoder_depth=decoder_depth, num_classes=num_classes)
+    rope, dtype = vit.rope, DTYPES[config.dtype]
     vit.to(dtype)
     vit.rope = rope  # angles stay in float32, as frozen.py leaves them
     return vit, None if top is None else top.to(dtype)
@@ -267,6 +274,7 @@ def meta_frozen_teacher(config: RunConfig, objective: Objective) -> tuple[Masked
 def _measure_teacher(
     vit: MaskedViT,
     top: Top | None,
+    name: str,
     objective: Objective,
     batch: PatchBatch,
     *,
@@ -279,14 +287,17 @@ def _measure_teacher(
     zeros, ones = (0.0,) * vit.channels, (1.0,) * vit.channels
     view = PatchView(vit.patch_size, mean=zeros, std=ones, teacher_mean=zeros, teacher_std=ones)
     view.to_empty(device=device)
-    teacher = FrozenTeacher(vit, objective.taps, None, view=view, sees=sees, top=top)
-    passes = objective.in_passes(teacher)
+    teacher = FrozenTeacher(vit, taps_of(name, objective.taps), None, view=view, sees=sees, top=top)
+    passes = objective.in_passes(SeveralTeachers({name: teacher}) if name else teacher)
+    each = _passes_of(passes, name, batch)
     features: dict[str, torch.Tensor] = {}
     flops, working, kernels = trace_inference(lambda: features.update(passes.features(batch)))
     sent: list[tuple[torch.Tensor, torch.Tensor]] = []
     encoded: list[torch.Tensor] = []
     with torch.no_grad():
-        for one, shown in passes.each(batch):
+        for one, shown in each:
+            if one is None:
+                continue
             patches, ids = one.inputs(shown)
             sent.append((vit.embed(one.view(patches), ids), ids))
             encoded += one.encode(shown).values()
@@ -300,10 +311,20 @@ def _measure_teacher(
         id_bytes=_bytes(ids for _, ids in sent),
         feature_bytes=max(_bytes(features.values()), _bytes(encoded)),
         kernels=kernels,
-        pass_flops=tuple(_pass_flops(one, shown) for one, shown in passes.each(batch)),
+        pass_flops=tuple(0 if one is None else _pass_flops(one, shown) for one, shown in each),
         products="fp32" if sent[0][0].dtype == torch.float32 else "bf16",
     )
     return geometry, features
+
+
+def _passes_of(
+    passes: FrozenTeacher | SeveralTeachers | TeacherPasses, name: str, batch: PatchBatch
+) -> list[tuple[FrozenTeacher | None, PatchBatch]]:
+    """One teacher in each pass with the patches that it sees; None where the pass does not tap it."""
+    each = passes.each(batch) if isinstance(passes, TeacherPasses) else [(passes, batch)]
+    return [
+        (one.teachers.get(name) if isinstance(one, SeveralTeachers) else one, shown) for one, shown in each
+    ]
 
 
 def _pass_flops(teacher: FrozenTeacher, shown: PatchBatch) -> int:

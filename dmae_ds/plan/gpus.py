@@ -33,11 +33,14 @@ class Gpu:
 
     def check(self, config: RunConfig) -> None:
         """Raise UserError where the recipe uses bf16 and this GPU has none."""
-        teacher = None if config.teacher is None else config.teacher.dtype
-        if not self.has_bf16 and (config.precision.startswith("bf16") or teacher in ("bf16", "fp8")):
+        teachers = config.named_teachers().values()
+        if self.has_bf16:
+            return
+        dtypes = ", ".join(f"{teacher.key('dtype')} {teacher.dtype}" for teacher in teachers)
+        if config.precision.startswith("bf16") or {t.dtype for t in teachers} & {"bf16", "fp8"}:
             raise UserError(
-                f"precision {config.precision}, teacher.dtype {teacher}: this GPU has no bf16; "
-                "set precision=fp16 (and teacher.dtype=fp16)"
+                f"precision {config.precision}, {dtypes or 'no teacher'}: this GPU has no bf16; "
+                "set precision=fp16 (and the teacher's dtype=fp16)"
             )
 
     def machine(self) -> dict[str, float]:

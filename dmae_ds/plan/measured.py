@@ -29,7 +29,7 @@ class Measured:
 
     def check(self, config: RunConfig) -> None:
         """Raise UserError where the recipe multiplies in a dtype that was not measured."""
-        used = {config.precision} | ({config.teacher.dtype} if config.teacher is not None else set())
+        used = {config.precision} | {teacher.dtype for teacher in config.named_teachers().values()}
         missing = []
         if self.fp32_tflops is None and "fp32" in used:
             missing.append("fp32")

@@ -16,6 +16,7 @@ The two kinds of device differ in what becomes of freed memory:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Mapping, NamedTuple
 
 from dmae_ds.output.units import MIB
 from dmae_ds.plan.geometry import Geometry, TeacherGeometry
@@ -31,6 +32,19 @@ ADAM = 8  # bytes a parameter: two moments in fp32
 MASTER = 4
 # DeepSpeed's flat copy of gradients without ZeRO, a constant of its engine.
 _ALL_REDUCE_ELEMENTS = 500_000_000
+
+
+class Placement(NamedTuple):
+    """Where a teacher's blocks are: `replicated`, `pipeline` in so many stages, or `zero3`."""
+
+    name: str = "replicated"
+    stages: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.stages is None else f"{self.name} P={self.stages}"
+
+
+Placed = Mapping[str, Placement]  # of every teacher by its name
 
 
 @dataclass(frozen=True)
@@ -124,61 +138,76 @@ def rank_memory(
     precision: str,
     ranks: int,
     accumulation: int,
-    placement: str,
-    stages: int | None = None,
+    placed: Placed,
     gpu: bool,
 ) -> Memory:
-    """Memory of the rank that needs most; `placement` is replicated, pipeline (`stages`), zero3 or cache."""
+    """Memory of the rank that needs most, with every teacher where `placed` says."""
     student = student_memory(
         geometry.student, zero, PRECISIONS[precision], ranks=ranks, accumulation=accumulation, gpu=gpu
     )
     libraries = LIBRARIES_GPU if gpu else LIBRARIES_CPU[zero.stage]
     others = Memory(
-        teacher=teacher_bytes(geometry.teacher, placement, stages, ranks),
-        stream=stream_bytes(geometry, stages),
+        teacher=sum(
+            teacher_bytes(teacher, placed[name], ranks) for name, teacher in geometry.teachers.items()
+        ),
+        stream=stream_bytes(geometry, placed),
         libraries=libraries,
     )
     if geometry.ema is not None:
         others = others + Memory(teacher=geometry.ema.weight_bytes, stream=geometry.ema.feature_bytes)
     working = max(
-        (part.working_bytes for part in (geometry.teacher, geometry.ema) if part is not None), default=0
+        (part.working_bytes for part in (*geometry.teachers.values(), geometry.ema) if part is not None),
+        default=0,
     )
     if working > student.activations:  # in the same memory, before the student's activations exist
         student = student + Memory(activations=working - student.activations)
     return student + others + Memory(parameters=geometry.buffer_bytes)
 
 
-def teacher_bytes(teacher: TeacherGeometry | None, placement: str, stages: int | None, ranks: int) -> float:
+def teacher_bytes(teacher: TeacherGeometry, placement: Placement, ranks: int) -> float:
     """Bytes of the teacher's weights on the rank that holds most.
 
     In zero3 it holds a share of all blocks, the one that runs and the next one (teacher/sharded.py).
     """
-    if teacher is None:
-        return 0
-    if placement == "pipeline":
+    if placement.name == "pipeline":
         shares = [
             sum(teacher.block_bytes[number] for number in blocks)
-            for blocks in held_blocks(teacher.depth, stages)
+            for blocks in held_blocks(teacher.depth, placement.stages)
         ]
         return teacher.embedding_bytes + max(shares)
-    if placement == "zero3":
+    if placement.name == "zero3":
         whole = min(2, teacher.depth) * max(teacher.block_bytes)
         return teacher.embedding_bytes + sum(teacher.block_bytes) / ranks + whole
     return teacher.weight_bytes
 
 
-def stream_bytes(geometry: Geometry, stages: int | None) -> float:
+def stream_bytes(geometry: Geometry, placed: Placed) -> float:
     """Bytes of micro-batches and features that wait for the student: one, or a pipeline's queue and messages.
 
     A pipeline of P stages has 2P micro-batches in its queue. Every tick sends one buffer and has two to
     receive into, each with the tokens of at most P owners, the rank's own, and P - 1 features; the stage's P
-    outputs are alive at the same time (teacher/pipeline.py, teacher/messages.py). Stored features are read
-    ahead.
+    outputs are alive at the same time (teacher/pipeline.py, teacher/messages.py). Of several teachers each
+    has its own queue, in which the features of those before it wait too (teacher/several.py). Stored
+    features are read ahead.
     """
-    teacher = geometry.teacher
-    if stages is None or teacher is None:
-        waiting = 1 + (AHEAD if teacher is not None and not teacher.depth else 0)
-        return waiting * (geometry.batch_bytes + (0 if teacher is None else teacher.feature_bytes))
+    total = known = geometry.batch_bytes
+    for name, teacher in geometry.teachers.items():
+        stages = placed[name].stages
+        if not teacher.depth:
+            total += AHEAD * known + (1 + AHEAD) * teacher.feature_bytes
+        elif stages is None:
+            total += teacher.feature_bytes
+        else:
+            total += pipeline_bytes(teacher, stages, known)
+        known += teacher.feature_bytes
+    return total
+
+
+def pipeline_bytes(teacher: TeacherGeometry, stages: int, batch_bytes: float) -> float:
+    """Bytes of a pipeline's queue and messages, beyond the micro-batch that the student takes.
+
+    batch_bytes: of a micro-batch as it comes in
+    """
     travelling = teacher.token_bytes + teacher.id_bytes
     message = max(
         sum(message_bytes(teacher, stages, source=s, target=t) for t in range(stages)) for s in range(stages)
@@ -187,7 +216,7 @@ def stream_bytes(geometry: Geometry, stages: int | None) -> float:
         sum(message_bytes(teacher, stages, source=s, target=t) for s in range(stages)) for t in range(stages)
     )
     return (
-        (2 * stages + 1) * geometry.batch_bytes
+        2 * stages * batch_bytes
         + 2 * stages * teacher.feature_bytes
         + message
         + 2 * received

@@ -67,9 +67,8 @@ def rows_of(
         accumulation=split.accumulation,
         gpu=True,
     )
-    if config.teacher is not None and config.teacher.dtype == "fp8":
-        rows = [row for row in rows if row.placement == "replicated"]
-    return rows
+    stays = [name for name, teacher in config.named_teachers().items() if teacher.dtype == "fp8"]
+    return [row for row in rows if all(row.placed[name].name in ("replicated", "cache") for name in stays)]
 
 
 def _shardings(config: RunConfig, machine: Machine, split: BatchSplit, *, is_first: bool) -> dict[str, Zero]:

@@ -57,14 +57,14 @@ class StoredPlan:
 
 
 def plan_stored(config: RunConfig, machine: Machine, result: Plan, *, steps: int) -> StoredPlan | None:
-    """Compute it for the fastest placement that fits; None without a teacher."""
+    """Compute it for the fastest placement that fits, of all teachers; None without one."""
     geometry, live = result.geometry, result.best
-    if geometry.teacher is None or live is None:
+    if not geometry.teachers or live is None:
         return None
     stored = live
-    if geometry.teacher.depth:
-        found = fastest_stored(config, machine, replace(result, geometry=with_stored_features(geometry)))
-        stored = found or live
+    if any(teacher.depth for teacher in geometry.teachers.values()):
+        all_stored = with_stored_features(geometry, geometry.teachers)
+        stored = fastest_stored(config, machine, replace(result, geometry=all_stored)) or live
     return StoredPlan(
         images=steps * config.optim.global_batch,
         steps=steps,
@@ -82,11 +82,13 @@ def fastest_stored(config: RunConfig, machine: Machine, result: Plan) -> Candida
 
 
 def image_bytes(config: RunConfig, geometry: Geometry) -> float:
-    """Bytes of an image's features in the dtype in which a run gets them."""
-    given = geometry.teacher.feature_bytes / geometry.micro_batch
-    if config.teacher.standardize == "none":
-        return given
-    return given / DTYPES[config.teacher.dtype].itemsize * 4  # targets are in float32
+    """Bytes of an image's features in the dtype in which a run gets them, of all teachers."""
+    total = 0.0
+    for name, section in config.named_teachers().items():
+        given = geometry.teachers[name].feature_bytes / geometry.micro_batch
+        is_raw = section.standardize == "none"
+        total += given if is_raw else given / DTYPES[section.dtype].itemsize * 4  # targets are in float32
+    return total
 
 
 def describe_stored(config: RunConfig, machine: Machine, result: Plan, *, steps: int) -> list[str]:
@@ -96,15 +98,16 @@ def describe_stored(config: RunConfig, machine: Machine, result: Plan, *, steps:
         return []
     number, total = planned.image_bytes, planned.image_bytes * planned.images / 1e12
     epochs = f"{config.optim.epochs:g} epochs"
+    key = ", ".join(teacher.key("placement") for teacher in config.named_teachers().values())
     size = (
-        f"stored features (teacher.placement=cache): {number:,.0f} bytes an image as they are, "
+        f"stored features ({key}=cache): {number:,.0f} bytes an image as they are, "
         f"{total:,.3g} TB for {epochs}; narrower by --dtype and --pca, fewer by --epochs"
     )
     read = (
         f"a rank needs {planned.read_gb_s(machine.gpus):.3g} GB/s of them; at {planned.storage_gb_s:g} GB/s "
         f"in all (--storage-gb-s) a step takes {planned.stored_s:.3g} s"
     )
-    if config.teacher.placement == "cache":
+    if all(teacher.placement == "cache" for teacher in config.named_teachers().values()):
         return [size, read]
     pays = f"pays from {planned.runs:,} runs on" if planned.runs else "no run gets faster"
     return [

@@ -95,7 +95,7 @@ def plan(
     if result.best is not None:
         lines += ["", *_speed(config, machine, result.best, steps=steps)]
         lines += describe_feeding(config, machine, result.best, epoch)
-        lines += describe_loading(config, machine, result.geometry.teacher)
+        lines += describe_loading(config, machine, result.geometry.teachers)
         lines += describe_stored(config, machine, result, steps=steps)
     lines += ["", _assumptions(machine)]
     return "\n".join(lines)
@@ -145,7 +145,7 @@ def _verdict(
         machine,
         recipe=recipe,
         overrides=overrides,
-        has_teacher=config.teacher is not None,
+        sections={name: teacher.section for name, teacher in config.named_teachers().items()},
         micro_batch=micro_batch if result.is_smaller else None,
     )
     return [*lines, start]
@@ -197,19 +197,22 @@ def command(
     *,
     recipe: str,
     overrides: list[str],
-    has_teacher: bool,
+    sections: dict[str, str],
     micro_batch: int | None,
 ) -> str:
-    """Command that starts a candidate: one node by its number of GPUs, several by a hostfile."""
-    chosen = {}
-    if has_teacher:
-        chosen["teacher.placement"] = best.placement
-        if best.stages:
-            chosen["teacher.stages"] = best.stages
+    """Command that starts a candidate: one node by its number of GPUs, several by a hostfile.
+
+    sections: of the teachers in the recipe, by name
+    """
+    chosen: dict[str, object] = {}
+    for name, section in sections.items():
+        chosen[f"{section}.placement"] = best.placed[name].name
+        if best.placed[name].stages:
+            chosen[f"{section}.stages"] = best.placed[name].stages
     chosen["deepspeed"] = best.deepspeed
     if micro_batch:
         chosen["optim.micro_batch"] = micro_batch
-    replaced = {*chosen, "teacher.placement", "teacher.stages"}
+    replaced = {*chosen, *(f"{section}.stages" for section in sections.values())}
     kept = [override for override in overrides if override.partition("=")[0] not in replaced]
     where = f"--num_gpus {machine.gpus}" if machine.gpus == machine.gpus_per_node else "--hostfile hostfile"
     settings = [f"{key}={value}" for key, value in chosen.items()]
@@ -217,7 +220,7 @@ def command(
 
 
 def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> list[str]:
-    student, teacher = geometry.student, geometry.teacher
+    student = geometry.student
     tera = accumulation / 1e12
     work = f"student forward {student.forward_flops * tera:.3g}, backward {student.backward_flops * tera:.3g}"
     lines = [
@@ -225,14 +228,17 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
         f"with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}",
         *describe_members(geometry),
     ]
-    if teacher is not None and not teacher.depth:
-        lines.append(f"teacher: {config.teacher.name}, no network: its features are read")
-    elif teacher is not None:
-        lines.append(
-            f"teacher: {config.teacher.name}, {teacher.depth} blocks, {teacher.weight_bytes / GIB:.2f} GiB "
-            f"in {config.teacher.dtype}"
+    for name, teacher in reversed(geometry.teachers.items()):
+        section = config.named_teachers()[name]
+        if not teacher.depth:
+            lines.insert(1, f"{section.section}: {section.name}, no network: its features are read")
+            continue
+        lines.insert(
+            1,
+            f"{section.section}: {section.name}, {teacher.depth} blocks, "
+            f"{teacher.weight_bytes / GIB:.2f} GiB in {section.dtype}",
         )
-        work = f"teacher {teacher.flops * tera:.3g}, {work}"
+        work = f"{f'teacher {name}'.strip()} {teacher.flops * tera:.3g}, {work}"
     lines.append(f"TFLOP a step and rank: {work}")
     if geometry.device_type == "cpu":
         lines.append(
@@ -246,7 +252,8 @@ def describe_members(geometry: Geometry) -> list[str]:
     """What each student of a family costs beside the others, and what they cost alone; [] of one student."""
     if len(geometry.members) < 2:
         return []
-    passes = () if geometry.teacher is None else geometry.teacher.pass_flops
+    of_each = [teacher.pass_flops for teacher in geometry.teachers.values()]
+    passes = [sum(flops) for flops in zip(*of_each, strict=True)]
     lines, seen, together, separate = [], set(), 0, 0
     for number, (name, trace) in enumerate(geometry.members.items(), start=1):
         trained = trace.forward_flops + trace.backward_flops

@@ -24,15 +24,18 @@ Work = dict[str, tuple[int, torch.dtype]]
 def step_work(config: RunConfig, geometry: Geometry, accumulation: int) -> Work:
     """Count the work of a rank's step: {part: (FLOP, dtype of its matrix products)}.
 
+    The part of the one teacher is "teacher", that of one of several "teacher dino".
+
     In a pipeline every stage does as much work as a replicated teacher.
     """
-    products = PRODUCTS[config.precision]
+    of_student = PRODUCTS[config.precision]
     work = {
-        "forward": (geometry.student.forward_flops, products),
-        "backward": (geometry.student.backward_flops, products),
+        "forward": (geometry.student.forward_flops, of_student),
+        "backward": (geometry.student.backward_flops, of_student),
     }
-    if geometry.teacher is not None:
-        work["teacher"] = (geometry.teacher.flops, TEACHER_PRODUCTS[config.teacher.dtype])
+    for name, teacher in geometry.teachers.items():
+        products = TEACHER_PRODUCTS[config.named_teachers()[name].dtype]
+        work[f"teacher {name}".strip()] = (teacher.flops, products)
     if geometry.ema is not None:
-        work["ema"] = (geometry.ema.flops, products)
+        work["ema"] = (geometry.ema.flops, of_student)
     return {part: (flops * accumulation, dtype) for part, (flops, dtype) in work.items()}

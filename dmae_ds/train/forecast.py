@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from dmae_ds.config.batch import BatchSplit, smaller_split, whole_batch
+from dmae_ds.config.run import RunConfig
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.base import Objective
@@ -20,13 +21,14 @@ from dmae_ds.output.units import GIB
 from dmae_ds.plan.choose import HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure, scaled
-from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory
+from dmae_ds.plan.memory import PARTS, Memory, Placement, Zero, rank_memory
 from dmae_ds.train.cut import Cut, CutRecipe
 from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight
 
 AFTER_STEPS = 3  # by then Adam's moments exist and ZeRO-3 has learned in which order it needs the weights
 MIN_PARAMETERS = 5_000_000  # below, memory belongs to libraries and not to tensors: nothing is predicted
+SHOWN = 9  # placements of which the reason for a choice tells memory and time
 # For the choice between placements on CPUs: a core's TFLOP/s and the share of it, gloo's Gbit/s between and
 # inside nodes (guesses).
 CPU = {
@@ -48,21 +50,25 @@ def has_large(objective: Objective) -> bool:
 
 
 def resolve_placement(preflight: Preflight, device: torch.device) -> tuple[Preflight, str]:
-    """Replace the placement `auto` by the fastest one that fits; returns the preflight and the reason.
+    """Replace the placements `auto` by the fastest that fit together; returns preflight and reason.
 
     The reason is "" where nothing was to be chosen. Collective: rank 0 decides for all, by the memory of
     the rank that has least. Raises UserError where nothing fits.
     """
-    teacher = preflight.config.teacher
-    if teacher is None or teacher.placement != "auto":
+    teachers = preflight.config.named_teachers()
+    if all(teacher.placement != "auto" for teacher in teachers.values()):
         return preflight, ""
     free = min(collectives.gather_objects(free_bytes(device, preflight.world.local_size)))
     choice = collectives.raise_on_all_ranks(
         lambda: _choose(preflight, free, gpu=device.type == "cuda") if preflight.world.is_main else None
     )
-    placement, stages, reason = collectives.broadcast_from_main(choice)
-    placed = teacher.model_copy(update={"placement": placement, "stages": stages})
-    config = preflight.config.model_copy(update={"teacher": placed})
+    placed, reason = collectives.broadcast_from_main(choice)
+    config = preflight.config.with_teachers(
+        {
+            name: teacher.model_copy(update={"placement": placed[name].name, "stages": placed[name].stages})
+            for name, teacher in teachers.items()
+        }
+    )
     return dataclasses.replace(preflight, config=config), reason
 
 
@@ -112,8 +118,7 @@ def largest_split(cut: CutRecipe, room: float) -> BatchSplit:
 
 def least_bytes(cut: CutRecipe, geometry: Geometry) -> float:
     """Memory of a GPU with the teacher's placement, or with the one that needs least where it is auto."""
-    teacher = cut.config.teacher
-    if teacher is None or teacher.placement != "auto":
+    if all(teacher.placement != "auto" for teacher in cut.config.named_teachers().values()):
         return predict(cut, geometry, gpu=True).total
     machine = _machine(cut, 1.0, gpu=True)
     return min(row.memory.total for row in _candidates(cut, geometry, machine, gpu=True, room=0))
@@ -128,17 +133,25 @@ def free_bytes(device: torch.device, local_ranks: int) -> float:
 
 def predict(cut: CutRecipe, geometry: Geometry, *, gpu: bool) -> Memory:
     """Memory that the planner expects a rank to need. No collective."""
-    config, teacher = cut.config, cut.config.teacher
+    config = cut.config
     return rank_memory(
         geometry,
         Zero.of(cut.deepspeed),
         precision=config.precision,
         ranks=cut.world.size,
         accumulation=cut.accumulation,
-        placement="replicated" if teacher is None else teacher.placement,
-        stages=None if teacher is None else teacher.stages,
+        placed=given_placements(config),
         gpu=gpu,
     )
+
+
+def given_placements(config: RunConfig) -> dict[str, Placement]:
+    """Placements that the recipe gives, of the teachers whose placement is not auto."""
+    return {
+        name: Placement(teacher.placement, teacher.stages)
+        for name, teacher in config.named_teachers().items()
+        if teacher.placement != "auto"
+    }
 
 
 class MemoryReport:
@@ -180,15 +193,16 @@ def counted_parts(*, gpu: bool) -> list[str]:
     return [name for name in PARTS if not (gpu and name == "libraries")]
 
 
-def _choose(preflight: Preflight, free: float, *, gpu: bool) -> tuple[str, int | None, str]:
-    """Choose (placement, stages, reason) for a rank with `free` bytes."""
+def _choose(preflight: Preflight, free: float, *, gpu: bool) -> tuple[dict[str, Placement], str]:
+    """Choose the placements for a rank with `free` bytes; returns them and the reason."""
     world, config = preflight.world, preflight.config
     if world.size == 1:
-        return "replicated", None, "replicated (chosen by auto: one rank)"
+        one = dict.fromkeys(config.named_teachers(), Placement()) | given_placements(config)
+        return one, "replicated (chosen by auto: one rank)"
     geometry = measure(config, preflight.micro_batch, device_type="cuda" if gpu else "cpu")
     rows = _candidates(preflight, geometry, _machine(preflight, free, gpu=gpu), gpu=gpu, room=free)
     best = choose(rows, room=free)
-    return best.placement, best.stages, _reason(best, rows, free)
+    return dict(best.placed), _reason(best, rows, free)
 
 
 def _machine(cut: CutRecipe, free: float, *, gpu: bool) -> Machine:
@@ -214,12 +228,13 @@ def _candidates(
         accumulation=cut.accumulation,
         gpu=gpu,
         room=room,
+        fixed=given_placements(cut.config),
     )
 
 
 def _reason(best: Candidate, rows: list[Candidate], free: float) -> str:
     others = []
-    for row in rows:
+    for row in rows[:SHOWN]:
         if row is not best:
             too_much = "" if row.fits else " (too much)"
             others.append(f"{row.name} {row.memory.total / GIB:.2f} GiB{too_much}, {row.cost.seconds:.3g} s")

@@ -134,4 +134,4 @@ def test_the_work_is_what_torch_counts():
     student = 2 * block_flops(384, 50) + block_flops(256, 197)
     outside = 2 * (49 * 768 * 384 + 197 * 384 * 256 + 147 * 256 * 768 + 49 * (384 + 768) * 768)
     assert geometry.student.forward_flops == pytest.approx(student + outside, rel=0.1)
-    assert geometry.teacher.flops == pytest.approx(block_flops(768, 50) + 2 * 49 * 768 * 768, rel=0.05)
+    assert geometry.teachers[""].flops == pytest.approx(block_flops(768, 50) + 2 * 49 * 768 * 768, rel=0.05)

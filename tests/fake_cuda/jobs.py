@@ -220,7 +220,7 @@ def zero3_teacher(*, overrides: list[str], micro_batch: int = 8) -> dict:
         own = [f"teacher.weights={folder}/teacher.safetensors", "teacher.format=timm", *overrides]
         sizes = ["teacher.embed_dim=48", "teacher.depth=4", "teacher.num_heads=3"]
         meta = build_meta("digits_dmae", *own, *sizes, "student.embed_dim=32", "student.num_heads=2")
-        meta.teacher = None
+        meta.teachers = {}
         with fake_device("cuda") as device, patched(replaced):
             networks, config = place(meta, device), meta.config
             teacher = build.load_frozen_teacher(

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
+from dmae_ds.config.teachers import taps_of
 from dmae_ds.data.batch import Batch
 from dmae_ds.models.masking import PatchBatch
 from dmae_ds.models.patches import Normalize
@@ -20,6 +21,7 @@ from dmae_ds.plan.geometry import meta_frozen_teacher
 from dmae_ds.teacher.build import seen_patches
 from dmae_ds.teacher.frozen import FrozenTeacher, NoTeacher
 from dmae_ds.teacher.grid import PatchView
+from dmae_ds.teacher.several import SeveralTeachers
 from dmae_ds.teacher.top import Top
 
 NUM_CLASSES = 1000
@@ -31,7 +33,7 @@ class MetaNetworks:
 
     config: RunConfig
     objective: Objective
-    teacher: tuple[MaskedViT, Top | None] | None
+    teachers: dict[str, tuple[MaskedViT, Top | None]]  # by name, as RunConfig.named_teachers has them
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Networks:
 
     config: RunConfig
     objective: Objective
-    teacher: FrozenTeacher | NoTeacher
+    teacher: FrozenTeacher | SeveralTeachers | NoTeacher
     normalize: nn.Module
     device: torch.device
 
@@ -69,21 +71,25 @@ def build_meta(recipe: str, *overrides: str) -> MetaNetworks:
     """Build a recipe's networks without a byte; call it outside of fake tensors."""
     config = load_config(recipe, list(overrides))
     objective, _ = build_objective(config, device="meta", num_classes=NUM_CLASSES)
-    teacher = None if config.teacher is None else meta_frozen_teacher(config, objective)
-    return MetaNetworks(config, objective, teacher)
+    teachers = {
+        name: meta_frozen_teacher(teacher, taps_of(name, objective.taps), num_classes=objective.num_classes)
+        for name, teacher in config.named_teachers().items()
+    }
+    return MetaNetworks(config, objective, teachers)
 
 
 def place(meta: MetaNetworks, device: torch.device) -> Networks:
     """Put the networks on a device of the fake tensors that are active."""
     config, objective = meta.config, on_device(meta.objective, device)
     normalize = Normalize(config.data.mean, config.data.std).to(device)
-    teacher = NoTeacher() if meta.teacher is None else FrozenTeacher(**teacher_arguments(meta, device))
+    placed = {name: FrozenTeacher(**teacher_arguments(meta, name, device)) for name in meta.teachers}
+    teacher = placed.get("") or (SeveralTeachers(placed) if placed else NoTeacher())
     return Networks(config, objective, objective.in_passes(teacher), normalize, device)
 
 
-def teacher_arguments(meta: MetaNetworks, device: torch.device) -> dict:
+def teacher_arguments(meta: MetaNetworks, name: str, device: torch.device) -> dict:
     """Arguments of a frozen teacher, or of a stage of one, on a device."""
-    config, (vit, top) = meta.config, meta.teacher
+    config, (vit, top) = meta.config, meta.teachers[name]
     for part in (vit, top):
         if part is not None:
             on_device(part, device).eval().requires_grad_(False)
@@ -92,10 +98,10 @@ def teacher_arguments(meta: MetaNetworks, device: torch.device) -> dict:
     view = PatchView(vit.patch_size, **statistics, **own).to(device)
     return {
         "vit": vit,
-        "taps": meta.objective.taps,
+        "taps": taps_of(name, meta.objective.taps),
         "parts": None,
         "view": view,
-        "sees": seen_patches(config.teacher, meta.objective.student.num_patches),
+        "sees": seen_patches(config.named_teachers()[name], meta.objective.student.num_patches),
         "top": top,
     }
 

@@ -42,7 +42,7 @@ def geometry_of(
         student_parameters=parameters,
         buffer_bytes=0,
         batch_bytes=10**7,
-        teacher=teacher,
+        teachers={"": teacher},
     )
 
 

@@ -34,8 +34,8 @@ def overrides(digits, tmp_path, monkeypatch) -> list[str]:
     def measure(config, micro_batch, *, device_type):
         assert device_type == "cuda"
         geometry = geometry_of(activations=3 * 10**9)  # of 16 images
-        if config.teacher is None:
-            geometry = replace(geometry, teacher=None)
+        teachers = dict.fromkeys(config.named_teachers(), geometry.teachers[""])
+        geometry = replace(geometry, teachers=teachers)
         return scaled(geometry, micro_batch)
 
     monkeypatch.setattr(search, "measure", measure)
@@ -45,11 +45,12 @@ def overrides(digits, tmp_path, monkeypatch) -> list[str]:
 
 def words_of(recipe: str, overrides: list[str], tmp_path) -> list[str]:
     config, weights = load_config(recipe, overrides), tmp_path / "weights.pth"
-    needed = {"teacher.weights": config.teacher}
-    if config.students is None:
-        needed["student.weights"] = config.student.weights
-    here = ["teacher.pretrained=false"] if config.teacher and config.teacher.pretrained else []
-    return [*overrides, *here, *(f"{key}={weights}" for key, value in needed.items() if value is not None)]
+    teachers = config.named_teachers().values()
+    here = [f"{teacher.key('pretrained')}=false" for teacher in teachers if teacher.pretrained]
+    needed = [teacher.key("weights") for teacher in teachers]
+    if config.students is None and config.student.weights is not None:
+        needed.append("student.weights")
+    return [*overrides, *here, *(f"{key}={weights}" for key in needed)]
 
 
 def machine(gpus: int, memory_gib: float = 24) -> Machine:

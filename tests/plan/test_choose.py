@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from dmae_ds.output.units import GIB
-from dmae_ds.plan.choose import HEADROOM, candidates, choose, fastest, placements
+from dmae_ds.plan.choose import HEADROOM, candidates, choose, combinations, fastest, placements
 from dmae_ds.plan.cost import (
     BAND,
     COLLECTIVE_S,
@@ -21,11 +21,12 @@ from dmae_ds.plan.cost import (
     step_cost,
     stream_traffic,
 )
-from dmae_ds.plan.memory import PRECISIONS, Zero
+from dmae_ds.plan.memory import PRECISIONS, Placement, Zero
 from tests.messages import refused
 from tests.plan.conftest import geometry_of
 
 ZEROS = {"zero1": Zero(1), "zero2": Zero(2, overlap=True), "zero3": Zero(3, overlap=True)}
+REPLICATED = {"": Placement()}
 NODE = Machine(gpus=8, gpus_per_node=8, memory_gib=24)
 
 
@@ -35,17 +36,29 @@ def rows_for(geometry, machine, **more):
 
 def test_placements_by_ranks():
     geometry = geometry_of(blocks=18)
-    assert placements(geometry, gpus=1, gpus_per_node=1) == [("replicated", None)]
-    assert placements(geometry, gpus=6, gpus_per_node=6) == [
+    assert placements(geometry.teachers[""], gpus=1, gpus_per_node=1) == [("replicated", None)]
+    assert placements(geometry.teachers[""], gpus=6, gpus_per_node=6) == [
         ("replicated", None),
         ("pipeline", 2),
         ("zero3", None),
     ]
-    stages = [stages for _, stages in placements(geometry, gpus=64, gpus_per_node=8)]
+    stages = [stages for _, stages in placements(geometry.teachers[""], gpus=64, gpus_per_node=8)]
     assert stages == [None, 2, 4, 8, 16, None]
-    few_blocks = placements(geometry_of(blocks=3), gpus=8, gpus_per_node=8)
+    few_blocks = placements(geometry_of(blocks=3).teachers[""], gpus=8, gpus_per_node=8)
     assert [stages for _, stages in few_blocks] == [None, 2, None]
-    assert placements(replace(geometry, teacher=None), gpus=8, gpus_per_node=8) == [("no teacher", None)]
+    assert combinations(replace(geometry, teachers={}), gpus=8, gpus_per_node=8) == [{}]
+
+
+def test_several_teachers_are_placed_together(geometry):
+    teacher = geometry.teachers[""]
+    both = replace(geometry, teachers={"a": teacher, "b": replace(teacher, flops=3 * 10**12)})
+    every = combinations(both, gpus=6, gpus_per_node=6)
+    assert len(every) == 9 and every[0] == {"a": Placement(), "b": Placement()}
+    fixed = combinations(both, gpus=6, gpus_per_node=6, fixed={"b": Placement("zero3")})
+    assert len(fixed) == 3 and {placed["b"].name for placed in fixed} == {"zero3"}
+    rows = rows_for(both, NODE)
+    assert rows[0].name == "a replicated, b replicated"
+    assert rows[0].cost.teacher_s == pytest.approx(4 * rows_for(geometry, NODE)[0].cost.teacher_s)
 
 
 def test_more_memory_never_makes_a_fitting_plan_unfit(geometry):
@@ -79,9 +92,9 @@ def test_the_fastest_that_fits_is_no_slower_than_any_other(geometry):
 
 def test_equals_choose_the_replicated_teacher_and_little_memory_the_pipeline():
     geometry = geometry_of(blocks=60)  # 6 GB of teacher
-    assert choose(rows_for(geometry, NODE, room=24e9), room=24e9).placement == "replicated"
-    room = min(row.memory.total for row in rows_for(geometry, NODE) if row.placement == "replicated") - 1
-    assert choose(rows_for(geometry, NODE, room=room), room=room).placement == "pipeline"
+    assert choose(rows_for(geometry, NODE, room=24e9), room=24e9).name == "replicated"
+    room = min(row.memory.total for row in rows_for(geometry, NODE) if row.name == "replicated") - 1
+    assert choose(rows_for(geometry, NODE, room=room), room=room).placed[""].name == "pipeline"
 
 
 def test_where_nothing_fits_one_line_has_the_least_that_is_needed(geometry):
@@ -101,20 +114,20 @@ def test_a_ring_sends_all_but_one_share_and_a_node_as_much_as_a_rank():
 def test_a_pipeline_inside_a_node_sends_nothing_between_nodes(geometry):
     machine = replace(NODE, gpus=32)
     for stages in (2, 4, 8):
-        assert stream_traffic(geometry.teacher, stages, machine).between == 0
-    assert stream_traffic(geometry.teacher, 16, machine).between > 0
+        assert stream_traffic(geometry.teachers[""], stages, machine).between == 0
+    assert stream_traffic(geometry.teachers[""], 16, machine).between > 0
 
 
 def test_bytes_that_a_stage_sends(geometry):
     """P = 2: stage 1 sends its own tokens and a feature to stage 0, which sends two outputs to stage 1."""
-    teacher = geometry.teacher
+    teacher = geometry.teachers[""]
     travelling = teacher.token_bytes + teacher.id_bytes
     assert stream_traffic(teacher, 2, NODE).inside == max(2 * travelling, travelling + teacher.feature_bytes)
 
 
 def test_teacher_flops_do_not_depend_on_the_placement_and_links_only_slow():
     geometry = geometry_of()
-    for placement, stages in placements(geometry, gpus=8, gpus_per_node=8):
+    for placement in placements(geometry.teachers[""], gpus=8, gpus_per_node=8):
         fast, slow = (
             step_cost(
                 geometry,
@@ -122,12 +135,11 @@ def test_teacher_flops_do_not_depend_on_the_placement_and_links_only_slow():
                 PRECISIONS["bf16"],
                 replace(NODE, node_link_gbps=rate),
                 accumulation=2,
-                placement=placement,
-                stages=stages,
+                placed={"": placement},
             )
             for rate in (1e15, 1.0)
         )
-        exchanges = 0 if placement == "replicated" else 2 * 18 * COLLECTIVE_S  # one a block, at most
+        exchanges = 0 if placement.name == "replicated" else 2 * 18 * COLLECTIVE_S  # one a block, at most
         assert 0 <= fast.teacher_s - 2 * 10**12 / (300e12 * EFFICIENCY) <= exchanges
         assert slow.teacher_s >= fast.teacher_s
         assert slow.student_s > fast.student_s and slow.traffic == fast.traffic
@@ -136,7 +148,7 @@ def test_teacher_flops_do_not_depend_on_the_placement_and_links_only_slow():
 def test_twice_the_accumulation_is_twice_the_work(geometry):
     for zero in ZEROS.values():
         one, two = (
-            step_cost(geometry, zero, PRECISIONS["fp32"], NODE, accumulation=count, placement="replicated")
+            step_cost(geometry, zero, PRECISIONS["fp32"], NODE, accumulation=count, placed=REPLICATED)
             for count in (1, 2)
         )
         assert two.teacher_s == 2 * one.teacher_s
@@ -145,12 +157,12 @@ def test_twice_the_accumulation_is_twice_the_work(geometry):
 
 
 def cost_of(geometry, zero=ZEROS["zero2"], precision="bf16", machine=NODE, **more):
-    settings = {"accumulation": 1, "placement": "replicated", **more}
+    settings = {"accumulation": 1, "placed": REPLICATED, **more}
     return step_cost(geometry, zero, PRECISIONS[precision], machine, **settings)
 
 
 def test_fp32_products_have_a_rate_of_their_own(geometry):
-    teacher = replace(geometry, teacher=replace(geometry.teacher, products="fp32"))
+    teacher = replace(geometry, teachers={"": replace(geometry.teachers[""], products="fp32")})
     assert cost_of(teacher).teacher_s == pytest.approx(2 * cost_of(geometry).teacher_s)
     exact = replace(NODE, tf32=False)
     assert cost_of(teacher, machine=exact).teacher_s == pytest.approx(16 * cost_of(geometry).teacher_s)
@@ -198,10 +210,10 @@ def test_small_micro_batches_wait_for_the_host(geometry):
         student=replace(
             geometry.student, forward_flops=0, backward_flops=0, forward_kernels=700, backward_kernels=1000
         ),
-        teacher=None,
+        teachers={},
     )
     zero = Zero(1)
-    one, eight = (cost_of(small, zero, accumulation=count, placement="no teacher") for count in (1, 8))
+    one, eight = (cost_of(small, zero, accumulation=count, placed={}) for count in (1, 8))
     assert eight.student_s - one.student_s == pytest.approx(7 * 1700 * LAUNCH_S)
 
 

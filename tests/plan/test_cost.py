@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmae_ds.plan.cost import Machine, step_cost
-from dmae_ds.plan.memory import PRECISIONS, Zero
+from dmae_ds.plan.memory import PRECISIONS, Placement, Zero
 from tests.plan.conftest import geometry_of
 
 NUM = 80_000_000
@@ -38,7 +38,7 @@ def test_bytes_that_are_sent_in_a_step(zero, precision, num_bytes):
         PRECISIONS[precision],
         TWO_NODES,
         accumulation=3,
-        placement="replicated",
+        placed={"": Placement()},
     )
     assert cost.traffic.inside == cost.traffic.between == pytest.approx(SHARE * num_bytes)
 
@@ -53,7 +53,7 @@ def test_a_sharded_teacher_is_gathered_in_every_micro_batch(accumulation):
             PRECISIONS["bf16"],
             TWO_NODES,
             accumulation=accumulation,
-            placement=placement,
+            placed={"": Placement(placement)},
         ).traffic
         for placement in ("replicated", "zero3")
     )

@@ -31,7 +31,7 @@ TINY = [
 )
 def test_flops_are_those_that_were_counted_for_vit_large_to_base(mask_ratio, expected):
     geometry = measure(load_config("dmae_vit_large_to_base", [f"objective.mask_ratio={mask_ratio}"]), 8)
-    flops = (geometry.teacher.flops, geometry.student.forward_flops, geometry.student.backward_flops)
+    flops = (geometry.teachers[""].flops, geometry.student.forward_flops, geometry.student.backward_flops)
     assert [value / 1e9 for value in flops] == pytest.approx(expected, rel=0.03)
 
 
@@ -41,7 +41,7 @@ def test_weights_are_those_that_training_builds(dtype, size):
     geometry, (objective, _) = measure(config, 4), build_objective(config)
     assert geometry.student.parameters == sum(parameter.numel() for parameter in objective.parameters())
     vit = meta_teacher(config.teacher.name, config.teacher.overrides(), 6)
-    teacher = geometry.teacher
+    teacher = geometry.teachers[""]
     assert teacher.depth == 6
     assert teacher.weight_bytes == size * sum(tensor.numel() for tensor in vit.state_dict().values())
     # 16 of 64 patches stay, and CLS.
@@ -88,7 +88,7 @@ def test_a_gpu_s_autocast_is_on_and_keeps_no_less_in_fp32_than_a_cpu_s():
 
 
 def test_a_recipe_without_a_teacher_and_one_whose_patches_do_not_fit():
-    assert measure(load_config("digits_mae", ["data.train=nowhere"]), 4).teacher is None
+    assert measure(load_config("digits_mae", ["data.train=nowhere"]), 4).teachers == {}
     with refused("patch"):
         measure(load_config("digits_dmae", [*TINY, "teacher.patch_size=8"]), 4)
 
@@ -121,10 +121,11 @@ def test_every_objective_is_built_for_five_channels(recipe):
             load_config(recipe, channels)
         channels.append("objective.photometric=false")
     config = load_config(recipe, channels)
-    if config.teacher is not None:
-        with refused("teacher.in_chans", 3, "student.in_chans", 5):
+    teachers = config.named_teachers().values()
+    if teachers:
+        with refused(next(iter(teachers)).key("in_chans"), 3, "student.in_chans", 5):
             config.check_teacher()
-        config = load_config(recipe, [*channels, "teacher.in_chans=5"])
+        config = load_config(recipe, [*channels, *(f"{teacher.key('in_chans')}=5" for teacher in teachers)])
     config.check_teacher()
     five, three = measure(config, 2), measure(load_config(recipe, []), 2)
     assert five.student.forward_flops > three.student.forward_flops  # MoCo-v3 freezes the patch projection

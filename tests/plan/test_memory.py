@@ -11,6 +11,7 @@ from dmae_ds.config.deepspeed import load_deepspeed
 from dmae_ds.plan.memory import (
     PARTS,
     PRECISIONS,
+    Placement,
     Zero,
     message_bytes,
     rank_memory,
@@ -24,6 +25,10 @@ from tests.plan.conftest import geometry_of
 GRID = list(product((0, 1, 2, 3), PRECISIONS, (1, 2, 8, 64), (1, 4), (False, True)))
 
 
+def pipeline(stages):
+    return {"": Placement("pipeline", stages)}
+
+
 def memory(geometry, stage, precision, ranks, accumulation, gpu, **more):
     return rank_memory(
         geometry,
@@ -31,7 +36,7 @@ def memory(geometry, stage, precision, ranks, accumulation, gpu, **more):
         precision=precision,
         ranks=ranks,
         accumulation=accumulation,
-        placement="replicated",
+        placed={"": Placement()},
         gpu=gpu,
         **more,
     )
@@ -57,42 +62,61 @@ def test_more_ranks_never_take_more_and_optimizer_states_are_divided(geometry, s
 
 @pytest.mark.parametrize("stages", [2, 3, 6, 9])
 def test_a_teacher_s_blocks_fall_p_fold(geometry, stages):
-    teacher = geometry.teacher
-    whole = teacher_bytes(teacher, "replicated", None, 72)
+    teacher = geometry.teachers[""]
+    whole = teacher_bytes(teacher, Placement(), 72)
     assert whole == teacher.weight_bytes
     assert (
-        teacher_bytes(teacher, "pipeline", stages, 72) - teacher.embedding_bytes
+        teacher_bytes(teacher, Placement("pipeline", stages), 72) - teacher.embedding_bytes
         == (whole - teacher.embedding_bytes) / stages
     )
 
 
 def test_where_blocks_divide_unevenly_a_stage_holds_one_more():
-    teacher = geometry_of(blocks=9).teacher
-    assert teacher_bytes(teacher, "pipeline", 2, 2) == teacher.embedding_bytes + 5 * 10**8
+    teacher = geometry_of(blocks=9).teachers[""]
+    assert teacher_bytes(teacher, Placement("pipeline", 2), 2) == teacher.embedding_bytes + 5 * 10**8
 
 
 def test_the_rank_that_holds_most_is_planned():
-    teacher = replace(geometry_of().teacher, block_bytes=(1, 1, 5, 5), embedding_bytes=0)
-    assert teacher_bytes(teacher, "pipeline", 2, 2) == 10
+    teacher = replace(geometry_of().teachers[""], block_bytes=(1, 1, 5, 5), embedding_bytes=0)
+    assert teacher_bytes(teacher, Placement("pipeline", 2), 2) == 10
 
 
 def test_a_sharded_teacher_is_a_share_and_two_blocks(geometry):
-    assert teacher_bytes(geometry.teacher, "zero3", None, 8) == 10**7 + 18 * 10**8 / 8 + 2 * 10**8
-    assert teacher_bytes(None, "replicated", None, 8) == 0
+    assert teacher_bytes(geometry.teachers[""], Placement("zero3"), 8) == 10**7 + 18 * 10**8 / 8 + 2 * 10**8
 
 
 def test_the_stream_s_queue_grows_with_its_stages(geometry):
-    one = stream_bytes(geometry, None)
-    assert one == geometry.batch_bytes + geometry.teacher.feature_bytes
-    sizes = [one, *(stream_bytes(geometry, stages) for stages in (2, 4, 8))]
+    one = stream_bytes(geometry, {"": Placement()})
+    assert one == geometry.batch_bytes + geometry.teachers[""].feature_bytes
+    sizes = [one, *(stream_bytes(geometry, pipeline(stages)) for stages in (2, 4, 8))]
     assert sizes == sorted(sizes)
     assert all(size > 2 * stages * one for size, stages in zip(sizes[1:], (2, 4, 8), strict=True))
-    heavier = replace(
-        geometry, teacher=replace(geometry.teacher, feature_bytes=geometry.teacher.feature_bytes + 1000)
-    )
+    teacher = geometry.teachers[""]
+    heavier = replace(geometry, teachers={"": replace(teacher, feature_bytes=teacher.feature_bytes + 1000)})
     # 2P features that arrived wait; one is in the buffer that is sent, P in the two that receive.
     for stages in (2, 4, 8):
-        assert stream_bytes(heavier, stages) - stream_bytes(geometry, stages) >= 2 * stages * 1000
+        more = stream_bytes(heavier, pipeline(stages)) - stream_bytes(geometry, pipeline(stages))
+        assert more >= 2 * stages * 1000
+
+
+def test_of_several_teachers_a_queue_holds_the_features_of_those_before_it(geometry):
+    teacher = geometry.teachers[""]
+    both = replace(geometry, teachers={"a": teacher, "b": teacher})
+    replicated, piped = Placement(), Placement("pipeline", 4)
+    one, features = stream_bytes(geometry, {"": piped}), teacher.feature_bytes
+    assert stream_bytes(both, {"a": replicated, "b": replicated}) == geometry.batch_bytes + 2 * features
+    assert stream_bytes(both, {"a": piped, "b": replicated}) == one + features
+    assert stream_bytes(both, {"a": replicated, "b": piped}) == one + features + 2 * 4 * features
+    held = rank_memory(
+        both,
+        Zero(1),
+        precision="bf16",
+        ranks=8,
+        accumulation=1,
+        placed={"a": piped, "b": replicated},
+        gpu=True,
+    )
+    assert held.teacher == teacher_bytes(teacher, piped, 8) + teacher.weight_bytes
 
 
 def test_messages_are_those_of_the_stream():
@@ -109,7 +133,7 @@ def test_messages_are_those_of_the_stream():
         )
         layout = Layout(taps, 16, (50, 64), 49, {"block/18": (50, 64)}, torch.float32)
         teacher = replace(
-            geometry_of().teacher,
+            geometry_of().teachers[""],
             token_bytes=16 * 50 * 64 * 4,
             id_bytes=16 * 49 * 8,
             feature_bytes=16 * 50 * 64 * 4,
@@ -125,7 +149,7 @@ def test_offloading_moves_states_to_the_host():
     kept = memory(geometry, 3, "bf16", 4, 1, True)
     zero = Zero(3, offload_optimizer=True, offload_parameters=True)
     moved = rank_memory(
-        geometry, zero, precision="bf16", ranks=4, accumulation=1, placement="replicated", gpu=True
+        geometry, zero, precision="bf16", ranks=4, accumulation=1, placed={"": Placement()}, gpu=True
     )
     assert kept.host == 0 and moved.optimizer == 0 and moved.total < kept.total
     # Masters and moments, gradients, weights.

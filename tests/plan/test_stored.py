@@ -10,7 +10,7 @@ from dmae_ds.config.load import load_config
 from dmae_ds.plan.choose import placements
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import measure
-from dmae_ds.plan.memory import stream_bytes, teacher_bytes
+from dmae_ds.plan.memory import Placement, stream_bytes, teacher_bytes
 from dmae_ds.plan.search import search
 from dmae_ds.plan.stored import StoredPlan, describe_stored, image_bytes, plan_stored
 from dmae_ds.plan.work import step_work
@@ -42,14 +42,20 @@ def test_storing_pays_when_the_time_saved_is_more_than_the_teachers(changes, run
 def test_a_recipe_that_reads_features_has_no_network_of_a_teacher():
     live, stored = (load_config("digits_dmae", more) for more in ([], STORED))
     with_teacher, without = measure(live, 4), measure(stored, 4)
-    assert without.teacher.feature_bytes == with_teacher.teacher.feature_bytes > 0
-    assert teacher_bytes(without.teacher, "cache", None, 1) == 0 < with_teacher.teacher.weight_bytes
-    narrow = replace(with_teacher.teacher, feature_bytes=with_teacher.teacher.feature_bytes // 2)
+    assert without.teachers[""].feature_bytes == with_teacher.teachers[""].feature_bytes > 0
+    assert (
+        teacher_bytes(without.teachers[""], Placement("cache"), 1)
+        == 0
+        < with_teacher.teachers[""].weight_bytes
+    )
+    narrow = replace(with_teacher.teachers[""], feature_bytes=with_teacher.teachers[""].feature_bytes // 2)
     for standardize, number in (("none", 2), ("layer_norm", 4)):  # a target is in float32
         of_bf16 = load_config("digits_dmae", ["teacher.dtype=bf16", f"teacher.standardize={standardize}"])
-        assert image_bytes(of_bf16, replace(with_teacher, teacher=narrow)) == 17 * 128 * number
-    assert stream_bytes(without, None) == (1 + AHEAD) * stream_bytes(with_teacher, None)
-    assert placements(without, gpus=8, gpus_per_node=8) == [("cache", None)]
+        assert image_bytes(of_bf16, replace(with_teacher, teachers={"": narrow})) == 17 * 128 * number
+    assert stream_bytes(without, {"": Placement("cache")}) == (1 + AHEAD) * stream_bytes(
+        with_teacher, {"": Placement()}
+    )
+    assert placements(without.teachers[""], gpus=8, gpus_per_node=8) == [("cache", None)]
     assert step_work(stored, without, 1)["teacher"][0] == 0 < step_work(live, with_teacher, 1)["teacher"][0]
 
 
