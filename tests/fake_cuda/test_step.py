@@ -48,6 +48,11 @@ def test_neither_does_a_rotary_student_with_registers(precision):
     assert report.findings == {} and report.kernels > 100
 
 
+def test_neither_does_dropping_a_teacher():
+    report = watch_step("digits_two_teachers", "objective.teacher_drop=0.5")
+    assert report.findings == {} and report.kernels <= 1.1 * MOST_KERNELS["digits_two_teachers"]
+
+
 def test_a_loop_over_patches_exceeds_the_bound(monkeypatch):
     def one_by_one(patches):
         pieces = patches.flatten(0, 1).split(1)
