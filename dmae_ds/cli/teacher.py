@@ -80,7 +80,11 @@ def _add_stats(kinds) -> None:
         metavar="N",
         help="number of images (default 10,000, or all if there are fewer)",
     )
-    stats.add_argument("--out", metavar="FILE", help="the file to write (default: next to the weights)")
+    stats.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the file to write, or of several teachers a folder (default: next to the weights)",
+    )
     stats.set_defaults(command=_stats)
 
 

@@ -66,27 +66,32 @@ def inspect_shards(config: RunConfig, *, allow_pipe: bool) -> dict:
 
 
 def inspect_teacher(config: RunConfig) -> dict:
-    """Path and size of the weights, or of stored features; {} without a local file (timm's or the hub's)."""
+    """Paths and sizes of the teachers' weights, or stored features, by section; without the hub's."""
     from dmae_ds.config.networks import looks_like_hub_id
+    from dmae_ds.data.storage import Access
     from dmae_ds.errors import UserError
+    from dmae_ds.teacher.early import open_manifest
 
-    if config.teacher is not None and config.teacher.cache is not None:
-        from dmae_ds.data.storage import Access
-        from dmae_ds.teacher.early import open_manifest
-
-        manifest = open_manifest(config.teacher.cache, access=Access.of(config.data))
-        return {"path": config.teacher.cache, "bytes": manifest.layout.total_bytes()}
-    if config.teacher is None or config.teacher.weights is None:
-        return {}
-    path = Path(config.teacher.weights).expanduser()
-    if not path.exists():
-        if looks_like_hub_id(config.teacher.weights):
-            return {}
-        raise UserError(f"teacher.weights '{path}' not found; copy it, or put it where every node sees it")
-    files = [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS_SUFFIXES]
-    return {"path": str(path), "bytes": sum(file.stat().st_size for file in files)}
+    facts = {}
+    for teacher in config.named_teachers().values():
+        if teacher.cache is not None:
+            manifest = open_manifest(teacher.cache, access=Access.of(config.data))
+            facts[teacher.section] = {"path": teacher.cache, "bytes": manifest.layout.total_bytes()}
+            continue
+        if teacher.weights is None:
+            continue
+        path = Path(teacher.weights).expanduser()
+        if not path.exists():
+            if looks_like_hub_id(teacher.weights):
+                continue
+            raise UserError(
+                f"{teacher.key('weights')} '{path}' not found; copy it, or put it where every node sees it"
+            )
+        files = [path]
+        if path.is_dir():
+            files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS_SUFFIXES]
+        facts[teacher.section] = {"path": str(path), "bytes": sum(file.stat().st_size for file in files)}
+    return facts
 
 
 def inspect_trackers(config: RunConfig) -> dict:

@@ -20,7 +20,7 @@ def judge_recipe(facts: Facts, meetings: Facts, target: Target) -> list[Check]:
     return [
         recipe,
         _judge_shards(facts),
-        _judge_teacher(facts),
+        judge_teacher(facts),
         _judge_trackers(facts),
         _judge_batch(facts, target),
         _judge_run_folder(facts, meetings),
@@ -73,19 +73,28 @@ def _judge_shards(facts: Facts) -> Check:
     return Check("shards", OK, f"{', '.join(sizes)}, of the right size")
 
 
-def _judge_teacher(facts: Facts) -> Check:
+def judge_teacher(facts: Facts) -> Check:
+    """Check that the teachers' weights are found, and of the same size on every node."""
     if failed := _check_errors("teacher", facts, "teacher", SHARE):
         return failed
-    sizes = {node: node_facts["teacher"].get("bytes") for node, node_facts in facts.items()}
-    if len(set(sizes.values())) > 1:
-        path = next(iter(facts.values()))["teacher"].get("path")
-        texts = {node: "none" if size is None else f"{size:,} bytes" for node, size in sizes.items()}
-        detail = f"{path}: {list_values(texts)}"
-        return Check("teacher", FAIL, detail, f"copy it to {_minority(sizes)} again")
-    size = next(iter(sizes.values()))
-    if size is None:
+    files = {
+        section: file for node_facts in facts.values() for section, file in node_facts["teacher"].items()
+    }
+    for section, file in files.items():
+        sizes = {
+            node: node_facts["teacher"].get(section, {}).get("bytes") for node, node_facts in facts.items()
+        }
+        if len(set(sizes.values())) > 1:
+            texts = {node: "none" if size is None else f"{size:,} bytes" for node, size in sizes.items()}
+            detail = f"{file['path']}: {list_values(texts)}"
+            return Check("teacher", FAIL, detail, f"copy it to {_minority(sizes)} again")
+    if not files:
         return Check("teacher", SKIP, "no file of weights in the recipe")
-    return Check("teacher", OK, f"{size_text(size)}{' on every node' if len(facts) > 1 else ''}")
+    texts = [
+        f"{section.removeprefix('teacher').removeprefix('s.')} {size_text(file['bytes'])}".strip()
+        for section, file in files.items()
+    ]
+    return Check("teacher", OK, f"{', '.join(texts)}{' on every node' if len(facts) > 1 else ''}")
 
 
 def _judge_trackers(facts: Facts) -> Check:

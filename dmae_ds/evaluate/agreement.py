@@ -103,7 +103,13 @@ def _source_of_teacher(source: FrozenSource) -> FrozenSource:
     """The whole teacher of a run's recipe, on the same images. Raises UserError where there is none."""
     teacher: TeacherConfig | None = None
     if source.run is not None:
-        teacher = read_saved_config(source.run, student_only=True).teacher
+        config = read_saved_config(source.run, student_only=True)
+        teacher = config.teacher
+        if config.teachers is not None:
+            raise UserError(
+                f"'{source.run}' has the teachers {', '.join(config.named_teachers())}, and neighbours are "
+                "compared with those of one; give the run of a recipe with a teacher section"
+            )
     if teacher is None:
         raise UserError(
             f"'{source.run or source.file}' has no teacher to compare with; give the run of a recipe with a "

@@ -125,6 +125,8 @@ def _training(card: dict) -> str:
 def _teacher(teacher: dict | None) -> str:
     if teacher is None:
         return "none"
+    if "teachers" in teacher:
+        return "; ".join(f"{name}: {_teacher(facts)}" for name, facts in teacher["teachers"].items())
     return f"{teacher['name']}, {_weights(teacher['weights'], teacher['sha256'])}"
 
 

@@ -28,10 +28,16 @@ def describe_teacher(config: RunConfig) -> dict | None:
     sha256: of a single file, otherwise None
     fingerprint: what `dmae-ds teacher inspect --write` stored next to the file, otherwise None
     teacher: the same facts of the teacher's own teacher, where this project trained it
+    Of several teachers {"teachers": the facts of each by its name, "license", "license_from": of all}.
     """
-    teacher = config.teacher
-    if teacher is None:
-        return None
+    if config.teachers is None:
+        return None if config.teacher is None else _facts_of(config.teacher)
+    each = {name: _facts_of(teacher) for name, teacher in config.named_teachers().items()}
+    licence, stated_by = _licence_of_all(each)
+    return {"teachers": each, "license": licence, "license_from": stated_by}
+
+
+def _facts_of(teacher: TeacherConfig) -> dict:
     path = None if teacher.weights is None else Path(teacher.weights).expanduser()
     run = _run_of(path)
     above = describe_teacher(read_saved_config(run, student_only=True)) if run is not None else None
@@ -47,6 +53,14 @@ def describe_teacher(config: RunConfig) -> dict | None:
         "license_from": stated_by,
         "teacher": above,
     }
+
+
+def _licence_of_all(stated: dict[str, dict]) -> tuple[str, str]:
+    """The licences of several things by name, and who states them; those that differ are all named."""
+    if len({facts["license"] for facts in stated.values()}) == 1:
+        return next(iter(stated.values()))["license"], " and ".join(stated)
+    text = "; ".join(f"{facts['license']} ({name})" for name, facts in stated.items())
+    return text, "; ".join(f"{name}: {facts['license_from']}" for name, facts in stated.items())
 
 
 def describe_initial(config: RunConfig) -> dict | None:
@@ -94,7 +108,7 @@ def _licence(
     teacher: TeacherConfig, path: Path | None, run: Path | None, above: dict | None
 ) -> tuple[str, str]:
     if teacher.license is not None:
-        return teacher.license, "teacher.license of the recipe"
+        return teacher.license, f"{teacher.key('license')} of the recipe"
     if teacher.pretrained:
         return timm.get_pretrained_cfg(teacher.name).license or UNKNOWN, "timm's entry of the weights"
     if run is not None:

@@ -88,15 +88,16 @@ def collect_facts(config: RunConfig, num_images: int, step: int) -> dict[str, ob
 
     num_images: of an epoch; step: the last finished one
     """
-    objective, teacher, optim = config.objective, config.teacher, config.optim
+    objective, optim = config.objective, config.optim
+    teachers = config.named_teachers().values()
     return {
         **objective.facts(),
         "objective": objective.name,
         "student": _name(config.student),
-        "teacher": None if teacher is None else _name(teacher),
+        "teacher": " + ".join(map(_name, teachers)) or None,
         "pairs": _pairs(config),
         "distilled": objective.needs_teacher,
-        "standardize": None if teacher is None else teacher.standardize,
+        "standardize": " + ".join(dict.fromkeys(teacher.standardize for teacher in teachers)) or None,
         "epochs": optim.epochs,
         "warmup_epochs": optim.warmup_epochs,
         "global_batch": optim.global_batch,

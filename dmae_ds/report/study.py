@@ -56,7 +56,7 @@ def group(runs: list[Run]) -> list[Setting]:
 
     Runs whose students teach other runs come last.
     """
-    sources = [find_source_run(run.config.teacher) for run in runs]
+    sources = [find_source_run(teacher) for run in runs for teacher in run.config.named_teachers().values()]
     teachers = {folder.resolve() for folder in sources if folder is not None}
     trainings: dict[tuple[str, str], dict] = {}
     members: dict[tuple[str, str], list[Run]] = {}

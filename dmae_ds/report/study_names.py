@@ -43,9 +43,14 @@ def describe_training(config: RunConfig) -> dict[str, object]:
     flat = {
         key: value
         for key, value in flatten(config.model_dump(mode="json")).items()
-        if key not in _IRRELEVANT and key.split(".")[0] not in _IRRELEVANT
+        if key not in _IRRELEVANT
+        and key.split(".")[0] not in _IRRELEVANT
+        and not (key.startswith("teachers.") and key.endswith(".stats"))
     }
-    for name, model in (("teacher", config.teacher), ("student", config.student)):
+    if config.teachers is None:
+        flat.pop("teachers", None)  # a newer key, which older runs lack
+    networks = {teacher.section: teacher for teacher in config.named_teachers().values()}
+    for name, model in {**networks, "student": config.student}.items():
         folder = find_source_run(model)
         if folder is not None:
             source = describe_training(read_saved_config(folder, student_only=True))

@@ -73,14 +73,27 @@ def check_slice(path: Path, out: Path, *, num_stages: int, last_block: int | Non
 def check_stats(config: RunConfig, *, num_images: int, out: Path | None) -> None:
     """Raise UserError for a recipe without a teacher or data, and for a wrong file to write."""
     check_one_student(config, "teacher stats")
-    if config.teacher is None:
+    teachers = config.named_teachers()
+    if not teachers:
         raise UserError("this recipe has no teacher; name a recipe with a teacher section")
     if num_images < 1:
         raise UserError(f"--images {num_images} is too small; give 1 or more")
-    if out is not None and out.suffix != ".safetensors":
+    if out is None and len(teachers) > 1:
+        files = [teacher.weights or teacher.name for teacher in teachers.values()]
+        if len(set(files)) < len(files):
+            raise UserError(
+                f"several of the teachers {', '.join(teachers)} have the same weights, next to which is room "
+                "for one file of statistics; give --out FOLDER, which gets a file for each"
+            )
+    if out is not None and config.teachers is not None and out.exists() and not out.is_dir():
+        raise UserError(
+            f"--out '{out}' is a file; of several teachers give a folder, which gets one for each"
+        )
+    if out is not None and config.teachers is None and out.suffix != ".safetensors":
         raise UserError(f"--out '{out}' does not end in .safetensors, which is what is written; rename it")
     ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
-    check_teacher_file(config.teacher)
+    for teacher in teachers.values():
+        check_teacher_file(teacher)
 
 
 @dataclass(frozen=True)

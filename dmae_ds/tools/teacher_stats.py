@@ -14,7 +14,9 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.config.run import RunConfig
+from dmae_ds.config.teachers import taps_of
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import train_batches
@@ -27,7 +29,8 @@ from dmae_ds.objectives.base import Objective
 from dmae_ds.output.durable import replace_tensors
 from dmae_ds.output.progress import LINE_EVERY_S, Progress
 from dmae_ds.teacher import identity, targets
-from dmae_ds.teacher.build import build_frozen_teacher, locate_teacher
+from dmae_ds.teacher.build import build_frozen_teacher, locate_teacher, naming
+from dmae_ds.teacher.frozen import FrozenTeacher
 from dmae_ds.tools.early import check_stats
 from dmae_ds.train.networks import build_objective
 
@@ -62,46 +65,74 @@ class Moments:
 def write_stats(
     config: RunConfig, *, num_images: int, out: Path | None, device: torch.device | None = None
 ) -> str:
-    """Write the statistics of a recipe's teacher; returns a line about them. Raises UserError."""
+    """Write the statistics of a recipe's teachers, all in one pass; returns a line about each file.
+
+    out: the file, or of several teachers a folder; None: next to the weights
+    Raises UserError.
+    """
     check_stats(config, num_images=num_images, out=out)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
     num_images = min(num_images, shards.num_samples)
-    objective, shape = build_objective(config)
-    teacher = build_frozen_teacher(
-        config.teacher,
-        taps=objective.taps,
-        whole_blocks=shape.depth,
-        mean=config.data.mean,
-        std=config.data.std,
-        device=device,
-        standardize=False,
-    )
+    objective, shapes = build_objective(config)
+    sections, teachers = config.named_teachers(), {}
+    for name, section in sections.items():
+        with naming(section):
+            teachers[name] = build_frozen_teacher(
+                section,
+                taps=taps_of(name, objective.taps),
+                whole_blocks=shapes[name].depth,
+                mean=config.data.mean,
+                std=config.data.std,
+                device=device,
+                standardize=False,
+            )
     normalize = Normalize(config.data.mean, config.data.std).to(device)
-    moments = {tap: Moments() for tap in objective.taps}
+    moments = {name: {tap: Moments() for tap in teacher.taps} for name, teacher in teachers.items()}
     for batch in _batches(config, shards, objective, num_images=num_images, device=device):
         masked = objective.prepare(batch, normalize)
-        for tap, features in teacher.features(masked).items():
-            moments[tap].add(features)
-    out = out or targets.stats_path(locate_teacher(config.teacher))
+        for name, teacher in teachers.items():
+            for tap, features in teacher.features(masked).items():
+                moments[name][tap].add(features)
+    lines = []
+    for name, teacher in teachers.items():
+        about = {"images": num_images, "data": config.data.train}
+        file = _file_of(sections[name], name, out)
+        _write(file, *_statistics(sections[name], teacher, moments[name], about), section=sections[name])
+        use = f"use {sections[name].key('standardize')}=zscore or phi_s"
+        if name and out is not None:
+            use += f" and {sections[name].key('stats')}={file}"
+        lines.append(
+            f"{file}: mean and covariance of {', '.join(teacher.taps)} over {num_images:,} images; {use}"
+        )
+    return "\n".join(lines)
+
+
+def _file_of(section: TeacherConfig, name: str, out: Path | None) -> Path:
+    """The file of a teacher's statistics."""
+    if out is None:
+        return targets.stats_path(locate_teacher(section))
+    return out / f"{name}.stats.safetensors" if name else out
+
+
+def _statistics(
+    section: TeacherConfig, teacher: FrozenTeacher, moments: dict[str, Moments], about: dict
+) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a teacher's file, and what it says about itself."""
     description = {
         "version": targets.STATS_VERSION,
-        "taps": list(objective.taps),
-        "images": num_images,
+        "taps": list(teacher.taps),
         "tokens": {tap: moment.count for tap, moment in moments.items()},
-        "teacher": config.teacher.name,
-        "sees": config.teacher.sees,
-        "data": config.data.train,
+        "teacher": section.name,
+        "sees": section.sees,
         "fingerprint": identity.fingerprint(identity.probe(teacher.vit).features),
+        **about,
     }
     tensors = {}
     for tap, moment in moments.items():
         tensors[f"{tap}.mean"] = moment.mean().float().cpu()
         tensors[f"{tap}.covariance"] = moment.covariance().float().cpu()
-    _write(out, tensors, description)
-    taps = ", ".join(objective.taps)
-    use = "use teacher.standardize=zscore or phi_s"
-    return f"{out}: mean and covariance of {taps} over {num_images:,} images; {use}"
+    return tensors, description
 
 
 def _batches(
@@ -138,11 +169,13 @@ def _batches(
             progress.advance()
 
 
-def _write(path: Path, tensors: dict[str, Tensor], description: dict) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], description: dict, *, section: TeacherConfig) -> None:
     try:
+        if section.section != "teacher":  # a folder for several
+            path.parent.mkdir(parents=True, exist_ok=True)
         replace_tensors(path, tensors, {"about": json.dumps(description)})
     except OSError as error:
         raise UserError(
-            f"'{path}' cannot be written ({error.strerror or error}); choose another file with --out, "
-            "and set teacher.stats to it"
+            f"'{path}' cannot be written ({error.strerror or error}); choose another place with --out, "
+            f"and set {section.key('stats')} to its file"
         ) from None

@@ -56,17 +56,22 @@ def build_networks(
         return objective, teacher
 
     objective, teacher = collectives.raise_on_all_ranks(build)
-    for name, one in teachers_in(teacher, only=only).items():
-        section = config.named_teachers()[name]
-        if isinstance(one, StoredTeacher):
-            continue  # `prepare` and `check_inputs` have checked it
-        collectives.raise_on_all_ranks(lambda one=one, section=section: _verify(one, section))
+    verify_all(teacher, config, only=only)
     return objective, objective.in_passes(teacher)
 
 
-def _verify(teacher: FrozenTeacher, section: TeacherConfig) -> None:
-    with naming(section):
-        verify(teacher, section)
+def verify_all(teacher: Teacher, config: RunConfig, *, only: str | None = None) -> None:
+    """Check each teacher, and read its statistics. Collective. Raises UserError that names the teacher."""
+
+    def verify_one(one: FrozenTeacher, section: TeacherConfig) -> None:
+        with naming(section):
+            verify(one, section)
+
+    for name, one in teachers_in(teacher, only=only).items():
+        if isinstance(one, StoredTeacher):
+            continue  # `prepare` and `check_inputs` have checked it
+        section = config.named_teachers()[name]
+        collectives.raise_on_all_ranks(lambda one=one, section=section: verify_one(one, section))
 
 
 def join_groups(config: RunConfig) -> dict[int, StageGroup]:

@@ -61,7 +61,7 @@ def _node(index: int, gpus: int) -> dict:
         },
         "recipe": {"digest": "d1"},
         "shards": {"data.train": dict(part), "data.val": dict(part)},
-        "teacher": {"path": "/t.pth", "bytes": 10 * 2**20},
+        "teacher": {"teacher": {"path": "/t.pth", "bytes": 10 * 2**20}},
         "trackers": {"names": ["tensorboard", "wandb"], "project": "masks", "logged_in": True},
         "start": {"micro_batch": 32, "accumulation": 1, "steps": 350, "resumes": None},
         "run_dir": {"path": "/shared/run", "made": [], "held": None, "free": 500 * GIB},

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dmae_ds.doctor.check import FAIL, SKIP, WARN
+from dmae_ds.config.load import load_config
+from dmae_ds.doctor.check import FAIL, OK, SKIP, WARN
+from dmae_ds.doctor.inspect_recipe import inspect_teacher
+from dmae_ds.doctor.judge_recipe import judge_teacher
 from tests.doctor.facts import GIB, assert_check, assert_one_wrong, healthy, judge_all, meetings, target
+from tests.messages import refused
 
 NO_SHARD = {"error": "data.train '/data': shard-000001.tar is missing; copy it again"}
 NO_WANDB = {"error": "log.trackers has wandb, which is not installed here; run pip install 'dmae-ds[wandb]'"}
@@ -26,7 +30,12 @@ CASES = [
     ),
     (NO_SHARDS, "shards", "every node: data.train", "copy it again"),
     ({"node1:shards:data.val:fingerprint": "zzz"}, "shards", "data.val|abc on node0|zzz on node1", "copy"),
-    ({"node1:teacher:bytes": 5}, "teacher", "/t.pth|10,485,760 bytes on node0|5 bytes on node1", "node1"),
+    (
+        {"node1:teacher:teacher:bytes": 5},
+        "teacher",
+        "/t.pth|10,485,760 bytes on node0|5 bytes on node1",
+        "node1",
+    ),
     (
         {"node1:trackers": NO_WANDB, "node1:start": KeyError},
         "trackers",
@@ -93,3 +102,19 @@ def test_without_a_recipe_only_the_machines_are_judged():
     checks = judge_all(facts, meetings(), target(recipe=None))
     assert_check(checks["recipe"], SKIP, "none")
     assert not {"shards", "disk", "run folder"} & set(checks)
+
+
+def test_each_of_several_teachers_is_judged(tmp_path):
+    files = {name: tmp_path / f"{name}.pth" for name in ("mae", "moco")}
+    files["mae"].write_bytes(b"weights")
+    words = [f"teachers.{name}.weights={file}" for name, file in files.items()]
+    config = load_config("digits_two_teachers", words)
+    with refused("teachers.moco.weights", "moco.pth"):
+        inspect_teacher(config)
+    files["moco"].write_bytes(b"more weights")
+    facts = {"node0": {"teacher": inspect_teacher(config)}, "node1": {"teacher": inspect_teacher(config)}}
+    assert set(facts["node0"]["teacher"]) == {"teachers.mae", "teachers.moco"}
+    assert judge_teacher(facts).verdict == OK
+    facts["node1"]["teacher"]["teachers.moco"] = {"path": str(files["moco"]), "bytes": 5}
+    failed = judge_teacher(facts)
+    assert failed.verdict == FAIL and "moco.pth" in failed.detail and "mae.pth" not in failed.detail

@@ -69,6 +69,35 @@ def test_a_student_as_teacher_has_its_own_teacher_s_licence(tmp_path):
     assert describe_teacher(read_saved_config(first)) is None
 
 
+def test_of_several_teachers_each_licence_is_named(tmp_path):
+    def run(name, **licences):
+        return make_run(
+            tmp_path / name,
+            teachers={
+                one: {**TEACHER, "weights": f"{one}.pth", "license": text} for one, text in licences.items()
+            },
+            objective={
+                "name": "features",
+                "targets": [{"tap": f"{one}:tokens", "head": "norm_linear"} for one in licences],
+            },
+        )
+
+    several = run("several", dino="mit", mae="cc-by-nc-4.0")
+    facts = describe_teacher(read_saved_config(several))
+    assert facts["teachers"]["mae"]["weights"] == "mae.pth"
+    assert facts["teachers"]["dino"]["license_from"] == "teachers.dino.license of the recipe"
+    for text in ("mit (dino)", "cc-by-nc-4.0 (mae)"):
+        assert text in facts["license"]
+    assert licence(tmp_path / "taught", weights=str(several))[0] == facts["license"]
+    same = describe_teacher(read_saved_config(run("same", dino="mit", mae="mit")))
+    assert same["license"] == "mit"
+    out, card = export(several, to="safetensors", license="other")
+    page = (out / "README.md").read_text()
+    assert (
+        card["teacher"] == facts and "dino: " in page and "mae.pth" in page and "cc-by-nc-4.0 (mae)" in page
+    )
+
+
 def test_a_student_that_continues_others_weights_has_their_licence(tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "README.md").write_text("---\nlicense: other\n---\n# A model\n")

@@ -50,7 +50,16 @@ FEATURES = {
     "mask": {"ratio": 0.5, "shape": "block", "whole_pass": True, "every": 2},
     "photometric": "jitter",
 }
-# Name of the run -> (objective, the teacher's file).
+# Of two teachers, of which an image may drop one.
+TWO = {
+    "targets": [
+        {"tap": "a:tokens", "head": "norm_linear"},
+        {"tap": "a:cls", "student": "cls", "distance": "cosine"},
+        {"tap": "b:block/3", "student": "block/2", "distance": "smooth_l1", "where": "patches"},
+    ],
+    "teacher_drop": 0.5,
+}
+# Name of the run -> (objective, the teacher's file; of teachers a and b the files of both).
 OBJECTIVES = {
     "g2sd_generic": ({"name": "g2sd_generic", "decoder": DECODER}, "mae"),
     "g2sd_specific": ({"name": "g2sd_specific"}, "classifier"),
@@ -62,23 +71,27 @@ OBJECTIVES = {
     "tinymim": ({"name": "tinymim"}, "mae"),
     "amd": ({"name": "amd", "mask_ratio": 0.75, "decoder": DECODER}, "mae"),
     "features": ({"name": "features", **FEATURES}, "mae"),
+    "two_teachers": ({"name": "features", **TWO}, ("mae", "classifier")),
 }
 TEACHERS = {
     "g2sd_generic": TEACHER_DECODER,
     "tinymim": {"num_heads": 4},  # which divide the student's width
     "amd": {"sees": "superset", "mask_ratio": 0.5},
 }
-WITHOUT_EMA = ("g2sd_generic", "g2sd_specific", "tinymim", "amd")
+WITHOUT_EMA = ("g2sd_generic", "g2sd_specific", "tinymim", "amd", "two_teachers")
 # Batch norm over 16 images that are nearly alike amplifies rounding: one process with 1, 2 and 3 threads
 # differs by up to 1% at a rate of 1e-2, and by 3e-6 at 3e-3, with DMAE's term or without.
 RATES = {"mocov3": 3e-3}
 STREAM = ["deepspeed=zero2", "teacher.placement=pipeline", "teacher.stages=2"]
+# One of the two is in stages, the other replicated.
+STREAMS = {"two_teachers": ["deepspeed=zero2", "teachers.a.placement=pipeline", "teachers.a.stages=2"]}
 VARIANTS = [
     *((name, variant) for name in OBJECTIVES for variant in ("alone", "zero2", "zero3")),
     *((name, "stream") for name, (_, teacher) in OBJECTIVES.items() if teacher is not None),
 ]
 # These are killed: dino and mocov3 without DMAE's term have nothing in addition.
 KILLED = ["g2sd_generic", "g2sd_specific", "sdae", "dino_dmae", "mocov3_dmae", "tinymim", "amd", "features"]
+KILLED += ["two_teachers"]
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +146,13 @@ def _write_recipe(folder: Path, digits: Path, name: str) -> Path:
         "checkpoint": {"every_steps": 5, "keep": 9},
         "log": {"every_steps": 1, "trackers": []},
     }
-    if weights is not None:
+    if isinstance(weights, tuple):
+        recipe["teachers"] = {
+            teacher: {**TEACHER, "weights": str(folder / f"{file}.pth"), "standardize": "layer_norm"}
+            for teacher, file in zip("ab", weights, strict=True)
+        }
+        recipe["teachers"]["b"] |= {"sees": "all", "weight": 0.5}
+    elif weights is not None:
         recipe["teacher"] = {**TEACHER, **TEACHERS.get(name, {}), "weights": str(folder / f"{weights}.pth")}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -168,10 +187,14 @@ def curves(recipes, tmp_path_factory) -> Path:
     """A folder with runs named <objective>-<variant>: one start alone, one with two ranks."""
     folder = tmp_path_factory.mktemp("curves")
     launcher = [*deepspeed(2), str(DRIVER)]
-    options = {"alone": [], "zero2": ["deepspeed=zero2"], "zero3": ["deepspeed=zero3"], "stream": STREAM}
+    options = {"alone": [], "zero2": ["deepspeed=zero2"], "zero3": ["deepspeed=zero3"]}
     for start, alone in (([sys.executable, str(DRIVER)], True), (launcher, False)):
         runs = [
-            [str(recipes[name]), f"run.dir={folder / f'{name}-{variant}'}", *options[variant]]
+            [
+                str(recipes[name]),
+                f"run.dir={folder / f'{name}-{variant}'}",
+                *options.get(variant, STREAMS.get(name, STREAM)),
+            ]
             for name, variant in VARIANTS
             if (variant == "alone") == alone
         ]
@@ -185,6 +208,19 @@ def test_one_process_two_ranks_zero3_and_a_stream_compute_the_same(curves, name,
     alone, found = losses(curves / f"{name}-alone"), losses(curves / f"{name}-{variant}")
     assert len(alone) == STEPS and alone[-1] != alone[0]
     assert found == pytest.approx(alone, rel=1e-5)
+
+
+def test_four_ranks_with_two_teachers_in_stages_compute_the_same(recipes, tmp_path):
+    """Groups of two and of four ranks are in one world, and the chain of streams fills and empties."""
+    recipe = str(recipes["two_teachers"])
+    stages = [f"teachers.{name}.placement=pipeline" for name in "ab"]
+    stages += ["teachers.a.stages=4", "teachers.b.stages=2"]
+    for ranks, more in ((1, []), (4, stages)):
+        folder = tmp_path / str(ranks)
+        done = run(command(["train", recipe, f"run.dir={folder}", *more], ranks=ranks), cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(tmp_path / "4")) == STEPS
+    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
@@ -227,7 +263,7 @@ def test_the_ema_teacher_is_in_the_checkpoint_and_the_same_on_any_ranks(curves, 
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_and_resumed_is_bit_identical(recipes, tmp_path, name, ranks):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    recipe = [str(recipes[name]), "deepspeed=zero2"]
+    recipe = [str(recipes[name]), *(STREAMS.get(name, []) if ranks == 2 else []), "deepspeed=zero2"]
     # Not a run of `curves`: a process that has trained other recipes before may round differently (seen on
     # AMD).
     done = run(command(["train", *recipe, f"run.dir={whole}"], ranks=ranks), cwd=tmp_path)
@@ -264,6 +300,8 @@ def test_killed_and_resumed_is_bit_identical(recipes, tmp_path, name, ranks):
         ("tinymim", "objective.teacher_block=5", ["objective.teacher_block", "5", "4"]),
         ("amd", "teacher.mask_ratio=0.9", ["teacher.mask_ratio", "6", "16"]),
         ("amd", "objective.direct=[[1, 9]]", ["objective.direct", "9", "4"]),
+        ("two_teachers", "teachers.b.weights={folder}/none.pth", ["teachers.b.weights", "none.pth"]),
+        ("two_teachers", "teachers.b.stats={folder}/a", ["teachers.b.standardize"]),
         ("features", "optim.global_batch=64", ["queue_size 40", "optim.global_batch 64"]),
         ("features", "objective.targets=[{{tap: pooled, student: cls}}]", ["'pooled'", "tokens, cls"]),
     ],

@@ -18,9 +18,9 @@ from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.models.patches import Normalize
-from dmae_ds.teacher.build import verify
 from dmae_ds.tools.teacher_stats import write_stats
-from dmae_ds.train.networks import build_objective, build_teacher
+from dmae_ds.train.networks import build_objective, build_teacher, verify_all
+from dmae_ds.train.summary import describe_teacher
 from tests.messages import refused
 from tests.train.conftest import command, environment, losses, run
 
@@ -180,7 +180,7 @@ def test_features_are_standardised_by_the_measured_statistics(measured):
 
 def verified(config, shape, taps):
     teacher = build_teacher(config, shape, taps, torch.device("cpu"))
-    verify(teacher, config.teacher)
+    verify_all(teacher, config)
     return teacher
 
 
@@ -217,6 +217,55 @@ def test_statistics_are_written_next_to_the_weights_unless_a_file_is_named(tiny_
     ):
         assert name in write_stats(config, num_images=8, out=out) and (tmp_path / name).is_file()
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def two_teachers(tiny_recipe, tmp_path) -> list[str]:
+    """A recipe with two teachers of other grids of pixels, whose features are standardised."""
+    weights = next(word for word in tiny_recipe if word.startswith("teacher.weights=")).partition("=")[2]
+    shutil.copy(weights, tmp_path / "b.safetensors")
+    shape = "name: vit_tiny_patch16_224, img_size: 32, patch_size: 4, embed_dim: 48, depth: 4, num_heads: 3"
+    stats = f"standardize: zscore, stats: {tmp_path}/stats"
+    teachers = [
+        f"a: {{{shape}, weights: {weights}, {stats}/a.stats.safetensors, sees: all}}",
+        f"b: {{{shape}, weights: {tmp_path}/b.safetensors, {stats}/b.stats.safetensors, mean: [0, 0, 0], "
+        "std: [1, 1, 1]}",
+    ]
+    kept = [word for word in tiny_recipe[1:] if not word.startswith("teacher.")]
+    targets = '[{tap: "a:tokens"}, {tap: "b:block/3", student: tokens, where: patches}]'
+    own = ["teacher=null", f"teachers={{{', '.join(teachers)}}}", f"objective.targets={targets}"]
+    return ["digits_features", *kept, *own, f"run.dir={tmp_path / 'run'}"]
+
+
+def test_several_teachers_are_measured_in_one_pass_checked_and_described(tiny_recipe, tmp_path):
+    recipe = two_teachers(tiny_recipe, tmp_path)
+    config = load_config(recipe[0], recipe[1:])
+    objective, shapes = build_objective(config)
+    with refused("teachers.a", "a.stats.safetensors", "dmae-ds teacher stats"):
+        verified(config, shapes, objective.taps)
+    out = tmp_path / "stats"
+    with redirect_stderr(io.StringIO()):
+        lines = write_stats(config, num_images=64, out=out).splitlines()
+    assert ["teachers.a.stats" in lines[0], "teachers.b.stats" in lines[1]] == [True, True]
+    assert {path.name for path in out.iterdir()} == {"a.stats.safetensors", "b.stats.safetensors"}
+    assert set(load_file(out / "b.stats.safetensors")) == {"block/3.mean", "block/3.covariance"}
+    teacher = verified(config, shapes, objective.taps)
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    batch = objective.prepare(Batch(images, torch.rand(16, 64)), Normalize(config.data.mean, config.data.std))
+    ((_, _, features),) = teacher.stream([(None, batch)])
+    assert {tap: tuple(each.shape) for tap, each in features.items()} == {
+        "a:tokens": (16, 65, 48),
+        "b:block/3": (16, 65, 48),
+    }
+    for name, tap in (("a", "tokens"), ("b", "block/3")):  # as each teacher alone
+        alone = teacher.teachers[name]
+        assert torch.equal(alone.features(batch)[tap], features[f"{name}:{tap}"]) and alone.target is not None
+    rows = describe_teacher(config, objective, teacher)
+    assert "a: " in rows["teacher"] and "b: " in rows["teacher"] and "b: pixels" in rows["checked"]
+    assert len(teacher.networks()) == 2 and teacher.where() == ""
+    with refused("same weights", "--out"):
+        write_stats(config.with_teachers(dict.fromkeys("ab", config.teachers["a"])), num_images=8, out=None)
+    with refused(out / "a.stats.safetensors", "folder"):
+        write_stats(config, num_images=8, out=out / "a.stats.safetensors")
 
 
 def test_statistics_of_other_weights_are_refused(measured, tiny_recipe, tmp_path):
