@@ -108,8 +108,11 @@ def name_settings(trainings: dict, defaults: dict[str, dict]) -> dict:
 
 
 def _extra_sections(training: dict, peers: list[dict]) -> list[str]:
-    """Sections that not all peers have."""
-    extra = _sections(training) - set.intersection(*map(_sections, peers))
+    """Sections that not all peers have; next to several teachers one is the rule, and is not named."""
+    every = list(map(_sections, peers))
+    extra = _sections(training) - set.intersection(*every)
+    if any(section.startswith("teachers.") for section in set().union(*every)):
+        extra -= {"teacher"}
     return [section.removeprefix("objective.") for section in sorted(extra)]
 
 

@@ -26,6 +26,8 @@ def test_facts_name_networks_without_tags_and_blocks_at_three_quarters(tmp_path)
     assert "4" in shallow["student"] and shallow["pairs"] == ((3, 18),)
     plain = read_run(make_run(tmp_path / "plain", "mae_vit_base", progress=0.5)).facts
     assert plain["pairs"] is None and not plain["distilled"] and not plain["finished"]
+    several = read_run(make_run(tmp_path / "several", "radio_like")).facts
+    assert several["teacher"].count("vit_large_patch16") == 2 and several["standardize"] == "phi_s"
 
 
 def test_hours_and_ranks_are_those_of_training(tmp_path):

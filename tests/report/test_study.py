@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from dmae_ds.cli.main import main
+from dmae_ds.config.load import load_config
 from dmae_ds.evaluate.results import METRICS, append_result, read_results
 from dmae_ds.report.results_page import write_results_page
 from dmae_ds.report.runs import find_runs
@@ -145,6 +146,17 @@ def test_a_section_that_other_settings_lack_is_named_once():
         "c": "dino, with distill, with teacher, distill.alpha 2.0",
         "d": "dino, with distill, with teacher, optim.epochs 8",
     }
+
+
+def test_several_teachers_are_named_and_one_is_the_rule():
+    one = {"objective.name": "features", "teacher.name": "vit"}
+    two = {"objective.name": "features", "teacher": None, "teachers.a.name": "vit", "teachers.b.name": "vit"}
+    names = name_settings({"one": one, "two": two}, {"features": {"objective.name": "features"}})
+    assert names == {"one": "features", "two": "features, with teachers.a, with teachers.b"}
+    config = load_config("digits_two_teachers", ["teachers.mae.standardize=zscore", "teachers.mae.stats=x"])
+    flat = describe_training(config)
+    assert "teachers.mae.stats" not in flat and flat["teachers.moco.standardize"] == "layer_norm"
+    assert "teachers" not in describe_training(load_config("digits_features"))
 
 
 def test_the_effective_rank_of_a_setting_is_the_mean_and_the_lowest(tmp_path):
