@@ -49,7 +49,7 @@ def test_weights_are_those_that_training_builds(dtype, size):
     assert teacher.id_bytes == 8 * 4 * 16
 
 
-@pytest.mark.parametrize("recipe", ["digits_dmae", "digits_sdae", "digits_dino_dmae"])
+@pytest.mark.parametrize("recipe", ["digits_dmae", "digits_sdae", "digits_dino_dmae", "digits_two_teachers"])
 def test_a_scaled_geometry_is_close_to_a_measured_one(recipe):
     """The scaled one only decides which sizes are measured; what does not depend on images is the same."""
     config = load_config(recipe, ["data.train=nowhere"])
@@ -59,8 +59,9 @@ def test_a_scaled_geometry_is_close_to_a_measured_one(recipe):
     assert estimated.student.forward_flops == pytest.approx(measured.student.forward_flops, rel=0.01)
     assert estimated.student.activations == pytest.approx(measured.student.activations, rel=0.3)
     assert estimated.batch_bytes == pytest.approx(measured.batch_bytes, rel=0.01)
-    for part in ("teacher", "ema"):
-        ours, theirs = getattr(estimated, part), getattr(measured, part)
+    assert estimated.teachers.keys() == measured.teachers.keys()
+    pairs = [(estimated.teachers[name], measured.teachers[name]) for name in measured.teachers]
+    for ours, theirs in [*pairs, (estimated.ema, measured.ema)]:
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert ours.weight_bytes == theirs.weight_bytes
