@@ -36,7 +36,8 @@ from dmae_ds.output.table import text_table
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.geometry import Geometry
 from dmae_ds.plan.geometry import measure as measure_geometry
-from dmae_ds.plan.memory import Placement, Zero, rank_memory
+from dmae_ds.plan.memory import Zero, rank_memory
+from dmae_ds.plan.teacher_memory import Placement
 from dmae_ds.plan.work import Work, step_work
 from dmae_ds.train.cut import CutRecipe
 from dmae_ds.train.engine import logged_collectives

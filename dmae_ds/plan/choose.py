@@ -13,7 +13,8 @@ from dmae_ds.errors import UserError
 from dmae_ds.output.units import GIB
 from dmae_ds.plan.cost import Cost, Machine, step_cost
 from dmae_ds.plan.geometry import Geometry, TeacherGeometry
-from dmae_ds.plan.memory import PRECISIONS, Memory, Placed, Placement, Zero, rank_memory
+from dmae_ds.plan.memory import PRECISIONS, Memory, Zero, rank_memory
+from dmae_ds.plan.teacher_memory import Placed, Placement
 
 EQUAL = 0.1  # relative difference of seconds that count as equal: the guesses in cost.py are no better
 HEADROOM = 0.05  # share of a device's memory left for the allocator's fragmentation; a guess

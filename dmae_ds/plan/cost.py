@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dmae_ds.plan.geometry import EmaGeometry, Geometry, TeacherGeometry
-from dmae_ds.plan.memory import ADAM, MASTER, Placed, Placement, Precision, Zero, message_bytes
+from dmae_ds.plan.memory import ADAM, MASTER, Precision, Zero
+from dmae_ds.plan.teacher_memory import Placed, Placement, message_bytes
 from dmae_ds.plan.trace import Trace
 
 # Achieved shares of the peak rate of matrix products, and the one that is expected where nothing else is

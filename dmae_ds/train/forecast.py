@@ -21,7 +21,8 @@ from dmae_ds.output.units import GIB
 from dmae_ds.plan.choose import HEADROOM, Candidate, candidates, choose
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import Geometry, measure, scaled
-from dmae_ds.plan.memory import PARTS, Memory, Placement, Zero, rank_memory
+from dmae_ds.plan.memory import PARTS, Memory, Zero, rank_memory
+from dmae_ds.plan.teacher_memory import Placement
 from dmae_ds.train.cut import Cut, CutRecipe
 from dmae_ds.train.peak_memory import PeakMemory
 from dmae_ds.train.preflight import Preflight

@@ -21,7 +21,8 @@ from dmae_ds.plan.cost import (
     step_cost,
     stream_traffic,
 )
-from dmae_ds.plan.memory import PRECISIONS, Placement, Zero
+from dmae_ds.plan.memory import PRECISIONS, Zero
+from dmae_ds.plan.teacher_memory import Placement
 from tests.messages import refused
 from tests.plan.conftest import geometry_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dmae_ds.plan.cost import Machine, step_cost
-from dmae_ds.plan.memory import PRECISIONS, Placement, Zero
+from dmae_ds.plan.memory import PRECISIONS, Zero
+from dmae_ds.plan.teacher_memory import Placement
 from tests.plan.conftest import geometry_of
 
 NUM = 80_000_000

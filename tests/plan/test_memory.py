@@ -8,17 +8,8 @@ from itertools import product
 import pytest
 
 from dmae_ds.config.deepspeed import load_deepspeed
-from dmae_ds.plan.memory import (
-    PARTS,
-    PRECISIONS,
-    Placement,
-    Zero,
-    message_bytes,
-    rank_memory,
-    stream_bytes,
-    student_memory,
-    teacher_bytes,
-)
+from dmae_ds.plan.memory import PARTS, PRECISIONS, Zero, rank_memory, student_memory
+from dmae_ds.plan.teacher_memory import Placement, message_bytes, stream_bytes, teacher_bytes
 from dmae_ds.plan.trace import Gradient, Trace
 from tests.plan.conftest import geometry_of
 

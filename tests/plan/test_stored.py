@@ -10,9 +10,9 @@ from dmae_ds.config.load import load_config
 from dmae_ds.plan.choose import placements
 from dmae_ds.plan.cost import Machine
 from dmae_ds.plan.geometry import measure
-from dmae_ds.plan.memory import Placement, stream_bytes, teacher_bytes
 from dmae_ds.plan.search import search
 from dmae_ds.plan.stored import StoredPlan, describe_stored, image_bytes, plan_stored
+from dmae_ds.plan.teacher_memory import Placement, stream_bytes, teacher_bytes
 from dmae_ds.plan.work import step_work
 from dmae_ds.teacher.stored import AHEAD
 
