@@ -149,8 +149,9 @@ def test_a_section_that_other_settings_lack_is_named_once():
 
 
 def test_several_teachers_are_named_and_one_is_the_rule():
-    one = {"objective.name": "features", "teacher.name": "vit"}
-    two = {"objective.name": "features", "teacher": None, "teachers.a.name": "vit", "teachers.b.name": "vit"}
+    rest = {"objective.name": "features", "precision": "fp32"}
+    one = {**rest, "teacher.name": "vit"}
+    two = {**rest, "teacher": None, "teachers.a.name": "vit", "teachers.b.name": "vit"}
     names = name_settings({"one": one, "two": two}, {"features": {"objective.name": "features"}})
     assert names == {"one": "features", "two": "features, with teachers.a, with teachers.b"}
     config = load_config("digits_two_teachers", ["teachers.mae.standardize=zscore", "teachers.mae.stats=x"])
