@@ -56,22 +56,18 @@ def build_networks(
         return objective, teacher
 
     objective, teacher = collectives.raise_on_all_ranks(build)
-    verify_all(teacher, config, only=only)
-    return objective, objective.in_passes(teacher)
-
-
-def verify_all(teacher: Teacher, config: RunConfig, *, only: str | None = None) -> None:
-    """Check each teacher, and read its statistics. Collective. Raises UserError that names the teacher."""
-
-    def verify_one(one: FrozenTeacher, section: TeacherConfig) -> None:
-        with naming(section):
-            verify(one, section)
-
     for name, one in teachers_in(teacher, only=only).items():
         if isinstance(one, StoredTeacher):
             continue  # `prepare` and `check_inputs` have checked it
         section = config.named_teachers()[name]
-        collectives.raise_on_all_ranks(lambda one=one, section=section: verify_one(one, section))
+        collectives.raise_on_all_ranks(lambda one=one, section=section: verify_named(one, section))
+    return objective, objective.in_passes(teacher)
+
+
+def verify_named(teacher: FrozenTeacher, section: TeacherConfig) -> None:
+    """Check a teacher, and read its statistics; messages name it. Collective as `verify` is."""
+    with naming(section):
+        verify(teacher, section)
 
 
 def join_groups(config: RunConfig) -> dict[int, StageGroup]:

@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
-from dmae_ds.distributed import collectives
 from dmae_ds.models.patches import Normalize
 from dmae_ds.tools.teacher_stats import write_stats
-from dmae_ds.train.networks import build_objective, build_teacher, verify_all
+from dmae_ds.train.networks import build_objective, build_teacher, teachers_in, verify_named
 from dmae_ds.train.summary import describe_teacher
 from tests.messages import refused
 from tests.train.conftest import command, environment, losses, run
@@ -181,8 +180,8 @@ def test_features_are_standardised_by_the_measured_statistics(measured):
 
 def verified(config, shape, taps):
     teacher = build_teacher(config, shape, taps, torch.device("cpu"))
-    with collectives.alone():
-        verify_all(teacher, config)
+    for name, one in teachers_in(teacher).items():
+        verify_named(one, config.named_teachers()[name])
     return teacher
 
 
