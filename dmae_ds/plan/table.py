@@ -228,13 +228,14 @@ def _describe(config: RunConfig, geometry: Geometry, *, accumulation: int) -> li
         f"with decoder and heads {student.parameters / 1e6:.1f} M, {config.precision}",
         *describe_members(geometry),
     ]
+    place = len(lines)
     for name, teacher in reversed(geometry.teachers.items()):
         section = config.named_teachers()[name]
         if not teacher.depth:
-            lines.insert(1, f"{section.section}: {section.name}, no network: its features are read")
+            lines.insert(place, f"{section.section}: {section.name}, no network: its features are read")
             continue
         lines.insert(
-            1,
+            place,
             f"{section.section}: {section.name}, {teacher.depth} blocks, "
             f"{teacher.weight_bytes / GIB:.2f} GiB in {section.dtype}",
         )
