@@ -16,7 +16,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from dmae_ds.data.arrays import decode_array, is_array, read_array_header
-from dmae_ds.data.pixels import RGB, PixelFormat, TooLarge, check_size, count_scans, to_rgb
+from dmae_ds.data.pixels import MAX_PIXELS, RGB, PixelFormat, TooLarge, check_size, count_scans, to_rgb
 from dmae_ds.data.reader import CorruptSample, Sample
 from dmae_ds.data.shards import SOURCES, ShardError
 
@@ -71,6 +71,10 @@ def _decode_with_pil(data: bytes) -> np.ndarray:
                 return np.array(to_rgb(image))
     except TooLarge:
         raise
+    except Image.DecompressionBombError:  # of twice PIL's own limit, before it tells the size
+        raise TooLarge(
+            f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, at most {MAX_PIXELS:,} are read"
+        ) from None
     except UnidentifiedImageError:  # its own text contains a memory address
         raise ValueError("not a JPEG or PNG image, nor a .npy array") from None
     except (

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as tvf
 
 from dmae_ds.data import pixels
 from dmae_ds.data.decode import decode, decode_bytes
-from dmae_ds.data.pixels import MAX_PIXELS
+from dmae_ds.data.pixels import MAX_PIXELS, TooLarge
 from dmae_ds.data.reader import CorruptSample, SampleReader
 from dmae_ds.data.transforms import CROP_RATIO, crop_box, sample_rng, train_view
 from tests.messages import refused
@@ -148,7 +148,7 @@ def bomb_jpeg(width, height):
     ],
 )
 def test_bombs_are_refused_by_their_header(bomb):
-    with refused("pixels", error=ValueError):
+    with refused("pixels", f"{MAX_PIXELS:,}", error=TooLarge):
         decode_bytes(bomb)
 
 
