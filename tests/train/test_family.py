@@ -9,12 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dmae_ds.config.family import members_of
 from dmae_ds.config.load import load_config
+from dmae_ds.config.objectives import MaeConfig
 from dmae_ds.distributed.world import World
 from dmae_ds.evaluate.record import read_record
 from dmae_ds.evaluate.results import read_history
+from dmae_ds.objectives.build import build_objective
 from dmae_ds.tools.checkpoint_inspect import inspect, verify
 from dmae_ds.train.preflight import prepare
+from dmae_ds.train.stored_inputs import inputs_identity
 from tests.messages import refused
 from tests.train.checkpoint.resharding import assert_same, move, source, start
 from tests.train.conftest import command, metrics, run
@@ -39,6 +43,7 @@ SHORT = [
     "log.every_steps=1",
     "checkpoint.every_minutes=null",
 ]
+HALF = MaeConfig(name="mae", mask_ratio=0.5)
 KNN = ["eval.knn_every=1", "eval.knn_k=5", "eval.knn_labels=10%"]
 
 
@@ -198,3 +203,18 @@ def test_commands_take_the_folders_of_students(trained):
     page = (trained / "comparison.html").read_text()
     assert all(name in page for name in MEMBERS)
     assert not (trained / "results.jsonl").exists()
+
+
+def test_stored_features_are_those_of_the_one_pass_of_a_family():
+    config = load_config("digits_family")
+    with refused("stored", "FAMILIES.md"):
+        inputs_identity(build_objective(config)[0], config)
+    students = {name: config.students[name] for name in ("mae", "dmae")}
+    family, alone = config.model_copy(update={"students": students}), members_of(config)["dmae"]
+    family = family.model_copy(
+        update={
+            "students": {**students, "mae": config.students["mae"].model_copy(update={"objective": HALF})}
+        }
+    )
+    found = [inputs_identity(build_objective(one)[0], one) for one in (family, alone)]
+    assert found[0] == found[1]  # of dmae, though mae comes first, and sees other patches
