@@ -23,8 +23,11 @@ def test_each_student_has_its_own_part_and_its_pass_of_the_teacher():
             geometry.student.parameters,
             geometry.student.activations,
         )
-    assert family.teacher.pass_flops == (alone["dmae"].teacher.flops, alone["features"].teacher.flops)
-    assert family.teacher.flops == sum(family.teacher.pass_flops)
+    assert family.teachers[""].pass_flops == (
+        alone["dmae"].teachers[""].flops,
+        alone["features"].teachers[""].flops,
+    )
+    assert family.teachers[""].flops == sum(family.teachers[""].pass_flops)
     # They take turns: the activations of one are alive at a time.
     assert family.student.activations == max(one.student.activations for one in alone.values())
     assert family.student.parameters == sum(one.student.parameters for one in alone.values())
@@ -34,7 +37,7 @@ def test_each_student_has_its_own_part_and_its_pass_of_the_teacher():
     assert all("1.00 of the work" in line for line in lines) and "no teacher" in lines[2]
     assert describe_members(alone["dmae"]) == []
     twice = scaled(family, 8)
-    assert twice.teacher.pass_flops == tuple(2 * flops for flops in family.teacher.pass_flops)
+    assert twice.teachers[""].pass_flops == tuple(2 * flops for flops in family.teachers[""].pass_flops)
     assert twice.members["mae"].forward_flops == 2 * family.members["mae"].forward_flops
 
 
@@ -43,9 +46,9 @@ def test_a_shared_pass_counts_once():
     family = measure(config, 4)
     alone = [measure(member, 4) for member in members_of(config).values()]
     assert family.pass_of == {"dmae": 0, "features": 0}
-    assert family.teacher.flops == alone[0].teacher.flops == alone[1].teacher.flops
+    assert family.teachers[""].flops == alone[0].teachers[""].flops == alone[1].teachers[""].flops
     # What is not shared: the two sections differ, so each prepares its own patches.
     assert family.batch_bytes < sum(one.batch_bytes for one in alone)
     trained = [one.student.forward_flops + one.student.backward_flops for one in alone[:2]]
-    ratio = (sum(trained) + family.teacher.flops) / (sum(trained) + 2 * family.teacher.flops)
+    ratio = (sum(trained) + family.teachers[""].flops) / (sum(trained) + 2 * family.teachers[""].flops)
     assert f"{ratio:.2f} of the work" in describe_members(family)[1] and ratio < 0.95
