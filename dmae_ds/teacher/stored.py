@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import RunFailed, UserError
-from dmae_ds.output.units import size_text
 from dmae_ds.teacher.cache_codec import build_codecs
 from dmae_ds.teacher.cache_file import LABEL, RowReader, damaged, open_cache
 from dmae_ds.teacher.cache_layout import CODEC
@@ -57,7 +56,7 @@ class StoredTeacher:
         stored = ", ".join(describe_stored(self.manifest, tap) for tap in self.taps)
         return (
             f"no network: features stored in {self.location}, {layout.num_steps:,} steps, "
-            f"{size_text(layout.row_bytes)} an image: {stored}"
+            f"{layout.row_bytes:,} bytes an image: {stored}"
         )
 
     def networks(self) -> list[nn.Module]:

@@ -99,6 +99,7 @@ class CacheWriter:
     def write(self) -> str:
         """Write what is missing. Collective."""
         main, out = collectives.is_main(), self.request.out
+        collectives.raise_on_all_ranks(lambda: self._begin)  # refuses what can't be stored
         fingerprint = identity.fingerprint(self.teacher.probe().features)  # collective in a pipeline
         manifest = collectives.raise_on_all_ranks(lambda: self._existing(fingerprint) if main else None)
         manifest = collectives.broadcast_from_main(manifest)

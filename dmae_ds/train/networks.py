@@ -35,7 +35,7 @@ def build_networks(
     """Build the objective with its initial weights and the teachers it asks for, and check the teachers.
 
     Collective.
-    only: the name of the one teacher that is built; None: all
+    only: the name of the one teacher that is built, by itself; None: all
     """
     config, num_classes = preflight.config, preflight.num_classes
     # Process groups are made before anything that may fail on one rank alone.
@@ -61,7 +61,7 @@ def build_networks(
             continue  # `prepare` and `check_inputs` have checked it
         section = config.named_teachers()[name]
         collectives.raise_on_all_ranks(lambda one=one, section=section: verify_named(one, section))
-    return objective, objective.in_passes(teacher)
+    return objective, teacher if only is not None else objective.in_passes(teacher)
 
 
 def verify_named(teacher: FrozenTeacher, section: TeacherConfig) -> None:

@@ -185,6 +185,44 @@ def test_two_ranks_and_a_pipeline_write_the_same_files_and_read_them(recipe, sto
 
 
 @pytest.mark.slow
+def test_several_teachers_and_several_students_read_what_is_stored(recipe, tmp_path):
+    weights = next(word.partition("=")[2] for word in recipe if word.startswith("teacher.weights="))
+    train = next(word for word in recipe if word.startswith("data.train=") and word.endswith("val"))
+    shape = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4, "depth": 4, "num_heads": 2}
+    teacher = {**shape, "embed_dim": 48, "num_heads": 3, "weights": weights}
+    common = {
+        "data": {"train": train.partition("=")[2], "num_workers": 0, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "optim": {"global_batch": 32, "epochs": 1, "warmup_epochs": 0.1},
+        "log": {"trackers": []},
+    }
+    targets = [{"name": name, "tap": f"{name}:tokens", "student": "tokens"} for name in "ab"]
+    recipes = {
+        "two": {
+            "student": {**shape, "embed_dim": 32},
+            "teachers": {"a": teacher, "b": {**teacher, "standardize": "layer_norm"}},
+            "objective": {"name": "features", "targets": targets},
+        },
+        "family": {
+            "students": {"p": {**shape, "embed_dim": 32}, "q": {**shape, "embed_dim": 64}},
+            "teacher": teacher,
+            "objective": {"name": "dmae", "decoder": {"depth": 1, "embed_dim": 32, "num_heads": 2}},
+        },
+    }
+    for name, sections in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"run": {"dir": name}, **common, **sections}))
+    of_a = ["run.dir=two_a", "teachers.a.placement=cache", "teachers.a.cache=a", "teachers.a.weights=null"]
+    of_b = ["run.dir=two_ab", "teachers.b.placement=cache", "teachers.b.cache=b"]
+    jobs = [["store", {"out": name, "teacher": name}, ["two.yaml"]] for name in "ab"]
+    jobs += [["train", {}, ["two.yaml", *more]] for more in ([], of_a, [*of_a, *of_b])]
+    jobs += [["store", {"out": "f"}, ["family.yaml"]], ["train", {}, ["family.yaml"]]]
+    jobs += [["train", {}, ["family.yaml", "run.dir=family_f", *cached(Path("f"))]]]
+    drive(jobs, tmp_path)
+    assert student(tmp_path / "two") == student(tmp_path / "two_a") == student(tmp_path / "two_ab")
+    for name in "pq":
+        assert student(tmp_path / "family" / name) == student(tmp_path / "family_f" / name)
+
+
+@pytest.mark.slow
 def test_a_run_from_a_cache_resumes_bit_for_bit(recipe, stored, tmp_path):
     folder = tmp_path / "run"
     start = [*recipe, *cached(stored / "one"), f"run.dir={folder}", "checkpoint.every_steps=4"]
