@@ -9,6 +9,7 @@ changes_of() { # RECIPE: images of 64 px in 8x8 patches, as many as on digits; a
     local file=launch/recipes/$1.yaml
     echo student.img_size=64 student.patch_size=8 data.flip=true
     ! grep -q '^teacher:' "$file" || echo teacher.img_size=64 teacher.patch_size=8
+    ! grep -q '^teachers:' "$file" || echo teachers.{mae,moco}.{img_size=64,patch_size=8}
     ! grep -q '^  local_size:' "$file" || echo objective.local_size=48
     [ "$1" != digits_teacher ] || echo optim.epochs=24
 }

@@ -22,7 +22,7 @@ in_parallel() { # lines of arguments of `train_alone` on standard input
 students_of() { # SEED; settings on standard input -> lines of arguments of `train_alone`
     while read -r name recipe options; do
         [ -n "$name" ] && wanted "$name" || continue
-        ! grep -q '^teacher:' "launch/recipes/$recipe.yaml" ||
+        [[ "$options" = *teacher.weights=* ]] || ! grep -q '^teacher:' "launch/recipes/$recipe.yaml" ||
             options="teacher.weights=$OUT/teacher-seed$1${weights:-} $options"
         echo "'$name' $1 $recipe ${options//SEED/$1}"
     done

@@ -44,6 +44,7 @@ tinymim           digits_tinymim
 amd               digits_amd
 features          digits_features
 features-masked   digits_features_masked
+mocov3-teacher    digits_mocov3_teacher
 "
 # Classifiers that learn from the fine-tuned teacher. DeiT's distillation gets the epochs of both of G2SD's
 # stages (G2SD, supplement, Table 2).
@@ -51,9 +52,15 @@ CLASSIFIERS="
 g2sd-specific     digits_g2sd_specific  student.weights=$OUT/g2sd-generic-seedSEED
 deit-distilled    digits_g2sd_specific  student.weights=null optim.layer_decay=1.0 optim.epochs=31
 "
-# A student that goes on from one of the above.
+# Students of runs above: one that goes on from MAE's; of the MoCo-v3 teacher alone, and of both teachers; with
+# DMAE's features stored in 8 bits, and in 8 bits of their 16 main directions.
+MOCO=$OUT/mocov3-teacher-seedSEED
 CONTINUED="
-adapt             digits_adapt  student.weights=$OUT/mae-seedSEED/student.safetensors
+adapt             digits_adapt         student.weights=$OUT/mae-seedSEED/student.safetensors
+features-mocov3   digits_features      teacher.weights=$MOCO
+two-teachers      digits_two_teachers  teachers.mae.weights=$OUT/teacher-seedSEED teachers.moco.weights=$MOCO
+dmae-int8         digits_dmae          teacher.placement=cache teacher.cache=$OUT/stored-int8-seedSEED
+dmae-pca          digits_dmae          teacher.placement=cache teacher.cache=$OUT/stored-pca-seedSEED
 "
 # Students that are also fine-tuned on labels alone; baselines that learn from labels and the fine-tuned teacher
 # from random weights, whose results are those of `random`.
@@ -62,6 +69,7 @@ BASELINES="supervised_crd_digits supervised_srrl_digits"
 
 TEACHER="teacher digits_teacher"
 RESULTS=("$OUT")
+changes_of() { :; } # RECIPE: keys that another data set changes
 case $DATA in
 digits) . launch/digits.sh ;;
 clipart) . launch/clipart_study.sh ;;
@@ -87,7 +95,16 @@ echo "== students: $(grep -c . <<<"$SETTINGS") settings, seeds $SEEDS"
 for seed in $SEEDS; do
     students_of "$seed" <<<"$SETTINGS"
 done | in_parallel
+store() { # SEED NAME OPTION ...: the teacher's features, for digits_dmae
+    [ ! -e "$OUT/stored-$2-seed$1.done" ] || return 0
+    logged "storing features ($2)" "$OUT/stored-$2-seed$1.log" dmae-ds teacher cache digits_dmae \
+        "$OUT/stored-$2-seed$1" "${@:3}" "run.seed=$1" "data.train=$SHARDS/train" "data.val=$SHARDS/val" \
+        $(changes_of digits_dmae) "teacher.weights=$OUT/teacher-seed$1" || return 1
+    touch "$OUT/stored-$2-seed$1.done"
+}
 for seed in $SEEDS; do
+    ! wanted dmae-int8 || store "$seed" int8 --dtype int8
+    ! wanted dmae-pca || store "$seed" pca --dtype int8 --pca 16
     students_of "$seed" <<<"$CONTINUED"
 done | in_parallel
 echo "== classifiers: the teacher, students on labels alone, students with the teacher"

@@ -10,7 +10,10 @@ from dmae_ds.config.load import flatten, read_saved_config
 from dmae_ds.config.networks import StudentConfig, TeacherConfig
 from dmae_ds.config.objective_base import NULL_WORDS
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.storage import Access
+from dmae_ds.errors import UserError
 from dmae_ds.report.runs import Run
+from dmae_ds.teacher.cache_manifest import read_manifest
 
 # Sections and keys that don't change what is trained.
 _IRRELEVANT = {
@@ -23,8 +26,8 @@ _IRRELEVANT = {
     "data.retries",
     "data.timeout_s",
     "data.val",
-    "teacher.stats",
 }
+_IRRELEVANT_OF_TEACHER = {"stats", "placement", "stages"}
 
 UNTRAINED = "random weights"
 
@@ -45,11 +48,18 @@ def describe_training(config: RunConfig) -> dict[str, object]:
         for key, value in flatten(config.model_dump(mode="json")).items()
         if key not in _IRRELEVANT
         and key.split(".")[0] not in _IRRELEVANT
-        and not (key.startswith("teachers.") and key.endswith(".stats"))
+        and not (
+            key.startswith(("teacher.", "teachers.")) and key.rpartition(".")[2] in _IRRELEVANT_OF_TEACHER
+        )
     }
     if config.teachers is None:
         flat.pop("teachers", None)  # a newer key, which older runs lack
     networks = {teacher.section: teacher for teacher in config.named_teachers().values()}
+    for section, teacher in networks.items():
+        if teacher.cache is None:
+            flat.pop(f"{section}.cache", None)  # a newer key, which older runs lack
+        else:
+            flat[f"{section}.cache"] = describe_cache(teacher.cache)
     for name, model in {**networks, "student": config.student}.items():
         folder = find_source_run(model)
         if folder is not None:
@@ -58,6 +68,17 @@ def describe_training(config: RunConfig) -> dict[str, object]:
                 source["evaluation"] = Path(model.weights).parent.name
             flat[f"{name}.weights"] = source
     return flat
+
+
+def describe_cache(location: str) -> str:
+    """How the features of a local cache are stored; the location where that can't be read."""
+    try:
+        manifest = read_manifest(str(Path(location).expanduser()), access=Access())
+    except (OSError, UserError):
+        return location
+    taps = manifest.layout.taps
+    lossy = {tap.stored if tap.width == tap.shape[-1] else f"{tap.stored}, PCA {tap.width}" for tap in taps}
+    return "exact" if all(tap.is_exact for tap in taps) else "; ".join(sorted(lossy))
 
 
 def find_source_run(model: StudentConfig | TeacherConfig | None) -> Path | None:

@@ -166,11 +166,14 @@ def test_g2sd_refuses_another_task(start):
 
 
 def test_study_trains_every_setting_of_every_seed_once(start):
-    wanted = {"SEEDS": "0 1", "ONLY": "random mae dmae adapt g2sd-generic g2sd-specific"}
+    wanted = {
+        "SEEDS": "0 1",
+        "ONLY": "random mae dmae adapt dmae-int8 two-teachers g2sd-generic g2sd-specific",
+    }
     done, calls = start("study.sh", **wanted)
     assert done.returncode == 0, done.stderr
     trained = [run_of(call) for call in calls if call.startswith("dmae-ds train")]
-    names = ("teacher", "random", "mae", "dmae", "adapt", "g2sd-generic", "g2sd-specific")
+    names = ("teacher", *wanted["ONLY"].split())
     assert sorted(trained) == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))
     for call in calls:
         if "digits_g2sd_specific" in call:
@@ -181,6 +184,10 @@ def test_study_trains_every_setting_of_every_seed_once(start):
             assert "teacher.weights" not in call
         if "digits_adapt" in call:
             assert f"student.weights=OUT/mae-seed{run_of(call)[-1]}/student.safetensors" in call
+        if "digits_two_teachers" in call:
+            assert f"teachers.moco.weights=OUT/mocov3-teacher-seed{run_of(call)[-1]}" in call
+    stored = [call for call in calls if "teacher cache" in call]
+    assert len(stored) == 2 and all("--dtype int8" in call and "run.seed=" in call for call in stored)
     of_random = [call for call in calls if "eval finetune OUT/random-seed1" in call]
     assert sorted(call.split()[5] for call in of_random) == [
         "supervised_crd_digits",
@@ -188,7 +195,7 @@ def test_study_trains_every_setting_of_every_seed_once(start):
     ]
     assert all("distill.teacher=OUT/teacher-seed1/" in call for call in of_random)
     evaluated = [call for call in calls if call.startswith(("dmae-ds eval knn", "dmae-ds eval probe"))]
-    assert len(evaluated) == 6 and all(call.count("-seed") == 7 for call in evaluated[:2])
+    assert len(evaluated) == 6 and all(call.count("-seed") == 9 for call in evaluated[:2])
     assert calls[-1] == "dmae-ds report --results OUT"
     done, calls = start("study.sh", **wanted)
     assert calls == ["dmae-ds report --results OUT"]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from dmae_ds.cli.main import main
 from dmae_ds.config.load import load_config
 from dmae_ds.evaluate.results import METRICS, append_result, read_results
+from dmae_ds.report import study_names
 from dmae_ds.report.results_page import write_results_page
 from dmae_ds.report.runs import find_runs
 from dmae_ds.report.study import Column, Setting, group, list_columns
 from dmae_ds.report.study_names import describe_training, name_settings
 from dmae_ds.report.study_plot import colour_of, draw_study
 from dmae_ds.report.theme import light
+from dmae_ds.teacher.cache_layout import StoredTap
 from tests.evaluate.conftest import SEGMENTATION
 from tests.report.made_runs import KNN, make_run
 
@@ -66,6 +69,22 @@ def test_a_run_that_learns_nothing_is_named_random_weights(tmp_path):
     for name, rates in (("trained", []), ("random", ["optim.base_lr=1e-12"])):
         make_run(tmp_path / name, "digits_mae", *rates, results=[("knn", "all", 70.0, KNN)], num_images=1400)
     assert [setting.name for setting in group(find_runs([tmp_path]))] == ["mae", "random weights"]
+
+
+def test_runs_are_told_by_how_features_are_stored_and_not_by_where_the_teacher_is(tmp_path, monkeypatch):
+    def read(location, *, access):
+        stored = {"stored": "int8", "width": 16} if "few" in location else {"stored": "float32", "width": 128}
+        tap = StoredTap("block/6", (65, 128), "float32", **stored)
+        return SimpleNamespace(layout=SimpleNamespace(taps=[tap]))
+
+    monkeypatch.setattr(study_names, "read_manifest", read)
+    caches = {name: ["teacher.placement=cache", f"teacher.cache={name}"] for name in ("few0", "few1", "all")}
+    for seed, (name, keys) in enumerate({"live": [], "zero3": ["teacher.placement=zero3"], **caches}.items()):
+        given = ["teacher.weights=t.pth", f"run.seed={seed}", *keys]
+        make_run(tmp_path / name, "digits_dmae", *given, results=[("knn", "all", 70.0, KNN)], num_images=1400)
+    named = {setting.name: setting.seeds for setting in group(find_runs([tmp_path]))}
+    assert sorted(named.values()) == [[0, 1], [2, 3], [4]]
+    assert sum("int8, PCA 16" in name for name in named) == 1 and sum("exact" in name for name in named) == 1
 
 
 def test_a_metric_without_top1_is_a_column_next_to_lines_of_an_earlier_version(tmp_path, monkeypatch):
