@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 NUM_TRAIN = 1400  # scans
 TEXTURES = ("stripes", "checks", "grain", "waves")
 # The colour each texture leans to; how far; how far a texture of a scene differs from that; contrast; noise.
-# Chosen on training scenes of seed 0, a tenth held out: of seven sets of textures, the first on which frozen
+# Chosen on training scenes of seed 0, a tenth held out: of six sets of textures, the first on which frozen
 # features of MAE came to tell textures better than random weights do (from 1,000 steps of 16 scenes on).
 TINTS = ((1.0, -0.5, -0.5), (-0.5, 1.0, -0.5), (-0.5, -0.5, 1.0), (0.5, 0.5, -1.0))
 BRIGHTNESS, TINT, CAST, CONTRAST, NOISE = 0.3, 0.06, 0.04, 0.1, 0.25
