@@ -173,7 +173,6 @@ def _predict(config: RunConfig, world: World, step: TrainingStep, geometry: Geom
         ranks=world.size,
         accumulation=step.accumulation,
         placed=dict.fromkeys(geometry.teachers, Placement()),
-        stages=None,
         gpu=gpu,
     )
     return sum(getattr(memory, part) for part in counted_parts(gpu=gpu))
