@@ -25,7 +25,9 @@ from dmae_ds.errors import UserError
 from dmae_ds.output.local_path import refuse_url
 
 # Keys that may hold a URL. Every other key with one is refused, but for the options of an own objective.
-TAKES_URL = re.compile(r"data\.train|data\.val|teachers?(\.\w+)?\.license|(students\.\w+\.)?objective\..*")
+TAKES_URL = re.compile(
+    r"data\.train|data\.val|teachers?(\.\w+)?\.(license|cache)|(students\.\w+\.)?objective\..*"
+)
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
