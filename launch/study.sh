@@ -52,12 +52,13 @@ CLASSIFIERS="
 g2sd-specific     digits_g2sd_specific  student.weights=$OUT/g2sd-generic-seedSEED
 deit-distilled    digits_g2sd_specific  student.weights=null optim.layer_decay=1.0 optim.epochs=31
 "
-# Students of runs above: one that goes on from MAE's; of the MoCo-v3 teacher alone, and of both teachers; with
+# Students of runs above: one that goes on from MAE's; of two teachers, and of each of them alone; with
 # DMAE's features stored in 8 bits, and in 8 bits of their 16 main directions.
 MOCO=$OUT/mocov3-teacher-seedSEED
 CONTINUED="
 adapt             digits_adapt         student.weights=$OUT/mae-seedSEED/student.safetensors
-features-mocov3   digits_features      teacher.weights=$MOCO
+one-teacher       digits_one_teacher
+one-teacher-moco  digits_one_teacher   teacher.weights=$MOCO
 two-teachers      digits_two_teachers  teachers.mae.weights=$OUT/teacher-seedSEED teachers.moco.weights=$MOCO
 dmae-int8         digits_dmae          teacher.placement=cache teacher.cache=$OUT/stored-int8-seedSEED
 dmae-pca          digits_dmae          teacher.placement=cache teacher.cache=$OUT/stored-pca-seedSEED
