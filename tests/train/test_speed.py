@@ -57,7 +57,7 @@ def test_every_kernel_of_a_step_is_measured_and_multiplies(dtype):
 def test_a_teacher_in_float8_is_compared_with_products_in_float8():
     config = load_config("dmae_vit_large_to_base", ["teacher.weights=x", "teacher.dtype=fp8"])
     part = SimpleNamespace(flops=8, forward_flops=8, backward_flops=8)
-    geometry = SimpleNamespace(student=part, teacher=part, ema=None)
+    geometry = SimpleNamespace(student=part, teachers={"": part}, ema=None)
     assert step_work(config, geometry, 2)["teacher"] == (16, torch.float8_e4m3fn)
 
 
