@@ -30,6 +30,7 @@ _IRRELEVANT = {
 _IRRELEVANT_OF_TEACHER = {"stats", "placement", "stages"}
 
 UNTRAINED = "random weights"
+LONGEST = 60  # characters of an option's value in a name
 
 
 def is_untrained(training: dict) -> bool:
@@ -165,4 +166,5 @@ def _short(field: str, value: object) -> str:
             else entry
             for entry in value
         ]
-    return json.dumps(value).strip('"')
+    text = json.dumps(value).strip('"')
+    return text if len(text) <= LONGEST else "of its own"

@@ -65,6 +65,14 @@ def test_settings_are_runs_that_differ_in_their_seed_alone(tmp_path):
     assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
 
 
+def test_a_long_option_is_not_written_out_in_a_name(tmp_path):
+    for name in ("digits_features", "digits_features_masked"):
+        given = ["teacher.weights=t.pth"]
+        make_run(tmp_path / name, name, *given, results=[("knn", "all", 70.0, KNN)], num_images=1400)
+    names = [setting.name for setting in group(find_runs([tmp_path]))]
+    assert len(set(names)) == 2 and all("tap" not in name and len(name) < 60 for name in names)
+
+
 def test_a_run_that_learns_nothing_is_named_random_weights(tmp_path):
     for name, rates in (("trained", []), ("random", ["optim.base_lr=1e-12"])):
         make_run(tmp_path / name, "digits_mae", *rates, results=[("knn", "all", 70.0, KNN)], num_images=1400)
