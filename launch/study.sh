@@ -69,7 +69,7 @@ FINETUNED="g2sd-generic mae dmae"
 BASELINES="supervised_crd_digits supervised_srrl_digits"
 
 TEACHER="teacher digits_teacher"
-RESULTS=("$OUT")
+RESULTS=("digits=$OUT")
 changes_of() { :; } # RECIPE: keys that another data set changes
 case $DATA in
 digits) . launch/digits.sh ;;
