@@ -37,6 +37,7 @@ def start(out: Path, *words: str, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_writes_all_checks_and_figures_into_two_files(tmp_path):
     done = start(tmp_path, "--rehearse")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -192,6 +192,7 @@ def with_kind(config, kind):
     return RunConfig.model_validate({**config.model_dump(), "teacher": teacher})
 
 
+@pytest.mark.slow
 def test_a_larger_crop_all_patches_and_z_scores_train(measured, tmp_path):
     recipe = [
         *measured,
