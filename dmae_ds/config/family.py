@@ -6,7 +6,6 @@ member alone, by which its network is built, and which its folder RUN/<name> kee
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING
 
 from dmae_ds.config.networks import StudentConfig
 from dmae_ds.config.objectives import ObjectiveConfig, ObjectiveSection
-from dmae_ds.config.teachers import split_name
+from dmae_ds.config.teachers import check_names, split_name
 from dmae_ds.errors import UserError
 
 if TYPE_CHECKING:
     from dmae_ds.config.run import RunConfig
 
-NAME = r"[a-z][a-z0-9_]*"
 # Names that files of a run folder and parts of metrics.jsonl have.
 RESERVED = {
     *("checkpoints", "tensorboard", "wandb", "lock"),
@@ -60,14 +58,8 @@ def check_family(config: RunConfig) -> None:
 
 
 def _check_names(names: Iterable[str]) -> None:
-    if not names:
-        raise ValueError("students is empty; give each student a name: students.small.name=...")
+    check_names(names, section="students", example="small")
     for name in names:
-        if not re.fullmatch(NAME, str(name)):
-            raise ValueError(
-                f"students has the name '{name}'; a name has small letters, digits and _, and begins with a "
-                "letter"
-            )
         if name in RESERVED:
             raise ValueError(f"students has the name '{name}', which a run folder uses; choose another")
 

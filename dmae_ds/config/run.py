@@ -261,7 +261,7 @@ class RunConfig(Section):
                 "the recipe has both teacher and teachers; give one teacher as `teacher`, several by their "
                 "names in `teachers`"
             )
-        check_names(self.teachers)
+        check_names(self.teachers, section="teachers", example="dino")
         for name, teacher in self.teachers.items():
             teacher.called(name)
         return self

@@ -12,15 +12,20 @@ if TYPE_CHECKING:
 NAME = r"[a-z][a-z0-9_]*"
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raise ValueError for a section `teachers` that names none, or one that is not a name."""
+def check_names(names: Iterable[str], *, section: str, example: str) -> None:
+    """Raise ValueError for a section of named networks that holds none, or a name that can't be one.
+
+    section: `teachers` or `students`; example: a name, for the message
+    """
     names = list(names)
     if not names:
-        raise ValueError("teachers is empty; give each teacher a name: teachers.dino.name=..., or remove it")
+        raise ValueError(
+            f"{section} is empty; give each {section[:-1]} a name: {section}.{example}.name=..., or remove it"
+        )
     for name in names:
         if not re.fullmatch(NAME, str(name)):
             raise ValueError(
-                f"teachers has the name '{name}'; a name has small letters, digits and _, and begins with a "
+                f"{section} has the name '{name}'; a name has small letters, digits and _, and begins with a "
                 "letter"
             )
 

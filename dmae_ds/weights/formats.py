@@ -26,7 +26,7 @@ from dmae_ds.weights.label import WEIGHTS, Label
 from dmae_ds.weights.roots import ANYTHING
 
 
-def take(tensor: Tensor, *pieces: Tensor) -> tuple[Tensor, ...]:
+def split_pieces(tensor: Tensor, *pieces: Tensor) -> tuple[Tensor, ...]:
     """Return the pieces, of the old sizes, of which a tensor is joined along its first axis."""
     return tensor.split([len(piece) for piece in pieces])
 
@@ -40,7 +40,7 @@ class Source:
 
     names: tuple[str, ...]
     make: Callable[..., Tensor]
-    undo: Callable[..., tuple[Tensor, ...]] = take
+    undo: Callable[..., tuple[Tensor, ...]] = split_pieces
 
 
 Sources = dict[str, Source]
