@@ -1,1 +1,1 @@
-"""Output of commands: text tables, sizes in text, progress, durable files; hidden warnings of libraries."""
+"""Output of commands: text tables, sizes, progress, colours of figures, durable files; hidden warnings."""

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dmae_ds.evaluate.facts import DEAD_SHARE
-from dmae_ds.report.theme import NUM_SERIES, add_key, add_legend, light, new_figure, plain_text, series_colour
+from dmae_ds.output.theme import NUM_SERIES, add_key, add_legend, light, new_figure, plain_text, series_colour
 
 MAX_POINTS = 300  # a longer curve is drawn as means: the page has no more pixels for it
 MAX_OPACITY = 0.85  # of a heat map's cell of value 1: the number in it can be read in light and dark mode

@@ -7,7 +7,7 @@ from html import escape
 
 from dmae_ds import __version__
 from dmae_ds.evaluate.facts import Fact
-from dmae_ds.report.theme import COLOURS, NUM_SERIES
+from dmae_ds.output.theme import COLOURS, NUM_SERIES
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from statistics import fmean, stdev
 
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import replacing
+from dmae_ds.output.theme import to_png
 from dmae_ds.report.published import NUM_IMAGENET, Conditions, find_conditions, find_result, read_published
 from dmae_ds.report.runs import Run, find_runs
 from dmae_ds.report.study import Column, Setting, format_rank, format_time, format_values, group, list_columns
 from dmae_ds.report.study_plot import draw_study
-from dmae_ds.report.theme import to_png
 
 NOT_RUN, NO_METHOD = "not run", "not run*"
 FIGURE = Path(".github/results.png")  # relative to the page

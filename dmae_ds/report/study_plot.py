@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dmae_ds.evaluate.results import headline_score
+from dmae_ds.output.theme import light, plain_text
 from dmae_ds.report.study import TEACHER, Column, Setting
-from dmae_ds.report.theme import light, plain_text
 
 PANELS_A_ROW = 3
 

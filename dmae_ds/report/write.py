@@ -15,12 +15,12 @@ from dmae_ds.evaluate.facts import Fact, find_collapses, find_dead_terms, list_f
 from dmae_ds.evaluate.record import RunRecord, read_record
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.output.durable import replacing
+from dmae_ds.output.theme import light, to_png, to_svg
 from dmae_ds.report.charts import Charts, draw_health, draw_losses, draw_times, safe_name
 from dmae_ds.report.dense_boards import add_dense_boards
 from dmae_ds.report.figures import MAX_POINTS, draw_grid, draw_mosaic
 from dmae_ds.report.page import Section, missing, place_charts, place_runs, render_page
 from dmae_ds.report.reference import Teachers
-from dmae_ds.report.theme import light, to_png, to_svg
 from dmae_ds.report.views import Views, make_views
 
 # Section of the page, which also begins the names of its figures -> title, how to read it.

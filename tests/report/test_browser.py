@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmae_ds.report.theme import COLOURS
+from dmae_ds.output.theme import COLOURS
 from tests.report.conftest import ODD_NAME
 
 BROWSER = next(

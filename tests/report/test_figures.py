@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dmae_ds.output.theme import to_png, to_svg
 from dmae_ds.report.charts import draw_losses
 from dmae_ds.report.figures import Curve, draw_bars, draw_curves, draw_grid, draw_mosaic, thin_out
-from dmae_ds.report.theme import to_png, to_svg
 
 CURVE = Curve("run", 0, [0, 1], [0.4, 0.5])
 

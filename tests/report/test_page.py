@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmae_ds.output.theme import COLOURS
 from dmae_ds.report import name_runs, write_report
-from dmae_ds.report.theme import COLOURS
 from dmae_ds.report.write import NO_TEACHER, NOT_MEASURED
 from tests.evaluate.conftest import Metrics, make_run
 from tests.messages import refused

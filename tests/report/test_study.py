@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from dmae_ds.cli.main import main
 from dmae_ds.config.load import load_config
 from dmae_ds.evaluate.results import METRICS, append_result, read_results
+from dmae_ds.output.theme import light
 from dmae_ds.report import study_names
 from dmae_ds.report.results_page import write_results_page
 from dmae_ds.report.runs import find_runs
 from dmae_ds.report.study import Column, Setting, group, list_columns
 from dmae_ds.report.study_names import describe_training, name_settings
 from dmae_ds.report.study_plot import colour_of, draw_study
-from dmae_ds.report.theme import light
 from dmae_ds.teacher.cache_layout import StoredTap
 from tests.evaluate.conftest import SEGMENTATION
 from tests.report.made_runs import KNN, make_run

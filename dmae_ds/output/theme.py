@@ -1,4 +1,4 @@
-"""Colours of the report in light and dark mode, empty figures in these colours, and figures as PNG or SVG.
+"""Colours of figures in light and dark mode, empty figures in these colours, and figures as PNG or SVG.
 
 A figure is drawn once, in light colours. In the SVG every colour is replaced by a CSS variable of the page,
 so that the browser can choose the dark colour; text stays text.
