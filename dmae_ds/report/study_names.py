@@ -110,23 +110,79 @@ def list_defaults(runs: list[Run]) -> dict[str, dict]:
 
 
 def name_settings(trainings: dict, defaults: dict[str, dict]) -> dict:
-    """Name trainings by what tells them apart: {key: flat config} -> {key: name}.
+    """Name trainings by what tells them apart: {key: flat config} -> {key: name}; no name is given twice.
 
     A name is the objective, then the sections that not every training of this objective has, then the options
     that differ from the commonest value among the trainings that have this section. defaults: the options of
     each objective, flat; the default is taken for the commonest value if others are as common.
     """
+    trainings = _name_sources(trainings, defaults)
     names = {}
     for key, training in trainings.items():
         objective = training["objective.name"]
         peers = [other for other in trainings.values() if other["objective.name"] == objective]
         differing = [f"with {section}" for section in _extra_sections(training, peers)]
-        for field, value in training.items():
-            usual = _commonest(field, peers, defaults[objective].get(field))
+        for field in _list_fields(training, peers):
+            value = training.get(field)
+            usual = _commonest(field, peers, defaults.get(objective, {}).get(field))
             if _as_text(value) != usual:
                 differing.append(f"{field.removeprefix('objective.')} {_short(field, value)}")
         names[key] = ", ".join([objective, *differing])
-    return names
+    return _tell_apart(names, trainings)
+
+
+def _name_sources(trainings: dict, defaults: dict[str, dict]) -> dict:
+    """The trainings with a name in place of each run that weights come from, named like settings."""
+    sources: dict[str, dict[str, dict]] = {}
+    for training in trainings.values():
+        for field, value in training.items():
+            if isinstance(value, dict):
+                sources.setdefault(field, {})[_as_text(value)] = value
+    names = {field: name_settings(runs, defaults) for field, runs in sources.items()}
+    return {
+        key: {
+            field: names[field][_as_text(value)] if isinstance(value, dict) else value
+            for field, value in training.items()
+        }
+        for key, training in trainings.items()
+    }
+
+
+def _list_fields(training: dict, peers: list[dict]) -> list[str]:
+    """Options of a training, and those that only peers have in the sections of this training."""
+    sections = _sections(training)
+    theirs = [field for peer in peers for field in peer if field.rpartition(".")[0] in sections]
+    return list(dict.fromkeys([*training, *theirs]))
+
+
+def _tell_apart(names: dict, trainings: dict) -> dict:
+    """Add to equal names what differs inside long options, or where even that is equal a number."""
+    for name, count in Counter(names.values()).items():
+        keys = [key for key in names if names[key] == name]
+        inner = {key: _list_inner_options(trainings[key]) for key in keys if count > 1}
+        for field in dict.fromkeys(field for options in inner.values() for field in options):
+            longer = {key: f"{names[key]}, {field} {_short(field, inner[key].get(field))}" for key in keys}
+            if len(set(longer.values())) > len({names[key] for key in keys}):
+                names |= longer
+    seen: Counter[str] = Counter()
+    numbered = {}
+    for key in sorted(names, key=lambda key: _as_text(trainings[key])):
+        seen[names[key]] += 1
+        numbered[key] = names[key] + (f" ({seen[names[key]]})" if seen[names[key]] > 1 else "")
+    return {key: numbered[key] for key in names}
+
+
+def _list_inner_options(training: dict) -> dict[str, object]:
+    """What a name does not write out: how many entries a list has, their options, the end of a long text."""
+    inner: dict[str, object] = {}
+    for field, value in training.items():
+        field = field.removeprefix("objective.")
+        if isinstance(value, list):
+            entries = {f"{field}.{place}": entry for place, entry in enumerate(value)}
+            inner |= {f"number of {field}": len(value), **flatten(entries)}
+        elif isinstance(value, str) and len(value) > LONGEST:
+            inner[field] = "..." + value[3 - LONGEST :]
+    return inner
 
 
 def _extra_sections(training: dict, peers: list[dict]) -> list[str]:
@@ -154,9 +210,7 @@ def _as_text(value: object) -> str:
 
 
 def _short(field: str, value: object) -> str:
-    """A value as a name shows it; weights of another run by that run's objective."""
-    if isinstance(value, dict):
-        return value["objective.name"] if field == "student.weights" else "another"
+    """A value as a name shows it, in brackets if it is a name of several parts."""
     if value is None and field in NULL_WORDS:
         return NULL_WORDS[field]
     if isinstance(value, list):  # of sections: without what they leave open
@@ -166,5 +220,7 @@ def _short(field: str, value: object) -> str:
             else entry
             for entry in value
         ]
-    text = json.dumps(value).strip('"')
-    return text if len(text) <= LONGEST else "of its own"
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) > LONGEST:
+        return "of its own"
+    return f"({text})" if isinstance(value, str) and ", " in text else text

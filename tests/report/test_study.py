@@ -14,7 +14,7 @@ from dmae_ds.report import study_names
 from dmae_ds.report.results_page import write_results_page
 from dmae_ds.report.runs import find_runs
 from dmae_ds.report.study import Column, Setting, group, list_columns
-from dmae_ds.report.study_names import describe_training, name_settings
+from dmae_ds.report.study_names import LONGEST, describe_training, name_settings
 from dmae_ds.report.study_plot import colour_of, draw_study
 from dmae_ds.teacher.cache_layout import StoredTap
 from tests.evaluate.conftest import SEGMENTATION
@@ -65,12 +65,51 @@ def test_settings_are_runs_that_differ_in_their_seed_alone(tmp_path):
     assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
 
 
-def test_a_long_option_is_not_written_out_in_a_name(tmp_path):
-    for name in ("digits_features", "digits_features_masked"):
-        given = ["teacher.weights=t.pth"]
-        make_run(tmp_path / name, name, *given, results=[("knn", "all", 70.0, KNN)], num_images=1400)
-    names = [setting.name for setting in group(find_runs([tmp_path]))]
-    assert len(set(names)) == 2 and all("tap" not in name and len(name) < 60 for name in names)
+def test_a_long_option_is_not_written_out_and_sources_are_named_by_their_runs(tmp_path):
+    """Students of one teacher, of another one, of both, and of other features of the first."""
+    made = {"num_images": 1400, "results": [("knn", "all", 70.0, KNN)]}
+    first = make_run(tmp_path / "first", "digits_teacher", **made)
+    second = make_run(tmp_path / "second", "digits_mocov3_teacher", **made)
+    both = [f"teachers.mae.weights={first}", f"teachers.moco.weights={second}"]
+    for name, recipe, given in (
+        ("plain", "digits_features", [f"teacher.weights={first}"]),
+        ("masked", "digits_features_masked", [f"teacher.weights={first}"]),
+        ("one", "digits_one_teacher", [f"teacher.weights={first}"]),
+        ("other", "digits_one_teacher", [f"teacher.weights={second}"]),
+        ("two", "digits_two_teachers", both),
+    ):
+        make_run(tmp_path / name, recipe, *given, **made)
+    named = {run.path.name: setting.name for setting in group(find_runs([tmp_path])) for run in setting.runs}
+    assert len(set(named.values())) == 7 and all("tap" not in name for name in named.values())
+    parts = {name: set(named[name].split(", ")) for name in named}
+    assert parts["other"] == parts["one"] | {"teacher.weights mocov3"} and len(named["two"]) < 80
+
+
+def test_no_two_settings_have_one_name():
+    plain = {"objective.name": "features", "precision": "fp32", "teacher.weights": "t.pth"}
+    run = {"objective.name": "mae", "precision": "fp32", "optim.epochs": 9}
+    targets = [{"tap": "x" * LONGEST, "head": head, "where": None} for head in ("mlp2", "linear")]
+    trainings = {
+        "plain": plain,
+        "of a run": plain | {"teacher.weights": run},
+        "of a longer run": plain | {"teacher.weights": run | {"optim.epochs": 99}},
+        "one target": plain | {"objective.targets": targets[:1]},
+        "another head": plain | {"objective.targets": targets[1:]},
+        "both": plain | {"objective.targets": targets},
+        "stored": plain | {"teacher.cache": "exact", "optim.epochs": 9},
+        "stored, longer": plain | {"teacher.cache": "exact", "optim.epochs": 99},
+        "live": plain | {"teacher.dtype": "fp32"},
+        "here": plain | {"teacher.weights": "/here" + "/" * LONGEST + "a.pth"},
+        "there": plain | {"teacher.weights": "/there" + "/" * LONGEST + "a.pth"},
+        "a list": plain | {"objective.layers": [1]},
+        "its text": plain | {"objective.layers": "[1]"},
+    }
+    names = name_settings(trainings, {})
+    assert len(set(names.values())) == len(trainings) and names["plain"] == "features"
+    assert name_settings(dict(reversed(trainings.items())), {}) == names
+    assert "weights mae" in names["of a longer run"] and "(mae, optim.epochs 9)" in names["of a run"]
+    assert "targets.0.head linear" in names["another head"] and "number of targets 2" in names["both"]
+    assert names["there"] == f"{names['here']} (2)"  # the last resort, by the order of their recipes
 
 
 def test_a_run_that_learns_nothing_is_named_random_weights(tmp_path):
