@@ -303,7 +303,11 @@ def test_killed_and_resumed_is_bit_identical(recipes, tmp_path, name, ranks):
         ("two_teachers", "teachers.b.weights={folder}/none.pth", ["teachers.b.weights", "none.pth"]),
         ("two_teachers", "teachers.b.stats={folder}/a", ["teachers.b.standardize"]),
         ("features", "optim.global_batch=64", ["queue_size 40", "optim.global_batch 64"]),
-        ("features", "objective.targets=[{{tap: pooled, student: cls}}]", ["'pooled'", "tokens, cls"]),
+        (
+            "features",
+            "objective.targets=[{{name: all, tap: pooled, student: cls}}, {{name: some, where: masked}}]",
+            ["'pooled'", "tokens, cls"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(
