@@ -1,4 +1,4 @@
-"""Text tables for a terminal."""
+"""Text tables for a terminal, and rows of tables in Markdown."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def text_table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> 
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def markdown_row(*cells: str) -> str:
+    """Format a row of a table in Markdown."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

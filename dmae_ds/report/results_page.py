@@ -13,13 +13,25 @@ from statistics import fmean, stdev
 
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import replacing
+from dmae_ds.output.table import markdown_row
 from dmae_ds.output.theme import to_png
+from dmae_ds.report.claims_table import EXPLANATION, render_claims
 from dmae_ds.report.published import NUM_IMAGENET, Conditions, find_conditions, find_result, read_published
+from dmae_ds.report.random_weights import HEADING, compare_with_random
 from dmae_ds.report.runs import Run, find_runs
-from dmae_ds.report.study import Column, Setting, format_rank, format_time, format_values, group, list_columns
+from dmae_ds.report.study import (
+    NOT_RUN,
+    Column,
+    Setting,
+    format_rank,
+    format_time,
+    format_values,
+    group,
+    list_columns,
+)
 from dmae_ds.report.study_plot import draw_study
 
-NOT_RUN, NO_METHOD = "not run", "not run*"
+NO_METHOD = "not run*"
 FIGURE = Path(".github/results.png")  # relative to the page
 PAPERS = {
     "dmae": "DMAE: Masked Autoencoders Enable Efficient Knowledge Distillers (CVPR 2023)",
@@ -134,7 +146,7 @@ def _published_line(row: dict, ours: tuple[str, ...]) -> str:
         for key, value in row.items()
         if key not in _SHOWN and value is not None
     ]
-    return _line(row["table"], row["what"], row["metric"], ", ".join(fixed), paper, *ours)
+    return markdown_row(row["table"], row["what"], row["metric"], ", ".join(fixed), paper, *ours)
 
 
 def _our_cells(row: Conditions | None, runs: list[Run]) -> tuple[str, str, str, str]:
@@ -190,28 +202,32 @@ def render_study(sections: dict[str, list[Setting]]) -> list[str]:
         "and (lowest); it can't exceed a rank's batch.",
         "",
     ]
+    claims = {name: render_claims(settings) for name, settings in shown.items()}
+    lines += EXPLANATION if any(claims.values()) else []
     for name, settings in shown.items():
-        lines += [*([f"### On {name}", ""] if name else []), *_render_section(name, settings)]
+        lines += [f"### On {name}", ""] if name else []
+        lines += [*_render_section(name, settings), *claims[name]]
     return lines
 
 
 def _render_section(name: str, settings: list[Setting]) -> list[str]:
     headings = list_columns(settings)
+    above, rule = compare_with_random(settings)
+    more = [HEADING] if above else []
     lines = [
         _count_runs(settings),
         "",
         f"![{', '.join(headings.values())} of every setting]({figure_of(name)})",
         "",
-        _line("setting", *headings.values(), "seeds", "time", "rank"),
-        "|---|" + "---|" * (len(headings) + 3),
+        markdown_row("setting", *headings.values(), "seeds", "time", "rank", *more),
+        "|---|" + "---|" * (len(headings) + 3 + len(more)),
     ]
     for setting in settings:
         values = [_study_cell(setting, column) for column in headings]
         seeds = ", ".join(map(str, setting.seeds))
-        lines.append(
-            _line(setting.name, *values, seeds, format_time(setting.runs), format_rank(setting.runs))
-        )
-    return [*lines, ""]
+        values += [seeds, format_time(setting.runs), format_rank(setting.runs)]
+        lines.append(markdown_row(setting.name, *values, *(above.get(setting.name, "") for _ in more)))
+    return [*lines, "", *([rule, ""] if rule else [])]
 
 
 def _count_runs(settings: list[Setting]) -> str:
@@ -231,7 +247,3 @@ def _study_cell(setting: Setting, column: Column) -> str:
         return NOT_RUN
     fewer = f" ({len(values)} of {len(setting.runs)})" if len(values) < len(setting.runs) else ""
     return format_values(values) + fewer
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -90,12 +90,14 @@ def collect_facts(config: RunConfig, num_images: int, step: int) -> dict[str, ob
     """
     objective, optim = config.objective, config.optim
     teachers = config.named_teachers().values()
+    pairs = _pairs(config)
     return {
         **objective.facts(),
         "objective": objective.name,
         "student": _name(config.student),
         "teacher": " + ".join(map(_name, teachers)) or None,
-        "pairs": _pairs(config),
+        "pairs": pairs,
+        "quarters": _quarters(config, pairs),
         "distilled": objective.needs_teacher,
         "standardize": " + ".join(dict.fromkeys(teacher.standardize for teacher in teachers)) or None,
         "epochs": optim.epochs,
@@ -126,6 +128,18 @@ def _pairs(config: RunConfig) -> tuple | None:
         return tuple(sorted(tuple(pair) for pair in distillation.pairs))
     depths = [_depth(config.student), _depth(config.teacher)]
     return None if None in depths else (tuple(max(1, depth * 3 // 4) for depth in depths),)
+
+
+def _quarters(config: RunConfig, pairs: tuple | None) -> list[list[int | None]] | None:
+    """The distilled pairs in quarters of each network's depth, [[3, 3]]; None for what is at none of them."""
+    depths = [model and _depth(model) for model in (config.student, config.teacher)]
+    if pairs is None or None in depths:
+        return None
+    return [[_quarter(block, depth) for block, depth in zip(pair, depths, strict=True)] for pair in pairs]
+
+
+def _quarter(block: int, depth: int) -> int | None:
+    return next((part for part in (3, 1, 2, 4) if block == max(1, depth * part // 4)), None)
 
 
 def _depth(model: ModelConfig) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from dmae_ds.evaluate.results import METRICS, headline
@@ -21,6 +21,7 @@ from dmae_ds.report.study_names import (
 _LABELS = ("all", "10%", "1%")
 TEACHER = "teacher: "  # the names of runs that taught others start with this
 NOT_WATCHED = "not watched"
+NOT_RUN, ONE_SEED = "not run", "one seed"
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Setting:
     """Runs that differ only in their seed.
 
     values: for each column the numbers of the runs that have one, in the order of the seeds
+    training: what is trained, flat (`study_names.describe_training`)
     """
 
     name: str
     runs: list[Run]
     values: dict[Column, list[float]]
+    training: dict[str, object] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -80,11 +83,13 @@ def group(runs: list[Run]) -> list[Setting]:
         return key[0], trainings[key]["objective.name"], names[key].count(","), names[key]
 
     return [
-        Setting(names[key], members[key], _collect_values(members[key])) for key in sorted(members, key=order)
+        Setting(names[key], members[key], collect_values(members[key]), trainings[key])
+        for key in sorted(members, key=order)
     ]
 
 
-def _collect_values(runs: list[Run]) -> dict[Column, list[float]]:
+def collect_values(runs: list[Run]) -> dict[Column, list[float]]:
+    """Collect the numbers of these runs by column, one number a run, in their order."""
     values: dict[Column, list[float]] = {}
     for run in runs:
         draws: dict[Column, list[float]] = {}

@@ -254,6 +254,7 @@ def test_the_table_and_the_plot_of_the_study(tmp_path):
         "| dmae, mask_ratio 0.9 | 78.0 (1 of 2) | 78.0 (1 of 2) | 57.0 (1 of 2) | 0, 1 |" in page
         and "| teacher: mae | not run | 86.5 ± 0.7 | not run |" in page
     )
+    assert "| 84.0, 81.6 | 81.0, 71.0: **+10.0 ± 0.0** | 0, 1 | shows (k-NN) |" in page
     assert "8 runs on 1,400 images" in page and "(.github/results.png)" in page and "0 of 124 rows" in page
     plot = (tmp_path / ".github" / "results.png").read_bytes()
     assert plot[:4] == b"\x89PNG"
@@ -274,6 +275,7 @@ def test_each_data_set_has_a_section_with_columns_and_a_plot_of_its_own(tmp_path
     assert digits.startswith("digits\n") and scenes.startswith("scenes\n")
     assert "| mae | 70.0 | 61.0 | 0 |" in digits and "| mae | 41.5 | 0 |" in scenes
     plots = [f".github/results-{name}.png" for name in ("digits", "scenes")]
+    assert "verdict" not in page and "above random weights" not in page  # without runs that it is about
     assert plots[0] in digits and plots[1] in scenes and all(Path(plot).is_file() for plot in plots)
     assert main(["report", "--results", "runs"]) == 0  # without names it is one section
     page = Path("RESULTS.md").read_text()
