@@ -36,7 +36,8 @@ EXPLANATION = [
     "- To cost little is to lose less than a quarter of what the teacher gains at a mask ratio of .75.",
     "- Settings are found by their recipes, which are equal but for what the claim says, and for what its "
     "row says in brackets. The paper's numbers are of one run each, fine-tuned on ImageNet-1k.",
-    "- k-NN and probe are of the mean of the patch tokens. Fine-tuned: a classifier whose weights are all trained, also one without pre-training.",
+    "- k-NN and probe are of the mean of the patch tokens. Fine-tuned: a classifier whose weights are all "
+    "trained, also one without pre-training.",
     "",
 ]
 
