@@ -1,7 +1,7 @@
 # Sourced by study.sh and scenes_study.sh: runs of several settings and seeds, JOBS at a time, each finished
 # once. SHARDS: the folder with train and val; OUT: of the runs; ONLY: the settings that are wanted, or nothing.
-logged() { # NAME LOG COMMAND ...: run a command; if it fails, show the end of its log
-    "${@:3}" >"$2" 2>&1 || { echo "$1 failed:" >&2; tail -5 "$2" >&2; return 1; }
+logged() { # NAME LOG COMMAND ...: run a command; if it fails, show the end of its log, which goes on at another start
+    "${@:3}" >>"$2" 2>&1 || { echo "$1 failed:" >&2; tail -5 "$2" >&2; return 1; }
 }
 train_alone() { # NAME SEED RECIPE [key=value ...]: in one process; a finished run is not repeated
     local run="$OUT/$1-seed$2"
