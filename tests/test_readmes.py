@@ -24,6 +24,7 @@ TAKE_A_RECIPE = (
     "plan",
     "doctor",
     "bench step",
+    "bench growth",
     "bench stream",
     "bench cache",
     "bench save",

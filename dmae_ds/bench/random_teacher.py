@@ -26,6 +26,15 @@ def check_one_teacher(config: RunConfig, bench: str) -> None:
         )
 
 
+def check_replicated(config: RunConfig, bench: str) -> None:
+    """Raise UserError for a teacher that is not whole on every rank, or whose features are read."""
+    if config.teacher is not None and config.teacher.placement != "replicated":
+        raise UserError(
+            f"bench {bench} requires teacher.placement=replicated, found {config.teacher.placement}; "
+            "`dmae-ds bench stream` compares placements, `dmae-ds plan` chooses one"
+        )
+
+
 def random_teacher(
     config: RunConfig, depth: int, held: range | None, *, device: torch.device, sleep_ms: float | None
 ) -> MaskedViT:

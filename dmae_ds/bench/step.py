@@ -229,15 +229,7 @@ def figures(one: Contestant, rates: dict[torch.dtype, float]) -> dict:
 
 def table(results: dict) -> str:
     """Text for a person: a table for each contestant, then the ratios to the last one."""
-    rates = ", ".join(
-        f"{dtype} {rate:,.0f} GFLOP/s by {results['gemm_kernel'][dtype]}"
-        for dtype, rate in results["gemm_gflops"].items()
-    )
-    lines = [
-        f"{results['recipe']}; {results['device']}, {results['threads']} threads; median of "
-        f"{results['rounds']} rounds",
-        f"fastest matrix products here: {rates}",
-    ]
+    lines = title_lines(results)
     for step in results["steps"]:
         lines += ["", *_step_lines(step)]
     if "families" in results:
@@ -254,6 +246,19 @@ def table(results: dict) -> str:
             "the work"
         )
     return "\n".join(lines)
+
+
+def title_lines(results: dict) -> list[str]:
+    """Two lines: the recipe and the device, and the fastest matrix products."""
+    rates = ", ".join(
+        f"{dtype} {rate:,.0f} GFLOP/s by {results['gemm_kernel'][dtype]}"
+        for dtype, rate in results["gemm_gflops"].items()
+    )
+    return [
+        f"{results['recipe']}; {results['device']}, {results['threads']} threads; median of "
+        f"{results['rounds']} rounds",
+        f"fastest matrix products here: {rates}",
+    ]
 
 
 def _step_lines(step: dict) -> list[str]:

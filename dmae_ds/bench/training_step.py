@@ -11,6 +11,7 @@ import torch
 from dmae_ds.bench.random_batch import random_batch
 from dmae_ds.bench.random_teacher import (
     check_one_teacher,
+    check_replicated,
     random_teacher,
     random_teacher_view,
     random_top,
@@ -20,7 +21,6 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.open import open_train
 from dmae_ds.distributed.world import World
-from dmae_ds.errors import UserError
 from dmae_ds.models.numerics import choose_determinism, choose_tf32
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
@@ -126,11 +126,7 @@ def _random_teacher(
     config: RunConfig, objective: Objective, whole_blocks: int, device: torch.device
 ) -> FrozenTeacher:
     """Build the cut teacher with random weights, replicated."""
-    if config.teacher.placement != "replicated":
-        raise UserError(
-            f"bench step requires teacher.placement=replicated, found {config.teacher.placement}; "
-            "`dmae-ds bench stream` compares placements, `dmae-ds plan` chooses one"
-        )
+    check_replicated(config, "step")
     if config.teacher.dtype == "fp8":
         check_fp8(device)
     depth, _ = needed_depths(objective.taps, whole_blocks)

@@ -15,14 +15,23 @@ from dmae_ds.output.parser import in_list
 if TYPE_CHECKING:
     from dmae_ds.distributed.world import World
 
+# Options of `growth`: kind of the values, their name, what they are.
+GROWTH = {
+    "--widths": (int, "D", "values of student.embed_dim"),
+    "--depths": (int, "N", "values of teacher.depth; the table says how many blocks run"),
+    "--mask-ratios": (float, "R", "shares of the patches that are masked"),
+    "--students": (at_least_one, "N", "numbers of copies of the student, which share the teacher's pass"),
+}
+
 
 def add_bench(subcommands) -> None:
     """Add `bench` and its subcommands to the root parser."""
     bench = subcommands.add_parser("bench", help="measure ratios of times and bytes on this machine")
     kinds = bench.add_subparsers(
-        required=True, metavar="step | teacher-load | stream | cache | save | knn | gpu"
+        required=True, metavar="step | growth | teacher-load | stream | cache | save | knn | gpu"
     )
     _add_step(kinds)
+    _add_growth(kinds)
     _add_teacher_load(kinds)
     _add_stream(kinds)
     _add_cache(kinds)
@@ -52,6 +61,25 @@ def _add_step(kinds) -> None:
     _add_rounds(step, 7)
     step.add_argument("--json", action="store_true", help="print JSON")
     step.set_defaults(command=_step)
+
+
+def _add_growth(kinds) -> None:
+    growth = kinds.add_parser(
+        "growth", help="time and memory of a training step against sizes of its networks, and counted FLOPs"
+    )
+    add_recipe(growth, note="; its own values are always measured")
+    for option, (kind, metavar, meaning) in GROWTH.items():
+        growth.add_argument(
+            option,
+            type=in_list(kind),
+            nargs="+",
+            metavar=metavar,
+            help=f"{meaning} (of these four, those that are given are measured; without any, all are)",
+        )
+    _add_rounds(growth, 7)
+    growth.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the ratios into this file")
+    growth.add_argument("--json", action="store_true", help="print JSON")
+    growth.set_defaults(command=_growth)
 
 
 def _add_teacher_load(kinds) -> None:
@@ -221,6 +249,24 @@ def _step(args: argparse.Namespace) -> None:
             variants=variants,
             data=args.data,
             rounds=args.rounds,
+            as_json=args.json,
+        )
+
+    _print_on_main(measure)
+
+
+def _growth(args: argparse.Namespace) -> None:
+    from dmae_ds.config.load import load_config
+
+    def measure(world: World) -> str:
+        from dmae_ds.bench.growth import bench_growth
+
+        return bench_growth(
+            lambda changes: load_config(args.recipe, [*args.overrides, *changes]),
+            world,
+            asked={option: getattr(args, option[2:].replace("-", "_")) for option in GROWTH},
+            rounds=args.rounds,
+            plot=args.plot,
             as_json=args.json,
         )
 

@@ -71,6 +71,7 @@ EXAMPLES = {
         f"{RECIPE} features {WEIGHTS} optim.micro_batch=64 --dtype int8 --pca 256",
     ),
     "bench step": (f"{RECIPE} optim.global_batch=8 --against mae",),
+    "bench growth": ("digits_dmae", "digits_dmae --widths 32 64 128 --students 1 2 3 --plot growth.png"),
     "bench teacher-load": ("--name vit_base_patch16_224 --stages 1 2",),
     "bench stream": ("digits_dmae --stages 2",),
     "bench cache": ("digits_dmae --dtype fp32 int8",),

@@ -156,6 +156,10 @@ class FeaturesConfig(ObjectiveSection):
         return 1 if self.mask is None else self.mask.every
 
     @property
+    def mask_key(self) -> str | None:
+        return None if self.mask is None else "objective.mask.ratio"
+
+    @property
     def dropped_share(self) -> float:
         """Share of the patches that the student does not see; 0 where mask tokens stand for them."""
         return self.mask.ratio if self.mask is not None and self.mask.by == "drop" else 0.0

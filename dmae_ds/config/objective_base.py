@@ -60,6 +60,11 @@ class ObjectiveSection(Section):
         return ()
 
     @property
+    def mask_key(self) -> str | None:
+        """The recipe's key of the share of masked patches; None for an objective without a mask."""
+        return "objective.mask_ratio" if hasattr(self, "mask_ratio") else None
+
+    @property
     def dropped_share(self) -> float:
         """Share of the patches that the student does not see."""
         return getattr(self, "mask_ratio", 0.0)
