@@ -20,7 +20,7 @@ from dmae_ds.dense.early import check_detect
 from dmae_ds.dense.loop import Training, train_dense
 from dmae_ds.dense.start import Start, open_start
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.results import METRICS, headline
+from dmae_ds.evaluate.results import headline
 from dmae_ds.finetune.optim import build_adamw
 from dmae_ds.finetune.source import find_source
 
@@ -44,7 +44,6 @@ def evaluate(word: str, *, recipe: str, overrides: list[str], resume: str = "nev
     result = start.add_result(
         progress,
         metric=METRIC,
-        scores=tuple(METRICS[METRIC].scores),
         settings={
             "pyramid": config.detector.pyramid,
             "window": config.detector.window,
@@ -86,13 +85,6 @@ def build_training(start: Start) -> tuple[Training, int]:
     def save(path: Path, metadata: dict) -> None:
         save_detector(path, detector, facts, **metadata)
 
-    trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
-    lines = [
-        f"{'weights':<10}{start.source.file}" + (f"; {note}" if note else ""),
-        f"{'network':<10}{config.network.name}, {config.detector.pyramid} pyramid, {trained / 1e6:.2f} M "
-        f"parameters trained, {facts.sizes[0]} to {facts.sizes[1]} px, {len(facts.classes)} classes",
-        *start.describe(),
-    ]
     training = Training(
         config=config,
         task=task,
@@ -102,7 +94,13 @@ def build_training(start: Start) -> tuple[Training, int]:
         metric=METRIC,
         identity=start.identity(METRIC),
         save=save,
-        summary="\n".join(lines),
+        summary=start.describe(
+            task,
+            kind=f"{config.detector.pyramid} pyramid",
+            pixels=f"{facts.sizes[0]} to {facts.sizes[1]} px",
+            num_classes=len(facts.classes),
+            note=note,
+        ),
     )
     return training, step
 

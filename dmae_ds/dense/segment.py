@@ -23,7 +23,7 @@ from dmae_ds.dense.segmenter import Segmenter
 from dmae_ds.dense.segmenter_file import SegmenterFacts, load_segmenter, save_segmenter
 from dmae_ds.dense.start import Start, open_start
 from dmae_ds.distributed.world import world_from_env
-from dmae_ds.evaluate.results import METRICS, headline
+from dmae_ds.evaluate.results import headline
 from dmae_ds.finetune.optim import build_adamw
 from dmae_ds.finetune.source import find_source
 from dmae_ds.models.patches import Normalize
@@ -48,7 +48,6 @@ def evaluate(word: str, *, recipe: str, overrides: list[str], resume: str = "nev
     result = start.add_result(
         progress,
         metric=METRIC,
-        scores=tuple(METRICS[METRIC].scores),
         settings={
             "head": config.head.name,
             "frozen": config.frozen,
@@ -101,13 +100,6 @@ def build_training(start: Start) -> tuple[Training, int]:
     def save(path: Path, metadata: dict) -> None:
         save_segmenter(path, segmenter, facts, **metadata)
 
-    trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
-    lines = [
-        f"{'weights':<10}{start.source.file}" + (f"; {note}" if note else ""),
-        f"{'network':<10}{config.network.name}, {config.head.name}, {trained / 1e6:.2f} M parameters "
-        f"trained, {img_size} px, {len(classes)} classes",
-        *start.describe(),
-    ]
     training = Training(
         config=config,
         task=task,
@@ -119,7 +111,9 @@ def build_training(start: Start) -> tuple[Training, int]:
         identity=start.identity(METRIC)
         | {"images at once on all ranks": start.micro_batch * start.accelerator.num_processes},
         save=save,
-        summary="\n".join(lines),
+        summary=start.describe(
+            task, kind=config.head.name, pixels=f"{img_size} px", num_classes=len(classes), note=note
+        ),
     )
     return training, step
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from accelerate import Accelerator
+from torch import nn
 
 from dmae_ds.config.batch import split_batch
 from dmae_ds.config.dense import DenseConfig
@@ -16,7 +17,7 @@ from dmae_ds.data.storage import Access
 from dmae_ds.dense.batches import DenseBatches, Transform, whole_images
 from dmae_ds.dense.schedule import total_steps
 from dmae_ds.distributed.device import device_name
-from dmae_ds.evaluate.results import MeasuredOn, append_result, make_result
+from dmae_ds.evaluate.results import METRICS, MeasuredOn, append_result, make_result
 from dmae_ds.finetune.evaluation import FREE_KEYS, start_accelerator
 from dmae_ds.finetune.record import Progress
 from dmae_ds.finetune.source import Source
@@ -79,20 +80,26 @@ class Start:
             "data.val's fingerprint": self.val_set.fingerprint,
         }
 
-    def describe(self) -> list[str]:
-        """Lines about data, batch and weights for a person, before anything is computed."""
+    def describe(self, task: nn.Module, *, kind: str, pixels: str, num_classes: int, note: str | None) -> str:
+        """Lines about weights, network, data and batch for a person, before anything is computed.
+
+        kind: of the head; note: on the weights
+        """
         optim = self.config.optim
+        trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
         ranks = f"{self.accelerator.num_processes} ranks"
         batch = f"{ranks} x {self.micro_batch} images x {self.accumulation} accumulated"
-        return [
+        lines = [
+            f"{'weights':<10}{self.source.file}" + (f"; {note}" if note else ""),
+            f"{'network':<10}{self.config.network.name}, {kind}, {trained / 1e6:.2f} M parameters trained, "
+            f"{pixels}, {num_classes} classes",
             f"{'data':<10}{len(self.train_set):,} images, {len(self.val_set):,} to validate on",
             f"{'batch':<10}{optim.global_batch} = {batch}, lr {optim.lr:g}, {optim.decay}",
             f"{'out':<10}{self.config.run.dir}",
         ]
+        return "\n".join(lines)
 
-    def add_result(
-        self, progress: Progress, *, metric: str, scores: tuple[str, ...], settings: dict, step: int
-    ) -> dict:
+    def add_result(self, progress: Progress, *, metric: str, settings: dict, step: int) -> dict:
         """Add the last scores to results.jsonl, on one process, and return the line.
 
         step: of the student
@@ -110,7 +117,7 @@ class Start:
                 world_size=self.accelerator.num_processes,
             ),
             metric=metric,
-            scores={name: progress.epochs[-1][name] for name in scores},
+            scores={name: progress.epochs[-1][name] for name in METRICS[metric].scores},
             settings={
                 "recipe": self.source.recipe,
                 "steps": self.total,

@@ -21,7 +21,7 @@ from dmae_ds.evaluate.dense_features import DenseNetwork, DenseOptions
 from dmae_ds.evaluate.dense_sets import open_dense_sets
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.train.engine import Engine
-from dmae_ds.train.knn import TrainingRanks, copy_student, is_due
+from dmae_ds.train.knn import TrainingRanks, copy_student
 from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.schedule import Schedule
 
@@ -54,12 +54,7 @@ class DenseDuringTraining:
         self.task = KnnOptions(k=config.dense_k, patches=config.dense_patches, memory_gib=config.memory_gib)
 
     def __call__(self, step: int) -> None:
-        if not is_due(
-            step,
-            every=self.config.dense_every,
-            steps_per_epoch=self.schedule.steps_per_epoch,
-            num_steps=self.schedule.num_steps,
-        ):
+        if not self.schedule.is_due(step, every=self.config.dense_every):
             return
         start, device = time.monotonic(), self.ranks.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -8,7 +8,6 @@ measured.
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -85,12 +84,7 @@ class KnnDuringTraining:
         )
 
     def __call__(self, step: int) -> None:
-        if not is_due(
-            step,
-            every=self.config.knn_every,
-            steps_per_epoch=self.schedule.steps_per_epoch,
-            num_steps=self.schedule.num_steps,
-        ):
+        if not self.schedule.is_due(step, every=self.config.knn_every):
             return
         start, device = time.monotonic(), self.ranks.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -160,12 +154,3 @@ def copy_student(engine: Engine, config: ModelConfig) -> VisionTransformer:
     }
     student.load_state_dict(weights, strict=True)
     return student.eval()
-
-
-def is_due(step: int, *, every: float, steps_per_epoch: float, num_steps: int) -> bool:
-    """Whether `step` is the first at or after a multiple of `every` epochs, or the last of the run."""
-
-    def multiples(steps: int) -> int:
-        return math.floor(steps / (every * steps_per_epoch) + 1e-9)  # 3 * (1 / 3) epochs are one
-
-    return step == num_steps or multiples(step) > multiples(step - 1)

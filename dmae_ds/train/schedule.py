@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dmae_ds.config.run import OptimConfig
@@ -40,6 +41,14 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """Learning rate of the step that follows `step` finished ones."""
         return learning_rate(self.optim, step / self.steps_per_epoch)
+
+    def is_due(self, step: int, *, every: float) -> bool:
+        """Whether `step` is the first at or after a multiple of `every` epochs, or the last of the run."""
+
+        def multiples(steps: int) -> int:
+            return math.floor(steps / (every * self.steps_per_epoch) + 1e-9)  # 3 * (1 / 3) epochs are one
+
+        return step == self.num_steps or multiples(step) > multiples(step - 1)
 
     def progress_at(self, step: int) -> Progress:
         """Progress of the run after `step` finished steps."""

@@ -24,7 +24,6 @@ from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.base import Objective
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.inputs import batch_spec, copied, masked_batches, training_batches
-from dmae_ds.train.knn import is_due
 from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.networks import Teacher
 from dmae_ds.train.preflight import Preflight
@@ -66,12 +65,7 @@ class LossDuringTraining:
         )
 
     def __call__(self, step: int) -> None:
-        if not is_due(
-            step,
-            every=self.config.eval.loss_every,
-            steps_per_epoch=self.schedule.steps_per_epoch,
-            num_steps=self.schedule.num_steps,
-        ):
+        if not self.schedule.is_due(step, every=self.config.eval.loss_every):
             return
         start, device = time.monotonic(), self.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

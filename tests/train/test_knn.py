@@ -13,8 +13,8 @@ from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed
 from dmae_ds.evaluate.record import read_record
 from dmae_ds.evaluate.results import read_history
-from dmae_ds.train.knn import is_due
 from dmae_ds.train.preflight import prepare
+from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.val_loss import check_can_measure
 from tests.messages import refused
 from tests.train.conftest import REPOSITORY, command, run
@@ -44,8 +44,9 @@ KNN = ["eval.knn_every=0.09", "eval.knn_at_start=true", "eval.knn_k=5", "eval.kn
 def test_it_is_due_at_the_first_step_after_each_multiple_and_at_the_end(
     every, steps_per_epoch, num_steps, expected
 ):
-    kwargs = {"every": every, "steps_per_epoch": steps_per_epoch, "num_steps": num_steps}
-    assert [step for step in range(1, num_steps + 1) if is_due(step, **kwargs)] == expected
+    optim, num_samples = SimpleNamespace(global_batch=2), int(2 * steps_per_epoch)
+    schedule = Schedule(optim, num_steps, num_samples, accumulation=1, log_every=1)
+    assert [step for step in range(1, num_steps + 1) if schedule.is_due(step, every=every)] == expected
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
     measure = object.__new__(knn.KnnDuringTraining)
     measure.__dict__ |= {
         "config": load_config("digits_mae", ["data.train=x", "run.dir=x", "eval.knn_every=1"]).eval,
-        "schedule": SimpleNamespace(steps_per_epoch=1.0, num_steps=3),
+        "schedule": SimpleNamespace(is_due=lambda step, every: True),
         "ranks": knn.TrainingRanks(World(), torch.device("cpu"), precision="fp32"),
         "metric_logger": SimpleNamespace(flush=lambda: flushed.append(1)),
     }
