@@ -15,7 +15,7 @@ SERIES = {
     "seconds_ratio": ("time (bars: all rounds)", 0, "-"),
     "peak_ratio": ("peak memory", 1, "-"),
 }
-WIDTH = 2.2  # inches of a panel
+WIDTH = 2.0  # inches of a panel
 
 
 def draw_growth(results: dict) -> Figure:
@@ -23,7 +23,7 @@ def draw_growth(results: dict) -> Figure:
     axes = results["axes"]
     width = 0.6 + WIDTH * max(2, len(axes))
     with plain_text():
-        figure = Figure(figsize=(width, 3.2), layout="constrained", facecolor=light("--surface"))
+        figure = Figure(figsize=(width, 3.0), layout="constrained", facecolor=light("--surface"))
         panels = figure.subplots(1, len(axes), squeeze=False, sharey=True)[0]
         for panel, axis in zip(panels, axes, strict=True):
             _draw_panel(panel, axis)
@@ -39,9 +39,15 @@ def draw_growth(results: dict) -> Figure:
 
 def _draw_panel(panel: Axes, axis: dict) -> None:
     panel.set_facecolor(light("--surface"))
-    panel.set_title(axis["axis"], loc="left", fontsize=10, color=light("--ink"))
     points = axis["points"]
     values = [point["value"] for point in points]
+    title, labels = axis["axis"], [f"{value:g}" for value in values]
+    if axis["option"] == "--depths":
+        title = f"{title} (blocks that run)"
+        labels = [
+            f"{value}\n({point['teacher_blocks']})" for value, point in zip(values, points, strict=True)
+        ]
+    panel.set_title(title, loc="left", fontsize=9, color=light("--ink"))
     for key, (name, place, line) in SERIES.items():
         ratios = [point[key] for point in points]
         if None not in ratios:
@@ -52,11 +58,6 @@ def _draw_panel(panel: Axes, axis: dict) -> None:
     lines = {"color": light("--soft"), "linewidth": 0.8, "linestyle": ":", "zorder": 0}
     panel.axhline(1, **lines)
     panel.axvline(axis["own"], **lines)
-    labels = [f"{value:g}" for value in values]
-    if axis["option"] == "--depths":
-        labels = [
-            f"{value}\n{point['teacher_blocks']} run" for value, point in zip(values, points, strict=True)
-        ]
     panel.set_xticks(values, labels)
     panel.margins(x=0.08)
     panel.tick_params(labelsize=8, labelcolor=light("--soft"), length=0)

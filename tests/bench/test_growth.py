@@ -147,7 +147,7 @@ def test_the_plot_is_a_whole_png_or_nothing(results, tmp_path):
         write_plot(tmp_path / "folder.png", results)
     first, second = growth.draw_growth(results).axes
     assert first.get_ylim()[0] == 0
-    assert [text.get_text() for text in second.get_xticklabels()] == ["4\n3 run", "8\n6 run"]
+    assert [text.get_text() for text in second.get_xticklabels()] == ["4\n(3)", "8\n(6)"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dmae_ds.config.family import members_of
 from dmae_ds.config.load import load_config
 from dmae_ds.plan.geometry import measure, scaled
@@ -52,3 +54,16 @@ def test_a_shared_pass_counts_once():
     trained = [one.student.forward_flops + one.student.backward_flops for one in alone[:2]]
     ratio = (sum(trained) + family.teachers[""].flops) / (sum(trained) + 2 * family.teachers[""].flops)
     assert f"{ratio:.2f} of the work" in describe_members(family)[1] and ratio < 0.95
+
+
+@pytest.mark.slow
+def test_a_whole_teacher_on_whole_images_saves_more_than_a_cut_one_on_a_quarter():
+    """The shares that the page of families tells."""
+    students = "students={small: {name: vit_small_patch16_224}, base: {name: vit_base_patch16_224}}"
+    masked = ["student=null", students]
+    for recipe, overrides, share in (
+        ("features_dinov3_large_to_small_base", [], "0.68"),
+        ("dmae_vit_large_to_base", masked, "0.84"),
+    ):
+        geometry = measure(load_config(recipe, overrides), 2)
+        assert f"2 together: {share} of the work" in describe_members(geometry)[1]
