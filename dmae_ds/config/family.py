@@ -34,13 +34,8 @@ class MemberConfig(StudentConfig):
 
 def check_family(config: RunConfig) -> None:
     """Raise ValueError unless a recipe has one student or several, each with an objective that fits."""
-    if (config.student is None) == (config.students is None):
-        if config.student is None:
-            raise ValueError("student is missing; set it in the recipe or as student=...")
-        raise ValueError(
-            "the recipe has both student and students; give one student as `student`, several by their names "
-            "in `students`"
-        )
+    if config.student is None and config.students is None:
+        raise ValueError("student is missing; set it in the recipe or as student=...")
     if config.students is None:
         if config.objective is None:
             raise ValueError("objective is missing; set it in the recipe or as objective=...")

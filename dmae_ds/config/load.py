@@ -75,7 +75,7 @@ def build_config(
     try:
         config = schema.model_validate(settle(values, [schema]), context=context)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item, schema) for item in error.errors())) from None
+        raise UserError("\n".join(_explain(item, schema, values) for item in error.errors())) from None
     check_places(config)
     return with_numbers_of_own_file(config) if isinstance(config, RunConfig) else config
 
@@ -139,7 +139,7 @@ def _set(values: dict, dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _explain(item: dict, schema: type[BaseModel]) -> str:
+def _explain(item: dict, schema: type[BaseModel], values: dict) -> str:
     # A discriminated union puts the chosen name into the location: objective.dmae.head -> objective.head.
     location = [str(part) for part in item["loc"]]
     # Likewise that of one of several students: students.small.objective.dmae.head.
@@ -158,7 +158,7 @@ def _explain(item: dict, schema: type[BaseModel]) -> str:
         )
         return f"{key} is unknown; {hint}"
     if item["type"] == "missing":
-        return f"{key} is missing; set it in the recipe or as {key}=..."
+        return f"{key} is missing; set it in the recipe or as {key}=...{_other_names(location, values)}"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
         if "tag" not in item["ctx"]:
             return f"{key}.name is missing; set it in the recipe or as {key}.name=..."
@@ -167,6 +167,15 @@ def _explain(item: dict, schema: type[BaseModel]) -> str:
     if item["type"] == "value_error":
         return f"{key}: {message}" if key else message  # without a key, the message names the keys itself
     return f"{key}: found {item['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _other_names(location: list[str], values: dict) -> str:
+    """What a message about a network without `name` adds: the names of the recipe's other networks."""
+    section, *rest = location
+    if section not in ("students", "teachers") or len(rest) != 2:
+        return ""
+    others = [name for name in values[section] if name != rest[0]]
+    return f", or write one of {', '.join(others)} for {rest[0]}" if others else ""
 
 
 def _known_keys(location: tuple, schema: type[BaseModel]) -> list[str]:
@@ -226,6 +235,22 @@ def student_folders(run_dir: Path) -> list[Path]:
         return [run_dir]
     students = load_config(str(path), context={"student_only": True}).students
     return [run_dir] if students is None else [run_dir / name for name in students]
+
+
+def family_of(run_dir: Path) -> Path | None:
+    """The folder of the family in which a run folder is that of one student; None for every other folder."""
+    run_dir = run_dir.expanduser().resolve()
+    is_run = (run_dir / "config.yaml").is_file()
+    return run_dir.parent if is_run and run_dir.name in _saved_students(run_dir.parent) else None
+
+
+def _saved_students(run_dir: Path) -> dict:
+    """The section `students` of a run folder, as it was written; {} where there is none."""
+    try:
+        values = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return dict(values.get("students") or {})
+    except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError):
+        return {}
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:

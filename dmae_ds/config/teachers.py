@@ -30,10 +30,26 @@ def check_names(names: Iterable[str], *, section: str, example: str) -> None:
             )
 
 
+def check_one_or_several(values: Mapping[str, object]) -> None:
+    """Raise ValueError for a recipe with both `student` and `students`, or both `teacher` and `teachers`.
+
+    values: the recipe's sections as they were read; what an override such as student.depth=2 adds counts too
+    """
+    for one, several in (("student", "students"), ("teacher", "teachers")):
+        if values.get(one) is None or values.get(several) is None:
+            continue
+        names = ", ".join(map(str, values[several])) if isinstance(values[several], Mapping) else ""
+        raise ValueError(
+            f"the recipe has both {one} and {several} ({names}); set {one}.KEY of a recipe with one, and "
+            f"{several}.NAME.KEY of a recipe with several; to replace one by the other set it to null, "
+            f"{one}=null or {several}=null"
+        )
+
+
 def split_name(tap: str) -> tuple[str, str]:
     """Split "dino:block/18" into ("dino", "block/18"); the one teacher of a recipe has the name ""."""
-    name, colon, place = tap.rpartition(":")
-    return (name, place) if colon else ("", tap)
+    name, _, place = tap.rpartition(":")
+    return (name, place) if name else ("", tap)
 
 
 def with_name(name: str, tap: str) -> str:

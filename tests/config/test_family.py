@@ -68,6 +68,9 @@ def test_a_member_can_be_written_and_read_again(tmp_path):
     [
         (["student=null"], ["student"]),
         ([FAMILY[1]], ["student", "students"]),
+        ([*FAMILY, "student.depth=2"], ["student and students (b, a)", "students.NAME.KEY", "student=null"]),
+        (["students.b.depth=2"], ["student and students (b)", "students=null"]),
+        ([*FAMILY, "students.c.depth=2"], ["students.c.name", "b, a"]),
         (["student=null", "students={}"], ["students", "empty"]),
         (["student=null", f"students={{A: {{{NET}}}}}"], ["students", "'A'"]),
         (["student=null", f"students={{checkpoints: {{{NET}}}}}"], ["students", "'checkpoints'"]),

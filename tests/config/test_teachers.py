@@ -64,6 +64,11 @@ def test_names_of_taps():
     "overrides, words",
     [
         ([TEACHERS], ["teacher", "teachers"]),
+        (["teachers.a.weights=x"], ["teacher and teachers", "teachers.NAME.KEY", "teacher=null"]),
+        ([*SEVERAL, "teacher.weights=x"], ["teacher and teachers (b, a)", "teachers.NAME.KEY"]),
+        ([*SEVERAL, "teachers.c.weights=x"], ["teachers.c.name", "b, a"]),
+        ([*SEVERAL, "teachers.a.weight=0", "teachers.b.weight=0"], ["weight 0", "b, a"]),
+        (["objective.targets=[{tap: ':tokens'}]"], ["':tokens'", "block/9"]),
         (["teacher=null", "teachers={}"], ["teachers", "empty"]),
         ([*SEVERAL, "teachers.C={name: x, weights: y}"], ["teachers", "'C'"]),
         ([*SEVERAL, "teachers.c={name: x, weights: y}"], ["teachers.c"]),
