@@ -143,6 +143,11 @@ def locate_teacher(config: TeacherConfig) -> Path:
     """The file or folder of a teacher's weights, on this machine. Raises UserError."""
     if config.pretrained:
         return locate_pretrained(config.name, label=of_teacher(config.section))
+    if config.weights is None:
+        raise UserError(
+            f"{config.key('placement')} {config.placement} reads stored features, and this needs the "
+            f"network: give {config.key('weights')} in the recipe or in the run's config.yaml"
+        )
     return locate(config.weights, label=of_teacher(config.section))
 
 

@@ -3,6 +3,7 @@
     OUT/step-00000500/zero/<parameter>/fp32.pt, exp_avg.pt, exp_avg_sq.pt
     OUT/latest_universal
 
+Of a family OUT/<name> is that for each student, and RUN/<name> is converted alone.
 `--resume auto` does not need it. Stages 1 to 3 are converted by DeepSpeed's own program, which does not take
 stage 0.
 """
@@ -19,6 +20,7 @@ from typing import Iterator
 
 import torch
 
+from dmae_ds.config.load import family_of
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import sync_folder
@@ -49,19 +51,23 @@ def convert(path: Path, out: Path) -> str:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     convert_stage = _convert_unsharded if stage == 0 else _convert_sharded
+    students = list(state.get("students") or [""])
+    alone = path.resolve().name if family_of(path) is not None else ""
     try:
-        convert_stage(checkpoint, temporary / checkpoint.name)
-        (temporary / "latest_universal").write_text(checkpoint.name)
+        for name in [alone] if alone else students:
+            folder = temporary if alone else temporary / name
+            folder.mkdir(exist_ok=True)
+            convert_stage(checkpoint / name, folder / checkpoint.name)
+            (folder / "latest_universal").write_text(checkpoint.name)
         _sync(temporary)
+        os.rename(temporary, out)
     except (OSError, RuntimeError) as error:
         # torch.save raises a RuntimeError with these words for a full disk.
         if isinstance(error, RuntimeError) and "failed writing" not in str(error):
             raise
         raise UserError(f"'{out}' could not be written: {error}") from None
     finally:
-        if not (temporary / "latest_universal").exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-    os.rename(temporary, out)
+        shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(out.parent)
     size = f"{bytes_in(out) / MIB:,.1f} MiB"
     origin = f"written by {state['world_size']} ranks, ZeRO stage {stage}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dmae_ds.config.load import family_of
 from dmae_ds.errors import UserError
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
 
 def find(path: Path) -> tuple[CheckpointFolder, list[Path]]:
     """Return the folder of checkpoints, and those that the path names: all of a run, by step, or one.
+
+    The folder of one student of a family means the family's, whose checkpoints hold all.
     Raises UserError where there is none.
     """
     if not path.is_dir():
@@ -19,7 +22,7 @@ def find(path: Path) -> tuple[CheckpointFolder, list[Path]]:
         folder = CheckpointFolder(path.parent.parent)
         folder.path = path.parent  # a checkpoint may have been copied elsewhere
         return folder, [path]
-    folder = CheckpointFolder(path.parent if path.name == "checkpoints" else path)
+    folder = CheckpointFolder(path.parent if path.name == "checkpoints" else family_of(path) or path)
     checkpoints = sorted(folder.path.glob("step-*"))
     if not checkpoints:
         raise UserError(f"'{path}' has no checkpoints; expected {folder.path}/step-*")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import yaml
 
 from dmae_ds.config.batch import BatchSplit, split_recipe
 from dmae_ds.config.deepspeed import check_compile, zero_stage
 from dmae_ds.config.family import members_of, objectives_of
+from dmae_ds.config.load import family_of
 from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.config.objective_base import ObjectiveSection
 from dmae_ds.config.run import RunConfig
@@ -139,6 +139,8 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
     check_rates(config.optim, num_steps=steps, num_images=shards.num_samples)
     replay = check_stored(config, shards, num_steps=steps)
+    if resume_from is None:
+        check_members_are_new(folder.run_dir, members)
     if resume == "never":
         check_is_new(folder.run_dir)
     return Preflight(
@@ -188,30 +190,36 @@ def check_is_new(run_dir: Path) -> None:
     One that ended before its first checkpoint, and has no result, may be started again.
     """
     folders = (run_dir, *(path.parent for path in run_dir.glob("*/config.yaml")))  # those of a family
-    has_something = any(
-        (folder / name).exists() for folder in folders for name in ("student.safetensors", "results.jsonl")
-    )
-    if (run_dir / "config.yaml").exists() and (has_something or CheckpointFolder(run_dir).all()):
+    has_something = any(map(_has_result, folders)) or CheckpointFolder(run_dir).all()
+    if (run_dir / "config.yaml").exists() and has_something:
         raise UserError(
             f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, "
             "or choose another run.dir"
         )
 
 
+def _has_result(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (STUDENT, "results.jsonl"))
+
+
 def check_is_no_member(run_dir: Path) -> None:
     """Raise UserError where a folder is that of a student of a family, which is trained with the others."""
-    family = run_dir.parent / "config.yaml"
-    if not family.is_file() or not (run_dir / "config.yaml").is_file():
-        return
-    try:
-        students = yaml.safe_load(family.read_text(encoding="utf-8")).get("students")
-    except (AttributeError, UnicodeDecodeError, yaml.YAMLError):
-        return
-    if isinstance(students, dict) and run_dir.name in students:
+    family = family_of(run_dir)
+    if family is not None:
         raise UserError(
-            f"run.dir '{run_dir}' is the folder of one student of the family '{run_dir.parent}', which is "
-            f"trained as a whole; continue with {family}, or choose another run.dir"
+            f"run.dir '{run_dir}' is the folder of one student of the family '{family}', which is "
+            f"trained as a whole; continue with {family / 'config.yaml'}, or choose another run.dir"
         )
+
+
+def check_members_are_new(run_dir: Path, names: Iterable[str]) -> None:
+    """Raise UserError where a new family's student would get the folder of another run."""
+    for folder in (run_dir / name for name in names if name):
+        if family_of(folder) is None and (_has_result(folder) or CheckpointFolder(folder).all()):
+            raise UserError(
+                f"run.dir '{run_dir}' holds the run '{folder}', whose folder students.{folder.name} of this "
+                "family would get; choose another run.dir, or another name for this student"
+            )
 
 
 def identity_of(

@@ -72,9 +72,10 @@ def _describe_zip(path: Path) -> str:
 def describe_folder(path: Path, known: tuple[str, ...]) -> str:
     """What a folder without a known name of a weights file is, and which path to give."""
     if (path / "state.json").is_file() or any(path.glob("step-*")) or (path / "checkpoints").is_dir():
-        runs = [run for run in path.resolve().parents[:2] if (run / "student.safetensors").is_file()]
-        advice = f"run folder {runs[0]}" if runs else "run folder, which"
-        return f"has the checkpoints of a training run; give the {advice} that holds student.safetensors"
+        near = [*path.resolve().parents[:2], *sorted(path.iterdir())]  # also the students of a family
+        runs = [str(run) for run in near if (run / "student.safetensors").is_file()]
+        advice = f"give {' or '.join(runs)}, which holds" if runs else "give the run folder that holds"
+        return f"has the checkpoints of a training run; {advice} student.safetensors"
     if any(path.glob("*_model_states.pt")) or any(path.glob("*/*_model_states.pt")):
         return (
             "has a checkpoint of DeepSpeed's; write its weights into one file with the zero_to_fp32.py next "

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
+from dmae_ds.teacher.build import locate_teacher
 from dmae_ds.teacher.cache_codec import Codec, FitSums, build_codecs, check_pca, fit, needs_fit, write_codec
 from dmae_ds.teacher.cache_file import FileWriter, RowReader
 from dmae_ds.teacher.cache_layout import CODEC, SUMS, Layout, StoredTap
 from dmae_ds.teacher.cache_manifest import Manifest
 from dmae_ds.teacher.early import open_manifest
 from tests.data.flaky_server import serve
+from tests.messages import refused
 
 
 def tap(stored: str = "float32", *, shape=(1, 5, 24), dtype="float32", width: int | None = None) -> StoredTap:
@@ -162,6 +165,12 @@ def test_means_and_directions_do_not_depend_on_the_order():
         moments.append(sums.moments())
     for mean, covariance in moments[1:]:
         assert torch.equal(mean, moments[0][0]) and torch.equal(covariance, moments[0][1])
+
+
+def test_who_needs_the_network_of_a_stored_teacher_is_told_so():
+    stored = TeacherConfig(name="vit_tiny_patch16_224", placement="cache", cache="features")
+    with refused("teacher.placement cache", "teacher.weights"):
+        locate_teacher(stored)
 
 
 def test_directions_are_refused_where_there_are_none():

@@ -16,9 +16,12 @@ from dmae_ds.distributed.world import World
 from dmae_ds.evaluate.record import read_record
 from dmae_ds.evaluate.results import read_history
 from dmae_ds.objectives.build import build_objective
+from dmae_ds.tools.checkpoint_convert import convert
 from dmae_ds.tools.checkpoint_inspect import inspect, verify
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.stored_inputs import inputs_identity
+from dmae_ds.weights.containers import open_container
+from dmae_ds.weights.label import STUDENT
 from tests.messages import refused
 from tests.train.checkpoint.resharding import assert_same, move, source, start
 from tests.train.conftest import command, metrics, run
@@ -110,6 +113,22 @@ def test_the_run_knows_all_and_each_folder_is_a_run(trained, family_recipe):
         assert json.loads((trained / name / "starts.jsonl").read_text())["step"] == 0
     assert not (trained / "student.safetensors").exists()
     assert "step-00000004" in inspect(trained) and "step-00000004: complete" in verify(trained)
+    assert inspect(trained / "mae") == inspect(trained) and verify(trained / "mae") == verify(trained)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_converted_for_each_student(trained, tmp_path):
+    convert(trained, tmp_path / "all")
+    convert(trained / "mae", tmp_path / "mae")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == set(MEMBERS)
+    for name, folder in {
+        **{name: tmp_path / "all" / name for name in MEMBERS},
+        "mae": tmp_path / "mae",
+    }.items():
+        assert (folder / "latest_universal").read_text() == "step-00000004"
+        converted = sorted(path.parent.name for path in folder.glob("*/zero/*/fp32.pt"))
+        weights = load_file(trained / name / "student.safetensors")
+        assert converted and {f"student.{key}" for key in weights} & set(converted)
 
 
 def test_a_family_is_continued_as_a_whole(trained, family_recipe, tmp_path):
@@ -128,6 +147,15 @@ def test_a_family_is_continued_as_a_whole(trained, family_recipe, tmp_path):
         prepare(load_config(str(trained / "mae" / "config.yaml")), world, resume="auto")
     with refused("students.mae.weights", "nowhere"):
         prepared(f"run.dir={tmp_path}", "students.mae.weights=nowhere")
+    other = tmp_path / "mae"
+    other.mkdir()
+    for file in ("config.yaml", "student.safetensors"):
+        (other / file).write_bytes((trained / "mae" / file).read_bytes())
+    for resume in ("auto", "never"):
+        with refused(other, "students.mae"):
+            prepared(f"run.dir={tmp_path}", resume=resume)
+    with refused("student.weights", trained / "dmae", trained / "mae"):
+        open_container(trained, label=STUDENT)
     (trained / "mae" / "student.safetensors").rename(tmp_path / "kept")
     assert not prepared(f"run.dir={trained}").is_finished
     (tmp_path / "kept").rename(trained / "mae" / "student.safetensors")
