@@ -20,7 +20,7 @@ from pydantic import (
 from dmae_ds.config.family import MemberConfig, check_family, key_of, members_of, objectives_of
 from dmae_ds.config.networks import ModelConfig, NamedTeacherConfig, StudentConfig, TeacherConfig
 from dmae_ds.config.objectives import ObjectiveConfig, Section
-from dmae_ds.config.teachers import check_names, check_one_or_several, warn_of_few_patches, why_not_served
+from dmae_ds.config.teachers import check_one_or_several, name_teachers, warn_of_few_patches, why_not_served
 from dmae_ds.errors import UserError
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
@@ -261,16 +261,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _teachers_have_names(self):
-        if self.teachers is None:
-            return self
-        check_names(self.teachers, section="teachers", example="dino")
-        for name, teacher in self.teachers.items():
-            teacher.called(name)
-        if not any(teacher.weight for teacher in self.teachers.values()):
-            raise ValueError(
-                f"teachers {', '.join(self.teachers)} have weight 0, so the student would learn nothing; "
-                "give one of them a weight above 0"
-            )
+        if self.teachers is not None:
+            name_teachers(self.teachers)
         return self
 
     @model_validator(mode="after")

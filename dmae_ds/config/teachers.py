@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dmae_ds.config.networks import TeacherConfig
+    from dmae_ds.config.networks import NamedTeacherConfig, TeacherConfig
 
 NAME = r"[a-z][a-z0-9_]*"
 
@@ -28,6 +28,21 @@ def check_names(names: Iterable[str], *, section: str, example: str) -> None:
                 f"{section} has the name '{name}'; a name has small letters, digits and _, and begins with a "
                 "letter"
             )
+
+
+def name_teachers(teachers: Mapping[str, NamedTeacherConfig]) -> None:
+    """Let each of several teachers know its name.
+
+    Raises ValueError for a name that can't be one, keys that do not go together, and weights that are all 0.
+    """
+    check_names(teachers, section="teachers", example="dino")
+    for name, teacher in teachers.items():
+        teacher.called(name)
+    if not any(teacher.weight for teacher in teachers.values()):
+        raise ValueError(
+            f"teachers {', '.join(teachers)} have weight 0, so the student would learn nothing; give one of "
+            "them a weight above 0"
+        )
 
 
 def check_one_or_several(values: Mapping[str, object]) -> None:
