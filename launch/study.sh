@@ -46,6 +46,14 @@ features          digits_features
 features-masked   digits_features_masked
 mocov3-teacher    digits_mocov3_teacher
 "
+# On a quarter and on half of the images, at equal steps; where ONLY names them.
+PARTS="
+mae-25            digits_mae   data.share=.25 optim.epochs=64 optim.warmup_epochs=8
+mae-50            digits_mae   data.share=.5 optim.epochs=32 optim.warmup_epochs=4
+dmae-25           digits_dmae  data.share=.25 optim.epochs=64 optim.warmup_epochs=8
+dmae-50           digits_dmae  data.share=.5 optim.epochs=32 optim.warmup_epochs=4
+"
+[ -z "$ONLY" ] || SETTINGS+=$PARTS
 # Classifiers that learn from the fine-tuned teacher. DeiT's distillation gets the epochs of both of G2SD's
 # stages (G2SD, supplement, Table 2).
 CLASSIFIERS="

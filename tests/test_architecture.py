@@ -180,7 +180,7 @@ def test_what_a_recipe_is_checked_with_is_imported_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-SCHEMA_NAMES = "adapt dense detection evaluation features imitation networks objective_base objectives"
+SCHEMA_NAMES = "adapt data dense detection evaluation features imitation networks objective_base objectives"
 SCHEMA_MODULES = [f"dmae_ds.config.{name}" for name in [*SCHEMA_NAMES.split(), "run", "segmentation"]]
 
 

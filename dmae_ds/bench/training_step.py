@@ -105,16 +105,18 @@ class TrainingStep:
         )
 
     def _loaded(self, config: RunConfig, world: World) -> Iterator[Batch]:
+        shards = open_train(config.data, allow_pipe=False)
         spec = batch_spec(
             config,
             self.objective,
             world=world,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,
+            num_samples=shards.num_samples,
         )
         batches = training_batches(
             config,
-            open_train(config.data, allow_pipe=False),
+            shards,
             spec,
             stop_step=NUM_STEPS,
             pin_memory=self.device.type == "cuda",

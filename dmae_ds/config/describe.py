@@ -75,14 +75,14 @@ def all_keys(word: str | None = None) -> str:
 def _sections(root: type[BaseModel], known: type[BaseModel] | None) -> Iterator[tuple[str, list[Key]]]:
     """Yield (heading, keys) of a root schema: its single keys, its sections, and each objective.
 
-    known: another root schema, whose sections are left out where they are the same
+    known: another root schema, whose sections are left out where they are the same or have further keys
     """
     single = [name for name, field in root.model_fields.items() if not models_in(field.annotation)]
     yield "", [_key(root, name, name) for name in single]
     for name, field in root.model_fields.items():
         schemas = models_in(field.annotation)
-        same = known is not None and name in known.model_fields
-        if same and models_in(known.model_fields[name].annotation) == schemas:
+        listed = known is not None and name in known.model_fields
+        if listed and _has_keys_of(models_in(known.model_fields[name].annotation), schemas):
             continue
         if len(schemas) > 1:
             choices = (
@@ -101,6 +101,11 @@ def _sections(root: type[BaseModel], known: type[BaseModel] | None) -> Iterator[
                 "" if type(None) not in get_args(field.annotation) else " (the section may be left out)"
             )
             yield f", {name}: {_first_line(schemas[0])}{optional}", list(keys_of(schemas[0], f"{name}."))
+
+
+def _has_keys_of(listed: list[type[BaseModel]], schemas: list[type[BaseModel]]) -> bool:
+    """Whether a section of another root has every key of this one, with the same meaning."""
+    return len(listed) == len(schemas) and all(map(issubclass, listed, schemas))
 
 
 def keys_of(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:

@@ -19,10 +19,10 @@ from pydantic import (
     model_validator,
 )
 
+from dmae_ds.config.data import DataConfig
 from dmae_ds.config.networks import ModelConfig, known_format
 from dmae_ds.config.objectives import AugmentConfig, Section
 from dmae_ds.config.run import (
-    DataConfig,
     OptimConfig,
     RunSection,
     ScheduleConfig,

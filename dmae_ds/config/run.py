@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from dmae_ds.config.data import DataConfig, TrainingDataConfig
 from dmae_ds.config.family import MemberConfig, check_family, key_of, members_of, objectives_of
 from dmae_ds.config.networks import ModelConfig, NamedTeacherConfig, StudentConfig, TeacherConfig
 from dmae_ds.config.objectives import ObjectiveConfig, Section
@@ -33,69 +34,6 @@ class RunSection(Section):
     seed: NonNegativeInt = 0  # of weights, order, crops and masks
     # Deterministic kernels, with which a GPU repeats a run bit for bit, more slowly; CPUs do so without.
     deterministic: bool = False
-
-
-class DataConfig(Section):
-    """Shard folders written by `dmae-shards make`, how they are read, and the crops that are taken."""
-
-    train: str  # a folder here or behind a URL
-    val: str | None = None  # held-out images, for k-NN and accuracy; null: none are measured
-    num_workers: NonNegativeInt = 8  # processes of each rank that decode images
-    # Samples that are read at once. 1: an exact global shuffle; 16 or 64: for URLs and hard disks
-    # (dmae_ds/data/order.py).
-    block: Annotated[int, Field(ge=1, le=4096)] = 1
-    # Crops of an image, each with its own mask, that are taken once it is decoded (repeated sampling, as MAE
-    # for video). Epochs and steps count crops: with 4, an image is decoded in every fourth epoch.
-    repeat: PositiveInt = 1
-    buffer_gib: PositiveFloat = 8.0  # with block above 1: memory for blocks, for all workers of a rank
-    # Corrupt samples that are replaced and recorded in RUN/corrupt.jsonl before the run stops; 0: stop at the
-    # first. One bad image should not end a run of days, but a hundred mean a bad disk.
-    max_corrupt: NonNegativeInt = 100
-    retries: NonNegativeInt = 8  # of a request to a URL, after .1, .2, .4 ... 10 seconds
-    timeout_s: PositiveFloat = 30.0  # of one request
-    cache_dir: str | None = None  # a folder on a local disk for what was read from URLs
-    cache_gib: PositiveFloat = 50.0  # its limit, for all processes of a node together
-    # Samples of an epoch, for tars without an index, which are then streamed; `dmae-shards index` is better.
-    num_samples: PositiveInt | None = None
-    shuffle_buffer: PositiveInt = 5000  # samples, of each worker that streams
-    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)  # a crop's share of the image's area
-    flip: bool = True  # mirror half of the crops
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: share of the short side, centred
-    # Of pixels from 0 to 1, one number a channel; ImageNet's. `dmae-shards info DST --mean-std` has others.
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)  # likewise
-    # Bits of a pixel that reach the network. 16: of .npy arrays of 16 bits, in float32; 8: their upper byte.
-    bits: Literal[8, 16] = 8
-
-    @model_validator(mode="after")
-    def _scale_is_a_range(self):
-        low, high = self.crop_scale
-        if not low <= high <= 1:
-            raise ValueError(
-                f"crop_scale [{low:g}, {high:g}] is not a range of area shares; give 0 < low <= high <= 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_is_ignored(self):
-        defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        for name, needs, met in (
-            ("buffer_gib", "data.block above 1", self.block > 1),
-            ("cache_gib", "data.cache_dir", self.cache_dir is not None),
-            ("shuffle_buffer", "data.num_samples", self.num_samples is not None),
-        ):
-            if getattr(self, name) != defaults[name] and not met:
-                raise ValueError(f"data.{name} requires {needs}; set that too, or remove data.{name}")
-        if len(self.mean) != len(self.std):
-            raise ValueError(
-                f"data.mean has {len(self.mean)} numbers and data.std {len(self.std)}; give one a channel"
-            )
-        if self.num_samples is not None and self.repeat > 1:
-            raise ValueError(
-                "data.repeat requires shards with an index, and data.num_samples is for tars without one; "
-                "remove one of the two, or make an index with `dmae-shards index`"
-            )
-        return self
 
 
 class ScheduleConfig(Section):
@@ -235,7 +173,7 @@ class RunConfig(Section):
     # Several teachers by name, instead of `teacher`, for objectives that take them; taps are `name:block/18`.
     teachers: dict[str, NamedTeacherConfig] | None = None
     objective: ObjectiveConfig | None = None
-    data: DataConfig
+    data: TrainingDataConfig
     optim: OptimConfig = OptimConfig()
     # bf16, fp16: DeepSpeed's engines with fp32 master weights; bf16_autocast: fp32 weights, bf16 matrix
     # products.

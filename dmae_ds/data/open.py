@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmae_ds.config.run import DataConfig
+from dmae_ds.config.data import DataConfig
 from dmae_ds.data.arrays import channels_in
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import MANIFEST, ShardError

@@ -22,6 +22,7 @@ WINDOW_BLOCKS = 4
 MAX_LANES = 1024
 
 NUM_ROUNDS = 6
+SHARE_KEY = np.uint64(1)  # of the draw of a share of the samples: the same for every seed
 MIN_HALF_BITS = 3  # a domain of at least 64: below, six rounds are visibly not uniform
 
 # splitmix64 (Steele, Lea, Flood 2014): its increment, and the two multipliers of its finaliser (Stafford's
@@ -35,6 +36,16 @@ def num_steps(epochs: float, num_samples: int, global_batch: int) -> int:
     """Number of steps that see every sample `epochs` times; the last one may reach into the next epoch."""
     # str: the decimal number that the user wrote; in floats, ceil(1.1 * 100) is 111
     return math.ceil(Fraction(str(epochs)) * num_samples / global_batch)
+
+
+def num_in_share(num_samples: int, share: float) -> int:
+    """Number of samples in a share of all, at least 1."""
+    return max(1, round(share * num_samples))
+
+
+def share_ids(num_samples: int, share: float) -> np.ndarray:
+    """Rising ids of a share of the samples, int64; those of a smaller share are among a larger one's."""
+    return np.sort(permute(np.arange(num_in_share(num_samples, share)), num_samples, SHARE_KEY))
 
 
 def batch_positions(

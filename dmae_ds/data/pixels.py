@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from dmae_ds.config.run import DataConfig
+    from dmae_ds.config.data import DataConfig
 
 MAX_PIXELS = 2**26  # 67 M: 200 MB of RGB, under 1 GiB in every decoder; a photograph has 1 to 50 M
 # pixels x scans of a progressive JPEG: ten scans are usual, thousands are an attack

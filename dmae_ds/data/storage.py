@@ -22,7 +22,7 @@ from dmae_ds.data.refusals import describe, describe_refusal
 from dmae_ds.data.shards import ShardError
 
 if TYPE_CHECKING:
-    from dmae_ds.config.run import DataConfig
+    from dmae_ds.config.data import DataConfig
 
 # URL scheme -> the package that it requires besides fsspec
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}

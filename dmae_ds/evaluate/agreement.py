@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dmae_ds.config.data import DataConfig
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.config.networks import ModelConfig, TeacherConfig
-from dmae_ds.config.run import DataConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.distributed.device import device_name

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.v2.functional import resize
 
-from dmae_ds.config.run import DataConfig
+from dmae_ds.config.data import DataConfig
 from dmae_ds.data.dense import DenseSample, DenseSet
 from dmae_ds.data.loader import iterate_numbered
 from dmae_ds.data.shards import ShardError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dmae_ds.config.run import DataConfig, EvalConfig
+from dmae_ds.config.data import DataConfig
+from dmae_ds.config.run import EvalConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from dmae_ds.config.data import DataConfig
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.config.networks import ModelConfig
-from dmae_ds.config.run import DataConfig
 from dmae_ds.data.loader import eval_batches
 from dmae_ds.data.pixels import PixelFormat
 from dmae_ds.data.shard_set import ShardSet

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmae_ds.config.data import DataConfig
 from dmae_ds.config.evaluation import FrozenConfig
 from dmae_ds.config.load import build_config, read_saved_config
 from dmae_ds.config.networks import ModelConfig, looks_like_hub_id
 from dmae_ds.config.own_file import network_in
-from dmae_ds.config.run import DataConfig
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.early import split_words
 from dmae_ds.output.safetensors_header import read_header
@@ -129,15 +129,16 @@ def _of_run(run: Path, overrides: list[str]) -> FrozenSource:
     if wrong is not None:
         raise UserError(f"'{wrong}' is for a weights file; '{run}' is a run folder, and its network is known")
     saved = read_saved_config(run, student_only=True)
+    own_data = saved.data.model_dump(mode="json", include=set(DataConfig.model_fields))
     values = {
         "weights": str(run),
         "run": {"dir": str(run)},
         "network": saved.student.model_dump(exclude_none=True, include=set(ModelConfig.model_fields)),
-        "data": saved.data.model_dump(mode="json"),
+        "data": dict(own_data),
     }
     config = build_config(values, overrides, schema=FrozenConfig)
     results = Path(config.run.dir).expanduser()
-    if results == run and config.data != saved.data:
+    if results == run and config.data.model_dump(mode="json") != own_data:
         # The run's own results and reports stay as they are.
         digest = hashlib.sha256(config.data.model_dump_json().encode()).hexdigest()[:8]
         results = run / f"on-{Path(config.data.val or config.data.train).name}-{digest}"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmae_ds.config.run import DataConfig
+from dmae_ds.config.data import DataConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError

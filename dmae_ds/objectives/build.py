@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from dmae_ds.config.data import DataConfig
 from dmae_ds.config.family import members_of, told_by
 from dmae_ds.config.networks import TeacherConfig
-from dmae_ds.config.run import DataConfig, RunConfig
+from dmae_ds.config.run import RunConfig
 from dmae_ds.config.teachers import taps_of, why_not_served
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmae_ds.config.batch import split_recipe
+from dmae_ds.config.data import TrainingDataConfig
 from dmae_ds.config.run import RunConfig
+from dmae_ds.data.order import num_in_share
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.errors import UserError
 from dmae_ds.plan.choose import Candidate
@@ -31,11 +33,19 @@ class Images:
     source: str
 
 
-def count_images(train: str, images: int | None) -> Images:
-    """Count the images of data.train where it is here, otherwise take ImageNet-1k's.
+def count_images(data: TrainingDataConfig, images: int | None) -> Images:
+    """Count an epoch's images, data.share of data.train's where it is here, otherwise of ImageNet-1k's.
 
-    images: `--images`, which replaces the number
+    images: `--images`, which replaces the number of all
     """
+    every = _count_all(data.train, images)
+    if data.share == 1:
+        return every
+    number = num_in_share(every.number, data.share)
+    return Images(number, every.image_bytes, f"data.share {data.share:g} of {every.source}")
+
+
+def _count_all(train: str, images: int | None) -> Images:
     if images is not None and images < 1:
         raise UserError(f"--images is {images}; give a number above 0")
     if "://" not in train and Path(train).expanduser().exists():

@@ -68,7 +68,7 @@ def plan(
     """
     check_machine(machine)
     machine = replace(machine, tf32=config.tf32)
-    epoch = count_images(config.data.train, images)
+    epoch = count_images(config.data, images)
     if measured is not None:
         measured.check(config)
     result = search(config, machine)

@@ -15,7 +15,7 @@ from isal import isal_zlib
 from dmae_ds.config.family import objectives_of
 from dmae_ds.config.networks import TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
-from dmae_ds.data.order import ORDER_VERSION
+from dmae_ds.data.order import ORDER_VERSION, num_in_share
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.data.unindexed import UnindexedShards
@@ -106,7 +106,7 @@ def recipe_identity(config: RunConfig, teacher: TeacherConfig, shards: ShardSet 
     section = teacher.model_dump(mode="json")
     identity = {
         "data.train (fingerprint)": shards.fingerprint,
-        "data.train (images)": shards.num_samples,
+        "data.train (images)": num_in_share(shards.num_samples, config.data.share),
         "run.seed": config.run.seed,
         "optim.global_batch": config.optim.global_batch,
         "order": ORDER_VERSION,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from dmae_ds.config.data import DataConfig
 from dmae_ds.config.networks import ModelConfig
-from dmae_ds.config.run import DataConfig, EvalConfig
+from dmae_ds.config.run import EvalConfig
 from dmae_ds.data.dense import DenseSet
 from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.evaluate.dense import KnnOptions, make_dense_result, measure

@@ -15,7 +15,7 @@ from pathlib import Path
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
-from dmae_ds.data.order import num_steps
+from dmae_ds.data.order import num_in_share, num_steps
 from dmae_ds.errors import UserError
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
@@ -32,7 +32,8 @@ def finished(config: RunConfig, *, allow_pipe: bool = False) -> bool:
     if latest is None:
         return False
     shards = open_train(config.data, allow_pipe=allow_pipe)
-    last = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
+    num_images = num_in_share(shards.num_samples, config.data.share)
+    last = num_steps(config.optim.epochs, num_images, config.optim.global_batch)
     return folder.read_state(latest)["step"] >= last
 
 

@@ -13,6 +13,7 @@ from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import train_batches
+from dmae_ds.data.order import share_ids
 from dmae_ds.data.pixels import RGB, PixelFormat
 from dmae_ds.data.rand_augment import RandAugment
 from dmae_ds.data.shard_set import ShardSet
@@ -49,6 +50,7 @@ def input_stream(
         micro_batch=preflight.micro_batch,
         accumulation=preflight.accumulation,
         replay=preflight.replay,
+        num_samples=preflight.shards.num_samples,
     )
     normalize = Normalize(config.data.mean, config.data.std).to(device)
     loaded = training_batches(
@@ -75,14 +77,17 @@ def batch_spec(
     micro_batch: int,
     accumulation: int,
     replay: int | None = None,
+    num_samples: int | None = None,
 ) -> BatchSpec:
     """Settings of the batches: crops from the recipe, views from the objective, the rank from the world.
 
-    replay: as `BatchSpec.replay`
+    replay: as `BatchSpec.replay`; num_samples: of data.train, of which data.share are taken; None: all are
     """
     data, student = config.data, objective.student
     img_size = student.grid[0] * student.patch_size
-    augment = None
+    augment = subset = None
+    if num_samples is not None and data.share < 1:
+        subset = share_ids(num_samples, data.share)
     if objective.rand_augment is not None:
         if PixelFormat.of(data) != RGB:
             name = objectives_of(config)[0].name
@@ -105,6 +110,7 @@ def batch_spec(
         views=objective.views,
         repeat=data.repeat,
         augment=augment,
+        subset=subset,
         block=data.block,
         pixels=PixelFormat.of(data),
         replay=replay,

@@ -16,8 +16,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from dmae_ds.config.data import DataConfig
 from dmae_ds.config.networks import ModelConfig
-from dmae_ds.config.run import DataConfig, EvalConfig
+from dmae_ds.config.run import EvalConfig
 from dmae_ds.distributed import collectives
 from dmae_ds.distributed.device import device_name
 from dmae_ds.distributed.world import World

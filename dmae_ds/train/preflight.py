@@ -14,7 +14,7 @@ from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, l
 from dmae_ds.config.objective_base import ObjectiveSection
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
-from dmae_ds.data.order import ORDER_VERSION, num_steps
+from dmae_ds.data.order import ORDER_VERSION, num_in_share, num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.data.unindexed import UnindexedShards
@@ -73,6 +73,11 @@ class Preflight(CutRecipe):
         return replace(
             super().with_split(split), identity={**self.identity, "micro_batch": split.micro_batch}
         )
+
+    @property
+    def num_images(self) -> int:
+        """Number of images in an epoch."""
+        return num_in_share(self.shards.num_samples, self.config.data.share)
 
     @property
     def run_dir(self) -> Path:
@@ -136,8 +141,9 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     )
     if resume_from is not None:
         folder.check_same_run(resume_from, identity)
-    steps = num_steps(config.optim.epochs, shards.num_samples, config.optim.global_batch)
-    check_rates(config.optim, num_steps=steps, num_images=shards.num_samples)
+    num_images = num_in_share(shards.num_samples, config.data.share)
+    steps = num_steps(config.optim.epochs, num_images, config.optim.global_batch)
+    check_rates(config.optim, num_steps=steps, num_images=num_images)
     replay = check_stored(config, shards, num_steps=steps)
     if resume_from is None:
         check_members_are_new(folder.run_dir, members)
@@ -235,7 +241,7 @@ def identity_of(
         "precision": config.precision,
         "seed": config.run.seed,
         "fingerprint": shards.fingerprint,
-        "num_samples": shards.num_samples,
+        "num_samples": num_in_share(shards.num_samples, config.data.share),
         "order": {"version": ORDER_VERSION, "block": config.data.block},
         "repeat": config.data.repeat,
         "global_batch": config.optim.global_batch,

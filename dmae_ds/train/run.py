@@ -167,7 +167,7 @@ def build(preflight: Preflight, device: torch.device) -> BuiltRun:
     schedule = Schedule(
         config.optim,
         num_steps=preflight.num_steps,
-        num_samples=preflight.shards.num_samples,
+        num_samples=preflight.num_images,
         accumulation=preflight.accumulation,
         log_every=config.log.every_steps,
     )

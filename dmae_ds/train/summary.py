@@ -40,10 +40,13 @@ def summary(
         alone = preflight.members[name]
         of_students[f"student {name}".rstrip()] = describe_student(alone, member)
         of_objectives[f"objective {name}".rstrip()] = f"{alone.objective.name}: {member.describe()}"
-    repeats = describe_repeats(config.optim.global_batch, shards.num_samples, repeat=config.data.repeat)
+    repeats = describe_repeats(config.optim.global_batch, preflight.num_images, repeat=config.data.repeat)
+    images = f"{preflight.num_images:,} images"
+    if config.data.share < 1:
+        images += f" of {shards.num_samples:,} (data.share)"
     rows = {
         "run": f"{preflight.run_dir} {_describe_start(preflight)}, seed {config.run.seed}",
-        "data": f"{shards.num_samples:,} images, {len(shards.classes)} classes; {shards.order_guarantee}",
+        "data": f"{images}, {len(shards.classes)} classes; {shards.order_guarantee}",
         "reading": describe_reading(preflight),
         **of_students,
         **of_teacher,

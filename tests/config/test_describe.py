@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from dmae_ds.config.data import DataConfig
 from dmae_ds.config.describe import ROOTS, all_keys, comment_of, keys_of
 from dmae_ds.config.load import load_config
 from dmae_ds.config.objectives import DinoConfig
-from dmae_ds.config.run import DataConfig, OptimConfig, RunConfig
+from dmae_ds.config.run import OptimConfig, RunConfig
 from dmae_ds.config.shipped import recipe_list, recipe_text, shipped_files, shipped_objectives
 from tests.messages import refused
 

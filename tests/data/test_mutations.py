@@ -165,7 +165,7 @@ def damage_folder(
 
 def _read_unindexed(folder: Path, tar: Path, rng: np.random.Generator) -> None:
     """Read the tars of a folder without its index, one of them with hostile members and damaged."""
-    from dmae_ds.config.run import DataConfig
+    from dmae_ds.config.data import DataConfig
 
     (folder / "manifest.json").unlink()
     with tarfile.open(tar, "a", format=tarfile.PAX_FORMAT) as file:  # members of a hostile tar

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 import torch
 
-from dmae_ds.config.run import DataConfig
+from dmae_ds.config.data import DataConfig
 from dmae_ds.data import unindexed_stream as stream_module
 from dmae_ds.data.open import open_train
 from dmae_ds.data.shard_set import ShardSet

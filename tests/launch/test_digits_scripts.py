@@ -168,7 +168,7 @@ def test_g2sd_refuses_another_task(start):
 def test_study_trains_every_setting_of_every_seed_once(start):
     wanted = {
         "SEEDS": "0 1",
-        "ONLY": "random mae dmae adapt dmae-int8 two-teachers g2sd-generic g2sd-specific",
+        "ONLY": "random mae mae-25 dmae adapt dmae-int8 two-teachers g2sd-generic g2sd-specific",
     }
     done, calls = start("study.sh", **wanted)
     assert done.returncode == 0, done.stderr
@@ -182,6 +182,7 @@ def test_study_trains_every_setting_of_every_seed_once(start):
             assert f"teacher.weights=OUT/teacher-seed{seed}/finetune_digits/best.safetensors" in call
         if "digits_mae" in call:
             assert "teacher.weights" not in call
+            assert ("data.share=.25 optim.epochs=64" in call) == ("mae-25" in call)
         if "digits_adapt" in call:
             assert f"student.weights=OUT/mae-seed{run_of(call)[-1]}/student.safetensors" in call
         if "digits_two_teachers" in call:
@@ -195,7 +196,7 @@ def test_study_trains_every_setting_of_every_seed_once(start):
     ]
     assert all("distill.teacher=OUT/teacher-seed1/" in call for call in of_random)
     evaluated = [call for call in calls if call.startswith(("dmae-ds eval knn", "dmae-ds eval probe"))]
-    assert len(evaluated) == 6 and all(call.count("-seed") == 9 for call in evaluated[:2])
+    assert len(evaluated) == 6 and all(call.count("-seed") == 10 for call in evaluated[:2])
     assert calls[-1] == "dmae-ds report --results digits=OUT"
     done, calls = start("study.sh", **wanted)
     assert calls == ["dmae-ds report --results digits=OUT"]
@@ -228,6 +229,9 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         if call.startswith("dmae-ds train")
     }
     assert {"teacher-seed0", "random-seed0", "mae-seed0", "dmae-seed0", "dino-seed0"} < set(configs)
+    assert all(
+        config.data.share == 1 for config in configs.values()
+    )  # parts are trained where they are named
     for config in configs.values():
         networks = (config.student, config.teacher or config.student)
         assert {(network.img_size, network.patch_size) for network in networks} == {(64, 8)}
