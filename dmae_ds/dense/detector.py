@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from timm.layers import LayerNorm2d
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -127,9 +128,17 @@ def build_heads(kind: str, channels: int, num_classes: int) -> dict[str, nn.Modu
     }
 
 
-def build_trunk(vit: VisionTransformer, config: DetectorConfig) -> VitTrunk:
-    """The trunk of a timm ViT with the recipe's windows and the maps that its pyramid needs."""
-    depth = len(vit.blocks)
+def build_trunk(vit: VisionTransformer | Eva, config: DetectorConfig) -> VitTrunk:
+    """The trunk of a timm ViT with the recipe's windows and the maps that its pyramid needs.
+
+    Raises UserError for patches, blocks or windows that don't go together.
+    """
+    depth, patch_size = len(vit.blocks), vit.patch_embed.patch_size[0]
+    if patch_size % 4:
+        raise UserError(
+            f"network.name has patches of {patch_size} px, and a detector's pyramid has strides of a quarter of "
+            "a patch in whole pixels; choose a network with patches of 4, 8 or 16 px"
+        )
     maps = map_blocks(depth)
     if config.pyramid == "fpn" and len(set(maps)) < len(maps):
         raise UserError(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmae_ds.dense.backbone import block_maps
 from dmae_ds.errors import UserError
 
 
@@ -21,13 +23,13 @@ class VitTrunk(nn.Module):
     taps: block numbers, counted from 1; window: edge of a window in patches, None: attention is global
     global_blocks: blocks with global attention where there are windows
     With windows there are no CLS and register tokens, as in ViTDet, which belong to no window.
-    Parameters that no map depends on (the final norm, blocks behind the last tap) get no gradients.
+    Parameters that no map depends on (the final norm, pooling, blocks behind the last tap) get no gradients.
     Raises UserError for windows in a network of other blocks than timm's `Block`.
     """
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: VisionTransformer | Eva,
         taps: Sequence[int],
         *,
         window: int | None = None,
@@ -38,14 +40,15 @@ class VitTrunk(nn.Module):
         if window is not None and other is not None:
             raise UserError(
                 f"network.name has blocks of timm's class {other}, windows require its plain Block; "
-                "set window=null, or choose a network such as vit_base_patch16_224"
+                "set detector.window=null, or choose a network such as vit_base_patch16_224"
             )
         self.vit, self.taps, self.window = vit, tuple(taps), window
         self.global_blocks = frozenset(global_blocks)
         self.width, self.patch_size = vit.embed_dim, vit.patch_embed.patch_size[0]
-        unused = [vit.norm, *vit.blocks[max(self.taps) :]]
+        unused = [vit.norm, vit.fc_norm, vit.attn_pool, *vit.blocks[max(self.taps) :]]
         for module in unused:
-            module.requires_grad_(False)
+            if module is not None:
+                module.requires_grad_(False)
         if window is not None:
             for token in (vit.cls_token, vit.reg_token):
                 if token is not None:
@@ -56,22 +59,20 @@ class VitTrunk(nn.Module):
 
         H, W: multiples of the patch size P
         """
+        if self.window is None:
+            return block_maps(self.vit, images, list(self.taps))
         vit, patch = self.vit, self.patch_size
         grid = (images.shape[-2] // patch, images.shape[-1] // patch)
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        num_prefix = vit.num_prefix_tokens
-        if self.window is not None:
-            tokens, num_prefix = tokens[:, num_prefix:], 0
-        maps = []
+        tokens, maps = tokens[:, vit.num_prefix_tokens :], []
         for number, block in enumerate(vit.blocks[: max(self.taps)], start=1):
-            if self.window is None or number in self.global_blocks:
+            if number in self.global_blocks:
                 tokens = block(tokens)
             else:
                 tokens = run_in_windows(block, tokens, grid, self.window)
             if number in self.taps:
-                # [N, R + h * w, D] -> [N, D, h, w]
-                patches = tokens[:, num_prefix:].transpose(1, 2)
-                maps.append(patches.reshape(len(images), self.width, *grid))
+                # [N, h * w, D] -> [N, D, h, w]
+                maps.append(tokens.transpose(1, 2).reshape(len(images), self.width, *grid))
         return maps
 
 

@@ -120,7 +120,7 @@ def test_anchors_lie_on_the_strides_of_the_maps():
     assert start == len(anchors)
 
 
-def test_blocks_that_the_network_has_not_are_refused():
+def test_networks_that_do_not_fit_are_refused():
     vit = build_vit(depth=2)
     assert build_trunk(vit, DetectorConfig(pyramid="simple")).taps == (2,)
     assert build_trunk(build_vit(depth=12), DetectorConfig(pyramid="fpn")).taps == (4, 6, 8, 12)
@@ -128,3 +128,5 @@ def test_blocks_that_the_network_has_not_are_refused():
         build_trunk(vit, DetectorConfig(pyramid="fpn"))
     with refused("detector.global_blocks", "block 3", "has 2"):
         build_trunk(vit, DetectorConfig(global_blocks=(1, 3)))
+    with refused("network.name", "6 px"):  # strides of 1.5 px would put anchors elsewhere
+        build_trunk(build_vit(patch_size=6), DetectorConfig())

@@ -9,10 +9,11 @@ import torch
 from dmae_ds.dense.trunk import VitTrunk, partition, quarter_ends, run_in_windows, unpartition
 from tests.messages import refused
 
+PLAIN = "vit_tiny_patch16_224"
 DIM, PATCH = 16, 4
 
 
-def build_vit(name="vit_tiny_patch16_224", **kwargs):
+def build_vit(name=PLAIN, **kwargs):
     torch.manual_seed(0)
     numbers = {"img_size": 24, "patch_size": PATCH, "embed_dim": DIM, "depth": 3, "num_heads": 2}
     vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **(numbers | kwargs))
@@ -66,9 +67,13 @@ def test_partition_is_undone():
     assert torch.equal(windows[1, 4], tokens[0, 1, 4])  # the second window's middle
 
 
-@pytest.mark.parametrize("size", [(24, 24), (16, 32)], ids=["its own size", "another size"])
-def test_without_windows_the_maps_are_timms(size):
-    vit = build_vit().eval()
+@pytest.mark.parametrize(
+    "name, size",
+    [(PLAIN, (24, 24)), (PLAIN, (16, 32)), ("eva02_tiny_patch14_224", (16, 32))],
+    ids=["its own size", "another size", "rotary positions"],
+)
+def test_without_windows_the_maps_are_timms(name, size):
+    vit = build_vit(name).eval()
     images = torch.randn(2, 3, *size)
     expected = vit.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
     actual = VitTrunk(vit, [1, 3])(images)
@@ -93,19 +98,19 @@ def test_windows_see_no_further_and_global_blocks_do():
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_every_trained_parameter_gets_a_gradient(window):
-    vit = build_vit("vit_tiny_patch16_224", reg_tokens=2)
+    vit = build_vit(reg_tokens=2, global_pool="map")
     trunk = VitTrunk(vit, [1, 2], window=window, global_blocks=[2])
     sum(features.square().sum() for features in trunk(torch.randn(1, 3, 16, 24))).backward()
     for name, parameter in vit.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
     frozen = {name.split(".")[0] for name, parameter in vit.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"norm", "blocks"} | ({"cls_token", "reg_token"} if window else set())
+    assert frozen == {"norm", "attn_pool", "blocks"} | ({"cls_token", "reg_token"} if window else set())
     assert all(p.requires_grad for p in vit.blocks[:2].parameters())
 
 
 def test_windows_require_timms_plain_block():
-    vit = build_vit("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock)
-    with refused("ParallelScalingBlock", "window=null"):
+    vit = build_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock)
+    with refused("ParallelScalingBlock", "detector.window=null"):
         VitTrunk(vit, [3], window=3)
     assert VitTrunk(vit, [3])(torch.randn(1, 3, 24, 24))[0].shape == (1, DIM, 6, 6)
 
