@@ -23,7 +23,7 @@ from PIL import Image
 from dmae_ds.data.pixels import TooLarge, check_size
 from dmae_ds.errors import UserError
 
-MAP_MODES = ("L", "P", "I;16", "I;16B", "I", "1")  # grey of 8, 16 or 1 bit, and numbers in a palette
+MAP_MODES = ("L", "P", "I;16", "I;16B", "I", "1")  # grey of 1 to 16 bits, and numbers in a palette
 MAX_CLASSES = 65535
 MIN_SIDE = 0.01  # px; a box below it has no area in float32
 MAX_MASK_BYTES = 2**31  # of all masks of an image, a byte a pixel
@@ -103,6 +103,8 @@ def read_map_values(data: bytes, *, max_pixels: int | None = None) -> np.ndarray
                     raise TypeError(f"{image.format} {image.mode}")
                 check_size(image.width, image.height, max_pixels=max_pixels)
                 values = np.array(image)
+                if image.mode == "L" and data[24] < 8:  # its bits: PIL scales the numbers of 2 and 4 bits to 255
+                    values //= 255 // (2 ** data[24] - 1)
     except TooLarge:
         raise
     except TypeError as error:

@@ -6,7 +6,9 @@ import io
 import json
 import pickle
 import runpy
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -33,6 +35,18 @@ def png(values: np.ndarray, mode: str | None = None) -> bytes:
     file = io.BytesIO()
     Image.fromarray(values, mode).save(file, "PNG")
     return file.getvalue()
+
+
+def small_png(row: bytes, *, width: int, bits: int) -> bytes:
+    """A grey PNG of one row with less than 8 bits a pixel, which PIL does not write."""
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, 1, bits, 0, 0, 0, 0),
+        b"IDAT": zlib.compress(b"\0" + row),
+        b"IEND": b"",
+    }
+    packed = (struct.pack(">I", len(it)) + name + it for name, it in chunks.items())
+    checked = (chunk + struct.pack(">I", zlib.crc32(chunk[4:])) for chunk in packed)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(checked)
 
 
 def square(**changes) -> dict:
@@ -118,6 +132,9 @@ def test_maps_of_every_kind_are_read():
     file = io.BytesIO()
     palette.save(file, "PNG")
     assert (read_map(file.getvalue(), 2) == np.array(palette)).all()
+    for bits, row in {1: b"\x50", 2: b"\x1b", 4: b"\x01\x23"}.items():
+        numbers = [0, 1, 0, 1] if bits == 1 else [0, 1, 2, 3]
+        assert read_map(small_png(row, width=4, bits=bits), 4).tolist() == [numbers]
     wide = np.array([[299, 255, 65535]], np.uint16)
     assert read_map(png(wide), 300).tolist() == [[299, 255, 65535]]
     assert read_map(png(values), 300).tolist() == [[0, 1, 65535], [1, 0, 0]]
