@@ -13,7 +13,10 @@ OPTIONS = {
     "knn": {
         "k": (int, "number of neighbours (default 30)"),
         "temperature": (float, "temperature of the neighbours' weights softmax(cosine / T) (default 0.02)"),
-        "patches": (int, "most training patches that vote, equally many of each image (default 1024000)"),
+        "patches": (
+            int,
+            "training patches that vote, equally many (1 or more) of each image (default 1024000)",
+        ),
         "memory_gib": (float, "memory of the search, without the features; changes no result (default 1)"),
     },
     "linear": {

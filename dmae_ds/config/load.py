@@ -28,6 +28,7 @@ from dmae_ds.output.local_path import refuse_url
 TAKES_URL = re.compile(
     r"data\.train|data\.val|teachers?(\.\w+)?\.(license|cache)|(students\.\w+\.)?objective\..*"
 )
+IS_EVALUATION = re.compile("^weights:", re.MULTILINE)  # of saved configs, those of evaluations alone have it
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -217,6 +218,11 @@ def read_saved_config(run_dir: Path, *, student_only: bool = False) -> RunConfig
         raise UserError(
             f"'{run_dir}' is not a run folder: it has no config.yaml; name a folder that `dmae-ds train` "
             "wrote"
+        )
+    if IS_EVALUATION.search(path.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(
+            f"'{run_dir}' is the folder of an evaluation; name the run folder that `dmae-ds train` wrote, or "
+            f"'{run_dir / 'best.safetensors'}'"
         )
     config = load_config(str(path), context={"student_only": student_only})
     if config.students is not None:

@@ -125,7 +125,7 @@ class EvalConfig(Section):
     dense_train: str | None = None  # shards with label maps, whose patches vote; null: data.train
     dense_val: str | None = None  # shards with label maps that are segmented; null: data.val
     dense_k: PositiveInt = 30  # number of neighbours
-    dense_patches: PositiveInt = 1_024_000  # most patches that vote, equally many of each image
+    dense_patches: PositiveInt = 1_024_000  # patches that vote, equally many of each image, at least one
     dense_size: NonNegativeInt | None = None  # px of an image's short side, 0: as stored; null: 32 patches
 
     @model_validator(mode="after")

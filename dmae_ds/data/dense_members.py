@@ -103,7 +103,8 @@ def read_map_values(data: bytes, *, max_pixels: int | None = None) -> np.ndarray
                     raise TypeError(f"{image.format} {image.mode}")
                 check_size(image.width, image.height, max_pixels=max_pixels)
                 values = np.array(image)
-                if image.mode == "L" and data[24] < 8:  # its bits: PIL scales the numbers of 2 and 4 bits to 255
+                # Byte 24 of the header has the bits; PIL scales numbers of 2 and 4 bits to 255.
+                if image.mode == "L" and data[24] < 8:
                     values //= 255 // (2 ** data[24] - 1)
     except TooLarge:
         raise

@@ -136,8 +136,8 @@ def build_trunk(vit: VisionTransformer | Eva, config: DetectorConfig) -> VitTrun
     depth, patch_size = len(vit.blocks), vit.patch_embed.patch_size[0]
     if patch_size % 4:
         raise UserError(
-            f"network.name has patches of {patch_size} px, and a detector's pyramid has strides of a quarter of "
-            "a patch in whole pixels; choose a network with patches of 4, 8 or 16 px"
+            f"network.name has patches of {patch_size} px, and a detector's pyramid has strides of a quarter "
+            "of a patch in whole pixels; choose a network with patches of 4, 8 or 16 px"
         )
     maps = map_blocks(depth)
     if config.pyramid == "fpn" and len(set(maps)) < len(maps):

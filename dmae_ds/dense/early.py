@@ -43,11 +43,6 @@ def check_segment(source: Source, *, world_size: int, resume: str) -> None:
             "the heads' batch norm requires at least 2 images at once on all ranks together, found 1; raise "
             "optim.micro_batch or optim.global_batch"
         )
-    if config.stride is not None and config.network.img_size and config.stride > config.network.img_size:
-        raise UserError(
-            f"stride {config.stride} is more than network.img_size {config.network.img_size}, the side of "
-            "the windows; choose a smaller one"
-        )
     if config.distill is not None:
         teacher = Path(config.distill.teacher).expanduser()
         if not teacher.is_file():
@@ -66,10 +61,11 @@ def check_detect(source: Source, *, world_size: int, resume: str) -> None:
     train, val = open_sets(config)
     for name, shard_set in (("data.train", train), ("data.val", val)):
         dense = shard_set.dense
-        if dense is None or dense.box_classes is None or not dense.has_masks:
+        if dense is None or not dense.has_masks:
+            found = "no boxes" if dense is None or dense.box_classes is None else "boxes without masks"
             raise UserError(
-                f"{name} '{shard_set.folder}' has no boxes with masks; make it with `dmae-shards make SRC "
-                f"DST --coco FILE`, or give {name}= other shards"
+                f"{name} '{shard_set.folder}' has {found}; make it with `dmae-shards make SRC DST --coco "
+                f"FILE` of a file whose annotations have a segmentation, or give {name}= other shards"
             )
     check_same_classes(val.dense.box_classes, train.dense.box_classes, None)
     check_start(source, num_images=train.num_samples, world_size=world_size, resume=resume)

@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import resize
 from dmae_ds.config.segmentation import SegmentConfig
 from dmae_ds.data.dense_transforms import fit_size
 from dmae_ds.dense.segmenter import Segmenter
+from dmae_ds.errors import UserError
 from dmae_ds.evaluate.windows import slide
 from dmae_ds.models.patches import Normalize
 from dmae_ds.objectives.augment import normalized
@@ -33,7 +34,15 @@ class Predictor:
 
     @classmethod
     def of(cls, config: SegmentConfig, img_size: int) -> Predictor:
-        """The recipe's, for a network that was trained on crops of img_size px."""
+        """The recipe's, for a network that was trained on crops of img_size px.
+
+        Raises UserError for windows that would leave pixels out.
+        """
+        if config.stride is not None and config.stride > img_size:
+            raise UserError(
+                f"stride {config.stride} is more than network.img_size {img_size}, the side of the windows; "
+                "choose a smaller one"
+            )
         stride = config.stride or max(1, img_size * 2 // 3)
         return cls(config.short_side or img_size, img_size, stride)
 

@@ -52,9 +52,9 @@ def build_memory(
     processes: Processes,
     title: str | None,
 ) -> Memory:
-    """Embed the training images and keep at most num_patches patches that have a class. Collective.
+    """Embed the training images and keep about num_patches patches that have a class. Collective.
 
-    Every image gives equally many, drawn by (seed, key); all of its patches where it has fewer.
+    Every image gives equally many, at least one, drawn by (seed, key); all of them where it has fewer.
     Raises UserError where no pixel of the set has a class.
     """
     num_classes, no_class = len(dense_set.classes), dense_set.ignore_index
@@ -110,7 +110,8 @@ class Vote:
     def __init__(self, memory: Memory, *, k: int, temperature: float, memory_gib: float):
         if len(memory.features) < k:
             raise UserError(
-                f"--k {k} is more than the {len(memory.features)} training patches with a class; lower it"
+                f"--k {k} (or eval.dense_k) is more than the {len(memory.features)} training patches "
+                "with a class; lower it"
             )
         self.memory, self.k, self.temperature, self.memory_gib = memory, k, temperature, memory_gib
         _check_finite(memory.features)

@@ -97,7 +97,8 @@ def raise_unless_finite(tensors: Iterable[Tensor], step: int, *, accelerator: Ac
 def _failure(what: str) -> RunFailed:
     error = RunFailed(
         f"{what}; the files of the epoch before are unchanged: after precision=bf16, continue with "
-        "precision=fp32 and --resume auto; else start again with a lower optim.base_lr and another run.dir"
+        "precision=fp32 and --resume auto; else start again with a lower optim.base_lr or optim.lr "
+        "and another run.dir"
     )
     error.on_every_rank = True
     return error

@@ -18,7 +18,7 @@ from dmae_ds.dense.early import check_detect
 from dmae_ds.evaluate.results import read_results
 from dmae_ds.finetune import checkpoint
 from dmae_ds.finetune.source import find_source
-from tests.data_prep.dense_sources import make_coco, make_dense, make_voc
+from tests.data_prep.dense_sources import coco_content, make_coco, make_dense, make_voc
 from tests.dense.conftest import assert_same_outcome, rows
 from tests.dense.detectors import arguments, detect, make_student
 from tests.dense.test_detector import build
@@ -174,8 +174,14 @@ def test_mistakes_are_found_before_torch(student, scenes, tmp_path, monkeypatch)
     only = voc / "ImageSets" / "Segmentation" / "train.txt"
     maps = {"masks": voc / "SegmentationClass", "only": only, "num_classes": 21}
     make_dense(voc / "JPEGImages", tmp_path / "maps", **maps)
-    with refused("data.train", "boxes with masks", "--coco"):
+    with refused("data.train", "no boxes", "--coco"):
         check(f"data.train={tmp_path / 'maps'}")
+    content = coco_content()
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    make_dense(images, tmp_path / "plain", coco=make_coco(tmp_path / "coco", content))
+    with refused("data.train", "boxes without masks", "segmentation"):
+        check(f"data.train={tmp_path / 'plain'}")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").touch()
     with refused("out", "--resume auto"):

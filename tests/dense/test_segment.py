@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dmae_ds.config.load import read_saved_config
 from dmae_ds.dense import loop
 from dmae_ds.dense import segment as command
 from dmae_ds.dense.predict import Predictor
@@ -175,6 +176,7 @@ def test_mistakes_are_refused_before_anything_is_written(scene_run, shards, tmp_
         (["optim.global_batch=5", "optim.micro_batch=2"], ("optim.micro_batch 2", "optim.global_batch 5")),
         (["optim.warmup_steps=6"], ("optim.warmup_steps 6", "6 steps")),
         (["stride=17"], ("stride 17", "network.img_size 16")),
+        (["stride=225", "network.img_size=null"], ("stride 225", "network.img_size 224")),
         (["frozen=true"], ("frozen", "drop_path=0", "optim.layer_decay=1")),
         (["head.name=fcn"], ("head", "fcn", "upernet", "linear")),
         (["augment.scale=[2,1]"], ("augment.scale", "[2.0, 1.0]")),
@@ -194,12 +196,14 @@ def test_a_training_is_neither_overwritten_nor_continued_as_another(scene_run):
     segment(scene_run, "optim.length=2")
     with refused(scene_run / "upernet_ade20k", "--resume auto", "run.dir"):
         segment(scene_run, "optim.length=2")
+    with refused(scene_run / "upernet_ade20k", "evaluation"):
+        read_saved_config(scene_run / "upernet_ade20k")
     with refused("optim.lr", 0.01, 0.02):
         segment(scene_run, "optim.length=2", "optim.lr=0.02", resume="auto")
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(scene_run):
-    with refused("finite", error=RunFailed):
+    with refused("finite", "optim.lr", error=RunFailed):
         segment(scene_run, "optim.lr=1e30", "optim.warmup_steps=0")
     assert not (scene_run / "results.jsonl").exists()
 
