@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import yaml
@@ -129,8 +130,8 @@ def prepare_cache(config: RunConfig, world: World, request: CacheRequest) -> Pre
             f"{teacher.key('placement')}=cache reads features instead of computing them; leave it out to "
             "write a cache"
         )
-    if request.epochs is not None and not request.epochs > 0:
-        raise UserError(f"--epochs {request.epochs:g} is too small; give a number above 0")
+    if request.epochs is not None and not 0 < request.epochs < inf:
+        raise UserError(f"--epochs {request.epochs:g} is not a length; give a finite number above 0")
     if request.pca is not None and request.pca < 1:
         raise UserError(f"--pca {request.pca} is too small; give 1 or more")
     manifest = existing_manifest(request.out)

@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Iterator
 
 import numpy as np
@@ -67,8 +68,9 @@ def store_features(preflight: Preflight, request: CacheRequest, device: torch.de
     """
     preflight, _ = choose_on_device(preflight, device)
     objective, teacher = build_networks(preflight, device, only=request.teacher)
-    lock = claim(request.out, label="OUT")
+    lock = None
     try:
+        lock = claim(request.out, label="OUT")
         return CacheWriter(preflight, request, objective, teacher, device).write()
     except OSError as error:
         raise RunFailed(
@@ -217,9 +219,9 @@ class CacheWriter:
         )
 
     def _missing(self, layout: Layout) -> list[range]:
-        """The longest ranges of steps of which a file is not there."""
-        expected = layout.sizes(layout.first_steps())
-        there = {name for name in expected if (self.request.out / name).exists()}
+        """The longest ranges of steps of which a file is not there, or has another size."""
+        expected = layout.sizes(layout.first_steps()).items()
+        there = {name for name, size in expected if has_size(self.request.out / name, size)}
         missing: list[range] = []
         for first in layout.first_steps():
             if all(layout.file_name(first, lane) in there for lane in range(layout.num_lanes)):
@@ -251,7 +253,7 @@ class CacheWriter:
                 writers: dict[int, FileWriter] = {}
                 for lane in range(first_lane, first_lane + accumulation):
                     path = self.request.out / layout.file_name(first, lane)
-                    if not path.exists():
+                    if not has_size(path, layout.file_bytes(first)):
                         writers[lane] = FileWriter(files.enter_context(replacing(path)), layout)
                 for _ in range(first, min(first + layout.steps_per_file, steps.stop)):
                     for lane in range(first_lane, first_lane + accumulation):
@@ -287,6 +289,11 @@ class CacheWriter:
                 f"use {self.section.key('placement')}=cache {self.section.key('cache')}={out}",
             ]
         )
+
+
+def has_size(path: Path, num_bytes: int) -> bool:
+    """Whether a file is there and has so many bytes; a copy that was cut short has fewer."""
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def add_rows(writer: FileWriter, batch: Batch, features: dict[str, Tensor], codecs: list[Codec]) -> None:

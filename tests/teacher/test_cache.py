@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,8 @@ from dmae_ds.teacher.cache_file import FileWriter, RowReader
 from dmae_ds.teacher.cache_layout import CODEC, SUMS, Layout, StoredTap
 from dmae_ds.teacher.cache_manifest import Manifest
 from dmae_ds.teacher.early import open_manifest
+from dmae_ds.tools.early import CacheRequest
+from dmae_ds.tools.teacher_cache import CacheWriter
 from tests.data.flaky_server import serve
 from tests.messages import refused
 
@@ -67,6 +72,17 @@ def written(tmp_path):
                 writer.finish()
             assert (tmp_path / lay.file_name(first, lane)).stat().st_size == lay.file_bytes(first)
     return tmp_path, lay
+
+
+def test_a_file_that_was_cut_short_is_written_again(written):
+    folder, lay = written
+    writer = SimpleNamespace(request=CacheRequest(folder))
+    assert CacheWriter._missing(writer, lay) == []
+    victim = folder / lay.file_name(3, 2)
+    os.truncate(victim, victim.stat().st_size - 1)
+    assert CacheWriter._missing(writer, lay) == [range(3, 6)]
+    victim.unlink()
+    assert CacheWriter._missing(writer, lay) == [range(3, 6)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 12])

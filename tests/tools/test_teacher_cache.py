@@ -137,6 +137,7 @@ def test_a_cache_without_its_weights_or_with_the_right_ones_is_taken(stored, rec
     [
         ({"dtype": "bf16"}, "log.every_steps=5", "--dtype"),
         ({"epochs": 1}, "log.every_steps=5", "--epochs"),
+        ({"epochs": float("inf")}, "log.every_steps=5", "--epochs inf"),
         ({"pca": 8}, "log.every_steps=5", "dimensions"),
         ({}, "teacher=null", "teacher"),
         ({"pca": 0}, "log.every_steps=5", "--pca"),
