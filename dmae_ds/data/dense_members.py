@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dmae_ds.data.pixels import TooLarge, check_size
-from dmae_ds.errors import UserError
+from dmae_ds.data.shards import ShardError
 
 MAP_MODES = ("L", "P", "I;16", "I;16B", "I", "1")  # grey of 1 to 16 bits, and numbers in a palette
 MAX_CLASSES = 65535
@@ -224,7 +224,7 @@ def read_counts(segmentation: dict, where: str, *, width: int, height: int) -> l
 
 
 def decode_masks(segmentations: list, *, width: int, height: int) -> np.ndarray:
-    """Masks of checked segmentations, bool [M, height, width]. Raises UserError without pycocotools.
+    """Masks of checked segmentations, bool [M, height, width]. Raises ShardError without pycocotools.
 
     Polygons are filled by pycocotools, as COCO's evaluation does.
     """
@@ -286,7 +286,7 @@ def _pycocotools() -> Any:
     try:
         from pycocotools import mask
     except ImportError:
-        raise UserError(
+        raise ShardError(
             'polygons require pycocotools, which is not installed; pip install "dmae-ds[dense]"'
         ) from None
     return mask

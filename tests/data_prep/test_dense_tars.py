@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_changed_bytes_of_a_member_are_found(scenes, tmp_path, extension):
             verify_shards(folder, sample=sample)
 
 
-def test_info_shows_classes_and_a_sheet_with_maps_and_boxes(scenes, tmp_path, capsys):
+def test_info_shows_classes_and_a_sheet_with_maps_and_boxes(scenes, tmp_path, capsys, monkeypatch):
     sheet = tmp_path / "sheet.png"
     assert main(["info", str(scenes / "train"), "--sheet", str(sheet)]) == 0
     printed = capsys.readouterr().out
@@ -150,6 +151,11 @@ def test_info_shows_classes_and_a_sheet_with_maps_and_boxes(scenes, tmp_path, ca
     pixels = np.asarray(Image.open(sheet).convert("HSV"))
     coloured = (pixels[..., 1] > 100) & (pixels[..., 2] > 60)
     assert 0 < coloured.mean() < 0.1
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "boxes"), "--sheet", str(sheet)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "dmae-ds[dense]" in error
 
 
 DENSE = ["--masks", "maps", "--num-classes", "6", "--coco", "coco.json", "--resize", "20"]
