@@ -152,7 +152,7 @@ def prepare_cache(config: RunConfig, world: World, request: CacheRequest) -> Pre
             f"batch for {world.size} ranks; use another number of ranks, or another OUT"
         )
     epochs = config.optim.epochs if request.epochs is None else request.epochs
-    steps = num_steps(epochs, preflight.shards.num_samples, config.optim.global_batch)
+    steps = num_steps(epochs, preflight.num_images, config.optim.global_batch)
     if manifest is not None:
         _check_request(manifest, request, steps)
     return replace(preflight, num_steps=steps)

@@ -150,6 +150,13 @@ def test_another_request_for_the_same_folder_is_refused(stored, recipe, options,
     assert named in str(refused.value)
 
 
+def test_a_part_of_the_images_has_as_many_steps_as_its_run(recipe, tmp_path):
+    name, *overrides = [*recipe, "data.share=0.5", f"run.dir={tmp_path / 'run'}"]
+    config = load_config(name, overrides)
+    of_cache = prepare_cache(config, World(), CacheRequest(tmp_path / "out")).num_steps
+    assert of_cache == prepare(config, World(), resume="never").num_steps == 13
+
+
 def test_a_folder_with_other_files_and_an_incomplete_cache_are_refused(stored, recipe, tmp_path):
     name, *overrides = recipe
     with pytest.raises(UserError) as refused:
