@@ -196,22 +196,14 @@ def check_is_new(run_dir: Path) -> None:
     One that ended before its first checkpoint, and has no result, may be started again.
     """
     folders = (run_dir, *(path.parent for path in run_dir.glob("*/config.yaml")))  # those of a family
-    has_something = any(map(_has_result, folders)) or CheckpointFolder(run_dir).all()
-    if (run_dir / "config.yaml").exists() and has_something:
-        raise UserError(
-            f"run.dir '{run_dir}' holds a run already; continue it with --resume auto, "
-            "or choose another run.dir"
-        )
-
-
-def _has_result(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (STUDENT, "results.jsonl"))
+    if (run_dir / "config.yaml").exists() and any(map(_holds_a_run, folders)):
+        way_out = "continue it with --resume auto, or choose another run.dir"
+        raise UserError(f"run.dir '{run_dir}' holds a run already; {way_out}")
 
 
 def check_is_no_member(run_dir: Path) -> None:
     """Raise UserError where a folder is that of a student of a family, which is trained with the others."""
-    family = family_of(run_dir)
-    if family is not None:
+    if (family := family_of(run_dir)) is not None:
         raise UserError(
             f"run.dir '{run_dir}' is the folder of one student of the family '{family}', which is "
             f"trained as a whole; continue with {family / 'config.yaml'}, or choose another run.dir"
@@ -221,11 +213,16 @@ def check_is_no_member(run_dir: Path) -> None:
 def check_members_are_new(run_dir: Path, names: Iterable[str]) -> None:
     """Raise UserError where a new family's student would get the folder of another run."""
     for folder in (run_dir / name for name in names if name):
-        if family_of(folder) is None and (_has_result(folder) or CheckpointFolder(folder).all()):
+        if family_of(folder) is None and _holds_a_run(folder):
             raise UserError(
                 f"run.dir '{run_dir}' holds the run '{folder}', whose folder students.{folder.name} of this "
                 "family would get; choose another run.dir, or another name for this student"
             )
+
+
+def _holds_a_run(folder: Path) -> bool:
+    has_result = any((folder / name).exists() for name in (STUDENT, "results.jsonl"))
+    return has_result or bool(CheckpointFolder(folder).all())
 
 
 def identity_of(
