@@ -74,7 +74,11 @@ def describe_folder(path: Path, known: tuple[str, ...]) -> str:
     if (path / "state.json").is_file() or any(path.glob("step-*")) or (path / "checkpoints").is_dir():
         near = [*path.resolve().parents[:2], *sorted(path.iterdir())]  # also the students of a family
         runs = [str(run) for run in near if (run / "student.safetensors").is_file()]
-        advice = f"give {' or '.join(runs)}, which holds" if runs else "give the run folder that holds"
+        advice = (
+            f"give the run folder {' or '.join(runs)}, which holds"
+            if runs
+            else "give the run folder that holds"
+        )
         return f"has the checkpoints of a training run; {advice} student.safetensors"
     if any(path.glob("*_model_states.pt")) or any(path.glob("*/*_model_states.pt")):
         return (
