@@ -3,7 +3,7 @@
 # same epochs are 1.8 times as many steps. From the time of some steps on one core: the teacher takes 4 minutes,
 # MAE and DMAE 2 each, fine-tuning the teacher 8. launch/recipes/clipart_*.yaml are the first three, for use alone.
 . launch/venv.sh
-[ -e "$OUT/shards/val/manifest.json" ] || bash launch/clipart.sh
+[ -e "$OUT/shards/val/manifest.json" ] || OUT=$OUT bash launch/clipart.sh
 
 changes_of() { # RECIPE: images of 64 px in 8x8 patches, as many as on digits; a mirrored drawing is one, too
     local file=launch/recipes/$1.yaml
