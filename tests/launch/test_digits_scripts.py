@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,10 @@ case "$*" in
 *digits_g2sd_specific*) echo "$SUPERVISED" >>"$run/results.jsonl" ;;
 esac
 """
-# The number of GPUs is 0; programs on standard input are run.
+# The number of GPUs is 0; clipart.py is recorded, programs on standard input are run.
 PYTHON = f"""#!/usr/bin/env bash
 [ "$1" != -c ] || {{ echo 0; exit 0; }}
+[ "$1" != launch/clipart.py ] || {{ echo "${{0##*/}} $*" >>"$CALLS"; exit 0; }}
 exec {sys.executable} "$@"
 """
 
@@ -71,7 +73,7 @@ def start(tmp_path):
     (tmp_path / "out" / "scenes" / "objectInfo.txt").touch()
     calls = tmp_path / "calls"
 
-    def run(script: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    def run(script: str, **variables: str | None) -> tuple[subprocess.CompletedProcess, list[str]]:
         calls.write_text("")
         dense = {"metric": variables.get("TASK"), "scores": SCORES.get(variables.get("TASK"))}
         environment = {
@@ -88,7 +90,8 @@ def start(tmp_path):
             "SUPERVISED": json.dumps({**RESULT, "metric": "supervised", "scores": {"top1": 93.4}}),
             **variables,
         }
-        environment.pop("CUDA_VISIBLE_DEVICES", None)  # set to nothing, torchrun starts the ranks
+        environment["CUDA_VISIBLE_DEVICES"] = None  # set to nothing, torchrun starts the ranks
+        environment = {name: value for name, value in environment.items() if value is not None}
         done = subprocess.run(["bash", LAUNCH / script], env=environment, capture_output=True, text=True)
         lines = calls.read_text().replace(f"{tmp_path}/out", "OUT").splitlines()
         return done, [line for line in lines if not line.startswith("dmae-shards")]
@@ -248,6 +251,14 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         )
     done, calls = start("study.sh", DATA="photos")
     assert done.returncode == 2 and "photos" in done.stderr and "clipart" in done.stderr and not calls
+
+
+def test_study_on_clipart_makes_shards_where_it_looks_for_them(start, tmp_path):
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    settings = {"OUT": None, "SEEDS": "0", "DATA": "clipart", "SRC": "photos", "BROKEN": "digits_teacher"}
+    _, calls = start(str(tmp_path / "launch" / "study.sh"), **settings)
+    assert calls[0] == "python launch/clipart.py photos runs/study_clipart"
+    assert "data.train=runs/study_clipart/shards/train" in calls[1]
 
 
 def test_scenes_study_trains_and_evaluates_every_student_once(start, tmp_path):
