@@ -11,9 +11,10 @@ their order changes a bit of them.
 
 from __future__ import annotations
 
-from math import ceil, log2
+from math import ceil, log2, prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -67,17 +68,17 @@ class Codec:
     def decode(self, raw: Tensor) -> Tensor:
         """Restore features [V * n, ..., D] in the run's dtype from [n, num_bytes] uint8."""
         tap, num_scales = self.tap, self.tap.scale_bytes
-        shape = (len(raw), *tap.shape[:-1], tap.width)
-        end = num_scales + tap.num_vectors * tap.width * self.stored.itemsize
-        values = raw[:, num_scales:end].contiguous().view(self.stored).view(shape)
-        if self.stored == torch.int8:
-            steps = raw[:, :num_scales].contiguous().view(torch.float32).view(*shape[:-1], 1)
-            values = values.float() * (steps * self.scale)
-        if self.mean is not None:
-            values = values.float()
-            values = (values if self.basis is None else values @ self.basis.T) + self.mean
-        # [n, V, ..., D] -> [V * n, ..., D]
-        return values.transpose(0, 1).flatten(0, 1).to(self.dtype)
+        shape = (*tap.shape[:-1], tap.width)
+        end = num_scales + prod(shape) * self.stored.itemsize
+        numbers = raw[:, num_scales:end].view(self.stored).unflatten(1, shape)
+        if self.mean is None:
+            return _by_view(numbers, self.dtype)
+        values = _by_view(numbers, torch.float32)
+        if self.stored == torch.int8:  # the conversion made new memory
+            steps = raw[:, :num_scales].view(torch.float32).unflatten(1, (*shape[:-1], 1))
+            values.mul_(_by_view(steps, torch.float32)).mul_(self.scale)
+        values = values.add_(self.mean) if self.basis is None else values @ self.basis.T + self.mean
+        return values.to(self.dtype)
 
     def error_sums(self, features: Tensor, raw: Tensor) -> Tensor:
         """Sums [SUMS] float64 of squared errors, squared features, cosines, and the number of vectors."""
@@ -190,6 +191,22 @@ def relative_error(sums: list[float]) -> dict[str, float]:
     squared_error, squared, cosines, count = sums
     relative = (squared_error / squared) ** 0.5 if squared else 0.0
     return {"relative": float(f"{relative:.6g}"), "cosine": float(f"{cosines / count:.6g}")}
+
+
+def _by_view(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values [n, V, ...] as [V * n, ...] in another dtype; without a copy where nothing changes."""
+    # [n, V, ...] -> [V, n, ...]
+    ordered = values.transpose(0, 1)
+    if values.dtype == dtype and ordered.is_contiguous():
+        return ordered.flatten(0, 1)
+    return empty_on(values.device, ordered.shape, dtype).copy_(ordered).flatten(0, 1)
+
+
+def empty_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory without values: on the host numpy's, whose huge pages are several times as fast as torch's."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _bytes(values: Tensor) -> Tensor:

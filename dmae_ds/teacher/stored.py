@@ -10,7 +10,6 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Iterable, Iterator
 
-import numpy as np
 import torch
 from isal import isal_zlib
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import RunFailed, UserError
-from dmae_ds.teacher.cache_codec import build_codecs
+from dmae_ds.teacher.cache_codec import build_codecs, empty_on
 from dmae_ds.teacher.cache_file import LABEL, RowReader, damaged, open_cache
 from dmae_ds.teacher.cache_layout import CODEC
 from dmae_ds.teacher.cache_manifest import Manifest
@@ -94,8 +93,8 @@ class StoredTeacher:
         first, shape = int(batch.rows[0]), (len(batch.rows), self.manifest.layout.row_bytes)
         if self.device.type == "cuda":  # torch uses pinned memory again once its copy to the device has ended
             raw = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        else:  # numpy's new memory is of huge pages, and several times as fast
-            raw = torch.from_numpy(np.empty(shape, np.uint8))
+        else:
+            raw = empty_on(self.device, shape, torch.uint8)
         entries = self.reader.read(first, raw.numpy())
         same = (entries["sample_id"] == batch.sample_ids.numpy()) & (entries["epoch"] == batch.epochs.numpy())
         if not same.all():

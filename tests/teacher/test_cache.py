@@ -163,6 +163,9 @@ def test_narrow_features_lose_little_and_say_how_much(stored, width, worst, tmp_
     raw = codec.encode(features)
     restored = codec.decode(raw)
     assert restored.shape == features.shape and not narrow.is_exact
+    of_two_views = tap(stored, width=width, shape=(2, 5, 24))
+    (other,) = build_codecs((of_two_views,), content, torch.device("cpu"))
+    assert torch.equal(other.decode(other.encode(features)), restored)
     error, size, cosine, count = codec.error_sums(features, raw).tolist()
     assert (error / size) ** 0.5 == pytest.approx(
         ((restored - features).norm() / features.norm()).item(), rel=1e-3
