@@ -10,11 +10,10 @@ from dmae_ds.config.batch import BatchSplit, split_recipe
 from dmae_ds.config.deepspeed import check_compile, zero_stage
 from dmae_ds.config.family import members_of, objectives_of
 from dmae_ds.config.load import family_of
-from dmae_ds.config.networks import ModelConfig, StudentConfig, TeacherConfig, looks_like_hub_id
-from dmae_ds.config.objective_base import ObjectiveSection
+from dmae_ds.config.networks import StudentConfig, TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.open import open_train
-from dmae_ds.data.order import ORDER_VERSION, num_in_share, num_steps
+from dmae_ds.data.order import num_in_share, num_steps
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.data.unindexed import UnindexedShards
@@ -23,6 +22,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.evaluate.dense_sets import open_dense_sets
 from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.teacher.early import check_stored
+from dmae_ds.train import run_identity
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.checkpoint.student_file import STUDENT, StudentFiles
 from dmae_ds.train.cut import CutRecipe, deepspeed_of
@@ -31,12 +31,6 @@ from dmae_ds.train.trackers import check_trackers
 from dmae_ds.weights.early import check_file
 from dmae_ds.weights.label import STUDENT as STUDENT_WEIGHTS
 from dmae_ds.weights.label import Label, of_student, of_teacher
-
-# Keys of the student section that may change when a run is resumed: initial weights are not read again, and
-# blocks that run twice compute the same.
-STUDENT_MAY_CHANGE = {"weights", "checkpoint_blocks"}
-# Keys of the teacher section that may: they change neither features nor positions.
-TEACHER_MAY_CHANGE = {"weights", "format", "stats", "license", "placement", "stages", "cache"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     check_is_no_member(folder.run_dir)
     resume_from = folder.latest() if resume == "auto" else None
     saved = {} if resume_from is None else folder.read_state(resume_from)
-    config = as_it_began(config, saved)
+    config = run_identity.as_it_began(config, saved)
     split = split_recipe(config, world.size, fitted=saved.get("micro_batch"))
     deepspeed = deepspeed_of(config, split, world)
     check_compile(config.compile, config.deepspeed, deepspeed)
@@ -136,11 +130,11 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         if teacher.placement != "cache":
             check_teacher_file(teacher)
         check_stages(teacher.stages, world.size, key=teacher.key("stages"))
-    identity = identity_of(
+    must_agree = run_identity.identity_of(
         config, shards, world_size=world.size, stage=zero_stage(deepspeed), micro_batch=split.micro_batch
     )
     if resume_from is not None:
-        folder.check_same_run(resume_from, identity)
+        folder.check_same_run(resume_from, must_agree)
     num_images = num_in_share(shards.num_samples, config.data.share)
     steps = num_steps(config.optim.epochs, num_images, config.optim.global_batch)
     check_rates(config.optim, num_steps=steps, num_images=num_images)
@@ -158,7 +152,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
         accumulation=split.accumulation,
         num_steps=steps,
         folder=folder,
-        identity=identity,
+        identity=must_agree,
         resume=resume,
         resume_from=resume_from,
         replay=replay,
@@ -171,22 +165,6 @@ def describe_finished(preflight: Preflight) -> str:
         f"'{preflight.run_dir}' is finished: step {preflight.num_steps:,} of {preflight.num_steps:,}; "
         f"nothing was done. Its student is {preflight.run_dir / STUDENT}; to train longer raise "
         "optim.epochs, to train again choose another run.dir"
-    )
-
-
-def as_it_began(config: RunConfig, saved: dict) -> RunConfig:
-    """Return the recipe with `teacher.dtype: auto` as the run that is resumed began.
-
-    Its precision may have changed since, and runs from before December 2026 had fp32.
-    saved: the checkpoint's state.json; {} for a new run
-    """
-    sections = {"": saved.get("teacher"), **(saved.get("teachers") or {})}
-    began = {name: (sections.get(name) or {}).get("dtype") for name in config.named_teachers()}
-    return config.with_teachers(
-        {
-            name: teacher.following(began[name]) if began[name] and teacher.dtype_is_auto else teacher
-            for name, teacher in config.named_teachers().items()
-        }
     )
 
 
@@ -223,62 +201,6 @@ def check_members_are_new(run_dir: Path, names: Iterable[str]) -> None:
 def _holds_a_run(folder: Path) -> bool:
     has_result = any((folder / name).exists() for name in (STUDENT, "results.jsonl"))
     return has_result or bool(CheckpointFolder(folder).all())
-
-
-def identity_of(
-    config: RunConfig, shards: ShardSet | UnindexedShards, *, world_size: int, stage: int, micro_batch: int
-) -> dict:
-    """What is stored with every checkpoint to recognize the run: plain JSON values."""
-    teachers = {
-        name: _section(teacher, TEACHER_MAY_CHANGE) for name, teacher in config.named_teachers().items()
-    }
-    return {
-        "world_size": world_size,
-        "zero_stage": stage,
-        "precision": config.precision,
-        "seed": config.run.seed,
-        "fingerprint": shards.fingerprint,
-        "num_samples": num_in_share(shards.num_samples, config.data.share),
-        "order": {"version": ORDER_VERSION, "block": config.data.block},
-        "repeat": config.data.repeat,
-        "global_batch": config.optim.global_batch,
-        "micro_batch": micro_batch,
-        "teacher": teachers.pop("", None),
-        "teachers": teachers or None,
-        **_of_students(config),
-    }
-
-
-def _of_students(config: RunConfig) -> dict:
-    """What identifies the students: of one run `student`, `objective`, `positions`; of several `students`."""
-    members = {
-        name: {
-            "student": _section(member.student, STUDENT_MAY_CHANGE),
-            "objective": _objective(member.objective),
-            "positions": "trained" if member.objective.trains_positions else "fixed",
-        }
-        for name, member in members_of(config).items()
-    }
-    if config.students is None:
-        return {**members[""], "students": None}
-    of_all = {
-        name: {**member["student"], **{key: member[key] for key in ("objective", "positions")}}
-        for name, member in members.items()
-    }
-    return {"student": None, "objective": None, "positions": "fixed", "students": of_all}
-
-
-def _section(network: ModelConfig, may_change: set[str]) -> dict:
-    """A network's section without the keys that may change, and without in_chans of RGB: it is a new key."""
-    newer = {"in_chans"} if network.in_chans in (None, 3) else set()
-    return network.model_dump(mode="json", exclude=may_change | newer)
-
-
-def _objective(section: ObjectiveSection) -> dict:
-    """The objective's section without newer keys that have their defaults."""
-    fields = type(section).model_fields
-    newer = {key for key in section.newer_keys if getattr(section, key) == fields[key].default}
-    return section.model_dump(mode="json", exclude=newer)
 
 
 def check_teacher_file(teacher: TeacherConfig) -> None:
