@@ -2,12 +2,12 @@
 
     dmae-ds bench cache RECIPE [key=value] [--dtype fp32 bf16 int8] [--folder FOLDER]
 
-The recipe gives networks, taps and the micro-batch; weights, pixels and so the features are random. All take
-turns, round after round; a row is the median of its rounds. Files are read from the page cache, where crc32
-and copies weigh most; a cache has more bytes than the processor's own caches hold, so neither way of reading
-finds them there. `restored too` is the share of plain reads where the run's dtype is made of what was read:
-arithmetic on as many numbers, however few bytes they were. Seconds belong to one machine; the ratios are what
-to look at.
+The recipe gives networks, taps and the micro-batch; weights, pixels and so the features are random. Steps
+take turns, round after round, and so do readings; a row has medians. Files are read from the page cache,
+where crc32 and copies weigh most; a cache has more bytes than the processor's own caches hold, so neither
+way of reading finds them there. `restored too` is the share of plain reads where the run's dtype is made of
+what was read: arithmetic on as many numbers, however few bytes they were. Seconds belong to one machine;
+the ratios are what to look at.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from dmae_ds.teacher.stored import AHEAD, StoredTeacher
 from dmae_ds.train.speed import wait_for
 
 MIN_BYTES = 2**28  # that a cache has, at least; a run reads them again and again
+READINGS = 5  # of all its bytes a round
 
 
 def bench_cache(config: RunConfig, *, dtypes: list[str], folder: Path | None, rounds: int) -> str:
@@ -155,19 +156,12 @@ def _table(step: TrainingStep, caches: dict[str, _Cache], *, rounds: int, device
 
         return taken
 
-    tasks: dict[str, Callable[[], None]] = {"live": take(live)}
+    steps = {"live": take(live), **{dtype: take(cache) for dtype, cache in caches.items()}}
+    readings: dict[str, Callable[[], None]] = {}
     for dtype, cache in caches.items():
-        tasks |= {dtype: take(cache), f"{dtype} read": cache.read, f"{dtype} plain": cache.read_plainly}
-        tasks[f"{dtype} restored"] = functools.partial(cache.read, restore=True)
-    seconds = {name: [] for name in tasks}
-    for number in range(rounds + 1):
-        for name, task in tasks.items():
-            since = time.perf_counter()
-            task()
-            wait_for(device)
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - since)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+        readings |= {f"{dtype} read": cache.read, f"{dtype} plain": cache.read_plainly}
+        readings[f"{dtype} restored"] = functools.partial(cache.read, restore=True)
+    medians = _medians(steps, rounds, device) | _medians(readings, READINGS * rounds, device)
     images = step.micro_batch * step.accumulation
     heads = ("features", "bytes an image", "images/s of a step", "of live", "MB/s read", "of plain reads")
     cells = [(*heads, "restored too"), ("live", "", f"{images / medians['live']:.2f}", "1.00", "", "", "")]
@@ -186,4 +180,18 @@ def _table(step: TrainingStep, caches: dict[str, _Cache], *, rounds: int, device
         )
     taps = ", ".join(f"{tap.name} {list(tap.shape)}" for tap in next(iter(caches.values())).layout.taps)
     title = f"{taps} an image; {step.accumulation} x {step.micro_batch} images a step; {device.type}; "
-    return title + f"median of {rounds} rounds\n\n" + "\n".join(text_table(cells))
+    title += f"medians of {rounds} steps and {READINGS * rounds} readings"
+    return f"{title}\n\n" + "\n".join(text_table(cells))
+
+
+def _medians(tasks: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds of tasks by name, which take turns; a round before the others warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(rounds + 1):
+        for name, task in tasks.items():
+            since = time.perf_counter()
+            task()
+            wait_for(device)
+            if number:
+                seconds[name].append(time.perf_counter() - since)
+    return {name: statistics.median(times) for name, times in seconds.items()}
