@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.convert_dense import convert_dense
-from data_prep.dense import DenseSettings, map_name
+from data_prep.dense import DenseSettings, map_file
 from data_prep.files import read_file, size_and_time
 from data_prep.header import MAX_SHRUNK_PIXELS, find_mode, read_header
 from data_prep.target import OtherSetError, open_bucket
@@ -173,7 +173,7 @@ def _sizes_and_times(settings: Settings, path: bytes) -> tuple[int, ...]:
     facts = size_and_time(b"%b/%b" % (settings.src, path))
     if settings.dense is None or settings.dense.masks is None:
         return facts
-    return facts + size_and_time(b"%b/%b" % (settings.dense.masks, map_name(path)))
+    return facts + size_and_time(map_file(settings.dense.masks, path))
 
 
 def _read_annotations(job: Job) -> dict[int, bytes]:

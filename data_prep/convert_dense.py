@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.annotations import UPRIGHT, Frame, convert_annotations, convert_map, is_drawn_upright
 from data_prep.decode import check_pixels, orientation_of, shrink
-from data_prep.dense import map_name
+from data_prep.dense import map_file
 from data_prep.files import read_file
 from data_prep.header import MAX_SHRUNK_PIXELS, read_header
 
@@ -39,7 +39,7 @@ def convert_dense(
     orientation = orientation_of(image[0])
     sizes, map_data, facts = {}, b"", ()
     if dense.masks is not None:
-        buffer, size, time_ns = read_file(b"%b/%b" % (dense.masks, map_name(path)))
+        buffer, size, time_ns = read_file(map_file(dense.masks, path))
         map_data, facts = bytes(memoryview(buffer)[:size]), (size, time_ns)
         sizes["label map"] = _size_of_map(map_data, max_pixels)
     annotations = None if line is None else json.loads(line)

@@ -156,8 +156,15 @@ def match_dense(
 
 
 def map_name(path: bytes) -> bytes:
-    """Path of an image's map below DIR."""
+    """Path of an image's map below DIR, where the map's suffix is in small letters."""
     return os.path.splitext(path)[0] + b".png"
+
+
+def map_file(folder: bytes, path: bytes) -> bytes:
+    """Path of the file of an image's map, which ends in .png or .PNG."""
+    small = b"%b/%b" % (folder, map_name(path))
+    large = small.removesuffix(b".png") + b".PNG"
+    return large if not os.path.lexists(small) and os.path.lexists(large) else small
 
 
 def _match_maps(
@@ -188,11 +195,21 @@ def _match_maps(
 
 
 def _find_maps(folder: Path, skipped: list[dict]) -> set[bytes]:
-    """Paths of the .png files below a folder; folders that cannot be read are added to `skipped`."""
+    """Paths of the .png files below a folder, as `map_name` spells them.
+
+    Folders that cannot be read are added to `skipped`.
+    """
     listing = Listing(suffixes=(b".png",), skipped=skipped)
-    maps = set(walk_images(folder, b"", listing, []))
-    if not maps:
+    found = set(walk_images(folder, b"", listing, []))
+    if not found:
         raise ShardError(f"--masks '{folder}' has no .png files; expected the path of each image, with .png")
+    maps = set()
+    for name in sorted(found):
+        small = map_name(name) if name.endswith(b".PNG") else name
+        if small in maps:
+            both = f"{os.fsdecode(small)!r} and {os.fsdecode(small.removesuffix(b'.png') + b'.PNG')!r}"
+            raise ShardError(f"--masks '{folder}' has {both}, maps of one image; remove one of them")
+        maps.add(small)
     return maps
 
 

@@ -12,6 +12,7 @@ from timm.layers import LayerNorm2d
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -49,12 +50,24 @@ class Backbone(nn.Module):
 class Canvas(GeneralizedRCNNTransform):
     """torchvision's normalisation, resizing and padding, on a canvas that does not depend on the batch.
 
+    In eval mode images are made smaller as training makes them: antialiased, which torchvision does not do.
     square: edge of the canvas, or None for the smallest one that holds the batch's images
     """
 
     def __init__(self, *args, square: int | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.square = square
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Bring an image [3, h, w] to the size that torchvision gives it; boxes and masks are left to it."""
+        if self.training or target is not None:
+            return super().resize(image, target)
+        height, width = image.shape[-2:]
+        scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
+        size = [int(height * scale), int(width * scale)]
+        return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0], None
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """Pad normalised images [3, h, w] by zeros, below and on the right, to one batch [N, 3, H, W]."""

@@ -310,3 +310,13 @@ def test_two_images_of_one_map_are_refused(tmp_path):
     save(map_of(9, 9, 2), tmp_path / "maps" / "a.png")
     with refused("a.jpg", "a.png", error=ShardError):
         make_dense(tmp_path / "src", tmp_path / "dst", masks=tmp_path / "maps", num_classes=2)
+
+
+def test_a_map_may_end_in_large_letters(tmp_path):
+    save(image_of(9, 9), tmp_path / "src" / "a.jpg")
+    save(map_of(9, 9, 2), tmp_path / "maps" / "a.PNG")
+    options = {"masks": tmp_path / "maps", "num_classes": 2}
+    assert make_dense(tmp_path / "src", tmp_path / "dst", **options)[0].label_map.shape == (9, 9)
+    save(map_of(9, 9, 2), tmp_path / "maps" / "a.png")
+    with refused("a.png", "a.PNG", error=ShardError):
+        make_dense(tmp_path / "src", tmp_path / "other", **options)

@@ -81,6 +81,9 @@ def test_the_canvas_pads_resizes_and_normalises():
     torch.testing.assert_close(batch.tensors[0, :, 3, 5], 0.1 / torch.tensor(PIXELS[1]))
     assert not batch.tensors[:, :, 8:].any() and not batch.tensors[:, :, :, 20:].any()
     assert square.eval()([mean])[0].image_sizes == [(12, 32)]  # the longer edge fills the canvas
+    board = (torch.arange(96) + torch.arange(96)[:, None]) % 2 * torch.ones(3, 1, 1)
+    small = square.eval()([board])[0].tensors * torch.tensor(PIXELS[1])[:, None, None] + mean[:, :1, :1]
+    torch.testing.assert_close(small[0, :, 4:28, 4:28], torch.full((3, 24, 24), 0.5), atol=0.05, rtol=0)
     oblong = Canvas(24, 40, *PIXELS, square=None, size_divisible=16, _skip_resize=True)
     batch, _ = oblong.eval()([mean])
     assert batch.image_sizes == [(16, 40)] and batch.tensors.shape[2:] == (16, 48)
