@@ -27,7 +27,7 @@ from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.objectives.base import Objective
 from dmae_ds.output.durable import replacing, sync_folder
 from dmae_ds.output.progress import LINE_EVERY_S, Progress
-from dmae_ds.output.units import GIB, size_text
+from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.cache_codec import (
     VECTORS_A_CHANNEL,
@@ -240,7 +240,7 @@ class CacheWriter:
         free, needed = shutil.disk_usage(out).free, layout.total_bytes() - there
         if needed > free:
             raise UserError(
-                f"OUT '{out}' needs {needed / GIB:,.1f} GiB more and has {free / GIB:,.1f} GiB free; give a "
+                f"OUT '{out}' needs {size_text(needed)} more and has {size_text(free)} free; give a "
                 "narrower --dtype, --pca, fewer --epochs, or another disk"
             )
 
