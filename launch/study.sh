@@ -46,14 +46,18 @@ features          digits_features
 features-masked   digits_features_masked
 mocov3-teacher    digits_mocov3_teacher
 "
-# On a quarter and on half of the images, at equal steps; where ONLY names them.
-PARTS="
+# Where ONLY names them: on a quarter and on half of the images, at equal steps; a student as wide as its
+# teacher, with both heads; five times the steps of a fifth of the visible patches.
+MORE="
 mae-25            digits_mae   data.share=.25 optim.epochs=64 optim.warmup_epochs=8
 mae-50            digits_mae   data.share=.5 optim.epochs=32 optim.warmup_epochs=4
 dmae-25           digits_dmae  data.share=.25 optim.epochs=64 optim.warmup_epochs=8
 dmae-50           digits_dmae  data.share=.5 optim.epochs=32 optim.warmup_epochs=4
+dmae-wide         digits_dmae  student.embed_dim=128
+dmae-wide-linear  digits_dmae  student.embed_dim=128 objective.head=linear
+dmae-mask-.95-x5  digits_dmae  objective.mask_ratio=.95 optim.epochs=80 optim.warmup_epochs=10
 "
-[ -z "$ONLY" ] || SETTINGS+=$PARTS
+[ -z "$ONLY" ] || SETTINGS+=$MORE
 # Classifiers that learn from the fine-tuned teacher. DeiT's distillation gets the epochs of both of G2SD's
 # stages (G2SD, supplement, Table 2).
 CLASSIFIERS="
