@@ -63,7 +63,7 @@ def test_samples_are_the_scenes_that_were_written(scenes):
     dense = open_dense(scenes / "train")
     assert (len(dense), dense.has_maps, dense.has_boxes, dense.has_masks) == (24, True, True, True)
     assert (
-        dense.map_classes[:5] == ["stripes", "checks", "grain", "waves", "zero"] and len(dense.classes) == 14
+        dense.map_classes[:5] == ["stripes", "checks", "grain", "waves", "digit"] and len(dense.classes) == 5
     )
     assert len(dense.box_classes) == 10 and dense.ignore_index == 255
     names = [json.loads(line) for line in (scenes / "train" / "sources.txt").read_text().splitlines()]
@@ -95,7 +95,7 @@ def test_digits_of_training_and_validation_scenes_differ(tmp_path):
     module["write_scenes"](tmp_path, {"train": 1, "val": 1})
     training, validation = (used[part][1] for part in ("training", "validation"))
     assert (len(training), len(validation)) == (1400, 397)
-    assert (tmp_path / "objectInfo.txt").read_text().count("\n") == 15
+    assert (tmp_path / "objectInfo.txt").read_text().count("\n") == 6
 
 
 def test_a_set_is_read_by_another_process(scenes):
@@ -116,7 +116,7 @@ def test_what_is_not_wanted_is_not_read(scenes, monkeypatch):
     maps = open_dense(scenes / "val", boxes=False)
     monkeypatch.setattr("dmae_ds.data.dense.read_annotations", None)
     assert maps[0].label_map is not None and maps[0].boxes is None and maps[0].masks is None
-    assert (maps.has_maps, maps.has_boxes, maps.has_masks, len(maps.classes)) == (True, False, False, 14)
+    assert (maps.has_maps, maps.has_boxes, maps.has_masks, len(maps.classes)) == (True, False, False, 5)
     monkeypatch.undo()
     boxes = open_dense(scenes / "val", maps=False)
     assert boxes[0].label_map is None and len(boxes.classes) == 10 and boxes.ignore_index == 255

@@ -23,7 +23,7 @@ def predict_only(path, number):
     """Let a segmenter's file predict one class for all pixels."""
     tensors = load_file(path)
     tensors["decoder.classifier.weight"].zero_()
-    tensors["decoder.classifier.bias"] = torch.full((14,), -1.0)
+    tensors["decoder.classifier.bias"] = torch.full_like(tensors["decoder.classifier.bias"], -1.0)
     tensors["decoder.classifier.bias"][number] = 1
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
