@@ -27,6 +27,7 @@ g2sd-generic  scenes_g2sd_generic
 EVALUATIONS="
 dense             all           dense RUN --task knn linear --size 64 --window 64 --patches 50000 --iterations 300 --warmup 30 --lr 1e-2
 segment           all           segment RUN --recipe upernet_scenes optim.length=8
+segment-frozen    all           segment RUN --recipe upernet_scenes optim.length=8 frozen=true
 detect            all           detect RUN --recipe detect_scenes
 segment-specific  g2sd-generic  segment RUN --recipe upernet_scenes optim.length=8 distill.teacher=TEACHER/segment/best.safetensors
 detect-specific   g2sd-generic  detect RUN --recipe detect_scenes distill.teacher=TEACHER/detect/best.safetensors
