@@ -80,9 +80,8 @@ def members_of(config: RunConfig) -> dict[str, RunConfig]:
             alone |= {"teacher": None, "teachers": None}
         elif config.teachers is not None:
             owners = {split_name(tap)[0] for tap in objective.tapped}
-            alone["teachers"] = {
-                owner: config.teachers[owner] for owner in config.teachers if owner in owners
-            }
+            used = {name: teacher for name, teacher in config.teachers.items() if name in owners}
+            alone["teachers"] = used or config.teachers  # an objective of your own may not name its taps
         members[name] = config.model_copy(update=alone)
     return members
 

@@ -9,6 +9,7 @@ import pytest
 from dmae_ds.config.batch import group_size, split_recipe
 from dmae_ds.config.describe import all_keys
 from dmae_ds.config.family import check_one_student, members_of, name_of_part, student_names
+from dmae_ds.config.features import FeaturesConfig
 from dmae_ds.config.load import dump_config, load_config, read_saved_config, student_folders
 from tests.messages import refused
 
@@ -35,7 +36,7 @@ def test_each_member_is_a_recipe_of_its_own():
         check_one_student(config, "bench save")
 
 
-def test_a_member_has_the_teachers_that_it_taps():
+def test_a_member_has_the_teachers_that_it_taps(monkeypatch):
     teachers = "teachers={x: {name: vit_tiny, weights: x}, y: {name: vit_tiny, weights: y}}"
     term = "objective: {name: features, targets: [{tap: '%s:tokens'}]}"
     students = f"students={{one: {{{NET}, {term % 'x'}}}, two: {{{NET}, {term % 'y'}}}}}"
@@ -43,6 +44,9 @@ def test_a_member_has_the_teachers_that_it_taps():
     config = load_config("digits_features", recipe)
     config.check_teacher()
     assert [list(member.teachers) for member in members_of(config).values()] == [["x"], ["y"]]
+    with monkeypatch.context() as patch:  # an objective whose module alone knows its taps
+        patch.setattr(FeaturesConfig, "tapped", ())
+        assert [list(member.teachers) for member in members_of(config).values()] == [["x", "y"]] * 2
     config = load_config(
         "digits_features", [*recipe, "students.two.objective.targets=[{tap: 'x:cls', student: cls}]"]
     )
