@@ -3,9 +3,10 @@
 # G2SD's generic stage, and G2SD's specific stage with and without the teacher:
 #   bash launch/scenes_study.sh          # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder
 #   ONLY="mae dmae" TASKS="dense" bash launch/scenes_study.sh              # some settings, some evaluations
-# All students of a seed have the same steps, data, rate and initial weights. Killed or started again, it
-# continues where it was; what is finished is not repeated. Numbers go into each run's results.jsonl; the table
-# at the end has their means (RESULTS.md: dmae-ds report --results digits=runs/study scenes=runs/scenes).
+# All students of a seed have the same steps, data, rate and initial weights, and all seeds one teacher, as
+# the papers' students have. Killed or started again, it continues where it was; what is finished is not
+# repeated. Numbers go into each run's results.jsonl; the table at the end has their means (RESULTS.md:
+# dmae-ds report --results digits=runs/study scenes=runs/scenes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1 2}
@@ -15,12 +16,13 @@ ONLY=${ONLY:-}
 TASKS=${TASKS:-}
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+TEACHER=$OUT/teacher-seed0
 # Name of the run, its recipe, and the keys that are changed. Random weights are those before the first step.
 SETTINGS="
 random        scenes_mae   optim.epochs=0.001 optim.warmup_epochs=0 optim.base_lr=1e-12
 mae           scenes_mae
-dmae          scenes_dmae
-g2sd-generic  scenes_g2sd_generic
+dmae          scenes_dmae          teacher.weights=$TEACHER
+g2sd-generic  scenes_g2sd_generic  teacher.weights=$TEACHER
 "
 # Name of an evaluation, the runs that get it (all, or one name), and what follows `dmae-ds eval`. Frozen
 # features are measured on images as large as in training.
@@ -29,8 +31,8 @@ dense             all           dense RUN --task knn linear --size 64 --window 6
 segment           all           segment RUN --recipe upernet_scenes optim.length=8
 segment-frozen    all           segment RUN --recipe upernet_scenes optim.length=8 frozen=true
 detect            all           detect RUN --recipe detect_scenes
-segment-specific  g2sd-generic  segment RUN --recipe upernet_scenes optim.length=8 distill.teacher=TEACHER/segment/best.safetensors
-detect-specific   g2sd-generic  detect RUN --recipe detect_scenes distill.teacher=TEACHER/detect/best.safetensors
+segment-specific  g2sd-generic  segment RUN --recipe upernet_scenes optim.length=8 distill.teacher=$TEACHER/segment/best.safetensors
+detect-specific   g2sd-generic  detect RUN --recipe detect_scenes distill.teacher=$TEACHER/detect/best.safetensors
 "
 
 . launch/venv.sh
@@ -56,7 +58,7 @@ evaluations() { # NAME SEED WHOM: lines of arguments of `evaluate`, for a run, o
     while read -r task whom command; do
         [ -n "$task" ] && [ "$whom" = "$3" ] || continue
         [ -z "$TASKS" ] || [[ " $TASKS " = *" $task "* ]] || continue
-        echo "$task '$OUT/$1-seed$2' '${command//TEACHER/$OUT/teacher-seed$2}'"
+        echo "$task '$OUT/$1-seed$2' '$command'"
     done <<<"$EVALUATIONS"
 }
 
@@ -64,20 +66,21 @@ evaluations() { # NAME SEED WHOM: lines of arguments of `evaluate`, for a run, o
 teacher=
 if wanted dmae || wanted g2sd-generic; then teacher=teacher; fi
 echo "== students: seeds $SEEDS"
-for seed in $SEEDS; do
-    [ -z "$teacher" ] || echo "teacher $seed scenes_teacher"
-done | in_parallel
+[ -z "$teacher" ] || in_parallel <<<"teacher 0 scenes_teacher"
 for seed in $SEEDS; do
     students_of "$seed" <<<"$SETTINGS"
 done | in_parallel
 echo "== evaluations"
 for whom in all one; do # of all first: the specific stage needs the teacher's segmenter and detector
-    for seed in $SEEDS; do
-        while read -r name _; do
-            [ "$name" = "$teacher" ] || wanted "$name" || continue
-            [ -z "$name" ] || evaluations "$name" "$seed" "${whom/one/$name}"
-        done <<<"$teacher$SETTINGS"
-    done | xargs -r -P "$JOBS" -d '\n' -I '{}' bash -c 'evaluate {}'
+    {
+        [ -z "$teacher" ] || evaluations teacher 0 "${whom/one/teacher}"
+        for seed in $SEEDS; do
+            while read -r name _; do
+                [ -n "$name" ] && wanted "$name" || continue
+                evaluations "$name" "$seed" "${whom/one/$name}"
+            done <<<"$SETTINGS"
+        done
+    } | xargs -r -P "$JOBS" -d '\n' -I '{}' bash -c 'evaluate {}'
 done
 dmae-ds report --results "scenes=$OUT" --out "$OUT/RESULTS.md"
 sed -n '/^| setting/,/^$/p' "$OUT/RESULTS.md"
