@@ -10,7 +10,7 @@ import pytest
 from data_prep.cli import main as shards_main
 from dmae_ds.cli.main import main
 from dmae_ds.config.load import load_config
-from dmae_ds.train.preflight import _section
+from dmae_ds.train.run_identity import _section
 from tests.train.conftest import command, run
 
 PLANES = np.array([0.2, 0.4, 0.6, 0.8])
