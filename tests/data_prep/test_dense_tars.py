@@ -138,7 +138,7 @@ def test_info_shows_classes_and_a_sheet_with_maps_and_boxes(scenes, tmp_path, ca
     sheet = tmp_path / "sheet.png"
     assert main(["info", str(scenes / "train"), "--sheet", str(sheet)]) == 0
     printed = capsys.readouterr().out
-    assert "label maps (14 classes), boxes with masks (10 classes)" in printed
+    assert "label maps (5 classes), boxes with masks (10 classes)" in printed
     pixels = np.asarray(Image.open(sheet).convert("HSV"))
     assert (pixels[..., 1] > 100).mean() > 0.1  # scenes are dark; the colours of classes are not
     coco = coco_content()

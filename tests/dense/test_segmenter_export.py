@@ -38,7 +38,7 @@ def test_onnxruntime_computes_the_segmenter_s_logits(scene_run, recipe):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["mean"]) == list(facts.mean) and "pool" not in metadata
     text = (out / "README.md").read_text()
-    assert "image-segmentation" in text and "mIoU" in text and "[N, 14, 16, 16]" in text
+    assert "image-segmentation" in text and "mIoU" in text and "[N, 5, 16, 16]" in text
     assert (scene_run / "student.safetensors").read_bytes() == before
 
 
