@@ -1,7 +1,8 @@
-# Sourced by study.sh with DATA=clipart: the environment, shards of launch/clipart.sh, and settings: those on
-# digits with the changes below. Rates are those on digits, not tuned again; with 1.8 times as many images the
-# same epochs are 1.8 times as many steps. From the time of some steps on one core: the teacher takes 4 minutes,
-# MAE and DMAE 2 each, fine-tuning the teacher 8. launch/recipes/clipart_*.yaml are the first three, for use alone.
+# Sourced by study.sh with DATA=clipart: the environment, shards of launch/clipart.sh, and settings: those
+# on digits with the changes below. Rates are those on digits, not tuned again; with 1.8 times as many
+# images the same epochs are 1.8 times as many steps. On an AMD core the teacher takes 4 minutes, MAE and
+# DMAE 1 to 2 each; ONLY="mae dmae" SEEDS=0 takes 15 from a fresh clone, the install with it.
+# launch/recipes/clipart_*.yaml are the first three, for use alone.
 . launch/venv.sh
 [ -e "$OUT/shards/val/manifest.json" ] || OUT=$OUT bash launch/clipart.sh
 
