@@ -3,6 +3,7 @@
 #   bash launch/study.sh                 # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder
 #   ONLY="dino mocov3" bash launch/study.sh                                # some settings
 #   DATA=clipart bash launch/study.sh    # on drawings of 14 kinds (launch/clipart_study.sh), page in $OUT
+#   DATA=clipart_rates bash launch/study.sh                                # how its learning rates were chosen
 # Some hours on 2 CPU cores after the install. All runs of a seed have the same steps, data and initial
 # weights, the ablations also the same rate; another objective has the rate of its recipe. Killed or started
 # again, it continues where it was; what is finished is not repeated.
@@ -75,9 +76,9 @@ two-teachers      digits_two_teachers  teachers.mae.weights=$OUT/teacher-seedSEE
 dmae-int8         digits_dmae          teacher.placement=cache teacher.cache=$OUT/stored-int8-seedSEED
 dmae-pca          digits_dmae          teacher.placement=cache teacher.cache=$OUT/stored-pca-seedSEED
 "
-# Students that are also fine-tuned on labels alone; baselines that learn from labels and the fine-tuned teacher
+# Runs that are also fine-tuned on labels alone; baselines that learn from labels and the fine-tuned teacher
 # from random weights, whose results are those of `random`.
-FINETUNED="g2sd-generic mae dmae"
+FINETUNED="teacher g2sd-generic mae dmae"
 BASELINES="supervised_crd_digits supervised_srrl_digits"
 
 TEACHER="teacher digits_teacher"
@@ -86,7 +87,8 @@ changes_of() { :; } # RECIPE: keys that another data set changes
 case $DATA in
 digits) . launch/digits.sh ;;
 clipart) . launch/clipart_study.sh ;;
-*) echo "DATA is '$DATA', expected digits or clipart" >&2; exit 2 ;;
+clipart_rates) . launch/clipart_rates.sh ;;
+*) echo "DATA is '$DATA', expected digits, clipart or clipart_rates" >&2; exit 2 ;;
 esac
 SHARDS=$OUT/shards
 . launch/runs.sh
@@ -122,7 +124,7 @@ for seed in $SEEDS; do
 done | in_parallel
 echo "== classifiers: the teacher, students on labels alone, students with the teacher"
 for seed in $SEEDS; do
-    for name in teacher $FINETUNED; do
+    for name in $FINETUNED; do
         [ ! -e "$OUT/$name-seed$seed/finished" ] || echo "'$OUT/$name-seed$seed' finetune_digits"
     done
 done | xargs -P "$JOBS" -d '\n' -I '{}' bash -c 'finetune {}'

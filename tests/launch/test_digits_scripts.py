@@ -29,6 +29,7 @@ RESULT = {
     "world_size": 1,
     "when": "2026-11-01T00:00:00+00:00",
 }
+PARTS = ("train", "val")
 SCORES = {"detect": {"box_ap": 31.5}, "segment": {"miou": 62.5}}
 # Records its arguments; `train` makes the run folder, an evaluation of labels adds a result.
 PROGRAM = """#!/usr/bin/env bash
@@ -251,6 +252,32 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         )
     done, calls = start("study.sh", DATA="photos")
     assert done.returncode == 2 and "photos" in done.stderr and "clipart" in done.stderr and not calls
+
+
+def test_study_of_rates_trains_on_nine_tenths_with_three_rates(start, tmp_path):
+    images = tmp_path / "study" / "images" / "train" / "a class"
+    images.mkdir(parents=True)
+    for number in range(20):
+        (images / f"{number:02} é.png").symlink_to("/somewhere")
+    wanted = {"DATA": "clipart_rates", "STUDY": str(tmp_path / "study")}
+    (tmp_path / "out" / "RESULTS.md").touch()
+    done, calls = start("study.sh", **wanted)
+    assert done.returncode == 0, done.stderr
+    parts = [{path.name for path in (tmp_path / "out" / "images" / part).rglob("*.png")} for part in PARTS]
+    assert [len(names) for names in parts] == [18, 2] and len(set.union(*parts)) == 20
+    trained = {
+        run_of(call): load_config(call.split()[2], [word for word in call.split() if "=" in word])
+        for call in calls
+        if call.startswith("dmae-ds train")
+    }
+    assert len(trained) == 1 + 12 * 3 and all(config.student.img_size == 64 for config in trained.values())
+    assert [trained[f"dino-dmae-x{factor}-seed0"].optim.base_lr for factor in (".5", "1", "2")] == [
+        0.0015,
+        0.003,
+        0.006,
+    ]
+    evaluated = [call for call in calls if " eval " in call]
+    assert len(evaluated) == 3 and not [call for call in evaluated if "finetune" in call]
 
 
 def test_study_on_clipart_makes_shards_where_it_looks_for_them(start, tmp_path):

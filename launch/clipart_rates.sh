@@ -1,0 +1,29 @@
+# Sourced by study.sh with DATA=clipart_rates: the learning rates of DATA=clipart, tuned without its val. Of
+# seed 0's training images every tenth is held out; each recipe trains on the others with its rate on digits
+# times each of FACTORS, with a teacher of the same images. STUDY: the study's folder, for its images.
+. launch/venv.sh
+STUDY=${STUDY:-runs/study_clipart}
+FACTORS=${FACTORS:-.5 1 2}
+RECIPES="mae dmae g2sd_generic sdae dino dino_dmae mocov3 mocov3_dmae tinymim amd features features_masked"
+
+part() { # NAME FILTER: shards of the links to training images that sed's FILTER leaves
+    mkdir -p "$OUT/images/$1"
+    (cd "$STUDY/images/train" && find . -type l -print0 | LC_ALL=C sort -z | sed -z "$2" | tar --null -T - -cf -) |
+        tar -C "$OUT/images/$1" -xf -
+    dmae-shards make "$OUT/images/$1" "$OUT/shards/$1" --resize 96
+}
+if [ ! -e "$OUT/shards/val/manifest.json" ]; then
+    [ -d "$STUDY/images" ] || OUT=$STUDY bash launch/clipart.sh
+    part train '0~10d'
+    part val '0~10!d'
+fi
+
+SEEDS=0 CLASSIFIERS="" CONTINUED="" FINETUNED="" BASELINES=""
+SETTINGS=$(for recipe in $RECIPES; do
+    rate=$(sed -n 's/^optim:.* base_lr: \([^,]*\),.*/\1/p' "launch/recipes/digits_$recipe.yaml")
+    for factor in $FACTORS; do
+        echo "${recipe//_/-}-x$factor digits_$recipe optim.base_lr=$(awk "BEGIN {print $rate * $factor}")"
+    done
+done)
+. launch/clipart_study.sh
+RESULTS=("clipart_rates=$OUT" --out "$OUT/RESULTS.md")
