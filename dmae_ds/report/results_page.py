@@ -16,6 +16,7 @@ from dmae_ds.output.durable import replacing
 from dmae_ds.output.table import markdown_row
 from dmae_ds.output.theme import to_png
 from dmae_ds.report.claims_table import EXPLANATION, render_claims
+from dmae_ds.report.origins import render_origins
 from dmae_ds.report.published import NUM_IMAGENET, Conditions, find_conditions, find_result, read_published
 from dmae_ds.report.random_weights import HEADING, compare_with_random
 from dmae_ds.report.runs import Run, find_runs
@@ -206,7 +207,7 @@ def render_study(sections: dict[str, list[Setting]]) -> list[str]:
     lines += EXPLANATION if any(claims.values()) else []
     for name, settings in shown.items():
         lines += [f"### On {name}", ""] if name else []
-        lines += [*_render_section(name, settings), *claims[name]]
+        lines += [*_render_section(name, settings), *claims[name], *render_origins(settings)]
     return lines
 
 

@@ -2,7 +2,7 @@
 
     {"when": "2026-11-29T15:40:00+00:00", "step": 500, "config": {...}, "environment": {...}}
 
-environment: version and commit of this project, of Python, torch and DeepSpeed, the host and the device of
+environment: version and commit of this project, of Python, torch and DeepSpeed, host, device and processor of
 rank 0, the number of ranks, the command line and the folder in which it was typed. Runs from before December
 2026 have no such file.
 """
@@ -24,6 +24,7 @@ from dmae_ds import __version__
 from dmae_ds.config.load import flatten, load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.config.saved import FILE, read_starts
+from dmae_ds.distributed.device import processor_name
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import sync_folder
 
@@ -53,6 +54,7 @@ def describe_environment(*, device: str, world_size: int) -> dict:
         **{name: _version(name) for name in _PACKAGES},
         "host": socket.gethostname(),
         "device": device,
+        "processor": processor_name(),
         "world_size": world_size,
         "command": shlex.join(sys.argv),
         "folder": os.getcwd(),

@@ -46,7 +46,7 @@ def test_a_start_is_recorded_and_the_next_one_says_what_it_changes(tmp_path):
         file.write('{"half a li')  # a kill
     first, second = read_starts(tmp_path)
     assert set(first) == {"when", "step", "config", "environment"}
-    assert {*COMPARED, "command", "folder"} == set(first["environment"])
+    assert {*COMPARED, "command", "folder", "processor"} == set(first["environment"])
     assert first["environment"]["deepspeed"] and first["config"]["optim"]["base_lr"] == 0.006
     assert second["step"] == 7 and second["environment"]["torch"] == "9.9"
 
