@@ -33,6 +33,14 @@ def test_our_figures_are_those_of_a_uniform_shuffle_and_those_of_buffers_are_not
     assert figures["webdataset"][1] > 5 and figures["streaming"][1] > 5
 
 
+def test_the_figures_of_four_batches_by_hand():
+    """Two classes of four samples; the first batches hold one class each, the second half of both."""
+    epochs = [np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), np.array([[0, 1, 4, 5], [2, 3, 6, 7]])]
+    classes, chi_square, again = measure(epochs.__getitem__, num_classes=2, shard_size=4)
+    assert (classes, chi_square) == (1, (2**2 + 2**2) / 2)  # of one degree of freedom
+    assert again == pytest.approx(2 / 6 * 2)  # two of a batch's six pairs; by chance every second
+
+
 def test_it_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(
         "sys.argv",

@@ -1,9 +1,11 @@
 """data_prep/{bench,timing}.py: sections and images that are chosen; rows take turns; medians of ratios."""
 
 import pytest
+import torch
 
-from data_prep import bench
+from data_prep import bench, bench_reading
 from data_prep.timing import Row, Section, Timing, format_table, time_interleaved
+from dmae_ds.data import transforms
 
 
 def test_rows_take_turns_and_are_prepared_before():
@@ -62,3 +64,20 @@ def test_the_named_section_or_all_run_on_some_images(
     assert calls == [name for name in expected for _ in range(2)]
     assert capsys.readouterr().out.count("median of 2 rounds") == len(expected)
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_all_ways_of_decoding_crop_the_same_shares_of_an_image(src, tmp_path, monkeypatch):
+    scales = []
+    monkeypatch.setattr(bench_reading, "_make", lambda *_: None)
+    monkeypatch.setattr(bench_reading, "_bytes_of", lambda _: [(src / "bee" / "0.jpg").read_bytes()])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    for name, key in (("crop_box", "scale"), ("train_view", "crop_scale")):
+        way = getattr(transforms, name)
+        monkeypatch.setattr(
+            transforms,
+            name,
+            lambda *args, way=way, key=key, **how: scales.append(how[key]) or way(*args, **how),
+        )
+    for row in bench_reading.decoding(src, tmp_path).rows:
+        row.run()
+    assert scales == [(0.2, 1.0)] * 4  # two ways, with large and small images

@@ -96,6 +96,13 @@ def test_gpus_are_counted_and_compared(changes, verdict, detail, fix):
     assert_check(judge_all(facts, meetings(), target(slots=2))["devices"], verdict, detail, fix)
 
 
+@pytest.mark.parametrize("limit, verdict", [(262, OK), (261, FAIL), (-1, OK)])  # -1: without a limit
+def test_as_many_open_files_as_are_needed_are_enough(limit, verdict):
+    facts = healthy()
+    put(facts, "node1:machine:open_files", limit)
+    assert judge_all(facts, meetings())["limits"].verdict == verdict
+
+
 @pytest.mark.parametrize("cores, verdict", [(8, OK), (7, WARN), (1, WARN)])
 def test_ranks_and_loader_workers_have_a_core_each(cores, verdict):
     facts = healthy(gpus=2)

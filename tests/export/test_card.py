@@ -13,11 +13,13 @@ from PIL import Image
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.evaluate.results import append_result
 from dmae_ds.export.export import export
+from dmae_ds.export.source import open_source
 from dmae_ds.export.teacher_facts import describe_initial, describe_teacher
+from dmae_ds.export.to_onnx import explain_onnx
 from dmae_ds.export.to_timm import reads_folders
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.starts import append_start, describe_environment
-from tests.export.conftest import DECODER, STUDENT, make_classifier, make_run
+from tests.export.conftest import DATA, DECODER, STUDENT, make_classifier, make_run
 
 TEACHER = {**STUDENT, "embed_dim": 36}
 
@@ -211,3 +213,11 @@ def test_the_code_on_the_card_runs(shared_run, tmp_path, monkeypatch, to):
     names = {"pixels": torch.zeros(1, 3, 24, 24)}
     exec((out / "README.md").read_text().split("```")[1].removeprefix("python"), names)
     assert names["tokens"].shape == (1, 17, 24)
+
+
+@pytest.mark.parametrize("channels, colours", [(2, "as stored"), (3, "RGB"), (4, "as stored")])
+def test_the_code_for_onnx_says_what_an_image_s_channels_are(tmp_path, channels, colours):
+    numbers = {"mean": [0.5] * channels, "std": [0.25] * channels}
+    run = make_run(tmp_path / "run", student={**STUDENT, "in_chans": channels}, data={**DATA, **numbers})
+    code = explain_onnx(open_source(run, "encoder"), "onnx")
+    assert f"[N, 24, 24, {channels}], 0 to 255, {colours}" in code

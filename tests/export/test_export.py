@@ -138,6 +138,14 @@ def test_an_export_with_other_outputs_is_an_error_and_leaves_nothing(run, tmp_pa
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("wrong", ["pixels", "loss"])
+def test_one_of_two_outputs_that_differs_is_an_error(run, tmp_path, monkeypatch, wrong):
+    found = {"pixels": 0.0, "loss": 0.0, wrong: 1.0}
+    monkeypatch.setattr("dmae_ds.export.export.compare", lambda *_: found)
+    with refused("hf", run, f"{wrong} by 1", error=RunFailed):
+        export(run, to="hf", what="mae", out=tmp_path / "hf")
+
+
 def test_not_a_number_is_a_difference(run, tmp_path):
     change(run / "student.safetensors", "norm.bias", by=float("nan"))
     with refused("tokens", "nan", error=RunFailed):
@@ -150,6 +158,8 @@ def test_the_limit_is_raised_by_rounding_alone(run, shared_run, tmp_path):
     change(run / "student.safetensors", "norm.bias", by=3000.0)  # one step of float32 is 2.4e-4 there
     _, card = export(run, to="safetensors", out=tmp_path / "b")
     assert 1e-4 < card["check"]["limits"]["tokens"] < 1e-2
+    changed = open_source(run, "encoder")
+    assert card["check"]["limits"]["tokens"] == 4 * changed.rounding(changed.inputs())["tokens"]
     source = open_source(shared_run, "encoder")
     before = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
     assert 0 < source.rounding(source.inputs())["tokens"] < LIMIT

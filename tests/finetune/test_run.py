@@ -80,12 +80,17 @@ def test_it_learns_and_leaves_files_that_timm_loads(run, capsys):
     assert not list(out.glob("*.tmp"))
 
 
-def test_a_linear_probe_trains_only_its_head(run, capsys):
+def test_a_linear_probe_trains_only_its_head(run, monkeypatch):
+    clipped = []
+    monkeypatch.setattr(
+        "dmae_ds.finetune.run.train",
+        lambda *args, **more: clipped.append(args[3].clip_grad) or loop.train(*args, **more),
+    )
     result = evaluate("linear", str(run), recipe="linear_mae", overrides=[*LINEAR, "pool=mean"])
     assert result["metric"] == "linear" and result["scores"]["top1"] > 90
     kept, student = load_file(run / "linear_mae" / "last.safetensors"), load_file(run / "student.safetensors")
     assert all(torch.equal(kept[name], student[name]) for name in student)
-    assert set(kept) - set(student) == {"head.weight", "head.bias"}
+    assert set(kept) - set(student) == {"head.weight", "head.bias"} and clipped == [0.0]
 
 
 # Write 1 is config.yaml; 2 to 5 are best, last, metrics and resume of the first epoch; and so on.

@@ -132,6 +132,8 @@ def test_the_loss_is_the_formula(case):
 
 
 def test_every_weight_is_trained_and_mask_tokens_have_no_decay():
+    published = AmdConfig(name="amd")
+    assert (published.mask_ratio, published.decoder.depth, published.generator.depth) == (0.9, 4, 2)
     objective = small.build(amd(), teacher=SUPERSET)
     assert objective.pairs == ((2, 4), (4, 8)) and objective.taps == ("block/4", "block/8")
     masked = small.prepare(objective, small.make_batch(2))

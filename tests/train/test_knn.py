@@ -13,6 +13,7 @@ from dmae_ds.distributed.world import World
 from dmae_ds.errors import RunFailed
 from dmae_ds.evaluate.record import read_record
 from dmae_ds.evaluate.results import read_history
+from dmae_ds.train.dense import DenseDuringTraining
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.val_loss import check_can_measure
@@ -159,6 +160,13 @@ def test_what_it_could_not_measure_is_refused_before_training(tiny_recipe, tmp_p
     )
     with refused(*words):
         prepare(config, World(), resume="never")
+
+
+def test_dense_during_training_reads_label_maps_and_no_boxes(tiny_recipe, scenes):
+    config = load_config(tiny_recipe[0], [*tiny_recipe[1:], "run.dir=x", *dense_of(scenes)])
+    rest = dict.fromkeys(("run_dir", "schedule", "engine", "metric_logger", "ranks"))
+    for one in DenseDuringTraining(config.eval, config.data, config.student, **rest).sets:
+        assert one.shard_set.dense.box_classes and one.info.map_classes and one.info.box_classes is None
 
 
 def test_an_option_without_knn_every_is_refused(tiny_recipe):

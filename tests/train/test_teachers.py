@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from dmae_ds.config.load import load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.batch import Batch
+from dmae_ds.data.shard_set import ShardSet
+from dmae_ds.data.storage import Access
 from dmae_ds.models.patches import Normalize
-from dmae_ds.tools.teacher_stats import write_stats
+from dmae_ds.tools.teacher_stats import _batches, write_stats
 from dmae_ds.train.networks import build_objective, build_teacher, teachers_in, verify_named
 from dmae_ds.train.summary import describe_teacher
 from tests.messages import refused
@@ -206,6 +208,18 @@ def test_a_larger_crop_all_patches_and_z_scores_train(measured, tmp_path):
         assert words in done.stderr
     assert "UNTRAINED" in done.stderr  # it has random weights
     assert len(losses(tmp_path / "run")) == 5
+
+
+@pytest.mark.parametrize("micro_batch, sizes", [(8, [8, 8, 4]), (None, [20]), (32, [20])])
+def test_statistics_are_taken_in_micro_batches(tiny_recipe, monkeypatch, micro_batch, sizes):
+    config = load_config(tiny_recipe[0], [*tiny_recipe[1:], "run.dir=unused"])
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"micro_batch": micro_batch})})
+    objective, _ = build_objective(config)
+    shards = ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
+    loaded, first = [], Batch.first
+    monkeypatch.setattr(Batch, "first", lambda batch, n: loaded.append(len(batch.images)) or first(batch, n))
+    batches = _batches(config, shards, objective, num_images=20, device=torch.device("cpu"))
+    assert [len(batch.images) for batch in batches] == sizes and set(loaded) == {sizes[0]}
 
 
 def test_statistics_are_written_next_to_the_weights_unless_a_file_is_named(tiny_recipe, tmp_path):
