@@ -13,6 +13,7 @@ from dmae_ds.bench.step_peak import measure_peaks
 from dmae_ds.cli.bench import GROWTH
 from dmae_ds.cli.main import main
 from dmae_ds.config.load import load_config
+from dmae_ds.errors import UserError
 from dmae_ds.objectives.build import build_objective
 from tests.messages import refused
 from tests.train.conftest import command, run
@@ -80,6 +81,19 @@ def test_a_mistake_is_one_line_before_anything_is_measured(words, expected, caps
     assert main(["bench", "growth", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert not [word for word in expected if word not in line]
+
+
+def test_the_recipe_s_own_step_and_every_other_value_are_measured_once(monkeypatch):
+    measured = {}
+
+    def measure(recipes, world, *, rounds):
+        measured.update(recipes)
+        raise UserError("enough")
+
+    monkeypatch.setattr(growth, "_measure", measure)
+    assert main(["bench", "growth", "digits_dmae", "--widths", "32", "128"]) == 2
+    widths = [config.student.embed_dim for config in measured.values()]
+    assert widths == [64, 32, 128] and measured[OWN] == load_config("digits_dmae")
 
 
 @pytest.mark.parametrize("words", [["--students", "0"], ["--widths", "wide"], ["--mask-ratios"]])

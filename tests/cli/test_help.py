@@ -165,6 +165,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(digits):
         (main, ["eval", "segment"], ["RUN|FILE", "eval segment --help"]),
         (main, ["tarin"], ["'tarin'", "train", "dmae-ds --help"]),
         (main, ["plan", "mae_vit_base", "--gpu-s", "2"], ["--gpu-s", "dmae-ds"]),
+        (main, ["export", "runs/dmae"], ["--to", "export --help"]),
         (cli.main, ["mkae"], ["'mkae'", "make", "dmae-shards --help"]),
         (cli.main, ["make", "src", "dst", "--workers", "none"], ["--workers", "none", "make --help"]),
     ],

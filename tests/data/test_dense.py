@@ -9,6 +9,7 @@ import runpy
 import struct
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -256,6 +257,14 @@ def test_bad_members_are_corrupt_samples(tmp_path):
         tar.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with refused("000000000", "crc32", error=CorruptSample):
             open_dense(tmp_path / "good")[0]
+
+
+def test_a_set_is_described_by_what_its_samples_have():
+    maps, boxes = "label maps (2 classes)", "boxes with masks (2 classes)"
+    assert INFO.describe() == f"{maps}, {boxes}"
+    assert replace(INFO, box_classes=None, has_masks=False).describe() == maps
+    assert replace(INFO, map_classes=None).describe() == boxes
+    assert replace(INFO, map_classes=None, has_masks=False).describe() == "boxes (2 classes)"
 
 
 @pytest.mark.parametrize(

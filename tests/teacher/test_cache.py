@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -11,13 +12,15 @@ import torch
 
 from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.data.storage import Access
-from dmae_ds.errors import UserError
+from dmae_ds.distributed import collectives
+from dmae_ds.errors import RunFailed, UserError
 from dmae_ds.teacher.build import locate_teacher
 from dmae_ds.teacher.cache_codec import Codec, FitSums, build_codecs, check_pca, fit, needs_fit, write_codec
 from dmae_ds.teacher.cache_file import FileWriter, RowReader
 from dmae_ds.teacher.cache_layout import CODEC, SUMS, Layout, StoredTap
 from dmae_ds.teacher.cache_manifest import Manifest
 from dmae_ds.teacher.early import open_manifest
+from dmae_ds.teacher.stored import StoredTeacher
 from dmae_ds.tools.early import CacheRequest
 from dmae_ds.tools.teacher_cache import CacheWriter
 from tests.data.flaky_server import serve
@@ -201,3 +204,38 @@ def test_directions_are_refused_where_there_are_none():
     ):
         with pytest.raises(UserError, match=f"--pca {dimensions}"):
             check_pca(wrong, dimensions)
+
+
+def test_means_are_of_thirty_two_vectors_a_channel_or_of_the_whole_run(monkeypatch):
+    """Batches of 2 images of 5 vectors, 24 channels each."""
+    steps, features = [], {"block/3": torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))}
+    for name, value in (("gather_objects", lambda value: [value]), ("sum_over_ranks", lambda value: value)):
+        monkeypatch.setattr(collectives, name, value)
+    writer = SimpleNamespace(
+        device=torch.device("cpu"), _stream=lambda some: steps.append(some) or [(None, None, features)]
+    )
+    for num_steps in (100, 50):
+        layout = SimpleNamespace(taps=(tap("int8"),), global_batch=2, num_steps=num_steps)
+        assert list(CacheWriter._fit(writer, layout, features)) == ["block/3"]
+    assert steps == [range(math.ceil(32 * 24 / (2 * 5))), range(50)]
+
+
+@pytest.mark.parametrize("wrong", [None, "sample_id", "epoch"])
+def test_a_row_of_another_image_or_epoch_ends_the_run(wrong):
+    entries = np.zeros(3, [("sample_id", np.int64), ("epoch", np.int64)])
+    entries["sample_id"], entries["epoch"] = [7, 8, 9], 4
+    batch = SimpleNamespace(
+        rows=torch.tensor([20, 21, 22]), sample_ids=torch.tensor([7, 8, 9]), epochs=torch.full((3,), 4)
+    )
+    teacher = SimpleNamespace(
+        manifest=SimpleNamespace(layout=SimpleNamespace(row_bytes=6)),
+        device=torch.device("cpu"),
+        reader=SimpleNamespace(read=lambda first, rows: entries),
+        location="cache",
+    )
+    if wrong is None:
+        assert StoredTeacher.read(teacher, batch).shape == (3, 6)
+        return
+    entries[wrong][1] += 1
+    with refused("'cache'", "row 21", error=RunFailed):
+        StoredTeacher.read(teacher, batch)
