@@ -41,10 +41,11 @@ def test_an_epoch_of_a_billion_samples_takes_no_time():
     assert len(set(ids.tolist())) > 4090
 
 
-def test_places_are_uniform():
-    """Over 2,000 epochs each of 10 samples comes first equally often (chi-square, 9 degrees, p = 1e-4)."""
-    _, firsts = sample_ids(np.arange(2000) * 10, num_samples=10, seed=0)
-    counts = np.bincount(firsts, minlength=10)
+@pytest.mark.parametrize("n", [10, 100, 1000])  # of 4, 7 and 10 bits
+def test_places_are_uniform(n):
+    """Over 2,000 epochs a tenth of the samples comes first as often as another (chi-square, p = 1e-4)."""
+    _, firsts = sample_ids(np.arange(2000) * n, num_samples=n, seed=0)
+    counts = np.bincount(firsts * 10 // n, minlength=10)
     assert ((counts - 200) ** 2 / 200).sum() < 33.7
 
 

@@ -12,6 +12,7 @@ import torch
 from dmae_ds.data import storage as storage_module
 from dmae_ds.data.cache import CHUNK_BYTES, FOLDER, make_cache
 from dmae_ds.data.reader import SampleReader
+from dmae_ds.data.refusals import describe_refusal
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import ShardError
 from dmae_ds.data.storage import Access
@@ -243,3 +244,14 @@ def test_buckets_give_the_batches_of_the_folder(serve_bucket, shard_folder, shar
             ShardSet.open(url, label="data.train", access=once)
         with refused("data.train", "manifest.json", error=ShardError):
             ShardSet.open(f"{bucket}/none", label="data.train", access=once)
+
+
+@pytest.mark.parametrize(
+    "status, is_final, asks_for_keys",
+    [(400, True, False), (401, True, True), (403, True, True), (404, True, False), (503, False, False)],
+)
+def test_an_answer_that_stays_is_final_and_a_refused_one_asks_for_keys(status, is_final, asks_for_keys):
+    error = OSError("the server's words")
+    error.status = status
+    text = describe_refusal(error, "s3")
+    assert (text is not None) == is_final and ("AWS_ACCESS_KEY_ID" in (text or "")) == asks_for_keys

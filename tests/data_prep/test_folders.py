@@ -115,6 +115,10 @@ def test_two_spellings_of_one_name_are_told(names, shown):
 
 
 def test_other_kinds_of_images_are_told(tmp_path):
-    src = tree(tmp_path, "ant/1.webp", "ant/2.webp", "bee/3.TIF")
-    with refused("no .jpg", "2 .webp", "1 .tif", "convert", error=ShardError):
+    src = tree(tmp_path, "ant/1.webp", "ant/2.webp", "bee/3.TIF", "bee/1.txt")
+    with refused("no .jpg", "2 .webp", "1 .tif", "1 .txt", "convert", error=ShardError):
         find_images(src)
+    tree(tmp_path, "bee/2.txt", "bee/4.tif", "bee/5.csv")  # a fourth and rare kind is not told
+    with refused("2 .webp", "2 .tif", "2 .txt", error=ShardError) as raised:
+        find_images(src)
+    assert ".csv" not in str(raised.value)

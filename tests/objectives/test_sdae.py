@@ -137,6 +137,9 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula(case):
     objective, batch = build(section(**keys)), make_batch(num)
     ema = build(section(**keys), seed=1)
     masked = prepare(objective, batch)
+    sees, folds, size = (expected[name] for name in ("sees", "folds", "size"))
+    shown = {"folds": f"{folds} folds of {size}", "all": "whole image"}.get(sees, str(size))
+    assert all(words in objective.describe() for words in (shown, expected["over"]))
     with torch.no_grad():
         features = objective.ema_features(ema, masked)
     parts = objective(masked, features)
