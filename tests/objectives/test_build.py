@@ -10,6 +10,7 @@ from dmae_ds.config.load import load_config
 from dmae_ds.config.networks import TeacherConfig
 from dmae_ds.objectives.build import build_objective, check_network, check_superset, check_taps
 from dmae_ds.objectives.feature_distillation import TeacherShape
+from dmae_ds.teacher.frozen import split_tap
 from tests.messages import refused
 
 SUPERSET = ["teacher.weights=absent.safetensors", "teacher.sees=superset"]
@@ -57,6 +58,11 @@ def test_a_superset_has_more_patches_than_the_student():
 def test_a_tap_that_the_network_lacks_is_refused(name, taps, words):
     with refused(*words):
         check_network(TeacherConfig(name=name, weights="absent.pth"), taps)
+
+
+def test_a_tap_has_its_block_s_number_or_none():
+    taps = ("relation/3", "decoder/12", "tokens", "cls")
+    assert [split_tap(tap) for tap in taps] == [("relation", 3), ("decoder", 12), ("tokens", 0), ("cls", 0)]
 
 
 def test_an_unknown_tap_is_refused_with_the_known_ones():
