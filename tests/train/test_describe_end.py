@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import dmae_ds
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.train.describe_end import describe_done, describe_loading
 from tests.objectives import small
@@ -46,3 +47,13 @@ def test_the_last_line_names_what_can_come_next(val, num_classes, following):
     line = describe_done(preflight, seconds=61)
     assert f"next: dmae-ds {following} run" in line and "1,234 steps" in line
     assert ("--to timm" in line) == (following == "export")
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_python_trains_what_is_not_finished_and_gets_the_run_folder(tmp_path, monkeypatch, is_finished):
+    preflight, started = SimpleNamespace(is_finished=is_finished, run_dir=tmp_path / "run"), []
+    monkeypatch.setattr("dmae_ds.train.preflight.prepare", lambda config, world, *, resume: preflight)
+    monkeypatch.setattr("dmae_ds.train.preflight.describe_finished", lambda _: "finished")
+    monkeypatch.setattr("dmae_ds.train.apart.run_apart", started.append)
+    assert dmae_ds.train("digits_mae", {"run.dir": tmp_path / "run"}) == tmp_path / "run"
+    assert len(started) == (not is_finished)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dmae_ds.errors import RunFailed
 from dmae_ds.train.checkpoint.deepspeed_files import load_file
 from dmae_ds.train.checkpoint.full_state import MOMENTS, STATES, FullState
 from dmae_ds.train.checkpoint.reshard import check_devices, cut_piece, load_full_state
+from dmae_ds.train.engine import Engine
 from tests.messages import refused
 
 
@@ -20,6 +22,28 @@ def test_a_file_with_other_objects_is_not_read(tmp_path):
     torch.save({"step": 1, "harmless": Path("looks")}, tmp_path / "file.pt")
     with refused(tmp_path / "file.pt", error=RunFailed):
         load_file(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_tensors_stay_on_the_disk_where_that_is_asked_for_and_the_file_is_no_old_one(
+    tmp_path, monkeypatch, is_zip
+):
+    torch.save({"a": torch.ones(3)}, tmp_path / "file.pt", _use_new_zipfile_serialization=is_zip)
+    asked, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **how: asked.append(how["mmap"]) or load(*args, **how))
+    for mmap in (True, False):
+        assert torch.equal(load_file(tmp_path / "file.pt", mmap=mmap)["a"], torch.ones(3))
+    assert asked == [is_zip, False]
+
+
+def test_deepspeed_s_counters_go_on_after_resharding(tmp_path, monkeypatch):
+    for name in ("full_state.FullState", "reshard.load_full_state"):
+        monkeypatch.setattr(f"dmae_ds.train.checkpoint.{name}", Mock())
+    engine = Mock(spec_set=["_engine", "_offloads_to_disk", "_load_buffers", "objective"])
+    engine._offloads_to_disk = False
+    engine.objective.named_parameters.return_value = []
+    Engine.load_resharded(engine, tmp_path, stage=2, step=5, global_batch=64)
+    assert (engine._engine.global_steps, engine._engine.global_samples) == (5, 320)
 
 
 def test_parameters_that_the_ranks_do_not_divide_are_cut_and_joined(tmp_path):
