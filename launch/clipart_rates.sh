@@ -1,11 +1,11 @@
 # Sourced by study.sh with DATA=clipart_rates: the learning rates of DATA=clipart, tuned without its val. Of
 # seed 0's training images every tenth is held out; each recipe trains on the others with its rate on digits
-# times each of FACTORS, with a teacher of the same images. The recipes that join DMAE's term to another
-# objective and those with two teachers are not tuned: they are slow. STUDY: the study's folder, for its images.
+# times each of FACTORS, with a teacher of the same images. The slow recipes are not tuned: DMAE's term with
+# another objective, several teachers, features_masked. STUDY: the study's folder, for its images.
 . launch/venv.sh
 STUDY=${STUDY:-runs/study_clipart}
 FACTORS=${FACTORS:-.5 1 2}
-RECIPES="mae dmae g2sd_generic sdae dino mocov3 tinymim amd features features_masked"
+RECIPES="mae dmae g2sd_generic sdae dino mocov3 tinymim amd features"
 
 part() { # NAME FILTER: shards of the links to training images that sed's FILTER leaves
     mkdir -p "$OUT/images/$1"

@@ -270,7 +270,7 @@ def test_study_of_rates_trains_on_nine_tenths_with_three_rates(start, tmp_path):
         for call in calls
         if call.startswith("dmae-ds train")
     }
-    assert len(trained) == 1 + 10 * 3 and all(config.student.img_size == 64 for config in trained.values())
+    assert len(trained) == 1 + 9 * 3 and all(config.student.img_size == 64 for config in trained.values())
     rates = [trained[f"sdae-x{factor}-seed0"].optim.base_lr for factor in (".5", "1", "2")]
     assert rates == [0.00025, 0.0005, 0.001]
     evaluated = [call for call in calls if " eval " in call]
