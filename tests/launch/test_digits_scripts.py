@@ -241,6 +241,8 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         assert {(network.img_size, network.patch_size) for network in networks} == {(64, 8)}
         assert config.data.flip and getattr(config.objective, "local_size", 64) % 8 == 0
     assert configs["random-seed0"].optim.epochs < 1
+    assert configs["mocov3-seed0"].optim.base_lr == 2 * load_config("digits_mocov3").optim.base_lr
+    assert configs["dmae-seed0"].optim.base_lr == load_config("digits_dmae").optim.base_lr
     for name in ("teacher", "mae", "dmae"):
         config = configs[f"{name}-seed0"]
         shipped = load_config(f"clipart_{name}")
