@@ -10,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from dmae_ds.data.shard_set import MANIFEST_BYTES
 from dmae_ds.data.shards import JOURNAL, MANIFEST, SHARD_NAME, ShardError, is_file_of_set, list_files
 from dmae_ds.data.storage import Access, RemoteFolder
 
@@ -67,7 +68,7 @@ class BucketTarget:
 
     def read(self, name: str) -> bytes:
         """Content of a small file. Raises ShardError."""
-        return self.bucket.read_all(name, limit=2**28)
+        return self.bucket.read_all(name, limit=MANIFEST_BYTES)
 
     def remove(self, name: str) -> None:
         """Remove a file from the bucket. Raises ShardError."""
