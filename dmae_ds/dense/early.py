@@ -13,7 +13,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.dense.schedule import total_steps
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.subsets import first_difference
+from dmae_ds.evaluate.subsets import first_difference, warn_of_same_images
 from dmae_ds.finetune.early import check_is_new
 from dmae_ds.finetune.source import Source
 from dmae_ds.weights.early import check_file
@@ -49,6 +49,7 @@ def check_segment(source: Source, *, world_size: int, resume: str) -> None:
             raise UserError(
                 f"distill.teacher '{teacher}' not found; give best.safetensors of `dmae-ds eval segment`"
             )
+    warn_of_same_images(train, val)
 
 
 def check_detect(source: Source, *, world_size: int, resume: str) -> None:
@@ -75,6 +76,7 @@ def check_detect(source: Source, *, world_size: int, resume: str) -> None:
             raise UserError(
                 f"distill.teacher '{teacher}' not found; give best.safetensors of `dmae-ds eval detect`"
             )
+    warn_of_same_images(train, val)
 
 
 def check_pycocotools() -> None:

@@ -28,7 +28,7 @@ from dmae_ds.evaluate.features import Processes, precision_of, start_processes
 from dmae_ds.evaluate.results import METRICS, MeasuredOn, append_result, make_result
 from dmae_ds.evaluate.segmentation_scores import ConfusionMatrix
 from dmae_ds.evaluate.source import FrozenSource, source_of_run
-from dmae_ds.evaluate.subsets import ALL
+from dmae_ds.evaluate.subsets import ALL, warn_of_same_images
 from dmae_ds.evaluate.windows import join_windows
 from dmae_ds.models.numerics import fp32_products
 
@@ -68,6 +68,7 @@ def evaluate_run(
     check_tasks(tasks)
     shard_sets = open_maps(source.data.train, source.data.val, source.data)
     accelerator = start_processes(source.run)
+    warn_of_same_images(*shard_sets)
     if accelerator.is_main_process:
         source.results.mkdir(parents=True, exist_ok=True)
     step, vit = source.read_step(), source.load()

@@ -18,7 +18,7 @@ from dmae_ds.evaluate.features import (
 )
 from dmae_ds.evaluate.results import MeasuredOn, interval_text
 from dmae_ds.evaluate.source import FrozenSource
-from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
+from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset, warn_of_same_images
 from dmae_ds.models.numerics import fp32_products
 
 
@@ -68,6 +68,7 @@ def open_frozen(
     if processes.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     train, val = open_labelled(data)
+    warn_of_same_images(train, val)
     ids = open_subset(folder, train, labels=labels, seed=seed, write=processes.is_main_process)
     if len(ids) < least_train:
         raise UserError(

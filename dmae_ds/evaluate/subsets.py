@@ -4,15 +4,15 @@
 
 A draw only reads the index. Every sample gets a 64-bit number from a counter-based generator with the key
 (fingerprint of the data, seed), and the samples with the smallest numbers of each class are taken. So a draw
-is
-the same on every machine and for every evaluation, and all draws of a seed are nested: 1% inside 10%, 1-shot
-inside 5-shot. The drawn keys are kept in RUN/subsets.
+is the same on every machine and for every evaluation, and all draws of a seed are nested: 1% inside 10%,
+1-shot inside 5-shot. The drawn keys are kept in RUN/subsets.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -24,6 +24,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import replacing
+from dmae_ds.output.lines import say
 
 ALL = "all"
 _SHARE, _SHOTS = re.compile(r"(\d+(?:\.\d+)?)%"), re.compile(r"([1-9]\d*)-shot")
@@ -63,6 +64,17 @@ def open_labelled(data: DataConfig) -> tuple[ShardSet, ShardSet]:
             f"with the same `--classes FILE`"
         )
     return sets
+
+
+def warn_of_same_images(train: ShardSet, val: ShardSet) -> None:
+    """Print a warning, on rank 0, where the manifests say that data.val has the images of data.train."""
+    if train.fingerprint == val.fingerprint and os.environ.get("RANK", "0") == "0":
+        say(
+            f"WARNING: data.val '{val.folder}' has the images of data.train: the numbers say nothing about "
+            "other images; give data.val=SHARDS of images that are not in data.train",
+            dated=False,
+            always=True,
+        )
 
 
 def first_difference(train: list[str], val: list[str]) -> str:

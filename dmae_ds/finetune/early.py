@@ -9,7 +9,7 @@ from dmae_ds.config.evaluation import FinetuneConfig, LinearConfig
 from dmae_ds.config.networks import looks_like_hub_id
 from dmae_ds.data.order import num_steps
 from dmae_ds.errors import UserError
-from dmae_ds.evaluate.subsets import draw_subset, open_labelled
+from dmae_ds.evaluate.subsets import draw_subset, open_labelled, warn_of_same_images
 from dmae_ds.finetune.source import Source, find_source
 from dmae_ds.train.learning_rate import check_rates
 from dmae_ds.weights.early import check_file
@@ -26,7 +26,7 @@ def check(command: str, word: str, *, resume: str, world_size: int, **given) -> 
     """
     source = find_source(word, schema=SCHEMAS[command], **given)
     config = source.config
-    train, _ = open_labelled(config.data)
+    train, val = open_labelled(config.data)
     if resume == "never":
         check_is_new(Path(config.run.dir).expanduser())
     _check_weights(source)
@@ -36,6 +36,7 @@ def check(command: str, word: str, *, resume: str, world_size: int, **given) -> 
     num_images = len(draw_subset(train, config.labels, config.subset_seed or 0))
     steps = num_steps(optim.epochs, num_images, optim.global_batch)
     check_rates(optim, num_steps=steps, num_images=num_images)
+    warn_of_same_images(train, val)
 
 
 def check_is_new(out: Path) -> None:

@@ -21,6 +21,7 @@ from dmae_ds.evaluate.dense import KnnOptions, make_dense_result, measure
 from dmae_ds.evaluate.dense_features import DenseNetwork, DenseOptions
 from dmae_ds.evaluate.dense_sets import open_dense_sets
 from dmae_ds.evaluate.results import append_result
+from dmae_ds.evaluate.subsets import warn_of_same_images
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.knn import TrainingRanks, copy_student
 from dmae_ds.train.metrics import MetricLogger
@@ -51,6 +52,7 @@ class DenseDuringTraining:
         self.run_dir, self.schedule = run_dir, schedule
         self.engine, self.metric_logger, self.ranks = engine, metric_logger, ranks
         shard_sets = open_dense_sets(config, data)
+        warn_of_same_images(*shard_sets)
         self.sets = tuple(DenseSet(shard_set, boxes=False) for shard_set in shard_sets)
         self.task = KnnOptions(k=config.dense_k, patches=config.dense_patches, memory_gib=config.memory_gib)
 

@@ -27,7 +27,7 @@ from dmae_ds.evaluate.features import FeatureOptions, build_timm, extract_featur
 from dmae_ds.evaluate.frozen import FrozenFeatures, settings_of
 from dmae_ds.evaluate.knn import classify
 from dmae_ds.evaluate.results import MeasuredOn, append_result, make_result
-from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset
+from dmae_ds.evaluate.subsets import ALL, check_labels, open_labelled, open_subset, warn_of_same_images
 from dmae_ds.train.engine import Engine
 from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.schedule import Schedule
@@ -79,6 +79,7 @@ class KnnDuringTraining:
         self.run_dir, self.schedule = run_dir, schedule
         self.engine, self.metric_logger, self.ranks = engine, metric_logger, ranks
         self.sets = open_labelled(data)
+        warn_of_same_images(*self.sets)
         self.seed = check_labels(config.knn_labels, None)
         self.ids = open_subset(
             run_dir, self.sets[0], labels=config.knn_labels, seed=self.seed, write=ranks.is_main_process

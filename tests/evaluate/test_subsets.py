@@ -8,7 +8,13 @@ import pytest
 
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.shards import Shard
-from dmae_ds.evaluate.subsets import check_labels, draw_subset, first_difference, open_subset
+from dmae_ds.evaluate.subsets import (
+    check_labels,
+    draw_subset,
+    first_difference,
+    open_subset,
+    warn_of_same_images,
+)
 from tests.evaluate.conftest import make_shards
 from tests.messages import refused
 
@@ -176,3 +182,12 @@ def test_a_draw_of_real_shards_has_the_labels_of_its_images(tmp_path):
 def test_the_first_class_that_differs_is_named(train, val, words):
     text = first_difference(train, val)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("val, rank, num_lines", [("f", "0", 1), ("g", "0", 0), ("f", "1", 0)])
+def test_validation_on_the_training_images_is_a_warning_of_one_rank(
+    monkeypatch, capsys, val, rank, num_lines
+):
+    monkeypatch.setenv("RANK", rank)
+    warn_of_same_images(made_up(SKEWED), made_up(SKEWED, fingerprint=val))
+    assert capsys.readouterr().err.count("data.train") == num_lines * 2
