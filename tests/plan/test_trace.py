@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import Callable
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dmae_ds.plan.fake_cuda import fake_device, obstacle
 from dmae_ds.plan.python_engine import PythonEngine
 from dmae_ds.plan.trace import trace_inference, trace_training
 
@@ -108,6 +110,14 @@ def test_callbacks_of_a_backward_pass_run_in_the_order_in_which_they_were_queued
         return order
 
     assert run(PythonEngine().installed()) == run(contextlib.nullcontext()) == [0, 1, 2]
+
+
+def test_a_pinned_tensor_on_a_fake_gpu_is_the_tensor_itself():
+    if obstacle():
+        pytest.skip(f"torch cannot fake CUDA here: {obstacle()}")
+    with fake_device("cuda"):
+        tensor = torch.ones(2)
+        assert tensor.pin_memory() is tensor and tensor.is_pinned_in_fake_cuda
 
 
 def test_memory_under_the_python_engine_is_that_under_torch_s():
