@@ -68,7 +68,6 @@ def evaluate_run(
     check_tasks(tasks)
     shard_sets = open_maps(source.data.train, source.data.val, source.data)
     accelerator = start_processes(source.run)
-    warn_of_same_images(*shard_sets)
     if accelerator.is_main_process:
         source.results.mkdir(parents=True, exist_ok=True)
     step, vit = source.read_step(), source.load()
@@ -99,6 +98,7 @@ def evaluate_run(
             )
             results.append(append_result(source.results, result))
             print(line_of(result, num_classes=len(train.classes)), flush=True)
+    warn_of_same_images(*shard_sets)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results

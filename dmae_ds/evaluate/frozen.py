@@ -68,7 +68,6 @@ def open_frozen(
     if processes.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     train, val = open_labelled(data)
-    warn_of_same_images(train, val)
     ids = open_subset(folder, train, labels=labels, seed=seed, write=processes.is_main_process)
     if len(ids) < least_train:
         raise UserError(
@@ -86,6 +85,7 @@ def open_frozen(
             student, train, options, processes=processes, title="train features", subset=subset
         )
         val_rows = cache.embed(student, val, options, processes=processes, title="val features")
+    warn_of_same_images(train, val)
     measured_on = MeasuredOn(
         labels=labels,
         subset_seed=seed,
