@@ -30,4 +30,12 @@ TEACHER=$(with_changes <<<"teacher digits_teacher")
 SETTINGS=$(with_changes <<<"$SETTINGS")
 CLASSIFIERS=$(with_changes <<<"$CLASSIFIERS")
 CONTINUED=$(with_changes <<<"$CONTINUED")
+# Where ONLY names them: five times the steps, of the teacher too.
+if [ -n "$ONLY" ]; then
+    SETTINGS+=$'\n'$(with_changes <<<"
+teacher-x5 digits_teacher optim.epochs=120 optim.warmup_epochs=6
+mae-x5     digits_mae     optim.epochs=80 optim.warmup_epochs=5")
+    CONTINUED+=$'\n'$(with_changes <<<"
+dmae-x5    digits_dmae    optim.epochs=80 optim.warmup_epochs=5 teacher.weights=$OUT/teacher-x5-seedSEED")
+fi
 RESULTS=("clipart=$OUT" --out "$OUT/RESULTS.md")

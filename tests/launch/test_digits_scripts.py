@@ -252,6 +252,11 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         assert config.data.model_copy(update={"train": "", "val": ""}) == shipped.data.model_copy(
             update={"train": "", "val": ""}
         )
+    assert not [name for name in configs if "-x5" in name]
+    _, calls = start("study.sh", SEEDS="0", DATA="clipart", ONLY="teacher-x5 dmae-x5")
+    longer = [load_config(call.split()[2], call.split()[5:]) for call in calls if " train " in call]
+    assert [config.optim.epochs for config in longer] == [120, 80]
+    assert longer[1].teacher.weights == "OUT/teacher-x5-seed0"
     done, calls = start("study.sh", DATA="photos")
     assert done.returncode == 2 and "photos" in done.stderr and "clipart" in done.stderr and not calls
 
