@@ -125,6 +125,7 @@ def test_all_checks_pass_and_the_printed_command_trains(nodes, tiny_recipe):
         "limits",
         "clocks",
         "start",
+        "trackers",
     } == set(checks)
     assert "2 ranks" in checks["start"][1]
     command = done.stdout.splitlines()[-1]
