@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from dmae_ds.output.parser import in_list
 
 
 def add_recipe(
@@ -67,6 +70,7 @@ def add_labels(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> 
         "--labels",
         default="all" if nargs is None else ["all"],
         nargs=nargs,
+        type=str if nargs is None else in_list(_no_path),
         metavar="SHARE",
         help="labelled training images: all, 1%%, 10%%, 5-shot, ... (default all)",
     )
@@ -83,3 +87,10 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def _no_path(text: str) -> str:
+    """A share of the labels as it was typed. Raises ValueError for a path: a run behind the option."""
+    if Path(text).exists():
+        raise ValueError(text)
+    return text

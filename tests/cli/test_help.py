@@ -162,6 +162,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(digits):
     "program, words, named",
     [
         (main, ["eval", "knn", "--k", "5", "20", "RUN"], ["--k", "'RUN'", "eval knn --help"]),
+        (main, ["eval", "probe", "--labels", "1%", "/tmp"], ["--labels", "'/tmp'", "eval probe --help"]),
         (main, ["eval", "segment"], ["RUN|FILE", "eval segment --help"]),
         (main, ["tarin"], ["'tarin'", "train", "dmae-ds --help"]),
         (main, ["plan", "mae_vit_base", "--gpu-s", "2"], ["--gpu-s", "dmae-ds"]),
