@@ -12,18 +12,15 @@ from dmae_ds.report.runs import Run
 from dmae_ds.report.study import Setting, list_columns
 
 _VERSIONS = ("python", "torch", "deepspeed", "timm")
-_EVALUATIONS = {"knn": "knn", "probe": "probe", "finetune": "finetune", "supervised": "finetune"}
-_EVALUATIONS |= {"dense_knn": "dense", "dense_linear": "dense", "segment": "segment", "detect": "detect"}
+# Commands of `dmae-ds eval` that are not named as their metric.
+_EVALUATIONS = {"supervised": "finetune", "dense_knn": "dense", "dense_linear": "dense"}
 OUT = "OUT"  # stands for the folder of the runs
 
 
 def render_origins(settings: list[Setting]) -> list[str]:
     """Lines with the machines of all runs, and the commands of each setting's first run."""
     runs = [run for setting in settings for run in setting.runs]
-    metrics = dict.fromkeys(column.metric for column in list_columns(settings))
-    evaluations = dict.fromkeys(
-        f"`dmae-ds eval {_EVALUATIONS[name]}`" for name in metrics if name in _EVALUATIONS
-    )
+    evaluations = [f"`dmae-ds eval {name}`" for name in evaluations_of(settings)]
     machines = Counter(machine for run in runs for machine in dict.fromkeys(_machines(run)))
     lines = [
         "Trained on "
@@ -40,6 +37,12 @@ def render_origins(settings: list[Setting]) -> list[str]:
     for setting in settings:
         lines += [f"# {setting.name}", command_of(setting.runs[0]) or "# not recorded"]
     return [*lines, "```", "", "</details>", ""]
+
+
+def evaluations_of(settings: list[Setting]) -> list[str]:
+    """Names of the commands of `dmae-ds eval` that measured the numbers of these settings."""
+    metrics = [column.metric for column in list_columns(settings)]
+    return list(dict.fromkeys(_EVALUATIONS.get(name, name) for name in metrics))
 
 
 def _machines(run: Run) -> list[str]:

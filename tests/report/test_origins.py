@@ -7,10 +7,12 @@ import os
 
 import pytest
 
+from dmae_ds.cli.main import main
 from dmae_ds.config.saved import FILE
-from dmae_ds.report.origins import command_of, render_origins
+from dmae_ds.evaluate.results import METRICS
+from dmae_ds.report.origins import command_of, evaluations_of, render_origins
 from dmae_ds.report.runs import read_run
-from dmae_ds.report.study import group
+from dmae_ds.report.study import Column, Setting, group
 from tests.report.made_runs import KNN, make_run
 
 ENVIRONMENT = {
@@ -79,3 +81,12 @@ def test_machines_are_counted_by_what_they_are(tmp_path):
         assert lines[0].count(machine) == 1
     assert lines[0].count("(1 run)") == 4 and "timm" not in lines[0] and "`dmae-ds eval knn`" in lines[1]
     assert lines.count("dmae-ds train first") == 1
+
+
+def test_every_metric_has_a_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    commands = capsys.readouterr().out
+    setting = Setting("a", [], {Column(name, "all", "{}"): [1.0] for name in METRICS})
+    named = evaluations_of([setting])
+    assert len(named) == len(set(named)) and all(f"\n    {name}" in commands for name in named)
