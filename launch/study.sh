@@ -3,6 +3,7 @@
 #   bash launch/study.sh                 # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder
 #   ONLY="dino mocov3" bash launch/study.sh                                # some settings
 #   DATA=clipart bash launch/study.sh    # on drawings of 14 kinds (launch/clipart_study.sh), page in $OUT
+#   DATA=clipart TIMES=5 bash launch/study.sh                              # there five times the steps
 #   DATA=clipart_rates bash launch/study.sh                                # how its learning rates were chosen
 # Some hours on 2 CPU cores after the install. All runs of a seed have the same steps, data and initial
 # weights, the ablations also the same rate; another objective has the rate of its recipe. Killed or started
@@ -12,7 +13,14 @@ cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1 2}
 JOBS=${JOBS:-2}
 DATA=${DATA:-digits}
+TIMES=${TIMES:-1}
+case $TIMES in
+1) ;;
+*[!0-9]* | 0*) echo "TIMES is '$TIMES', expected a whole number from 1" >&2; exit 2 ;;
+*) [ "$DATA" = clipart ] || { echo "TIMES=$TIMES is only for DATA=clipart" >&2; exit 2; } ;;
+esac
 [ "$DATA" != digits ] || OUT=${OUT:-runs/study}
+[ "$TIMES" = 1 ] || OUT=${OUT:-runs/study_${DATA}_x$TIMES}
 OUT=${OUT:-runs/study_$DATA}
 ONLY=${ONLY:-}
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -252,11 +252,16 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         assert config.data.model_copy(update={"train": "", "val": ""}) == shipped.data.model_copy(
             update={"train": "", "val": ""}
         )
-    assert not [name for name in configs if "-x5" in name]
-    _, calls = start("study.sh", SEEDS="0", DATA="clipart", ONLY="teacher-x5 dmae-x5")
+    wanted = "random mae adapt sdae mae-25"
+    _, calls = start("study.sh", SEEDS="3", DATA="clipart", TIMES="5", ONLY=wanted)
     longer = [load_config(call.split()[2], call.split()[5:]) for call in calls if " train " in call]
-    assert [config.optim.epochs for config in longer] == [120, 80]
-    assert longer[1].teacher.weights == "OUT/teacher-x5-seed0"
+    schedules = [(config.optim.epochs, config.optim.warmup_epochs) for config in longer]
+    assert schedules == [(120, 6), (0.005, 0), (80, 5), (80, 5), (320, 20), (40, 2.5)]
+    assert configs["sdae-seed0"].objective.momentum == load_config("digits_sdae").objective.momentum
+    assert longer[3].objective.momentum == (0.85, 0.96)
+    for times, data in [("5", "digits"), ("two", "clipart"), ("0", "clipart")]:
+        done, calls = start("study.sh", DATA=data, TIMES=times)
+        assert done.returncode == 2 and times in done.stderr and not calls
     done, calls = start("study.sh", DATA="photos")
     assert done.returncode == 2 and "photos" in done.stderr and "clipart" in done.stderr and not calls
 
