@@ -35,14 +35,12 @@ def describe_refusal(error: BaseException, scheme: str) -> str | None:
 
 def status_of(error: BaseException) -> int | None:
     """HTTP status of an error, where its library keeps it: aiohttp, gcsfs, requests or botocore."""
-    answer = getattr(error.__cause__, "response", None)  # of botocore, which s3fs translates to an OSError
-    metadata = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else {}
-    for value in (
-        getattr(error, "status", None),
-        getattr(error, "code", None),
-        getattr(getattr(error, "response", None), "status_code", None),
-        metadata.get("HTTPStatusCode"),
-    ):
+    answer = getattr(error, "response", None)
+    for holder, name in ((error, "status"), (error, "code"), (answer, "status_code")):
+        value = getattr(holder, name, None)
         if str(value).isdecimal():
             return int(value)
-    return None
+    answer = getattr(error.__cause__, "response", None)  # of botocore, which s3fs translates to an OSError
+    metadata = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else {}
+    value = metadata.get("HTTPStatusCode")
+    return int(value) if str(value).isdecimal() else None
