@@ -52,4 +52,6 @@ TEACHER=$(with_changes <<<"teacher digits_teacher")
 SETTINGS=$(with_changes <<<"$SETTINGS")
 CLASSIFIERS=$(with_changes <<<"$CLASSIFIERS")
 CONTINUED=$(with_changes <<<"$CONTINUED")
-RESULTS=("clipart=$OUT" --out "$OUT/RESULTS.md")
+section=clipart
+[ "$TIMES" = 1 ] || section+=-x$TIMES
+RESULTS=("$section=$OUT" --out "$OUT/RESULTS.md")

@@ -254,6 +254,7 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         )
     wanted = "random mae adapt sdae mae-25"
     _, calls = start("study.sh", SEEDS="3", DATA="clipart", TIMES="5", ONLY=wanted)
+    assert " clipart-x5=OUT " in calls[-1]
     longer = [load_config(call.split()[2], call.split()[5:]) for call in calls if " train " in call]
     schedules = [(config.optim.epochs, config.optim.warmup_epochs) for config in longer]
     assert schedules == [(120, 6), (0.005, 0), (80, 5), (80, 5), (320, 20), (40, 2.5)]
