@@ -255,11 +255,19 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
     wanted = "random mae adapt sdae mae-25"
     _, calls = start("study.sh", SEEDS="3", DATA="clipart", TIMES="5", ONLY=wanted)
     assert " clipart-x5=OUT " in calls[-1]
-    longer = [load_config(call.split()[2], call.split()[5:]) for call in calls if " train " in call]
-    schedules = [(config.optim.epochs, config.optim.warmup_epochs) for config in longer]
-    assert schedules == [(120, 6), (0.005, 0), (80, 5), (80, 5), (320, 20), (40, 2.5)]
+    longer = {
+        run_of(call): load_config(call.split()[2], call.split()[5:]) for call in calls if " train " in call
+    }
+    assert {run: (config.optim.epochs, config.optim.warmup_epochs) for run, config in longer.items()} == {
+        "teacher-seed3": (120, 6),
+        "random-seed3": (0.005, 0),
+        "mae-seed3": (80, 5),
+        "sdae-seed3": (80, 5),
+        "mae-25-seed3": (320, 20),
+        "adapt-seed3": (40, 2.5),
+    }
     assert configs["sdae-seed0"].objective.momentum == load_config("digits_sdae").objective.momentum
-    assert longer[3].objective.momentum == (0.85, 0.96)
+    assert longer["sdae-seed3"].objective.momentum == (0.85, 0.96)
     for times, data in [("5", "digits"), ("two", "clipart"), ("0", "clipart")]:
         done, calls = start("study.sh", DATA=data, TIMES=times)
         assert done.returncode == 2 and times in done.stderr and not calls
