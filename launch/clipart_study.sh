@@ -2,7 +2,8 @@
 # on digits with the changes below, without the baselines CRD and SRRL, which take 8 minutes of CPU each. With
 # 1.8 times as many images the same epochs are 1.8 times as many steps. On an AMD core the teacher takes 4
 # minutes, MAE and DMAE 1 to 2 each; ONLY="mae dmae" SEEDS=0 takes 15 from a fresh clone, the install with it.
-# So few steps teach little; with TIMES=5 they do, and the teacher takes 16 minutes, MAE 6, DMAE 8.
+# So few steps teach little; TIMES=5 does (BENCHMARKS.md), with 8 minutes for DMAE and more than twice that
+# for its teacher.
 # launch/recipes/clipart_*.yaml are the first three, for use alone.
 . launch/venv.sh
 [ -e "$OUT/shards/val/manifest.json" ] || OUT=$OUT bash launch/clipart.sh
