@@ -14,7 +14,7 @@ changes_of() { # RECIPE: images of 64 px in 8x8 patches, as many as on digits; a
     ! grep -q '^teacher:' "$file" || echo teacher.img_size=64 teacher.patch_size=8
     ! grep -q '^teachers:' "$file" || echo teachers.{mae,moco}.{img_size=64,patch_size=8}
     ! grep -q '^  local_size:' "$file" || echo objective.local_size=48
-    case $1 in # by study.sh with DATA=clipart_rates, three tries each, SdAE six; a gain of less than .5: none
+    case $1 in # by DATA=clipart_rates, three tries each, SdAE six; unchanged where that gains less than .5
     digits_teacher) echo optim.epochs=24 ;; # not tuned
     digits_sdae) echo optim.base_lr=4e-3 "$(momentum_of_epochs)" ;;
     digits_dino) echo optim.base_lr=2e-3 ;;
@@ -28,7 +28,7 @@ schedule_of() { # RECIPE
     sed -nE 's/(^optim: \{.* |^  )(epochs: )([0-9.]+).*/optim.epochs=\3/p' "launch/recipes/$1.yaml"
     sed -nE 's/.* (warmup_epochs: )([0-9.]+).*/optim.warmup_epochs=\2/p' "launch/recipes/$1.yaml"
 }
-longer() { # options on standard input: TIMES the epochs, and half as many times the epochs of warm-up
+longer() { # options on standard input; epochs are multiplied by TIMES, those of warm-up by half of it
     awk -v times="$TIMES" '{
         for (i = 1; i <= NF; i++) {
             split($i, part, "=")
@@ -38,18 +38,21 @@ longer() { # options on standard input: TIMES the epochs, and half as many times
         print
     }'
 }
-with_changes() { # settings on standard input; a setting's own keys come last and win
+options_of() { # RECIPE [key=value ...]: with the changes; the given keys come last and win
+    local options
+    options="$(changes_of "$1" | xargs) ${*:2}"
+    [ "$TIMES" = 1 ] || options=$(echo "$(schedule_of "$1" | xargs) $options" | longer)
+    echo "$options"
+}
+with_changes() { # settings on standard input
     local name recipe options
     while read -r name recipe options; do
-        [ -n "$name" ] || continue
-        options="$(changes_of "$recipe" | xargs) $options"
-        [ "$TIMES" = 1 ] || options=$(echo "$(schedule_of "$recipe" | xargs) $options" | longer)
-        echo "$name $recipe $options"
+        [ -z "$name" ] || echo "$name $recipe $(options_of "$recipe" "$options")"
     done
 }
 BASELINES=""
 TEACHER=$(with_changes <<<"teacher digits_teacher")
-[ "$TIMES" = 1 ] || TEACHER+=" optim.warmup_epochs=6"
+[ "$TIMES" = 1 ] || TEACHER+=" optim.warmup_epochs=6" # not tuned
 SETTINGS=$(with_changes <<<"$SETTINGS")
 CLASSIFIERS=$(with_changes <<<"$CLASSIFIERS")
 CONTINUED=$(with_changes <<<"$CONTINUED")

@@ -91,7 +91,7 @@ BASELINES="supervised_crd_digits supervised_srrl_digits"
 
 TEACHER="teacher digits_teacher"
 RESULTS=("digits=$OUT")
-changes_of() { :; } # RECIPE: keys that another data set changes
+options_of() { echo "${@:2}"; } # RECIPE [key=value ...]: as another data set changes them
 case $DATA in
 digits) . launch/digits.sh ;;
 clipart) . launch/clipart_study.sh ;;
@@ -122,7 +122,7 @@ store() { # SEED NAME OPTION ...: the teacher's features, for digits_dmae
     [ ! -e "$OUT/stored-$2-seed$1.done" ] || return 0
     logged "storing features ($2)" "$OUT/stored-$2-seed$1.log" dmae-ds teacher cache digits_dmae \
         "$OUT/stored-$2-seed$1" "${@:3}" "run.seed=$1" "data.train=$SHARDS/train" "data.val=$SHARDS/val" \
-        $(changes_of digits_dmae) "teacher.weights=$OUT/teacher-seed$1" || return 1
+        $(options_of digits_dmae) "teacher.weights=$OUT/teacher-seed$1" || return 1
     touch "$OUT/stored-$2-seed$1.done"
 }
 for seed in $SEEDS; do

@@ -40,7 +40,7 @@ def status_of(error: BaseException) -> int | None:
         value = getattr(holder, name, None)
         if str(value).isdecimal():
             return int(value)
-    answer = getattr(error.__cause__, "response", None)  # of botocore, which s3fs translates to an OSError
-    metadata = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else {}
+    parsed = getattr(error.__cause__, "response", None)  # of botocore, which s3fs translates to an OSError
+    metadata = parsed.get("ResponseMetadata", {}) if isinstance(parsed, dict) else {}
     value = metadata.get("HTTPStatusCode")
     return int(value) if str(value).isdecimal() else None

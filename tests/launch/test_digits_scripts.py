@@ -252,7 +252,7 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         assert config.data.model_copy(update={"train": "", "val": ""}) == shipped.data.model_copy(
             update={"train": "", "val": ""}
         )
-    wanted = "random mae adapt sdae mae-25"
+    wanted = "random mae adapt sdae mae-25 dmae-int8"
     _, calls = start("study.sh", SEEDS="3", DATA="clipart", TIMES="5", ONLY=wanted)
     assert " clipart-x5=OUT " in calls[-1]
     longer = {
@@ -265,7 +265,10 @@ def test_study_on_clipart_changes_the_recipes_on_digits(start, tmp_path):
         "sdae-seed3": (80, 5),
         "mae-25-seed3": (320, 20),
         "adapt-seed3": (40, 2.5),
+        "dmae-int8-seed3": (80, 5),
     }
+    (stored,) = [call.split() for call in calls if " teacher cache " in call]
+    assert "optim.epochs=80" in stored and "teacher.img_size=64" in stored
     assert configs["sdae-seed0"].objective.momentum == load_config("digits_sdae").objective.momentum
     assert longer["sdae-seed3"].objective.momentum == (0.85, 0.96)
     for times, data in [("5", "digits"), ("two", "clipart"), ("0", "clipart")]:
