@@ -29,6 +29,12 @@ def add_report(subcommands) -> None:
         action="store_true",
         help="write RESULTS.md instead: the papers' tables, these runs, and each setting over its seeds",
     )
+    report.add_argument(
+        "--keep",
+        action="store_true",
+        help="with --results: sections of the page that get no NAME=FOLDER stay as they are, for their runs "
+        "may be on another machine; numbers in the papers' tables stay, too",
+    )
     report.set_defaults(command=_report)
 
 
@@ -37,10 +43,13 @@ def _report(args: argparse.Namespace) -> None:
     suffix = ".md" if args.results else ".html"
     if out is not None and out.suffix != suffix:
         raise UserError(f"--out '{out}' does not end in {suffix}, which is what is written; rename it")
+    if args.keep and not args.results:
+        raise UserError("--keep is about the sections of RESULTS.md; give --results, too, or leave it out")
     if args.results:
         from dmae_ds.report.results_page import write_results_page
 
-        print(write_results_page(_read_sections(args.runs), out or Path("RESULTS.md")))
+        sections = _read_sections(args.runs)
+        print(write_results_page(sections, out or Path("RESULTS.md"), keep=args.keep))
         return
     runs = [Path(run) for run in args.runs]
     if not runs:

@@ -244,6 +244,64 @@ def test_an_unfinished_run_is_left_out_and_counted(tmp_path):
     assert "Left out: 1 run " in page and "| mae | 70.0 | 0 |" in page
 
 
+@pytest.fixture
+def three_sections(tmp_path):
+    """Folders by section: two studies on small data, which claims are about, and a run on ImageNet-1k."""
+    for number, (section, seed, recipe) in enumerate(
+        (section, seed, recipe)
+        for section in ("a", "b")
+        for seed in (0, 1)
+        for recipe in ("digits_mae", "digits_dmae")
+    ):
+        results = [("knn", "all", 60.0 + number % 5, KNN)]
+        folder = tmp_path / section / f"run{number}"
+        make_run(folder, recipe, f"run.seed={seed}", results=results, num_images=1400)
+    make_run(tmp_path / "imagenet" / "run", results=[("finetune", "all", 83.9, FINETUNE)])
+    return {name: [tmp_path / name] for name in ("a", "b", "imagenet")}
+
+
+def test_sections_that_are_kept_stay_as_they_were(tmp_path, three_sections):
+    whole, out = tmp_path / "WHOLE.md", tmp_path / "RESULTS.md"
+    page = write_results_page(three_sections, whole).read_text()
+    assert "10 of 124 rows" in page and page.count("#### What the papers claim") == 2
+    write_results_page({name: three_sections[name] for name in ("a", "imagenet")}, out)
+    figure = tmp_path / ".github" / "results-a.png"
+    old_figure = figure.read_bytes()
+    assert main(["report", "--results", "--keep", f"b={tmp_path / 'b'}", "--out", str(out)]) == 0
+    assert out.read_text() == page and figure.read_bytes() == old_figure
+    for name in three_sections:
+        write_results_page({name: three_sections[name]}, out, keep=True)
+    assert out.read_text() == page
+    for section, run in (("a", "run0"), ("imagenet", "run")):  # with one more number
+        (line,) = read_results(tmp_path / section / run)
+        append_result(tmp_path / section / run, line | {"scores": {"top1": 12.3}})
+        write_results_page({section: three_sections[section]}, out, keep=True)
+        assert page != out.read_text() == write_results_page(three_sections, whole).read_text()
+        page = out.read_text()
+
+
+def test_keep_refuses_what_would_lose_a_section(tmp_path, three_sections):
+    out = tmp_path / "RESULTS.md"
+    sections = {"b": three_sections["b"]}
+    with refused("--keep", out):
+        write_results_page(sections, out, keep=True)
+    out.write_text("# Results\n\nby hand\n")
+    with refused("--keep", out):
+        write_results_page(sections, out, keep=True)
+    assert out.read_text() == "# Results\n\nby hand\n"
+    write_results_page({"": three_sections["a"]}, out)
+    with refused("--keep", out, "NAME=FOLDER"):
+        write_results_page(sections, out, keep=True)
+    page = write_results_page({"a": three_sections["a"]}, out).read_text()
+    with refused("--keep", "NAME=FOLDER"):
+        write_results_page({"": three_sections["b"]}, out, keep=True)
+    unmeasured = make_run(tmp_path / "unmeasured", "digits_mae", num_images=1400)
+    with refused("--keep", "'a'"):
+        write_results_page({"a": [unmeasured]}, out, keep=True)
+    assert out.read_text() == page
+    assert main(["report", "--keep", str(unmeasured)]) == 2
+
+
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     with refused(tmp_path):
         write_results_page({"": [tmp_path]}, tmp_path / "RESULTS.md")
