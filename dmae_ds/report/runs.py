@@ -78,7 +78,7 @@ def read_run(path: Path) -> Run:
         facts=collect_facts(config, _num_images(record), last_step),
         results=results,
         hours=_hours(record),
-        world_size=_world_size(path),
+        world_size=_read_state(path).get("world_size"),
         rank=rank_of(record),
     )
 
@@ -156,10 +156,16 @@ def _hours(record: RunRecord) -> float:
     return math.fsum(record.config.optim.global_batch / row["images_per_s"] for row in record.rows) / 3600
 
 
-def _world_size(path: Path) -> int | None:
+def find_fingerprint(path: Path) -> str | None:
+    """The fingerprint of a run's training shards, from its newest checkpoint; None if not known."""
+    return _read_state(path).get("fingerprint")
+
+
+def _read_state(path: Path) -> dict:
+    """What the newest checkpoint of a run says of itself; {} if there is none that can be read."""
     folder = CheckpointFolder(path)
     try:
         latest = folder.latest()
-        return None if latest is None else folder.read_state(latest)["world_size"]
+        return {} if latest is None else folder.read_state(latest)
     except UserError:
-        return None
+        return {}

@@ -63,8 +63,9 @@ def group(runs: list[Run]) -> list[Setting]:
     teachers = {folder.resolve() for folder in sources if folder is not None}
     trainings: dict[tuple[str, str], dict] = {}
     members: dict[tuple[str, str], list[Run]] = {}
+    data_names: dict[str, str] = {}
     for run in runs:
-        training = describe_training(run.config)
+        training = describe_training(run.config, run.path, data_names)
         role = TEACHER if run.path.resolve() in teachers else ""
         key = (role, json.dumps(training, sort_keys=True))
         trainings[key] = training

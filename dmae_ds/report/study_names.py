@@ -12,7 +12,7 @@ from dmae_ds.config.objective_base import NULL_WORDS
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
-from dmae_ds.report.runs import Run
+from dmae_ds.report.runs import Run, find_fingerprint
 from dmae_ds.teacher.cache_manifest import read_manifest
 
 # Sections and keys that don't change what is trained.
@@ -38,11 +38,11 @@ def is_untrained(training: dict) -> bool:
     return training["optim.base_lr"] < 1e-9
 
 
-def describe_training(config: RunConfig) -> dict[str, object]:
+def describe_training(config: RunConfig, run: Path, data_names: dict[str, str]) -> dict[str, object]:
     """The config without seed and folders, flat: {"optim.epochs": 20.0}.
 
     Weights that a run of this project wrote are described by that run's training, not by their path: each
-    seed may have its own.
+    seed may have its own. run: the run's folder; data_names: see `name_data`
     """
     flat = {
         key: value
@@ -53,6 +53,7 @@ def describe_training(config: RunConfig) -> dict[str, object]:
             key.startswith(("teacher.", "teachers.")) and key.rpartition(".")[2] in _IRRELEVANT_OF_TEACHER
         )
     }
+    flat["data.train"] = name_data(config.data.train, find_fingerprint(run), data_names)
     if config.teachers is None:
         flat.pop("teachers", None)  # a newer key, which older runs lack
     networks = {teacher.section: teacher for teacher in config.named_teachers().values()}
@@ -64,11 +65,25 @@ def describe_training(config: RunConfig) -> dict[str, object]:
     for name, model in {**networks, "student": config.student}.items():
         folder = find_source_run(model)
         if folder is not None:
-            source = describe_training(read_saved_config(folder, student_only=True))
+            source_config = read_saved_config(folder, student_only=True)
+            source = describe_training(source_config, folder, data_names)
             if not _is_student_of(folder, model):
                 source["evaluation"] = Path(model.weights).parent.name
             flat[f"{name}.weights"] = source
     return flat
+
+
+def name_data(path: str, fingerprint: str | None, names: dict[str, str]) -> str:
+    """Name training data by its content: the path where a run was first seen to train on it.
+
+    So the same shards on two machines have one name, and others that were made at the same place have
+    another. fingerprint: of the shards, None if not known; names: those given so far, by fingerprint
+    """
+    if fingerprint is None:
+        return path
+    if fingerprint not in names:
+        names[fingerprint] = f"{path} ({fingerprint[:8]})" if path in names.values() else path
+    return names[fingerprint]
 
 
 def describe_cache(location: str) -> str:

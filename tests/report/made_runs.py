@@ -29,11 +29,12 @@ def make_run(
     images_per_s=1000.0,
     world_size=8,
     num_val=50_000,
+    fingerprint=None,
 ):
     """Write a run folder without weights.
 
     results: (metric, labels[, subset_seed], top1, settings), measured at the last step; progress: share of
-    its epochs
+    its epochs; fingerprint: of its training data, None if the checkpoint doesn't say
     """
     config = load_config(recipe, [f"run.dir={folder}", *overrides])
     step = int(progress * config.optim.epochs * num_images / config.optim.global_batch)
@@ -51,7 +52,8 @@ def make_run(
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     checkpoints = CheckpointFolder(folder)
     checkpoints.begin(step)
-    checkpoints.commit(step, {"step": step, "world_size": world_size}, {})
+    known = {} if fingerprint is None else {"fingerprint": fingerprint}
+    checkpoints.commit(step, {"step": step, "world_size": world_size, **known}, {})
     lines = [
         {
             "metric": metric,

@@ -180,8 +180,27 @@ def test_runs_that_begin_with_other_runs_are_settings_too(tmp_path):
         "teacher: mae": [0, 1],
     }
     # One has the MAE as its teacher, the other what it was fine-tuned to.
-    teachers = [describe_training(setting.runs[0].config)["teacher.weights"] for setting in settings[:2]]
+    teachers = [setting.training["teacher.weights"] for setting in settings[:2]]
     assert teachers[0] != teachers[1]
+
+
+def test_training_data_is_told_by_its_content(tmp_path):
+    places = [("/a/train", "1" * 64), ("/b/train", "1" * 64), ("/a/train", "2" * 64), ("/b/train", None)]
+    for seed, (place, fingerprint) in enumerate(places):
+        options = [f"run.seed={seed}", f"data.train={place}"]
+        teacher = make_run(tmp_path / f"teacher{seed}", "digits_teacher", *options, fingerprint=fingerprint)
+        weights = f"teacher.weights={teacher}"
+        student = tmp_path / f"student{seed}"
+        make_run(student, "digits_dmae", *options, weights, fingerprint=fingerprint, num_images=1400)
+    students = [setting for setting in group(find_runs([tmp_path])) if setting.name.startswith("dmae")]
+    places = [setting.training["data.train"] for setting in students]
+    assert dict(zip(places, (setting.seeds for setting in students), strict=True)) == {
+        "/a/train": [0, 1],
+        "/a/train (22222222)": [2],
+        "/b/train": [3],
+    }
+    teachers = [setting.training["teacher.weights"]["data.train"] for setting in students]
+    assert teachers == places
 
 
 def test_a_section_that_other_settings_lack_is_named_once():
@@ -214,16 +233,16 @@ def test_a_section_that_other_settings_lack_is_named_once():
     }
 
 
-def test_several_teachers_are_named_and_one_is_the_rule():
+def test_several_teachers_are_named_and_one_is_the_rule(tmp_path):
     rest = {"objective.name": "features", "precision": "fp32"}
     one = {**rest, "teacher.name": "vit"}
     two = {**rest, "teacher": None, "teachers.a.name": "vit", "teachers.b.name": "vit"}
     names = name_settings({"one": one, "two": two}, {"features": {"objective.name": "features"}})
     assert names == {"one": "features", "two": "features, with teachers.a, with teachers.b"}
     config = load_config("digits_two_teachers", ["teachers.mae.standardize=zscore", "teachers.mae.stats=x"])
-    flat = describe_training(config)
+    flat = describe_training(config, tmp_path, {})
     assert "teachers.mae.stats" not in flat and flat["teachers.moco.standardize"] == "layer_norm"
-    assert "teachers" not in describe_training(load_config("digits_features"))
+    assert "teachers" not in describe_training(load_config("digits_features"), tmp_path, {})
 
 
 def test_the_effective_rank_of_a_setting_is_the_mean_and_the_lowest(tmp_path):
