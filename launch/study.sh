@@ -90,7 +90,7 @@ FINETUNED="teacher g2sd-generic mae dmae"
 BASELINES="supervised_crd_digits supervised_srrl_digits"
 
 TEACHER="teacher digits_teacher"
-RESULTS=("digits=$OUT")
+RESULTS=("digits=$OUT" --keep)
 options_of() { echo "${@:2}"; } # RECIPE [key=value ...]: as another data set changes them
 case $DATA in
 digits) . launch/digits.sh ;;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.new_path import refuse_existing
 
 
 def choose_out(run: Path, *, to: str, what: str, out: Path | None) -> Path:
@@ -12,6 +13,7 @@ def choose_out(run: Path, *, to: str, what: str, out: Path | None) -> Path:
     if not run.is_dir():
         raise UserError(f"'{run}' is not a folder; name a run folder, or what eval finetune or linear wrote")
     out = out or run / "export" / (f"{to}-mae" if what == "mae" else to)
-    if out.exists():
-        raise UserError(f"'{out}' exists already; delete it, or choose another --out")
+    existing = refuse_existing(out, name="--out", reads=run)
+    if existing:
+        raise UserError(existing)
     return out

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dmae_ds.config.load import family_of
 from dmae_ds.errors import UserError
+from dmae_ds.output.new_path import refuse_existing
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
 
 
@@ -49,6 +50,7 @@ def find_one(path: Path) -> tuple[CheckpointFolder, Path]:
 def find_to_convert(path: Path, out: Path) -> tuple[CheckpointFolder, Path]:
     """Find the one checkpoint that becomes OUT. Raises UserError as `find_one` does, and where OUT exists."""
     found = find_one(path)
-    if out.exists():
-        raise UserError(f"'{out}' exists; choose another name, or delete it")
+    existing = refuse_existing(out, name="OUT", reads=path)
+    if existing:
+        raise UserError(existing)
     return found

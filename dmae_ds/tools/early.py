@@ -19,6 +19,7 @@ from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
+from dmae_ds.output.new_path import refuse_existing
 from dmae_ds.output.safetensors_header import read_header
 from dmae_ds.teacher.cache_layout import CODEC, STORED
 from dmae_ds.teacher.cache_manifest import MANIFEST, Manifest, check_same, read_manifest, recipe_identity
@@ -51,8 +52,9 @@ def check_teacher(path: Path, *, name: str | None, overrides: list[str], format:
 
 def check_slice(path: Path, out: Path, *, num_stages: int, last_block: int | None) -> None:
     """Raise UserError where OUT exists, and for numbers by which the file's blocks can't be cut."""
-    if out.expanduser().exists():
-        raise UserError(f"'{out}' exists; choose another folder, or remove it")
+    existing = refuse_existing(out.expanduser(), name="OUT", reads=path)
+    if existing:
+        raise UserError(existing)
     for option, number in (("--stages", num_stages), ("--last-block", last_block)):
         if number is not None and number < 1:
             raise UserError(f"{option} {number} is too small; give 1 or more")

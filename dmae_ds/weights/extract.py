@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from dmae_ds.errors import UserError
+from dmae_ds.output.new_path import refuse_existing
 from dmae_ds.weights.containers import open_container
 
 _ANY = re.compile(r"(?P<root>).")  # joins all entries, and narrows nothing
@@ -27,8 +28,9 @@ def extract(path: Path, root: str, out: Path) -> int:
     if not names:
         some = ", ".join(list(container)[:3])
         raise UserError(f"'{path}' has no names that begin with '{root}', but for example {some}")
-    if out.exists():
-        raise UserError(f"'{out}' exists; choose another name, or remove it")
+    existing = refuse_existing(out, name="OUT", reads=path)
+    if existing:
+        raise UserError(existing)
     save_file({name.removeprefix(root): container[name] for name in names}, out)
     return len(names)
 

@@ -201,9 +201,9 @@ def test_study_trains_every_setting_of_every_seed_once(start):
     assert all("distill.teacher=OUT/teacher-seed1/" in call for call in of_random)
     evaluated = [call for call in calls if call.startswith(("dmae-ds eval knn", "dmae-ds eval probe"))]
     assert len(evaluated) == 6 and all(call.count("-seed") == 10 for call in evaluated[:2])
-    assert calls[-1] == "dmae-ds report --results digits=OUT"
+    assert calls[-1] == "dmae-ds report --results digits=OUT --keep"
     done, calls = start("study.sh", **wanted)
-    assert calls == ["dmae-ds report --results digits=OUT"]
+    assert calls == ["dmae-ds report --results digits=OUT --keep"]
 
 
 @pytest.mark.parametrize("broken", ["mae-seed0", "--pool cls"])
@@ -214,7 +214,7 @@ def test_study_stops_at_a_failure_and_continues(start, tmp_path, broken):
     assert done.returncode != 0 and "it broke" in done.stderr
     assert not [call for call in calls if "report" in call]
     done, calls = start("study.sh", **wanted)
-    assert done.returncode == 0 and calls[-1] == "dmae-ds report --results digits=OUT"
+    assert done.returncode == 0 and calls[-1] == "dmae-ds report --results digits=OUT --keep"
     assert not [call for call in calls if "digits_teacher" in call or "dino-seed0" in call]
 
 

@@ -280,26 +280,30 @@ def test_sections_that_are_kept_stay_as_they_were(tmp_path, three_sections):
         page = out.read_text()
 
 
-def test_keep_refuses_what_would_lose_a_section(tmp_path, three_sections):
+@pytest.mark.parametrize("keep", [False, True])
+def test_nothing_of_an_earlier_page_gets_lost(tmp_path, three_sections, keep):
     out = tmp_path / "RESULTS.md"
-    sections = {"b": three_sections["b"]}
-    with refused("--keep", out):
-        write_results_page(sections, out, keep=True)
     out.write_text("# Results\n\nby hand\n")
-    with refused("--keep", out):
-        write_results_page(sections, out, keep=True)
+    with refused(out):
+        write_results_page({"b": three_sections["b"]}, out, keep=keep)
     assert out.read_text() == "# Results\n\nby hand\n"
-    write_results_page({"": three_sections["a"]}, out)
-    with refused("--keep", out, "NAME=FOLDER"):
-        write_results_page(sections, out, keep=True)
-    page = write_results_page({"a": three_sections["a"]}, out).read_text()
-    with refused("--keep", "NAME=FOLDER"):
-        write_results_page({"": three_sections["b"]}, out, keep=True)
+    out.unlink()
+    page = write_results_page(
+        {"": three_sections["a"], "imagenet": three_sections["imagenet"]}, out
+    ).read_text()
     unmeasured = make_run(tmp_path / "unmeasured", "digits_mae", num_images=1400)
-    with refused("--keep", "'a'"):
-        write_results_page({"a": [unmeasured]}, out, keep=True)
+    with refused(out, "without a name"):
+        write_results_page({"": [unmeasured], "imagenet": three_sections["imagenet"]}, out, keep=keep)
+    if keep:
+        write_results_page({"b": three_sections["b"]}, out, keep=True)
+        both = {"b": three_sections["b"], "": three_sections["a"], "imagenet": three_sections["imagenet"]}
+        assert out.read_text() == write_results_page(both, tmp_path / "WHOLE.md").read_text()
+        return
+    with refused("--keep", "10 numbers"):
+        write_results_page({"": three_sections["a"]}, out)
+    with refused("--keep", "without a name"):
+        write_results_page({name: three_sections[name] for name in ("b", "imagenet")}, out)
     assert out.read_text() == page
-    assert main(["report", "--keep", str(unmeasured)]) == 2
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
@@ -313,5 +317,6 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "RESULTS.md").exists()
     monkeypatch.chdir(tmp_path)
     assert main(["report", "--results", "a/b=runs"]) == 2 and "a/b" in capsys.readouterr().err
+    assert main(["report", "--keep", "runs"]) == 2 and "--results" in capsys.readouterr().err
     assert main(["report"]) == 2 and "--results" in capsys.readouterr().err
     assert main(["report", "--results"]) == 0 and (tmp_path / "RESULTS.md").read_text().count("not run") > 100
