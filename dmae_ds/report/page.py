@@ -9,6 +9,8 @@ from dmae_ds import __version__
 from dmae_ds.evaluate.facts import Fact
 from dmae_ds.output.theme import COLOURS, NUM_SERIES
 
+TITLE_END = " - dmae-ds report</title>"  # by which a page is known
+
 
 @dataclass(frozen=True)
 class Section:
@@ -45,7 +47,7 @@ def render_page(
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{title} - dmae-ds report</title>
+<meta name="color-scheme" content="light dark"><title>{title}{TITLE_END}
 <style>{style()}</style></head>
 <body><header><p>dmae-ds report</p><h1>{title}</h1></header>{warnings}
 {_differences(names, differing)}<section><div class="scroll">{_table(names, columns)}</div>

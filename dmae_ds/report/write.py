@@ -19,7 +19,7 @@ from dmae_ds.output.theme import light, to_png, to_svg
 from dmae_ds.report.charts import Charts, draw_health, draw_losses, draw_times, safe_name
 from dmae_ds.report.dense_boards import add_dense_boards
 from dmae_ds.report.figures import MAX_POINTS, draw_grid, draw_mosaic
-from dmae_ds.report.page import Section, missing, place_charts, place_runs, render_page
+from dmae_ds.report.page import TITLE_END, Section, missing, place_charts, place_runs, render_page
 from dmae_ds.report.reference import Teachers
 from dmae_ds.report.views import Views, make_views
 
@@ -105,6 +105,8 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
     folder = runs[0] / "figures" if len(runs) == 1 else out.with_name(f"{out.stem}-figures")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: folder '{out.parent}' not found; create it, or choose another")
+    if out.exists() and not (out.is_file() and TITLE_END.encode() in out.read_bytes()):
+        raise UserError(f"'{out}' exists and is no page of `dmae-ds report`; choose another --out")
     folder.mkdir(exist_ok=True)
     teachers = Teachers(records)
     columns: dict[str, dict[str, Fact]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from math import inf
@@ -94,9 +95,18 @@ def check_stats(config: RunConfig, *, num_images: int, out: Path | None) -> None
         )
     if out is not None and config.teachers is None and out.suffix != ".safetensors":
         raise UserError(f"--out '{out}' does not end in .safetensors, which is what is written; rename it")
+    for file in [] if out is None else [stats_file(out, name) for name in teachers]:
+        header = read_header(file) if file.is_file() else None
+        if os.path.lexists(file) and (header is None or "about" not in header.metadata):
+            raise UserError(f"'{file}' exists and holds no statistics of features; choose another --out")
     ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
     for teacher in teachers.values():
         check_teacher_file(teacher)
+
+
+def stats_file(out: Path, name: str) -> Path:
+    """The file that `teacher stats --out` writes about a teacher: `out`, or of several teachers one in it."""
+    return out / f"{name}.stats.safetensors" if name else out
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from dmae_ds.output.progress import LINE_EVERY_S, Progress
 from dmae_ds.teacher import identity, targets
 from dmae_ds.teacher.build import build_frozen_teacher, locate_teacher, naming
 from dmae_ds.teacher.frozen import FrozenTeacher
-from dmae_ds.tools.early import check_stats
+from dmae_ds.tools.early import check_stats, stats_file
 from dmae_ds.train.networks import build_objective
 
 
@@ -112,7 +112,7 @@ def _file_of(section: TeacherConfig, name: str, out: Path | None) -> Path:
     """The file of a teacher's statistics."""
     if out is None:
         return targets.stats_path(locate_teacher(section))
-    return out / f"{name}.stats.safetensors" if name else out
+    return stats_file(out, name)
 
 
 def _statistics(

@@ -30,6 +30,7 @@ CASES = {
     ),
     "inspect: width": (["teacher", "inspect", "SMALL", "embed_dim=9", "--name", "vit_x"], ["384", "9"]),
     "stats: suffix": (["teacher", "stats", "digits_dmae", "--out", "a.pt"], ["a.pt", ".safetensors"]),
+    "stats: output": (["teacher", "stats", "digits_dmae", "--out", "SMALL"], ["SMALL", "--out"]),
     "finetune: no run": (["eval", "finetune", "norun"], ["norun"]),
     "finetune: classes": (
         ["eval", "finetune", "SMALL", "TRAIN", "VAL", "run.dir=new", *SMALL],

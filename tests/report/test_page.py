@@ -261,15 +261,21 @@ def test_a_page_without_images_is_written_and_says_so(tmp_path, shards, capsys):
 def test_mistakes_are_one_line(tmp_path, shards):
     run = make_run(tmp_path / "run", train=shards[0], val=shards[1])
     empty = make_run(tmp_path / "empty", train=shards[0], val=shards[1], metrics=Metrics(num_steps=0))
+    other, folder = tmp_path / "other.html", tmp_path / "folder.html"
+    other.write_text("<title>by hand</title>")
+    folder.mkdir()
     for runs, out, word in (
         ([tmp_path], None, tmp_path),
         ([run, empty], None, f"'{empty}'"),
         ([run, run], None, f"{run}, {run}"),
         ([run], tmp_path / "nowhere" / "page.html", f"'{tmp_path / 'nowhere'}'"),
+        ([run], other, f"'{other}'"),
+        ([run], folder, f"'{folder}'"),
     ):
         with refused(word):
             write_report(runs, out)
     assert not (run / "figures").exists() and not (run / "report.html").exists()
+    assert other.read_text() == "<title>by hand</title>"
 
 
 def test_runs_are_named_by_what_tells_them_apart():
