@@ -18,7 +18,7 @@ def compare_with_random(settings: list[Setting]) -> tuple[dict[str, str], str]:
     """Whether each setting is clearly above random weights: ({name: cell}, the rule in a sentence).
 
     A cell is yes or no, with the distance of the two means in standard deviations by the measure with the
-    largest one; or one seed. Teachers, random weights, and students whose network no run with random weights
+    largest one; of one seed without the verdict. Teachers, random weights, and students whose network no run with random weights
     has, have no cell; without any cell the rule is empty, too.
     """
     students = [setting for setting in settings if not setting.name.startswith(TEACHER)]
@@ -73,12 +73,13 @@ def _compare(
     distances = {
         title: (fmean(setting.values[column]) - fmean(baseline.values[column])) / deviations[title]
         for title, column in columns.items()
-        if min(len(setting.values[column]), len(baseline.values[column])) > 1 and deviations[title]
+        if len(baseline.values[column]) > 1 and deviations[title]
     }
     if not distances:
         return ONE_SEED
     title = max(distances, key=distances.__getitem__)
-    return f"{'yes' if distances[title] >= ENOUGH else 'no'}, {distances[title]:.1f} ({title})"
+    verdict = "yes" if distances[title] >= ENOUGH else "no"
+    return f"{verdict if len(setting.runs) > 1 else ONE_SEED}, {distances[title]:.1f} ({title})"
 
 
 def _network(setting: Setting) -> str:

@@ -229,10 +229,12 @@ def test_above_random_weights_is_three_pooled_deviations_by_the_better_measure()
         "clear": "yes, 4.7 (k-NN)",
         "unclear": "no, 2.0 (k-NN)",
         "by the probe": "yes, 5.8 (probe)",
-        "alone": "one seed",
+        "alone": "one seed, 45.3 (probe)",
     }
     assert "1.5 (k-NN) and 0.9 (probe)" in rule
     assert compare_with_random(settings[1:]) == ({}, "")
+    lone = named("random", results([50], [60]), **{"optim.base_lr": 1e-12})
+    assert compare_with_random([lone, settings[1]])[0] == {"clear": "one seed"}
 
 
 def test_conditions_are_inherited_and_the_file_is_one_line_an_entry():
