@@ -18,8 +18,8 @@ def compare_with_random(settings: list[Setting]) -> tuple[dict[str, str], str]:
     """Whether each setting is clearly above random weights: ({name: cell}, the rule in a sentence).
 
     A cell is yes or no, with the distance of the two means in standard deviations by the measure with the
-    largest one; of one seed without the verdict. Teachers, random weights, and students whose network no run with random weights
-    has, have no cell; without any cell the rule is empty, too.
+    largest one; of one seed the distance alone. Teachers, random weights, and students whose network no run
+    with random weights has, have no cell; without any cell the rule is empty, too.
     """
     students = [setting for setting in settings if not setting.name.startswith(TEACHER)]
     random = {_network(setting): setting for setting in students if is_untrained(setting.training)}
