@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import product
+from itertools import combinations, product
 from statistics import fmean, stdev
 
 from dmae_ds.report.measures import MEASURES, Measure, by_seed, find_own, find_shared
@@ -110,8 +110,8 @@ def common_seeds(compared: dict[str, Setting]) -> list[int]:
 
 def list_differences(settings: list[Setting], *, but: list[str]) -> list[str]:
     """Keys in which recipes that have them differ, without the keys and sections in `but`."""
-    first, *others = (_recipe(setting) for setting in settings)
-    differing = [key for other in others for key in first if other.get(key, first[key]) != first[key]]
+    pairs = combinations(map(_recipe, settings), 2)
+    differing = [key for first, other in pairs for key in first if other.get(key, first[key]) != first[key]]
     return [key for key in dict.fromkeys(differing) if not any(_is_in(key, section) for section in but)]
 
 

@@ -9,6 +9,7 @@ Equal runs give equal bytes; no part of the page is written by hand.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -34,6 +35,7 @@ from dmae_ds.report.origins import render_origins
 from dmae_ds.report.published import NUM_IMAGENET, Conditions, find_conditions, find_result, read_published
 from dmae_ds.report.random_weights import HEADING, compare_with_random
 from dmae_ds.report.runs import Run, find_runs
+from dmae_ds.report.sources import list_missing_weights
 from dmae_ds.report.study import (
     NOT_RUN,
     Column,
@@ -85,6 +87,17 @@ def write_results_page(folders: dict[str, list[Path]], out: Path, *, keep: bool 
         raise UserError(
             f"'{out}' has {' and '.join(lost)} without a number in these runs; {leave}give finished and "
             "evaluated runs of them, or another --out"
+        )
+    if smaller := earlier.list_smaller(parse_page(page)):
+        raise UserError(
+            f"'{out}' has {' and '.join(smaller)}; give all of them, or another name of the section, or "
+            "another --out"
+        )
+    if missing := list_missing_weights(runs):
+        print(
+            f"weights not found: {len(missing)}, first '{missing[0]}'; runs with them are told apart by these"
+            " paths, each seed for itself",
+            file=sys.stderr,
         )
     for name, settings in sections.items():
         headings = list_columns(settings)

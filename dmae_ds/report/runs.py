@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +52,9 @@ def find_runs(folders: list[Path]) -> list[Run]:
     runs: dict[Path, Run] = {}
     for folder in folders:
         inside = [
-            path.parent
-            for path in folder.rglob("config.yaml")
-            if all((path.parent / name).is_file() for name in FILES_OF_A_RUN)
+            path
+            for path in walk_folders(folder)
+            if all((path / name).is_file() for name in ("config.yaml", *FILES_OF_A_RUN))
         ]
         if not inside:
             raise UserError(
@@ -60,6 +62,19 @@ def find_runs(folders: list[Path]) -> list[Run]:
             )
         runs |= {run.resolve(): read_run(run) for run in inside}
     return [runs[path] for path in sorted(runs, key=lambda path: (runs[path].config.run.seed, path))]
+
+
+def walk_folders(top: Path) -> Iterator[Path]:
+    """A folder and those inside it, also through links; each once, in the order of their paths."""
+    seen: set[Path] = set()
+    for path, names, _ in os.walk(top, followlinks=True):
+        folder = Path(path)
+        if (real := folder.resolve()) in seen:
+            names.clear()  # a link to what was already walked
+            continue
+        seen.add(real)
+        names.sort()
+        yield folder
 
 
 def read_run(path: Path) -> Run:

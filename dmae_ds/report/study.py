@@ -9,10 +9,10 @@ from statistics import fmean, stdev
 
 from dmae_ds.evaluate.results import METRICS, headline
 from dmae_ds.report.runs import Run
+from dmae_ds.report.sources import list_teaching_runs
 from dmae_ds.report.study_names import (
     UNTRAINED,
     describe_training,
-    find_source_run,
     is_untrained,
     list_defaults,
     name_settings,
@@ -59,8 +59,7 @@ def group(runs: list[Run]) -> list[Setting]:
 
     Runs whose students teach other runs come last.
     """
-    sources = [find_source_run(teacher) for run in runs for teacher in run.config.named_teachers().values()]
-    teachers = {folder.resolve() for folder in sources if folder is not None}
+    teachers = list_teaching_runs(runs)
     trainings: dict[tuple[str, str], dict] = {}
     members: dict[tuple[str, str], list[Run]] = {}
     data_names: dict[str, str] = {}

@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 from dmae_ds.config.load import flatten, read_saved_config
-from dmae_ds.config.networks import StudentConfig, TeacherConfig
 from dmae_ds.config.objective_base import NULL_WORDS
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.storage import Access
 from dmae_ds.errors import UserError
 from dmae_ds.report.runs import Run, find_fingerprint
+from dmae_ds.report.sources import find_source_run, is_student_of, locate_weights
 from dmae_ds.teacher.cache_manifest import read_manifest
 
 # Sections and keys that don't change what is trained.
@@ -63,11 +63,12 @@ def describe_training(config: RunConfig, run: Path, data_names: dict[str, str]) 
         else:
             flat[f"{section}.cache"] = describe_cache(teacher.cache)
     for name, model in {**networks, "student": config.student}.items():
-        folder = find_source_run(model)
+        weights = locate_weights(model, config, run)
+        folder = weights and find_source_run(weights)
         if folder is not None:
             source_config = read_saved_config(folder, student_only=True)
             source = describe_training(source_config, folder, data_names)
-            if not _is_student_of(folder, model):
+            if not is_student_of(folder, weights):
                 source["evaluation"] = Path(model.weights).parent.name
             flat[f"{name}.weights"] = source
     return flat
@@ -95,24 +96,6 @@ def describe_cache(location: str) -> str:
     taps = manifest.layout.taps
     lossy = {tap.stored if tap.width == tap.shape[-1] else f"{tap.stored}, PCA {tap.width}" for tap in taps}
     return "exact" if all(tap.is_exact for tap in taps) else "; ".join(sorted(lossy))
-
-
-def find_source_run(model: StudentConfig | TeacherConfig | None) -> Path | None:
-    """The run folder that a network's weights come from; None if from elsewhere.
-
-    They may be its student's, or those of an evaluation inside it.
-    """
-    if model is None or model.weights is None:
-        return None
-    path = Path(model.weights).expanduser()
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / "config.yaml").is_file() and (folder / "student.safetensors").is_file():
-            return folder
-    return None
-
-
-def _is_student_of(folder: Path, model: StudentConfig | TeacherConfig) -> bool:
-    return Path(model.weights).expanduser() in (folder, folder / "student.safetensors")
 
 
 def list_defaults(runs: list[Run]) -> dict[str, dict]:

@@ -126,6 +126,17 @@ def test_the_verdict_is_that_of_the_differences_within_seeds(more, verdict):
     assert Comparison(shifted, offsets).verdict == verdict
 
 
+def test_a_key_that_the_first_setting_lacks_must_be_equal_too():
+    (claim,) = [claim for claim in CLAIMS if claim.claim.startswith("mask ratio .90 costs MAE more")]
+    names = [*claim.settings]
+    sizes = {name: {"teacher.depth": 8} for name in names if name.startswith("DMAE")}
+    assert len(sizes) == 2 and names[0] not in sizes
+    settings = [made(name, knn(70.0, 72.0), **sizes.get(name, {})) for name in names]
+    assert compared(settings, claim)
+    settings[-1].training["teacher.depth"] = 12
+    assert names[-1] in sizes and compared(settings, claim) is None
+
+
 def test_numbers_are_compared_within_the_seeds_that_both_settings_have():
     one = made(TEACHES, {**knn(80.0, 75.0, 90.0), 7: [measured("knn", 1.0)]})
     other = made(PLAIN, knn(70.0, 64.0, 81.0))

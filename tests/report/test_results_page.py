@@ -294,6 +294,11 @@ def test_nothing_of_an_earlier_page_gets_lost(tmp_path, three_sections, keep):
     unmeasured = make_run(tmp_path / "unmeasured", "digits_mae", num_images=1400)
     with refused(out, "without a name"):
         write_results_page({"": [unmeasured], "imagenet": three_sections["imagenet"]}, out, keep=keep)
+    run = tmp_path / "a" / "run3"
+    run.rename(tmp_path / "elsewhere")
+    with refused("4 runs", "now 3"):
+        write_results_page({"": [tmp_path / "a"], "imagenet": three_sections["imagenet"]}, out, keep=keep)
+    (tmp_path / "elsewhere").rename(run)
     if keep:
         write_results_page({"b": three_sections["b"]}, out, keep=True)
         both = {"b": three_sections["b"], "": three_sections["a"], "imagenet": three_sections["imagenet"]}

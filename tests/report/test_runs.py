@@ -51,3 +51,12 @@ def test_runs_are_found_once_at_any_depth_in_the_order_of_their_seeds(tmp_path):
         make_run(tmp_path / name, "mae_vit_base", f"run.seed={seed}")
     runs = find_runs([tmp_path, tmp_path / "a", tmp_path / "second"])
     assert [run.path.name for run in runs] == ["second", "first"]
+
+
+def test_runs_are_found_through_links_and_once(tmp_path):
+    run = make_run(tmp_path / "disk" / "run", "mae_vit_base")
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "mae").symlink_to(run)
+    (tmp_path / "study" / "again").symlink_to(tmp_path / "study")
+    (found,) = find_runs([tmp_path / "study"])
+    assert found.path == tmp_path / "study" / "mae"

@@ -65,6 +65,19 @@ def test_settings_are_runs_that_differ_in_their_seed_alone(tmp_path):
     assert by_heading == {"k-NN, k 10": None, "k-NN, k 20": [80.0, 82.0], "k-NN, 10% labels": [59.0, 59.0]}
 
 
+def test_a_study_that_was_moved_is_the_same_study(tmp_path, capsys):
+    out = tmp_path / "RESULTS.md"
+    write_results_page({"": [make_study(tmp_path / "study")]}, out)
+    page = out.read_text()
+    (tmp_path / "study").rename(tmp_path / "moved")
+    assert write_results_page({"": [tmp_path / "moved"]}, out).read_text() == page
+    assert not capsys.readouterr().err
+    for seed in (0, 1):
+        (tmp_path / "moved" / f"seed{seed}" / "teacher").rename(tmp_path / f"teacher{seed}")
+    write_results_page({"": [tmp_path / "moved"]}, tmp_path / "OTHER.md")
+    assert "2, first '" in capsys.readouterr().err
+
+
 def test_a_long_option_is_not_written_out_and_sources_are_named_by_their_runs(tmp_path):
     """Students of one teacher, of another one, of both, and of other features of the first."""
     made = {"num_images": 1400, "results": [("knn", "all", 70.0, KNN)]}
