@@ -106,11 +106,11 @@ def start(folder: Path, cases: list[dict], *, schedules: int) -> str:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> str:
     """Output of four ranks, started once for all cases."""
-    return start(tmp_path_factory.mktemp("stream"), CASES, schedules=20)
+    return start(tmp_path_factory.mktemp("stream"), CASES, schedules=5)
 
 
-def test_twenty_random_schedules_neither_hang_nor_differ(answers):
-    assert "SCHEDULES 20\n" in answers, answers
+def test_five_random_schedules_neither_hang_nor_differ(answers):
+    assert "SCHEDULES 5\n" in answers, answers
 
 
 @pytest.mark.slow

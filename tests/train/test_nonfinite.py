@@ -19,7 +19,7 @@ from tests.train.conftest import command, losses, run
 NAN, INFINITE = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_with_an_infinite_loss_names_the_step_and_keeps_the_last_checkpoint(
     tiny_recipe, tmp_path, ranks
 ):

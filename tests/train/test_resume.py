@@ -104,8 +104,10 @@ STREAM = ["teacher.placement=pipeline", "teacher.stages=2"]
 # oneDNN once: the resumed run has `linear: auto`, and must choose the kernels that the run started with.
 @pytest.mark.parametrize(
     "ranks, more, at_start",
-    [(1, [], ["linear=onednn"]), (2, STREAM, [])],
-    ids=["alone", "2 ranks, streamed teacher, also stopped"],
+    [
+        pytest.param(1, [], ["linear=onednn"], id="alone", marks=pytest.mark.slow),
+        pytest.param(2, STREAM, [], id="2 ranks, streamed teacher, also stopped"),
+    ],
 )
 def test_killed_and_resumed_is_bit_identical(tiny_recipe, tmp_path, ranks, more, at_start):
     tiny_recipe = [*tiny_recipe, *more]

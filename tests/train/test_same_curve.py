@@ -186,7 +186,7 @@ def test_features_are_monitored_and_time_is_counted_under_every_stage(curves, na
     assert all(row[f"seconds/{part}"] >= 0 for row in rows for part in ("data", "teacher", "rest"))
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_other_launchers_give_the_same_curve(curves, tiny_recipe, tmp_path, launcher):
     start = {
         "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"],
