@@ -3,6 +3,7 @@
     python launch/clipart.py SRC OUT     # SRC/<class>/**/<image>, as Debian's openclipart-png has them
 
     OUT/images/{train,val}/<class>/**/<image>   links to the chosen images of SRC
+    OUT/images/source.txt                       SRC, so that another one is refused
     OUT/left_out.tsv                            every other image of SRC, and why
     OUT/shards/{train,val}                      of `dmae-shards make --resize 96`
 
@@ -15,6 +16,7 @@ image is compared with all before it: a minute for 7,000, hours for 100,000.
 """
 
 import argparse
+import os
 import random
 import shutil
 import sys
@@ -34,6 +36,7 @@ MIN_IMAGES, MAX_IMAGES = 60, 400  # of a class; of more, so many are drawn
 SHARE_VAL = 0.2  # of each class
 SHORT_SIDE = 96  # px; smaller images stay as they are
 SAMPLES_PER_SHARD = 500
+SOURCE = "source.txt"
 SIDE, MAX_DIFFERENCE = 16, 0.2  # px and share of the ink, for images that are alike
 MIN_INK = 1e-3  # mean share of full ink, below which an image is blank
 
@@ -75,9 +78,14 @@ def read_ink(file: Path) -> np.ndarray:
 def choose(src: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Choose the images: (names by class, shuffled; reasons of the others by name), relative to SRC.
 
-    Raises ShardError for a folder without class folders or images.
+    Files of other kinds and small classes are told on stderr. Raises ShardError for a folder without class
+    folders or images.
     """
+    if src.is_dir() and not any(entry.is_dir() for entry in src.iterdir()):
+        raise ShardError(f"SRC '{src}' has no class folders; expected SRC/<class>/<image>")
     listing = find_images(src)
+    for note in listing.notes:
+        print(note, file=sys.stderr)
     names = [listing.path(number).decode(errors="surrogateescape") for number in range(len(listing))]
     left_out = {item["source"]: item["reason"] for item in listing.skipped}
     names.sort(key=lambda name: ((src / name).is_symlink(), name))
@@ -98,13 +106,17 @@ def choose(src: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
         files[file] = name
         alike.keep(name, ink)
         classes.setdefault(kind, []).append(name)
-    for kind, members in list(classes.items()):
+    small: list[str] = []
+    for kind, members in sorted(classes.items()):
         if len(members) < MIN_IMAGES:
             left_out |= dict.fromkeys(classes.pop(kind), f"a class of fewer than {MIN_IMAGES} images")
+            small.append(f"{kind} ({len(members)})")
             continue
         drawn = random.Random(f"{SEED} {kind}").sample(sorted(members), min(len(members), MAX_IMAGES))
         left_out |= dict.fromkeys(set(members) - set(drawn), f"not among {MAX_IMAGES} drawn")
         classes[kind] = drawn
+    if small and classes:
+        print(f"classes of fewer than {MIN_IMAGES} images: {', '.join(small)}", file=sys.stderr)
     return classes, left_out
 
 
@@ -126,8 +138,22 @@ def write_subset(src: Path, out: Path) -> None:
             link.symlink_to((src / name).resolve())
     lines = [f"{name}\t{reason}\n" for name, reason in sorted(left_out.items())]
     (out / "left_out.tsv").write_text("".join(lines), errors="surrogateescape")
+    (making / SOURCE).write_bytes(os.fsencode(src))
     making.rename(out / "images")
-    print(f"{sum(map(len, classes.values())):,} images of {len(classes)} classes; {len(left_out):,} left out")
+    print(
+        f"{sum(map(len, classes.values())):,} images of {len(classes)} classes; {len(left_out):,} left out, "
+        f"and why: {out / 'left_out.tsv'}"
+    )
+
+
+def check_source(src: Path, out: Path) -> None:
+    """Raise ShardError where OUT has the images of another SRC."""
+    file = out / "images" / SOURCE
+    if file.exists() and (before := os.fsdecode(file.read_bytes())) != str(src):
+        raise ShardError(
+            f"OUT '{out}' has images of '{before}', now SRC is '{src}'; give another OUT, or remove "
+            f"'{out}/images' and '{out}/shards'"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.out / "images").exists():
             args.out.mkdir(parents=True, exist_ok=True)
             write_subset(args.src.resolve(), args.out)
+        check_source(args.src.resolve(), args.out)
     except (ShardError, OSError) as error:
         print(f"clipart.py: error: {error}", file=sys.stderr)
         return 2

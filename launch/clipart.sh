@@ -20,7 +20,7 @@ fetch() { # into $OUT/openclipart, whole or not at all
     mv "$new" "$OUT/openclipart"
 }
 
-if [ -z "$SRC" ] && [ -d "$PACKAGE" ]; then
+if [ -z "$SRC" ] && [ ! -d "$OUT/openclipart" ] && [ -d "$PACKAGE" ]; then
     SRC=$PACKAGE
 elif [ -z "$SRC" ]; then
     [ -d "$OUT/openclipart" ] || fetch

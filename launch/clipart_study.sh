@@ -6,7 +6,7 @@
 # for its teacher.
 # launch/recipes/clipart_*.yaml are the first three, for use alone.
 . launch/venv.sh
-[ -e "$OUT/shards/val/manifest.json" ] || OUT=$OUT bash launch/clipart.sh
+[ -z "${SRC:-}" ] && [ -e "$SHARDS/val/manifest.json" ] || OUT=$OUT bash launch/clipart.sh
 
 changes_of() { # RECIPE: images of 64 px in 8x8 patches, as many as on digits; a mirrored drawing is one, too
     local file=launch/recipes/$1.yaml
@@ -56,6 +56,4 @@ TEACHER=$(with_changes <<<"teacher digits_teacher")
 SETTINGS=$(with_changes <<<"$SETTINGS")
 CLASSIFIERS=$(with_changes <<<"$CLASSIFIERS")
 CONTINUED=$(with_changes <<<"$CONTINUED")
-section=clipart
 [ "$TIMES" = 1 ] || section+=-x$TIMES
-RESULTS=("$section=$OUT" --out "$OUT/RESULTS.md")

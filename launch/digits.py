@@ -5,6 +5,7 @@
     python launch/digits.py OUT
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,18 +16,25 @@ from sklearn.datasets import load_digits
 NUM_TRAIN = 1400
 
 
-def main() -> None:
-    """Write the images into the folder; existing files are overwritten."""
+def main() -> int:
+    """Write the folder, whole or not at all; returns the exit code."""
     out = Path(sys.argv[1])
+    if out.exists():
+        print(f"digits.py: error: OUT '{out}' exists; remove it, or give another", file=sys.stderr)
+        return 2
+    making = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)
     digits = load_digits()
     for number, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        folder = out / ("train" if number < NUM_TRAIN else "val") / str(label)
+        folder = making / ("train" if number < NUM_TRAIN else "val") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         gray = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
         image = gray.resize((40, 40), Image.Resampling.BICUBIC).convert("RGB")
         image.save(folder / f"{number:04d}.jpg", quality=95)
+    making.rename(out)
     print(f"{number + 1} images in {out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,9 +3,9 @@
 . launch/venv.sh
 
 echo "== images -> tar shards"
+[ -d "$OUT/images" ] || python launch/digits.py "$OUT/images"
 for part in train val; do
     shards="$OUT/shards/$part"
-    [ -d "$OUT/images/$part" ] || python launch/digits.py "$OUT/images"
     [ -e "$shards/manifest.json" ] ||
         dmae-shards make "$OUT/images/$part" "$shards" --samples-per-shard 500 --overwrite
 done

@@ -1,5 +1,37 @@
 # Sourced by study.sh and scenes_study.sh: runs of several settings and seeds, JOBS at a time, each finished
 # once. SHARDS: the folder with train and val; OUT: of the runs; ONLY: the settings that are wanted, or nothing.
+refuse() { # WORD ...: say what is wrong, and end
+    echo "$*" >&2
+    exit 2
+}
+expect_numbers() { # NAME LEAST NUMBER ...: each is a whole number from LEAST on
+    local number
+    [ $# -gt 2 ] || refuse "$1 is empty, expected a whole number from $2 on"
+    for number in "${@:3}"; do
+        case $number in
+        "" | *[!0-9]* | 0?*) ;;
+        *) [ "$number" -lt "$2" ] || continue ;;
+        esac
+        refuse "$1 has '$number', expected a whole number from $2 on"
+    done
+}
+expect_names() { # NAME WORD ...: each begins a line of standard input
+    local known word
+    known=$(awk 'NF {print $1}')
+    for word in "${@:2}"; do
+        grep -qxF -e "$word" <<<"$known" || refuse "$1 has '$word', expected words of: $(xargs <<<"$known")"
+    done
+}
+expect_plain() { # NAME PATH: it is written into lines of commands
+    [[ "$2" != *[[:space:]\'\"\\]* ]] || refuse "$1 is '$2', expected a path without blanks, quotes and backslashes"
+}
+expect_study() { # WORDS: what $OUT is for; runs are told by their names alone
+    local found
+    mkdir -p "$OUT"
+    [ -e "$OUT/study" ] || echo "$1" >"$OUT/study"
+    found=$(<"$OUT/study")
+    [ "$found" = "$1" ] || refuse "OUT '$OUT' is a study with $found, now $1; give another OUT"
+}
 logged() { # NAME LOG COMMAND ...: run a command; if it fails, show the end of its log, which goes on at another start
     "${@:3}" >>"$2" 2>&1 || { echo "$1 failed:" >&2; tail -5 "$2" >&2; return 1; }
 }

@@ -35,10 +35,16 @@ segment-specific  g2sd-generic  segment RUN --recipe upernet_scenes optim.length
 detect-specific   g2sd-generic  detect RUN --recipe detect_scenes distill.teacher=$TEACHER/detect/best.safetensors
 "
 
-. launch/venv.sh
-python -c 'import pycocotools, transformers' 2>/dev/null || python -m pip install --quiet --editable ".[dense]"
 SHARDS=$OUT/shards/scenes
 . launch/runs.sh
+expect_numbers SEEDS 0 $SEEDS
+expect_numbers JOBS 1 $JOBS
+expect_names ONLY $ONLY <<<"$SETTINGS"
+expect_names TASKS $TASKS <<<"$EVALUATIONS"
+expect_plain OUT "$OUT"
+
+. launch/venv.sh
+python -c 'import pycocotools, transformers' 2>/dev/null || python -m pip install --quiet --editable ".[dense]"
 
 evaluate() { # TASK RUN what follows `dmae-ds eval`, for one run
     local done="$2/evaluated-$1" command="$3"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The paper's ablations and the other objectives on handwritten digits, three seeds each, into RESULTS.md:
+# The paper's ablations and the other objectives on handwritten digits, three seeds each, into $OUT/RESULTS.md:
 #   bash launch/study.sh                 # SEEDS="0" for one seed, JOBS=4 runs at a time, OUT=folder
 #   ONLY="dino mocov3" bash launch/study.sh                                # some settings
-#   DATA=clipart bash launch/study.sh    # on drawings of 14 kinds (launch/clipart_study.sh), page in $OUT
+#   DATA=clipart bash launch/study.sh    # on drawings of 14 kinds (launch/clipart_study.sh)
 #   DATA=clipart TIMES=5 bash launch/study.sh                              # there five times the steps
 #   DATA=clipart_rates bash launch/study.sh                                # how its learning rates were chosen
 # Some hours on 2 CPU cores after the install. All runs of a seed have the same steps, data and initial
@@ -14,15 +14,19 @@ SEEDS=${SEEDS:-0 1 2}
 JOBS=${JOBS:-2}
 DATA=${DATA:-digits}
 TIMES=${TIMES:-1}
-case $TIMES in
-1) ;;
-*[!0-9]* | 0*) echo "TIMES is '$TIMES', expected a whole number from 1" >&2; exit 2 ;;
-*) [ "$DATA" = clipart ] || { echo "TIMES=$TIMES is only for DATA=clipart" >&2; exit 2; } ;;
-esac
 [ "$DATA" != digits ] || OUT=${OUT:-runs/study}
 [ "$TIMES" = 1 ] || OUT=${OUT:-runs/study_${DATA}_x$TIMES}
 OUT=${OUT:-runs/study_$DATA}
+SHARDS=$OUT/shards
 ONLY=${ONLY:-}
+. launch/runs.sh
+[[ "$DATA" =~ ^(digits|clipart|clipart_rates)$ ]] ||
+    refuse "DATA is '$DATA', expected digits, clipart or clipart_rates"
+expect_numbers TIMES 1 $TIMES
+[ "$TIMES" = 1 ] || [ "$DATA" = clipart ] || refuse "TIMES=$TIMES is only for DATA=clipart"
+expect_numbers SEEDS 0 $SEEDS
+expect_numbers JOBS 1 $JOBS
+expect_plain OUT "$OUT"
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Name of the run, its recipe, and the keys that are changed: the rows of Tables 1 to 4 that make sense at
@@ -90,16 +94,15 @@ FINETUNED="teacher g2sd-generic mae dmae"
 BASELINES="supervised_crd_digits supervised_srrl_digits"
 
 TEACHER="teacher digits_teacher"
-RESULTS=("digits=$OUT" --keep)
 options_of() { echo "${@:2}"; } # RECIPE [key=value ...]: as another data set changes them
+[ "$DATA" = clipart_rates ] || expect_names ONLY $ONLY <<<"$TEACHER$SETTINGS$CLASSIFIERS$CONTINUED"
+expect_study "DATA=$DATA TIMES=$TIMES"
+section=$DATA
 case $DATA in
 digits) . launch/digits.sh ;;
 clipart) . launch/clipart_study.sh ;;
 clipart_rates) . launch/clipart_rates.sh ;;
-*) echo "DATA is '$DATA', expected digits, clipart or clipart_rates" >&2; exit 2 ;;
 esac
-SHARDS=$OUT/shards
-. launch/runs.sh
 
 finetune() { # RUN RECIPE [key=value ...]: on labels
     [ ! -e "$1/$2.done" ] || return 0
@@ -114,7 +117,7 @@ echo "== teachers"
 for seed in $SEEDS; do
     echo "${TEACHER/ / $seed }"
 done | in_parallel
-echo "== students: $(grep -c . <<<"$SETTINGS") settings, seeds $SEEDS"
+echo "== students: $(students_of 0 <<<"$SETTINGS" | grep -c .) settings, seeds $SEEDS"
 for seed in $SEEDS; do
     students_of "$seed" <<<"$SETTINGS"
 done | in_parallel
@@ -165,5 +168,5 @@ for seed in $SEEDS; do
     (evaluate "$seed" "${runs[@]}") >"$log" 2>&1 || { tail -5 "$log" >&2; exit 1; }
     for run in "${runs[@]}"; do touch "$run/evaluated"; done
 done
-dmae-ds report --results "${RESULTS[@]}"
-[ "$DATA" = digits ] || sed -n '/^| setting/,/^$/p' "$OUT/RESULTS.md"
+dmae-ds report --results "$section=$OUT" --out "$OUT/RESULTS.md"
+sed -n '/^| setting/,/^$/p' "$OUT/RESULTS.md"

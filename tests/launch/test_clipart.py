@@ -51,6 +51,15 @@ def src(tmp_path):
     return folder
 
 
+def test_classes_that_are_left_out_are_told(clipart, src, capsys):
+    for number in range(9):
+        (src / "eel").mkdir(exist_ok=True)
+        (src / "eel" / f"{number}.webp").touch()
+    classes, _ = clipart.choose(src)
+    told = capsys.readouterr().err
+    assert "eel" not in classes and "9 .webp" in told and "'eel'" in told and "cat (3)" in told
+
+
 def test_chosen_are_images_of_large_classes_that_differ(clipart, src):
     classes, left_out = clipart.choose(src)
     assert {kind: len(names) for kind, names in classes.items()} == {"ant": 5, "bee": 5}
@@ -97,6 +106,10 @@ def test_parts_share_no_image_and_a_second_call_adds_nothing(clipart, src, tmp_p
     assert set(sides) == {30}  # links to SRC; the shards have 20
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert clipart.main([str(src), str(out)]) == 0
+    capsys.readouterr()
+    assert clipart.main([str(src / "ant"), str(out)]) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and f"'{src}'" in message and f"'{src / 'ant'}'" in message
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
@@ -140,6 +153,8 @@ def test_the_package_is_fetched_where_it_is_neither_installed_nor_replaced(tmp_p
     assert call == unpacked and not list((tmp_path / "out").rglob("*.deb"))
     assert fetch(tmp_path, "exit 100")[1] == unpacked  # not fetched again
     (tmp_path / "package").mkdir()
-    assert fetch(tmp_path, "exit 100")[1] == f"launch/clipart.py {tmp_path}/package {tmp_path}/out"
+    assert fetch(tmp_path, "exit 100")[1] == unpacked  # the one whose images are there
+    new = f"{tmp_path}/new"
+    assert fetch(tmp_path, "exit 100", OUT=new)[1] == f"launch/clipart.py {tmp_path}/package {new}"
     done, call = fetch(tmp_path, "exit 100", SRC="photos")
     assert call == f"launch/clipart.py photos {tmp_path}/out"
