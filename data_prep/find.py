@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import os
 import random
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -175,11 +176,14 @@ def how_to_convert(src: Path, listing: Listing) -> str:
     )
     if not number:
         return ""
-    return (
-        f'; {number:,} {kind} files lie there; convert them: python -c "from pathlib import Path; from PIL '
-        f"import Image; from dmae_ds.data.pixels import to_rgb; [to_rgb(Image.open(p)).save(p.with_suffix("
-        f"'.png')) for p in Path('{src}').rglob('*{kind}')]\""
+    # To x.tif.png, which overwrites no x.png.
+    program = (
+        "import sys; from pathlib import Path; from PIL import Image; "
+        "from dmae_ds.data.pixels import to_rgb; "
+        "[to_rgb(Image.open(p)).save(f'{p}.png') for p in Path(sys.argv[1]).rglob('*') "
+        f"if p.suffix.lower() == '{kind}']"
     )
+    return f'; {number:,} {kind} files lie there; convert them: python -c "{program}" {shlex.quote(str(src))}'
 
 
 def _find_by_folder(src: Path, listing: Listing, classes_file: Path | None) -> None:
@@ -261,8 +265,11 @@ def walk_images(
 
 
 def _scan(src: Path, folder: bytes, listing: Listing) -> list[bytes]:
-    """Sorted names of images and, with a slash at the end, folders; everything else is counted."""
-    names = []
+    """Sorted names of images and, with a slash at the end, folders; everything else is counted.
+
+    A file next to which lies what it was converted to, x.tif.png, is counted as such.
+    """
+    names, others = [], []
     with os.scandir(os.path.join(os.fsencode(src), folder)) as entries:
         for entry in entries:
             name = entry.name
@@ -275,8 +282,14 @@ def _scan(src: Path, folder: bytes, listing: Listing) -> list[bytes]:
                 names.append(name)
             elif _is_folder(entry):
                 names.append(name + b"/")
+            elif entry.is_symlink() and not os.path.splitext(name)[1] and not os.path.exists(entry.path):
+                listing.skip(os.path.join(folder, name), "a link to nothing, maybe to a folder")
             else:
-                listing.ignored[os.fsdecode(os.path.splitext(name)[1].lower()) or "no suffix"] += 1
+                others.append(name)
+    known = set(names)
+    for name in others:
+        kind = os.fsdecode(os.path.splitext(name)[1].lower()) or "no suffix"
+        listing.ignored[f"{kind} with a .png" if name + b".png" in known else kind] += 1
     names.sort()
     return names
 

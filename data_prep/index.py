@@ -108,7 +108,7 @@ def index_tars(
     extension = label or "cls"
     if 0 < written.num_unlabelled < num_samples:
         raise ShardError(
-            f"{written.num_unlabelled:,} of {num_samples:,} samples have no .{extension}, first "
+            f"{written.num_unlabelled:,} of {num_samples:,} samples have no .{extension}, or -1 in it, first "
             f"{written.first_unlabelled!r}; add the missing members, or choose another --label (one that no "
             f"sample has, such as --label none, makes the set unlabelled)"
         )
@@ -255,7 +255,7 @@ def _work(job: Job) -> tuple[Result, Callable[[], None]]:
                 names.append(sample.name)
                 num_objects += sample.num_objects
                 num_masks += sample.num_masks
-                if sample.label is None:
+                if sample.label is None or sample.label == -1:
                     first_unlabelled = first_unlabelled or sample.name
                     num_unlabelled += 1
     except NotRead as error:

@@ -18,9 +18,9 @@ from dmae_ds.dense.batches import DenseBatches, Transform, whole_images
 from dmae_ds.dense.schedule import total_steps
 from dmae_ds.distributed.device import device_name
 from dmae_ds.evaluate.results import METRICS, MeasuredOn, append_result, make_result
-from dmae_ds.finetune.evaluation import FREE_KEYS, start_accelerator
+from dmae_ds.finetune.evaluation import start_accelerator
 from dmae_ds.finetune.record import Progress
-from dmae_ds.finetune.source import Source
+from dmae_ds.finetune.source import FREE_KEYS, Source
 from dmae_ds.models.numerics import choose_determinism, choose_tf32
 
 
@@ -78,6 +78,7 @@ class Start:
             "order": ORDER_VERSION,
             "data.train's fingerprint": self.train_set.fingerprint,
             "data.val's fingerprint": self.val_set.fingerprint,
+            **self.source.contents(),
         }
 
     def describe(self, task: nn.Module, *, kind: str, pixels: str, num_classes: int, note: str | None) -> str:
@@ -129,6 +130,7 @@ class Start:
                 "seed": config.run.seed,
                 "precision": config.precision,
                 **settings,
+                **self.source.changed,
             },
             seconds=progress.seconds,
         )

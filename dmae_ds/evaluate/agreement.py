@@ -63,7 +63,7 @@ def evaluate_run(
             folder.mkdir(parents=True, exist_ok=True)
         network = one.load()
         check_pool_of(network, pool)
-        cache = FeatureCache(folder, network, gib=cache_gib)
+        cache = FeatureCache(folder, network, one.network, gib=cache_gib)
         options = FeatureOptions.of(one.data, pool=pool, batch_size=batch_size)
         network.to(accelerator.device)
         title = "student" if one is source else "teacher"

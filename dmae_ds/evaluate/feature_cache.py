@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from dmae_ds.config.networks import ModelConfig
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.evaluate.features import FeatureOptions, Processes, extract_features, precision_of
 from dmae_ds.output.durable import replace_tensors
@@ -32,11 +33,13 @@ VERSION = 2  # of the features' definition (2: transparency on white); other fil
 class FeatureCache:
     """Feature files of one run and one student.
 
+    network: what the student was built from
     gib: the limit of RUN/features; 0: files are neither read nor kept
     """
 
-    def __init__(self, run: Path, student: VisionTransformer, *, gib: float):
+    def __init__(self, run: Path, student: VisionTransformer, network: ModelConfig, *, gib: float):
         self.folder, self.gib = run / "features", gib
+        self.network = [network.name, network.overrides()]
         self.student = fingerprint(student) if gib else None
 
     def embed(
@@ -56,6 +59,7 @@ class FeatureCache:
         made_of = {
             "version": VERSION,
             "student": self.student,
+            "network": self.network,
             "data": shard_set.fingerprint,
             "crop_pct": options.crop_pct,
             "mean": options.mean,

@@ -76,7 +76,7 @@ def open_frozen(
         )
     step, student = source.read_step(), source.load()
     check_pool_of(student, pool)
-    cache = FeatureCache(folder, student, gib=cache_gib)
+    cache = FeatureCache(folder, student, source.network, gib=cache_gib)
     student.to(processes.device)
     options = FeatureOptions.of(data, pool=pool, batch_size=batch_size)
     subset = None if labels == ALL else ids
@@ -85,6 +85,12 @@ def open_frozen(
             student, train, options, processes=processes, title="train features", subset=subset
         )
         val_rows = cache.embed(student, val, options, processes=processes, title="val features")
+    for name, (_, row_labels) in (("data.train", train_rows), ("data.val", val_rows)):
+        if unlabelled := int((row_labels < 0).sum()):
+            raise UserError(
+                f"{name}: {unlabelled:,} of {len(row_labels):,} images have no label (-1); give shards of "
+                "labelled images alone"
+            )
     warn_of_same_images(train, val)
     measured_on = MeasuredOn(
         labels=labels,

@@ -20,6 +20,8 @@ from dmae_ds.errors import UserError
 BLOCK = 16_384  # rows at a time; with D = 768 and 1,000 classes they take 200 MB
 MANY_PRODUCTS = 2**32  # of one pass; in float64 they take a CPU core a second
 
+MAX_ITERATIONS = 500  # of L-BFGS, where the user gives no number
+
 
 class Alone:
     """A single process, as `fit_probe` sees processes."""
@@ -58,7 +60,7 @@ def fit_probe(
     *,
     l2: float,
     num_classes: int,
-    max_iterations: int = 500,
+    max_iterations: int = MAX_ITERATIONS,
     start: Probe | None = None,
     processes=ALONE,
 ) -> Probe:

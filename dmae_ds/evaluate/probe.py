@@ -19,7 +19,7 @@ from torch import Tensor
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import Processes, start_processes
 from dmae_ds.evaluate.frozen import open_frozen, settings_of
-from dmae_ds.evaluate.logistic import ALONE, BLOCK, Alone, Probe, fit_probe
+from dmae_ds.evaluate.logistic import ALONE, BLOCK, MAX_ITERATIONS, Alone, Probe, fit_probe
 from dmae_ds.evaluate.results import append_result, make_result
 from dmae_ds.evaluate.source import FrozenSource, source_of_run
 
@@ -32,7 +32,7 @@ def evaluate_run(
     run: Path | FrozenSource,
     *,
     l2: float | None = None,
-    max_iterations: int = 500,
+    max_iterations: int = MAX_ITERATIONS,
     pool: str = "mean",
     labels: str = "all",
     subset_seed: int | None = None,
@@ -73,7 +73,11 @@ def evaluate_run(
             frozen.measured_on,
             metric="probe",
             scores={"top1": top1, "top5": top5},
-            settings={"l2": "held-out" if l2 is None else l2, **settings_of(accelerator, pool=pool)},
+            settings={
+                "l2": "held-out" if l2 is None else l2,
+                **({} if max_iterations == MAX_ITERATIONS else {"max_iterations": max_iterations}),
+                **settings_of(accelerator, pool=pool),
+            },
             seconds=round(time.monotonic() - start, 3),
         )
         result = append_result(source.results, result)

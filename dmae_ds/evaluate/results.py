@@ -97,6 +97,7 @@ FIELDS = {
     "world_size": int,
     "when": str,  # ISO 8601, UTC
 }
+_SAME = ("metric", "labels", "subset_seed", "settings", "data")  # of a result and those that replace it
 _OLD_SCORES = ("top1", "top5")  # fields of their own in lines of earlier versions; top5 may be null
 
 
@@ -199,19 +200,21 @@ def append_result(run: Path, result: dict) -> dict:
 
 
 def read_results(run: Path) -> list[dict]:
-    """The newest line of each (metric, labels, subset_seed, settings), the newest last; [] without a file.
+    """The newest line of each (metric, labels, subset_seed, settings, data), the newest last.
+
+    It is [] without a file.
 
     Raises UserError for a line that is not a result.
     """
-    return _newest(_read_lines(run), "metric", "labels", "subset_seed", "settings")
+    return _newest(_read_lines(run), *_SAME)
 
 
 def read_history(run: Path) -> list[dict]:
-    """The newest line of each (metric, labels, subset_seed, settings, step), sorted by step.
+    """The newest line of each (metric, labels, subset_seed, settings, data, step), sorted by step.
 
     This is a curve over training. Raises UserError for a line that is not a result.
     """
-    by_step = _newest(_read_lines(run), "metric", "labels", "subset_seed", "settings", "step")
+    by_step = _newest(_read_lines(run), *_SAME, "step")
     return sorted(by_step, key=lambda result: result["step"])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.output.durable import replacing
+from dmae_ds.weights.content import UNIT
 
 RESUME_FILE = "resume.pt"
 VERSION = 1
@@ -62,7 +63,10 @@ def read_resume(path: Path, identity: dict) -> dict | None:
             "use the program that wrote it"
         )
     for key in sorted(saved.keys() | identity.keys()):
-        if saved.get(key) != identity.get(key):
+        was_not_saved = key.endswith(UNIT) and not any(
+            each.endswith(UNIT) for each in saved
+        )  # earlier versions
+        if saved.get(key) != identity.get(key) and not was_not_saved:
             raise UserError(
                 f"'{path}' was written with {key} {saved.get(key)}, now it is {identity.get(key)}; "
                 "set it back, or choose another run.dir"

@@ -29,32 +29,10 @@ from dmae_ds.finetune.augment import Prepare
 from dmae_ds.finetune.build import Classifier, build
 from dmae_ds.finetune.contrast import open_contrast
 from dmae_ds.finetune.early import check_micro_batch
-from dmae_ds.finetune.source import Source
+from dmae_ds.finetune.source import FREE_KEYS, Source
 from dmae_ds.models.numerics import choose_determinism, choose_tf32
 from dmae_ds.models.patches import Normalize
 from dmae_ds.train.learning_rate import check_rates
-
-# Keys that may differ between a run and its continuation: locations, and settings that only change the speed.
-FREE_KEYS = {
-    "run.dir",
-    "weights",
-    "format",
-    "optim.micro_batch",
-    "precision",
-    "tf32",
-    "run.deterministic",
-    "distill.teacher",
-    "data.train",
-    "data.val",
-    "data.num_workers",
-    "data.buffer_gib",
-    "data.retries",
-    "data.timeout_s",
-    "data.cache_dir",
-    "data.cache_gib",
-    "data.max_corrupt",
-    "data.shuffle_buffer",
-}
 
 
 @dataclass(frozen=True)
@@ -112,6 +90,7 @@ class Evaluation:
             "order": ORDER_VERSION,
             "data.train's fingerprint": self.train_set.fingerprint,
             "data.val's fingerprint": self.val_set.fingerprint,
+            **self.source.contents(),
         }
 
     def measured_on(self) -> MeasuredOn:

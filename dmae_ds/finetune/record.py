@@ -117,7 +117,7 @@ def settings_of(source: Source, classifier: Classifier) -> dict:
             "ema": config.ema,
             "distill": distill,
         }
-    return settings
+    return {**settings, **source.changed}
 
 
 def summary(evaluation: Evaluation, *, start_step: int) -> str:

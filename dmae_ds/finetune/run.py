@@ -115,10 +115,10 @@ def _write_start(evaluation: Evaluation, progress: Progress) -> None:
     """Write the recipe and the drawn labels, and print a summary. Call it on one process."""
     config, source = evaluation.config, evaluation.source
     evaluation.out.mkdir(parents=True, exist_ok=True)
-    write_text(evaluation.out / "config.yaml", dump_config(config))
     open_subset(
         source.results, evaluation.train_set, labels=config.labels, seed=config.subset_seed, write=True
     )
+    write_text(evaluation.out / "config.yaml", dump_config(config))
     say(summary(evaluation, start_step=progress.step), dated=False)
 
 

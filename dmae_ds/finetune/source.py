@@ -5,20 +5,66 @@ It is found without torch, so that a mistake is (early.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from dmae_ds.config.dense import DenseConfig
 from dmae_ds.config.evaluation import ClassifierConfig
-from dmae_ds.config.load import load_config, read_saved_config
+from dmae_ds.config.load import flatten, load_config, read_saved_config
 from dmae_ds.config.networks import looks_like_hub_id
 from dmae_ds.config.own_file import network_in
 from dmae_ds.errors import UserError
+from dmae_ds.weights.content import UNIT, identify
 from dmae_ds.weights.hub import locate
 from dmae_ds.weights.label import WEIGHTS
 
 Config = TypeVar("Config", bound=ClassifierConfig | DenseConfig)
+# Keys that may differ between a run and its continuation: locations, and settings that only change the speed.
+FREE_KEYS = {
+    "run.dir",
+    "weights",
+    "format",
+    "optim.micro_batch",
+    "precision",
+    "tf32",
+    "run.deterministic",
+    "distill.teacher",
+    "data.train",
+    "data.val",
+    "data.num_workers",
+    "data.buffer_gib",
+    "data.retries",
+    "data.timeout_s",
+    "data.cache_dir",
+    "data.cache_gib",
+    "data.max_corrupt",
+    "data.shuffle_buffer",
+}
+# Keys of recipes that `settings` of results.jsonl have under names of their own, and of the weights' place.
+_IN_SETTINGS = {
+    "labels",
+    "subset_seed",
+    "pool",
+    "init",
+    "ema",
+    "drop_path",
+    "frozen",
+    "run.seed",
+    "optim.epochs",
+    "optim.length",
+    "optim.unit",
+    "optim.global_batch",
+    "optim.base_lr",
+    "optim.lr",
+    "optim.layer_decay",
+    "head.name",
+    "detector.pyramid",
+    "detector.window",
+    "detector.heads",
+}
+_PLACES = ("weights=", "format=", "network.", "run.", "data.train=", "data.val=", "distill.teacher=")
 _IN_RUN = "?"  # run.dir of a run folder's evaluation, until its labels are known
 
 
@@ -27,12 +73,22 @@ class Source:
     """A complete recipe and its weights.
 
     file: the weights; results: the folder whose results.jsonl gets the line
+    changed: {"changed": the options that the recipe of this name has otherwise}, or {}: part of `settings`
     """
 
     config: ClassifierConfig | DenseConfig
     recipe: str
     file: Path
     results: Path
+    changed: dict[str, str] = field(default_factory=dict)
+
+    def contents(self) -> dict[str, list[int]]:
+        """What identifies the weights' files: a continued run must have it in common with the killed one."""
+        files = {} if getattr(self.config, "init", "weights") == "random" else {"weights": self.file}
+        distill = getattr(self.config, "distill", None)
+        if distill is not None and Path(distill.teacher).expanduser().exists():
+            files["distill.teacher"] = Path(distill.teacher).expanduser()
+        return {f"{name} {UNIT}": identify(file) for name, file in files.items()}
 
 
 def find_source(
@@ -84,7 +140,26 @@ def find_source(
         run_section = config.run.model_copy(update={"dir": str(run / f"{stem}{drawn}")})
         config = config.model_copy(update={"run": run_section})
     folder = Path(config.run.dir).expanduser()
-    return Source(config, stem, file, run if run is not None else folder)
+    changed = {}
+    if not all(override.startswith(_PLACES) for override in overrides):
+        plain = [override for override in overrides if override.startswith(_PLACES)]
+        try:
+            usual = load_config(recipe, plain, schema=schema, kind="evaluation recipe", below=below)
+        except UserError:  # the recipe has no value of its own
+            usual = config
+        changed = _list_changed(config, usual)
+    return Source(config, stem, file, run if run is not None else folder, changed)
+
+
+def _list_changed(config: ClassifierConfig | DenseConfig, plain: ClassifierConfig | DenseConfig) -> dict:
+    """Which options differ from those of the recipe alone and are not in a result's settings, as text."""
+    given, usual = (flatten(one.model_dump(mode="json")) for one in (config, plain))
+    differing = [
+        f"{key} {json.dumps(value)}"
+        for key, value in given.items()
+        if key in usual and usual[key] != value and key not in FREE_KEYS | _IN_SETTINGS
+    ]
+    return {"changed": ", ".join(differing)} if differing else {}
 
 
 def _drawn(config: ClassifierConfig) -> str:

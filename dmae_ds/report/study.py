@@ -28,7 +28,7 @@ NOT_RUN, ONE_SEED = "not run", "one seed"
 class Column:
     """A column of the study's table: one metric under one group of settings.
 
-    settings: those of the evaluation, as JSON
+    settings: those of the evaluation and the beginning of its data's fingerprint, as JSON
     """
 
     metric: str
@@ -95,6 +95,7 @@ def collect_values(runs: list[Run]) -> dict[Column, list[float]]:
         draws: dict[Column, list[float]] = {}
         for result in run.results:
             settings = {key: value for key, value in result["settings"].items() if key != "seed"}
+            settings["data"] = result["data"][:8]
             column = Column(result["metric"], result["labels"], json.dumps(settings, sort_keys=True))
             draws.setdefault(column, []).append(headline(result))
         for column, numbers in draws.items():

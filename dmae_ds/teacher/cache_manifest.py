@@ -10,8 +10,6 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from isal import isal_zlib
-
 from dmae_ds.config.family import objectives_of
 from dmae_ds.config.networks import TeacherConfig, looks_like_hub_id
 from dmae_ds.config.run import RunConfig
@@ -23,6 +21,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.output.durable import write_atomically
 from dmae_ds.teacher.cache_file import LABEL, open_cache
 from dmae_ds.teacher.cache_layout import Layout
+from dmae_ds.weights.content import identify
 
 MANIFEST = "cache.json"
 VERSION = 1
@@ -35,7 +34,6 @@ TEACHER_KEYS = (
 )
 DATA_KEYS = ("block", "repeat", "crop_scale", "flip", "mean", "std", "bits")
 OBJECTIVE_KEYS = ("mask_ratio", "patch_count", "augment")  # of those objectives that have them
-PIECES, PIECE_BYTES = 64, 2**16  # of a weights file, which identify it
 
 
 @dataclass(frozen=True)
@@ -142,19 +140,4 @@ def weights_identity(teacher: TeacherConfig) -> dict:
     if path is None or not path.exists():
         is_hub = teacher.weights is not None and looks_like_hub_id(teacher.weights)
         return {"teacher.weights": teacher.weights} if is_hub else {}
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
-    crc = 0
-    for file in files:
-        crc = _crc_of_pieces(file, crc)
-    return {"teacher.weights (bytes, crc32)": [sum(file.stat().st_size for file in files), crc]}
-
-
-def _crc_of_pieces(path: Path, crc: int) -> int:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        for number in range(PIECES):
-            file.seek(max(0, size - PIECE_BYTES) * number // (PIECES - 1))
-            crc = isal_zlib.crc32(file.read(PIECE_BYTES), crc)
-    return crc
+    return {"teacher.weights (bytes, crc32)": identify(path)}

@@ -117,6 +117,18 @@ def test_an_index_is_next_to_the_tars_or_elsewhere(tars, tmp_path):
     index(tars, overwrite=True)
 
 
+def test_some_labels_of_minus_one_are_told(tmp_path):
+    for name, labels in (("some", (0, -1, 1)), ("none", (-1, -1, -1))):
+        members = []
+        for number, label in enumerate(labels):
+            members += [(f"{number}.png", make_image(0)), (f"{number}.cls", b"%d" % label)]
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", members)
+    with refused("1 of 3", "-1", error=ShardError):
+        index(tmp_path / "some", tmp_path / "a")
+    assert index(tmp_path / "none", tmp_path / "b").classes == []
+
+
 def test_labels_of_other_members_and_none(tars, tmp_path):
     assert index(tars, tmp_path / "a", label="json:y").open_index(2)["label"].tolist() == [0, 1]
     unlabelled = index(tars, tmp_path / "b", label="class")

@@ -200,13 +200,16 @@ def test_unusual_files_are_kept_or_skipped_by_the_stated_rules(src, tmp_path):
     for name, (data, _) in bad.items():
         (bee / name).write_bytes(data)
     (bee / "dangling.jpg").symlink_to(tmp_path / "none")
+    (src / "cow").symlink_to(tmp_path / "unmounted")
+    (bee / "more").symlink_to(tmp_path / "unmounted")
+    (bee / "gone.txt").symlink_to(tmp_path / "unmounted")
     (bee / "self.jpg").symlink_to(bee / "self.jpg")
     os.mkfifo(bee / "pipe.jpg")
     (bee / "loop").symlink_to(bee)
     (src / "loose.jpg").write_bytes(good)
-    with refused("10 files", "--max-skip 10 (now 1)", error=ShardError):
+    with refused("12 files", "--max-skip 12 (now 1)", error=ShardError):
         make(src, tmp_path / "dst", max_skip=1)
-    shard_set = make(src, tmp_path / "dst", max_skip=10)
+    shard_set = make(src, tmp_path / "dst", max_skip=12)
     items = [json.loads(line) for line in (tmp_path / "dst" / "skipped.jsonl").open()]
     reasons = {item["source"]: item["reason"] for item in items}
     numbers = [item["number"] for item in items]
@@ -217,6 +220,8 @@ def test_unusual_files_are_kept_or_skipped_by_the_stated_rules(src, tmp_path):
         "bee/dangling.jpg": "No such file",
         "bee/self.jpg": "Too many levels",
         "bee/pipe.jpg": "not a regular file",
+        "cow": "a link to nothing",
+        "bee/more": "a link to nothing",
     }
     expected |= {"bee/loop": "a link to a folder", "loose.jpg": "outside of the class folders"}
     assert set(reasons) == set(expected)

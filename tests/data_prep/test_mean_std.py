@@ -53,14 +53,20 @@ def test_equal_pixels_have_no_std(tmp_path):
 
 def test_the_line_for_tiffs_converts_them_by_the_rule_of_training(tmp_path):
     values = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
-    write(tmp_path / "src" / "a", [values, values.T.copy()], ".tif")
+    src = tmp_path / "Bob's $(touch scans)"
+    write(src / "a", [values, values.T.copy()], ".tif")
+    (src / "a" / "1.tif").rename(src / "a" / "1.TIF")
     with refused("2 .tif files lie there", "8-bit RGB", ".jpg, .jpeg", error=ShardError) as raised:
-        find_images(tmp_path / "src")
-    program = str(raised.value).split('python -c "')[1].rsplit('"', 1)[0]
-    subprocess.run([sys.executable, "-c", program], check=True)
-    listing = find_images(tmp_path / "src")
-    assert len(listing) == 2 and any("2 .tif" in note for note in listing.notes)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "src" / "a" / "0.png"))[..., 0], values >> 8)
+        find_images(src)
+    Image.new("RGB", (4, 4)).save(src / "a" / "0.png")  # another image
+    before = (src / "a" / "0.png").read_bytes()
+    program = str(raised.value).partition("convert them: python ")[2]
+    python = shlex.quote(sys.executable)
+    assert subprocess.run(f"{python} {program}", shell=True, cwd=tmp_path).returncode == 0
+    listing = find_images(src)
+    assert len(listing) == 3 and not listing.notes and listing.ignored == {".tif with a .png": 2}
+    assert (src / "a" / "0.png").read_bytes() == before and not (tmp_path / "scans").exists()
+    assert np.array_equal(np.asarray(Image.open(src / "a" / "0.tif.png"))[..., 0], values >> 8)
 
 
 def test_arrays_become_a_set_of_one_kind_whose_mean_and_std_a_recipe_takes(tmp_path, capsys):

@@ -28,11 +28,12 @@ def embedded(monkeypatch):
     return passes
 
 
-def embed(run, *, gib=1.0, pool="mean", subset=None, part="val", **changes):
+def embed(run, *, gib=1.0, pool="mean", subset=None, part="val", network=None, **changes):
     data = read_saved_config(run).data.model_copy(update=changes)
     student = load_student(run)
     shard_set = ShardSet.open(getattr(data, part), label="data")
-    return FeatureCache(run, student, gib=gib).embed(
+    network = network or read_saved_config(run).student
+    return FeatureCache(run, student, network, gib=gib).embed(
         student,
         shard_set,
         FeatureOptions.of(data, pool=pool, batch_size=4),
@@ -60,13 +61,14 @@ def test_the_name_contains_everything_that_the_features_depend_on(run, embedded)
         {"mean": (0.1, 0.1, 0.1)},
         {"std": (0.3, 0.3, 0.3)},
         {"part": "train"},
+        {"network": read_saved_config(run).student.model_copy(update={"num_heads": 3})},
     ):
         before = len(embedded)
         embed(run, **options)
         assert len(embedded) == before + 1
         embed(run, **options)
         assert len(embedded) == before + 1
-    assert len(list((run / "features").iterdir())) == 7
+    assert len(list((run / "features").iterdir())) == 8
 
 
 def test_another_student_is_embedded_again_and_the_files_of_the_old_one_are_deleted(run, embedded):

@@ -45,6 +45,8 @@ def test_the_newest_of_each_kind_counts_and_the_history_keeps_a_line_per_step(tm
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
     assert {name: results[0][name] for name in lines[2]} == lines[2]
     assert results[0]["when"].endswith("+00:00") and list(results[0]) == list(FIELDS)
+    append_result(tmp_path, {**lines[0], "data": "other images"})
+    assert top1(read_results(tmp_path)) == [31.0, 29.0, 28.0, 25.0, 20.0]
     append_result(tmp_path, {**lines[0], "when": "2026-01-02T03:04:05+00:00"})
     assert read_results(tmp_path)[-1]["when"] == "2026-01-02T03:04:05+00:00"
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dmae_ds.data import shards as shard_format
 from dmae_ds.errors import RunFailed, UserError
@@ -54,6 +54,7 @@ def test_it_learns_and_leaves_files_that_timm_loads(run, capsys):
     result = finetune(run, *PLAIN, "optim.epochs=6", "optim.global_batch=10")
     out = run / "finetune_mae"
     assert result["scores"] == {"top1": 100.0}  # red, green and blue are easy to separate
+    assert "augment.mixup 0" in result["settings"]["changed"] and "num_w" not in result["settings"]["changed"]
     assert "finetune top-1 100.0%" in capsys.readouterr().out
     assert read_results(run) == [{**result, "when": read_results(run)[0]["when"]}]
     expected = {
@@ -138,6 +139,17 @@ def test_resuming_a_finished_evaluation_repeats_its_result(run):
     again = finetune(run, resume="auto")
     assert again == first and (run / "finetune_mae" / "last.safetensors").stat().st_mtime_ns == before
     assert len(read_results(run)) == 1
+    AcceleratorState._reset_state(reset_partial_state=True)
+    student = load_file(run / "student.safetensors")
+    student["norm.bias"] += 1
+    with safe_open(run / "student.safetensors", "pt") as file:
+        save_file(student, run / "student.safetensors", file.metadata())
+    with refused("weights", "run.dir"):
+        finetune(run, resume="auto")
+    saved = torch.load(run / "finetune_mae" / "resume.pt", weights_only=True)
+    saved["identity"] = {key: value for key, value in saved["identity"].items() if "crc32" not in key}
+    torch.save(saved, run / "finetune_mae" / "resume.pt")  # as earlier versions wrote it
+    assert finetune(run, resume="auto")["scores"] == first["scores"]
 
 
 def test_workers_change_nothing(run, tmp_path):

@@ -26,7 +26,7 @@ TEACHES, PLAIN = FIRST.settings
 
 def measured(metric, value, labels="all", **settings):
     fields = {"metric": metric, "labels": labels, "scores": {"top1": value}}
-    return {**fields, "settings": {"pool": "mean", **settings}}
+    return {**fields, "settings": {"pool": "mean", **settings}, "data": "fingerprint"}
 
 
 def made(name, numbers, *, facts=None, **training):
