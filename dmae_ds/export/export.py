@@ -92,8 +92,8 @@ def export(
     source = open_source(run, what)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         target.write(source, temporary)
         inputs = source.inputs()
         with torch.no_grad():
@@ -114,6 +114,8 @@ def export(
         for path in temporary.iterdir():
             settle(path)
         os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written ({error}); choose another --out") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out, card

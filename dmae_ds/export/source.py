@@ -160,6 +160,11 @@ def open_source(folder: Path, what: str) -> Source:
 
 
 def _open_student(run: Path, what: str) -> Source:
+    if (run / CLASSIFIER_FILE).is_file():
+        metadata = _read(run / CLASSIFIER_FILE, "")[1]
+        kinds = [kind for kind in ("classifier", "segmenter") if kind in metadata]
+        advice = f"give --what {kinds[0]}, or the run's folder" if kinds else "give the run's folder"
+        raise UserError(f"'{run}' is the folder of an evaluation; {advice}")
     config = read_saved_config(run, student_only=what == "encoder")
     tensors, metadata = _read(
         run / "student.safetensors",
@@ -209,6 +214,8 @@ def _open_classifier(folder: Path) -> Source:
     tensors, metadata = _read(
         path, f"give the folder that `dmae-ds eval finetune` or `linear` wrote{_evaluations(folder)}"
     )
+    if "classifier" not in metadata:
+        raise UserError(f"'{path}' is no classifier; give another --what")
     evaluation = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     head = json.loads(metadata["classifier"])
     name, overrides, keys = metadata["timm_name"], json.loads(metadata["timm_overrides"]), head["keys"]

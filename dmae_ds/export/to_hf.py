@@ -17,13 +17,13 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmae_ds.errors import UserError
 from dmae_ds.export.hf_config import shared_config
 from dmae_ds.export.hf_dino import dino_config, dino_tensors, find_layout
 from dmae_ds.export.source import OPEN_IMAGE, Inputs, Source
+from dmae_ds.output.durable import write_tensors
 
 BICUBIC = 3  # PIL's number
 CLASSES = {"encoder": "ViTModel", "mae": "ViTMAEForPreTraining", "classifier": "ViTForImageClassification"}
@@ -98,12 +98,21 @@ def write_hf(source: Source, folder: Path) -> None:
             "export --to timm, safetensors or onnx, or fine-tune with pool=cls"
         )
     layout = find_layout(source) if source.what == "encoder" else None
+    num_positions = 1 + source.grid[0] * source.grid[1]
+    positions = source.tensors.get("pos_embed")
+    if layout is None and (
+        "cls_token" not in source.tensors or positions is None or positions.shape[1] != num_positions
+    ):
+        raise UserError(
+            f"transformers' ViT has CLS and a position for it, '{source.name}' has not; export --to timm, "
+            "safetensors or onnx"
+        )
     if layout is not None:
         tensors, config = dino_tensors(source, layout), dino_config(source, layout)
     else:
         tensors = to_transformers(source.tensors, prefix="" if source.what == "encoder" else "vit.")
         config = _config(source)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     pixels, size = source.pixels, source.img_size
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -189,6 +198,15 @@ def run_hf(source: Source, folder: Path, inputs: Inputs) -> dict[str, Tensor]:
 def _class_of(source: Source) -> tuple[str, dict]:
     """The class that loads the folder, and the arguments with which it does."""
     layout = find_layout(source) if source.what == "encoder" else None
+    num_positions = 1 + source.grid[0] * source.grid[1]
+    positions = source.tensors.get("pos_embed")
+    if layout is None and (
+        "cls_token" not in source.tensors or positions is None or positions.shape[1] != num_positions
+    ):
+        raise UserError(
+            f"transformers' ViT has CLS and a position for it, '{source.name}' has not; export --to timm, "
+            "safetensors or onnx"
+        )
     if layout is not None:
         return layout.class_name, {}
     return CLASSES[source.what], {"add_pooling_layer": False} if source.what == "encoder" else {}

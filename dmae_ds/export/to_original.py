@@ -10,11 +10,11 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmae_ds.errors import UserError
 from dmae_ds.export.source import Inputs, Source
+from dmae_ds.output.durable import write_tensors
 from dmae_ds.weights.hub import locate
 from dmae_ds.weights.label import STUDENT
 from dmae_ds.weights.load import load_network, open_format
@@ -43,7 +43,7 @@ def write_original(source: Source, folder: Path) -> None:
     tensors = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
     file = folder / _file_name(weights.path)
     if file.suffix == ".safetensors":
-        save_file(tensors, file, metadata={"format": "pt"})
+        write_tensors(file, tensors, {"format": "pt"})
     else:
         torch.save(tensors, file)
 

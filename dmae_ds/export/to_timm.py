@@ -13,11 +13,12 @@ from pathlib import Path
 
 import timm
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmae_ds.errors import UserError
 from dmae_ds.export.source import OPEN_IMAGE, Inputs, Source
+from dmae_ds.output.durable import write_tensors
 from dmae_ds.train.checkpoint.student_file import python_that_loads
 
 WEIGHTS = "model.safetensors"  # timm's name, and transformers'
@@ -140,7 +141,7 @@ def _write_weights(source: Source, path: Path) -> None:
         "timm_keys": json.dumps(source.keys),
         "step": str(source.step),
     }
-    save_file(source.tensors, path, metadata=metadata)
+    write_tensors(path, source.tensors, metadata)
 
 
 def _architecture(source: Source) -> str:

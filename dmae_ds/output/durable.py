@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Iterator
+
+from dmae_ds.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +32,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:  # a full disk needs the space
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
+
+
+@contextmanager
+def writing(place: str, *, advice: str) -> Iterator[None]:
+    """Turn an OSError, of a full disk or a read-only folder, into a UserError about a place."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({error}); {advice}") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -79,7 +91,8 @@ def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     try:
         write_tensors(temporary, tensors, metadata)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
 

@@ -44,6 +44,7 @@ class Manifest:
     fingerprint: of the teacher's features of a fixed input (identity.py)
     codec_crc32: of the file with means and directions; None where there is none
     errors: {tap: {"relative", "cosine"}} of storing, once it is complete
+    stats: what identifies the teacher's statistics (weights/content.py), where it is standardised by them
     """
 
     recipe: dict
@@ -54,6 +55,7 @@ class Manifest:
     codec_crc32: int | None
     is_complete: bool = False
     errors: dict = field(default_factory=dict)
+    stats: list[int] | None = None
 
     def write(self, folder: Path) -> None:
         """Replace the manifest in a folder. Raises OSError."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmae_ds.errors import UserError
+from dmae_ds.weights.content import STATS
 
 STATS_VERSION = 1
 
@@ -27,8 +28,8 @@ STATS_VERSION = 1
 def stats_path(weights: Path) -> Path:
     """The file that `dmae-ds teacher stats` writes by default."""
     if weights.is_dir():
-        return weights / "stats.safetensors"
-    return weights.with_name(weights.name + ".stats.safetensors")
+        return weights / STATS
+    return weights.with_name(f"{weights.name}.{STATS}")
 
 
 class LayerNorm:

@@ -29,6 +29,7 @@ from dmae_ds.output.durable import replacing, sync_folder
 from dmae_ds.output.progress import LINE_EVERY_S, Progress
 from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
+from dmae_ds.teacher.build import locate_teacher
 from dmae_ds.teacher.cache_codec import (
     VECTORS_A_CHANNEL,
     Codec,
@@ -45,6 +46,7 @@ from dmae_ds.teacher.cache_layout import CODEC, STORED, Layout, StoredTap
 from dmae_ds.teacher.cache_manifest import Manifest, check_same, recipe_identity, weights_identity
 from dmae_ds.teacher.frozen import DTYPES, FrozenTeacher
 from dmae_ds.teacher.stored import describe_stored
+from dmae_ds.teacher.targets import stats_path
 from dmae_ds.tools.early import CacheRequest, existing_manifest
 from dmae_ds.train.checkpoint.run_lock import claim
 from dmae_ds.train.device_choices import choose_on_device
@@ -53,6 +55,7 @@ from dmae_ds.train.networks import build_networks
 from dmae_ds.train.preflight import Preflight
 from dmae_ds.train.step_timer import StepTimer
 from dmae_ds.train.stored_inputs import inputs_identity
+from dmae_ds.weights.content import identify
 
 
 def write_cache(preflight: Preflight, request: CacheRequest) -> str:
@@ -109,6 +112,7 @@ class CacheWriter:
             manifest = self._start(fingerprint)
         layout = manifest.layout
         collectives.raise_on_all_ranks(lambda: self._check_room(layout) if main else None)
+        self._repair_codec(manifest)
         content = None if manifest.codec_crc32 is None else (out / CODEC).read_bytes()
         codecs = build_codecs(layout.taps, content, self.device)
         missing = collectives.broadcast_from_main(self._missing(layout) if main else None)
@@ -134,6 +138,10 @@ class CacheWriter:
             return None
         for name, now in self._begin.items():
             check_same(getattr(manifest, name), now, where=f"OUT '{out}'")
+        if manifest.stats not in (None, self._stats()):
+            raise UserError(
+                f"OUT '{out}' was begun with other teacher.stats; put them back, or make another cache"
+            )
         dtype = DTYPES[self.section.dtype]
         identity.check_fingerprint(fingerprint, manifest.fingerprint, dtype=dtype, where=str(out))
         return manifest
@@ -148,6 +156,13 @@ class CacheWriter:
             "weights": weights_identity(self.section),
         }
         return json.loads(json.dumps(begin))
+
+    def _stats(self) -> list[int] | None:
+        """What identifies the file that the teacher's features are standardised by."""
+        if self.section.standardize not in ("zscore", "phi_s"):
+            return None
+        given = self.section.stats
+        return identify(Path(given).expanduser() if given else stats_path(locate_teacher(self.section)))
 
     def _start(self, fingerprint: dict) -> Manifest:
         """Look at the first features, take means and directions where they are needed, and write a manifest.
@@ -169,11 +184,41 @@ class CacheWriter:
             write_codec(out, fitted)
             sync_folder(out)
             codec_crc32 = isal_zlib.crc32((out / CODEC).read_bytes())
-        manifest = Manifest(**self._begin, fingerprint=fingerprint, layout=layout, codec_crc32=codec_crc32)
+        manifest = Manifest(
+            **self._begin,
+            fingerprint=fingerprint,
+            layout=layout,
+            codec_crc32=codec_crc32,
+            stats=self._stats(),
+        )
         if main:
             manifest.write(out)
         collectives.barrier()
         return collectives.broadcast_from_main(manifest)
+
+    def _repair_codec(self, manifest: Manifest) -> None:
+        """Write the codec again where it is missing or damaged. Collective. Raises UserError."""
+        path, expected = self.request.out / CODEC, manifest.codec_crc32
+
+        def is_whole() -> bool:
+            return expected is None or (path.is_file() and isal_zlib.crc32(path.read_bytes()) == expected)
+
+        if collectives.broadcast_from_main(is_whole() if collectives.is_main() else None):
+            return
+        _, _, features = next(self._stream(range(1)))
+        fitted = self._fit(manifest.layout, features)
+        if collectives.is_main():
+            write_codec(path.parent, fitted)
+            sync_folder(path.parent)
+
+        def check() -> None:
+            if collectives.is_main() and not is_whole():
+                raise UserError(
+                    f"'{path}' was damaged or missing, and what is made again differs; copy it back, or "
+                    "make another cache"
+                )
+
+        collectives.raise_on_all_ranks(check)
 
     def _taps(self, features: dict[str, Tensor], num_rows: int) -> tuple[StoredTap, ...]:
         request, taps = self.request, []

@@ -18,7 +18,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.feature_distillation import resolve_pairs
-from dmae_ds.output.durable import write_atomically
+from dmae_ds.output.durable import write_atomically, writing
 from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.fill import fill
@@ -169,17 +169,25 @@ def _compare_or_write(path: Path, network: Network, found: identity.Fingerprint,
     last = f"block/{max(int(tap.split('/')[1]) for tap in found)}"
     text = f"{last} {' '.join(f'{figure:.4g}' for figure in found[last][:4])} ..."
     if write:
-        if path.is_dir() and file.exists():
+        if _is_of_slices(file):
             raise UserError(
                 f"'{file}' was written by dmae-ds teacher slice and is not overwritten; slice again"
             )
-        write_sidecar(file, network, found)
+        with writing(f"'{file}'", advice="copy the weights to another place, or leave --write out"):
+            write_sidecar(file, network, found)
         return f"{text}; written to {file}"
     known = identity.read_sidecar(path)
     if known is None:
         return f"{text}; --write stores it next to the file, for every run to compare with"
     identity.check_fingerprint(found, known["fingerprint"], dtype=torch.float32, where=str(file))
     return f"{text}; matches {file}"
+
+
+def _is_of_slices(sidecar: Path) -> bool:
+    try:
+        return "stages" in json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _describe_file(weights: Weights) -> str:

@@ -16,11 +16,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from dmae_ds.errors import UserError
 from dmae_ds.objectives.feature_distillation import resolve_pairs
-from dmae_ds.output.durable import settle
+from dmae_ds.output.durable import settle, write_tensors
 from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.frozen import DTYPES, meta_teacher
@@ -62,11 +60,10 @@ def slice_teacher(
         )
     cut = replace(network, vit=meta_teacher(network.name, network.overrides, last_block))
     stages = held_blocks(last_block, num_stages)
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
     try:
+        unfinished.mkdir(parents=True)
         num_bytes = _write_stages(cut, stages, unfinished, dtype)
         # The fingerprint is that of the stored tensors, in their dtype.
         stored = replace(cut, weights=open_weights(unfinished, "dmae_ds"))
@@ -82,9 +79,10 @@ def slice_teacher(
             source_format=network.weights.format,
         )
         os.replace(unfinished, out)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written ({error}); choose another OUT") from None
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     blocks = f"blocks 1-{last_block} of {whole_blocks} in {num_stages} stages"
     use = f"use teacher.weights={out} teacher.format=dmae_ds"
     return f"{out}: {network.name}, {blocks}, {size_text(num_bytes)}; {use}"
@@ -108,7 +106,7 @@ def _write_stages(cut: Network, stages: list[range], folder: Path, dtype: str | 
         if dtype:
             tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, folder / file, metadata=metadata)
+        write_tensors(folder / file, contiguous, metadata)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         for name in of_stage:
             weight_map.setdefault(name, file)

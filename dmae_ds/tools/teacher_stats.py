@@ -20,6 +20,7 @@ from dmae_ds.config.teachers import taps_of
 from dmae_ds.data.batch import Batch
 from dmae_ds.data.batch_spec import BatchSpec
 from dmae_ds.data.loader import train_batches
+from dmae_ds.data.order import num_in_share, share_ids
 from dmae_ds.data.pixels import PixelFormat
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.storage import Access
@@ -73,7 +74,7 @@ def write_stats(
     check_stats(config, num_images=num_images, out=out)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = ShardSet.open(config.data.train, label="data.train", access=Access.of(config.data))
-    num_images = min(num_images, shards.num_samples)
+    num_images = min(num_images, num_in_share(shards.num_samples, config.data.share))
     objective, shapes = build_objective(config)
     sections, teachers = config.named_teachers(), {}
     for name, section in sections.items():
@@ -151,6 +152,7 @@ def _batches(
         global_batch=batch_size,
         micro_batch=batch_size,
         views=objective.views,
+        subset=None if config.data.share == 1 else share_ids(shards.num_samples, config.data.share),
         pixels=PixelFormat.of(config.data),
     )
     batches = train_batches(
@@ -160,6 +162,7 @@ def _batches(
         stop_step=num_batches,
         num_workers=config.data.num_workers,
         pin_memory=device.type == "cuda",
+        max_corrupt=config.data.max_corrupt,
     )
     num_seen = 0
     with Progress(total=num_batches, unit="batch", every_s=LINE_EVERY_S) as progress:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from isal import isal_zlib
 
+STATS = "stats.safetensors"  # what `dmae-ds teacher stats` writes into a folder of weights
 UNIT = "(bytes, crc32)"  # what `identify` gives, for the end of a key
 PIECES, PIECE_BYTES = 64, 2**16  # of a file
 
@@ -15,6 +16,7 @@ def identify(path: Path) -> list[int]:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+        files = [file for file in files if file.name != STATS]
     crc = 0
     for file in files:
         crc = _crc_of_pieces(file, crc)

@@ -12,9 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from dmae_ds.errors import UserError
+from dmae_ds.output.durable import replace_tensors, writing
 from dmae_ds.output.new_path import refuse_existing
 from dmae_ds.weights.containers import open_container
 
@@ -31,7 +30,8 @@ def extract(path: Path, root: str, out: Path) -> int:
     existing = refuse_existing(out, name="OUT", reads=path)
     if existing:
         raise UserError(existing)
-    save_file({name.removeprefix(root): container[name] for name in names}, out)
+    with writing(f"'{out}'", advice="choose another OUT"):
+        replace_tensors(out, {name.removeprefix(root): container[name] for name in names})
     return len(names)
 
 

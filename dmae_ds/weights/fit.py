@@ -172,10 +172,11 @@ def _hints(
         return [f"{len(absent)} of the index's files not here: {_first(absent)}"]
     last_block = weights.container.metadata.get("last_block", "")
     if last_block.isdigit():
-        return [
-            f"this slice holds blocks 1-{last_block}: for a deeper tap, slice again with a larger "
-            "--last-block"
-        ]
+        if any("blocks." in name for name in problems["missing"]):
+            more = "for a deeper tap, slice again with a larger --last-block"
+        else:
+            more = "and nothing after them: for a tap of the output give the whole file"
+        return [f"this slice holds blocks 1-{last_block}: {more}"]
     hints = []
     kind = describe_kind(weights.container)
     better = _better_format(weights, needed, bool(problems["missing"]), depth, may_resize)

@@ -252,6 +252,9 @@ def test_students_of_other_kinds_are_exported_where_they_fit_and_refused_elsewhe
     assert export(clip, to="safetensors")[0] == clip / "export" / "safetensors"
     with refused("norm_pre", "--to timm, safetensors or onnx"):
         export(clip, to="hf")
+    mean = make_run(tmp_path / "mean", student={**STUDENT, "name": "vit_base_patch16_gap_224"})
+    with refused("CLS", "vit_base_patch16_gap_224", "--to timm, safetensors or onnx"):
+        export(mean, to="hf")
     own = make_run(tmp_path / "own", student={"name": f"{__name__}:build_network"})
     assert export(own, to="hf", what="mae")[0] == own / "export" / "hf-mae"
     with refused("student.name", build_network.__module__, "onnx or hf"):
@@ -269,6 +272,9 @@ def test_mistakes_are_refused_in_one_line(run, tmp_path, monkeypatch):
     expect_refusal("--to safetensors", "mae", "encoder or classifier", "--to hf", what="mae")
     expect_refusal(tmp_path, "config.yaml", run=tmp_path)
     classifier = make_classifier(run / "finetune_mae", pool="mean")
+    expect_refusal(classifier, "--what classifier", run=classifier)
+    (tmp_path / "file").touch()
+    expect_refusal("file", "cannot be written", "--out", out=tmp_path / "file" / "export")
     expect_refusal(run / "last.safetensors", "dmae-ds eval finetune", classifier, what="classifier")
     expect_refusal("timm, safetensors or onnx", "pool=cls", run=classifier, what="classifier", to="hf")
     (tmp_path / "there").mkdir()

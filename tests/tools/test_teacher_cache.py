@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from dmae_ds.config.load import load_config
 from dmae_ds.data.storage import Access
 from dmae_ds.distributed.world import World
 from dmae_ds.errors import UserError
+from dmae_ds.teacher.cache_layout import CODEC
 from dmae_ds.teacher.early import open_manifest
 from dmae_ds.tools.early import CacheRequest, prepare_cache
+from dmae_ds.tools.teacher_stats import write_stats
 from dmae_ds.train.preflight import prepare
 from tests.train.conftest import LIMIT_S, command, deepspeed, environment, losses, run
 
@@ -172,6 +175,28 @@ def test_a_folder_with_other_files_and_an_incomplete_cache_are_refused(stored, r
     damaged.unlink()
     with pytest.raises(UserError, match=damaged.name):
         prepare(config, World(), resume="never")
+
+
+@pytest.mark.slow
+def test_a_damaged_codec_is_made_again_and_other_statistics_are_refused(stored, recipe, tmp_path):
+    stats, scaled = tmp_path / "stats.safetensors", tmp_path / "scaled"
+    zscore = [*recipe, "teacher.standardize=zscore", f"teacher.stats={stats}"]
+    config = load_config(zscore[0], [*zscore[1:], "run.dir=unused"])
+    write_stats(config, num_images=16, out=stats)
+    shutil.copytree(stored / "int8", tmp_path / "int8")
+    codec = tmp_path / "int8" / CODEC
+    whole = codec.read_bytes()
+    codec.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = [["store", {"out": "int8", "dtype": "int8"}, recipe], ["store", {"out": "scaled"}, zscore]]
+    drive(again, tmp_path)
+    assert codec.read_bytes() == whole and files_of(tmp_path / "int8") == files_of(stored / "int8")
+    codec.unlink()
+    drive(again, tmp_path)  # the same statistics are taken
+    assert codec.read_bytes() == whole
+    write_stats(config, num_images=32, out=stats)
+    next(scaled.glob("features-*.bin")).unlink()
+    with pytest.raises(AssertionError, match=r"teacher\.stats"):
+        drive(again[1:], tmp_path)
 
 
 @pytest.mark.slow

@@ -198,6 +198,9 @@ def test_a_tap_above_the_cut_is_refused(file, tmp_path):
     slice_teacher(file, tmp_path / "cut", num_stages=2, name=NAME, overrides=NUMBERS)
     with refused("missing 12: blocks.6.norm1.weight", "blocks 1-6", "--last-block"):
         features(tmp_path / "cut", format="dmae_ds", taps=("block/7",))
+    slice_teacher(file, tmp_path / "all", num_stages=1, last_block=8, name=NAME, overrides=NUMBERS)
+    with refused("norm.weight", "blocks 1-8", "whole file"):
+        features(tmp_path / "all", format="dmae_ds", taps=("tokens",))
 
 
 def test_a_slice_of_another_network_is_refused(file, tmp_path):
@@ -243,7 +246,23 @@ def test_a_mistake_is_one_line_and_leaves_nothing(file, tmp_path, change, words,
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_s_fingerprint_is_written_again_and_a_slice_s_is_not(file, tmp_path, capsys):
+    own = tmp_path / "own"
+    own.mkdir()
+    tensors = torch.load(file, weights_only=True)["model"]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, own / "model.safetensors")
+    arguments = ["teacher", "inspect", str(own), "--write", "--name", NAME, *NUMBERS]
+    assert main(arguments) == main(arguments) == 0
+    slice_teacher(file, tmp_path / "cut", num_stages=1, name=NAME, overrides=NUMBERS)
+    assert main(["teacher", "inspect", str(tmp_path / "cut"), "--write"]) == 2
+    assert "slice again" in capsys.readouterr().err
+
+
 def test_an_existing_folder_is_not_overwritten(file, tmp_path):
+    with refused("student", "cannot be written", "OUT"):
+        blocked = tmp_path / "student"
+        blocked.touch()
+        slice_teacher(file, blocked / "cut", num_stages=1, name=NAME, overrides=NUMBERS)
     (tmp_path / "cut").mkdir()
     with refused(tmp_path / "cut", "exists"):
         slice_teacher(file, tmp_path / "cut", num_stages=1, name=NAME, overrides=NUMBERS)

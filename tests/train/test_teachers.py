@@ -233,6 +233,8 @@ def test_statistics_are_written_next_to_the_weights_unless_a_file_is_named(tiny_
     ):
         assert name in write_stats(config, num_images=8, out=out) and (tmp_path / name).is_file()
     assert len(list(tmp_path.iterdir())) == 3
+    part = load_config(tiny_recipe[0], [*overrides, "data.share=0.01"])
+    assert "over 14 images" in write_stats(part, num_images=100, out=tmp_path / "part.safetensors")
 
 
 def two_teachers(tiny_recipe, tmp_path) -> list[str]:
