@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Iterator
 
-from dmae_ds.errors import UserError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,15 +34,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
-
-
-@contextmanager
-def writing(place: str, *, advice: str) -> Iterator[None]:
-    """Turn an OSError, of a full disk or a read-only folder, into a UserError about a place."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{place} cannot be written ({error}); {advice}") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from dmae_ds.distributed import collectives
 from dmae_ds.errors import UserError
-from dmae_ds.output.durable import replace_tensors
+from dmae_ds.output.durable import replace_tensors, sync_folder
 from dmae_ds.teacher.cache_layout import CODEC, SUMS, StoredTap
 
 PCA_KINDS = ("block", "decoder", "tokens", "cls", "pooled")
@@ -156,10 +157,18 @@ def check_pca(tap: StoredTap, dimensions: int | None) -> None:
         )
 
 
-def write_codec(folder: Path, fitted: dict[str, dict[str, Tensor]]) -> None:
-    """Write means, directions and scales by tap. Raises OSError."""
+def write_codec(folder: Path, fitted: dict[str, dict[str, Tensor]]) -> int:
+    """Write means, directions and scales by tap; returns the file's crc32. Raises OSError."""
     tensors = {f"{tap}.{name}": tensor for tap, parts in fitted.items() for name, tensor in parts.items()}
     replace_tensors(folder / CODEC, tensors)
+    sync_folder(folder)
+    return isal_zlib.crc32((folder / CODEC).read_bytes())
+
+
+def has_codec(folder: Path, crc32: int | None) -> bool:
+    """Whether the file that `write_codec` wrote is whole; None: none was needed."""
+    path = folder / CODEC
+    return crc32 is None or (path.is_file() and isal_zlib.crc32(path.read_bytes()) == crc32)
 
 
 def build_codecs(taps: tuple[StoredTap, ...], content: bytes | None, device: torch.device) -> list[Codec]:

@@ -23,7 +23,7 @@ import torch
 from dmae_ds.config.load import family_of
 from dmae_ds.distributed.deepspeed_import import import_deepspeed
 from dmae_ds.errors import UserError
-from dmae_ds.output.durable import sync_folder, writing
+from dmae_ds.output.durable import sync_folder
 from dmae_ds.output.units import MIB
 from dmae_ds.tools.checkpoint_find import find_to_convert
 from dmae_ds.train.checkpoint.folder import bytes_in
@@ -44,18 +44,19 @@ def convert(path: Path, out: Path) -> str:
             f"checkpoint '{checkpoint}' is of an early version, which did not store the names of optimiser "
             "states; continue the run with the same ranks and ZeRO stage, and convert its next checkpoint"
         )
-    with writing(f"'{out}'", advice="choose another OUT"):
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written ({error}); choose another OUT") from None
     _check_space(checkpoint, out.parent)
     import_deepspeed(torch.device("cpu"))
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with writing(f"'{out}'", advice="choose another OUT"):
-        temporary.mkdir()
     convert_stage = _convert_unsharded if stage == 0 else _convert_sharded
     students = list(state.get("students") or [""])
     alone = path.resolve().name if family_of(path) is not None else ""
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        temporary.mkdir()
         for name in [alone] if alone else students:
             folder = temporary if alone else temporary / name
             folder.mkdir(exist_ok=True)

@@ -17,7 +17,6 @@ from typing import Iterator
 
 import numpy as np
 import torch
-from isal import isal_zlib
 from torch import Tensor
 
 from dmae_ds.data.batch import Batch
@@ -37,6 +36,7 @@ from dmae_ds.teacher.cache_codec import (
     build_codecs,
     check_pca,
     fit,
+    has_codec,
     needs_fit,
     relative_error,
     write_codec,
@@ -140,7 +140,7 @@ class CacheWriter:
             check_same(getattr(manifest, name), now, where=f"OUT '{out}'")
         if manifest.stats not in (None, self._stats()):
             raise UserError(
-                f"OUT '{out}' was begun with other teacher.stats; put them back, or make another cache"
+                f"OUT '{out}' was begun with other teacher.stats; put them back, or take another OUT"
             )
         dtype = DTYPES[self.section.dtype]
         identity.check_fingerprint(fingerprint, manifest.fingerprint, dtype=dtype, where=str(out))
@@ -179,18 +179,9 @@ class CacheWriter:
             num_steps=preflight.num_steps,
         )
         fitted = self._fit(layout, features)
-        codec_crc32 = None
-        if main and fitted:
-            write_codec(out, fitted)
-            sync_folder(out)
-            codec_crc32 = isal_zlib.crc32((out / CODEC).read_bytes())
-        manifest = Manifest(
-            **self._begin,
-            fingerprint=fingerprint,
-            layout=layout,
-            codec_crc32=codec_crc32,
-            stats=self._stats(),
-        )
+        codec_crc32 = write_codec(out, fitted) if main and fitted else None
+        known = {"fingerprint": fingerprint, "codec_crc32": codec_crc32, "stats": self._stats()}
+        manifest = Manifest(**self._begin, layout=layout, **known)
         if main:
             manifest.write(out)
         collectives.barrier()
@@ -198,27 +189,20 @@ class CacheWriter:
 
     def _repair_codec(self, manifest: Manifest) -> None:
         """Write the codec again where it is missing or damaged. Collective. Raises UserError."""
-        path, expected = self.request.out / CODEC, manifest.codec_crc32
-
-        def is_whole() -> bool:
-            return expected is None or (path.is_file() and isal_zlib.crc32(path.read_bytes()) == expected)
-
-        if collectives.broadcast_from_main(is_whole() if collectives.is_main() else None):
+        main, out, expected = collectives.is_main(), self.request.out, manifest.codec_crc32
+        if collectives.broadcast_from_main(has_codec(out, expected) if main else None):
             return
         _, _, features = next(self._stream(range(1)))
         fitted = self._fit(manifest.layout, features)
-        if collectives.is_main():
-            write_codec(path.parent, fitted)
-            sync_folder(path.parent)
 
-        def check() -> None:
-            if collectives.is_main() and not is_whole():
+        def write() -> None:
+            if main and write_codec(out, fitted) != expected:
                 raise UserError(
-                    f"'{path}' was damaged or missing, and what is made again differs; copy it back, or "
-                    "make another cache"
+                    f"'{out / CODEC}' was damaged or missing, and what is made again differs; copy it back, "
+                    "or make another cache"
                 )
 
-        collectives.raise_on_all_ranks(check)
+        collectives.raise_on_all_ranks(write)
 
     def _taps(self, features: dict[str, Tensor], num_rows: int) -> tuple[StoredTap, ...]:
         request, taps = self.request, []

@@ -18,7 +18,7 @@ from dmae_ds.errors import UserError
 from dmae_ds.models.vit import MaskedViT, build_timm_vit
 from dmae_ds.objectives.build import build_objective
 from dmae_ds.objectives.feature_distillation import resolve_pairs
-from dmae_ds.output.durable import write_atomically, writing
+from dmae_ds.output.durable import write_atomically
 from dmae_ds.output.units import size_text
 from dmae_ds.teacher import identity
 from dmae_ds.teacher.fill import fill
@@ -173,8 +173,12 @@ def _compare_or_write(path: Path, network: Network, found: identity.Fingerprint,
             raise UserError(
                 f"'{file}' was written by dmae-ds teacher slice and is not overwritten; slice again"
             )
-        with writing(f"'{file}'", advice="copy the weights to another place, or leave --write out"):
+        try:
             write_sidecar(file, network, found)
+        except OSError as error:
+            raise UserError(
+                f"'{file}' cannot be written ({error}); copy the weights elsewhere, or leave --write out"
+            ) from None
         return f"{text}; written to {file}"
     known = identity.read_sidecar(path)
     if known is None:

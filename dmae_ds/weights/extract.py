@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from dmae_ds.errors import UserError
-from dmae_ds.output.durable import replace_tensors, writing
+from dmae_ds.output.durable import replace_tensors
 from dmae_ds.output.new_path import refuse_existing
 from dmae_ds.weights.containers import open_container
 
@@ -30,8 +30,10 @@ def extract(path: Path, root: str, out: Path) -> int:
     existing = refuse_existing(out, name="OUT", reads=path)
     if existing:
         raise UserError(existing)
-    with writing(f"'{out}'", advice="choose another OUT"):
+    try:
         replace_tensors(out, {name.removeprefix(root): container[name] for name in names})
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written ({error}); choose another OUT") from None
     return len(names)
 
 
