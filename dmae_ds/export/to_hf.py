@@ -90,6 +90,16 @@ def _targets(name: str, prefix: str) -> list[str]:
     return [f"{stem}.{_BLOCK[layer]}.{kind}"] if layer in _BLOCK else []
 
 
+def _check_positions(source: Source) -> None:
+    """Raise UserError for a ViT without CLS, or whose CLS has no position."""
+    positions, num_positions = source.tensors.get("pos_embed"), 1 + source.grid[0] * source.grid[1]
+    if "cls_token" not in source.tensors or positions is None or positions.shape[1] != num_positions:
+        raise UserError(
+            f"transformers' ViT has CLS and a position for it, '{source.name}' has not; export --to timm, "
+            "safetensors or onnx"
+        )
+
+
 def write_hf(source: Source, folder: Path) -> None:
     """Write config.json, model.safetensors and preprocessor_config.json."""
     if source.keys.get("global_pool", "token") != "token":
@@ -98,20 +108,12 @@ def write_hf(source: Source, folder: Path) -> None:
             "export --to timm, safetensors or onnx, or fine-tune with pool=cls"
         )
     layout = find_layout(source) if source.what == "encoder" else None
-    num_positions = 1 + source.grid[0] * source.grid[1]
-    positions = source.tensors.get("pos_embed")
-    if layout is None and (
-        "cls_token" not in source.tensors or positions is None or positions.shape[1] != num_positions
-    ):
-        raise UserError(
-            f"transformers' ViT has CLS and a position for it, '{source.name}' has not; export --to timm, "
-            "safetensors or onnx"
-        )
     if layout is not None:
         tensors, config = dino_tensors(source, layout), dino_config(source, layout)
     else:
         tensors = to_transformers(source.tensors, prefix="" if source.what == "encoder" else "vit.")
         config = _config(source)
+        _check_positions(source)
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     pixels, size = source.pixels, source.img_size
     preprocessor = {
