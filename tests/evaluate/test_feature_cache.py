@@ -8,11 +8,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from dmae_ds.cli.main import main
 from dmae_ds.config.load import read_saved_config
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.evaluate import feature_cache
 from dmae_ds.evaluate.feature_cache import GIB, FeatureCache, fingerprint
 from dmae_ds.evaluate.features import FeatureOptions, load_student
+from tests.evaluate.conftest import make_shards
 
 
 @pytest.fixture
@@ -134,3 +136,10 @@ def test_a_fingerprint_depends_on_names_and_values(run):
     with torch.no_grad():
         other.blocks[0].mlp.fc1.bias[3] += 1e-7
     assert fingerprint(one) != fingerprint(other)
+
+
+def test_images_without_a_label_are_told(run, tmp_path, capsys):
+    val = make_shards(tmp_path / "unlabelled", num=9, seed=3, labels=-1)
+    assert main(["eval", "knn", str(run), f"data.val={val}", "--k", "3"]) == 2
+    message = capsys.readouterr().err
+    assert "data.val" in message and "9 of 9 images" in message
