@@ -3,7 +3,7 @@
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 
-if [ ! -e "$VENV/installed" ]; then
+if [ ! "$VENV/installed" -nt setup.cfg ]; then # missing, or made for other packages
     echo "== install into $VENV (torch is large: a minute or more)"
     "$PYTHON" - <<'PYTHON'
 import sys

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import socket
 from contextlib import contextmanager
 
 import fsspec
@@ -19,6 +18,7 @@ from dmae_ds.data.storage import Access
 from tests.data.batches import train
 from tests.data.flaky_server import serve
 from tests.messages import refused
+from tests.train.conftest import free_port
 
 pytest.importorskip("aiohttp", reason="http:// is read with aiohttp: dmae-ds[remote]")
 
@@ -211,9 +211,7 @@ def gs_server(monkeypatch):
     emulator = pytest.importorskip(
         "gcp_storage_emulator.server", reason="the server of these tests: pip install gcp-storage-emulator"
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
     # otherwise gcsfs uses gRPC, which the emulator does not support
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

@@ -1,7 +1,6 @@
 """A student from its file; its features compared with single images, the trained module, and two ranks."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from dmae_ds.evaluate.features import FeatureOptions, extract_features, load_stu
 from dmae_ds.models.patches import Normalize, patchify
 from dmae_ds.objectives.build import build_objective
 from tests.messages import refused
+from tests.train.conftest import free_port
 
 
 def _extract(run, accelerator, *, pool="mean", batch_size=4):
@@ -96,16 +96,13 @@ accelerator.end_training()
 
 
 def test_two_processes_gather_what_one_computes(run, accelerator):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     here = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     common = {
         **os.environ,
         "PYTHONPATH": here,
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_CPU": "true",
     }
     ranks = [

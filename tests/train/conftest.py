@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -59,7 +60,12 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def free_port() -> int:
-    """A TCP port that is free at this moment."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A TCP port that is free at this moment, and that the system gives to nobody who asks for any port."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
