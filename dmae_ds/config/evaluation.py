@@ -52,6 +52,14 @@ class FrozenConfig(WeightsConfig):
     data: DataConfig
 
     @model_validator(mode="after")
+    def _nothing_is_repeated(self):
+        if self.data.repeat > 1:
+            raise ValueError(
+                f"data.repeat {self.data.repeat} is for pre-training, and not used here; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _channels_agree(self):
         check_channels(self.data, self.network, "network")
         return self
@@ -148,6 +156,15 @@ class DistillConfig(Section):
     @classmethod
     def _format_is_known(cls, value: str) -> str:
         return known_format(value)
+
+    @model_validator(mode="after")
+    def _the_file_describes_itself(self):
+        if self.name is None and (self.format, self.pool) != ("auto", "mean"):
+            raise ValueError(
+                f"distill.format {self.format} and distill.pool {self.pool} are for files that don't name "
+                "their network; set distill.name too, or remove them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _temperature_where_it_is_used(self):

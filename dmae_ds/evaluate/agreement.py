@@ -80,6 +80,7 @@ def evaluate_run(
                 num_train=0,
                 num_val=val.num_samples,
                 data=val.fingerprint,
+                val=val.fingerprint,
                 device=device_name(accelerator.device),
                 world_size=accelerator.num_processes,
             ),

@@ -96,6 +96,7 @@ def evaluate_run(
                 seconds=time.monotonic() - start,
                 processes=accelerator,
             )
+            result["settings"] |= source.settings()
             results.append(append_result(source.results, result))
             print(line_of(result, num_classes=len(train.classes)), flush=True)
     warn_of_same_images(*shard_sets)
@@ -206,6 +207,7 @@ def make_dense_result(
         num_train=len(sets[0]),
         num_val=len(sets[1]),
         data=sets[0].fingerprint,
+        val=sets[1].fingerprint,
         device=device_name(processes.device),
         world_size=processes.num_processes,
     )

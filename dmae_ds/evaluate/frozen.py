@@ -99,6 +99,7 @@ def open_frozen(
         num_train=len(ids),
         num_val=val.num_samples,
         data=train.fingerprint,
+        val=val.fingerprint,
         device=device_name(processes.device),
         world_size=processes.num_processes,
     )

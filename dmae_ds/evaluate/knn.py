@@ -56,19 +56,20 @@ def evaluate_run(
         least_train=ks[-1],
     )
     scores = classify(frozen, ks=ks, temperature=temperature, memory_gib=memory_gib, processes=accelerator)
+    settings = {**source.settings(), **settings_of(accelerator, pool=pool)}
     results = []
     for k, (top1, top5) in scores.items() if accelerator.is_main_process else ():
         result = make_result(
             frozen.measured_on,
             metric="knn",
             scores={"top1": top1, "top5": top5},
-            settings={"k": k, "temperature": temperature, **settings_of(accelerator, pool=pool)},
+            settings={"k": k, "temperature": temperature, **settings},
             seconds=round(time.monotonic() - start, 3),
         )
         results.append(append_result(source.results, result))
         second = "" if top5 is None else f", top-5 {top5:.1f}%"
-        settings = f"k {k}, T {temperature:g}, {pool} pool"
-        print(f"knn top-1 {top1:.1f}%{second} ({settings}, {frozen.describe(top1)})", flush=True)
+        how = f"k {k}, T {temperature:g}, {pool} pool"
+        print(f"knn top-1 {top1:.1f}%{second} ({how}, {frozen.describe(top1)})", flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results

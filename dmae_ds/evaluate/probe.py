@@ -76,6 +76,7 @@ def evaluate_run(
             settings={
                 "l2": "held-out" if l2 is None else l2,
                 **({} if max_iterations == MAX_ITERATIONS else {"max_iterations": max_iterations}),
+                **source.settings(),
                 **settings_of(accelerator, pool=pool),
             },
             seconds=round(time.monotonic() - start, 3),

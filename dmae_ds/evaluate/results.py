@@ -3,10 +3,10 @@
     {"metric": "knn", "scores": {"top1": 81.2, "top5": 97.0}, "labels": "all", "settings": {"k": 20, ...},
     ...}
 
-The newest line of each (metric, labels, subset_seed, settings) counts; older lines stay as the history of a
-student that was still being trained. A new metric is one entry of METRICS. Lines of earlier versions have
-`top1` and `top5` in place of `scores`; they are read like the others, and stay as they are when lines are
-added.
+The newest line of each (metric, labels, subset_seed, settings, data, val) counts; older lines stay as the
+history of a student that was still being trained. A new metric is one entry of METRICS. Lines of earlier
+versions have `top1` and `top5` in place of `scores`, or no `val`; they are read like the others, and stay as
+they are when lines are added.
 """
 
 from __future__ import annotations
@@ -92,12 +92,19 @@ FIELDS = {
     "num_train": int,  # labelled images that were used
     "num_val": int,
     "data": str,  # fingerprint of data.train
+    "val": (str, type(None)),  # of data.val; None in lines of earlier versions, which newer ones replace
     "seconds": (int, float),  # wall time
     "device": str,  # "cpu", or the GPU's name
     "world_size": int,
     "when": str,  # ISO 8601, UTC
 }
-_SAME = ("metric", "labels", "subset_seed", "settings", "data")  # of a result and those that replace it
+_SAME = (
+    "metric",
+    "labels",
+    "subset_seed",
+    "settings",
+    "data",
+)  # and val: of a result and those that replace it
 _OLD_SCORES = ("top1", "top5")  # fields of their own in lines of earlier versions; top5 may be null
 
 
@@ -111,6 +118,7 @@ class MeasuredOn:
     num_train: int
     num_val: int
     data: str
+    val: str
     device: str
     world_size: int
 
@@ -200,7 +208,7 @@ def append_result(run: Path, result: dict) -> dict:
 
 
 def read_results(run: Path) -> list[dict]:
-    """The newest line of each (metric, labels, subset_seed, settings, data), the newest last.
+    """The newest line of each (metric, labels, subset_seed, settings, data, val), the newest last.
 
     It is [] without a file.
 
@@ -210,7 +218,7 @@ def read_results(run: Path) -> list[dict]:
 
 
 def read_history(run: Path) -> list[dict]:
-    """The newest line of each (metric, labels, subset_seed, settings, data, step), sorted by step.
+    """The newest line of each (metric, labels, subset_seed, settings, data, val, step), sorted by step.
 
     This is a curve over training. Raises UserError for a line that is not a result.
     """
@@ -224,7 +232,7 @@ def _read_lines(run: Path) -> list[dict]:
     results = []
     for number, line in enumerate(lines, start=1):
         try:
-            result = _with_scores(json.loads(line))
+            result = _completed(json.loads(line))
             _check(result)
         except ValueError as error:
             raise UserError(f"'{path}', line {number} is not a result ({error}); remove the line") from None
@@ -232,8 +240,10 @@ def _read_lines(run: Path) -> list[dict]:
     return results
 
 
-def _with_scores(line: object) -> object:
+def _completed(line: object) -> object:
     """A line of an earlier version in today's form; other lines as they are."""
+    if isinstance(line, dict):
+        line = {**line, "val": line.get("val")}
     if not isinstance(line, dict) or "scores" in line or not set(_OLD_SCORES) <= set(line):
         return line
     result = {}
@@ -246,11 +256,12 @@ def _with_scores(line: object) -> object:
 
 
 def _newest(results: list[dict], *names: str) -> list[dict]:
-    newest: dict[str, dict] = {}
+    newest: dict[tuple[str, str | None], dict] = {}
     for result in results:
-        key = json.dumps([result[name] for name in names], sort_keys=True)
-        newest.pop(key, None)
-        newest[key] = result
+        same = json.dumps([result[name] for name in names], sort_keys=True)
+        for replaced in {None, result["val"]}:
+            newest.pop((same, replaced), None)
+        newest[same, result["val"]] = result
     return list(newest.values())
 
 

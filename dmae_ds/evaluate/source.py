@@ -20,6 +20,7 @@ from dmae_ds.config.own_file import network_in
 from dmae_ds.errors import UserError
 from dmae_ds.evaluate.early import split_words
 from dmae_ds.output.safetensors_header import read_header
+from dmae_ds.weights.content import identify
 from dmae_ds.weights.hub import locate, timm_tag
 from dmae_ds.weights.label import WEIGHTS, Label
 
@@ -52,6 +53,12 @@ class FrozenSource:
         header = read_header(self.file) if self.file.is_file() else None
         step = "0" if header is None else header.metadata.get("step", "0")
         return int(step) if step.isdigit() else 0
+
+    def settings(self) -> dict[str, str]:
+        """The part of a result's settings that tells weights files apart; {} for a run's own student."""
+        if self.run is not None:
+            return {}
+        return {"weights": f"{self.file.name} {identify(self.file)[1]:08x}"}
 
     def load(self) -> VisionTransformer:
         """Load the network into timm's own class, in eval mode.
@@ -129,7 +136,7 @@ def _of_run(run: Path, overrides: list[str]) -> FrozenSource:
     if wrong is not None:
         raise UserError(f"'{wrong}' is for a weights file; '{run}' is a run folder, and its network is known")
     saved = read_saved_config(run, student_only=True)
-    own_data = saved.data.model_dump(mode="json", include=set(DataConfig.model_fields))
+    own_data = saved.data.model_dump(mode="json", include=set(DataConfig.model_fields) - {"repeat"})
     values = {
         "weights": str(run),
         "run": {"dir": str(run)},
@@ -138,7 +145,7 @@ def _of_run(run: Path, overrides: list[str]) -> FrozenSource:
     }
     config = build_config(values, overrides, schema=FrozenConfig)
     results = Path(config.run.dir).expanduser()
-    if results == run and config.data.model_dump(mode="json") != own_data:
+    if results == run and config.data.model_dump(mode="json", exclude={"repeat"}) != own_data:
         # The run's own results and reports stay as they are.
         digest = hashlib.sha256(config.data.model_dump_json().encode()).hexdigest()[:8]
         results = run / f"on-{Path(config.data.val or config.data.train).name}-{digest}"

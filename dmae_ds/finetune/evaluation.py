@@ -102,6 +102,7 @@ class Evaluation:
             num_train=len(self.ids),
             num_val=self.val_set.num_samples,
             data=self.train_set.fingerprint,
+            val=self.val_set.fingerprint,
             device=device_name(self.accelerator.device),
             world_size=self.accelerator.num_processes,
         )

@@ -116,6 +116,7 @@ def settings_of(source: Source, classifier: Classifier) -> dict:
             "drop_path": config.drop_path,
             "ema": config.ema,
             "distill": distill,
+            **source.teacher(),
         }
     return {**settings, **source.changed}
 

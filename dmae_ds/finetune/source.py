@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from isal import isal_zlib
+
 from dmae_ds.config.dense import DenseConfig
 from dmae_ds.config.evaluation import ClassifierConfig
 from dmae_ds.config.load import flatten, load_config, read_saved_config
 from dmae_ds.config.networks import looks_like_hub_id
 from dmae_ds.config.own_file import network_in
+from dmae_ds.config.shipped import find_file, shipped_files
 from dmae_ds.errors import UserError
 from dmae_ds.weights.content import UNIT, identify
 from dmae_ds.weights.hub import locate
@@ -65,6 +68,8 @@ _IN_SETTINGS = {
     "detector.heads",
 }
 _PLACES = ("weights=", "format=", "network.", "run.", "data.train=", "data.val=", "distill.teacher=")
+KIND = "evaluation recipe"
+TEACHER = "teacher"  # a key of a result's settings
 _IN_RUN = "?"  # run.dir of a run folder's evaluation, until its labels are known
 
 
@@ -77,7 +82,7 @@ class Source:
     """
 
     config: ClassifierConfig | DenseConfig
-    recipe: str
+    recipe: str  # its name; of a recipe that isn't shipped also a number of its content
     file: Path
     results: Path
     changed: dict[str, str] = field(default_factory=dict)
@@ -89,6 +94,14 @@ class Source:
         if distill is not None and Path(distill.teacher).expanduser().exists():
             files["distill.teacher"] = Path(distill.teacher).expanduser()
         return {f"{name} {UNIT}": identify(file) for name, file in files.items()}
+
+    def teacher(self) -> dict[str, str]:
+        """The part of a result's settings that tells teachers apart; {} without distillation."""
+        distill = getattr(self.config, "distill", None)
+        if distill is None:
+            return {}
+        file = Path(distill.teacher).expanduser()
+        return {TEACHER: f"{identify(file)[1]:08x}" if file.exists() else distill.teacher}
 
 
 def find_source(
@@ -128,13 +141,15 @@ def find_source(
                 exclude_none=True, exclude={"weights", "checkpoint_blocks"}
             ),
             "data": trained.data.model_dump(
-                mode="json", include=set(schema.model_fields["data"].annotation.model_fields)
+                mode="json", include=set(schema.model_fields["data"].annotation.model_fields) - {"repeat"}
             ),
         }
     else:
         file = _find_file(word)
         below |= {"run": {}, "data": {}, "network": network_in(file)}
-    config = load_config(recipe, overrides, schema=schema, kind="evaluation recipe", below=below)
+    config = load_config(recipe, overrides, schema=schema, kind=KIND, below=below)
+    if config.weights != word:
+        raise UserError(f"weights is '{config.weights}', and the command names '{word}'; remove `weights`")
     if config.run.dir == _IN_RUN:
         drawn = "" if labels is None or config.labels == "all" else _drawn(config)
         run_section = config.run.model_copy(update={"dir": str(run / f"{stem}{drawn}")})
@@ -144,11 +159,17 @@ def find_source(
     if not all(override.startswith(_PLACES) for override in overrides):
         plain = [override for override in overrides if override.startswith(_PLACES)]
         try:
-            usual = load_config(recipe, plain, schema=schema, kind="evaluation recipe", below=below)
+            usual = load_config(recipe, plain, schema=schema, kind=KIND, below=below)
         except UserError:  # the recipe has no value of its own
             usual = config
         changed = _list_changed(config, usual)
-    return Source(config, stem, file, run if run is not None else folder, changed)
+    return Source(config, _name_recipe(recipe), file, run if run is not None else folder, changed)
+
+
+def _name_recipe(recipe: str) -> str:
+    path = find_file(KIND, recipe)
+    is_shipped = path.resolve() in (file.resolve() for file in shipped_files(KIND).values())
+    return path.stem if is_shipped else f"{path.stem} {isal_zlib.crc32(path.read_bytes()):08x}"
 
 
 def _list_changed(config: ClassifierConfig | DenseConfig, plain: ClassifierConfig | DenseConfig) -> dict:

@@ -28,7 +28,8 @@ NOT_RUN, ONE_SEED = "not run", "one seed"
 class Column:
     """A column of the study's table: one metric under one group of settings.
 
-    settings: those of the evaluation and the beginning of its data's fingerprint, as JSON
+    settings: those of the evaluation, the beginning of its data's fingerprint, and the number of images it
+    was measured on, as JSON
     """
 
     metric: str
@@ -93,9 +94,16 @@ def collect_values(runs: list[Run]) -> dict[Column, list[float]]:
     values: dict[Column, list[float]] = {}
     for run in runs:
         draws: dict[Column, list[float]] = {}
+        # Each seed may have its own teacher; one run with several has several results.
+        several_teachers = len({result["settings"].get("teacher") for result in run.results} - {None}) > 1
+        pairs = {(result["data"], result["val"]) for result in run.results if result["val"]}
+        several_vals = len(pairs) > len({data for data, _ in pairs})
         for result in run.results:
-            settings = {key: value for key, value in result["settings"].items() if key != "seed"}
+            left_out = {"seed"} if several_teachers else {"seed", "teacher"}
+            settings = {key: value for key, value in result["settings"].items() if key not in left_out}
             settings["data"] = result["data"][:8]
+            # Lines of earlier versions have no fingerprint of data.val.
+            settings["val"] = result["val"][:8] if several_vals and result["val"] else result["num_val"]
             column = Column(result["metric"], result["labels"], json.dumps(settings, sort_keys=True))
             draws.setdefault(column, []).append(headline(result))
         for column, numbers in draws.items():

@@ -128,6 +128,7 @@ class FinalAccuracy:
             num_train=self.train.num_samples,
             num_val=val.num_samples,
             data=self.train.fingerprint,
+            val=val.fingerprint,
             device=device_name(self.ranks.device),
             world_size=self.ranks.num_processes,
         )

@@ -139,6 +139,7 @@ class KnnDuringTraining:
             num_train=len(self.ids),
             num_val=self.sets[1].num_samples,
             data=self.sets[0].fingerprint,
+            val=self.sets[1].fingerprint,
             device=device_name(self.ranks.device),
             world_size=self.ranks.num_processes,
         )

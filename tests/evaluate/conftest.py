@@ -147,6 +147,7 @@ def knn_result(top1, *, step=STEP, k=20, labels="all", subset_seed=None):
         "num_train": 1400,
         "num_val": 397,
         "data": "0" * 64,
+        "val": "1" * 64,
         "seconds": 1.5,
         "device": "cpu",
         "world_size": 1,

@@ -47,6 +47,8 @@ def test_the_newest_of_each_kind_counts_and_the_history_keeps_a_line_per_step(tm
     assert results[0]["when"].endswith("+00:00") and list(results[0]) == list(FIELDS)
     append_result(tmp_path, {**lines[0], "data": "other images"})
     assert top1(read_results(tmp_path)) == [31.0, 29.0, 28.0, 25.0, 20.0]
+    append_result(tmp_path, {**lines[0], "val": "other images"})
+    assert top1(read_results(tmp_path))[-2:] == [20.0, 20.0] and len(read_results(tmp_path)) == 6
     append_result(tmp_path, {**lines[0], "when": "2026-01-02T03:04:05+00:00"})
     assert read_results(tmp_path)[-1]["when"] == "2026-01-02T03:04:05+00:00"
 
@@ -113,7 +115,7 @@ def test_a_metric_without_top1_is_written_and_read(tmp_path, segmentation):
 def old_line(top1, top5, *, step):
     """A line of results.jsonl as earlier versions wrote it."""
     line = {**knn_result(0.0, step=step), "when": "2026-01-01T00:00:00+00:00"}
-    del line["scores"]
+    del line["scores"], line["val"]
     return {"metric": line.pop("metric"), "top1": top1, "top5": top5, **line}
 
 
@@ -129,7 +131,11 @@ def test_lines_of_earlier_versions_are_read_and_stay_when_lines_are_added(tmp_pa
     append_result(tmp_path, {**knn_result(40.0, step=30), "scores": {"top1": 40.0, "top5": 95.0}})
     assert (tmp_path / "results.jsonl").read_text().startswith(text)
     assert top1(read_history(tmp_path)) == [20.0, 30.0, 40.0]
-    assert top1(read_results(tmp_path)) == [40.0]  # an old and a new line of one evaluation are one kind
+    append_result(tmp_path, {**knn_result(41.0, step=30), "val": "other images"})
+    assert top1(read_results(tmp_path)) == [
+        40.0,
+        41.0,
+    ]  # an old and a new line of one evaluation are one kind
     (tmp_path / "results.jsonl").write_text(text + json.dumps(old_line(None, None, step=30)) + "\n")
     with refused("line 3", "top1"):
         read_results(tmp_path)

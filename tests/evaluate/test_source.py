@@ -40,6 +40,11 @@ def test_a_weights_file_in_place_of_a_run(run, shards, tmp_path):
     (source,) = find_sources([file, *data, *network, f"run.dir={folder}"])
     loaded = source.load().state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+    torch.save({name: value + 1 for name, value in tensors.items()}, file)
+    assert main(["eval", "knn", file, *data, *network, f"run.dir={folder}", "--k", "2"]) == 0
+    assert len({result["settings"]["weights"] for result in read_results(folder)}) == 2
+    with refused("data.repeat"):
+        find_sources([file, *data, *network, f"run.dir={folder}", "data.repeat=2"])
     with refused("run.dir"):
         find_sources([file, *data, *network])
     with refused("network.name"):

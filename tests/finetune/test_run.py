@@ -238,6 +238,13 @@ def test_mistakes_are_refused_before_anything_is_written(run, tmp_path):
             {},
             ("distill.method srrl", "optim.micro_batch"),
         ),
+        (
+            ["distill.method=features", "distill.teacher=x", "distill.pool=cls"],
+            {},
+            ("distill.pool", "distill.name"),
+        ),
+        (["weights=other.pth"], {}, ("weights", "other.pth", run)),
+        (["data.repeat=2"], {}, ("data.repeat", 2)),
         (["precision=fp64"], {}, ("precision", "fp64", "fp32", "bf16")),
     ):
         with refused(*words):

@@ -26,7 +26,13 @@ TEACHES, PLAIN = FIRST.settings
 
 def measured(metric, value, labels="all", **settings):
     fields = {"metric": metric, "labels": labels, "scores": {"top1": value}}
-    return {**fields, "settings": {"pool": "mean", **settings}, "data": "fingerprint"}
+    return {
+        **fields,
+        "settings": {"pool": "mean", **settings},
+        "data": "fingerprint",
+        "val": None,
+        "num_val": 9,
+    }
 
 
 def made(name, numbers, *, facts=None, **training):

@@ -152,12 +152,14 @@ def test_a_metric_without_top1_is_a_column_next_to_lines_of_an_earlier_version(t
     run = make_run(tmp_path / "run", "digits_mae", results=[("knn", "all", 70.0, KNN)], num_images=1400)
     assert '"top1": 70.0' in (run / "results.jsonl").read_text()
     (knn,) = read_results(run)
-    append_result(run, {**knn, "metric": "segmentation", "scores": {"miou": 41.5}})
+    for val, miou in (("a", 41.5), ("b", 30.0)):
+        append_result(run, {**knn, "metric": "segmentation", "scores": {"miou": miou}, "val": val})
     settings = group(find_runs([run]))
     headings = list_columns(settings)
-    assert list(headings.values()) == ["k-NN", "linear segmentation"]
-    assert [settings[0].values[column] for column in headings] == [[70.0], [41.5]]
-    assert [axes.get_xlabel() for axes in draw_study(settings, headings).axes] == ["top-1, %", "mIoU, %"]
+    assert list(headings.values()) == ["k-NN", "linear segmentation, val a", "linear segmentation, val b"]
+    assert [settings[0].values[column] for column in headings] == [[70.0], [41.5], [30.0]]
+    labels = [axes.get_xlabel() for axes in draw_study(settings, headings).axes]
+    assert labels == ["top-1, %", "mIoU, %", "mIoU, %"]
 
 
 def test_runs_that_begin_with_other_runs_are_settings_too(tmp_path):
