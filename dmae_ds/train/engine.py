@@ -20,6 +20,9 @@ from dmae_ds.train.full_parameters import full_parameters
 if TYPE_CHECKING:
     from dmae_ds.train.checkpoint.deepspeed_files import SafeCheckpointEngine
 
+# Keys of an optimizer's parameter group that are no settings.
+STATE_OF_GROUP = ("params", "step")
+
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise UserError where DeepSpeed cannot run a precision on this device."""
@@ -219,14 +222,32 @@ class Engine:
         self._engine.save_checkpoint(folder, tag=tag, save_latest=False, client_state={GROUPS: self._groups})
         return self._files
 
+    def has_groups_of(self, checkpoint: Path) -> bool:
+        """Whether the optimizer has the parameter groups that a checkpoint was written with, so far as known.
+
+        They follow from optim.weight_decay and optim.layer_decay. No collective.
+        """
+        from dmae_ds.train.checkpoint.full_state import read_groups
+
+        return read_groups(checkpoint) in (None, self._groups)
+
     def load(self, folder: str, tag: str) -> None:
-        """Read what `save` wrote, at the same world size and ZeRO stage. Collective."""
+        """Read what `save` wrote, at the same world size, ZeRO stage and parameter groups. Collective.
+
+        The optimizer's settings, such as weight decay, stay the recipe's: DeepSpeed would read them too.
+        """
+        settings = [
+            {key: value for key, value in group.items() if key not in STATE_OF_GROUP}
+            for group in self._engine.optimizer.param_groups
+        ]
         path, _ = self._engine.load_checkpoint(folder, tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder}/{tag}"
+        for group, of_recipe in zip(self._engine.optimizer.param_groups, settings, strict=True):
+            group.update(of_recipe)
         self._load_buffers(Path(folder) / tag)
 
     def load_resharded(self, checkpoint: Path, *, stage: int, step: int, global_batch: int) -> None:
-        """Read what another number of ranks wrote, or another ZeRO stage (`stage`).
+        """Read what another number of ranks wrote, another ZeRO stage (`stage`), or other parameter groups.
 
         Weights, Adam's moments and its counter are loaded; the optimizer's settings are the recipe's.
         Collective. Raises UserError.
@@ -237,7 +258,8 @@ class Engine:
         if self._offloads_to_disk:
             raise UserError(
                 f"checkpoint '{checkpoint}' cannot be resharded into an optimizer that is offloaded to NVMe; "
-                "offload to cpu, or start with the world size and ZeRO stage that wrote it"
+                "offload to cpu, or start with the world size, ZeRO stage, optim.weight_decay and "
+                "optim.layer_decay that wrote it"
             )
         parameters = dict(self.objective.named_parameters())
         load_full_state(self._engine, parameters, FullState(checkpoint, stage=stage))

@@ -86,6 +86,9 @@ class FamilyEngine:
     def save(self, folder: str, tag: str) -> SafeCheckpointEngine:
         return _joined([engine.save(f"{folder}/{tag}", name) for name, engine in self.engines.items()])
 
+    def has_groups_of(self, checkpoint: Path) -> bool:
+        return all(engine.has_groups_of(checkpoint / name) for name, engine in self.engines.items())
+
     def load(self, folder: str, tag: str) -> None:
         for name, engine in self.engines.items():
             engine.load(f"{folder}/{tag}", name)

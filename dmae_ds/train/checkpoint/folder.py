@@ -163,8 +163,12 @@ class CheckpointFolder:
             is_same_state = key == "precision" and {saved, identity[key]} <= set(SAME_STATE)
             if saved != identity[key] and not is_same_state:
                 raise UserError(f"checkpoint '{folder}' {_difference(key, saved, identity[key])}; {way_out}")
-        if not self.must_reshard(state, identity):
-            return
+        if self.must_reshard(state, identity):
+            self.check_can_reshard(folder, identity)
+
+    def check_can_reshard(self, folder: Path, identity: dict) -> None:
+        """Raise UserError where a checkpoint can be loaded only as it was written."""
+        state = self.read_state(folder)
         if state["version"] < 3 and state["zero_stage"] == 0:
             reason = "does not record which optimizer state belongs to which parameter"
         elif identity["precision"] == "fp16":
@@ -173,9 +177,15 @@ class CheckpointFolder:
             reason = "holds tensors that were offloaded to NVMe"
         else:
             return
+        if self.must_reshard(state, identity):
+            changed = "another world size or ZeRO stage"
+            way_out = f"start with {state['world_size']} ranks and ZeRO stage {state['zero_stage']}"
+        else:
+            changed = "other parameter groups of the optimizer"
+            way_out = "set optim.weight_decay (0 or not) and optim.layer_decay back"
         raise UserError(
-            f"checkpoint '{folder}' {reason}, so it cannot continue with another world size or ZeRO stage; "
-            f"start with {state['world_size']} ranks and ZeRO stage {state['zero_stage']}, as it was written"
+            f"checkpoint '{folder}' {reason}, so it cannot continue with {changed}; {way_out}, "
+            "as it was written"
         )
 
     @staticmethod

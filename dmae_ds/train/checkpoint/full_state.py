@@ -123,6 +123,11 @@ def read_buffers(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: module[name] for name in names if name in module}
 
 
+def read_groups(folder: Path) -> list[list[str]] | None:
+    """Read which parameters were in which group of the optimizer; None where a checkpoint of old lacks it."""
+    return load_file(next(folder.glob("*_model_states.pt")), mmap=True).get(GROUPS)
+
+
 def _by_state(weight: Tensor, states: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     """Pairs of the names in STATES and their tensors: the weight, then Adam's moments."""
     return [("fp32", weight), *((moment, states[moment]) for moment in MOMENTS)]

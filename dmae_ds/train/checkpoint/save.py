@@ -102,8 +102,8 @@ class Checkpoints:
     def load(self, engine: Engine, checkpoint: Path) -> int:
         """Restore a save that preflight accepted for this run; returns its step. Collective.
 
-        A checkpoint of another world size or ZeRO stage is resharded. Raises UserError on every rank when a
-        file is damaged.
+        A checkpoint of another world size, ZeRO stage or parameter groups is resharded. Raises UserError on
+        every rank when a file is damaged.
         """
         rank, world_size = collectives.rank(), collectives.world_size()
         collectives.raise_on_all_ranks(
@@ -111,7 +111,8 @@ class Checkpoints:
         )
         state = self.folder.read_state(checkpoint)
         step = state["step"]
-        if self.folder.must_reshard(state, self.identity):
+        same_groups = collectives.raise_on_all_ranks(lambda: self._has_groups_of(engine, checkpoint))
+        if self.folder.must_reshard(state, self.identity) or not same_groups:
             engine.load_resharded(
                 checkpoint,
                 stage=state["zero_stage"],
@@ -119,9 +120,10 @@ class Checkpoints:
                 global_batch=self.identity["global_batch"],
             )
             if collectives.is_main():
+                groups = "" if same_groups else "; optim.weight_decay or layer_decay form other groups"
                 say(
                     f"checkpoint {checkpoint.name} resharded: written by {_layout(state)}; "
-                    f"this run has {_layout(self.identity)}"
+                    f"this run has {_layout(self.identity)}{groups}"
                 )
         else:
             engine.load(str(self.folder.path), checkpoint.name)
@@ -130,6 +132,13 @@ class Checkpoints:
         self._restore_student_files(engine, step)
         self._last_step = step
         return step
+
+    def _has_groups_of(self, engine: Engine, checkpoint: Path) -> bool:
+        """Whether the optimizer has the checkpoint's parameter groups; raises UserError where it must."""
+        same = engine.has_groups_of(checkpoint)
+        if not same:
+            self.folder.check_can_reshard(checkpoint, self.identity)
+        return same
 
     def _raise_unless_finite(self, weights: dict[str, Tensor], step: int) -> None:
         """Raise RunFailed, on every rank, for weights that are not finite. weights: on rank 0. Collective."""

@@ -210,6 +210,8 @@ def test_fp16_continues_only_as_it_was_written(folder):
     save(folder, 5, precision="fp16")
     with refused("fp16", "2 ranks", "ZeRO stage 2"):
         folder.check_same_run(folder.latest(), {**IDENTITY, "precision": "fp16", "world_size": 4})
+    with refused("fp16", "optim.weight_decay", "optim.layer_decay"):
+        folder.check_can_reshard(folder.latest(), {**IDENTITY, "precision": "fp16"})
 
 
 def test_a_state_of_version_2_is_read_and_resharded_unless_it_lacks_the_names(folder):

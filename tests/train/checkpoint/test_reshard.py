@@ -24,6 +24,13 @@ from tests.train.conftest import losses
 from tests.train.test_resume import STREAM
 
 FORGOTTEN = ("exp_avg", "step")
+# Settings of the optimizer that a resumed run changes. Without decay the parameters are one group, not two;
+# a decay that does nothing leaves two.
+CHANGED = {
+    "decayed": ["optim.weight_decay=50", "optim.betas=[0.8,0.9]"],
+    "undecayed": ["optim.weight_decay=0"],
+    "hardly-decayed": ["optim.weight_decay=1e-30"],
+}
 # A save of 2 ranks at stage 2 takes 2,600 KiB, the exported files 670 KiB.
 TMPFS_KIB = {"full_at_once": 1500, "full_later": 6200}
 
@@ -48,11 +55,25 @@ def can_mount() -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def change(recipe: list[str], folder: Path, name: str, stages: tuple[int, int], ranks: int = 1) -> list[list]:
+    """Continue a run of one stage with other settings, at another stage or the same."""
+    other = folder / f"{name}-{stages[0]}-{stages[1]}"
+    return [
+        ["take", str(folder / f"{ranks}x{stages[0]}"), SAVED, str(other)],
+        train(recipe, other, f"deepspeed=zero{stages[1]}", *CHANGED[name]),
+    ]
+
+
 @pytest.fixture(scope="module")
 def moved(tiny_recipe, tmp_path_factory):
     """(folder of runs, stderr of the ranks): one rank writes, then two ranks do the rest in one start."""
     folder = tmp_path_factory.mktemp("moved")
-    start([source(tiny_recipe, folder, 3, 1), source(tiny_recipe, folder, 0, 1)], ranks=1, cwd=folder)
+    steps = [source(tiny_recipe, folder, 3, 1), source(tiny_recipe, folder, 0, 1)]
+    for name, stages in [("decayed", (0, 0)), ("decayed", (3, 3)), ("decayed", (0, 1))]:
+        steps += change(tiny_recipe, folder, name, stages)
+    for name, stages in [("undecayed", (0, 0)), ("undecayed", (3, 3)), ("hardly-decayed", (0, 0))]:
+        steps += change(tiny_recipe, folder, name, stages)
+    start(steps, ranks=1, cwd=folder)
     for name in FORGOTTEN:
         shutil.copytree(folder / "1x0", folder / f"without-{name}")
         shutil.rmtree(folder / f"without-{name}" / "checkpoints" / f"step-{STEPS:08d}")
@@ -67,6 +88,8 @@ def moved(tiny_recipe, tmp_path_factory):
         ]
     steps += [
         source(tiny_recipe, folder, 2, 2),
+        *change(tiny_recipe, folder, "decayed", (2, 2), ranks=2),
+        *change(tiny_recipe, folder, "undecayed", (2, 2), ranks=2),
         ["take", str(folder / "2x2"), SAVED, str(folder / "streamed")],
         train(tiny_recipe, folder / "streamed", *STREAM, "deepspeed=zero2"),
     ]
@@ -96,6 +119,17 @@ def test_another_world_size_and_stage_continue_as_the_uninterrupted_run(moved, s
     folder, stderr = moved
     assert_same(folder / f"1x{stages[0]}-2x{stages[1]}", folder / "1x3")
     assert re.search(rf"checkpoint step-.*1 ranks.*stage {stages[0]}.*2 ranks.*stage {stages[1]}", stderr)
+
+
+@pytest.mark.parametrize("stage", [0, 3, 2])
+def test_changed_settings_of_the_optimizer_take_effect(moved, stage):
+    folder, _ = moved
+    resharded, unchanged = losses(folder / "decayed-0-1"), losses(folder / "1x0")[SAVED:]
+    assert losses(folder / f"decayed-{stage}-{stage}") == pytest.approx(resharded, rel=NEAR)
+    assert resharded != pytest.approx(unchanged, rel=NEAR)
+    expected = losses(folder / "hardly-decayed-0-0")
+    assert losses(folder / f"undecayed-{stage}-{stage}") == pytest.approx(expected, rel=NEAR)
+    assert len(expected) == STEPS - SAVED and expected != pytest.approx(unchanged, rel=NEAR)
 
 
 @pytest.mark.parametrize("name", FORGOTTEN)
