@@ -67,9 +67,12 @@ def test_a_run_trains_on_these_images_alone_each_once_an_epoch(recipe):
 
 
 def test_a_run_does_not_go_on_with_another_share(recipe):
-    preflight = prepare(load_config("digits_mae", [*recipe, "data.share=0.5"]), World(), resume="never")
-    other = prepare(load_config("digits_mae", [*recipe, "data.share=0.25"]), World(), resume="never")
-    assert preflight.identity != other.identity
+    begun = prepare(load_config("digits_mae", [*recipe, "data.share=0.5"]), World(), resume="never")
+    begun.folder.begin(1)
+    begun.folder.commit(1, {"step": 1, **begun.identity}, {})
+    assert prepare(begun.config, World(), resume="auto").is_resumed
+    with refused("num_samples 12", "this run 6", "data.share"):
+        prepare(load_config("digits_mae", [*recipe, "data.share=0.25"]), World(), resume="auto")
 
 
 def test_an_evaluation_of_the_run_reads_all_images(recipe, tmp_path):

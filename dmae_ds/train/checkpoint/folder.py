@@ -32,6 +32,7 @@ MUST_AGREE = {
     "precision": "set precision back (fp32 and bf16_autocast continue each other)",
     "seed": "set run.seed back",
     "fingerprint": "set data.train to the shards that the run was trained on",
+    "num_samples": "set data.share back",  # images of an epoch
     "order": "set data.block back",
     "repeat": "set data.repeat back",
     "global_batch": "set optim.global_batch back",
@@ -51,7 +52,7 @@ UNSET, SHOWN = "unset", 3  # how a missing key reads; how many differing keys ar
 # Different precisions that hold the same state: fp32 weights and moments.
 SAME_STATE = ("fp32", "bf16_autocast")
 
-# Values that a state.json from before a key existed stands for.
+# Values that a state.json from before a key existed stands for; a key that is not here is not compared then.
 OLDER = {
     "order": {"version": 1, "block": 1},
     "repeat": 1,
@@ -159,7 +160,7 @@ class CheckpointFolder:
         """
         state = self.read_state(folder)
         for key, way_out in MUST_AGREE.items():
-            saved = state[key] if key in state else OLDER[key]
+            saved = state.get(key, OLDER.get(key, identity[key]))
             is_same_state = key == "precision" and {saved, identity[key]} <= set(SAME_STATE)
             if saved != identity[key] and not is_same_state:
                 raise UserError(f"checkpoint '{folder}' {_difference(key, saved, identity[key])}; {way_out}")
