@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dmae_ds.config.family import members_of
-from dmae_ds.config.networks import ModelConfig
+from dmae_ds.config.networks import ModelConfig, looks_like_hub_id
 from dmae_ds.config.objective_base import ObjectiveSection
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.order import ORDER_VERSION, num_in_share
 from dmae_ds.data.shard_set import ShardSet
 from dmae_ds.data.unindexed import UnindexedShards
+from dmae_ds.train.checkpoint.folder import TEACHER_WEIGHTS
+from dmae_ds.weights.content import identify_opened
 
 # Keys of the student section that may change when a run is resumed: initial weights are not read again, and
 # blocks that run twice compute the same.
 STUDENT_MAY_CHANGE = {"weights", "checkpoint_blocks"}
-# Keys of the teacher section that may: they change neither features nor positions.
+# Keys of the teacher section that may: they change neither features nor positions. Weights may be elsewhere,
+# or in another format; what they are is compared, see `_weights_of`.
 TEACHER_MAY_CHANGE = {"weights", "format", "stats", "license", "placement", "stages", "cache"}
 
 
@@ -53,8 +58,26 @@ def identity_of(
         "micro_batch": micro_batch,
         "teacher": teachers.pop("", None),
         "teachers": teachers or None,
+        TEACHER_WEIGHTS: _weights_of(config),
         **_of_students(config),
     }
+
+
+def _weights_of(config: RunConfig) -> dict[str, list[int] | str]:
+    """What tells the teachers' weights from others: of a file here [bytes, crc32], of the hub's the id.
+
+    Weights that are not here, because stored features are read, are left out; timm's have the network's name.
+    """
+    weights = {}
+    for teacher in config.named_teachers().values():
+        if teacher.weights is None:
+            continue
+        key, path = f"{teacher.key('weights')} in format {teacher.format}", Path(teacher.weights).expanduser()
+        if path.exists():
+            weights[key] = identify_opened(path)
+        elif looks_like_hub_id(teacher.weights):
+            weights[key] = teacher.weights
+    return weights
 
 
 def _of_students(config: RunConfig) -> dict:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dmae_ds.errors import UserError
 from dmae_ds.output.safetensors_header import is_safetensors
+from dmae_ds.weights.content import IN_A_FOLDER
 from dmae_ds.weights.label import WEIGHTS, Label
 from dmae_ds.weights.places import Container
 from dmae_ds.weights.roots import narrow
@@ -24,14 +25,6 @@ from dmae_ds.weights.torch_file import is_zip, open_torch
 from dmae_ds.weights.unreadable import describe_folder, describe_unreadable
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-# Files that are looked for in a folder, the first that exists wins: our own name, then those of transformers.
-IN_A_FOLDER = (
-    "student.safetensors",
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 
 
 def open_container(

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dmae_ds.config.load import dump_config, load_config
 from dmae_ds.distributed.world import World
+from dmae_ds.train.checkpoint.folder import TEACHER_WEIGHTS
 from dmae_ds.train.preflight import prepare
 from tests.messages import refused
 from tests.train.conftest import command, environment, refusal, run
@@ -181,3 +183,29 @@ def test_a_resumed_run_keeps_the_teachers_dtype_with_which_it_began(tiny_recipe,
     assert again.resume_from is not None and again.config.teacher.dtype == "fp32"
     with refused("teacher.dtype fp32", "bf16"):
         prepared(f"precision={precision}", "teacher.dtype=bf16", resume="auto")
+
+
+def test_a_run_continues_with_the_teacher_s_weights_wherever_they_are(tiny_recipe, tmp_path):
+    name = next(value for value in tiny_recipe if value.startswith("teacher.weights="))
+    given = Path(name.removeprefix("teacher.weights="))
+    moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    moved.write_bytes(given.read_bytes())
+    save_file({key: tensor + 1 for key, tensor in load_file(given).items()}, other)
+
+    def prepared(weights, resume="auto"):
+        overrides = [*tiny_recipe[1:], f"run.dir={tmp_path / 'run'}", f"teacher.weights={weights}"]
+        return prepare(load_config(tiny_recipe[0], overrides), World(), resume=resume)
+
+    began = prepared(given, resume="never")
+    state = {"step": 3, "position": 48, **began.identity}
+    began.folder.begin(3)
+    began.folder.commit(3, state, {})
+    assert prepared(moved).is_resumed
+    with refused("teacher.weights", str(began.identity[TEACHER_WEIGHTS]["teacher.weights in format timm"])):
+        prepared(other)
+    moved.write_bytes(other.read_bytes())
+    with refused("teacher.weights", "run.dir"):
+        prepared(moved)
+    del state[TEACHER_WEIGHTS]  # an earlier version's
+    began.folder.commit(3, state, {})
+    assert prepared(other).is_resumed

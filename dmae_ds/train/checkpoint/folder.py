@@ -45,6 +45,9 @@ MUST_AGREE = {
     "for it; finish the run with that version, or begin another run.dir with student.weights of this one",
 }
 
+# Key of what tells the teachers' weights from others: compared where both sides know it in the same way.
+TEACHER_WEIGHTS = "teacher_weights"
+
 # Names of their keys in a recipe, where they have others.
 IN_RECIPE = {"seed": "run.seed", "repeat": "data.repeat", "global_batch": "optim.global_batch"}
 UNSET, SHOWN = "unset", 3  # how a missing key reads; how many differing keys are shown
@@ -156,7 +159,7 @@ class CheckpointFolder:
     def check_same_run(self, folder: Path, identity: dict) -> None:
         """Raise UserError unless a checkpoint can continue as the run with this identity.
 
-        identity: the keys of MUST_AGREE, world_size and zero_stage
+        identity: the keys of MUST_AGREE, world_size and zero_stage; TEACHER_WEIGHTS where some are known
         """
         state = self.read_state(folder)
         for key, way_out in MUST_AGREE.items():
@@ -164,6 +167,13 @@ class CheckpointFolder:
             is_same_state = key == "precision" and {saved, identity[key]} <= set(SAME_STATE)
             if saved != identity[key] and not is_same_state:
                 raise UserError(f"checkpoint '{folder}' {_difference(key, saved, identity[key])}; {way_out}")
+        for key, here in identity.get(TEACHER_WEIGHTS, {}).items():
+            saved = state.get(TEACHER_WEIGHTS, {}).get(key)
+            if type(saved) is type(here) and saved != here:
+                raise UserError(
+                    f"checkpoint '{folder}' was trained with another {key}: {saved}, this run has {here}; "
+                    "give the weights that the run began with, or choose another run.dir"
+                )
         if self.must_reshard(state, identity):
             self.check_can_reshard(folder, identity)
 

@@ -19,7 +19,7 @@ from dmae_ds.errors import RunFailed
 from dmae_ds.output.lines import say
 from dmae_ds.output.units import MIB, size_text
 from dmae_ds.train.checkpoint.ema_file import load_ema, save_ema
-from dmae_ds.train.checkpoint.folder import CheckpointFolder, Written, crc32_of
+from dmae_ds.train.checkpoint.folder import TEACHER_WEIGHTS, CheckpointFolder, Written, crc32_of
 from dmae_ds.train.checkpoint.student_file import StudentFiles
 from dmae_ds.train.ema import EmaTeacher, NoEmaTeacher
 from dmae_ds.train.engine import Engine
@@ -111,6 +111,9 @@ class Checkpoints:
         )
         state = self.folder.read_state(checkpoint)
         step = state["step"]
+        # Also of weights that are not here now, because their features are stored.
+        weights = {**state.get(TEACHER_WEIGHTS, {}), **self.identity.get(TEACHER_WEIGHTS, {})}
+        self.identity = {**self.identity, TEACHER_WEIGHTS: weights}
         same_groups = collectives.raise_on_all_ranks(lambda: self._has_groups_of(engine, checkpoint))
         if self.folder.must_reshard(state, self.identity) or not same_groups:
             engine.load_resharded(
