@@ -141,8 +141,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     replay = check_stored(config, shards, num_steps=steps)
     if resume_from is None:
         check_members_are_new(folder.run_dir, members)
-    if resume == "never":
-        check_is_new(folder.run_dir)
+    check_may_begin(folder, resume)
     return Preflight(
         config=config,
         world=world,
@@ -168,15 +167,26 @@ def describe_finished(preflight: Preflight) -> str:
     )
 
 
-def check_is_new(run_dir: Path) -> None:
-    """Raise UserError where a folder holds a run already.
+def check_may_begin(folder: CheckpointFolder, resume: str) -> None:
+    """Raise UserError where a folder holds a run that this start would write over.
 
-    One that ended before its first checkpoint, and has no result, may be started again.
+    resume: `never` refuses every run but one that ended before its first checkpoint, and has no result;
+        `auto` continues a run, and refuses one whose newest checkpoint is not named
     """
+    run_dir, checkpoints = folder.run_dir, folder.all()
     folders = (run_dir, *(path.parent for path in run_dir.glob("*/config.yaml")))  # those of a family
-    if (run_dir / "config.yaml").exists() and any(map(_holds_a_run, folders)):
+    if not (run_dir / "config.yaml").exists() or (resume == "auto" and folder.latest() is not None):
+        return
+    if resume == "never" and any(map(_holds_a_run, folders)):
         way_out = "continue it with --resume auto, or choose another run.dir"
         raise UserError(f"run.dir '{run_dir}' holds a run already; {way_out}")
+    # One checkpoint and no student is what a kill in the first save leaves, shortly before its end.
+    was_saved = len(checkpoints) > 1 or any((path / STUDENT).exists() for path in folders)
+    if resume == "auto" and was_saved:
+        pointer, way_out = folder.path / "latest", "choose another run.dir"
+        if checkpoints:
+            way_out = f"continue with `echo {checkpoints[-1].name} > {pointer}`, or {way_out}"
+        raise UserError(f"run.dir '{run_dir}' holds a run, and '{pointer}' is missing; {way_out}")
 
 
 def check_is_no_member(run_dir: Path) -> None:

@@ -40,7 +40,7 @@ from dmae_ds.train.loop import train
 from dmae_ds.train.metrics import MetricLogger
 from dmae_ds.train.networks import Teacher, build_networks
 from dmae_ds.train.peak_memory import PeakMemory
-from dmae_ds.train.preflight import Preflight, check_is_new
+from dmae_ds.train.preflight import Preflight, check_may_begin
 from dmae_ds.train.run_log import begin_log, log_until_end
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.speed import measure_speed
@@ -265,9 +265,8 @@ def with_newest_checkpoint(preflight: Preflight) -> Preflight:
     def look() -> Path | None:
         if not preflight.world.is_main:
             return None
-        if preflight.resume == "never":
-            return check_is_new(preflight.run_dir)
-        newest = preflight.folder.latest()
+        check_may_begin(preflight.folder, preflight.resume)
+        newest = preflight.folder.latest() if preflight.resume == "auto" else None
         if newest is not None:
             preflight.folder.check_same_run(newest, preflight.identity)
         return newest

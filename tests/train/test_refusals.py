@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -145,6 +146,32 @@ def test_a_run_folder_is_not_overwritten(tiny_recipe, tmp_path):
     (tmp_path / "run" / "student.safetensors").write_text("precious")
     assert "--resume auto" in refusal(["train", *tiny_recipe, f"run.dir={tmp_path / 'run'}"], tmp_path)
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
+
+
+def test_a_run_whose_newest_checkpoint_is_not_named_does_not_start_again(tiny_recipe, tmp_path):
+    """--resume auto starts again only where a run ended before its first checkpoint."""
+    run_dir = tmp_path / "run"
+    config = load_config(tiny_recipe[0], [*tiny_recipe[1:], f"run.dir={run_dir}"])
+    began = prepare(config, World(), resume="auto")
+    run_dir.mkdir()
+    for name in ("config.yaml", "results.jsonl"):  # k-NN has been measured
+        (run_dir / name).touch()
+    assert prepare(config, World(), resume="auto").resume_from is None
+    pointer = run_dir / "checkpoints" / "latest"
+    for step in (3, 6):
+        began.folder.begin(step)
+        began.folder.commit(step, {"step": step, "position": 16 * step, **began.identity}, {})
+        pointer.unlink()
+        if step == 3:  # killed in the first save, before its end
+            assert prepare(config, World(), resume="auto").resume_from is None
+    with refused("run.dir", f"echo step-00000006 > {pointer}"):
+        prepare(config, World(), resume="auto")
+    pointer.write_text("step-00000006")
+    assert prepare(config, World(), resume="auto").resume_from.name == "step-00000006"
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "student.safetensors").touch()
+    with refused("another run.dir", pointer):
+        prepare(config, World(), resume="auto")
 
 
 def test_an_incomplete_set_of_rank_variables_is_refused(monkeypatch):

@@ -131,6 +131,8 @@ def test_a_job_that_waited_does_not_start_over_the_run_of_the_job_before_it(tmp_
     (tmp_path / "student.safetensors").write_text("finished")
     with refused("run.dir", tmp_path, "--resume auto"):
         looked_at(tmp_path, "never")
+    with refused("run.dir", tmp_path / "checkpoints" / "latest"):  # its checkpoints are gone
+        looked_at(tmp_path, "auto")
     assert (tmp_path / "config.yaml").read_text() == "finished"
 
 
