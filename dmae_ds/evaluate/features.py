@@ -12,7 +12,7 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Callable, Protocol
 
 import numpy as np
 import torch
@@ -139,10 +139,12 @@ def extract_features(
     processes: Processes,
     title: str | None,
     subset: np.ndarray | None = None,
+    agree: Callable[[Callable[[], None]], None] = lambda embed: embed(),
 ) -> tuple[Tensor, Tensor]:
     """Embed the central crop of every image with a student that is on the processes' device. Collective.
 
     title: of the progress that is shown, None for none; subset: rising sample ids [n], None for all samples
+    agree: calls a function and raises, on every process, what one of them raised in it
     Returns features after the final norm, [n, D] or [n, L, D] float32 as the pool says, and labels [n] int64.
     Row i belongs to the i-th id; every process gets all rows on its device.
     """
@@ -173,17 +175,21 @@ def extract_features(
         every_s=LINE_EVERY_S,
         is_shown=title is not None and processes.is_main_process,
     )
-    stop = 0
-    with progress:
-        for batch in batches:
-            batch = batch.to(device)
-            rows = slice(stop, stop := stop + len(batch.labels))
-            with processes.autocast():
-                # [N, 3, H, W] -> [N, H, W, 3] to be normalised -> [N, 3, H, W]
-                pixels = normalize(batch.images.movedim(1, -1)).movedim(-1, 1)
-                features[rows] = pool(student.forward_features(pixels).float(), prefix)
-            labels[rows] = batch.labels
-            progress.advance(len(batch.labels) * num_processes)
+
+    def embed() -> None:
+        stop = 0
+        with progress:
+            for batch in batches:
+                batch = batch.to(device)
+                rows = slice(stop, stop := stop + len(batch.labels))
+                with processes.autocast():
+                    # [N, 3, H, W] -> [N, H, W, 3] to be normalised -> [N, 3, H, W]
+                    pixels = normalize(batch.images.movedim(1, -1)).movedim(-1, 1)
+                    features[rows] = pool(student.forward_features(pixels).float(), prefix)
+                labels[rows] = batch.labels
+                progress.advance(len(batch.labels) * num_processes)
+
+    agree(embed)
     return tuple(
         _in_id_order(processes.gather(rows), num_processes)[:num_samples] for rows in (features, labels)
     )

@@ -76,8 +76,9 @@ def choose_blocks(
             return Blocks(min(wanted.queries, tiles * TILE.queries), train)
         if train == TILE.train:
             raise UserError(
-                f"--memory-gib {memory_gib:g}: a search in {num_train:,} training rows of width {dim} "
-                f"requires at least {least / GIB:.2f} GiB in addition to the features; raise it to that"
+                f"--memory-gib {memory_gib:g} (in a recipe eval.memory_gib): a search in {num_train:,} "
+                f"training rows of width {dim} requires at least {least / GIB:.2f} GiB in addition to the "
+                "features; raise it to that"
             )
         train = max(TILE.train, _round_up(train // 2, TILE.train))
 

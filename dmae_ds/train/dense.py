@@ -16,7 +16,7 @@ from dmae_ds.config.data import DataConfig
 from dmae_ds.config.networks import ModelConfig
 from dmae_ds.config.run import EvalConfig
 from dmae_ds.data.dense import DenseSet
-from dmae_ds.errors import RunFailed, UserError
+from dmae_ds.errors import UserError
 from dmae_ds.evaluate.dense import KnnOptions, make_dense_result, measure
 from dmae_ds.evaluate.dense_features import DenseNetwork, DenseOptions
 from dmae_ds.evaluate.dense_sets import open_dense_sets
@@ -73,10 +73,8 @@ class DenseDuringTraining:
                     network, *self.sets, options, self.task, processes=self.ranks, is_shown=False
                 )
             except UserError as error:
-                self.metric_logger.flush()  # raises for a loss that is not finite, which explains more
-                failure = RunFailed(f"dense k-NN at step {step}: {error}")
-                failure.on_every_rank = not error.of_one_rank
-                raise failure from None
+                error.on_every_rank = not error.of_one_rank
+                raise
         seconds = time.monotonic() - start
         if self.ranks.is_main_process:
             result = make_dense_result(

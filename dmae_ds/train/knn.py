@@ -22,7 +22,7 @@ from dmae_ds.config.run import EvalConfig
 from dmae_ds.distributed import collectives
 from dmae_ds.distributed.device import device_name
 from dmae_ds.distributed.world import World
-from dmae_ds.errors import RunFailed, UserError
+from dmae_ds.errors import UserError
 from dmae_ds.evaluate.features import FeatureOptions, build_timm, extract_features
 from dmae_ds.evaluate.frozen import FrozenFeatures, settings_of
 from dmae_ds.evaluate.knn import classify
@@ -60,7 +60,8 @@ class TrainingRanks:
 class KnnDuringTraining:
     """Measures k-NN where it is due; call it with the number of finished steps after each step.
 
-    Collective.
+    Collective. Raises UserError, on every rank, for an image that cannot be read and features that are not
+    finite.
     """
 
     def __init__(
@@ -100,10 +101,8 @@ class KnnDuringTraining:
                 processes=self.ranks,
             )
         except UserError as error:
-            self.metric_logger.flush()  # raises for a loss that is not finite, which explains more
-            failure = RunFailed(f"k-NN at step {step}: {error}")
-            failure.on_every_rank = True
-            raise failure from None
+            error.on_every_rank = True
+            raise
         ((k, (top1, top5)),) = accuracies.items()
         if self.ranks.is_main_process:
             settings = {
@@ -130,7 +129,13 @@ class KnnDuringTraining:
         tensors = []
         for shard_set, subset in zip(self.sets, (train_subset, None), strict=True):
             tensors += extract_features(
-                student, shard_set, options, processes=self.ranks, title=None, subset=subset
+                student,
+                shard_set,
+                options,
+                processes=self.ranks,
+                title=None,
+                subset=subset,
+                agree=collectives.raise_on_all_ranks,
             )
         measured_on = MeasuredOn(
             labels=self.config.knn_labels,

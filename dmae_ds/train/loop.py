@@ -39,11 +39,18 @@ def train(
     stream: yields the micro-batches of these steps with their teacher features
     stop: whether this rank was asked to stop; a request to any rank stops all of them one step later, after
         a save
-    after_step: called with the number of finished steps after each of them
+    after_step: called with the number of finished steps after each of them; where it raises an error that all
+        ranks have met, the step is saved first
     Raises RunFailed when a loss is not finite; nothing is saved after such a step. Raises Requeue, on every
     rank, after a stop.
     """
     flags = AsyncFlags(3, engine.device)
+
+    def save_step(step: int) -> None:
+        process_group.report(step, "saving")
+        with metric_logger.timer.booking("save"):
+            checkpoints.save(engine, step=step, position=step * schedule.global_batch)
+
     process_group.report(start_step, "waiting for data")
     for index, (batch, masked, features) in enumerate(stream):
         finished, micro_batch = divmod(index, schedule.accumulation)
@@ -61,7 +68,14 @@ def train(
         ema.after_step(engine, schedule.progress_at(finished), schedule.progress_at(step))
         metric_logger.end_step(step, schedule.lr_at(finished))
         process_group.report(step, "after the step")
-        after_step(step)
+        try:
+            after_step(step)
+        except Exception as error:
+            # An evaluation failed. The step is whole; with other ranks that wait for this one, no save works.
+            if collectives.world_size() == 1 or getattr(error, "on_every_rank", False):
+                metric_logger.flush()  # raises for a loss that is not finite, which explains more
+                save_step(step)
+            raise
         is_last = step == schedule.num_steps
         must_stop, is_due, is_late = flags.result()
         save = is_last or must_stop or is_due or checkpoints.due_by_steps(step)
@@ -71,9 +85,7 @@ def train(
         if save or is_late or step % schedule.log_every == 0:
             metric_logger.flush()
         if save:
-            process_group.report(step, "saving")
-            with metric_logger.timer.booking("save"):
-                checkpoints.save(engine, step=step, position=step * schedule.global_batch)
+            save_step(step)
         if must_stop and not is_last:
             raise _requeue(step)
         process_group.report(step, "waiting for data")

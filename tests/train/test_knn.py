@@ -14,6 +14,7 @@ from dmae_ds.errors import RunFailed
 from dmae_ds.evaluate.record import read_record
 from dmae_ds.evaluate.results import read_history
 from dmae_ds.train.dense import DenseDuringTraining
+from dmae_ds.train.evaluations import with_ways_on
 from dmae_ds.train.preflight import prepare
 from dmae_ds.train.schedule import Schedule
 from dmae_ds.train.val_loss import check_can_measure
@@ -185,7 +186,6 @@ def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
     from dmae_ds.evaluate.frozen import FrozenFeatures
     from dmae_ds.train import knn
 
-    flushed = []
     broken = FrozenFeatures(
         torch.full((9, 4), torch.nan),
         torch.zeros(9, dtype=torch.int64),
@@ -199,12 +199,11 @@ def test_features_that_are_not_finite_end_the_run_in_one_line(monkeypatch):
         "config": load_config("digits_mae", ["data.train=x", "run.dir=x", "eval.knn_every=1"]).eval,
         "schedule": SimpleNamespace(is_due=lambda step, every: True),
         "ranks": knn.TrainingRanks(World(), torch.device("cpu"), precision="fp32"),
-        "metric_logger": SimpleNamespace(flush=lambda: flushed.append(1)),
     }
     monkeypatch.setattr(knn.KnnDuringTraining, "_embed", lambda self, step: broken)
     with refused("k-NN", "step 2", "not finite", error=RunFailed) as error:
-        measure(2)
-    assert flushed and error.value.on_every_rank
+        with_ways_on(measure, "k-NN")(2)
+    assert error.value.on_every_rank
 
 
 @pytest.mark.slow
