@@ -24,6 +24,7 @@ from dmae_ds.evaluate.subsets import draw_subset, open_labelled, read_labels
 from dmae_ds.teacher.early import check_stored
 from dmae_ds.train import run_identity
 from dmae_ds.train.checkpoint.folder import CheckpointFolder
+from dmae_ds.train.checkpoint.run_lock import check_can_be_made
 from dmae_ds.train.checkpoint.student_file import STUDENT, StudentFiles
 from dmae_ds.train.cut import CutRecipe, deepspeed_of
 from dmae_ds.train.learning_rate import check_rates
@@ -101,6 +102,7 @@ def prepare(config: RunConfig, world: World, *, resume: str, allow_pipe: bool = 
     Raises UserError.
     """
     folder = CheckpointFolder(Path(config.run.dir).expanduser())
+    check_can_be_made(folder.run_dir)
     check_is_no_member(folder.run_dir)
     resume_from = folder.latest() if resume == "auto" else None
     saved = {} if resume_from is None else folder.read_state(resume_from)

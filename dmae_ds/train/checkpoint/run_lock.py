@@ -50,9 +50,15 @@ def claim(run_dir: Path, *, label: str = "run.dir") -> IO[str] | None:
 
 
 def hold(run_dir: Path, *, label: str = "run.dir") -> IO[str] | None:
-    """Make a run folder and hold its lock, on one rank alone. Raises UserError if another process has it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+    """Make a run folder and hold its lock, on one rank alone.
+
+    Raises UserError if another process has it, or nothing can be written there.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise _unusable(run_dir, label, error.strerror) from None
     end = time.monotonic() + WAIT_S
     while True:
         try:
@@ -79,6 +85,26 @@ def hold(run_dir: Path, *, label: str = "run.dir") -> IO[str] | None:
     json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
     file.flush()
     return file
+
+
+def check_can_be_made(run_dir: Path, *, label: str = "run.dir") -> None:
+    """Raise UserError where a run folder plainly cannot be made or written; nothing is written.
+
+    That of a run that has checkpoints may be read-only: the run may be finished.
+    """
+    try:
+        nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.lexists(path))
+        has_run = (run_dir / "checkpoints").is_dir()
+        if not nearest.is_dir():
+            raise _unusable(run_dir, label, f"'{nearest}' is not a folder")
+        if not os.access(nearest, os.X_OK if has_run else os.W_OK | os.X_OK):
+            raise _unusable(run_dir, label, f"'{nearest}' is read-only")
+    except OSError as error:
+        raise _unusable(run_dir, label, error.strerror) from None
+
+
+def _unusable(run_dir: Path, label: str, reason: str) -> UserError:
+    return UserError(f"{label} '{run_dir}' cannot be used: {reason}; choose a folder that can be written")
 
 
 def _describe_owner(text: str) -> str:

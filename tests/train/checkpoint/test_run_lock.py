@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -104,6 +105,27 @@ def test_where_nothing_can_be_locked_a_warning_is_printed(tmp_path, monkeypatch,
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
     assert run_lock.claim(tmp_path) is None
     assert "Operation not supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "read-only", "read-only/below"])
+def test_a_folder_that_cannot_be_made_or_written_is_one_line(tmp_path, monkeypatch, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "read-only").mkdir()
+    if name.startswith("read-only"):  # root may write anywhere, so the mode of a folder shows nothing
+        monkeypatch.setattr(run_lock.os, "access", lambda path, mode: not mode & os.W_OK)
+        monkeypatch.setattr(Path, "mkdir", raises_read_only)
+    for check in (run_lock.check_can_be_made, run_lock.claim):
+        with refused("run.dir", tmp_path / name):
+            check(tmp_path / name)
+    if name == "read-only":
+        monkeypatch.undo()
+        (tmp_path / name / "checkpoints").mkdir()
+        monkeypatch.setattr(run_lock.os, "access", lambda path, mode: not mode & os.W_OK)
+        run_lock.check_can_be_made(tmp_path / name)  # its run may be finished
+
+
+def raises_read_only(*_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def looked_at(folder, resume, **identity):
