@@ -6,6 +6,8 @@
 # root. What is chosen and left out, with all numbers: launch/clipart.py. In an environment that has this project.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/checks.sh
+expect_no_words SRC=photos "$@"
 OUT=${OUT:-runs/clipart}
 SRC=${SRC:-}
 FOLDER=/usr/share/openclipart/png
@@ -15,8 +17,8 @@ fetch() { # into $OUT/openclipart, whole or not at all
     local new="$OUT/openclipart.tmp"
     rm -rf "$new" && mkdir -p "$new"
     (cd "$new" && apt-get download openclipart-png && dpkg-deb -x openclipart-png_*.deb . && rm -- *.deb) ||
-        { echo "openclipart-png was not fetched; run apt-get update as root, or set SRC to a folder of" \
-            "class folders with images" >&2; exit 2; }
+        refuse "openclipart-png was not fetched; run apt-get update as root, or set SRC to a folder of" \
+            "class folders with images"
     mv "$new" "$OUT/openclipart"
 }
 

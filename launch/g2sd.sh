@@ -9,15 +9,14 @@
 # CPU cores after the install. Killed or started again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/checks.sh
+expect_no_words SEED=1 "$@"
 SEED=${SEED:-0}
 TASK=${TASK:-classify}
 case "$TASK" in
 classify) OUT=${OUT:-runs/g2sd-seed$SEED} ;;
 segment | detect) OUT=${OUT:-runs/g2sd-scenes-seed$SEED} ;;
-*)
-    echo "g2sd.sh: TASK is '$TASK'; choose classify, segment or detect" >&2
-    exit 2
-    ;;
+*) refuse "TASK is '$TASK'; choose classify, segment or detect" ;;
 esac
 . launch/digits.sh
 

@@ -13,14 +13,20 @@
 #   WHEELS=folder   the rest as wheels, installed into OUT without the package index (launch/README.md)
 # Rehearsed by tests/launch/test_gpu_check.py on CPUs. NOT RUN ON A GPU.
 set -euo pipefail
-PYTHON=${PYTHON:-python3} out=runs/gpu_check rehearse=()
+PYTHON=${PYTHON:-python3} out="" rehearse=()
 for word in "$@"; do
     case $word in
     --rehearse) rehearse=(--rehearse) ;;
-    -*) echo "gpu_check.sh: $word is unknown; write: bash launch/gpu_check.sh [OUT] [--rehearse]" >&2 && exit 2 ;;
-    *) out=$word ;;
+    *)
+        if [ -n "$out" ] || [[ "$word" =~ ^(-|[A-Z]+=) ]]; then
+            echo "gpu_check.sh: '$word' is unknown; write: bash launch/gpu_check.sh [OUT] [--rehearse]" >&2
+            exit 2
+        fi
+        out=$word
+        ;;
     esac
 done
+out=${out:-runs/gpu_check}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 wheels=${WHEELS:+$(cd "$WHEELS" && pwd)}

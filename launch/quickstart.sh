@@ -6,6 +6,8 @@
 # About 8 minutes on 2 CPU cores after the install. Killed or started again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/checks.sh
+expect_no_words SEED=1 "$@"
 SEED=${SEED:-0}
 OUT=${OUT:-runs/digits-seed$SEED}
 . launch/digits.sh

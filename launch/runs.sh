@@ -1,20 +1,7 @@
 # Sourced by study.sh and scenes_study.sh: runs of several settings and seeds, JOBS at a time, each finished
 # once. SHARDS: the folder with train and val; OUT: of the runs; ONLY: the settings that are wanted, or nothing.
-refuse() { # WORD ...: say what is wrong, and end
-    echo "$*" >&2
-    exit 2
-}
-expect_numbers() { # NAME LEAST NUMBER ...: each is a whole number from LEAST on
-    local number
-    [ $# -gt 2 ] || refuse "$1 is empty, expected a whole number from $2 on"
-    for number in "${@:3}"; do
-        case $number in
-        "" | *[!0-9]* | 0?*) ;;
-        *) [ "$number" -lt "$2" ] || continue ;;
-        esac
-        refuse "$1 has '$number', expected a whole number from $2 on"
-    done
-}
+# Needs checks.sh.
+
 expect_names() { # NAME WORD ...: each begins a line of standard input
     local known word
     known=$(awk 'NF {print $1}')

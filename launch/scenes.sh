@@ -4,6 +4,8 @@
 # 1,000 training and 200 validation scenes, in an environment that has dmae-shards, Pillow and scikit-learn.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/checks.sh
+expect_no_words OUT=folder "$@"
 OUT=${OUT:-.}
 
 [ -e "$OUT/scenes/objectInfo.txt" ] || python launch/scenes.py "$OUT/scenes" --seed "${SCENES_SEED:-0}"

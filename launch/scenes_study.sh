@@ -9,6 +9,8 @@
 # dmae-ds report --results digits=runs/study scenes=runs/scenes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/checks.sh
+expect_no_words SEEDS=0 "$@"
 SEEDS=${SEEDS:-0 1 2}
 JOBS=${JOBS:-2}
 OUT=${OUT:-runs/scenes}

@@ -10,6 +10,8 @@
 # again, it continues where it was; what is finished is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/checks.sh
+expect_no_words SEEDS=0 "$@"
 SEEDS=${SEEDS:-0 1 2}
 JOBS=${JOBS:-2}
 DATA=${DATA:-digits}

@@ -18,40 +18,80 @@
 # Run by tests/multi_node/test_scripts.py, on CPUs.
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
 LAUNCHER=${LAUNCHER:-$([ -n "${HOSTFILE:-}" ] && echo pdsh || echo one_node)}
 RESTARTS=${RESTARTS:-0}
 PORT=${PORT:-29500}
 
-mistake() {
-    echo "train.sh: $*" >&2
-    exit 2
-}
 needs() { # VARIABLE ...
     local name
-    for name in "$@"; do [ -n "${!name:-}" ] || mistake "LAUNCHER=$LAUNCHER requires $name"; done
+    for name in "$@"; do [ -n "${!name:-}" ] || refuse "LAUNCHER=$LAUNCHER requires $name"; done
+}
+reads() { # VARIABLE ...: no other is set
+    local name
+    for name in HOSTFILE GPUS NODES NODE_RANK MASTER_ADDR; do
+        [ -z "${!name:-}" ] || [[ " $* " = *" $name "* ]] ||
+            refuse "$name=${!name} has no effect with LAUNCHER=$LAUNCHER, which reads $*;" \
+                "unset it, or choose another LAUNCHER"
+    done
 }
 gpus() {
     local code='from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_count())'
     python -c "$code" | tail -1
 }
 too_few() {
-    mistake "CUDA_VISIBLE_DEVICES=$visible lists fewer GPUs than GPUS=$GPUS; lower GPUS"
+    refuse "CUDA_VISIBLE_DEVICES=$visible lists fewer GPUs than GPUS=$GPUS; lower GPUS"
 }
 
-[ $# -gt 0 ] || mistake "no recipe was given; name a recipe"
+[ $# -gt 0 ] || refuse "no recipe was given; name a recipe"
+for ((place = 1; place <= $#; place++)); do
+    case ${!place} in # argparse takes abbreviations
+    -h* | --h* | --d*) refuse "${!place} starts no run; write: dmae-ds train ... ${!place}" ;;
+    --r*=*) resume=${!place#*=} ;;
+    --r*) next=$((place + 1)) && resume=${!next:-} ;;
+    *) continue ;;
+    esac
+    [ "$resume" = auto ] ||
+        refuse "--resume $resume contradicts --resume auto, which every start here adds; remove it, and give" \
+            "another run.dir to begin again"
+done
+expect_numbers RESTARTS 0 "$RESTARTS"
+expect_numbers PORT 1 "$PORT"
+[ -z "${GPUS:-}" ] || expect_numbers GPUS 1 "$GPUS"
+[ -z "${NODE_RANK:-}" ] || expect_numbers NODE_RANK 0 "$NODE_RANK"
+if [ "$LAUNCHER" = torchrun ] && [ -n "${NODES:-}" ]; then # also LEAST:MOST
+    expect_numbers NODES 1 "${NODES%%:*}" "${NODES#*:}"
+elif [ -n "${NODES:-}" ]; then
+    expect_numbers NODES 1 "$NODES"
+fi
 visible=${CUDA_VISIBLE_DEVICES-}
 case $LAUNCHER in
-one_node) # by UUID or MIG, or none: torchrun leaves the variable alone, DeepSpeed's launcher does not
+one_node)
+    [ "${NODES:-}" != 1 ] || NODES=''
+    reads GPUS
+    # by UUID or MIG, or none: torchrun leaves the variable alone, DeepSpeed's launcher does not
     gpus_are_plain || LAUNCHER=torchrun NODES=1 MASTER_ADDR=127.0.0.1
     ;;
 pdsh | no_ssh)
+    if [ "$LAUNCHER" = pdsh ]; then
+        reads HOSTFILE MASTER_ADDR
+    elif [ -n "${HOSTFILE:-}" ]; then
+        reads HOSTFILE NODE_RANK MASTER_ADDR
+    else
+        reads NODES GPUS NODE_RANK MASTER_ADDR
+    fi
     [ -z "$visible" ] || [ -z "${HOSTFILE:-}" ] ||
-        mistake "CUDA_VISIBLE_DEVICES=$visible cannot be combined with HOSTFILE, whose slots are GPUs" \
+        refuse "CUDA_VISIBLE_DEVICES=$visible cannot be combined with HOSTFILE, whose slots are GPUs" \
             "0, 1, ... of each node; unset it, or use LAUNCHER=torchrun on every node"
     [ -z "$visible" ] || gpus_are_plain ||
-        mistake "CUDA_VISIBLE_DEVICES=$visible is no list of numbers, which LAUNCHER=$LAUNCHER requires;" \
+        refuse "CUDA_VISIBLE_DEVICES=$visible is no list of numbers, which LAUNCHER=$LAUNCHER requires;" \
             "use LAUNCHER=torchrun on every node"
+    # DeepSpeed's launcher would run on this node alone.
+    [ -z "${HOSTFILE:-}" ] || { [ -f "$HOSTFILE" ] && [ -r "$HOSTFILE" ]; } ||
+        refuse "HOSTFILE '$HOSTFILE' is not a file that can be read; write one as launch/hostfile.example"
     ;;
+torchrun) reads NODES MASTER_ADDR GPUS ;;
+*) refuse "LAUNCHER=$LAUNCHER is unknown; choose one_node, pdsh, no_ssh, torchrun" ;;
 esac
 case $LAUNCHER in
 one_node)
@@ -68,6 +108,8 @@ no_ssh)
     needs NODE_RANK MASTER_ADDR
     if [ -z "${HOSTFILE:-}" ]; then # DeepSpeed requires one; the names in it are not used
         needs NODES GPUS
+        [ "$NODE_RANK" -lt "$NODES" ] ||
+            refuse "NODE_RANK=$NODE_RANK is not below NODES=$NODES; nodes are counted from 0"
         HOSTFILE=$(mktemp)
         trap 'rm -f "$HOSTFILE"' EXIT
         include='' slots=$GPUS
@@ -89,7 +131,6 @@ torchrun)
         --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$PORT" --rdzv_id "dmae-$PORT" -m)
     RESTARTS=0
     ;;
-*) mistake "LAUNCHER=$LAUNCHER is unknown; choose one_node, pdsh, no_ssh, torchrun" ;;
 esac
 
 # USR1 is for the ranks. The launcher ignores it, and has a session of its own, so that a signal to this

@@ -15,6 +15,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 FILES = (
     "train.sh",
     "environment.sh",
+    "checks.sh",
     "slurm.sbatch",
     "k8s-job.yaml",
     "accelerate.yaml",

@@ -46,7 +46,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--allow-pipe", action="store_true")
+    # Without effect on the answer.
     parser.add_argument("--resume", help=argparse.SUPPRESS)
+    parser.add_argument("-q", "--quiet", "--dry-run", action="store_true", help=argparse.SUPPRESS)
     # As in `dmae-ds`: argparse stops taking positional arguments behind an option.
     args, more = parser.parse_known_args(arguments)
     try:

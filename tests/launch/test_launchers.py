@@ -36,13 +36,13 @@ def start(tmp_path):
         (programs / name).chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name not in RECORDED}
 
-    def run(script: str, **variables: str) -> tuple[int, str, list[str]]:
+    def run(script: str, *words: str, **variables: str) -> tuple[int, str, list[str]]:
         calls = tmp_path / "calls"
         calls.write_text("")
         Path(f"{calls}.finished").unlink(missing_ok=True)
         environment = {**kept, "PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls), **variables}
         done = subprocess.run(
-            ["bash", LAUNCH / script, "digits_mae"],
+            ["bash", LAUNCH / script, "digits_mae", *words],
             env=environment,
             cwd=tmp_path,
             capture_output=True,
@@ -108,6 +108,57 @@ def test_nodes_without_a_hostfile_take_the_visible_gpus_alone(start):
 def test_gpus_that_a_launcher_would_ignore_are_refused(start, variables, words):
     code, error, calls = start("train.sh", **variables)
     assert code == 2 and not calls and all(word in error for word in words)
+
+
+NO_SSH = {"LAUNCHER": "no_ssh", "NODE_RANK": "0", "MASTER_ADDR": "a"}
+TORCHRUN = {"LAUNCHER": "torchrun", "NODES": "2", "MASTER_ADDR": "a"}
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"HOSTFILE": "nodes", "GPUS": "1"}, "GPUS=1 pdsh"),
+        ({"HOSTFILE": "nodes", "LAUNCHER": "one_node"}, "HOSTFILE=nodes one_node"),
+        ({"GPUS": "1", "NODES": "2"}, "NODES=2 one_node"),
+        ({"MASTER_ADDR": "a"}, "MASTER_ADDR=a one_node"),
+        ({**NO_SSH, "HOSTFILE": "nodes", "NODES": "2"}, "NODES=2 no_ssh HOSTFILE"),
+        ({**TORCHRUN, "HOSTFILE": "nodes"}, "HOSTFILE=nodes torchrun"),
+        ({**TORCHRUN, "NODE_RANK": "1"}, "NODE_RANK=1 torchrun"),
+        ({"HOSTFILE": "gone"}, "HOSTFILE 'gone' hostfile.example"),
+        ({**NO_SSH, "HOSTFILE": "bin"}, "HOSTFILE 'bin'"),
+        ({**NO_SSH, "GPUS": "1", "NODES": "two"}, "NODES 'two'"),
+        ({**NO_SSH, "GPUS": "1", "NODES": "1:2"}, "NODES '1:2'"),
+        ({**NO_SSH, "GPUS": "1", "NODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 NODES=2"),
+        ({**TORCHRUN, "NODES": "1:b"}, "NODES 'b'"),
+        ({"RESTARTS": "abc"}, "RESTARTS 'abc'"),
+        ({"RESTARTS": "-1"}, "RESTARTS '-1'"),
+        ({"GPUS": "0"}, "GPUS '0'"),
+        ({"PORT": "x"}, "PORT 'x'"),
+    ],
+)
+def test_variables_that_are_wrong_or_not_read_are_refused(start, tmp_path, variables, words):
+    (tmp_path / "nodes").write_text("node1 slots=1\n")
+    code, error, calls = start("train.sh", **variables)
+    assert code == 2 and not calls and all(word in error for word in words.split()), error
+
+
+@pytest.mark.parametrize(
+    "variables", [{"NODES": "1"}, {**TORCHRUN, "NODES": "1:2"}, {**NO_SSH, "HOSTFILE": "nodes"}]
+)
+def test_variables_that_are_read_start_a_run(start, tmp_path, variables):
+    (tmp_path / "nodes").write_text("node1 slots=1\n")
+    code, error, calls = start("train.sh", "--quiet", "--resume", "auto", **variables)
+    assert code == 0 and " --quiet" in calls[0], error
+
+
+@pytest.mark.parametrize(
+    "words", ["--dry-run", "a.b=c --help", "--resume never", "--resume=never", "--resume"]
+)
+def test_options_that_start_no_run_or_begin_it_again_are_refused(start, words):
+    code, error, calls = start("train.sh", *words.split())
+    assert code == 2 and not calls and all(word in error for word in words.split()[-2:] if "=" not in word), (
+        error
+    )
 
 
 @pytest.mark.parametrize(

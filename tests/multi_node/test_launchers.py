@@ -84,6 +84,8 @@ def test_a_finished_run_is_recognised(tiny_recipe, alone, tmp_path):
         return finished([*tiny_recipe, "--resume", "auto", f"run.dir={alone}", *more])
 
     assert exit_code() == 0
+    for option in ("-q", "--quiet", "--allow-pipe", "--dry-run"):
+        assert exit_code(option) == 0
     assert exit_code("optim.epochs=1") == NOT_YET
     assert exit_code(f"run.dir={tmp_path}") == NOT_YET
     assert exit_code("optim.epoch=1") == NOT_YET  # a wrong key: `train` will refuse it

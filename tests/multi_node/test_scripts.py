@@ -161,7 +161,8 @@ def test_a_broken_run_is_restarted(nodes, recipe, expected, victim):
 
 @pytest.mark.slow
 def test_torchrun_restarts_the_ranks(nodes, recipe, expected):
-    jobs = start(nodes, [[*TRAIN, *recipe]] * 2, LAUNCHER="torchrun", NODES="2", GPUS="1", RESTARTS="2")
+    options = {"LAUNCHER": "torchrun", "NODES": "2", "GPUS": "1", "NODE_RANK": ""}
+    jobs = start(nodes, [[*TRAIN, *recipe]] * 2, **options, RESTARTS="2")
     wait_for_step(nodes.folder / "run", 15, jobs[0], nodes.folder / "node-a.log")
     lines = nodes.b.processes()
     rank = next(pid for pid, line in lines.items() if "-m dmae_ds" in line and "--rdzv_id" not in line)
@@ -169,9 +170,7 @@ def test_torchrun_restarts_the_ranks(nodes, recipe, expected):
     wait_for_step(nodes.folder / "run", 30, jobs[0], nodes.folder / "node-a.log")
     jobs[0].send_signal(signal.SIGTERM)
     wait_for_end(nodes, jobs, {STOPPED, 1})
-    wait_for_end(
-        nodes, start(nodes, [[*TRAIN, *recipe]] * 2, LAUNCHER="torchrun", NODES="2", GPUS="1"), {FINISHED}
-    )
+    wait_for_end(nodes, start(nodes, [[*TRAIN, *recipe]] * 2, **options), {FINISHED})
     same_losses(nodes, expected)
 
 
