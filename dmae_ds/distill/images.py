@@ -28,10 +28,15 @@ from dmae_ds.output.lines import is_quiet
 
 @dataclass(frozen=True)
 class Part:
-    """A folder of one part. kind: shards, classes or flat."""
+    """A folder of one part. kind: shards, classes or flat; note: what is not read as labels, and why."""
 
     folder: Path
     kind: str
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        return _ABOUT[self.kind] + self.note
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,16 @@ class Source:
 
     train: Part
     val: Part | None
-    text: str
+
+    @property
+    def has_shards_only(self) -> bool:
+        return all(part.kind == "shards" for part in (self.train, self.val) if part is not None)
+
+    @property
+    def text(self) -> str:
+        if self.val is None:
+            return self.train.text
+        return f"train ({self.train.text}) and val ({self.val.text})"
 
 
 def find_source(folder: Path) -> Source:
@@ -58,10 +72,7 @@ def find_source(folder: Path) -> Source:
         train = parts[0] if parts else _look_at(folder)
     except OSError as error:
         raise UserError(f"FOLDER '{error.filename or folder}' cannot be read: {error.strerror}") from None
-    if parts:
-        text = f"train ({_ABOUT[parts[0].kind]}) and val ({_ABOUT[parts[1].kind]})"
-        return Source(train, parts[1], text)
-    return Source(train, None, _ABOUT[train.kind])
+    return Source(train, parts[1] if parts else None)
 
 
 _ABOUT = {"shards": "shards", "classes": "class folders", "flat": "images without labels"}
@@ -107,15 +118,10 @@ def _look_at(folder: Path) -> Part:
     """What a folder holds, by its first image. Raises ShardError where there is none, with what is there."""
     if (folder / MANIFEST).is_file():
         return Part(folder, "shards")
-    has_images = False
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_left_out(name)]
-        if any(os.fsencode(name).lower().endswith(SUFFIXES) and name[0] != "." for name in names):
-            if Path(place) == folder:
-                return Part(folder, "flat")
-            has_images = True
-            break
-    if not has_images:
+    first = _first_image(folder)
+    if first is not None and first.parent == folder:
+        return Part(folder, "flat", _describe_folders(first))
+    if first is None:
         tars = sum(1 for path in folder.glob("*.tar"))
         if tars:
             raise UserError(
@@ -123,6 +129,29 @@ def _look_at(folder: Path) -> Part:
             )
         find_images(folder, unlabelled=True)
     return Part(folder, "classes")
+
+
+def _first_image(folder: Path) -> Path | None:
+    """An image of a folder, or else of those below it; None where there is none."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_left_out(name)]
+        images = [name for name in names if os.fsencode(name).lower().endswith(SUFFIXES) and name[0] != "."]
+        if images:
+            return Path(place, min(images))
+    return None
+
+
+def _describe_folders(image: Path) -> str:
+    """What is said of folders of images that an image lies next to; empty where there are none."""
+    entries = sorted(entry.name for entry in os.scandir(image.parent) if entry.is_dir())
+    names = [name for name in entries if not _is_left_out(name) and _first_image(image.parent / name)]
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"; {len(names)} folders ({shown}) are not read as classes, as images such as '{image.name}' lie "
+        "next to them; move those to have labels"
+    )
 
 
 def _is_left_out(name: str) -> bool:

@@ -42,13 +42,25 @@ class Request:
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self):
-        """Raise UserError for an override of a key that an argument sets."""
-        keys = [override.partition("=")[0] for override in self.overrides]
+        """Raise UserError for an override of a key that an argument sets, alone or with its whole section."""
+        keys = {override.partition("=")[0] for override in self.overrides if "=" in override}
         for key, argument in SET_BY.items():
             if key in keys:
                 raise UserError(f"{key} is set by {argument} here; remove the override {key}=")
         if self.epochs is not None and "optim.epochs" in keys:
             raise UserError("--epochs and optim.epochs= are both given; remove one of them")
+        sections = {key.partition(".")[0]: argument for key, argument in SET_BY.items()}
+        sections |= {"run": "run.dir"} | ({} if self.epochs is None else {"optim": "--epochs"})
+        for section in sorted(keys & sections.keys()):
+            raise UserError(
+                f"{section}= replaces a whole section, and {sections[section]} sets a key of it; write keys "
+                f"one by one, such as {section}.{'dir' if section == 'run' else 'KEY'}="
+            )
+
+    @property
+    def gives_val(self) -> bool:
+        """Whether data.val is given, if only as null."""
+        return any(override.startswith("data.val=") for override in self.overrides)
 
     @property
     def all_overrides(self) -> list[str]:

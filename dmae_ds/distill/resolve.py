@@ -15,10 +15,10 @@ from pathlib import Path
 import yaml
 
 from dmae_ds.config.distill_rules import OBJECTIVE, Choice, Facts, choose, choose_ranks
-from dmae_ds.config.load import build_config, flatten
+from dmae_ds.config.load import build_config, flatten, load_config
 from dmae_ds.config.run import RunConfig
 from dmae_ds.data.shard_set import ShardSet
-from dmae_ds.distill.images import find_source, make_parts
+from dmae_ds.distill.images import Source, find_source, make_parts
 from dmae_ds.distill.request import ASKED, RECIPE, Request, find_begun
 from dmae_ds.distributed.world import world_from_env
 from dmae_ds.errors import UserError
@@ -57,11 +57,20 @@ def resolve(request: Request) -> tuple[Path, int]:
         say(f"continuing with {recipe}")
         return recipe, _ranks_of(request, recipe)
     source = find_source(request.images)
+    _refuse_unread(request, source)
     say(f"images     {request.images}: {source.text}", dated=False)
     config, facts = _early(request)
-    hold_out = config.data.val is None
+    hold_out = not request.gives_val
     train, val = make_parts(source, request.shards_dir, hold_out=hold_out, max_skip=request.max_skip)
     return _write(request, config, facts, train=train, val=val if hold_out else config.data.val)
+
+
+def _refuse_unread(request: Request, source: Source) -> None:
+    """Raise UserError for options on making shards where FOLDER holds nothing but shards."""
+    given = {"--shards": request.shards is not None, "--max-skip": request.max_skip > 0}
+    if source.has_shards_only and any(given.values()):
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise UserError(f"FOLDER '{request.images}' holds shards, and none are made; remove {names}")
 
 
 def _early(request: Request) -> tuple[RunConfig, dict]:
@@ -181,8 +190,7 @@ def _set(values: dict, dotted: str, value: object) -> None:
 def _ranks_of(request: Request, recipe: Path) -> int:
     """Ranks for a recipe that exists: as asked, or as many of this machine's as divide its batch."""
     machine = Machine.here()
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    batch = values.get("optim", {}).get("global_batch")
+    batch = load_config(str(recipe)).optim.global_batch
     return request.ranks or choose_ranks(
         num_gpus=machine.num_gpus, num_cores=machine.num_cores, global_batch=batch
     )

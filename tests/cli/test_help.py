@@ -148,6 +148,14 @@ def test_a_count_is_at_least_one(text):
         at_least_one(text)
 
 
+@pytest.mark.parametrize("text", ["0", "nan", "abc"])
+def test_epochs_of_distill_are_a_number_above_0(text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "folder", "--teacher", "t", "--student", "s", "--epochs", text])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{text} is not a number" in error and "_positive" not in error
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(digits):
     for words in (["dmae_ds", "recipes", "--all"], ["data_prep.cli", "info", str(digits / "val")]):
         process = subprocess.Popen(

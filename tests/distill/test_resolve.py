@@ -71,12 +71,16 @@ def test_a_flat_folder_becomes_shards_beside_it_and_a_recipe(ask, tmp_path, capf
         ask(epochs=4)
     with refused("optim.base_lr=2", "run.dir"):
         ask("optim.base_lr=2", epochs=3)
+    for text in ("optim: [", ""):
+        recipe.write_text(text)
+        with refused(recipe):
+            ask(epochs=3)
     (recipe.parent / "distill.json").unlink()
     with refused(recipe.parent, "run.dir"):
         ask(epochs=3)
 
 
-def test_folders_of_classes_of_parts_and_of_shards(ask, tmp_path):
+def test_folders_of_classes_of_parts_and_of_shards(ask, tmp_path, capfd):
     for name in ("ant", "bee"):
         write_images(tmp_path / "classes" / name, 10)
     config = load_config(str(ask(images=tmp_path / "classes")[0]))
@@ -85,6 +89,16 @@ def test_folders_of_classes_of_parts_and_of_shards(ask, tmp_path):
     shards = Path(config.data.train)
     config = load_config(str(ask("run.dir=again", images=shards)[0]))
     assert Path(config.data.train) == shards and config.data.val is None and config.eval.loss_every is None
+    with refused("shards", "--shards and --max-skip"):
+        ask("run.dir=other", images=shards, shards=tmp_path / "nowhere", max_skip=5)
+    capfd.readouterr()
+    shutil.copy(tmp_path / "classes" / "ant" / "0.jpg", tmp_path / "classes" / "cover.jpg")
+    config = load_config(str(ask("data.val=null", images=tmp_path / "classes", shards=tmp_path / "flat")[0]))
+    printed = capfd.readouterr().err
+    assert all(word in printed for word in ("2 folders", "ant, bee", "cover.jpg"))
+    assert ShardSet.open(config.data.train, label="x").num_samples == 21  # nothing is held out
+    assert config.data.val is None and config.eval.loss_every is None
+    (tmp_path / "classes" / "cover.jpg").unlink()
     (tmp_path / "parts").mkdir()
     for name in ("train", "val"):
         shutil.copytree(tmp_path / "classes", tmp_path / "parts" / name)
@@ -141,8 +155,16 @@ def test_teachers_and_students_that_are_not_known(ask, tmp_path):
     for word in ("data.train=x", "student.name=x", "teacher.weights=x"):
         with refused(word.partition("=")[0]):
             Request(**values, teacher="x", overrides=(word,))
-    with refused("--epochs", "optim.epochs"):
-        Request(**values, teacher="x", epochs=1, overrides=("optim.epochs=2",))
+    for word, argument in (
+        ("data={train: x, num_workers: 0}", "FOLDER"),
+        ("student={name: vit_small_patch16_224}", "--student"),
+        ("teacher={name: x}", "--teacher"),
+        ("run={dir: x}", "run.dir="),
+        ("optim={epochs: 2}", "--epochs"),
+        ("optim.epochs=2", "--epochs"),
+    ):
+        with refused(word.partition("=")[0], argument):
+            Request(**values, teacher="x", epochs=1, overrides=(word,))
     assert not (tmp_path / "runs").exists() and not (tmp_path / "photos-shards").exists()
 
 
