@@ -31,7 +31,7 @@ class RunSection(Section):
     """The run's folder, and the seed of everything random."""
 
     dir: str  # the run folder; with several nodes on a file system that all of them share
-    seed: NonNegativeInt = 0  # of weights, order, crops and masks
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0  # of weights, order, crops and masks
     # Deterministic kernels, with which a GPU repeats a run bit for bit, more slowly; CPUs do so without.
     deterministic: bool = False
 

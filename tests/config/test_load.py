@@ -254,6 +254,8 @@ def test_null_removes_an_optional_text_and_is_refused_elsewhere(recipe):
         load_config(recipe, ["run.dir=null"])
     with refused("objective.head", "'off'", "mlp2"):
         load_config(recipe, ["objective.head=off"])
+    with refused("run.seed", 2**64):
+        load_config(recipe, [f"run.seed={2**64}"])
 
 
 def test_texts_inside_a_section_a_list_and_a_recipe_count_as_well(recipe, tmp_path):
