@@ -116,11 +116,17 @@ def read_classes(path: Path, known: Collection[str] = (), notes: list[str] | Non
         others = _choose(rests, known)
         are_names = 0 < _count(others, known) >= _count(names, known)
         if are_names or (not known and _are_labels(numbers) and len(set(others)) == len(others)):
-            names = _sort_by_number(path, numbers, others)
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise ShardError(f"--classes '{path}' has the class '{twice}' twice; remove one of its lines")
+            names = sort_by_number(path, numbers, others)
+    check_names(path, names)
     return names
+
+
+def check_names(path: Path, names: list[str], *, option: str = "--classes") -> None:
+    """Raise ShardError for a class that is named twice, or not at all."""
+    twice = next((name for name, count in Counter(names).items() if count > 1 or not name), None)
+    if twice is not None:
+        found = f"the class '{twice}' twice" if twice else "a class without a name"
+        raise ShardError(f"{option} '{path}' has {found}; correct one of its lines")
 
 
 def _refuse_gaps(path: Path, rows: list[Row]) -> None:
@@ -193,12 +199,14 @@ def _are_labels(numbers: list[int]) -> bool:
     return first <= 1 and sorted(numbers) == list(range(first, first + len(numbers)))
 
 
-def _sort_by_number(path: Path, numbers: list[int], names: list[str]) -> list[str]:
+def sort_by_number(
+    path: Path, numbers: list[int], names: list[str], *, option: str = "--classes"
+) -> list[str]:
     """Names by their numbers, which begin at 0 or 1. Raises ShardError for other numbers."""
     first = min(numbers)
     if not _are_labels(numbers):
         raise ShardError(
-            f"--classes '{path}' has numbers from {first} to {max(numbers)} in its {len(numbers)} lines, "
+            f"{option} '{path}' has numbers from {first} to {max(numbers)} in its {len(numbers)} lines, "
             f"expected each of 0 to {len(numbers) - 1} once; leave the numbers out, or complete them"
         )
     return [name for _, name in sorted(zip(numbers, names, strict=True))]

@@ -10,7 +10,7 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.class_list import read_classes, read_rows, split_cells
+from data_prep.class_list import check_names, read_classes, read_rows, sort_by_number, split_cells
 from data_prep.coco import CocoFile, read_coco
 from data_prep.find import Listing, walk_images
 from dmae_ds.data.dense_members import MAX_CLASSES, DenseInfo
@@ -281,8 +281,14 @@ def read_class_names(path: Path, option: str, notes: list[str] | None = None) ->
     return _named_column(path, option) or read_classes(path, notes=notes)
 
 
+_NUMBERS = {"idx", "index", "id", "number", "label"}
+
+
 def _named_column(path: Path, option: str) -> list[str] | None:
-    """The column `Name` of a table with a header, such as ADE20K's objectInfo150.txt; None without one."""
+    """The column `Name` of a table with a header, such as ADE20K's objectInfo150.txt; None without one.
+
+    The names are in the order of a column of numbers, where there is one of _NUMBERS.
+    """
     rows = read_rows(path, option)
     for separator in "\t,;":
         header = [cell.lower() for cell in split_cells(rows[0].text, separator)]
@@ -291,5 +297,11 @@ def _named_column(path: Path, option: str) -> list[str] | None:
             cells = [split_cells(row.text, separator) for row in rows[1:]]
             if not cells or not all(len(line) > place for line in cells):
                 raise ShardError(f"{option} '{path}' has a header with a column Name, and lines without it")
-            return [line[place] for line in cells]
+            names = [line[place] for line in cells]
+            check_names(path, names, option=option)
+            for column in (place for place, title in enumerate(header) if title in _NUMBERS):
+                texts = [line[column] if len(line) > column else "" for line in cells]
+                if all(text.isdecimal() for text in texts):
+                    return sort_by_number(path, [int(text) for text in texts], names, option=option)
+            return names
     return None

@@ -3,6 +3,7 @@
 import pytest
 
 from data_prep.class_list import read_classes
+from data_prep.dense import read_class_names
 from dmae_ds.data.shards import ShardError
 from tests.messages import refused
 
@@ -64,3 +65,25 @@ def test_names_are_read_without_folders_too(tmp_path):
 def test_lists_that_cannot_be_used(tmp_path, text, words):
     with refused("--classes", "classes.txt", *words, error=ShardError):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["Idx,Name", "2,second", "0,zeroth", "1,first"], ["zeroth", "first", "second"]),
+        (["Idx\tRatio\tName", "2\t.1\tsky", "1\t.2\twall;brick wall"], ["wall;brick wall", "sky"]),
+        (["Name,color", "b,1", "a,2"], ["b", "a"]),
+        (["id,name", "n02,b", "n01,a"], ["b", "a"]),  # no numbers
+        (["Idx,Name", "1,a", "3,b"], "3"),
+        (["Idx,Name", "1,door", "2,door"], "door"),
+        (["Name,color", "x,1", ",3"], "without a name"),
+    ],
+)
+def test_a_table_s_names_are_in_the_order_of_its_numbers(tmp_path, lines, expected):
+    path = tmp_path / "table.txt"
+    path.write_text("\n".join(lines) + "\n")
+    if isinstance(expected, list):
+        assert read_class_names(path, "--maps") == expected
+    else:
+        with refused("--maps", expected, error=ShardError):
+            read_class_names(path, "--maps")
