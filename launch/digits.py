@@ -18,6 +18,9 @@ NUM_TRAIN = 1400
 
 def main() -> int:
     """Write the folder, whole or not at all; returns the exit code."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("digits.py: error: expected one word, the folder to write: digits.py OUT", file=sys.stderr)
+        return 2
     out = Path(sys.argv[1])
     if out.exists():
         print(f"digits.py: error: OUT '{out}' exists; remove it, or give another", file=sys.stderr)

@@ -54,7 +54,7 @@ def resolve(request: Request) -> tuple[Path, int]:
         raise UserError("dmae-ds distill starts its ranks by itself; start it as one process, with --ranks N")
     recipe = find_begun(request)
     if recipe is not None:
-        say(f"continuing with {recipe}")
+        say(f"continuing with {recipe} and its shards; FOLDER is not read again")
         return recipe, _ranks_of(request, recipe)
     source = find_source(request.images)
     _refuse_unread(request, source)

@@ -83,3 +83,5 @@ def test_digits_that_were_cut_off_are_written_again(tmp_path):
     assert not (out / "train" / "11").exists() and not (tmp_path / "images.tmp").exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(out) in done.stderr
+    done = subprocess.run([*command, "other"], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "OUT" in done.stderr
