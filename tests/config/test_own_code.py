@@ -19,8 +19,9 @@ from dmae_ds.evaluate.features import build_timm, load_student
 from dmae_ds.export.source import open_source
 from dmae_ds.objectives.build import check_taps
 from dmae_ds.objectives.feature_distillation import TeacherShape
+from dmae_ds.train.checkpoint.folder import CheckpointFolder
 from dmae_ds.train.engine import check_losses
-from dmae_ds.train.preflight import check_is_new
+from dmae_ds.train.preflight import check_may_begin
 from tests.messages import refused
 
 ROOT = Path(__file__).parents[2]
@@ -141,13 +142,14 @@ def test_losses_and_taps_of_an_objective():
 
 def test_a_folder_without_a_checkpoint_can_be_started_again(tmp_path):
     (tmp_path / "config.yaml").touch()
-    check_is_new(tmp_path)
+    folder = CheckpointFolder(tmp_path)
+    check_may_begin(folder, "never")
     checkpoint = tmp_path / "checkpoints" / "step-00000004"
     for path in (tmp_path / "student.safetensors", tmp_path / "results.jsonl", checkpoint / "state.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         with refused("run.dir", "--resume auto"):
-            check_is_new(tmp_path)
+            check_may_begin(folder, "never")
         path.unlink()
 
 

@@ -136,6 +136,7 @@ def test_the_card_holds_identity_data_config_metrics_and_the_check(tmp_path):
             "num_train": 140,
             "num_val": 397,
             "data": "f" * 64,
+            "val": "e" * 64,
             "seconds": 1.0,
             "device": "cpu",
             "world_size": 1,
